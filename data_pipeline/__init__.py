@@ -1,0 +1,7 @@
+"""Images and labels for the trainer: where they come from (sources) and in which order (the loader)."""
+
+from unite_fast.data_pipeline.catalog import open_source
+from unite_fast.data_pipeline.loader import Batch, Loader
+from unite_fast.data_pipeline.source import Source, UnreadableSample
+
+__all__ = ["Batch", "Loader", "Source", "UnreadableSample", "open_source"]

@@ -1,0 +1,40 @@
+"""The kinds of data by name."""
+
+from pathlib import Path
+
+from unite_fast.data_pipeline.digits import open_digits
+from unite_fast.data_pipeline.idx import open_idx
+from unite_fast.data_pipeline.image_folder import FolderSource
+from unite_fast.data_pipeline.source import Source
+from unite_fast.errors import UserError
+
+KINDS = ("digits", "folder", "idx")
+SPLITS = ("train", "test")
+
+
+def open_source(kind: str, path: str | None, image_size: int, split: str) -> Source:
+    """Open data by its kind.
+
+    Args:
+        kind: "digits" (scikit-learn's), "folder" (one subfolder a class) or "idx" (MNIST's file format).
+        path: the folder of the data, where a leading ~ is the home folder; None or "" for the digits.
+        image_size: side in pixels of the images handed out.
+        split: "train" or "test".
+
+    Raises:
+        UserError: an unknown kind or split, a path that is missing or not wanted, or whatever is wrong with the data.
+    """
+    if kind not in KINDS:
+        raise UserError(f"unknown data.source {kind!r}: choose one of {', '.join(KINDS)}")
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+    if kind == "digits":
+        if path:
+            raise UserError(
+                f"the digits have no data.path (it is {path}): leave it out, or set data.source to folder or idx"
+            )
+        return open_digits(image_size, split)
+    if not path:
+        raise UserError(f"data.source {kind} needs data.path: the folder that holds the data")
+    folder = Path(path).expanduser()
+    return FolderSource(folder, image_size, split) if kind == "folder" else open_idx(folder, image_size, split)

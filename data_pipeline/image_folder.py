@@ -1,0 +1,134 @@
+"""A folder of pictures, one subfolder a class."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from unite_fast.data_pipeline.images import adm_center_crop
+from unite_fast.data_pipeline.source import UnreadableSample
+from unite_fast.errors import UserError
+
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# By content, whatever the extension: ImageNet has a PNG named .JPEG. A short list, so that no file can reach those of
+# Pillow's decoders that start another program.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+_SPLIT_FOLDERS = {"train": ("train",), "test": ("val", "test")}
+
+
+class FolderSource:
+    """Pictures decoded and centre-cropped as they are read. The classes are the subfolders, sorted by name.
+
+    A class may hold further folders; a link to a folder is followed where it stands for a class, not below. Files and
+    folders that start with a dot are ignored, as is every file without an image's extension.
+    """
+
+    in_memory = False
+
+    def __init__(self, path: Path, image_size: int, split: str):
+        """
+        Args:
+            path: folder of class folders; or of train/ and val/ or test/, each a folder of class folders. Without such
+                folders the splits "train" and "test" are the same images. With them the classes of both splits are
+                those of train/, so that a label means the same in both.
+
+        Raises:
+            UserError: no such folder, no class folders in it, a class without images, or one that train/ does not have.
+        """
+        self.image_size = image_size
+        self.root = _split_folder(path, split)
+        self._files: list[str] = []
+        self._labels: list[int] = []
+        found = _subfolders(self.root)
+        if not found:
+            raise UserError(f"no class folders in {self.root}: put the images into one subfolder per class")
+        self.class_names = found
+        if self.root != path and (path / "train").is_dir():
+            self.class_names = _subfolders(path / "train")
+        for class_name in found:
+            if class_name not in self.class_names:
+                raise UserError(f"class folder {self.root / class_name} has no partner in {path / 'train'}: remove it")
+            files = _image_files(self.root, class_name)
+            if not files:
+                known = " ".join(_EXTENSIONS)
+                raise UserError(f"no images ({known}) in class folder {self.root / class_name}: add some or remove it")
+            self._files += files
+            self._labels += [self.class_names.index(class_name)] * len(files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def name(self, index: int) -> str:
+        """The file's path below the folder of classes."""
+        # A file name need not be text, nor a single line; a message must be.
+        return _one_line(os.fsencode(self._files[index]).decode(errors="backslashreplace"))
+
+    def read(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+        indices = torch.as_tensor(indices, dtype=torch.int64).tolist()
+        # numpy copies: each thread that copies with torch starts a pool of threads of its own.
+        images = np.empty((len(indices), 3, self.image_size, self.image_size), np.uint8)
+        for image, index in zip(images, indices, strict=True):
+            image[:] = self._decode(index).transpose(2, 0, 1)
+        return torch.from_numpy(images), torch.tensor([self._labels[index] for index in indices], dtype=torch.int64)
+
+    def _decode(self, index: int) -> np.ndarray:
+        """uint8 [image_size, image_size, 3]."""
+        try:
+            with Image.open(self.root / self._files[index], formats=_FORMATS) as picture:
+                return adm_center_crop(picture, self.image_size)
+        except UnidentifiedImageError:
+            raise UnreadableSample(self.name(index), "not an image of a known format") from None
+        except Exception as error:
+            # On a broken file Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
+            raise UnreadableSample(self.name(index), _one_line(str(error)) or type(error).__name__) from None
+
+
+def _split_folder(path: Path, split: str) -> Path:
+    if not path.is_dir():
+        raise UserError(f"no folder {path}: set data.path to a folder with one subfolder per class")
+    found = set(_subfolders(path))
+    names = set().union(*_SPLIT_FOLDERS.values())
+    # A class may be called "train", so one such name among others does not make a split.
+    has_splits = found and (found <= names or ("train" in found and found & {"val", "test"}))
+    if not has_splits:
+        return path
+    for name in _SPLIT_FOLDERS[split]:
+        if name in found:
+            return path / name
+    raise UserError(
+        f"no {' or '.join(_SPLIT_FOLDERS[split])} folder in {path}, which has {', '.join(sorted(found))}: add it"
+    )
+
+
+def _subfolders(path: Path) -> list[str]:
+    try:
+        with os.scandir(path) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        _refuse(error)
+
+
+def _image_files(root: Path, class_name: str) -> list[str]:
+    """Paths below `root` of the class's images, sorted."""
+    files = []
+    for folder, subfolders, names in os.walk(root / class_name, onerror=_refuse):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        below = os.path.relpath(folder, root)
+        files += [
+            os.path.join(below, name)
+            for name in names
+            if not name.startswith(".") and name.lower().endswith(_EXTENSIONS)
+        ]
+    return sorted(files)
+
+
+def _refuse(error: OSError):
+    raise UserError(f"cannot list {error.filename}: {error.strerror}; make it readable or remove it")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,13 @@
+"""The elementwise and norm work of UNITE: one file an op.
+
+Each op has a public function, which checks its arguments, and a reference body `OP_ref` in plain PyTorch, float32 inside:
+the specification, and what torch.compile fuses.
+"""
+
+from unite_fast.kernels.adaln_modulate import adaln_modulate
+from unite_fast.kernels.gated_residual_adaln import gated_residual_adaln
+from unite_fast.kernels.gated_residual_norm_adaln import gated_residual_norm_adaln
+from unite_fast.kernels.qk_norm_rope import qk_norm_rope
+from unite_fast.kernels.swiglu import swiglu
+
+__all__ = ["adaln_modulate", "gated_residual_adaln", "gated_residual_norm_adaln", "qk_norm_rope", "swiglu"]

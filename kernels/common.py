@@ -1,0 +1,26 @@
+"""What the ops share."""
+
+import torch
+from torch import Tensor
+
+
+def upcast(x: Tensor) -> Tensor:
+    """float32 of a lower precision; float32 and float64 (the tests' truth) stay as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich, arXiv 1910.07467), in float32 or better."""
+    x = upcast(x)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * upcast(weight)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift with one shift and scale a sample and channel: x [B, T, D], shift and scale [B, D]."""
+    return x * (1 + upcast(scale).unsqueeze(1)) + upcast(shift).unsqueeze(1)
+
+
+def check(condition: bool, op: str, message: str) -> None:
+    """Raise the ValueError of a caller's mistake, with the op's name in front."""
+    if not condition:
+        raise ValueError(f"{op}: {message}")

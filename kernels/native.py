@@ -1,0 +1,69 @@
+"""The C++ bodies for CPUs: `unite_fast.kernels._native`, built from kernels/csrc where a compiler is found.
+
+The extension is optional. `available()` tells whether it is here, `reason()` why not; calling a body that is missing is
+an error, never a quiet fallback.
+"""
+
+import torch
+from torch import Tensor
+
+_missing = ""
+try:
+    from unite_fast.kernels import _native
+except ImportError as error:
+    # Two different mishaps: never built, or built for another Python or with a library that is gone. The text tells.
+    _missing = (
+        f"unite_fast.kernels._native cannot be imported ({error}); install a C++ compiler and the Python headers, "
+        "then reinstall unite-fast with `pip install -v` to see the build"
+    )
+
+
+def available() -> bool:
+    """Whether the extension was built and loads."""
+    return not _missing
+
+
+def reason() -> str:
+    """Why the extension is missing and how to mend it; empty when it is here."""
+    return _missing
+
+
+def philox_words(seed: int, step: int, stream: int, draw: int, positions: Tensor, elements: int) -> Tensor:
+    """The words of `unite_fast.randomness.Philox.words`, bit by bit.
+
+    Args:
+        seed: in [0, 2**64).
+        step: in [0, 2**32).
+        stream, draw: each in [0, 2**16).
+        positions: int64 [b] on the CPU, each in [0, 2**32).
+        elements: words a sample.
+
+    Returns:
+        int64 [b, elements], words in [0, 2**32); a view of whole blocks of four, so not contiguous unless 4 divides
+        `elements`.
+    """
+    if _missing:
+        raise RuntimeError(_missing)
+    for name, value, bits in (("seed", seed, 64), ("step", step, 32), ("stream", stream, 16), ("draw", draw, 16)):
+        if not 0 <= value < 2**bits:
+            raise ValueError(f"philox_words: {name} must be in [0, 2**{bits}), got {value}")
+    if elements < 0:
+        raise ValueError(f"philox_words: elements must not be negative, got {elements}")
+    if positions.dim() != 1 or positions.dtype != torch.int64 or positions.device.type != "cpu":
+        raise ValueError(
+            "philox_words: positions must be int64 [b] on the CPU, "
+            f"got {positions.dtype} {list(positions.shape)} on {positions.device}"
+        )
+    words = torch.empty(positions.shape[0], -(-elements // 4) * 4, dtype=torch.int64)
+    # torch's thread count, so that its settings (one thread in a data worker) hold here too.
+    _native.philox_words(
+        seed,
+        step,
+        int(stream),
+        draw,
+        positions.contiguous().numpy(),
+        elements,
+        words.numpy(),
+        torch.get_num_threads(),
+    )
+    return words[:, :elements]

@@ -1,0 +1,229 @@
+"""Folders of pictures: what is found, what is decoded, and each way a folder or a file can be wrong."""
+
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unite_fast.data_pipeline import UnreadableSample, open_source
+from unite_fast.data_pipeline.images import adm_center_crop
+from unite_fast.errors import UserError
+
+SIZE = 16
+
+
+def picture(seed, height=20, width=24):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def save(path, seed=0, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(seed).save(path, **options)
+    return path
+
+
+def open_(path, split="train", size=SIZE):
+    return open_source("folder", str(path), size, split)
+
+
+def test_classes_and_files_are_sorted_and_nested_files_found(tmp_path):
+    for seed, name in enumerate(["b/2.png", "b/10.PNG", "a/z.JPEG", "a/deep/er/x.jpg", "c/1.webp", "c/0.bmp"]):
+        save(tmp_path / name, seed)
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    (tmp_path / "a" / "._z.jpg").write_text("another system's notes")
+    save(tmp_path / ".cache" / "hidden.png")
+    save(tmp_path / "a" / ".thumbs" / "hidden.png")
+    save(tmp_path / "loose.png")
+    source = open_(tmp_path)
+    assert source.class_names == ["a", "b", "c"]
+    names = [source.name(index).replace(os.sep, "/") for index in range(len(source))]
+    assert names == ["a/deep/er/x.jpg", "a/z.JPEG", "b/10.PNG", "b/2.png", "c/0.bmp", "c/1.webp"]
+
+    images, labels = source.read(range(6))
+    assert images.dtype == torch.uint8 and images.shape == (6, 3, SIZE, SIZE) and images.is_contiguous()
+    assert labels.dtype == torch.int64 and labels.tolist() == [0, 0, 1, 1, 2, 2]
+    np.testing.assert_array_equal(images[3].permute(1, 2, 0), adm_center_crop(picture(0), SIZE))
+    np.testing.assert_array_equal(images[2].permute(1, 2, 0), adm_center_crop(picture(1), SIZE))
+
+
+@pytest.mark.parametrize("held_out", ["val", "test"])
+def test_split_folders(tmp_path, held_out):
+    for name in ("train/a/0.png", "train/b/1.png", f"{held_out}/b/2.png"):
+        save(tmp_path / name)
+    (tmp_path / "annotations").mkdir()
+    train, test = open_(tmp_path), open_(tmp_path, "test")
+    assert (len(train), len(test)) == (2, 1)
+    # A label means the same class in both, though the held-out images lack one.
+    assert train.class_names == test.class_names == ["a", "b"]
+    assert test.read([0])[1].tolist() == [1]
+
+
+def test_a_held_out_class_that_is_not_trained_on(tmp_path):
+    for name in ("train/a/0.png", "val/z/1.png"):
+        save(tmp_path / name)
+    with pytest.raises(UserError, match=r"val.z has no partner"):
+        open_(tmp_path, "test")
+
+
+def test_only_train_has_no_test(tmp_path):
+    save(tmp_path / "train" / "a" / "0.png")
+    assert open_(tmp_path).class_names == ["a"]
+    with pytest.raises(UserError, match="no val or test folder"):
+        open_(tmp_path, "test")
+
+
+def test_a_class_called_train_is_a_class(tmp_path):
+    for name in ("train/0.png", "tram/1.png"):
+        save(tmp_path / name)
+    assert open_(tmp_path).class_names == ["train", "tram"]
+
+
+def test_without_split_folders_both_splits_are_the_same_images(tmp_path):
+    save(tmp_path / "a" / "0.png")
+    assert open_(tmp_path, "test").name(0) == open_(tmp_path).name(0)
+
+
+def test_wrong_folders(tmp_path):
+    with pytest.raises(UserError, match=r"no folder .*nowhere.*data\.path"):
+        open_(tmp_path / "nowhere")
+    file = save(tmp_path / "file.png")
+    with pytest.raises(UserError, match=r"no folder .*file\.png"):
+        open_(file)
+    with pytest.raises(UserError, match=f"no class folders in {tmp_path}: put the images"):
+        open_(tmp_path)
+    save(tmp_path / "a" / "0.png")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "readme.txt").write_text("soon")
+    with pytest.raises(UserError, match=r"class folder .*b: add some or remove it"):
+        open_(tmp_path)
+
+
+def test_a_link_stands_for_a_class(tmp_path):
+    save(tmp_path / "elsewhere" / "0.png")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "a").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert open_(tmp_path / "root").class_names == ["a"]
+
+
+def test_a_name_is_one_line_of_text(tmp_path):
+    save(tmp_path / "a" / "0.png")
+    try:
+        (tmp_path / "a" / "0.png").rename(os.fsdecode(os.fsencode(tmp_path / "a") + b"/\xff\n.png"))
+    except OSError:
+        pytest.skip("this file system takes text only")
+    source = open_(tmp_path)
+    assert source.name(0) == os.path.join("a", "\\xff .png")
+    source.read([0])
+
+
+def tiny_png(header, body):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def broken(kind, folder):
+    file = folder / "bad.jpg"
+    if kind == "truncated JPEG":
+        file.write_bytes(save(file).read_bytes()[:-200])
+    elif kind == "truncated PNG":
+        file = folder / "bad.png"
+        file.write_bytes(save(file).read_bytes()[:300])
+    elif kind == "truncated WebP":
+        file = folder / "bad.webp"
+        file.write_bytes(save(file).read_bytes()[:100])
+    elif kind == "text":
+        file.write_text("404 not found\n")
+    elif kind == "PostScript":
+        file.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n")
+    elif kind == "empty":
+        file.write_bytes(b"")
+    elif kind == "noise after a JPEG's first bytes":
+        file.write_bytes(b"\xff\xd8\xff\xe0" + np.random.default_rng(0).bytes(500))
+    elif kind == "bomb":
+        file = folder / "bad.png"
+        file.write_bytes(tiny_png(struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0), zlib.compress(bytes(1000))))
+    elif kind == "sliver":
+        file = folder / "bad.png"
+        Image.new("L", (2_000_000, 1)).save(file)
+    elif kind == "link to nothing":
+        file.symlink_to(folder / "gone.jpg")
+    return file
+
+
+REASONS = {
+    "truncated JPEG": "truncated",
+    "truncated PNG": None,
+    "truncated WebP": None,
+    "text": "not an image",
+    "PostScript": "not an image",
+    "empty": "not an image",
+    "noise after a JPEG's first bytes": None,
+    "bomb": "pixels",
+    "sliver": "long and narrow",
+    "link to nothing": "No such file",
+}
+
+
+@pytest.mark.parametrize("kind", REASONS)
+def test_a_broken_file_is_named_with_a_reason(tmp_path, kind):
+    save(tmp_path / "a" / "good.png")
+    name = broken(kind, tmp_path / "a").name
+    source = open_(tmp_path)
+    assert source.name(0) == os.path.join("a", name)
+    with pytest.raises(UnreadableSample, match=REASONS[kind]) as caught:
+        source.read([1, 0])
+    assert caught.value.name == source.name(0)
+    assert caught.value.reason and "\n" not in str(caught.value)
+    source.read([1])
+
+
+def test_modes(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    rgb = picture(3, SIZE, SIZE)
+    rgb.convert("CMYK").save(folder / "0_cmyk.jpg", quality=95)
+    high = np.random.default_rng(1).integers(0, 65536, (SIZE, SIZE), dtype=np.uint16)
+    Image.fromarray(high).save(folder / "1_16bit.png")
+    palette = rgb.quantize(8)
+    palette.save(folder / "2_palette.png", transparency=bytes((0, 100, 255)))
+    rgb.convert("RGBA").save(folder / "3_rgba.png")
+    rgb.convert("LA").save(folder / "4_la.png")
+    images, _ = open_(tmp_path).read(range(5))
+    images = images.permute(0, 2, 3, 1).numpy()
+    with Image.open(folder / "0_cmyk.jpg") as cmyk:
+        assert cmyk.mode == "CMYK"
+        np.testing.assert_array_equal(images[0], cmyk.convert("RGB"))
+    np.testing.assert_array_equal(images[1], np.stack([high >> 8] * 3, -1))
+    np.testing.assert_array_equal(images[2], palette.convert("RGB"))
+    np.testing.assert_array_equal(images[3], rgb)
+    np.testing.assert_array_equal(images[4], rgb.convert("L").convert("RGB"))
+
+
+def test_orientation_in_exif_is_ignored(tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    save(tmp_path / "a" / "0.png")
+    save(tmp_path / "a" / "1.png", exif=turned)
+    images, _ = open_(tmp_path).read([0, 1])
+    assert torch.equal(images[0], images[1])
+
+
+def test_a_camera_s_jpeg_with_a_second_picture_is_its_first(tmp_path):
+    (tmp_path / "a").mkdir()
+    picture(1).save(tmp_path / "a" / "0.jpg")
+    picture(1).save(tmp_path / "a" / "1.jpg", format="MPO", save_all=True, append_images=[picture(2)])
+    images, _ = open_(tmp_path).read([0, 1])
+    assert torch.equal(images[0], images[1])
+
+
+def test_the_contents_count_not_the_extension(tmp_path):
+    save(tmp_path / "a" / "0.jpg", seed=5, format="PNG")
+    images, _ = open_(tmp_path).read([0])
+    np.testing.assert_array_equal(images[0].permute(1, 2, 0), adm_center_crop(picture(5), SIZE))

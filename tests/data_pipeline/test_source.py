@@ -1,0 +1,24 @@
+"""Images in memory."""
+
+import torch
+
+from unite_fast.data_pipeline import UnreadableSample
+from unite_fast.data_pipeline.source import MemorySource
+
+
+def test_memory_source_repeats_grey_and_keeps_the_order_asked_for():
+    images = torch.arange(5, dtype=torch.uint8)[:, None, None].expand(5, 4, 4)
+    source = MemorySource("dot", images, torch.arange(5) * 10, ["a", "b"])
+    assert (len(source), source.image_size, source.class_names, source.in_memory) == (5, 4, ["a", "b"], True)
+    assert source.name(3) == "dot 3"
+    for indices in ([4, 0, 4], torch.tensor([4, 0, 4])):
+        got, labels = source.read(indices)
+        assert got.dtype == torch.uint8 and got.shape == (3, 3, 4, 4) and got.is_contiguous()
+        assert labels.dtype == torch.int64 and labels.tolist() == [40, 0, 40]
+        assert got[:, 2, 1, 1].tolist() == [4, 0, 4]
+        assert (got[:, :1] == got).all()
+
+
+def test_unreadable_sample_says_which_and_why():
+    error = UnreadableSample("a/b.jpg", "truncated")
+    assert (error.name, error.reason, str(error)) == ("a/b.jpg", "truncated", "a/b.jpg: truncated")

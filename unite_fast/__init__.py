@@ -1,0 +1,1 @@
+"""A fast trainer for UNITE: one network that is tokenizer and latent denoiser, trained in one stage."""

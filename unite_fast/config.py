@@ -1,0 +1,381 @@
+"""Recipes: typed settings, read from YAML and dotted overrides.
+
+A recipe names only what differs from the defaults below. Unknown keys, wrong types and values that make no sense are
+`UserError`s that name the dotted key. The resolved settings are saved with every run.
+"""
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import yaml
+
+from unite_fast.errors import UserError
+from unite_fast.perceptual import PerceptualConfig
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    require(value in choices, f"{key} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+@dataclass
+class EncoderConfig:
+    """The Generative Encoder. `preset: B` (M, L, XL) fills in a published size."""
+
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    in_context_tokens: int = 32
+    """Label tokens prepended before block `in_context_start`; 0 for none."""
+    in_context_start: int = 4
+    qk_norm: bool = True
+
+    def __post_init__(self):
+        check_transformer("model.encoder", self.width, self.depth, self.heads)
+        require(self.width // self.heads % 2 == 0, "model.encoder.width / heads must be even: RoPE turns pairs")
+        require(self.in_context_tokens >= 0, "model.encoder.in_context_tokens must not be negative")
+        require(
+            self.in_context_tokens == 0 or 0 <= self.in_context_start < self.depth,
+            f"model.encoder.in_context_start must be one of the blocks 0..{self.depth - 1}",
+        )
+
+
+@dataclass
+class DecoderConfig:
+    """The pixel decoder. `preset: S` (B, L) fills in a published size."""
+
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_width: int = 3072
+    embed_width: int = 768
+    """Width between the decoder's two input Linears; 768 in every published size."""
+
+    def __post_init__(self):
+        check_transformer("model.decoder", self.width, self.depth, self.heads)
+        require(self.width % 4 == 0, "model.decoder.width must be a multiple of 4: 2-D sin-cos positions")
+        require(self.mlp_width > 0 and self.embed_width > 0, "model.decoder.mlp_width and embed_width must be positive")
+
+
+def check_transformer(key: str, width: int, depth: int, heads: int) -> None:
+    require(width > 0 and depth > 0 and heads > 0, f"{key}: width, depth and heads must be positive")
+    require(width % heads == 0, f"{key}.width is {width}; it must be a multiple of heads ({heads})")
+
+
+PRESETS = {
+    EncoderConfig: {
+        "B": dict(width=768, depth=12, heads=12),
+        "M": dict(width=1024, depth=12, heads=16),
+        "L": dict(width=1024, depth=24, heads=16),
+        "XL": dict(width=1152, depth=28, heads=16),
+    },
+    DecoderConfig: {
+        "S": dict(width=384, depth=12, heads=6, mlp_width=1536),
+        "B": dict(width=768, depth=12, heads=12, mlp_width=3072),
+        "L": dict(width=1024, depth=24, heads=16, mlp_width=4096),
+    },
+}
+
+
+@dataclass
+class ModelConfig:
+    image_size: int = 256
+    """Side of the square images, pixels."""
+    patch_size: int = 16
+    latent_channels: int = 32
+    latent_tokens: int = 0
+    """0: as many as there are patches, which is also what the decoder needs."""
+    num_classes: int = 1000
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+
+    def __post_init__(self):
+        require(self.patch_size > 0 and self.image_size > 0, "model.image_size and patch_size must be positive")
+        require(
+            self.image_size % self.patch_size == 0,
+            f"model.image_size is {self.image_size}; it must be a multiple of model.patch_size ({self.patch_size})",
+        )
+        require(self.latent_channels > 1, "model.latent_channels must be at least 2: LayerNorm runs over them")
+        require(self.num_classes > 0, "model.num_classes must be positive")
+        self.latent_tokens = self.latent_tokens or self.patches
+        require(
+            self.latent_tokens == self.patches,
+            f"model.latent_tokens is {self.latent_tokens}; the decoder makes one patch of each, so it must be {self.patches}",
+        )
+
+    @property
+    def patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass
+class DataConfig:
+    source: str = "digits"
+    """digits (built into scikit-learn), folder (one folder a class) or idx (MNIST's file format)."""
+    path: str = ""
+    flip: bool = True
+    """Random horizontal flip."""
+    workers: int = 2
+    """Threads that decode images."""
+
+
+@dataclass
+class ObjectiveConfig:
+    """The joint loss. The defaults are the released recipe's."""
+
+    flow_draws: int = 3
+    """F, flow draws an image: 3 in the released recipe, 14 for the published checkpoints."""
+    flow_weight: float = 1.0
+    time_mean: float = 0.0
+    """Mean and standard deviation of the normal u in s = sigmoid(u)."""
+    time_std: float = 1.0
+    time_shift: float = 0.5
+    """a in t = a s / (1 + (a - 1) s); sampling uses the same shift."""
+    tokenize_time_max: float = 0.01
+    decoder_noise_probability: float = 0.5
+    decoder_noise_time_min: float = 0.7
+    label_drop: float = 0.1
+
+    def __post_init__(self):
+        require(self.flow_draws > 0, "objective.flow_draws must be positive")
+        require(self.time_shift > 0, "objective.time_shift must be positive")
+        for name in ("decoder_noise_probability", "decoder_noise_time_min", "label_drop", "tokenize_time_max"):
+            require(0 <= getattr(self, name) <= 1, f"objective.{name} must be in [0, 1]")
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate by optimizer step: 0 -> lr, held, cosine to lr_2, held, cosine to lr_final, held."""
+
+    lr: float = 1.0e-4
+    lr_2: float = 0.5e-4
+    lr_final: float = 1.0e-5
+    reference_batch: int = 384
+    """The three rates are for this batch size and grow in proportion to the real one; 0: take them as they are."""
+    warmup_steps: int = 0
+    hold_until: int = 0
+    decay_until: int = 0
+    """Start and end of the cosine to lr_2; decay_until 0: it never comes."""
+    final_from: int = 0
+    final_until: int = 0
+    """Start and end of the cosine to lr_final; final_until 0: it never comes, as in the released recipe."""
+
+    def __post_init__(self):
+        stages = [self.warmup_steps]
+        if self.decay_until:
+            stages += [self.hold_until, self.decay_until]
+        if self.final_until:
+            stages += [self.final_from, self.final_until]
+        require(
+            stages == sorted(stages) and stages[0] >= 0,
+            "schedule: warmup_steps <= hold_until <= decay_until (<= final_from <= final_until) must hold",
+        )
+        require(min(self.lr, self.lr_2, self.lr_final) >= 0, "schedule: learning rates must not be negative")
+
+
+@dataclass
+class OptimConfig:
+    clip_norm: float = 3.0
+    ema_decay: float = 0.9978
+    muon_momentum: float = 0.95
+    muon_dtype: str = "bfloat16"
+    """Precision of the Newton-Schulz products: bfloat16 (released) or float32 (faster on most CPUs)."""
+    adamw_betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+    """Of both optimizers."""
+
+    def __post_init__(self):
+        require(self.clip_norm > 0, "optim.clip_norm must be positive")
+        require(0 <= self.ema_decay < 1, "optim.ema_decay must be in [0, 1)")
+        require_choice("optim.muon_dtype", self.muon_dtype, ("bfloat16", "float32"))
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 1024
+    """Images an optimizer step, over all processes and micro-batches."""
+    micro_batch: int = 0
+    """Images a forward pass; 0: the whole batch at once."""
+    precision: str = "bfloat16"
+    """bfloat16 (autocast) or float32."""
+    device: str = "auto"
+    """auto (a CUDA device if there is one), cpu or cuda."""
+    compile: bool = True
+    """Compile the transformer blocks."""
+    log_every: int = 50
+    checkpoint_every: int = 1000
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps are never pruned; 0: only the newest two are kept."""
+    picture_every: int = 0
+    """Steps between sample and reconstruction grids; 0: only at the end."""
+    out: str = ""
+    """Folder of the run; empty: runs/NAME."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
+            require(getattr(self, name) > 0, f"train.{name} must be positive")
+        for name in ("micro_batch", "keep_every", "picture_every"):
+            require(getattr(self, name) >= 0, f"train.{name} must not be negative")
+        require(
+            self.micro_batch == 0 or self.batch_size % self.micro_batch == 0,
+            f"train.batch_size is {self.batch_size}; it must be a multiple of train.micro_batch ({self.micro_batch})",
+        )
+        require_choice("train.precision", self.precision, ("bfloat16", "float32"))
+        require_choice("train.device", self.device, ("auto", "cpu", "cuda"))
+
+
+@dataclass
+class SamplingConfig:
+    """How pictures are generated; spec: the released code uses dopri5."""
+
+    solver: str = "heun"
+    steps: int = 50
+    """Steps of the fixed-step solvers; dopri5 chooses its own."""
+    guidance: float = 1.0
+    """Guidance scale w; 1 is unguided."""
+    interval: tuple[float, float] = (0.1, 1.0)
+    """Guidance acts for t in (low, high)."""
+    order: str = "norm_first"
+    """norm_first: LayerNorm both predictions, then combine. cfg_first: combine, no LayerNorm."""
+    time_shift: float = 0.5
+    """The time grid is linspace(0, 1) pushed through this shift."""
+
+    def __post_init__(self):
+        require_choice("sampling.solver", self.solver, ("euler", "heun", "dopri5"))
+        require_choice("sampling.order", self.order, ("norm_first", "cfg_first"))
+        require(self.steps > 0, "sampling.steps must be positive")
+        low, high = self.interval
+        require(0 <= low <= high <= 1, "sampling.interval must be LOW,HIGH with 0 <= LOW <= HIGH <= 1")
+
+
+@dataclass
+class Config:
+    name: str = "digits"
+    """Name of the recipe and, unless train.out says otherwise, of its run folder."""
+    seed: int = 0
+    kernels: str = "reference"
+    """Which body of the kernels runs."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self):
+        require(0 <= self.seed < 2**64, "seed must be in [0, 2**64)")
+
+
+def load_config(recipe: str | None = None, overrides: tuple[str, ...] = ()) -> Config:
+    """The settings of a recipe with `key=value` overrides applied.
+
+    Args:
+        recipe: a YAML file, or the name of a recipe that ships with the package; None is `digits`.
+        overrides: for example `("train.steps=100", "model.encoder.preset=L")`.
+
+    Raises:
+        UserError: no such recipe, not YAML, an unknown key, a wrong type or an impossible value.
+    """
+    tree = read_recipe(recipe or "digits")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        require(bool(equals) and bool(key), f"{override!r} is not an override; write key=value, e.g. train.steps=100")
+        try:
+            value = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError as error:
+            raise UserError(f"{key}: {text!r} is not a value that YAML can read") from error
+        _assign(tree, key.split("."), value)
+    return from_tree(Config, tree)
+
+
+def read_recipe(recipe: str) -> dict:
+    path = Path(recipe)
+    if not path.suffix and not path.exists():
+        path = Path(str(resources.files("unite_fast") / "configs" / f"{recipe}.yaml"))
+    require(path.is_file(), f"there is no recipe {recipe}; recipes here: {', '.join(shipped_recipes())}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    require(isinstance(tree, dict), f"{path} must be a mapping of settings")
+    return tree
+
+
+def shipped_recipes() -> list[str]:
+    folder = resources.files("unite_fast") / "configs"
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _assign(tree: dict, keys: list[str], value) -> None:
+    for depth, key in enumerate(keys[:-1]):
+        tree = tree.setdefault(key, {})
+        require(isinstance(tree, dict), f"{'.'.join(keys[: depth + 1])} is a value, not a group of settings")
+    tree[keys[-1]] = value
+
+
+def from_tree(kind: type, tree: dict, path: str = ""):
+    """A dataclass from nested dictionaries, checked; `path` is the dotted name in messages."""
+    require(isinstance(tree, dict), f"{path or 'the recipe'} must be a mapping of settings, got {tree!r}")
+    hints = typing.get_type_hints(kind)
+    presets = PRESETS.get(kind, {})
+    values = {}
+    for key, value in tree.items():
+        dotted = f"{path}.{key}" if path else str(key)
+        if key == "preset" and presets:
+            require(value in presets, f"{dotted} is {value!r}; it must be one of {', '.join(presets)}")
+            values = {**presets[value], **values}
+        elif key not in hints:
+            close = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(hints)}"
+            raise UserError(f"unknown setting {dotted}{hint}")
+        elif dataclasses.is_dataclass(hints[key]):
+            values[key] = from_tree(hints[key], {} if value is None else value, dotted)
+        else:
+            values[key] = _convert(hints[key], value, dotted)
+    return kind(**values)
+
+
+def _convert(hint, value, dotted: str):
+    if typing.get_origin(hint) is tuple:
+        kinds = typing.get_args(hint)
+        if isinstance(value, str):
+            value = value.split(",")
+        ok = isinstance(value, (list, tuple)) and len(value) == len(kinds)
+        require(ok, f"{dotted} must be {len(kinds)} values, got {value!r}")
+        return tuple(_convert(kind, part, dotted) for kind, part in zip(kinds, value, strict=True))
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as text
+        except ValueError:
+            pass
+    if hint is str and value is None:
+        return ""
+    if type(value) is hint:
+        return value
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    raise UserError(f"{dotted} must be {words[hint]}, got {value!r}")
+
+
+def to_tree(config) -> dict:
+    """The nested dictionaries of a config, which `from_tree` reads back."""
+    tree = dataclasses.asdict(config)
+    return _listed(tree)
+
+
+def _listed(value):
+    """Tuples as lists, which YAML and JSON have."""
+    if isinstance(value, dict):
+        return {key: _listed(part) for key, part in value.items()}
+    return list(value) if isinstance(value, tuple) else value

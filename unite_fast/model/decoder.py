@@ -1,0 +1,74 @@
+"""The pixel decoder: a plain pre-norm vision transformer from latents to an image.
+
+Shapes: B batch, N latent tokens, C latent channels, D width, S image size, P patch size.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unite_fast.config import ModelConfig
+from unite_fast.model.layers import sincos_2d
+
+LAYER_NORM_EPS = 1e-12
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, width: int, heads: int, mlp_width: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.fc1 = nn.Linear(width, mlp_width)
+        self.fc2 = nn.Linear(mlp_width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, D] -> [B, T, D]."""
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        size = config.decoder
+        self.patch_size = config.patch_size
+        self.side = config.image_size // config.patch_size
+        self.input_proj = nn.Linear(config.latent_channels, size.embed_width)
+        self.embed = nn.Linear(size.embed_width, size.width)
+        self.cls_token = nn.Parameter(torch.zeros(size.width))
+        self.layers = nn.ModuleList(DecoderLayer(size.width, size.heads, size.mlp_width) for _ in range(size.depth))
+        self.norm = nn.LayerNorm(size.width, eps=LAYER_NORM_EPS)
+        self.pred = nn.Linear(size.width, config.patch_size**2 * 3)
+        self.register_buffer("positions", sincos_2d(self.side, size.width), persistent=False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z [B, N, C] -> image [B, 3, S, S], not clamped."""
+        x = self.embed(self.input_proj(z)) + self.positions
+        x = torch.cat((self.cls_token.expand(len(x), 1, -1).to(x.dtype), x), dim=1)
+        for layer in self.layers:
+            x = layer(x)
+        patches = self.pred(self.norm(x)[:, 1:])
+        return unpatchify(patches, self.side, self.patch_size)
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator) -> None:
+        """PyTorch's default start values (spec: "The decoder keeps..."), drawn from `generator`."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                bound = module.in_features**-0.5
+                nn.init.uniform_(module.weight, -bound, bound, generator=generator)
+                nn.init.uniform_(module.bias, -bound, bound, generator=generator)
+            elif isinstance(module, nn.LayerNorm):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.cls_token)
+
+
+def unpatchify(patches: Tensor, side: int, size: int) -> Tensor:
+    """[B, side * side, size * size * 3], inner order row, column, channel -> [B, 3, side * size, side * size]."""
+    grid = patches.view(len(patches), side, side, size, size, 3)
+    return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), 3, side * size, side * size)

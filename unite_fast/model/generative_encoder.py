@@ -1,0 +1,170 @@
+"""The Generative Encoder: one transformer that encodes images and denoises latents.
+
+Shapes: B batch, N latent tokens, P patches, L in-context tokens, T tokens of a sequence, C latent channels, D width.
+A sequence is [in-context tokens, latent tokens, patch tokens]; the first and last parts may be absent.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unite_fast import kernels
+from unite_fast.config import ModelConfig
+from unite_fast.model.layers import Attention, RMSNorm, SwiGLU, TimeEmbedding, rope_table, sincos_1d
+
+
+class Block(nn.Module):
+    """One block, from the modulated input of its attention to the modulated input of the next block's.
+
+    Cutting the network there, and not at the residual, lets each run of elementwise work between two matrix products be
+    one kernel.
+    """
+
+    def __init__(self, width: int, heads: int, qk_norm: bool):
+        super().__init__()
+        self.norm1 = RMSNorm(width)
+        self.attn = Attention(width, heads, qk_norm)
+        self.norm2 = RMSNorm(width)
+        self.mlp = SwiGLU(width)
+        self.norm3 = RMSNorm(width)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(
+        self,
+        x: Tensor,
+        h: Tensor,
+        modulation: Tensor,
+        following: tuple[Tensor, Tensor, Tensor],
+        cos: Tensor,
+        sin: Tensor,
+        wanted: slice | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            x: the residual, [B, T, D].
+            h: x normalised by norm1 and modulated, [B, T, D].
+            modulation: shift1, scale1, gate1, shift2, scale2, gate2, [B, 6 D].
+            following: norm weight [D], shift and scale [B, D] of what comes next: a block's norm1 or the final layer.
+            wanted: compute only these tokens (all of them still serve as keys and values).
+
+        Returns:
+            x and h for what comes next.
+        """
+        _, _, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
+        attended = self.attn(h, cos, sin, wanted)
+        if wanted is not None:
+            x = x[:, wanted]
+        x, h = kernels.gated_residual_adaln(
+            x, attended, gate1, self.norm2.weight, shift2, scale2, out_dtype=matmul_dtype(x)
+        )
+        return kernels.gated_residual_norm_adaln(
+            x, self.mlp(h), gate2, self.norm3.weight, *following, out_dtype=matmul_dtype(x)
+        )
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width: int, channels: int):
+        super().__init__()
+        self.norm = RMSNorm(width)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.linear = nn.Linear(width, channels)
+
+
+class GenerativeEncoder(nn.Module):
+    """See `forward`. Parameter names hold `patch_embed`, `final_layer`, `in_context_posemb` and `latent_tokens` because the
+    optimizer tells parameters apart by them (spec: Optimizers)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        size = config.encoder
+        self.in_context = size.in_context_tokens
+        self.in_context_start = size.in_context_start
+        self.no_class = config.num_classes
+        self.input_proj = nn.Linear(config.latent_channels, size.width)
+        self.latent_tokens = nn.Parameter(torch.empty(1, config.latent_tokens, size.width))
+        self.patch_embed = nn.Conv2d(3, size.width, config.patch_size, config.patch_size)
+        self.time_embed = TimeEmbedding(size.width)
+        # The released table has a row more than it uses; the row after the last class is "no class".
+        self.label_embed = nn.Embedding(config.num_classes + 2, size.width)
+        if self.in_context:
+            self.in_context_posemb = nn.Parameter(torch.empty(1, self.in_context, size.width))
+        self.blocks = nn.ModuleList(Block(size.width, size.heads, size.qk_norm) for _ in range(size.depth))
+        self.final_layer = FinalLayer(size.width, config.latent_channels)
+        table = rope_table(config.latent_tokens + config.patches, size.width // size.heads, self.in_context)
+        self.register_buffer("rope_cos", table[0], persistent=False)
+        self.register_buffer("rope_sin", table[1], persistent=False)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor, images: Tensor | None = None) -> Tensor:
+        """Latent tokens in, latent tokens out, not yet normalised.
+
+        Args:
+            x: registers or noisy latents, [B, N, C].
+            t: times, float32 [B].
+            labels: int64 [B]; `no_class` for none.
+            images: [B, 3, S, S] in [0, 1]; given when encoding, absent when denoising.
+
+        Returns:
+            [B, N, C], float32 or the autocast dtype.
+        """
+        n = x.shape[1]
+        x = self.input_proj(x) + self.latent_tokens
+        if images is not None:
+            x = torch.cat((x, self.patch_embed(images).flatten(2).transpose(1, 2).to(x.dtype)), dim=1)
+        label = self.label_embed(labels)
+        modulations, entries = self.modulations(F.silu(self.time_embed(t) + label))
+
+        first = self.in_context  # rows of the rotary table before this one belong to in-context tokens
+        rope = self.rope_cos[first : first + x.shape[1]], self.rope_sin[first : first + x.shape[1]]
+        wanted = slice(0, n)
+        h = kernels.adaln_modulate(x, *entries[0], out_dtype=matmul_dtype(x))
+        for i, block in enumerate(self.blocks):
+            if self.in_context and i == self.in_context_start:
+                context = (label.unsqueeze(1) + self.in_context_posemb).to(x.dtype)
+                h = torch.cat((kernels.adaln_modulate(context, *entries[i], out_dtype=h.dtype), h), dim=1)
+                x = torch.cat((context, x), dim=1)
+                rope = self.rope_cos[: x.shape[1]], self.rope_sin[: x.shape[1]]
+                wanted = slice(first, first + n)
+            last = i == len(self.blocks) - 1
+            x, h = block(x, h, modulations[i], entries[i + 1], *rope, wanted if last else None)
+        return self.final_layer.linear(h)
+
+    def modulations(self, condition: Tensor) -> tuple[list[Tensor], list[tuple[Tensor, Tensor, Tensor]]]:
+        """Every adaLN product of SiLU(c) [B, D]: each block's six vectors, and what each place that normalises and
+        modulates on the way in (the blocks' norm1 and, last, the final layer) needs: weight, shift, scale."""
+        layers = [block.modulation for block in self.blocks]
+        modulations = [layer(condition) for layer in layers]
+        entries = []
+        for block, modulation in zip(self.blocks, modulations, strict=True):
+            shift, scale = modulation.chunk(6, dim=-1)[:2]
+            entries.append((block.norm1.weight, shift, scale))
+        shift, scale = self.final_layer.modulation(condition).chunk(2, dim=-1)
+        entries.append((self.final_layer.norm.weight, shift, scale))
+        return modulations, entries
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator) -> None:
+        """The released start values (spec: "Start values"), drawn from `generator`."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+        for layer in [*(block.modulation for block in self.blocks), self.final_layer.modulation, self.final_layer.linear]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.latent_tokens.copy_(sincos_1d(torch.arange(self.latent_tokens.shape[1]), self.latent_tokens.shape[2]))
+        kernel = self.patch_embed.weight
+        nn.init.xavier_uniform_(kernel.view(kernel.shape[0], -1), generator=generator)
+        nn.init.zeros_(self.patch_embed.bias)
+        nn.init.normal_(self.time_embed.frequencies, generator=generator)
+        for weight in (self.time_embed.fc1.weight, self.time_embed.fc2.weight, self.label_embed.weight):
+            nn.init.normal_(weight, std=0.02, generator=generator)
+        if self.in_context:
+            nn.init.normal_(self.in_context_posemb, std=0.02, generator=generator)
+
+
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """What a Linear will cast its input to: writing that dtype at once saves a pass over memory."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

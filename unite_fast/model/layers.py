@@ -1,0 +1,97 @@
+"""The parts of the Generative Encoder.
+
+Shapes: B batch, T tokens, D width, H heads, K head dimension.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unite_fast import kernels
+
+
+class RMSNorm(nn.Module):
+    """Holds the weight of an RMSNorm; the fused ops in `unite_fast.kernels` apply it."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+
+class TimeEmbedding(nn.Module):
+    """Random Fourier features of t (Tancik et al., arXiv 2006.10739) and a two-layer MLP, in float32."""
+
+    def __init__(self, width: int, frequencies: int = 256):
+        super().__init__()
+        self.register_buffer("frequencies", torch.empty(frequencies))
+        self.fc1 = nn.Linear(2 * frequencies, width)
+        self.fc2 = nn.Linear(width, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t [B] in [0, 1] -> [B, D], float32."""
+        with torch.autocast(t.device.type, enabled=False):
+            angle = 2 * math.pi * t[:, None] * self.frequencies
+            features = torch.cat((angle.sin(), angle.cos()), dim=-1)
+            return self.fc2(F.silu(self.fc1(features)))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with normalised, rotated queries and keys."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = RMSNorm(width // heads) if qk_norm else None
+        self.k_norm = RMSNorm(width // heads) if qk_norm else None
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, wanted: slice | None = None) -> Tensor:
+        """x [B, T, D], cos and sin [T, K / 2] -> [B, T, D], or only the `wanted` tokens of it."""
+        q_weight = None if self.q_norm is None else self.q_norm.weight
+        k_weight = None if self.k_norm is None else self.k_norm.weight
+        q, k, v = kernels.qk_norm_rope(self.qkv(x), self.heads, q_weight, k_weight, cos, sin)
+        if wanted is not None:
+            q = q[:, :, wanted]
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """Linear, SiLU(u) * w, Linear. The hidden width is int(2/3 * 4 D)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        hidden = int(2 / 3 * 4 * width)
+        self.fc_in = nn.Linear(width, 2 * hidden)
+        self.fc_out = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc_out(kernels.swiglu(self.fc_in(x)))
+
+
+def rope_table(positions: int, head_dim: int, unrotated: int = 0, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles, each float32 [unrotated + positions, head_dim / 2].
+
+    The first `unrotated` rows turn by nothing: they are for tokens without a position. Pair i of position p turns by
+    p * theta^(-2i / head_dim).
+    """
+    rates = theta ** (-torch.arange(0, head_dim, 2).double() / head_dim)
+    angle = torch.outer(torch.arange(positions).double(), rates)
+    angle = torch.cat((angle.new_zeros(unrotated, head_dim // 2), angle))
+    return angle.cos().float(), angle.sin().float()
+
+
+def sincos_1d(positions: Tensor, width: int) -> Tensor:
+    """Sines, then cosines, of positions at width / 2 geometric rates (Vaswani et al., arXiv 1706.03762): float32 [n, width]."""
+    rates = 10000.0 ** (-torch.arange(width // 2).double() / (width // 2))
+    angle = torch.outer(positions.double(), rates)
+    return torch.cat((angle.sin(), angle.cos()), dim=-1).float()
+
+
+def sincos_2d(side: int, width: int) -> Tensor:
+    """Positions of a side x side grid in row-major order, column in the first half of the channels, row in the second:
+    float32 [side * side, width]."""
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    return torch.cat((sincos_1d(column.flatten(), width // 2), sincos_1d(row.flatten(), width // 2)), dim=-1)

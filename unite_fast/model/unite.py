@@ -1,0 +1,48 @@
+"""UNITE: the Generative Encoder, the LayerNorm that both its jobs share, and the decoder.
+
+The model never calls a random generator: every draw is an argument.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from unite_fast.config import ModelConfig
+from unite_fast.model.decoder import Decoder
+from unite_fast.model.generative_encoder import GenerativeEncoder
+
+
+class UNITE(nn.Module):
+    """B batch, N latent tokens, C latent channels, S image size."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = GenerativeEncoder(config)
+        self.latent_norm = nn.LayerNorm(config.latent_channels)
+        self.decoder = Decoder(config)
+
+    @classmethod
+    def create(cls, config: ModelConfig, seed: int) -> "UNITE":
+        """A model with start values, the same on every machine and for every number of processes."""
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        model = cls(config)
+        model.encoder.initialize(generator)
+        model.decoder.initialize(generator)
+        return model
+
+    def tokenize(self, images: Tensor, registers: Tensor, t: Tensor) -> Tensor:
+        """Encode images: [B, 3, S, S] in [0, 1], registers ~ N(0, 1) [B, N, C], t ~ U(0, 0.01) [B] -> latents [B, N, C]."""
+        no_class = torch.full((len(images),), self.config.num_classes, device=images.device)
+        return self.latent_norm(self.encoder(registers, t, no_class, images))
+
+    def denoise(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """Predict clean latents from noisy ones: [B, N, C], t [B], labels int64 [B] (num_classes: none) -> [B, N, C]."""
+        return self.latent_norm(self.encoder(x_t, t, labels))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents [B, N, C] -> images [B, 3, S, S], not clamped."""
+        return self.decoder(z)
+
+    @property
+    def device(self) -> torch.device:
+        return self.latent_norm.weight.device

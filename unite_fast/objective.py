@@ -1,0 +1,106 @@
+"""The joint loss of one training step (spec: "One training step").
+
+B images of a micro-batch, N latent tokens, C latent channels, F flow draws an image.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unite_fast import flow
+from unite_fast.config import Config, ObjectiveConfig
+from unite_fast.model.unite import UNITE
+from unite_fast.perceptual import LPIPS
+from unite_fast.randomness import Philox, Stream
+
+
+@dataclass
+class StepDraws:
+    """Every random number of one step but the LPIPS dropout."""
+
+    registers: Tensor
+    """N(0, 1), [B, N, C]."""
+    recon_time: Tensor
+    """Time of the tokenizer pass, [B]."""
+    decoder_noise_mask: Tensor
+    """Whose latents the decoder gets noisy, bool [B]."""
+    decoder_noise_time: Tensor
+    """[B]."""
+    decoder_noise: Tensor
+    """N(0, 1), [B, N, C]."""
+    flow_time: Tensor
+    """[F, B]."""
+    flow_noise: Tensor
+    """N(0, 1), [F, B, N, C]."""
+    label_drop: Tensor
+    """Whose label becomes "no class", bool [F, B]."""
+
+
+def draw_step(config: ObjectiveConfig, philox: Philox, latents: tuple[int, int]) -> StepDraws:
+    """The draws of `philox`'s step and samples; `latents` is (N, C)."""
+
+    def each_draw(draw_one) -> Tensor:
+        return torch.stack([draw_one(draw) for draw in range(config.flow_draws)])
+
+    noisy_from = config.decoder_noise_time_min
+    normal_time = each_draw(lambda draw: philox.normal(Stream.FLOW_TIME, draw=draw))
+    return StepDraws(
+        registers=philox.normal(Stream.REGISTERS, latents),
+        recon_time=config.tokenize_time_max * philox.uniform(Stream.RECON_TIME),
+        decoder_noise_mask=philox.uniform(Stream.DECODER_NOISE_MASK) < config.decoder_noise_probability,
+        decoder_noise_time=noisy_from + (1 - noisy_from) * philox.uniform(Stream.DECODER_NOISE_TIME),
+        decoder_noise=philox.normal(Stream.DECODER_NOISE, latents),
+        flow_time=flow.shift_time(
+            torch.sigmoid(config.time_mean + config.time_std * normal_time), config.time_shift
+        ),
+        flow_noise=each_draw(lambda draw: philox.normal(Stream.FLOW_NOISE, latents, draw)),
+        label_drop=each_draw(lambda draw: philox.uniform(Stream.LABEL_DROP, draw=draw)) < config.label_drop,
+    )
+
+
+@dataclass
+class Losses:
+    """Means over the micro-batch, float32 scalars."""
+
+    total: Tensor
+    l1: Tensor
+    flow: Tensor
+    """Sum over the F draws."""
+    lpips: Tensor
+    """Zero where LPIPS is off."""
+
+
+def training_losses(
+    model: UNITE,
+    images: Tensor,
+    labels: Tensor,
+    draws: StepDraws,
+    config: Config,
+    lpips: LPIPS | None = None,
+    lpips_dropout: list[Tensor] | None = None,
+) -> Losses:
+    """images float32 [B, 3, S, S] in [0, 1], labels int64 [B]. Gradient flows from `Losses.total`."""
+    z = model.tokenize(images, draws.registers, draws.recon_time)
+    recon = model.decode(noise_decoder_input(z, draws)).float()
+    l1 = (recon - images).abs().mean()
+    perceptual = l1.new_zeros(()) if lpips is None else lpips(images, recon, lpips_dropout).mean()
+    flow_sum = flow_losses(model, z.detach(), labels, draws)
+    total = l1 + config.perceptual.weight * perceptual + config.objective.flow_weight * flow_sum
+    return Losses(total, l1.detach(), flow_sum.detach(), perceptual.detach())
+
+
+def noise_decoder_input(z: Tensor, draws: StepDraws) -> Tensor:
+    """Latents [B, N, C], those under the mask mixed with noise."""
+    noisy = flow.interpolate(z, draws.decoder_noise, draws.decoder_noise_time)
+    return torch.where(draws.decoder_noise_mask[:, None, None], noisy, z)
+
+
+def flow_losses(model: UNITE, z: Tensor, labels: Tensor, draws: StepDraws) -> Tensor:
+    """Sum over the F draws of the mean loss over the batch. The draws share one forward pass, as F B samples."""
+    flow_draws = len(draws.flow_time)
+    z = z.repeat(flow_draws, 1, 1)
+    t = draws.flow_time.flatten()
+    labels = torch.where(draws.label_drop, model.config.num_classes, labels).flatten()
+    prediction = model.denoise(flow.interpolate(z, draws.flow_noise.flatten(0, 1), t), t, labels)
+    return flow.flow_loss(z, prediction, t).mean() * flow_draws

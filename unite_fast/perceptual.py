@@ -1,0 +1,334 @@
+"""LPIPS, the perceptual distance of the reconstruction loss, on VGG16.
+
+Zhang, Isola, Efros, Shechtman, Wang, "The unreasonable effectiveness of deep features as a perceptual metric"
+(arXiv 1801.03924, equation 1), on the 13 convolutions of VGG16 (Simonyan, Zisserman, arXiv 1409.1556, table 1, D):
+
+    d(x, y) = sum_l mean_hw sum_c  w_lc m_lchw (x_lchw / |x_lhw| - y_lchw / |y_lhw|)^2
+
+x_l and y_l are the features after relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, w_l >= 0 the learned linear weights
+(version 0.1) and m_l the dropout mask of the released training (0 or 2), absent everywhere else.
+
+The weights come from two files that the user names; nothing is downloaded. torchvision itself is not needed.
+"""
+
+import hashlib
+import math
+import os
+import re
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from unite_fast.errors import UserError
+from unite_fast.randomness import Philox, Stream
+
+# The convolutions before each tap: (index in torchvision's `features`, channels in, channels out).
+_BLOCKS = (
+    ((0, 3, 64), (2, 64, 64)),
+    ((5, 64, 128), (7, 128, 128)),
+    ((10, 128, 256), (12, 256, 256), (14, 256, 256)),
+    ((17, 256, 512), (19, 512, 512), (21, 512, 512)),
+    ((24, 512, 512), (26, 512, 512), (28, 512, 512)),
+)
+_TAP_CHANNELS = tuple(block[-1][2] for block in _BLOCKS)
+_SMALLEST_SIDE = 2 ** (len(_BLOCKS) - 1)  # four poolings leave one pixel
+
+# ImageNet's mean and deviation for pixels in [-1, 1], as LPIPS 0.1 rounds them.
+_SHIFT = (-0.030, -0.088, -0.188)
+_SCALE = (0.458, 0.448, 0.450)
+_NORM_EPS = 1e-10
+
+VGG_SHAPES: dict[str, tuple[int, ...]] = {
+    name: shape
+    for block in _BLOCKS
+    for index, inputs, outputs in block
+    for name, shape in (
+        (f"features.{index}.weight", (outputs, inputs, 3, 3)),
+        (f"features.{index}.bias", (outputs,)),
+    )
+}
+"""The tensors that `LPIPS` reads from torchvision's VGG16 file, name -> shape."""
+
+LINEAR_SHAPES: dict[str, tuple[int, ...]] = {
+    f"lin{layer}.model.1.weight": (1, channels, 1, 1) for layer, channels in enumerate(_TAP_CHANNELS)
+}
+"""The tensors that `LPIPS` reads from the file of linear weights, name -> shape."""
+
+
+@dataclass(frozen=True)
+class _WeightFile:
+    """A published file of weights: how the settings call it, what it is, and how to know it."""
+
+    setting: str
+    variable: str
+    source: str
+    size: int
+    sha256: str
+
+
+# Size and digest of vgg.pth were taken from the lpips 0.1.4 wheel; those of VGG16 are the published ones (its name
+# carries the first 8 hex digits).
+_VGG_FILE = _WeightFile(
+    setting="vgg",
+    variable="UNITE_FAST_VGG16",
+    source="torchvision's vgg16-397923af.pth",
+    size=553_433_881,
+    sha256="397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+)
+_LPIPS_FILE = _WeightFile(
+    setting="lpips",
+    variable="UNITE_FAST_LPIPS",
+    source="vgg.pth from weights/v0.1 of the lpips package",
+    size=7_289,
+    sha256="a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+)
+
+
+@dataclass
+class PerceptualConfig:
+    """The LPIPS part of the reconstruction loss.
+
+    Attributes:
+        weight: factor of LPIPS in the reconstruction loss; 0 switches it off, and no file is needed.
+        vgg_path: torchvision's vgg16-397923af.pth; empty: the environment variable UNITE_FAST_VGG16.
+        lpips_path: vgg.pth from weights/v0.1 of the lpips package; empty: the environment variable UNITE_FAST_LPIPS.
+        vgg_sha256: SHA-256 of that VGG16 file in hex, or its first digits (8 at least).
+        lpips_sha256: SHA-256 of that file of linear weights in hex, or its first digits (8 at least).
+        dropout: drop half of the squared differences while training, as the released training does.
+        input_range: "unit": images in [0, 1] go in as they are, as in the released training; "signed": they are mapped
+            to [-1, 1], as LPIPS is defined.
+    """
+
+    weight: float = 0.0
+    vgg_path: str = ""
+    lpips_path: str = ""
+    vgg_sha256: str = _VGG_FILE.sha256
+    lpips_sha256: str = _LPIPS_FILE.sha256
+    dropout: bool = True
+    input_range: str = "unit"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < math.inf:
+            raise UserError(f"perceptual.weight must be a finite number, 0 or more, got {self.weight}")
+        for name in ("vgg_sha256", "lpips_sha256"):
+            if not re.fullmatch("[0-9a-fA-F]{8,64}", getattr(self, name)):
+                raise UserError(f"perceptual.{name} must be 8 to 64 hex digits, got {getattr(self, name)!r}")
+        if self.input_range not in ("unit", "signed"):
+            raise UserError(f"perceptual.input_range must be 'unit' or 'signed', got {self.input_range!r}")
+
+
+class LPIPS(nn.Module):
+    """LPIPS 0.1 on VGG16, frozen.
+
+    No parameter takes a gradient, and there is no training mode: dropout happens exactly when masks are given. The
+    convolutions run in channels-last and in the autocast dtype of the caller; normalisation, squares and sums run in
+    float32.
+
+    Args:
+        vgg: tensors with the names and shapes of `VGG_SHAPES`; others are ignored.
+        linear: tensors with the names and shapes of `LINEAR_SHAPES`; others are ignored.
+        input_range: "unit" or "signed", see `PerceptualConfig`.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, vgg: dict[str, Tensor], linear: dict[str, Tensor], input_range: str = "unit") -> None:
+        super().__init__()
+        self.input_range = input_range
+        self.blocks = nn.ModuleList(_block(vgg, layer) for layer in range(len(_BLOCKS)))
+        self.linear = nn.ParameterList(_frozen(linear[name].reshape(-1, 1, 1)) for name in LINEAR_SHAPES)
+        self.register_buffer("shift", torch.tensor(_SHIFT).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(_SCALE).reshape(3, 1, 1), persistent=False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "LPIPS":
+        """Does nothing: the module stays in evaluation mode when a parent is switched to training."""
+        return super().train(False)
+
+    def forward(self, image: Tensor, recon: Tensor, dropout_masks: Sequence[Tensor] | None = None) -> Tensor:
+        """The distance of each reconstruction from its image.
+
+        Args:
+            image: [B, 3, H, W], values in [0, 1], any float dtype, H and W at least 16. Gets no gradient.
+            recon: [B, 3, H, W], like `image` but not clamped.
+            dropout_masks: five factors [B, C_l, H_l, W_l] for the squared differences, shaped as `tap_shapes` says and
+                with 1/(1-p) included, as the function `dropout_masks` gives them. None: no dropout.
+
+        Returns:
+            float32 [B]; float64 [B] once the module and the images are float64, to check gradients with.
+
+        Raises:
+            ValueError: for another shape than these.
+        """
+        if image.shape != recon.shape or image.dim() != 4 or image.shape[1] != 3:
+            raise ValueError(f"image and recon must both be [B, 3, H, W], got {image.shape} and {recon.shape}")
+        if min(image.shape[2:]) < _SMALLEST_SIDE:
+            raise ValueError(f"VGG16 needs sides of {_SMALLEST_SIDE} pixels or more, got {tuple(image.shape[2:])}")
+        masks = (None,) * len(_BLOCKS) if dropout_masks is None else dropout_masks
+        if len(masks) != len(_BLOCKS):
+            raise ValueError(f"dropout_masks must hold {len(_BLOCKS)} tensors, got {len(masks)}")
+
+        # Block by block, so that a target feature is freed as soon as its successor and its distance exist.
+        x, y = self._scaled(image.detach()), self._scaled(recon)
+        distances = []
+        for block, weight, mask in zip(self.blocks, self.linear, masks, strict=True):
+            with torch.no_grad():
+                x = block(x)
+            y = block(y)
+            distances.append(_tap_distance(x, y, weight, mask))
+        return torch.stack(distances).sum(dim=0)
+
+    def _scaled(self, image: Tensor) -> Tensor:
+        image = _wide(image)
+        if self.input_range == "signed":
+            image = 2 * image - 1
+        return ((image - self.shift) / self.scale).contiguous(memory_format=torch.channels_last)
+
+
+def tap_shapes(height: int, width: int) -> list[tuple[int, int, int]]:
+    """The shapes (C, H, W) of an image's five features: each pooling halves both sides, rounding down."""
+    return [(channels, height >> layer, width >> layer) for layer, channels in enumerate(_TAP_CHANNELS)]
+
+
+def dropout_masks(philox: Philox, shapes: Sequence[tuple[int, int, int]]) -> list[Tensor]:
+    """The masks of dropout with p = 1/2: 0 or 1/(1-p) = 2, each with probability 1/2.
+
+    One random bit decides one element: word `(h W + w) C/32 + j` of draw `layer` holds the channels 32 j to 32 j + 31
+    of pixel (h, w), lowest bit first. So the channels of a pixel share words, and a 256 x 256 image costs 0.25 M words
+    instead of 8 M.
+
+    Args:
+        philox: the draws of the step.
+        shapes: (C, H, W) of each feature, C a multiple of 32; see `tap_shapes`.
+
+    Returns:
+        uint8 [b, C, H, W] for each shape, channels-last like the features: one byte an element.
+
+    Raises:
+        ValueError: if C is no multiple of 32.
+    """
+    device = philox.positions.device
+    byte_shifts = torch.arange(0, 32, 8, device=device)
+    bit_shifts = torch.arange(8, dtype=torch.uint8, device=device)
+    masks = []
+    for layer, (c, h, w) in enumerate(shapes):
+        if c % 32 != 0:
+            raise ValueError(f"dropout_masks needs a multiple of 32 channels, got {c}")
+        words = philox.words(Stream.LPIPS_DROPOUT, (h, w, c // 32), draw=layer)
+        # By way of bytes, since 32 int64 a word would take eight times the memory of the mask.
+        octets = ((words[..., None] >> byte_shifts) & 0xFF).to(torch.uint8)
+        keep = (octets[..., None] >> bit_shifts) & 1
+        masks.append((2 * keep).flatten(-3).permute(0, 3, 1, 2))
+    return masks
+
+
+def load_lpips(config: PerceptualConfig) -> LPIPS:
+    """LPIPS with the weights of the two files that `config` or the environment names, on the CPU in float32.
+
+    Raises:
+        UserError: a path is not set, or its file is missing, of another size or SHA-256 than expected, no file of
+            `torch.save`, or without the tensors of VGG16 or LPIPS.
+    """
+    vgg = _load(_VGG_FILE, config.vgg_path, config.vgg_sha256, VGG_SHAPES)
+    linear = _load(_LPIPS_FILE, config.lpips_path, config.lpips_sha256, LINEAR_SHAPES)
+    return LPIPS(vgg, linear, config.input_range)
+
+
+def _block(vgg: dict[str, Tensor], layer: int) -> nn.Sequential:
+    """What lies between two taps: pooling (but not before the first), then convolutions, each with its ReLU."""
+    modules: list[nn.Module] = [nn.MaxPool2d(2)] if layer > 0 else []
+    for index, inputs, outputs in _BLOCKS[layer]:
+        # On "meta", so that no start values are drawn for weights that are replaced at once.
+        conv = nn.Conv2d(inputs, outputs, 3, padding=1, device="meta")
+        conv.weight = _frozen(vgg[f"features.{index}.weight"], torch.channels_last)
+        conv.bias = _frozen(vgg[f"features.{index}.bias"])
+        # In place: no backward reads the convolution's output, only the ReLU's.
+        modules += [conv, nn.ReLU(inplace=True)]
+    return nn.Sequential(*modules)
+
+
+def _frozen(weight: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> nn.Parameter:
+    # A copy, since the tensor may be a view of a mapped file.
+    copy = weight.detach().to(torch.float32, copy=True).contiguous(memory_format=memory_format)
+    return nn.Parameter(copy, requires_grad=False)
+
+
+def _tap_distance(x: Tensor, y: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
+    """One term of the sum over l: x, y [B, C, H, W], weight [C, 1, 1] -> [B]."""
+    difference = (_unit(x) - _unit(y)).square()
+    if mask is not None:
+        difference = difference * mask
+    return (difference * weight).sum(dim=1).mean(dim=(1, 2))
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Each pixel's channels divided by their norm, in float32 at least."""
+    x = _wide(x)
+    # vector_norm takes 0 as its gradient where all channels are 0; that of sqrt(sum(x^2)) would be NaN.
+    return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + _NORM_EPS)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _load(file: _WeightFile, path: str, sha256: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors named in `shapes`, from a file that was checked first."""
+    key = f"perceptual.{file.setting}_path"
+    origin = key if path else file.variable
+    path = path or os.environ.get(file.variable, "")
+    if not path:
+        raise UserError(
+            f"{key} is not set: LPIPS (perceptual.weight above 0) needs {file.source}; "
+            f"fetch it and give its path there or in the environment variable {file.variable}"
+        )
+    resolved = Path(path).expanduser()
+    if not resolved.is_file():
+        raise UserError(f"{origin}: there is no file {path}; fetch {file.source} and give its path there")
+    try:
+        _check(file, resolved, sha256, origin)
+        # Only zip files can be mapped, and the published ones are older than that format; vgg.pth names a CUDA device.
+        tensors = torch.load(resolved, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(resolved))
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{origin}: {path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # torch.load has no exception of its own: pickle's, zip's, RuntimeError, EOFError, ...
+        raise UserError(
+            f"{origin}: {path} is no file of torch.save ({type(error).__name__}), not {file.source}"
+        ) from error
+
+    if not isinstance(tensors, dict):
+        raise UserError(f"{origin}: {path} holds a {type(tensors).__name__} and no tensors by name, not {file.source}")
+    for name, shape in shapes.items():
+        if not isinstance(tensors.get(name), Tensor):
+            raise UserError(f"{origin}: {path} has no tensor {name}; expected {file.source}")
+        found = tuple(tensors[name].shape)
+        if found != shape:
+            raise UserError(f"{origin}: {name} in {path} has shape {found}, expected {shape} as in {file.source}")
+    return {name: tensors[name] for name in shapes}
+
+
+def _check(file: _WeightFile, path: Path, sha256: str, origin: str) -> None:
+    """Compares size (known of the published file only) and SHA-256, or as many digits of it as `sha256` has."""
+    expected = sha256.lower()
+    size = path.stat().st_size
+    if file.sha256.startswith(expected) and size != file.size:
+        raise UserError(
+            f"{origin}: {path} has {size} bytes, {file.source} has {file.size}: a truncated download? "
+            f"To use another file on purpose, set perceptual.{file.setting}_sha256 to its digest"
+        )
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(2**20):
+            digest.update(chunk)
+    if not digest.hexdigest().startswith(expected):
+        raise UserError(
+            f"{origin}: {path} has SHA-256 {digest.hexdigest()}, expected {expected}: a broken or truncated download "
+            f"of {file.source}? To use another file on purpose, set perceptual.{file.setting}_sha256 to its digest"
+        )

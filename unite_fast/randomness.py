@@ -1,0 +1,130 @@
+"""Every random draw of a run, as a function instead of a state.
+
+Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns a
+128-bit counter and a 64-bit key into four independent 32-bit words. The key is the seed of the run, the counter says
+what is drawn:
+
+    counter = (element // 4, position, step, stream * 2**16 + draw)        key = (seed low, seed high)
+
+`position` is the sample's place in the global batch and `element` the place inside the sample's tensor, so a step
+draws the same numbers on 1 process or 64, in one batch or eight micro-batches, before or after a resume, on a CPU or
+a GPU. Word `element % 4` belongs to `element`.
+
+Torch has no unsigned 32-bit arithmetic on every device, so words travel as int64 in [0, 2**32).
+"""
+
+import enum
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_MASK = 0xFFFFFFFF
+_ROUNDS = 10
+
+
+class Stream(enum.IntEnum):
+    """What a draw is for. The numbers are part of the definition of a run: append, never renumber."""
+
+    REGISTERS = 0
+    RECON_TIME = 1
+    DECODER_NOISE_MASK = 2
+    DECODER_NOISE = 3
+    DECODER_NOISE_TIME = 4
+    FLOW_TIME = 5
+    FLOW_NOISE = 6
+    LABEL_DROP = 7
+    FLIP = 8
+    LPIPS_DROPOUT = 9
+    SAMPLE_NOISE = 10
+    EPOCH_ORDER = 11
+
+
+def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
+    """Ten rounds of Philox4x32.
+
+    Args:
+        counter: int64 [..., 4], words in [0, 2**32).
+        key: two words in [0, 2**32).
+
+    Returns:
+        int64 [..., 4], words in [0, 2**32).
+    """
+    c0, c1, c2, c3 = counter.unbind(-1)
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        high0, low0 = _multiply(c0, _MULTIPLIER_0)
+        high1, low1 = _multiply(c2, _MULTIPLIER_1)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL_0) & _MASK, (k1 + _WEYL_1) & _MASK
+    return torch.stack((c0, c1, c2, c3), dim=-1)
+
+
+def _multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+    """High and low words of a 32 x 32 bit product, from two 48-bit products that fit in int64."""
+    upper = (word >> 16) * constant
+    lower = (word & 0xFFFF) * constant
+    middle = (upper & _MASK) + (lower >> 16)  # both terms below 2**33: no overflow
+    low = ((middle << 16) | (lower & 0xFFFF)) & _MASK
+    high = ((upper >> 32) << 16) + (middle >> 16)
+    return high & _MASK, low
+
+
+@dataclass(frozen=True)
+class Philox:
+    """The draws of one step for some samples of the global batch.
+
+    Attributes:
+        seed: the run's seed, in [0, 2**64).
+        step: the optimizer step, in [0, 2**32).
+        positions: int64 [b], the samples' places in the global batch, on the device that shall hold the draws.
+    """
+
+    seed: int
+    step: int
+    positions: Tensor
+
+    def words(self, stream: Stream, shape: tuple[int, ...], draw: int = 0) -> Tensor:
+        """Raw 32-bit words, int64 [b, *shape]. `draw` tells apart repeated draws of one stream (below 2**16)."""
+        elements = math.prod(shape)
+        blocks = -(-elements // 4)
+        b = self.positions.shape[0]
+        counter = self.positions.new_empty(b, blocks, 4)
+        counter[..., 0] = torch.arange(blocks, device=self.positions.device)
+        counter[..., 1] = self.positions[:, None]
+        counter[..., 2] = self.step
+        counter[..., 3] = (int(stream) << 16) + draw
+        words = philox4x32(counter, (self.seed & _MASK, self.seed >> 32))
+        return words.reshape(b, blocks * 4)[:, :elements].reshape(b, *shape)
+
+    def uniform(self, stream: Stream, shape: tuple[int, ...] = (), draw: int = 0) -> Tensor:
+        """U(0, 1), both ends excluded, float32 [b, *shape]: the 23 high bits of a word, at the middle of their cell.
+
+        23 and not 24: the middle of the last of 2**24 cells would round to 1.
+        """
+        words = self.words(stream, shape, draw)
+        return ((words >> 9).float() + 0.5) * 2.0**-23
+
+    def normal(self, stream: Stream, shape: tuple[int, ...] = (), draw: int = 0) -> Tensor:
+        """N(0, 1), float32 [b, *shape], by Box and Muller (1958).
+
+        Words 0 and 1 of a block give its normals 0 and 1, words 2 and 3 its normals 2 and 3. The functions are taken in
+        float64 and rounded once, so every other body can be held to this one by units in the last place.
+        """
+        elements = math.prod(shape)
+        b = self.positions.shape[0]
+        pairs = self.words(stream, (-(-elements // 4) * 2, 2), draw).double()
+        radius = ((pairs[..., 0] + 0.5) * 2.0**-32).log_().mul_(-2.0).sqrt_()
+        angle = pairs[..., 1] * (2.0 * math.pi * 2.0**-32)
+        normals = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
+        return normals.reshape(b, -1)[:, :elements].reshape(b, *shape).float()
+
+
+def permutation(seed: int, epoch: int, length: int) -> Tensor:
+    """The order of one epoch: a uniformly random permutation, int64 [length], the same on every machine."""
+    words = Philox(seed, epoch, torch.arange(length)).words(Stream.EPOCH_ORDER, (2,))
+    # 63 random bits a sample; a tie is broken by the sample's number, since the sort is stable.
+    return torch.argsort((words[:, 0] << 31) | (words[:, 1] >> 1), stable=True)

@@ -1,0 +1,87 @@
+"""What a run is made of between two steps: weights, optimizers, averages, step number."""
+
+import torch
+from torch import Tensor
+
+from unite_fast.config import Config
+from unite_fast.model.unite import UNITE
+from unite_fast.optim.ema import EMA
+from unite_fast.optim.groups import split_parameters
+from unite_fast.optim.muon import Muon
+from unite_fast.optim.schedule import learning_rate
+
+
+class TrainState:
+    """
+    Attributes:
+        model: the weights that train.
+        muon, adamw: the two optimizers.
+        ema: averages of the weights, which sampling and evaluation use.
+        step: optimizer steps done.
+    """
+
+    def __init__(self, model: UNITE, config: Config):
+        self.model = model
+        self.config = config
+        self.step = 0
+        self.ema = EMA(model, config.optim.ema_decay)
+        self.muon_parameters, self.adamw_parameters = split_parameters(model)
+        optim = config.optim
+        self.muon = Muon(
+            self.muon_parameters.values(), 0.0, optim.muon_momentum, optim.eps, getattr(torch, optim.muon_dtype)
+        )
+        self.adamw = torch.optim.AdamW(
+            self.adamw_parameters.values(), 0.0, optim.adamw_betas, optim.eps, weight_decay=0.0, fused=True
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        """Rate of the step to come."""
+        return learning_rate(self.config.schedule, self.config.train.batch_size, self.step)
+
+    @property
+    def last_learning_rate(self) -> float:
+        return learning_rate(self.config.schedule, self.config.train.batch_size, self.step - 1)
+
+    def apply_gradients(self) -> Tensor:
+        """Clip, step both optimizers, update the averages, clear the gradients.
+
+        Returns:
+            Norm of all gradients before clipping, a scalar on the model's device.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
+        for optimizer in (self.muon, self.adamw):
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate
+            optimizer.step()
+        self.ema.update()
+        self.model.zero_grad(set_to_none=True)
+        self.step += 1
+        return norm
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that a checkpoint holds, by name."""
+        named = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        named |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
+        for optimizer, parameters in self._optimizers():
+            for name, parameter in parameters.items():
+                for key, value in optimizer.state[parameter].items():
+                    named[f"optim.{name}.{key}"] = value
+        return named
+
+    def load_tensors(self, named: dict[str, Tensor]) -> None:
+        """Take up what `tensors` gave."""
+        self.model.load_state_dict(_below(named, "model."))
+        self.ema.load_state_dict(_below(named, "ema."))
+        for optimizer, parameters in self._optimizers():
+            for name, parameter in parameters.items():
+                state = _below(named, f"optim.{name}.")
+                # AdamW's step counter is a scalar that lives beside the parameter's moments.
+                optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+
+    def _optimizers(self):
+        return ((self.muon, self.muon_parameters), (self.adamw, self.adamw_parameters))
+
+
+def _below(named: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
