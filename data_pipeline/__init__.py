@@ -1,7 +1,8 @@
 """Images and labels for the trainer: where they come from (sources) and in which order (the loader)."""
 
 from unite_fast.data_pipeline.catalog import open_source
+from unite_fast.data_pipeline.image_folder import read_image
 from unite_fast.data_pipeline.loader import Batch, Loader
 from unite_fast.data_pipeline.source import Source, UnreadableSample
 
-__all__ = ["Batch", "Loader", "Source", "UnreadableSample", "open_source"]
+__all__ = ["Batch", "Loader", "Source", "UnreadableSample", "open_source", "read_image"]

@@ -72,19 +72,28 @@ class FolderSource:
         # numpy copies: each thread that copies with torch starts a pool of threads of its own.
         images = np.empty((len(indices), 3, self.image_size, self.image_size), np.uint8)
         for image, index in zip(images, indices, strict=True):
-            image[:] = self._decode(index).transpose(2, 0, 1)
+            path = self.root / self._files[index]
+            image[:] = read_image(path, self.image_size, self.name(index)).transpose(2, 0, 1)
         return torch.from_numpy(images), torch.tensor([self._labels[index] for index in indices], dtype=torch.int64)
 
-    def _decode(self, index: int) -> np.ndarray:
-        """uint8 [image_size, image_size, 3]."""
-        try:
-            with Image.open(self.root / self._files[index], formats=_FORMATS) as picture:
-                return adm_center_crop(picture, self.image_size)
-        except UnidentifiedImageError:
-            raise UnreadableSample(self.name(index), "not an image of a known format") from None
-        except Exception as error:
-            # On a broken file Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
-            raise UnreadableSample(self.name(index), _one_line(str(error)) or type(error).__name__) from None
+
+def read_image(path: str | Path, image_size: int, name: str | None = None) -> np.ndarray:
+    """One picture file, decoded and centre-cropped: uint8 [image_size, image_size, 3].
+
+    Raises:
+        UnreadableSample: the file is missing, broken or no picture; `name` stands for the path in the message.
+    """
+    name = name or str(path)
+    try:
+        with Image.open(path, formats=_FORMATS) as picture:
+            return adm_center_crop(picture, image_size)
+    except UnidentifiedImageError:
+        raise UnreadableSample(name, "not an image of a known format") from None
+    except OSError as error:
+        raise UnreadableSample(name, error.strerror or _one_line(str(error))) from None
+    except Exception as error:
+        # On a broken file Pillow's decoders raise SyntaxError, ValueError, struct.error and more.
+        raise UnreadableSample(name, _one_line(str(error)) or type(error).__name__) from None
 
 
 def _split_folder(path: Path, split: str) -> Path:

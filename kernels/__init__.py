@@ -1,7 +1,7 @@
 """The elementwise and norm work of UNITE: one file an op.
 
-Each op has a public function, which checks its arguments, and a reference body `OP_ref` in plain PyTorch, float32 inside:
-the specification, and what torch.compile fuses.
+Each op has a public function, which checks its arguments, and a reference body `OP_ref` in plain PyTorch, float32
+inside: the specification, and what torch.compile fuses.
 """
 
 from unite_fast.kernels.adaln_modulate import adaln_modulate

@@ -108,7 +108,7 @@ class ModelConfig:
         self.latent_tokens = self.latent_tokens or self.patches
         require(
             self.latent_tokens == self.patches,
-            f"model.latent_tokens is {self.latent_tokens}; the decoder makes one patch of each, so it must be {self.patches}",
+            f"model.latent_tokens is {self.latent_tokens}; it must be {self.patches}: the decoder makes a patch of each",
         )
 
     @property

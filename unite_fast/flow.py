@@ -10,7 +10,7 @@ MIN_TIME_LEFT = 0.05
 
 
 def shift_time(s: Tensor, shift: float) -> Tensor:
-    """t = a s / (1 + (a - 1) s): for a < 1, more time is spent near the noise (Esser et al., arXiv 2403.03206, eq. 23)."""
+    """t = a s / (1 + (a - 1) s); a < 1 spends more time near the noise (Esser et al., arXiv 2403.03206, eq. 23)."""
     return shift * s / (1 + (shift - 1) * s)
 
 

@@ -51,9 +51,7 @@ def draw_step(config: ObjectiveConfig, philox: Philox, latents: tuple[int, int])
         decoder_noise_mask=philox.uniform(Stream.DECODER_NOISE_MASK) < config.decoder_noise_probability,
         decoder_noise_time=noisy_from + (1 - noisy_from) * philox.uniform(Stream.DECODER_NOISE_TIME),
         decoder_noise=philox.normal(Stream.DECODER_NOISE, latents),
-        flow_time=flow.shift_time(
-            torch.sigmoid(config.time_mean + config.time_std * normal_time), config.time_shift
-        ),
+        flow_time=flow.shift_time(torch.sigmoid(config.time_mean + config.time_std * normal_time), config.time_shift),
         flow_noise=each_draw(lambda draw: philox.normal(Stream.FLOW_NOISE, latents, draw)),
         label_drop=each_draw(lambda draw: philox.uniform(Stream.LABEL_DROP, draw=draw)) < config.label_drop,
     )

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unite_fast.kernels import native
+
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
@@ -88,10 +90,16 @@ class Philox:
     positions: Tensor
 
     def words(self, stream: Stream, shape: tuple[int, ...], draw: int = 0) -> Tensor:
-        """Raw 32-bit words, int64 [b, *shape]. `draw` tells apart repeated draws of one stream (below 2**16)."""
+        """Raw 32-bit words, int64 [b, *shape]. `draw` tells apart repeated draws of one stream (below 2**16).
+
+        The C++ body, where it was built, gives the same words on a CPU.
+        """
         elements = math.prod(shape)
-        blocks = -(-elements // 4)
         b = self.positions.shape[0]
+        if self.positions.device.type == "cpu" and native.available():
+            words = native.philox_words(self.seed, self.step, int(stream), draw, self.positions, elements)
+            return words.reshape(b, *shape)
+        blocks = -(-elements // 4)
         counter = self.positions.new_empty(b, blocks, 4)
         counter[..., 0] = torch.arange(blocks, device=self.positions.device)
         counter[..., 1] = self.positions[:, None]

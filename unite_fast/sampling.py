@@ -5,6 +5,7 @@ B samples, N latent tokens, C latent channels, S image size.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -59,14 +60,14 @@ class GuidedVelocity:
 
 
 def euler(velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:
-    for t, following in zip(times[:-1], times[1:], strict=True):
+    for t, following in pairwise(times):
         x = x + (following - t) * velocity(t, x)
     return x
 
 
 def heun(velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:
     """The explicit trapezoid rule, second order."""
-    for t, following in zip(times[:-1], times[1:], strict=True):
+    for t, following in pairwise(times):
         step = following - t
         slope = velocity(t, x)
         x = x + step / 2 * (slope + velocity(following, x + step * slope))
@@ -89,10 +90,12 @@ def generate_latents(model: UNITE, labels: Tensor, noise: Tensor, config: Sampli
 
 
 @torch.no_grad()
-def generate(model: UNITE, labels: Tensor, config: SamplingConfig, seed: int = 0, batch: int = 64) -> Tensor:
+def generate(
+    model: UNITE, labels: Tensor, config: SamplingConfig, seed: int = 0, batch: int = 64, first: int = 0
+) -> Tensor:
     """Images of the given classes.
 
-    Sample i's noise depends on (seed, i) alone, so the batch size does not change what is drawn.
+    Sample i's noise depends on (seed, first + i) alone, so the batch size does not change what is drawn.
 
     Args:
         labels: int64 [n], in 0..num_classes - 1.
@@ -110,7 +113,7 @@ def generate(model: UNITE, labels: Tensor, config: SamplingConfig, seed: int = 0
     images = []
     for start in range(0, len(labels), batch):
         part = labels[start : start + batch].to(model.device)
-        positions = torch.arange(start, start + len(part), device=model.device)
+        positions = torch.arange(first + start, first + start + len(part), device=model.device)
         noise = Philox(seed, 0, positions).normal(Stream.SAMPLE_NOISE, shape)
         images.append(to_uint8(model.decode(generate_latents(model, part, noise, config))))
     return torch.cat(images)

@@ -5,15 +5,11 @@ the released code has them.
 """
 
 import re
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from unite_fast.config import DecoderConfig, EncoderConfig, ModelConfig, require
+from unite_fast.config import require
 from unite_fast.errors import UserError
-from unite_fast.model.layers import rope_table, sincos_2d
-from unite_fast.model.unite import UNITE
 
 RENAMES = (
     (r"^latent_tokens$", "encoder.latent_tokens"),

@@ -69,7 +69,9 @@ class Trace:
         return torch.from_numpy(self[name])
 
     def below(self, prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): torch.from_numpy(a) for name, a in self.arrays.items() if name.startswith(prefix)}
+        return {
+            name.removeprefix(prefix): torch.from_numpy(a) for name, a in self.arrays.items() if name.startswith(prefix)
+        }
 
     def config(self) -> Config:
         try:
@@ -147,7 +149,9 @@ def compare(trace: Trace) -> list[Row]:
     try:
         model.load_state_dict(our_state(trace.below("state/")))
     except RuntimeError as error:
-        raise UserError(f"{trace.path}: weights and configuration disagree: {str(error).splitlines()[1].strip()}") from error
+        raise UserError(
+            f"{trace.path}: weights and configuration disagree: {str(error).splitlines()[1].strip()}"
+        ) from error
     return [*_forward_rows(trace, model, config), *_training_rows(trace, model, config)]
 
 
@@ -239,7 +243,11 @@ def _recorded_scale(norms: dict[str, Tensor], grad_norm: float, clip_norm: float
 def _loss_rows(step: int, theirs: dict, losses: Losses, norm: Tensor, rate: float) -> list[Row]:
     ours = {"l1": losses.l1, "flow": losses.flow, "total": losses.total.detach(), "grad_norm": norm}
     rows = [
-        Row(f"step{step}/{name}", relative_error(value, torch.tensor(theirs[name])), GRADIENT if name == "grad_norm" else LOSS)
+        Row(
+            f"step{step}/{name}",
+            relative_error(value, torch.tensor(theirs[name])),
+            GRADIENT if name == "grad_norm" else LOSS,
+        )
         for name, value in ours.items()
     ]
     error = abs(rate - theirs["lr"]) / (abs(theirs["lr"]) or 1.0)

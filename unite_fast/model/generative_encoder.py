@@ -71,8 +71,10 @@ class FinalLayer(nn.Module):
 
 
 class GenerativeEncoder(nn.Module):
-    """See `forward`. Parameter names hold `patch_embed`, `final_layer`, `in_context_posemb` and `latent_tokens` because the
-    optimizer tells parameters apart by them (spec: Optimizers)."""
+    """See `forward`.
+
+    The names `patch_embed`, `final_layer`, `in_context_posemb` and `latent_tokens` tell the optimizers whose they are.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -150,13 +152,18 @@ class GenerativeEncoder(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
-        for layer in [*(block.modulation for block in self.blocks), self.final_layer.modulation, self.final_layer.linear]:
+        for layer in [
+            *(block.modulation for block in self.blocks),
+            self.final_layer.modulation,
+            self.final_layer.linear,
+        ]:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.latent_tokens.copy_(sincos_1d(torch.arange(self.latent_tokens.shape[1]), self.latent_tokens.shape[2]))
-        kernel = self.patch_embed.weight
-        nn.init.xavier_uniform_(kernel.view(kernel.shape[0], -1), generator=generator)
-        nn.init.zeros_(self.patch_embed.bias)
+        # The released code leaves this one as PyTorch makes it: uniform within 1 / sqrt(inputs).
+        bound = self.patch_embed.weight[0].numel() ** -0.5
+        nn.init.uniform_(self.patch_embed.weight, -bound, bound, generator=generator)
+        nn.init.uniform_(self.patch_embed.bias, -bound, bound, generator=generator)
         nn.init.normal_(self.time_embed.frequencies, generator=generator)
         for weight in (self.time_embed.fc1.weight, self.time_embed.fc2.weight, self.label_embed.weight):
             nn.init.normal_(weight, std=0.02, generator=generator)

@@ -84,7 +84,7 @@ def rope_table(positions: int, head_dim: int, unrotated: int = 0, theta: float =
 
 
 def sincos_1d(positions: Tensor, width: int) -> Tensor:
-    """Sines, then cosines, of positions at width / 2 geometric rates (Vaswani et al., arXiv 1706.03762): float32 [n, width]."""
+    """Sines, then cosines, at width / 2 geometric rates (Vaswani et al., arXiv 1706.03762): float32 [n, width]."""
     rates = 10000.0 ** (-torch.arange(width // 2).double() / (width // 2))
     angle = torch.outer(positions.double(), rates)
     return torch.cat((angle.sin(), angle.cos()), dim=-1).float()

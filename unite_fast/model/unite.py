@@ -31,12 +31,12 @@ class UNITE(nn.Module):
         return model
 
     def tokenize(self, images: Tensor, registers: Tensor, t: Tensor) -> Tensor:
-        """Encode images: [B, 3, S, S] in [0, 1], registers ~ N(0, 1) [B, N, C], t ~ U(0, 0.01) [B] -> latents [B, N, C]."""
+        """images [B, 3, S, S] in [0, 1], registers ~ N(0, 1) [B, N, C], t ~ U(0, 0.01) [B] -> latents [B, N, C]."""
         no_class = torch.full((len(images),), self.config.num_classes, device=images.device)
         return self.latent_norm(self.encoder(registers, t, no_class, images))
 
     def denoise(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """Predict clean latents from noisy ones: [B, N, C], t [B], labels int64 [B] (num_classes: none) -> [B, N, C]."""
+        """Clean latents from noisy ones: x_t [B, N, C], t [B], labels int64 [B] (num_classes: none) -> [B, N, C]."""
         return self.latent_norm(self.encoder(x_t, t, labels))
 
     def decode(self, z: Tensor) -> Tensor:

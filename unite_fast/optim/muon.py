@@ -19,7 +19,7 @@ ITERATIONS = 5
 def newton_schulz(g: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Push the singular values of matrices towards 1: [n, rows, columns] -> the same shape, in `dtype`.
 
-    Five steps of the quintic X <- aX + bAX + cA(AX) with A = X X^T. The singular values end near 1 (0.7 to 1.2), not at 1.
+    Five steps of the quintic X <- aX + bAX + cA(AX) with A = X X^T. They end near 1 (0.7 to 1.2), not at 1.
     """
     x = g.to(dtype)
     wide = x.shape[-2] <= x.shape[-1]

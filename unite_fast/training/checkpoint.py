@@ -1,8 +1,8 @@
 """Checkpoints: one safetensors file each, written aside and renamed.
 
-A file holds the tensors of `TrainState.tensors` and, as JSON in its header, the settings, the step and what else a run needs
-to go on. Reading one runs no code of the file's. A run keeps its files in `checkpoints/`, with a link `latest.safetensors` that
-moves only after a file is complete.
+A file holds the tensors of `TrainState.tensors` and, as JSON in its header, the settings, the step and what else a run
+needs to go on. Reading one runs no code of the file's. A run keeps its files in `checkpoints/`, with a link
+`latest.safetensors` that moves only after a file is complete.
 """
 
 import json

@@ -52,7 +52,7 @@ class MetricsLog:
     """metrics.jsonl (one JSON object a line) and TensorBoard events in a run's folder."""
 
     def __init__(self, folder: Path, step: int):
-        """Rows after `step` are dropped: a killed run wrote them after its last checkpoint and will write them again."""
+        """Rows after `step` are dropped: a killed run wrote them after its last checkpoint and writes them again."""
         self.path = folder / "metrics.jsonl"
         self.rows = [row for row in read_rows(self.path) if row["step"] <= step]
         partial = self.path.with_name(self.path.name + ".partial")

@@ -27,9 +27,10 @@ class Report:
         self.console = Console()
         parameters = sum(p.numel() for p in state.model.parameters()) / 1e6
         train = config.train
+        how = "compiled" if train.compile else "eager"
         self.console.print(
-            f"{'resuming' if resumed else 'training'} [bold]{config.name}[/]: {parameters:.2f} M parameters, {train.precision} on "
-            f"{device}, {config.kernels} kernels, {'compiled' if train.compile else 'eager'}, batch {train.batch_size}, "
+            f"{'resuming' if resumed else 'training'} [bold]{config.name}[/]: {parameters:.2f} M parameters, "
+            f"{train.precision} on {device}, {config.kernels} kernels, {how}, batch {train.batch_size}, "
             f"steps {state.step}..{train.steps}, in {folder}"
         )
         self.held_out = held_out_images(config)
@@ -63,7 +64,9 @@ class Report:
         if not self.console.is_terminal:
             per_step = (time.perf_counter() - self.begun) / (self.state.step - self.first_step)
             left = per_step * (self.config.train.steps - self.state.step)
-            self.console.print(f"step {row['step']}/{self.config.train.steps}  {line}  lr {row['lr']:.2e}  {left:.0f} s left")
+            self.console.print(
+                f"step {row['step']}/{self.config.train.steps}  {line}  lr {row['lr']:.2e}  {left:.0f} s left"
+            )
 
     @torch.no_grad()
     def save_pictures(self, rows: list[dict]) -> None:
@@ -94,7 +97,9 @@ class Report:
             table.add_row("samples", str(self.folder / "samples.png"))
             table.add_row("reconstructions", str(self.folder / "reconstructions.png"))
             table.add_row("curves", str(self.folder / "curves.png"))
-        table.add_row("metrics", f"{self.folder / 'metrics.jsonl'}, and tensorboard --logdir {self.folder / 'tensorboard'}")
+        table.add_row(
+            "metrics", f"{self.folder / 'metrics.jsonl'}, and tensorboard --logdir {self.folder / 'tensorboard'}"
+        )
         if skipped:
             table.add_row("skipped", f"{len(skipped)} unreadable files, e.g. {next(iter(skipped))}")
         if outcome.stopped_by:

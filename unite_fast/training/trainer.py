@@ -27,7 +27,10 @@ FREE_ON_RESUME = {
     "name",
     "data.path",
     "data.workers",
-    *(f"train.{key}" for key in ("steps", "device", "log_every", "checkpoint_every", "keep_every", "picture_every", "out")),
+    *(
+        f"train.{key}"
+        for key in ("steps", "device", "log_every", "checkpoint_every", "keep_every", "picture_every", "out")
+    ),
 }
 """Settings that a resumed run may change: they do not change what a step computes."""
 
@@ -121,9 +124,7 @@ class Trainer:
 
     def micro_step(self, batch: Batch, places: slice) -> Losses:
         config = self.config
-        philox = Philox(
-            config.seed, self.state.step, torch.arange(places.start, places.stop, device=self.device)
-        )
+        philox = Philox(config.seed, self.state.step, torch.arange(places.start, places.stop, device=self.device))
         images = batch.images[places].to(self.device, non_blocking=True).float() / 255
         labels = batch.labels[places].to(self.device, non_blocking=True)
         if config.data.flip:
@@ -212,7 +213,7 @@ def check_same_settings(before: Config, now: Config) -> None:
     for key, value in new.items():
         require(
             old[key] == value or key in FREE_ON_RESUME,
-            f"cannot resume: {key} is {value} now and was {old[key]} in the run; only {', '.join(sorted(FREE_ON_RESUME))} may change",
+            f"cannot resume: {key} is {value} now and was {old[key]} in the run; give the same settings as then",
         )
 
 

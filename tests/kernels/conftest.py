@@ -1,0 +1,70 @@
+"""The judge of all ops: float64."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+SLACK = 2.0
+"""House rule: an op's error may be at most twice that of the plain formula at the same precision (section 4)."""
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9}
+"""Largest relative error of one rounding. Every result is rounded at least once, so no error below this can be held
+against an op, however lucky the plain formula was."""
+
+Op = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+@pytest.fixture
+def judge() -> Callable[..., None]:
+    return _judge
+
+
+def _judge(op: Op, formula: Op, inputs: dict[str, Tensor], result_dtypes: tuple[torch.dtype, ...]) -> None:
+    """Hold every output and every gradient of `op` against `formula` in float64.
+
+    The tolerance measures itself: it is the error of `formula` in eager PyTorch on the same inputs, each operation
+    rounded to their precision.
+    """
+    truth = _run(formula, {name: x.double() for name, x in inputs.items()}, None)
+    eager = _run(formula, inputs, result_dtypes)
+    ours = _run(op, inputs, None)
+    for i, dtype in enumerate(result_dtypes):
+        assert ours[f"output {i}"].dtype == dtype
+    for name, x in inputs.items():
+        assert ours[f"gradient of {name}"].dtype == x.dtype
+    for name, want in truth.items():
+        size = want.norm() / want.numel() ** 0.5
+        error = (ours[name].double() - want).norm() / want.numel() ** 0.5
+        allowed = SLACK * (eager[name].double() - want).norm() / want.numel() ** 0.5
+        tiny = ROUNDING[ours[name].dtype] * size
+        assert error <= allowed + tiny, f"{name}: error {error / size:.2e}, allowed {(allowed + tiny) / size:.2e}"
+
+
+def _run(op: Op, inputs: dict[str, Tensor], result_dtypes: tuple[torch.dtype, ...] | None) -> dict[str, Tensor]:
+    """Outputs and gradients by name. The incoming gradients are not contiguous."""
+    inputs = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    outputs = op(*inputs.values())
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if result_dtypes:
+        outputs = tuple(output.to(dtype) for output, dtype in zip(outputs, result_dtypes, strict=True))
+    generator = torch.Generator().manual_seed(2)
+    incoming = []
+    for output in outputs:
+        turned = torch.randn(output.mT.shape, generator=generator)
+        # Rounded to bfloat16 for all, so that every run sees the same numbers.
+        incoming.append(turned.bfloat16().to(output.dtype).mT)
+    gradients = torch.autograd.grad(outputs, list(inputs.values()), incoming)
+    results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    return results | {f"gradient of {name}": g for name, g in zip(inputs, gradients, strict=True)}
+
+
+@pytest.fixture
+def draw() -> Callable[..., Tensor]:
+    """Normal numbers, each call others, the same in every run."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32, around: float = 0.0) -> Tensor:
+        return (around + torch.randn(shape, generator=generator)).to(dtype)
+
+    return normal

@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from unite_fast.kernels import qk_norm_rope
+from unite_fast.kernels.qk_norm_rope import qk_norm_rope_ref
+
+SHAPES = [(5, 41, 3, 14), (2, 20, 4, 16)]
+"""B, T, heads, head dimension."""
+
+
+def angles(draw, t, k):
+    angle = 3 * draw(t, k // 2)
+    return angle.cos(), angle.sin()
+
+
+def formula(heads, cos, sin):
+    """Each head and pair on its own, the rotation as its 2 x 2 matrix."""
+
+    def apply(qkv, q_weight=None, k_weight=None):
+        d = qkv.shape[-1] // 3
+        k = d // heads
+        matrix = torch.stack((torch.stack((cos, -sin), -1), torch.stack((sin, cos), -1)), -2).to(qkv.dtype)
+        results = []
+        for part, weight in enumerate((q_weight, k_weight, None)):
+            per_head = []
+            for head in range(heads):
+                x = qkv[:, :, part * d + head * k : part * d + (head + 1) * k]
+                if part < 2:
+                    if weight is not None:
+                        x = (x / torch.sqrt((x * x).mean(dim=-1, keepdim=True) + 1e-6) * weight).to(qkv.dtype)
+                    x = torch.einsum("tpij,btpj->btpi", matrix, x.unflatten(-1, (-1, 2))).flatten(-2)
+                per_head.append(x)
+            results.append(torch.stack(per_head, dim=1))
+        return tuple(results)
+
+    return apply
+
+
+@pytest.mark.parametrize("op", [qk_norm_rope, qk_norm_rope_ref])
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_outputs_and_gradients_against_float64(op, norm, dtype, shape, judge, draw):
+    b, t, heads, k = shape
+    cos, sin = angles(draw, t, k)
+    inputs = {"qkv": draw(b, t, 3 * heads * k, dtype=dtype)}
+    if norm:
+        inputs |= {"q_weight": draw(k, around=1.0), "k_weight": draw(k, around=1.0)}
+
+    def ours(qkv, q_weight=None, k_weight=None):
+        return op(qkv, heads, q_weight, k_weight, cos, sin)
+
+    judge(ours, formula(heads, cos, sin), inputs, (dtype, dtype, dtype))
+
+
+def test_strided_input(judge, draw):
+    cos, sin = angles(draw, 9, 8)
+
+    def ours(qkv):
+        return qk_norm_rope(qkv, 2, None, None, cos, sin)
+
+    judge(ours, formula(2, cos, sin), {"qkv": draw(3, 18, 48)[:, ::2]}, (torch.float32,) * 3)
+
+
+def test_cos_1_and_sin_0_leave_a_token_where_it_is(draw):
+    qkv = draw(2, 5, 48)
+    q, k, v = qk_norm_rope(qkv, 2, None, None, torch.ones(5, 4), torch.zeros(5, 4))
+    for got, part in zip((q, k, v), qkv.chunk(3, dim=-1), strict=True):
+        assert torch.equal(got, part.unflatten(-1, (2, 8)).transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"qkv": (3, 48)}, r"qkv must be \[B, T, 3 \* heads \* head_dim\]"),
+        ({"qkv": (3, 9, 50)}, "width 50 is not 3 x 2 heads of even size"),
+        ({"qkv": (3, 9, 42)}, "width 42 is not 3 x 2 heads of even size"),
+        ({"k_weight": None}, "q_weight and k_weight must both be given or both be None"),
+        ({"q_weight": (7,)}, r"q_weight and k_weight must be \[8\]"),
+        ({"k_weight": (16,)}, r"q_weight and k_weight must be \[8\]"),
+        ({"cos": (8, 4)}, r"cos and sin must be \[9, 4\]"),
+        ({"sin": (9, 8)}, r"cos and sin must be \[9, 4\]"),
+    ],
+)
+def test_arguments_that_do_not_belong_together(wrong, message, draw):
+    shapes = {"qkv": (3, 9, 48), "q_weight": (8,), "k_weight": (8,), "cos": (9, 4), "sin": (9, 4)} | wrong
+    given = {name: shape and draw(*shape) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=f"qk_norm_rope: {message}"):
+        qk_norm_rope(**given, heads=2)

@@ -1,0 +1,279 @@
+"""Recipes: what is accepted, what is refused, and that a refusal names the key."""
+
+import re
+
+import pytest
+import yaml
+
+from unite_fast.config import Config, DecoderConfig, EncoderConfig, from_tree, load_config, shipped_recipes, to_tree
+from unite_fast.errors import UserError
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Writes a recipe and gives its path."""
+
+    def write(text: str = "name: mine\n") -> str:
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_defaults_are_the_released_recipes():
+    config = from_tree(Config, {})
+    objective, optim = config.objective, config.optim
+    assert (config.model.encoder.width, config.model.encoder.in_context_tokens) == (768, 32)
+    assert (objective.flow_draws, objective.time_shift, objective.label_drop) == (3, 0.5, 0.1)
+    assert (objective.tokenize_time_max, objective.decoder_noise_time_min) == (0.01, 0.7)
+    assert (optim.clip_norm, optim.ema_decay, optim.muon_momentum, optim.adamw_betas) == (
+        3.0,
+        0.9978,
+        0.95,
+        (0.9, 0.999),
+    )
+    assert config.schedule.lr * 1024 / config.schedule.reference_batch == pytest.approx(2.667e-4, rel=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"trian": {}}, "unknown setting trian; did you mean train?"),
+        ({"train": {"bacth_size": 1}}, "unknown setting train.bacth_size; did you mean batch_size?"),
+        ({"model": {"encoder": {"widht": 1}}}, "unknown setting model.encoder.widht; did you mean width?"),
+        ({"model": {"encoder": {"zzz": 1}}}, "unknown setting model.encoder.zzz; known here: width, depth"),
+        ({"model": {"preset": "B"}}, "unknown setting model.preset"),
+        ({1: 2}, "unknown setting 1"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_a_suggestion(tree, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        from_tree(Config, tree)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train.steps", 1.5, "train.steps must be a whole number, got 1.5"),
+        ("train.steps", "many", "train.steps must be a whole number, got 'many'"),
+        ("train.steps", True, "train.steps must be a whole number, got True"),
+        ("train.steps", None, "train.steps must be a whole number, got None"),
+        ("schedule.lr", "fast", "schedule.lr must be a number, got 'fast'"),
+        ("schedule.lr", True, "schedule.lr must be a number, got True"),
+        ("data.flip", 1, "data.flip must be true or false, got 1"),
+        ("data.flip", "yes!", "data.flip must be true or false"),
+        ("name", 3, "name must be text, got 3"),
+        ("optim.adamw_betas", [0.9], "optim.adamw_betas must be 2 values, got [0.9]"),
+        ("optim.adamw_betas", [0.9, 0.99, 0.999], "optim.adamw_betas must be 2 values"),
+        ("optim.adamw_betas", 0.9, "optim.adamw_betas must be 2 values, got 0.9"),
+        ("optim.adamw_betas", [0.9, "x"], "optim.adamw_betas must be a number, got 'x'"),
+        ("model", 3, "model must be a mapping of settings, got 3"),
+        ("model.encoder", "B", "model.encoder must be a mapping of settings, got 'B'"),
+    ],
+)
+def test_a_wrong_type_is_refused_by_name(key, value, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        from_tree(Config, tree_of(key, value))
+
+
+def tree_of(key: str, value) -> dict:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", -1),
+        ("seed", 2**64),
+        ("model.image_size", 0),
+        ("model.image_size", 100),
+        ("model.patch_size", 0),
+        ("model.latent_channels", 1),
+        ("model.latent_tokens", 100),
+        ("model.num_classes", 0),
+        ("model.encoder.width", 0),
+        ("model.encoder.width", 100),
+        ("model.encoder.width", 12),
+        ("model.encoder.depth", 0),
+        ("model.encoder.heads", 0),
+        ("model.encoder.in_context_tokens", -1),
+        ("model.encoder.in_context_start", 12),
+        ("model.encoder.in_context_start", -1),
+        ("model.encoder.preset", "XXL"),
+        ("model.decoder.preset", "XL"),
+        ("model.decoder.width", 100),
+        ("model.decoder.mlp_width", 0),
+        ("model.decoder.embed_width", 0),
+        ("objective.flow_draws", 0),
+        ("objective.time_shift", 0.0),
+        ("objective.decoder_noise_probability", 1.5),
+        ("objective.decoder_noise_time_min", -0.1),
+        ("objective.label_drop", 2.0),
+        ("objective.tokenize_time_max", -1.0),
+        ("perceptual.weight", -1.0),
+        ("perceptual.input_range", "byte"),
+        ("perceptual.vgg_sha256", "xyz"),
+        ("schedule.lr", -1.0),
+        ("schedule.lr_2", -1.0),
+        ("schedule.lr_final", -1.0),
+        ("schedule.warmup_steps", -1),
+        ("schedule.decay_until", -1),
+        ("optim.clip_norm", 0.0),
+        ("optim.ema_decay", 1.0),
+        ("optim.muon_dtype", "float16"),
+        ("train.steps", 0),
+        ("train.batch_size", 0),
+        ("train.micro_batch", 5),
+        ("train.micro_batch", -1),
+        ("train.precision", "float16"),
+        ("train.device", "tpu"),
+        ("train.log_every", 0),
+        ("train.checkpoint_every", 0),
+        ("train.keep_every", -1),
+        ("train.picture_every", -1),
+        ("sampling.solver", "rk4"),
+        ("sampling.order", "last"),
+        ("sampling.steps", 0),
+        ("sampling.interval", [0.5, 0.1]),
+        ("sampling.interval", [-0.1, 1.0]),
+    ],
+)
+def test_an_impossible_value_is_refused_by_name(key, value):
+    with pytest.raises(UserError) as refusal:
+        from_tree(Config, tree_of(key, value))
+    message = str(refusal.value)
+    group, _, name = key.rpartition(".")
+    # A rule over several settings of a group may name the group once.
+    assert group in message and name in message, message
+    assert "\n" not in message
+
+
+def test_a_decoder_width_without_2d_positions_is_refused():
+    with pytest.raises(UserError, match="model.decoder.width must be a multiple of 4"):
+        from_tree(DecoderConfig, {"width": 6, "heads": 3})
+
+
+def test_stages_of_the_schedule_must_follow_each_other():
+    with pytest.raises(UserError, match="schedule"):
+        from_tree(Config, {"schedule": {"warmup_steps": 10, "hold_until": 5, "decay_until": 20}})
+
+
+@pytest.mark.parametrize(
+    ("kind", "preset", "size"),
+    [
+        (EncoderConfig, "B", {"width": 768, "depth": 12, "heads": 12}),
+        (EncoderConfig, "M", {"width": 1024, "depth": 12, "heads": 16}),
+        (EncoderConfig, "L", {"width": 1024, "depth": 24, "heads": 16}),
+        (EncoderConfig, "XL", {"width": 1152, "depth": 28, "heads": 16}),
+        (DecoderConfig, "S", {"width": 384, "depth": 12, "heads": 6, "mlp_width": 1536}),
+        (DecoderConfig, "B", {"width": 768, "depth": 12, "heads": 12, "mlp_width": 3072}),
+        (DecoderConfig, "L", {"width": 1024, "depth": 24, "heads": 16, "mlp_width": 4096}),
+    ],
+)
+def test_presets_are_the_published_sizes(kind, preset, size):
+    config = from_tree(kind, {"preset": preset})
+    assert {name: getattr(config, name) for name in size} == size
+
+
+@pytest.mark.parametrize("tree", [{"preset": "L", "depth": 6}, {"depth": 6, "preset": "L"}])
+def test_a_setting_beside_a_preset_wins_in_either_order(tree):
+    config = from_tree(EncoderConfig, tree)
+    assert (config.width, config.depth, config.heads) == (1024, 6, 16)
+
+
+def test_yaml_reads_1e_4_as_text_and_we_as_a_number(recipe):
+    path = recipe("schedule: {lr: 1e-4, lr_2: 3, lr_final: 0.5e-5}\noptim: {adamw_betas: [0, 9e-1]}\n")
+    config = load_config(path)
+    assert (config.schedule.lr, config.schedule.lr_2, config.schedule.lr_final) == (1e-4, 3.0, 0.5e-5)
+    assert config.optim.adamw_betas == (0.0, 0.9)
+    assert isinstance(config.schedule.lr_2, float)
+
+
+def test_overrides_reach_every_depth_and_win_over_the_recipe(recipe):
+    path = recipe("train: {steps: 5}\n")
+    config = load_config(
+        path,
+        ("train.steps=7", "model.encoder.depth=2", "model.encoder.in_context_start=0", "schedule.lr=1e-4", "name=x"),
+    )
+    assert (config.train.steps, config.model.encoder.depth, config.schedule.lr, config.name) == (7, 2, 1e-4, "x")
+
+
+@pytest.mark.parametrize("text", ["0.2,0.8", "[0.2, 0.8]"])
+def test_a_pair_can_be_written_with_a_comma(recipe, text):
+    assert load_config(recipe(), (f"sampling.interval={text}",)).sampling.interval == (0.2, 0.8)
+
+
+def test_an_empty_override_empties_a_text(recipe):
+    assert load_config(recipe("train: {out: there}\n"), ("train.out=",)).train.out == ""
+
+
+def test_a_group_without_settings_has_its_defaults(recipe):
+    assert load_config(recipe("train:\nmodel:\n  encoder:\n")) == from_tree(Config, {})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps", "write key=value"),
+        ("=3", "write key=value"),
+        ("train.steps=[", "train.steps: '[' is not a value"),
+        ("name.first=x", "name is a value, not a group of settings"),
+        ("train.stepz=3", "unknown setting train.stepz; did you mean steps?"),
+    ],
+)
+def test_a_malformed_override_is_refused(recipe, override, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_config(recipe(), (override,))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "mine.yaml is not YAML"),
+        ("- 1\n", "must be a mapping of settings"),
+        ("", "must be a mapping of settings"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(recipe, text, message):
+    with pytest.raises(UserError, match=message) as refusal:
+        load_config(recipe(text))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_binary_file_is_refused(tmp_path):
+    path = tmp_path / "picture.yaml"
+    path.write_bytes(b"\x89PNG\xff\xfe\x00")
+    with pytest.raises(UserError, match="not YAML"):
+        load_config(str(path))
+
+
+def test_a_missing_recipe_is_refused_with_the_list_of_those_there_are():
+    with pytest.raises(UserError, match="there is no recipe nowhere; recipes here: .*digits"):
+        load_config("nowhere")
+
+
+def test_a_config_survives_yaml():
+    config = from_tree(
+        Config,
+        {
+            "model": {"encoder": {"preset": "L"}, "image_size": 64},
+            "optim": {"adamw_betas": [0.8, 0.95]},
+            "sampling": {"interval": [0.2, 0.9]},
+            "schedule": {"lr": 1e-7},
+        },
+    )
+    text = yaml.safe_dump(to_tree(config), sort_keys=False)
+    assert from_tree(Config, yaml.safe_load(text)) == config
+
+
+def test_digits_ships_and_is_the_default():
+    assert "digits" in shipped_recipes()
+    assert load_config() == load_config("digits")
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_loads_and_bears_its_files_name(name):
+    assert load_config(name).name == name

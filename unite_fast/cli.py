@@ -1,0 +1,216 @@
+"""The command line: thin calls, nothing else."""
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unite_fast.errors import UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Train UNITE, one network that is image tokenizer and latent denoiser, and use it.",
+)
+
+Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="a checkpoint, or a run's folder for its latest one")]
+Guidance = Annotated[float | None, typer.Option(help="guidance scale; 1 is unguided [default: the recipe's]")]
+Interval = Annotated[str | None, typer.Option(metavar="LOW,HIGH", help="times in which guidance acts")]
+Solver = Annotated[str | None, typer.Option(help="euler, heun or dopri5")]
+Steps = Annotated[int | None, typer.Option(help="steps of euler and heun")]
+Seed = Annotated[int, typer.Option(help="what the noise is drawn from")]
+Batch = Annotated[int, typer.Option(help="images at a time")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or auto")]
+
+
+@app.command()
+def train(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[RECIPE] [key=value ...]", help="a recipe and settings that differ")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the run folder's latest checkpoint")] = False,
+) -> None:
+    """Train a recipe: a YAML file, or the name of one that ships with the package (default: digits).
+
+    Examples:
+
+    `unite-fast train`
+
+    `unite-fast train fashion_mnist data.path=FOLDER train.out=runs/shirts`
+
+    `unite-fast train my.yaml train.steps=20000 model.encoder.preset=L --resume`
+    """
+    from unite_fast.config import load_config
+    from unite_fast.training.trainer import train as run
+
+    words = arguments or []
+    recipe = words[0] if words and "=" not in words[0] else None
+    outcome = run(load_config(recipe, tuple(words[1:] if recipe else words)), resume)
+    if outcome.stopped_by:
+        raise typer.Exit(128 + outcome.stopped_by)
+
+
+@app.command()
+def sample(
+    checkpoint: Checkpoint,
+    classes: Annotated[str, typer.Option(help="classes to draw in turn, e.g. 3,1,4; all by default")] = "",
+    count: Annotated[int, typer.Option(min=1, help="how many images")] = 80,
+    guidance: Guidance = None,
+    interval: Interval = None,
+    solver: Solver = None,
+    steps: Steps = None,
+    seed: Seed = 0,
+    batch: Batch = 64,
+    device: Device = "auto",
+    out: Annotated[Path, typer.Option(help="a .png (one grid), an .npz (arr_0, uint8 NHWC) or a folder")] = Path(
+        "samples.png"
+    ),
+) -> None:
+    """Generate images with the averaged weights.
+
+    Example: `unite-fast sample runs/digits --classes 7 --count 20 --guidance 2 --out sevens.png`
+    """
+    from unite_fast import outputs
+
+    model = _load(checkpoint, device)
+    labels = outputs.choose_labels(classes, count, model.config.model.num_classes)
+    settings = _given(guidance=guidance, interval=_interval(interval), solver=solver, steps=steps)
+    images = outputs.generate_with_progress(model, labels, seed, batch, settings)
+    outputs.save_images(images, labels, out, columns=10)
+    typer.echo(f"{len(images)} images in {out}")
+
+
+@app.command()
+def reconstruct(
+    checkpoint: Checkpoint,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="picture files")],
+    device: Device = "auto",
+    out: Annotated[Path, typer.Option(help="a .png: originals above reconstructions")] = Path("reconstructions.png"),
+) -> None:
+    """Send pictures through tokenizer and decoder, and print how well they come back.
+
+    Example: `unite-fast reconstruct runs/imagenet cat.jpg dog.png --out pets.png`
+    """
+    from unite_fast import outputs
+
+    model = _load(checkpoint, device)
+    originals = outputs.read_images(images, model.config.model.image_size)
+    copies = model.reconstruct(originals)
+    for path, decibels in zip(images, outputs.psnr(originals, copies), strict=True):
+        typer.echo(f"{path}: {decibels:.2f} dB")
+    outputs.save_pairs(originals, copies, out)
+    typer.echo(f"{len(images)} pairs in {out}")
+
+
+@app.command()
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Annotated[str, typer.Option(help="folder of the data, if not the one trained on")] = "",
+    count: Annotated[int, typer.Option(min=1, help="generated images")] = 1000,
+    guidance: Annotated[float, typer.Option(help="scale of the guided samples")] = 2.0,
+    steps: Steps = None,
+    device: Device = "auto",
+) -> None:
+    """For small images: PSNR of held-out ones, and how many generated ones a classifier names as they were asked for.
+
+    The classifier is a support vector machine on the real pixels.
+
+    Example: `unite-fast evaluate runs/digits`
+    """
+    from unite_fast.evaluation.small_images import evaluate as run
+
+    for line in run(_load(checkpoint, device), data, count, guidance, _given(steps=steps)):
+        typer.echo(line)
+
+
+@app.command()
+def info(checkpoint: Checkpoint) -> None:
+    """Say what a checkpoint holds: step, size, settings."""
+    from unite_fast import outputs
+
+    typer.echo(outputs.describe(checkpoint))
+
+
+@app.command()
+def import_official(
+    file: Annotated[Path, typer.Argument(metavar="FILE.pt", help="a checkpoint of the authors' code")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="the .safetensors checkpoint to write")],
+    weights: Annotated[str, typer.Option(help="which weights of the file: ema or model")] = "ema",
+    decoder_heads: Annotated[int | None, typer.Option(help="heads of the decoder [default: width / 64]")] = None,
+    in_context_start: Annotated[int, typer.Option(help="block that in-context tokens enter before")] = 4,
+) -> None:
+    """Turn a checkpoint of the authors' code into one of ours."""
+    from unite_fast.interop.official import import_official as run
+
+    run(file, out, weights=weights, decoder_heads=decoder_heads, in_context_start=in_context_start)
+    typer.echo(f"{out}: try unite-fast info {out}")
+
+
+@app.command()
+def export_official(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Argument(metavar="OUT.pt", help="the file to write")],
+) -> None:
+    """Turn a checkpoint of ours into one with the authors' names (model and ema)."""
+    from unite_fast.interop.official import export_official as run
+
+    run(checkpoint, out)
+    typer.echo(str(out))
+
+
+@app.command()
+def parity(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE.npz", help="numbers that the released code produced")],
+    backend: Annotated[str, typer.Option(help="which body of the kernels computes ours")] = "reference",
+) -> None:
+    """Compare every quantity of a trace with this implementation; exits with 1 past a tolerance.
+
+    Example: `unite-fast parity tests/data/official_tiny_a.npz`
+    """
+    from unite_fast.interop.parity import run
+
+    if not run(trace, backend):
+        raise typer.Exit(1)
+
+
+def _load(checkpoint: Path, device: str):
+    from unite_fast import load
+    from unite_fast.training.trainer import choose_device
+
+    return load(checkpoint, choose_device(device))
+
+
+def _given(**settings) -> dict:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _interval(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--interval is LOW,HIGH, for example 0.1,1; got {text!r}") from error
+    return low, high
+
+
+def main() -> None:
+    """Run a command; a user's mistake is one line on stderr and status 2."""
+    try:
+        app()
+    except UserError as error:
+        sys.exit(_complain(str(error)))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        sys.exit(_complain(f"{error.filename or 'a file'}: {os.strerror(error.errno)}"))
+
+
+def _complain(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2

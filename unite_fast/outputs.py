@@ -1,0 +1,91 @@
+"""What the commands read and write: labels, pictures, descriptions."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.progress import track
+from torch import Tensor
+
+from unite_fast.config import require
+from unite_fast.data_pipeline import UnreadableSample, read_image
+from unite_fast.errors import UserError
+from unite_fast.pictures import grid, pairs
+from unite_fast.trained import TrainedUNITE
+from unite_fast.training.checkpoint import find_checkpoint, load_checkpoint
+
+
+def choose_labels(classes: str, count: int, num_classes: int) -> Tensor:
+    """`count` labels that go through the given classes ("3,1,4"; empty: all) in turn: int64 [count]."""
+    try:
+        wanted = [int(part) for part in classes.split(",")] if classes else range(num_classes)
+    except ValueError as error:
+        raise UserError(f"--classes is a list of numbers such as 3,1,4; got {classes!r}") from error
+    return torch.tensor([wanted[i % len(wanted)] for i in range(count)])
+
+
+def generate_with_progress(model: TrainedUNITE, labels: Tensor, seed: int, batch: int, settings: dict) -> Tensor:
+    """As `TrainedUNITE.generate`, a bar showing how far it is."""
+    require(batch > 0, f"--batch is {batch}; it must be positive")
+    starts = range(0, len(labels), batch)
+    parts = [
+        model.generate(labels[start : start + batch], seed, batch, first=start, **settings)
+        for start in track(starts, description="generating", transient=True, disable=len(starts) == 1)
+    ]
+    return torch.cat(parts)
+
+
+def save_images(images: Tensor, labels: Tensor, out: Path, columns: int) -> None:
+    """uint8 [n, 3, S, S] as one PNG grid, an .npz (arr_0 uint8 [n, S, S, 3], arr_1 labels) or a folder of PNGs."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".png":
+        grid(images, columns).save(out)
+    elif out.suffix == ".npz":
+        np.savez(out, images.permute(0, 2, 3, 1).numpy(), labels.numpy())
+    else:
+        require(not out.suffix, f"{out}: write a .png, an .npz or a folder (a name without an ending)")
+        out.mkdir(exist_ok=True)
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / f"{i:06d}_class{int(label)}.png")
+
+
+def save_pairs(originals: Tensor, copies: Tensor, out: Path) -> None:
+    require(out.suffix == ".png", f"{out}: reconstructions are written as one .png")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pairs(originals, copies, min(10, len(originals))).save(out)
+
+
+def read_images(paths: list[Path], size: int) -> Tensor:
+    """Picture files, centre-cropped: uint8 [n, 3, size, size]."""
+    try:
+        images = [read_image(path, size) for path in paths]
+    except UnreadableSample as error:
+        raise UserError(f"cannot read {error.name}: {error.reason}") from error
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def psnr(originals: Tensor, copies: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image, dB: both uint8 [n, 3, S, S] -> float64 [n]; equal images give inf."""
+    error = (originals.double() - copies.double()).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(255**2 / error)
+
+
+def describe(checkpoint: Path) -> str:
+    """Step, parameters and settings of a checkpoint, for a person to read."""
+    import yaml
+
+    from unite_fast.config import to_tree
+
+    saved = load_checkpoint(checkpoint, ("ema.",))
+    path = find_checkpoint(checkpoint)
+    counts = {part: 0 for part in ("encoder", "latent_norm", "decoder")}
+    for name, tensor in saved.tensors.items():
+        counts[name.split(".")[1]] += tensor.numel()
+    size = path.stat().st_size / 2**20
+    lines = [
+        f"{path.resolve().name}: {saved.config.name}, {saved.step} optimizer steps, {size:.1f} MiB",
+        f"parameters: {sum(counts.values()):,} (encoder {counts['encoder']:,}, decoder {counts['decoder']:,})",
+        yaml.safe_dump(to_tree(saved.config), sort_keys=False).rstrip(),
+    ]
+    return "\n".join(lines)

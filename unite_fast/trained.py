@@ -1,0 +1,90 @@
+"""A trained model, ready for use: generate and reconstruct."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unite_fast import sampling
+from unite_fast.config import Config
+from unite_fast.errors import UserError
+from unite_fast.model.unite import UNITE
+from unite_fast.training.checkpoint import load_checkpoint
+
+
+class TrainedUNITE:
+    """
+    Attributes:
+        network: the model with its averaged weights, float32, without gradients.
+        config: the settings it was trained with.
+        step: optimizer steps it was trained for.
+    """
+
+    def __init__(self, network: UNITE, config: Config, step: int):
+        self.network = network.requires_grad_(False).eval()
+        self.config = config
+        self.step = step
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "cpu") -> "TrainedUNITE":
+        """See `unite_fast.load`."""
+        # The raw weights are read for the sake of the buffers among them; the averages then replace the parameters.
+        saved = load_checkpoint(path, ("model.", "ema."))
+        network = UNITE(saved.config.model)
+        for kind in ("model.", "ema."):
+            state = {name.removeprefix(kind): t for name, t in saved.tensors.items() if name.startswith(kind)}
+            load_weights(network, state, path, strict=kind == "model.")
+        return cls(network.to(device), saved.config, saved.step)
+
+    def generate(
+        self, labels: Sequence[int] | Tensor, seed: int = 0, batch: int = 64, first: int = 0, **settings
+    ) -> Tensor:
+        """Images of the given classes.
+
+        Args:
+            labels: classes, [n].
+            seed: image i is drawn from (seed, first + i).
+            batch: images at a time.
+            first: number of the first image, to draw a long series in parts.
+            settings: any of `SamplingConfig`, for example `guidance=2.0, solver="euler", steps=20`; the others are the
+                recipe's.
+
+        Returns:
+            uint8 [n, 3, S, S].
+
+        Raises:
+            UserError: a class or a setting that is out of range.
+        """
+        config = replace(self.config.sampling, **settings)
+        labels = torch.as_tensor(labels, dtype=torch.int64)
+        return sampling.generate(self.network, labels, config, seed, batch, first)
+
+    def reconstruct(self, images: Tensor | np.ndarray, seed: int = 0, batch: int = 64) -> Tensor:
+        """Images through tokenizer and decoder: uint8 [n, 3, S, S] -> uint8 [n, 3, S, S].
+
+        Raises:
+            UserError: images of another size or dtype.
+        """
+        images = torch.as_tensor(images)
+        size = self.config.model.image_size
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1:] != (3, size, size):
+            raise UserError(
+                f"reconstruct wants uint8 images [n, 3, {size}, {size}], got {images.dtype} {list(images.shape)}"
+            )
+        return sampling.reconstruct(self.network, images, seed, batch)
+
+
+def load_weights(network: UNITE, state: dict[str, Tensor], path: str | Path, strict: bool = True) -> None:
+    """Copy weights by name.
+
+    Raises:
+        UserError: tensors that are missing, foreign or of another shape; the message names the first.
+    """
+    try:
+        network.load_state_dict(state, strict=strict)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise UserError(f"the weights in {path} do not fit its settings: {first}") from error
