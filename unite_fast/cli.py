@@ -1,7 +1,5 @@
 """The command line: thin calls, nothing else."""
 
-import errno
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -49,7 +47,7 @@ def train(
     from unite_fast.training.trainer import train as run
 
     words = arguments or []
-    recipe = words[0] if words and "=" not in words[0] else None
+    recipe = words[0] if words and ("=" not in words[0] or Path(words[0]).is_file()) else None
     outcome = run(load_config(recipe, tuple(words[1:] if recipe else words)), resume)
     if outcome.stopped_by:
         raise typer.Exit(128 + outcome.stopped_by)
@@ -77,6 +75,7 @@ def sample(
     """
     from unite_fast import outputs
 
+    outputs.check_target(out)
     model = _load(checkpoint, device)
     labels = outputs.choose_labels(classes, count, model.config.model.num_classes)
     settings = _given(guidance=guidance, interval=_interval(interval), solver=solver, steps=steps)
@@ -98,6 +97,7 @@ def reconstruct(
     """
     from unite_fast import outputs
 
+    outputs.check_target(out, (".png",))
     model = _load(checkpoint, device)
     originals = outputs.read_images(images, model.config.model.image_size)
     copies = model.reconstruct(originals)
@@ -206,11 +206,10 @@ def main() -> None:
     except UserError as error:
         sys.exit(_complain(str(error)))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-            raise
-        sys.exit(_complain(f"{error.filename or 'a file'}: {os.strerror(error.errno)}"))
+        # A file of the user's that the system refuses: a folder in its place, no permission, a full disk.
+        sys.exit(_complain(f"{error.filename or 'a file'}: {error.strerror or error}"))
 
 
 def _complain(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     return 2

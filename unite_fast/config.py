@@ -6,6 +6,7 @@ A recipe names only what differs from the defaults below. Unknown keys, wrong ty
 
 import dataclasses
 import difflib
+import math
 import typing
 from dataclasses import dataclass, field
 from importlib import resources
@@ -195,6 +196,9 @@ class OptimConfig:
     def __post_init__(self):
         require(self.clip_norm > 0, "optim.clip_norm must be positive")
         require(0 <= self.ema_decay < 1, "optim.ema_decay must be in [0, 1)")
+        require(0 <= self.muon_momentum < 1, "optim.muon_momentum must be in [0, 1)")
+        require(all(0 <= beta < 1 for beta in self.adamw_betas), "optim.adamw_betas must be in [0, 1)")
+        require(self.eps > 0, "optim.eps must be positive")
         require_choice("optim.muon_dtype", self.muon_dtype, ("bfloat16", "float32"))
 
 
@@ -254,6 +258,8 @@ class SamplingConfig:
         require_choice("sampling.solver", self.solver, ("euler", "heun", "dopri5"))
         require_choice("sampling.order", self.order, ("norm_first", "cfg_first"))
         require(self.steps > 0, "sampling.steps must be positive")
+        require(math.isfinite(self.guidance), "sampling.guidance must be finite")
+        require(self.time_shift > 0, "sampling.time_shift must be positive")
         low, high = self.interval
         require(0 <= low <= high <= 1, "sampling.interval must be LOW,HIGH with 0 <= LOW <= HIGH <= 1")
 
@@ -275,6 +281,7 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self):
+        require(bool(self.name), "name must not be empty: the run's folder is called after it")
         require(0 <= self.seed < 2**64, "seed must be in [0, 2**64)")
 
 
@@ -302,7 +309,7 @@ def load_config(recipe: str | None = None, overrides: tuple[str, ...] = ()) -> C
 
 def read_recipe(recipe: str) -> dict:
     path = Path(recipe)
-    if not path.suffix and not path.exists():
+    if not path.suffix and not path.is_file():
         path = Path(str(resources.files("unite_fast") / "configs" / f"{recipe}.yaml"))
     require(path.is_file(), f"there is no recipe {recipe}; recipes here: {', '.join(shipped_recipes())}")
     try:
@@ -357,9 +364,11 @@ def _convert(hint, value, dotted: str):
         return tuple(_convert(kind, part, dotted) for kind, part in zip(kinds, value, strict=True))
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML 1.1 reads 1e-4 as text
-        except ValueError:
+            value = float(value)  # YAML 1.1 reads 1e-4 as text
+        except (ValueError, OverflowError):
             pass
+    if hint is float and isinstance(value, float):
+        require(math.isfinite(value), f"{dotted} must be finite, got {value}")
     if hint is str and value is None:
         return ""
     if type(value) is hint:

@@ -1,5 +1,6 @@
 """What the commands read and write: labels, pictures, descriptions."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from unite_fast.config import require
 from unite_fast.data_pipeline import UnreadableSample, read_image
-from unite_fast.errors import UserError
+from unite_fast.errors import UserError, writing
 from unite_fast.pictures import grid, pairs
 from unite_fast.trained import TrainedUNITE
 from unite_fast.training.checkpoint import find_checkpoint, load_checkpoint
@@ -22,6 +23,8 @@ def choose_labels(classes: str, count: int, num_classes: int) -> Tensor:
         wanted = [int(part) for part in classes.split(",")] if classes else range(num_classes)
     except ValueError as error:
         raise UserError(f"--classes is a list of numbers such as 3,1,4; got {classes!r}") from error
+    for label in wanted:
+        require(0 <= label < num_classes, f"class {label} is out of range: this model has classes 0..{num_classes - 1}")
     return torch.tensor([wanted[i % len(wanted)] for i in range(count)])
 
 
@@ -36,24 +39,46 @@ def generate_with_progress(model: TrainedUNITE, labels: Tensor, seed: int, batch
     return torch.cat(parts)
 
 
+def check_target(out: Path, endings: tuple[str, ...] = (".png", ".npz", "")) -> None:
+    """Refuse a name that cannot be written, before the work is done; no ending means a folder.
+
+    Raises:
+        UserError: another ending, or something of another kind in its place.
+    """
+    known = ", ".join(ending or "a folder (a name without an ending)" for ending in endings)
+    require(out.suffix in endings, f"{out} ends in {out.suffix or 'nothing'}; what is written here is: {known}")
+    require(not out.exists() or out.is_dir() == (not out.suffix), f"{out} is in the way; choose another --out")
+
+
 def save_images(images: Tensor, labels: Tensor, out: Path, columns: int) -> None:
-    """uint8 [n, 3, S, S] as one PNG grid, an .npz (arr_0 uint8 [n, S, S, 3], arr_1 labels) or a folder of PNGs."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix == ".png":
-        grid(images, columns).save(out)
-    elif out.suffix == ".npz":
-        np.savez(out, images.permute(0, 2, 3, 1).numpy(), labels.numpy())
-    else:
-        require(not out.suffix, f"{out}: write a .png, an .npz or a folder (a name without an ending)")
-        out.mkdir(exist_ok=True)
-        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / f"{i:06d}_class{int(label)}.png")
+    """uint8 [n, 3, S, S] as one PNG grid, an .npz (arr_0 uint8 [n, S, S, 3], arr_1 labels) or a folder of PNGs.
+
+    Raises:
+        UserError: see `check_target`; or no space left, or no permission.
+    """
+    check_target(out)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix == ".png":
+            grid(images, columns).save(out)
+        elif out.suffix == ".npz":
+            np.savez(out, images.permute(0, 2, 3, 1).numpy(), labels.numpy())
+        else:
+            out.mkdir(exist_ok=True)
+            for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / f"{i:06d}_class{int(label)}.png")
 
 
 def save_pairs(originals: Tensor, copies: Tensor, out: Path) -> None:
-    require(out.suffix == ".png", f"{out}: reconstructions are written as one .png")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    pairs(originals, copies, min(10, len(originals))).save(out)
+    """Originals, each above its copy, as one PNG.
+
+    Raises:
+        UserError: see `check_target`; or no space left, or no permission.
+    """
+    check_target(out, (".png",))
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        pairs(originals, copies, min(10, len(originals))).save(out)
 
 
 def read_images(paths: list[Path], size: int) -> Tensor:
@@ -79,7 +104,7 @@ def describe(checkpoint: Path) -> str:
 
     saved = load_checkpoint(checkpoint, ("ema.",))
     path = find_checkpoint(checkpoint)
-    counts = {part: 0 for part in ("encoder", "latent_norm", "decoder")}
+    counts = Counter()
     for name, tensor in saved.tensors.items():
         counts[name.split(".")[1]] += tensor.numel()
     size = path.stat().st_size / 2**20

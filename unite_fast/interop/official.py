@@ -1,84 +1,268 @@
-"""The authors' checkpoint names, and ours.
+"""Checkpoints of the released code, in and out.
 
-Three of their tensors have no counterpart here: tables that never change or are never read. Going out, they are written as
-the released code has them.
+Shapes: N latent tokens (as many as patches), D encoder width, T rows of a rotary table, K head dimension.
 """
 
+import math
+import os
+import pickle
 import re
+import zipfile
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from unite_fast.config import require
+from unite_fast.config import Config, DecoderConfig, EncoderConfig, ModelConfig, require
 from unite_fast.errors import UserError
+from unite_fast.interop.names import FIXED_DRAWS, UNREAD, our_name, plain_name, their_name
+from unite_fast.model.layers import sincos_2d
+from unite_fast.model.unite import UNITE
+from unite_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from unite_fast.training.state import TrainState
 
-RENAMES = (
-    (r"^latent_tokens$", "encoder.latent_tokens"),
-    (r"^patch_embed\.patch_embeddings\.projection\.", "encoder.patch_embed."),
-    (r"^encoder\.in_context_posemb$", "encoder.in_context_posemb"),
-    (r"^encoder\.up_sample\.", "encoder.input_proj."),
-    (r"^encoder\.t_embedder\.W$", "encoder.time_embed.frequencies"),
-    (r"^encoder\.t_embedder\.mlp\.0\.", "encoder.time_embed.fc1."),
-    (r"^encoder\.t_embedder\.mlp\.2\.", "encoder.time_embed.fc2."),
-    (r"^encoder\.y_embedder\.embedding_table\.", "encoder.label_embed."),
-    (r"^encoder\.blocks\.(\d+)\.(norm[123]|attn\.(?:qkv|q_norm|k_norm|proj))\.", r"encoder.blocks.\1.\2."),
-    (r"^encoder\.blocks\.(\d+)\.mlp\.w12\.", r"encoder.blocks.\1.mlp.fc_in."),
-    (r"^encoder\.blocks\.(\d+)\.mlp\.w3\.", r"encoder.blocks.\1.mlp.fc_out."),
-    (r"^encoder\.blocks\.(\d+)\.adaLN_modulation\.1\.", r"encoder.blocks.\1.modulation."),
-    (r"^encoder\.final_layer\.norm_final\.", "encoder.final_layer.norm."),
-    (r"^encoder\.final_layer\.adaLN_modulation\.1\.", "encoder.final_layer.modulation."),
-    (r"^encoder\.final_layer\.linear\.", "encoder.final_layer.linear."),
-    (r"^encoder_layer_norm\.", "latent_norm."),
-    (r"^up_sample_decoder\.", "decoder.input_proj."),
-    (r"^decoder\.decoder_embed\.", "decoder.embed."),
-    (r"^decoder\.trainable_cls_token$", "decoder.cls_token"),
-    (r"^decoder\.decoder_layers\.(\d+)\.layernorm_before\.", r"decoder.layers.\1.norm1."),
-    (r"^decoder\.decoder_layers\.(\d+)\.layernorm_after\.", r"decoder.layers.\1.norm2."),
-    (r"^decoder\.decoder_layers\.(\d+)\.qkv\.", r"decoder.layers.\1.qkv."),
-    (r"^decoder\.decoder_layers\.(\d+)\.attn_proj\.", r"decoder.layers.\1.proj."),
-    (r"^decoder\.decoder_layers\.(\d+)\.ffn_up\.", r"decoder.layers.\1.fc1."),
-    (r"^decoder\.decoder_layers\.(\d+)\.ffn_down\.", r"decoder.layers.\1.fc2."),
-    (r"^decoder\.decoder_norm\.", "decoder.norm."),
-    (r"^decoder\.decoder_pred\.", "decoder.pred."),
-)
-"""Their names, as patterns, and ours."""
+DECODER_HEAD_DIM = 64
+"""Of every published decoder; a checkpoint does not say it."""
 
-FIXED = (
-    r"^patch_embed\.position_embeddings$",
-    r"^encoder\.pos_embed$",
-    r"^encoder\.t_embedder\.special_time_emb$",
-    r"^encoder\.feat_rope(_incontext)?\.freqs_(cos|sin)$",
-    r"^decoder\.decoder_pos_embed$",
-)
-"""Tensors of theirs that we compute or that nobody reads."""
+SAME_TABLE = 0.01
+"""Largest difference of a table that counts as the same: a file in bfloat16 rounds values near 1 by 0.004."""
 
 
-def our_name(theirs: str) -> str | None:
-    """Our name of one of their tensors; None for one that has no counterpart.
+def our_state(theirs: dict[str, Tensor], source: str = "the checkpoint") -> dict[str, Tensor]:
+    """Our state dict from theirs. Tensors that we compute or that nobody reads are left out.
 
     Raises:
-        UserError: a name that the released model does not have.
-    """
-    for pattern, ours in RENAMES:
-        name, found = re.subn(pattern, ours, theirs)
-        if found:
-            return name
-    if any(re.match(pattern, theirs) for pattern in FIXED):
-        return None
-    raise UserError(f"{theirs} is not a tensor of the released UNITE")
-
-
-def our_state(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict from theirs, names with torch.compile's `_orig_mod.` or DDP's `module.` included.
-
-    Raises:
-        UserError: a foreign tensor, or a patch position table that is in use (every released one is zero).
+        UserError: a foreign tensor.
     """
     ours = {}
     for name, value in theirs.items():
-        name = name.replace("_orig_mod.", "").removeprefix("module.")
-        renamed = our_name(name)
+        require(isinstance(value, Tensor), f"{source}: {name} is a {type(value).__name__}, not a tensor")
+        try:
+            renamed = our_name(plain_name(name))
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
         if renamed is not None:
             ours[renamed] = value
-        elif name == "patch_embed.position_embeddings":
-            require(not value.any(), f"{name} is not zero: this checkpoint is not of the released UNITE")
     return ours
+
+
+def their_state(model: UNITE) -> dict[str, Tensor]:
+    """Every tensor of a released checkpoint, by their names, with this model's weights.
+
+    `encoder.t_embedder.special_time_emb` is zero: nothing reads it, and we have no such parameter.
+    """
+    weights = {their_name(name): value.detach() for name, value in model.state_dict().items()}
+    return weights | fixed_tensors(model.config)
+
+
+def fixed_tensors(config: ModelConfig) -> dict[str, Tensor]:
+    """Their tensors that we compute or that nobody reads, float32."""
+    encoder, tokens = config.encoder, config.latent_tokens
+    side = math.isqrt(tokens)
+    decoder_grid = sincos_2d(side, config.decoder.width)
+    tables = {
+        "patch_embed.position_embeddings": torch.zeros(1, config.patches + 1, encoder.width),
+        "encoder.pos_embed": sincos_2d(side, encoder.width)[None],
+        "encoder.t_embedder.special_time_emb": torch.zeros(encoder.width),
+        "decoder.decoder_pos_embed": torch.cat((torch.zeros_like(decoder_grid[:1]), decoder_grid))[None],
+    }
+    positions = tokens + config.patches
+    cos, sin = their_rope(positions, encoder.width // encoder.heads)
+    tables |= {"encoder.feat_rope.freqs_cos": cos, "encoder.feat_rope.freqs_sin": sin}
+    if encoder.in_context_tokens:
+        still = torch.ones(encoder.in_context_tokens, cos.shape[1])
+        tables["encoder.feat_rope_incontext.freqs_cos"] = torch.cat((still, cos))
+        tables["encoder.feat_rope_incontext.freqs_sin"] = torch.cat((torch.zeros_like(still), sin))
+    return tables
+
+
+def their_rope(positions: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, K], each column twice, from angles in float32: the released values to the last bit, where our table
+    comes from float64 (they differ by up to 8e-6 at 512 positions)."""
+    rates = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    angle = torch.outer(torch.arange(positions).float(), rates).repeat_interleave(2, dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def load_released(model: UNITE, theirs: dict[str, Tensor], source: str) -> None:
+    """Give `model` the weights of a released checkpoint.
+
+    Raises:
+        UserError: tensors are missing, foreign or of another shape, or a fixed table is not the released one.
+    """
+    ours = our_state(theirs, source)
+    expected = model.state_dict()
+    foreign = [their_name(name) for name in ours if name not in expected]
+    if foreign:
+        raise UserError(f"{source}: {_listed(foreign)} does not belong to a model of these sizes")
+    missing = [their_name(name) for name in expected if name not in ours]
+    if missing:
+        raise UserError(f"{source} lacks {_listed(missing)}")
+    for name, value in expected.items():
+        _require_shape(source, their_name(name), ours[name], value)
+    theirs = {plain_name(name): value for name, value in theirs.items()}
+    for name, table in fixed_tensors(model.config).items():
+        if name in theirs and name not in UNREAD:
+            _require_shape(source, name, theirs[name], table)
+            same = torch.allclose(theirs[name].float(), table, rtol=0, atol=SAME_TABLE)
+            require(same, f"{source}: {name} is not the released model's table, which is fixed")
+    model.load_state_dict(ours)
+
+
+def _require_shape(source: str, name: str, found: Tensor, expected: Tensor) -> None:
+    agree = found.shape == expected.shape
+    require(agree, f"{source}: {name} is {list(found.shape)}; the other tensors ask for {list(expected.shape)}")
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return names[0] + more
+
+
+def import_official(
+    source: str | Path,
+    out: str | Path,
+    *,
+    weights: str = "ema",
+    decoder_heads: int | None = None,
+    in_context_start: int = 4,
+) -> None:
+    """Write one of the authors' .pt files as a checkpoint of ours.
+
+    It is for sampling, reconstruction and export. Training cannot resume from it: it has no optimizer state.
+
+    Args:
+        weights: which weights of a file that holds several; a file that is a plain state dict has no choice.
+        decoder_heads: the decoder's attention heads; by default its width / 64, as published.
+        in_context_start: block before which the in-context tokens enter. Like the heads, no tensor tells it.
+
+    Raises:
+        UserError: not a file of the authors' kind, or one whose tensors do not fit together.
+    """
+    source, out = Path(source), Path(out)
+    theirs = choose_weights(read_torch(source), weights, source)
+    config = Config(name=source.stem, model=model_config(theirs, source, decoder_heads, in_context_start))
+    model = UNITE(config.model)
+    load_released(model, theirs, str(source))
+    save_checkpoint(out, config, 0, {}, TrainState(model, config).tensors())
+
+
+def read_torch(source: Path) -> dict:
+    """A file of `torch.save`. No code of the file's runs."""
+    require(source.exists(), f"there is no file {source}")
+    require(zipfile.is_zipfile(source), f"{source} is not a file of torch.save, or is incomplete")
+    try:
+        content = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f" ({found.group(1)})" if found else ""
+        raise UserError(
+            f"{source} holds Python objects{what}, which could run code and are not read; save its state dicts alone"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError) as error:
+        raise UserError(f"{source} is not a readable file of torch.save") from error
+    require(isinstance(content, dict), f"{source} holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def choose_weights(content: dict, weights: str, source: Path) -> dict[str, Tensor]:
+    """The state dict that `weights` names, by plain names; `content` itself if it is one."""
+    if content and all(isinstance(value, Tensor) for value in content.values()):
+        return {plain_name(name): value for name, value in content.items()}
+    held = [str(key) for key, value in content.items() if isinstance(value, dict)]
+    there = ", ".join(held) or "nothing of that kind"
+    require(weights in held, f"{source} holds no {weights!r} weights; choose by name what it holds: {there}")
+    chosen = {plain_name(str(name)): value for name, value in content[weights].items()}
+    # An average of the trainable parameters leaves out what is drawn once and then fixed.
+    raw = content["model"] if "model" in held else {}
+    fixed = {plain_name(str(name)): value for name, value in raw.items()}
+    return {name: fixed[name] for name in FIXED_DRAWS if name in fixed} | chosen
+
+
+def model_config(
+    theirs: dict[str, Tensor], source: Path, decoder_heads: int | None = None, in_context_start: int = 4
+) -> ModelConfig:
+    """The sizes of a released model, from the shapes of its tensors.
+
+    Raises:
+        UserError: a tensor that is needed is missing, or sizes that no model has.
+    """
+
+    def shape(name: str, dims: int) -> torch.Size:
+        require(name in theirs, f"{source} lacks {name}: it is not a state dict of the released UNITE")
+        require(isinstance(theirs[name], Tensor), f"{source}: {name} is not a tensor")
+        require(theirs[name].dim() == dims, f"{source}: {name} is {list(theirs[name].shape)}, not of {dims} dimensions")
+        return theirs[name].shape
+
+    def count(prefix: str) -> int:
+        return len({name.removeprefix(prefix).split(".")[0] for name in theirs if name.startswith(prefix)})
+
+    width, channels = shape("encoder.up_sample.weight", 2)
+    tokens = shape("latent_tokens", 3)[1]
+    require(math.isqrt(tokens) ** 2 == tokens, f"{source}: {tokens} latent tokens make no square image")
+    patch_size = shape("patch_embed.patch_embeddings.projection.weight", 4)[-1]
+    qk_norm = "encoder.blocks.0.attn.q_norm.weight" in theirs
+    head_dim = shape("encoder.blocks.0.attn.q_norm.weight", 1)[0] if qk_norm else shape("encoder.feat_rope.freqs_cos", 2)[1]
+    require(head_dim > 0 and width % head_dim == 0, f"{source}: heads of {head_dim} do not divide the width {width}")
+    context = "encoder.in_context_posemb"
+    decoder_width, embed_width = shape("decoder.decoder_embed.weight", 2)
+    if decoder_heads is None:
+        fits = decoder_width % DECODER_HEAD_DIM == 0
+        require(fits, f"{source}: the decoder's width {decoder_width} is no multiple of 64; say how many heads it has")
+        decoder_heads = decoder_width // DECODER_HEAD_DIM
+    return ModelConfig(
+        image_size=math.isqrt(tokens) * patch_size,
+        patch_size=patch_size,
+        latent_channels=channels,
+        num_classes=shape("encoder.y_embedder.embedding_table.weight", 2)[0] - 2,
+        encoder=EncoderConfig(
+            width=width,
+            depth=count("encoder.blocks."),
+            heads=width // head_dim,
+            in_context_tokens=shape(context, 3)[1] if context in theirs else 0,
+            in_context_start=in_context_start,
+            qk_norm=qk_norm,
+        ),
+        decoder=DecoderConfig(
+            width=decoder_width,
+            depth=count("decoder.decoder_layers."),
+            heads=decoder_heads,
+            mlp_width=shape("decoder.decoder_layers.0.ffn_up.weight", 2)[0],
+            embed_width=embed_width,
+        ),
+    )
+
+
+def export_official(checkpoint: str | Path, out: str | Path) -> None:
+    """Write a checkpoint of ours as a .pt file of the authors' kind: {"model": ..., "ema": ...} in their names.
+
+    Args:
+        checkpoint: a checkpoint, or a run's folder, which means its latest one.
+
+    Raises:
+        UserError: no such checkpoint, one that lacks tensors, or no way to write `out`.
+    """
+    loaded = load_checkpoint(checkpoint, ("model.", "ema."))
+    model = UNITE(loaded.config.model)
+    states = {}
+    for kind in ("model", "ema"):
+        for name, value in model.state_dict().items():
+            # The averages are of the trainable parameters; the rest is the model's.
+            held = loaded.tensors.get(f"{kind}.{name}", loaded.tensors.get(f"model.{name}"))
+            require(held is not None and held.shape == value.shape, f"{checkpoint} lacks {kind}.{name}")
+            value.copy_(held)
+        states[kind] = {name: value.clone() for name, value in their_state(model).items()}
+    save_torch(Path(out), states)
+
+
+def save_torch(path: Path, content: dict) -> None:
+    """`torch.save`, aside and renamed: whatever stood at `path` before stays whole until the new file is complete."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise UserError(f"could not write {path}: {reason}") from error

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from unite_fast.config import ModelConfig
+from unite_fast.kernels.common import upcast
 from unite_fast.model.decoder import Decoder
 from unite_fast.model.generative_encoder import GenerativeEncoder
 
@@ -33,11 +34,15 @@ class UNITE(nn.Module):
     def tokenize(self, images: Tensor, registers: Tensor, t: Tensor) -> Tensor:
         """images [B, 3, S, S] in [0, 1], registers ~ N(0, 1) [B, N, C], t ~ U(0, 0.01) [B] -> latents [B, N, C]."""
         no_class = torch.full((len(images),), self.config.num_classes, device=images.device)
-        return self.latent_norm(self.encoder(registers, t, no_class, images))
+        return self._normalise(self.encoder(registers, t, no_class, images))
 
     def denoise(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Clean latents from noisy ones: x_t [B, N, C], t [B], labels int64 [B] (num_classes: none) -> [B, N, C]."""
-        return self.latent_norm(self.encoder(x_t, t, labels))
+        return self._normalise(self.encoder(x_t, t, labels))
+
+    def _normalise(self, latents: Tensor) -> Tensor:
+        # Autocast on CUDA runs LayerNorm in float32 but autocast on a CPU does not: without this, z would be bfloat16 there.
+        return self.latent_norm(upcast(latents))
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents [B, N, C] -> images [B, 3, S, S], not clamped."""

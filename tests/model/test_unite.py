@@ -1,0 +1,67 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from unite_fast.config import EncoderConfig, ModelConfig, from_tree
+from unite_fast.model.unite import UNITE
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("preset", "millions"), [("B", 217.64), ("M", 318.82), ("L", 545.53), ("XL", 762.78)])
+def test_parameters_of_the_published_sizes(preset, millions):
+    config = ModelConfig(encoder=from_tree(EncoderConfig, {"preset": preset}))
+    with torch.device("meta"):
+        model = UNITE(config)
+    counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # The released code has one more vector of `width`, a time embedding that it never uses.
+    assert round((counted + config.encoder.width) / 1e6, 2) == millions
+
+
+def test_tokenize_has_no_class_and_ends_in_the_shared_norm(tiny_model, tiny_config):
+    images, registers, t = draw(2, 3, 8, 8), draw(2, 4, 6), torch.tensor([0.0, 0.01])
+    raw = tiny_model.encoder(registers, t, torch.tensor([5, 5]), images)
+    norm = tiny_model.latent_norm
+    want = F.layer_norm(raw, (6,), norm.weight, norm.bias, 1e-5)
+    assert torch.equal(tiny_model.tokenize(images, registers, t), want)
+
+
+def test_denoise_sees_time_and_label_and_ends_in_the_shared_norm(tiny_model):
+    x, t, labels = draw(2, 4, 6), torch.tensor([0.2, 0.9]), torch.tensor([1, 5])
+    norm = tiny_model.latent_norm
+    out = tiny_model.denoise(x, t, labels)
+    assert torch.equal(out, F.layer_norm(tiny_model.encoder(x, t, labels), (6,), norm.weight, norm.bias, 1e-5))
+    assert not torch.allclose(out, tiny_model.denoise(x, t.flip(0), labels))
+    assert not torch.allclose(out, tiny_model.denoise(x, t, labels.flip(0)))
+
+
+def test_latents_are_float32_under_autocast(tiny_model):
+    with torch.autocast("cpu", torch.bfloat16):
+        z = tiny_model.tokenize(draw(2, 3, 8, 8), draw(2, 4, 6), torch.zeros(2))
+    assert z.dtype == torch.float32
+
+
+def test_start_values_depend_on_the_seed_alone(tiny_config):
+    def created(seed: int, global_seed: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(global_seed)
+        return UNITE.create(tiny_config.model, seed).state_dict()
+
+    first, again, other = created(3, 0), created(3, 1), created(4, 0)
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    drawn = [name for name, value in first.items() if value.std() > 0 and name != "encoder.latent_tokens"]
+    assert len(drawn) > 20
+    assert not any(torch.equal(first[name], other[name]) for name in drawn)
+
+
+@pytest.mark.parametrize("seed", [0, 2**64 - 1])
+def test_any_seed_of_the_config_can_be_used(seed, tiny_config):
+    UNITE.create(tiny_config.model, seed)
+
+
+def test_no_pass_calls_a_random_generator(tiny_model):
+    before = torch.get_rng_state()
+    z = tiny_model.tokenize(draw(2, 3, 8, 8), draw(2, 4, 6), torch.zeros(2))
+    tiny_model.decode(tiny_model.denoise(z, torch.zeros(2), torch.tensor([0, 1])))
+    assert torch.equal(torch.get_rng_state(), before)

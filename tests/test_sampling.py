@@ -1,0 +1,205 @@
+"""Solvers on equations with known solutions, guidance on a model that tells what it was asked."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from unite_fast import flow, sampling
+from unite_fast.config import SamplingConfig
+from unite_fast.errors import UserError
+from unite_fast.randomness import Philox, Stream
+from unite_fast.sampling import GuidedVelocity, dopri5, euler, generate, generate_latents, heun, reconstruct, to_uint8
+
+NO_CLASS = 5
+
+
+class Recorder:
+    """Stands in for UNITE: predicts label + 1 everywhere, ten times that after the norm, and remembers each call."""
+
+    def __init__(self):
+        self.config = SimpleNamespace(num_classes=NO_CLASS)
+        self.calls: list[tuple[str, float, list[int]]] = []
+
+    def encoder(self, x, t, labels):
+        return self._predict("raw", 1, x, t, labels)
+
+    def denoise(self, x, t, labels):
+        return self._predict("normed", 10, x, t, labels)
+
+    def _predict(self, kind, factor, x, t, labels):
+        assert t.shape == labels.shape == x.shape[:1]
+        assert t.dtype == torch.float32
+        self.calls.append((kind, t[0].item(), labels.tolist()))
+        return torch.zeros_like(x) + factor * (labels[:, None, None] + 1)
+
+
+def linear_equation(t, x):
+    """dx/dt = t (1 - 2 x), solved by x = 1/2 + (x0 - 1/2) exp(-t^2)."""
+    return t * (1 - 2 * x)
+
+
+def error_of(solver, steps: int) -> float:
+    x = torch.tensor([[2.0]], dtype=torch.float64)
+    times = flow.shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), 0.5)  # steps of unequal length
+    return abs(solver(linear_equation, x, times).item() - (0.5 + 1.5 * math.exp(-1)))
+
+
+@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
+def test_order_of_the_fixed_step_solvers(solver, order):
+    measured = math.log2(error_of(solver, 64) / error_of(solver, 128))
+    assert measured == pytest.approx(order, abs=0.1)
+
+
+def test_dopri5_keeps_its_tolerance_and_does_not_heed_the_grid():
+    assert error_of(dopri5, 2) < 2 * sampling.DOPRI5_RTOL
+    assert error_of(dopri5, 2) == error_of(dopri5, 50)
+
+
+def test_dopri5_spends_few_evaluations_on_a_smooth_equation():
+    calls = []
+
+    def counted(t, x):
+        calls.append(t)
+        return linear_equation(t, x)
+
+    dopri5(counted, torch.ones(1, 1), torch.linspace(0, 1, 51))
+    assert len(calls) < 100
+
+
+@pytest.mark.parametrize(
+    ("solver", "steps", "tolerance"), [("euler", 4000, 1e-3), ("heun", 400, 1e-4), ("dopri5", 50, 2e-3)]
+)
+def test_a_known_answer_is_reached_along_a_straight_line(solver, steps, tolerance):
+    """With the right prediction the path is straight until t = 0.95, where 1 - t meets its floor; from there the rest
+    shrinks by exp(-1)."""
+    noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    config = SamplingConfig(solver=solver, steps=steps)
+    got = generate_latents(Recorder(), torch.tensor([0, 3]), noise, config)
+    z = torch.tensor([10.0, 40.0])[:, None, None]
+    want = z + 0.05 * math.exp(-1) * (noise - z)
+    assert ((got - want).abs() / want.abs()).max() < tolerance
+
+
+def test_the_time_grid_is_shifted_and_runs_from_0_to_1():
+    model = Recorder()
+    generate_latents(model, torch.tensor([0]), torch.zeros(1, 1, 1), SamplingConfig(solver="heun", steps=4))
+    s = [0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1]
+    assert [t for _, t, _ in model.calls] == pytest.approx([0.5 * x / (1 - 0.5 * x) for x in s])
+
+
+def predicted(t: float, **settings) -> tuple[float, Recorder]:
+    """The guided prediction for label 2, found from the velocity at x = 0."""
+    model = Recorder()
+    t = torch.tensor(t)
+    velocity = GuidedVelocity(model, torch.tensor([2]), SamplingConfig(**settings))(t, torch.zeros(1, 1, 1))
+    return (velocity * flow.time_left(t)).item(), model
+
+
+def test_guidance_moves_away_from_the_prediction_without_label():
+    prediction, model = predicted(0.5, guidance=1.5)
+    assert prediction == pytest.approx(60 + 1.5 * (30 - 60))
+    assert model.calls == [("normed", 0.5, [2, NO_CLASS])]
+
+
+def test_cfg_first_never_normalises():
+    prediction, model = predicted(0.5, guidance=1.5, order="cfg_first")
+    assert prediction == pytest.approx(6 + 1.5 * (3 - 6))
+    assert model.calls == [("raw", 0.5, [2, NO_CLASS])]
+
+
+@pytest.mark.parametrize(("order", "want", "kind"), [("norm_first", 30, "normed"), ("cfg_first", 3, "raw")])
+def test_without_guidance_there_is_no_second_pass(order, want, kind):
+    prediction, model = predicted(0.5, guidance=1.0, order=order)
+    assert prediction == pytest.approx(want)
+    assert model.calls == [(kind, 0.5, [2])]
+
+
+@pytest.mark.parametrize(
+    ("interval", "t", "guided"),
+    [
+        ((0.25, 0.75), 0.0, False),
+        ((0.25, 0.75), 0.25, False),
+        ((0.25, 0.75), 0.26, True),
+        ((0.25, 0.75), 0.74, True),
+        ((0.25, 0.75), 0.75, False),
+        ((0.25, 0.75), 1.0, False),
+        ((0.0, 0.75), 0.0, True),
+        ((0.0, 1.0), 1.0, False),
+    ],
+)
+def test_guidance_acts_inside_its_interval_only(interval, t, guided):
+    prediction, model = predicted(t, guidance=2.0, interval=interval)
+    assert prediction == pytest.approx(60 + 2 * (30 - 60) if guided else 30)
+    assert [labels for _, _, labels in model.calls] == [[2, NO_CLASS] if guided else [2]]
+
+
+def test_evaluations_count_a_pass_for_each_half():
+    times = flow.shift_time(torch.linspace(0, 1, 11), 0.5)
+    config = SamplingConfig(guidance=2.0, interval=(0.3, 0.7))
+    velocity = GuidedVelocity(Recorder(), torch.tensor([0, 1]), config)
+    euler(velocity, torch.zeros(2, 1, 1), times)
+    assert velocity.evaluations == sum(2 if 0.3 < t < 0.7 else 1 for t in times[:-1].tolist())
+
+
+def test_guided_prediction_of_the_real_model(tiny_model):
+    x, labels, t = (
+        torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([1, 4]),
+        torch.tensor(0.4),
+    )
+    for order, predict in (("norm_first", tiny_model.denoise), ("cfg_first", tiny_model.encoder)):
+        with torch.no_grad():
+            conditional, without = predict(x, t.expand(2), labels), predict(x, t.expand(2), torch.tensor([5, 5]))
+            got = GuidedVelocity(tiny_model, labels, SamplingConfig(guidance=3.0, order=order))(t, x)
+        torch.testing.assert_close(got, (without + 3 * (conditional - without) - x) / 0.6, rtol=1e-4, atol=1e-4)
+
+
+FAST = SamplingConfig(solver="euler", steps=3, guidance=2.0)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 64])
+def test_the_same_images_for_any_batch_size(batch, tiny_model):
+    labels = torch.tensor([0, 1, 4, 2, 2])
+    got, want = generate(tiny_model, labels, FAST, batch=batch), generate(tiny_model, labels, FAST, batch=5)
+    assert got.shape == (5, 3, 8, 8) and got.dtype == torch.uint8
+    # Another batch may sum in another order: a value on the edge between two levels may fall on either side.
+    assert (got.int() - want.int()).abs().max() <= 1
+    assert not torch.equal(got[3], got[4])
+
+
+def test_an_image_depends_on_its_seed_place_and_label_alone(tiny_model):
+    first = generate(tiny_model, torch.tensor([0, 1, 2]), FAST)
+    assert torch.equal(first, generate(tiny_model, torch.tensor([0, 1, 2]), FAST))
+    other_labels = generate(tiny_model, torch.tensor([0, 3, 2]), FAST)
+    assert torch.equal(other_labels[[0, 2]], first[[0, 2]])
+    assert not torch.equal(other_labels[1], first[1])
+    assert not torch.equal(generate(tiny_model, torch.tensor([0, 1, 2]), FAST, seed=1), first)
+
+
+@pytest.mark.parametrize("wrong", [-1, 5])
+def test_a_class_that_does_not_exist_is_refused_by_its_number(wrong, tiny_model):
+    with pytest.raises(UserError, match=rf"class {wrong} is out of range: this model has classes 0\.\.4"):
+        generate(tiny_model, torch.tensor([0, wrong]), FAST)
+
+
+def test_generation_keeps_no_graph(tiny_model):
+    noise = torch.zeros(1, 4, 6)
+    assert not generate_latents(tiny_model, torch.tensor([0]), noise, FAST).requires_grad
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_reconstruction_is_tokenizer_and_decoder(batch, tiny_model):
+    images = torch.randint(256, (3, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    registers = Philox(7, 0, torch.arange(3)).normal(Stream.REGISTERS, (4, 6))
+    with torch.no_grad():
+        want = tiny_model.decode(tiny_model.tokenize(images / 255, registers, torch.zeros(3)))
+    got = reconstruct(tiny_model, images, seed=7, batch=batch)
+    assert (got.int() - to_uint8(want).int()).abs().max() <= 1
+
+
+def test_uint8_is_clamped_and_truncated():
+    values = torch.tensor([-1.0, 0.0, 0.5, 254.99 / 255, 1.0, 1.7])
+    assert to_uint8(values).tolist() == [0, 0, 127, 254, 255, 255]
+    assert to_uint8(values.bfloat16()[[0, 2, 5]]).tolist() == [0, 127, 255]

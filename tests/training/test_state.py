@@ -1,0 +1,128 @@
+"""What a run is made of between two steps, and that nothing of it is lost on the way through a checkpoint."""
+
+import pytest
+import torch
+
+from unite_fast.model.unite import UNITE
+from unite_fast.objective import draw_step, training_losses
+from unite_fast.optim.schedule import learning_rate
+from unite_fast.randomness import Philox
+from unite_fast.training.state import TrainState
+
+
+def make_state(config) -> TrainState:
+    return TrainState(UNITE.create(config.model, seed=0), config)
+
+
+def train(state: TrainState, steps: int) -> list[float]:
+    """Real steps on images that follow from the step's number; total losses and gradient norms."""
+    config, seen = state.config, []
+    for _ in range(steps):
+        philox = Philox(0, state.step, torch.arange(config.train.batch_size))
+        draws = draw_step(config.objective, philox, (config.model.latent_tokens, config.model.latent_channels))
+        generator = torch.Generator().manual_seed(state.step)
+        images = torch.rand(config.train.batch_size, 3, 8, 8, generator=generator)
+        labels = torch.randint(config.model.num_classes, (config.train.batch_size,), generator=generator)
+        losses = training_losses(state.model, images, labels, draws, config)
+        losses.total.backward()
+        seen += [losses.total.item(), state.apply_gradients().item()]
+    return seen
+
+
+def saved(state: TrainState) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in state.tensors().items()}
+
+
+@pytest.mark.parametrize("muon_dtype", ["bfloat16", "float32"])
+def test_five_steps_are_two_and_three_bit_for_bit(muon_dtype, tiny_config):
+    tiny_config.optim.muon_dtype = muon_dtype
+    whole = make_state(tiny_config)
+    losses = train(whole, 5)
+
+    before = make_state(tiny_config)
+    assert train(before, 2) == losses[:4]
+    after = TrainState(UNITE.create(tiny_config.model, seed=99), tiny_config)
+    after.load_tensors(saved(before))
+    after.step = before.step
+    assert train(after, 3) == losses[4:]
+    assert after.step == 5
+    want, got = whole.tensors(), after.tensors()
+    assert got.keys() == want.keys()
+    assert [name for name in want if not torch.equal(got[name], want[name])] == []
+
+
+def test_a_checkpoint_holds_weights_averages_and_both_optimizers_of_every_parameter(tiny_config):
+    state = make_state(tiny_config)
+    train(state, 1)
+    names = set(state.tensors())
+    for name in state.muon_parameters:
+        assert {f"model.{name}", f"ema.{name}", f"optim.{name}.momentum"} <= names
+    for name in state.adamw_parameters:
+        moments = {f"optim.{name}.{key}" for key in ("step", "exp_avg", "exp_avg_sq")}
+        assert {f"model.{name}", f"ema.{name}"} | moments <= names
+    assert "model.encoder.time_embed.frequencies" in names  # drawn once, never trained: lost if not saved
+
+
+def test_a_fresh_state_round_trips_before_its_first_step(tiny_config):
+    fresh = make_state(tiny_config)
+    other = TrainState(UNITE.create(tiny_config.model, seed=99), tiny_config)
+    other.load_tensors(saved(fresh))
+    assert train(other, 2) == train(fresh, 2)
+
+
+def test_one_step_by_hand(tiny_config):
+    """Clip over all gradients, the schedule's rate in both optimizers, averages, cleared gradients."""
+    tiny_config.optim.clip_norm = 0.5
+    state = make_state(tiny_config)
+    state.step = 1  # the rate of step 0 is zero
+    start = {name: p.detach().clone() for name, p in state.model.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    for parameter in state.model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    gradients = {name: p.grad.clone() for name, p in state.model.named_parameters()}
+    norm = torch.cat([g.flatten() for g in gradients.values()]).double().norm().item()
+
+    assert state.apply_gradients().item() == pytest.approx(norm, rel=1e-6)
+    assert state.step == 2
+    rate = learning_rate(tiny_config.schedule, 6, 1)
+    assert rate == state.last_learning_rate == 5e-4
+    assert state.learning_rate == 1e-3
+    assert all(p.grad is None for p in state.model.parameters())
+
+    # AdamW's first step is the rate times g / (|g| + eps): eps counts the clipped gradient.
+    name = "decoder.cls_token"
+    g = gradients[name].double() * 0.5 / norm
+    want = start[name].double() - rate * g / (g.abs() + tiny_config.optim.eps)
+    torch.testing.assert_close(state.model.get_parameter(name).double(), want, rtol=1e-4, atol=1e-8)
+    # Muon's update has AdamW's scale, whatever the gradient's.
+    for name in state.muon_parameters:
+        moved = state.model.get_parameter(name) - start[name]
+        assert 0.03 * rate < moved.square().mean().sqrt() < 0.3 * rate, name
+    for name, parameter in state.model.named_parameters():
+        want = torch.lerp(start[name], parameter.detach(), 1 - tiny_config.optim.ema_decay)
+        torch.testing.assert_close(state.ema.averages[name], want)
+
+
+def test_small_gradients_are_not_clipped(tiny_config):
+    state = make_state(tiny_config)
+    for parameter in state.model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-6)
+    state.apply_gradients()
+    momentum = state.muon.state[state.muon_parameters["decoder.pred.weight"]]["momentum"]
+    torch.testing.assert_close(momentum, torch.full_like(momentum, 0.05 * 1e-6))
+
+
+def test_training_lowers_the_loss(tiny_config):
+    """Forty steps on one batch with one set of draws."""
+    state = make_state(tiny_config)
+    draws = draw_step(tiny_config.objective, Philox(0, 0, torch.arange(6)), (4, 6))
+    images = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(6) % 5
+    totals = []
+    tiny_config.schedule.decay_until = 0
+    for _ in range(40):
+        losses = training_losses(state.model, images, labels, draws, tiny_config)
+        losses.total.backward()
+        state.apply_gradients()
+        totals.append(losses.l1.item())
+    assert totals[-1] < 0.7 * totals[0]
