@@ -1,10 +1,19 @@
-"""What all tests share: one thread, no CUDA test without a CUDA device, and a UNITE of toy size."""
+"""What all tests share: one thread, no CUDA test without a CUDA device, a UNITE of toy size, ways to run commands."""
 
-from collections.abc import Callable
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
+from unite_fast.cli import main
 from unite_fast.config import Config, ModelConfig, from_tree
 from unite_fast.model.unite import UNITE
 
@@ -23,10 +32,30 @@ TINY = {
     "train": {"batch_size": 6, "steps": 10, "precision": "float32", "compile": False, "device": "cpu"},
 }
 
+# The digits recipe at a size at which a run of twenty steps takes about a second, pictures included.
+TINY_RUN = (
+    "model.latent_channels=4",
+    "model.encoder.width=16",
+    "model.encoder.depth=2",
+    "model.decoder.width=16",
+    "model.decoder.depth=1",
+    "model.decoder.heads=1",
+    "model.decoder.mlp_width=16",
+    "model.decoder.embed_width=16",
+    "schedule.warmup_steps=3",
+    "train.batch_size=8",
+    "train.steps=20",
+    "train.log_every=5",
+    "train.checkpoint_every=10",
+    "train.device=cpu",
+    "sampling.solver=euler",
+    "sampling.steps=2",
+)
+
 
 def pytest_configure() -> None:
-    # The same split of float sums on every machine, and no crowding where tests run side by side: two threads waiting for
-    # each other on a busy two-core machine took 17 times the CPU time of one (1.7 s against 0.1 s a toy training step).
+    # The same split of float sums on every machine, and no crowding where tests run side by side: on a busy two-core
+    # machine, two threads that wait for each other took 17 times the CPU time of one (1.7 s for a toy training step).
     torch.set_num_threads(1)
 
 
@@ -64,3 +93,144 @@ def make_model() -> Callable[[ModelConfig], UNITE]:
 @pytest.fixture
 def tiny_model(make_model: Callable[[ModelConfig], UNITE], tiny_config: Config) -> UNITE:
     return make_model(tiny_config.model)
+
+
+@pytest.fixture(scope="session")
+def tiny_run() -> tuple[str, ...]:
+    """Arguments of `unite-fast train` for a tiny run; settings may follow that differ."""
+    return TINY_RUN
+
+
+@dataclass
+class Ended:
+    """A command that has ended."""
+
+    status: int
+    out: str
+    err: str
+
+    def error(self) -> str:
+        """What a user's mistake must look like: status 2 and one line on stderr; gives the line."""
+        assert self.status == 2, self
+        lines = self.err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), self.err
+        return lines[0].removeprefix("error: ")
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
+    """Runs `unite-fast ARGUMENTS` in this process."""
+
+    def run(*arguments: object) -> Ended:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["unite-fast", *map(str, arguments)])
+        status = 0
+        try:
+            main()
+        except SystemExit as ending:
+            status = ending.code or 0
+        return Ended(status, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished tiny run, to look at and not to change."""
+    from unite_fast.config import load_config
+    from unite_fast.training.trainer import train
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train(load_config("digits", (*TINY_RUN, f"train.out={folder}")))
+    return folder
+
+
+class Process:
+    """A command in a process of its own."""
+
+    def __init__(self, server: subprocess.Popen, arguments: tuple, folder: Path):
+        self.server, self.output = server, folder / "output.txt"
+        request = {"args": [str(part) for part in arguments], "folder": str(folder), "output": str(self.output)}
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        self.pid = int(server.stdout.readline())
+        self.ended = False
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """Its exit status; negative: the signal that ended it."""
+        status = int(self.server.stdout.readline())
+        self.ended = True
+        return status
+
+    def printed(self) -> str:
+        return self.output.read_text()
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[subprocess.Popen]:
+    server = subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("fork_server.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdout.readline() == "ready\n"
+    yield server
+    server.stdin.close()
+    server.wait()
+
+
+@pytest.fixture
+def process(fork_server: subprocess.Popen, tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    """Starts `unite-fast ARGUMENTS` as a process in `tmp_path`; one at a time."""
+    started: list[Process] = []
+
+    def start(*arguments: object) -> Process:
+        started.append(Process(fork_server, arguments, tmp_path))
+        return started[-1]
+
+    yield start
+    # A test that fails half-way leaves its process running.
+    for left in started:
+        if not left.ended:
+            left.signal(signal.SIGKILL)
+            left.wait()
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> Callable[[Callable[[], bool]], None]:
+    def wait(condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < end, "what was waited for did not happen within a minute"
+            time.sleep(0.002)
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def assert_same_run() -> Callable[[Path, Path], None]:
+    """Checks that two runs' latest checkpoints and metrics are equal to the last bit, speeds apart."""
+    from unite_fast.training.checkpoint import load_checkpoint
+    from unite_fast.training.metrics import read_rows
+
+    def compare(one: Path, other: Path) -> None:
+        a, b = load_checkpoint(one), load_checkpoint(other)
+        assert a.step == b.step
+        assert a.progress == b.progress
+        assert a.tensors.keys() == b.tensors.keys()
+        assert any(name.startswith("optim.") for name in a.tensors)
+        assert [name for name, value in a.tensors.items() if not torch.equal(value, b.tensors[name])] == []
+        rows = [
+            [
+                {key: value for key, value in row.items() if key != "images_per_s"}
+                for row in read_rows(folder / "metrics.jsonl")
+            ]
+            for folder in (one, other)
+        ]
+        assert rows[0] == rows[1]
+
+    return compare

@@ -139,6 +139,14 @@ def tree_of(key: str, value) -> dict:
         ("sampling.steps", 0),
         ("sampling.interval", [0.5, 0.1]),
         ("sampling.interval", [-0.1, 1.0]),
+        ("sampling.time_shift", 0.0),
+        ("schedule.lr_2", float("nan")),
+        ("schedule.reference_batch", -1),
+        ("schedule.final_until", 5),  # would never come: there is no first decay
+        ("objective.flow_weight", float("inf")),
+        ("optim.muon_momentum", 1.0),
+        ("optim.adamw_betas", [0.9, 1.0]),
+        ("optim.eps", 0.0),
     ],
 )
 def test_an_impossible_value_is_refused_by_name(key, value):
@@ -152,7 +160,7 @@ def test_an_impossible_value_is_refused_by_name(key, value):
 
 
 def test_a_decoder_width_without_2d_positions_is_refused():
-    with pytest.raises(UserError, match="model.decoder.width must be a multiple of 4"):
+    with pytest.raises(UserError, match=r"model\.decoder\.width must be a multiple of 4"):
         from_tree(DecoderConfig, {"width": 6, "heads": 3})
 
 
@@ -251,8 +259,14 @@ def test_a_binary_file_is_refused(tmp_path):
 
 
 def test_a_missing_recipe_is_refused_with_the_list_of_those_there_are():
-    with pytest.raises(UserError, match="there is no recipe nowhere; recipes here: .*digits"):
+    with pytest.raises(UserError, match=r"there is no recipe nowhere; recipes here: .*digits"):
         load_config("nowhere")
+
+
+def test_a_folder_of_the_recipes_name_is_not_taken_for_it(tmp_path, monkeypatch):
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_config("digits").name == "digits"
 
 
 def test_a_config_survives_yaml():

@@ -4,6 +4,7 @@ A recipe names only what differs from the defaults below. Unknown keys, wrong ty
 `UserError`s that name the dotted key. The resolved settings are saved with every run.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -109,7 +110,7 @@ class ModelConfig:
         self.latent_tokens = self.latent_tokens or self.patches
         require(
             self.latent_tokens == self.patches,
-            f"model.latent_tokens is {self.latent_tokens}; it must be {self.patches}: the decoder makes a patch of each",
+            f"model.latent_tokens is {self.latent_tokens}; it must be {self.patches}: the decoder makes each a patch",
         )
 
     @property
@@ -179,7 +180,12 @@ class ScheduleConfig:
             stages == sorted(stages) and stages[0] >= 0,
             "schedule: warmup_steps <= hold_until <= decay_until (<= final_from <= final_until) must hold",
         )
-        require(min(self.lr, self.lr_2, self.lr_final) >= 0, "schedule: learning rates must not be negative")
+        require(
+            not self.final_until or bool(self.decay_until),
+            "schedule.final_until is set without schedule.decay_until: the first cosine comes before the second",
+        )
+        for name in ("lr", "lr_2", "lr_final", "reference_batch"):
+            require(getattr(self, name) >= 0, f"schedule.{name} must not be negative")
 
 
 @dataclass
@@ -363,10 +369,8 @@ def _convert(hint, value, dotted: str):
         require(ok, f"{dotted} must be {len(kinds)} values, got {value!r}")
         return tuple(_convert(kind, part, dotted) for kind, part in zip(kinds, value, strict=True))
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
+        with contextlib.suppress(ValueError, OverflowError):
             value = float(value)  # YAML 1.1 reads 1e-4 as text
-        except (ValueError, OverflowError):
-            pass
     if hint is float and isinstance(value, float):
         require(math.isfinite(value), f"{dotted} must be finite, got {value}")
     if hint is str and value is None:

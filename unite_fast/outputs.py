@@ -13,7 +13,7 @@ from unite_fast.config import require
 from unite_fast.data_pipeline import UnreadableSample, read_image
 from unite_fast.errors import UserError, writing
 from unite_fast.pictures import grid, pairs
-from unite_fast.trained import TrainedUNITE
+from unite_fast.trained import TrainedUNITE, check_drawing
 from unite_fast.training.checkpoint import find_checkpoint, load_checkpoint
 
 
@@ -30,7 +30,7 @@ def choose_labels(classes: str, count: int, num_classes: int) -> Tensor:
 
 def generate_with_progress(model: TrainedUNITE, labels: Tensor, seed: int, batch: int, settings: dict) -> Tensor:
     """As `TrainedUNITE.generate`, a bar showing how far it is."""
-    require(batch > 0, f"--batch is {batch}; it must be positive")
+    check_drawing(seed, batch)
     starts = range(0, len(labels), batch)
     parts = [
         model.generate(labels[start : start + batch], seed, batch, first=start, **settings)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unite_fast import sampling
-from unite_fast.config import Config
+from unite_fast.config import Config, require
 from unite_fast.errors import UserError
 from unite_fast.model.unite import UNITE
 from unite_fast.training.checkpoint import load_checkpoint
@@ -37,6 +37,9 @@ class TrainedUNITE:
         for kind in ("model.", "ema."):
             state = {name.removeprefix(kind): t for name, t in saved.tensors.items() if name.startswith(kind)}
             load_weights(network, state, path, strict=kind == "model.")
+        for name, parameter in network.named_parameters():
+            require(f"ema.{name}" in saved.tensors, f"{path} lacks the average of {name}")
+            require(bool(parameter.isfinite().all()), f"the weights in {path} are not finite: {name}")
         return cls(network.to(device), saved.config, saved.step)
 
     def generate(
@@ -60,13 +63,15 @@ class TrainedUNITE:
         """
         config = replace(self.config.sampling, **settings)
         labels = torch.as_tensor(labels, dtype=torch.int64)
+        require(labels.dim() == 1 and len(labels) > 0, f"labels must be a list of classes, got {labels.tolist()}")
+        check_drawing(seed, batch)
         return sampling.generate(self.network, labels, config, seed, batch, first)
 
     def reconstruct(self, images: Tensor | np.ndarray, seed: int = 0, batch: int = 64) -> Tensor:
         """Images through tokenizer and decoder: uint8 [n, 3, S, S] -> uint8 [n, 3, S, S].
 
         Raises:
-            UserError: images of another size or dtype.
+            UserError: images of another size or dtype, or none.
         """
         images = torch.as_tensor(images)
         size = self.config.model.image_size
@@ -74,7 +79,14 @@ class TrainedUNITE:
             raise UserError(
                 f"reconstruct wants uint8 images [n, 3, {size}, {size}], got {images.dtype} {list(images.shape)}"
             )
+        require(len(images) > 0, "reconstruct wants at least one image")
+        check_drawing(seed, batch)
         return sampling.reconstruct(self.network, images, seed, batch)
+
+
+def check_drawing(seed: int, batch: int) -> None:
+    require(0 <= seed < 2**64, f"the seed is {seed}; it must be in [0, 2**64)")
+    require(batch > 0, f"the batch is {batch} images; it must be positive")
 
 
 def load_weights(network: UNITE, state: dict[str, Tensor], path: str | Path, strict: bool = True) -> None:

@@ -54,5 +54,5 @@ def write_trace(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def small(released: ModuleType) -> dict[str, np.ndarray]:
     """The arrays of a trace that is compared in less than a second: 4 x 4 patches, Euler steps."""
-    meta = released.new_meta("small", method="euler", num_time_points=8, warmup_steps=1, hold_1_until=2)
+    meta = released.new_meta("small", method="euler", num_time_points=8, warmup_steps=1, hold_1_until=1)
     return released.record(meta, size=32)

@@ -1,13 +1,15 @@
 """The released UNITE once more, as plainly as possible: a second opinion on our model, and a maker of small traces.
 
-Written from the description of the released code, not from `unite_fast`, which it does not import. Weights are a dictionary
-with the released names; one head at a time, one flow draw at a time; the optimizers and the solver are torch's and torchdiffeq's.
+Written from the description of the released code, not from `unite_fast`, which it does not import. Weights are a
+dictionary with the released names; one head at a time, one flow draw at a time; the optimizers and the solver are
+torch's and torchdiffeq's.
 
 Shapes: B batch, N latent tokens, C latent channels, D width, F flow draws, S image size, P patch size.
 """
 
 import json
 import math
+from functools import cache
 
 import numpy as np
 import torch
@@ -42,7 +44,7 @@ class Released:
     def encoder(self, x: Tensor, t: Tensor, y: Tensor, images: Tensor | None = None) -> Tensor:
         """x [B, N, C], t [B], y [B], images [B, 3, S, S] -> [B, N, C]."""
         n = x.shape[1]
-        positions = list(range(n))
+        positions = tuple(range(n))
         x = self.linear("encoder.up_sample", x) + self.w["latent_tokens"]
         if images is not None:
             kernel = "patch_embed.patch_embeddings.projection"
@@ -50,7 +52,7 @@ class Released:
                 images, self.w[f"{kernel}.weight"], self.w[f"{kernel}.bias"], stride=self.config["patch_size"]
             )
             patches = grid.flatten(2).transpose(1, 2)
-            positions += range(n, n + patches.shape[1])
+            positions += tuple(range(n, n + patches.shape[1]))
             x = torch.cat([x, patches], dim=1)
         label = self.w["encoder.y_embedder.embedding_table.weight"][y]
         c = self.time(t) + label
@@ -58,7 +60,7 @@ class Released:
         for i in range(self.meta["encoder"]["depth"]):
             if context and i == self.config["in_content_start"]:
                 x = torch.cat([label[:, None] + self.w["encoder.in_context_posemb"], x], dim=1)
-                positions = [None] * context + positions
+                positions = (None,) * context + positions
             x = self.block(f"encoder.blocks.{i}", x, c, positions)
         if None in positions:
             x = x[:, context:]
@@ -71,7 +73,7 @@ class Released:
         hidden = self.linear("encoder.t_embedder.mlp.0", torch.cat([angle.sin(), angle.cos()], -1))
         return self.linear("encoder.t_embedder.mlp.2", F.silu(hidden))
 
-    def block(self, name: str, x: Tensor, c: Tensor, positions: list) -> Tensor:
+    def block(self, name: str, x: Tensor, c: Tensor, positions: tuple) -> Tensor:
         parts = self.linear(f"{name}.adaLN_modulation.1", F.silu(c))[:, None].chunk(6, -1)
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
         h = self.rms_norm(f"{name}.norm1", x) * (1 + scale1) + shift1
@@ -81,10 +83,11 @@ class Released:
         x = x + gate2 * self.linear(f"{name}.mlp.w3", F.silu(u) * w)
         return self.rms_norm(f"{name}.norm3", x)
 
-    def attention(self, name: str, x: Tensor, positions: list) -> Tensor:
-        q, k, v = self.linear(f"{name}.qkv", x).chunk(3, -1)
+    def attention(self, name: str, x: Tensor, positions: tuple) -> Tensor:
+        count = self.meta["encoder"]["num_heads"]
+        qkv = self.linear(f"{name}.qkv", x).chunk(3, -1)
         heads = []
-        for q, k, v in zip(*(part.chunk(self.meta["encoder"]["num_heads"], -1) for part in (q, k, v)), strict=True):
+        for q, k, v in zip(*(part.chunk(count, -1) for part in qkv), strict=True):
             if self.config["use_qknorm_encoder"]:
                 q, k = self.rms_norm(f"{name}.q_norm", q), self.rms_norm(f"{name}.k_norm", k)
             q, k = rotate(q, positions), rotate(k, positions)
@@ -157,7 +160,7 @@ class Released:
         return (recon - images).abs().mean(), flow
 
 
-def rotate(x: Tensor, positions: list) -> Tensor:
+def rotate(x: Tensor, positions: tuple) -> Tensor:
     """Turn the pairs (2i, 2i + 1) of x [B, T, K] by position * 10000^(-2i / K); tokens without a position stay."""
     cos, sin = rope_tables(positions, x.shape[-1])
     even, odd = x[..., 0::2], x[..., 1::2]
@@ -165,7 +168,9 @@ def rotate(x: Tensor, positions: list) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
 
-def rope_tables(positions: list, width: int) -> tuple[Tensor, Tensor]:
+@cache
+def rope_tables(positions: tuple, width: int) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, K], each column twice; a position of None is a token that is not turned."""
     rates = 1.0 / (10000 ** (torch.arange(0, width, 2).float() / width))
     angles = torch.stack([(0 if p is None else p) * rates for p in positions]).repeat_interleave(2, -1)
     return angles.cos(), angles.sin()
@@ -216,10 +221,10 @@ def new_state(meta: dict, size: int, seed: int) -> dict[str, Tensor]:
     linear("encoder.t_embedder.mlp.0", d, 512)
     linear("encoder.t_embedder.mlp.2", d, d)
     put("encoder.y_embedder.embedding_table.weight", meta["num_classes"] + 2, d, std=0.5)
-    tables = {"feat_rope": list(range(2 * n))}
+    tables = {"feat_rope": tuple(range(2 * n))}
     if context:
         put("encoder.in_context_posemb", 1, context, d, std=0.5)
-        tables["feat_rope_incontext"] = [None] * context + list(range(2 * n))
+        tables["feat_rope_incontext"] = (None,) * context + tuple(range(2 * n))
     for name, positions in tables.items():
         w[f"encoder.{name}.freqs_cos"], w[f"encoder.{name}.freqs_sin"] = rope_tables(positions, head)
     for i in range(encoder["depth"]):

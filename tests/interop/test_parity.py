@@ -5,18 +5,19 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from unite_fast.errors import UserError
 from unite_fast.interop import parity
-from unite_fast.interop.parity import Row, compare, notes, relative_error, summarise
+from unite_fast.interop.parity import Row, compare, notes, run, summarise
 from unite_fast.interop.trace import Trace
 from unite_fast.model import generative_encoder
 
 KINDS = ["forward", "sampling", "optimizers", "gradients", "losses", "learning rates", "final parameters"]
 
 VARIANTS = {
-    "no in-context tokens": dict(in_content_len=0),
-    "no q/k norm": dict(use_qknorm_encoder=False),
+    "no in-context tokens": dict(in_content_len=0, method="euler"),
+    "no q/k norm": dict(use_qknorm_encoder=False, method="euler"),
     "cfg_first": dict(cfg_norm_order="cfg_first", cfg_interval=[0.0, 0.8]),
     "unguided": dict(cfg_scale=1.0),
     "heun": dict(method="heun2", num_time_points=6, timestep_shift_alpha=0.3),
@@ -46,7 +47,7 @@ def test_official_trace(official):
     assert failures(rows) == []
     groups = summarise(rows)
     assert sorted(group.kind for group in groups) == sorted(KINDS)
-    assert sum(group.count for group in groups) == len(rows) > 400
+    assert sum(group.count for group in groups) == len(rows) == 337
     assert notes(rows, official) == []
 
 
@@ -106,9 +107,10 @@ def test_false_traces_fail(small, write_trace, falsehood):
     place, change, kind = FALSEHOODS[falsehood]
     arrays, meta = dict(small), settings(small)
     if falsehood == "an unmoved weight":
-        start = arrays[place.replace("final_head", "state")]
-        assert relative_error(*(Trace(write_trace(arrays)).tensor(n)[:8] for n in (place, place.replace("final_head", "state")))) < 5e-3
-        arrays[place] = start[:8]
+        unmoved = arrays[place.replace("final_head", "state")][:8]
+        # So little does a weight move in a few steps.
+        assert np.linalg.norm(unmoved - arrays[place]) < 5e-3 * np.linalg.norm(unmoved)
+        arrays[place] = unmoved
     elif "/" in place:
         arrays[place] = change(arrays[place])
     else:
@@ -144,7 +146,12 @@ def test_trace_with_lpips_on_is_told(small, write_trace):
 
 
 def test_summarise_names_the_worst():
-    rows = [Row("grad0/a", 1e-9, 1e-3), Row("grad0/b", 2e-3, 1e-3), Row("step3/lr", math.nan, 1e-12), Row("step3/l1", 0.0, 0.0)]
+    rows = [
+        Row("grad0/a", 1e-9, 1e-3),
+        Row("grad0/b", 2e-3, 1e-3),
+        Row("step3/lr", math.nan, 1e-12),
+        Row("step3/l1", 0.0, 0.0),
+    ]
     gradients, rates, losses = summarise(rows)
     assert (gradients.kind, gradients.count, gradients.failed, gradients.worst.name) == ("gradients", 2, 1, "grad0/b")
     assert (rates.kind, rates.failed) == ("learning rates", 1)
@@ -152,13 +159,28 @@ def test_summarise_names_the_worst():
 
 
 def test_step_numbers_do_not_hide_the_kind():
-    kinds = {name: Row(name, 0, 0).kind for name in ("step12/lr", "step12/grad_norm", "step12/flow", "final_head/latent_tokens")}
+    kinds = {
+        name: Row(name, 0, 0).kind
+        for name in ("step12/lr", "step12/grad_norm", "step12/flow", "final_head/latent_tokens")
+    }
     assert list(kinds.values()) == ["learning rates", "gradients", "losses", "final parameters"]
 
 
-def test_threads_are_given_back(small, write_trace):
-    import torch
+def test_printed_report(small, write_trace, capsys):
+    assert run(write_trace(small))
+    printed = capsys.readouterr().out
+    assert all(kind in printed for kind in KINDS) and "FAILED" not in printed
+    assert printed.splitlines()[-1].startswith("all 3")
 
+    assert not run(write_trace(small | {"sample/latents": 2 * small["sample/latents"]}))
+    printed = capsys.readouterr().out
+    assert "FAILED sample/latents" in printed and printed.splitlines()[-1].startswith("1 of 3")
+
+    with pytest.raises(UserError, match="backend is 'magic'"):
+        run(write_trace(small), "magic")
+
+
+def test_threads_are_given_back(small, write_trace):
     torch.set_num_threads(2)
     try:
         with pytest.raises(UserError):

@@ -1,4 +1,4 @@
-"""The plain restatement must itself give the numbers of the released code: then other traces that it makes can be trusted."""
+"""The plain restatement must itself give the released code's numbers: then the other traces it makes can be trusted."""
 
 import torch
 
@@ -9,7 +9,9 @@ def test_restatement_reproduces_the_official_trace(released, official):
     given = {name: torch.from_numpy(array) for name, array in official.arrays.items() if name != "meta_json"}
     out, losses = released.run(official.meta, given)
 
-    recorded = {name for name in given if name.startswith(("grad0norm/", "final_", "tokenize/z", "denoise/x_pred", "sample/l"))}
+    recorded = {
+        name for name in given if name.startswith(("grad0norm/", "final_", "tokenize/z", "denoise/x_pred", "sample/l"))
+    }
     assert recorded <= set(out)
     # float16 rounds by 5e-4 at most, 2e-4 on average. Muon rounds to bfloat16, dopri5 chooses its steps: see parity.py.
     limits = {"tokenize/reconstruction_f16": 5e-4, "sample/": 1e-3, "final_": 1e-3}

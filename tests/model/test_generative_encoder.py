@@ -150,7 +150,7 @@ def test_samples_do_not_see_each_other(tiny_model, tiny_config):
     torch.testing.assert_close(encoder(**alone), encoder(**given)[1:2])
 
 
-# Encoder as the released code counts it: latent and patch tokens apart, with a time vector of `width` that it never uses.
+# As the released code counts: without latent and patch tokens, with a time vector of `width` that it never uses.
 @pytest.mark.parametrize(("preset", "millions"), [("B", 130.59), ("M", 231.51), ("L", 458.22), ("XL", 675.33)])
 def test_parameters_of_the_published_sizes(preset, millions):
     config = ModelConfig(encoder=from_tree(EncoderConfig, {"preset": preset}))

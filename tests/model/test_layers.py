@@ -69,6 +69,7 @@ def test_time_embedding_is_float32_under_autocast():
     layer, t = time_embedding(), torch.tensor([0.2, 0.7])
     with torch.autocast("cpu", torch.bfloat16):
         embedded = layer(t)
+    assert embedded.dtype == torch.float32
     assert torch.equal(embedded, layer(t))
 
 

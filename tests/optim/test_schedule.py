@@ -1,4 +1,5 @@
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ def test_every_stage(step, rate):
 
 def test_there_is_no_jump():
     rates = [learning_rate(FULL, 384, step) for step in range(120)]
-    largest = max(abs(a - b) for a, b in zip(rates, rates[1:], strict=False))
+    largest = max(abs(a - b) for a, b in pairwise(rates))
     assert largest <= 0.1 + 1e-12  # the warm-up's own step
     after_warmup = rates[10:]
     assert after_warmup == sorted(after_warmup, reverse=True)

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from unite_fast.config import require
-from unite_fast.data_pipeline import open_source
+from unite_fast.data_pipeline import Source, UnreadableSample, open_source
 from unite_fast.outputs import choose_labels, generate_with_progress, psnr
 from unite_fast.trained import TrainedUNITE
 
@@ -27,20 +28,36 @@ def evaluate(model: TrainedUNITE, data_path: str, count: int, guidance: float, s
         size <= LARGEST, f"this model makes {size} x {size} images; evaluate is for {LARGEST} x {LARGEST} at the most"
     )
     train, test = (open_source(data.source, data_path or data.path, size, split) for split in ("train", "test"))
-    images, labels = test.read(range(len(test)))
+    require(model.config.model.num_classes > 1, "this model has one class: there is nothing to classify")
+    images, labels = read_some(test, len(test))
     quality = psnr(images, model.reconstruct(images))
     mean_error = (10 ** (-quality / 10)).mean()
     yield (
-        f"reconstruction of {len(test)} held-out images: {quality.mean():.2f} dB PSNR (mean over images; "
+        f"reconstruction of {len(images)} held-out images: {quality.mean():.2f} dB PSNR (mean over images; "
         f"{-10 * mean_error.log10():.2f} dB of the mean error)"
     )
-    classifier = fit_classifier(*train.read(range(min(len(train), MOST_EXAMPLES))))
+    classifier = fit_classifier(*read_some(train, MOST_EXAMPLES))
     yield f"classifier (SVM on real pixels): {share(classifier, images, labels):.1%} right on held-out images"
     wanted = choose_labels("", count, model.config.model.num_classes)
     for scale in (1.0, guidance):
         generated = generate_with_progress(model, wanted, 0, 250, {**settings, "guidance": scale})
         kind = "unguided" if scale == 1 else f"guidance {scale:g}"
         yield f"{count} generated images, {kind}: {share(classifier, generated, wanted):.1%} classified as asked for"
+
+
+def read_some(source: Source, most: int) -> tuple[Tensor, Tensor]:
+    """At most so many images and labels, spread evenly over the source, which may be sorted by class; broken ones are
+    left out."""
+    images, labels = [], []
+    for index in np.unique(np.linspace(0, len(source) - 1, min(len(source), most)).round().astype(int)):
+        try:
+            image, label = source.read([index])
+        except UnreadableSample:
+            continue
+        images.append(image)
+        labels.append(label)
+    require(bool(images), f"none of the {len(source)} images can be read, e.g. {source.name(0)}")
+    return torch.cat(images), torch.cat(labels)
 
 
 def fit_classifier(images: Tensor, labels: Tensor):

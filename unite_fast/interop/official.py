@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -77,8 +78,11 @@ def fixed_tensors(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def their_rope(positions: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, K], each column twice, from angles in float32: the released values to the last bit, where our table
-    comes from float64 (they differ by up to 8e-6 at 512 positions)."""
+    """cos and sin [T, K], each column twice.
+
+    The angles are float32, as the released ones: so the values agree to the last bit. Our own table comes from float64
+    and differs from them by up to 8e-6 at 512 positions.
+    """
     rates = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2).float() / head_dim)
     angle = torch.outer(torch.arange(positions).float(), rates).repeat_interleave(2, dim=-1)
     return angle.cos(), angle.sin()
@@ -202,7 +206,10 @@ def model_config(
     require(math.isqrt(tokens) ** 2 == tokens, f"{source}: {tokens} latent tokens make no square image")
     patch_size = shape("patch_embed.patch_embeddings.projection.weight", 4)[-1]
     qk_norm = "encoder.blocks.0.attn.q_norm.weight" in theirs
-    head_dim = shape("encoder.blocks.0.attn.q_norm.weight", 1)[0] if qk_norm else shape("encoder.feat_rope.freqs_cos", 2)[1]
+    if qk_norm:
+        (head_dim,) = shape("encoder.blocks.0.attn.q_norm.weight", 1)
+    else:
+        head_dim = shape("encoder.feat_rope.freqs_cos", 2)[1]
     require(head_dim > 0 and width % head_dim == 0, f"{source}: heads of {head_dim} do not divide the width {width}")
     context = "encoder.in_context_posemb"
     decoder_width, embed_width = shape("decoder.decoder_embed.weight", 2)
@@ -263,6 +270,7 @@ def save_torch(path: Path, content: dict) -> None:
         torch.save(content, partial)
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise UserError(f"could not write {path}: {reason}") from error

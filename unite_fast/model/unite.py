@@ -41,7 +41,7 @@ class UNITE(nn.Module):
         return self._normalise(self.encoder(x_t, t, labels))
 
     def _normalise(self, latents: Tensor) -> Tensor:
-        # Autocast on CUDA runs LayerNorm in float32 but autocast on a CPU does not: without this, z would be bfloat16 there.
+        # Autocast on CUDA runs LayerNorm in float32, on a CPU it does not: there, z would be bfloat16 without this.
         return self.latent_norm(upcast(latents))
 
     def decode(self, z: Tensor) -> Tensor:

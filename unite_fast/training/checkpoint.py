@@ -7,6 +7,8 @@ needs to go on. Reading one runs no code of the file's. A run keeps its files in
 
 import json
 import os
+import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unite_fast.config import Config, from_tree, require, to_tree
-from unite_fast.errors import UserError
+from unite_fast.errors import UserError, writing
 
 FORMAT = "unite_fast checkpoint 1"
 LATEST = "latest.safetensors"
+STEP_FILE = re.compile(r"step_(\d+)\.safetensors")
+PARTIAL = ".partial"
 KEPT = 2
 
 
@@ -38,41 +42,49 @@ def save_checkpoint(path: Path, config: Config, step: int, progress: dict, tenso
         UserError: no space left, or no permission to write.
     """
     header = json.dumps({"config": to_tree(config), "step": step, "progress": progress})
-    partial = path.with_name(path.name + ".partial")
+    # A folder, because safetensors itself writes a file of another name first; `prune` finds what a killed run left.
+    aside = path.with_name(path.name + PARTIAL)
+    partial = aside / path.name
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir(parents=True, exist_ok=True)
         # safetensors refuses tensors that share memory or are strided; a checkpoint holds none on purpose.
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial, {FORMAT: header})
+        partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
         _flush(partial)
         os.replace(partial, path)
         _flush(path.parent)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"could not save {path}: {_reason(error)}; checkpoints saved before are untouched") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def point_latest(path: Path) -> None:
     """Let `latest.safetensors` name this file, in one step."""
-    link = path.with_name(LATEST + ".partial")
-    link.unlink(missing_ok=True)
-    link.symlink_to(path.name)
-    os.replace(link, path.with_name(LATEST))
+    link = path.with_name(LATEST + PARTIAL)
+    with writing(path.with_name(LATEST)):
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.name)
+        os.replace(link, path.with_name(LATEST))
 
 
-def prune(folder: Path, keep_every: int) -> None:
-    """Delete all but the newest two checkpoints and those at multiples of `keep_every` steps (0: no multiples)."""
-    for path in step_files(folder)[:-KEPT]:
+def prune(folder: Path, keep_every: int, step: int) -> None:
+    """Of the checkpoints up to `step` delete all but the newest two and those at multiples of `keep_every` steps (0: no
+    multiples), and what saves that were killed left behind."""
+    for path in [path for path in step_files(folder) if step_of(path) <= step][:-KEPT]:
         if not keep_every or step_of(path) % keep_every:
             path.unlink(missing_ok=True)
+    for aside in folder.glob("step_*" + PARTIAL):
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def step_files(folder: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
-    return sorted(folder.glob("step_*.safetensors"), key=step_of)
+    return sorted((path for path in folder.glob("step_*") if STEP_FILE.fullmatch(path.name)), key=step_of)
 
 
 def step_of(path: Path) -> int:
-    return int(path.stem.removeprefix("step_"))
+    return int(STEP_FILE.fullmatch(path.name)[1])
 
 
 def step_path(folder: Path, step: int) -> Path:
@@ -95,17 +107,30 @@ def load_checkpoint(path: str | Path, prefixes: tuple[str, ...] = ("",)) -> Chec
             require(header is not None, f"{path} is a safetensors file but no unite_fast checkpoint")
             tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}  # noqa: SIM118
         meta = json.loads(header)
-        return Checkpoint(from_tree(Config, meta["config"]), meta["step"], meta["progress"], tensors)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is not a readable checkpoint, or is incomplete: {_reason(error)}") from error
+        return Checkpoint(_config(meta["config"], path), int(meta["step"]), dict(meta["progress"]), tensors)
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        others = [other for other in step_files(path.parent) if not other.samefile(path)] if path.exists() else []
+        advice = f"; another one is {others[-1]}" if others else ""
+        raise UserError(f"{path} is not a readable checkpoint, or is incomplete: {_reason(error)}{advice}") from error
+
+
+def _config(tree: dict, path: Path) -> Config:
+    try:
+        return from_tree(Config, tree)
+    except UserError as error:
+        raise UserError(f"the settings in {path} are not of this version: {error}") from error
 
 
 def find_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if path.is_dir():
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        require((folder / LATEST).exists(), f"{path} holds no checkpoint (no {LATEST})")
-        return folder / LATEST
+        if (folder / LATEST).exists():
+            return folder / LATEST
+        # Someone deleted the newest one, perhaps because it is corrupt.
+        files = step_files(folder)
+        require(bool(files), f"{path} holds no checkpoint (no {LATEST})")
+        return files[-1]
     require(path.exists(), f"there is no checkpoint {path}")
     return path
 
@@ -117,6 +142,13 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _umask() -> int:
+    """The process's, which can only be read by setting it."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def _reason(error: Exception) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from unite_fast.errors import writing
 from unite_fast.objective import Losses
 
 AVERAGED = ("total", "l1", "lpips", "flow", "grad_norm")
@@ -54,31 +55,47 @@ class MetricsLog:
     def __init__(self, folder: Path, step: int):
         """Rows after `step` are dropped: a killed run wrote them after its last checkpoint and writes them again."""
         self.path = folder / "metrics.jsonl"
+        self.events_path = folder / "tensorboard"
         self.rows = [row for row in read_rows(self.path) if row["step"] <= step]
         partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        os.replace(partial, self.path)
-        self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        with writing(self.path):
+            partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            os.replace(partial, self.path)
+        with writing(self.events_path):
+            self.events = SummaryWriter(str(self.events_path), purge_step=step + 1)
 
     def write(self, row: dict) -> None:
+        """
+        Raises:
+            UserError: no space left.
+        """
         self.rows.append(row)
-        with self.path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name != "step":
-                self.events.add_scalar(name, value, row["step"])
+        with writing(self.events_path):
+            for name, value in row.items():
+                if name != "step":
+                    self.events.add_scalar(name, value, row["step"])
+
+    def flush(self) -> None:
+        """Let the disk have the events: what a checkpoint counts as done, a killed run must not lose."""
+        with writing(self.events_path):
+            self.events.flush()
 
     def close(self) -> None:
-        self.events.close()
+        with writing(self.events_path):
+            self.events.close()
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line that a killed process left unfinished is passed over."""
+    """The rows of a metrics.jsonl; a last line that a killed process or a full disk left unfinished is passed over."""
     rows = []
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(row, dict) and "step" in row:
+                rows.append(row)
     return rows

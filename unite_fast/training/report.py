@@ -8,28 +8,30 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from unite_fast import sampling
-from unite_fast.config import Config
+from unite_fast.config import Config, require
 from unite_fast.data_pipeline import UnreadableSample, open_source
-from unite_fast.errors import UserError
+from unite_fast.errors import UserError, writing
 from unite_fast.pictures import grid, pairs, save_curves
 from unite_fast.training.state import TrainState
 
 PICTURE_ROWS = 8
 PICTURE_COLUMNS = 10
+NAMED = 10
+"""Unreadable files that the summary names."""
 
 
 class Report:
     def __init__(self, folder: Path, config: Config, device: torch.device, state: TrainState, resumed: bool):
         self.folder, self.config, self.state = folder, config, state
-        self.console = Console()
+        # The names of runs, folders and files are no markup.
+        self.console = Console(markup=False, emoji=False, highlight=False)
         parameters = sum(p.numel() for p in state.model.parameters()) / 1e6
         train = config.train
         how = "compiled" if train.compile else "eager"
-        self.console.print(
-            f"{'resuming' if resumed else 'training'} [bold]{config.name}[/]: {parameters:.2f} M parameters, "
+        self.say(
+            f"{'resuming' if resumed else 'training'} {config.name}: {parameters:.2f} M parameters, "
             f"{train.precision} on {device}, {config.kernels} kernels, {how}, batch {train.batch_size}, "
             f"steps {state.step}..{train.steps}, in {folder}"
         )
@@ -44,6 +46,10 @@ class Report:
             console=self.console,
             disable=not self.console.is_terminal,
         )
+
+    def say(self, line: str) -> None:
+        """Print a line whole, however long a path is in it."""
+        self.console.print(line, soft_wrap=True)
 
     @contextmanager
     def progress_bar(self) -> Iterator[None]:
@@ -64,9 +70,7 @@ class Report:
         if not self.console.is_terminal:
             per_step = (time.perf_counter() - self.begun) / (self.state.step - self.first_step)
             left = per_step * (self.config.train.steps - self.state.step)
-            self.console.print(
-                f"step {row['step']}/{self.config.train.steps}  {line}  lr {row['lr']:.2e}  {left:.0f} s left"
-            )
+            self.say(f"step {row['step']}/{self.config.train.steps}  {line}  lr {row['lr']:.2e}  {left:.0f} s left")
 
     @torch.no_grad()
     def save_pictures(self, rows: list[dict]) -> None:
@@ -82,31 +86,38 @@ class Report:
             ("samples", grid(samples, PICTURE_COLUMNS)),
             ("reconstructions", pairs(self.held_out, reconstructions, PICTURE_COLUMNS)),
         ):
-            (self.folder / kind).mkdir(exist_ok=True)
-            picture.save(self.folder / kind / name)
-            picture.save(self.folder / f"{kind}.png")
+            with writing(self.folder / kind):
+                (self.folder / kind).mkdir(exist_ok=True)
+                picture.save(self.folder / kind / name)
+                picture.save(self.folder / f"{kind}.png")
         if rows:
-            save_curves(rows, self.folder / "curves.png")
+            with writing(self.folder / "curves.png"):
+                save_curves(rows, self.folder / "curves.png")
 
     def summary(self, outcome, skipped: dict[str, str]) -> None:
-        table = Table(show_header=False, box=None)
-        table.add_row("run folder", str(self.folder))
-        table.add_row("trained", f"{outcome.steps} steps, {outcome.seconds:.0f} s, {outcome.images_per_s:.0f} images/s")
-        table.add_row("checkpoint", str(self.folder / "checkpoints" / "latest.safetensors"))
-        if (self.folder / "samples.png").exists():
-            table.add_row("samples", str(self.folder / "samples.png"))
-            table.add_row("reconstructions", str(self.folder / "reconstructions.png"))
-            table.add_row("curves", str(self.folder / "curves.png"))
-        table.add_row(
-            "metrics", f"{self.folder / 'metrics.jsonl'}, and tensorboard --logdir {self.folder / 'tensorboard'}"
-        )
+        """Where everything is, a line each."""
+        self._line("run folder", self.folder)
+        trained = f"{outcome.steps} steps, {outcome.seconds:.0f} s, {outcome.images_per_s:.0f} images/s"
+        self._line("trained", trained)
+        self._line("checkpoint", self.folder / "checkpoints" / "latest.safetensors")
+        for picture in ("samples", "reconstructions", "curves"):
+            if (self.folder / f"{picture}.png").exists():
+                self._line(picture, self.folder / f"{picture}.png")
+        self._line("metrics", self.folder / "metrics.jsonl")
+        self._line("events", f"tensorboard --logdir {self.folder / 'tensorboard'}")
         if skipped:
-            table.add_row("skipped", f"{len(skipped)} unreadable files, e.g. {next(iter(skipped))}")
+            self._line("skipped", f"{len(skipped)} unreadable file{'s' * (len(skipped) > 1)}:")
+            for name, reason in list(skipped.items())[:NAMED]:
+                self._line("", f"{name}: {reason}")
+            if len(skipped) > NAMED:
+                self._line("", f"and {len(skipped) - NAMED} more, each named in a warning when it was met")
         if outcome.stopped_by:
-            table.add_row("stopped", f"at step {outcome.steps} of {self.config.train.steps}; --resume continues")
+            self._line("stopped", f"at step {outcome.steps} of {self.config.train.steps}; --resume continues")
         else:
-            table.add_row("next", f"unite-fast sample {self.folder} --guidance 2")
-        self.console.print(table)
+            self._line("next", f"unite-fast sample {self.folder} --guidance 2")
+
+    def _line(self, label: str, text: object) -> None:
+        self.say(f" {label:<16} {text}")
 
 
 def held_out_images(config: Config) -> torch.Tensor:
@@ -124,4 +135,5 @@ def held_out_images(config: Config) -> torch.Tensor:
             continue
         if len(images) == wanted:
             break
+    require(bool(images), f"none of the {len(source)} images to reconstruct can be read, e.g. {source.name(0)}")
     return torch.cat(images)

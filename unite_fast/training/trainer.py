@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +11,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from unite_fast.config import Config, require, to_tree
+from unite_fast.config import Config, require, require_choice, to_tree
 from unite_fast.data_pipeline import Batch, Loader, Source, open_source
-from unite_fast.errors import UserError
+from unite_fast.errors import UserError, writing
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import Losses, draw_step, training_losses
 from unite_fast.perceptual import dropout_masks, load_lpips, tap_shapes
@@ -56,9 +56,13 @@ def train(config: Config, resume: bool = False) -> Outcome:
     """
     trainer = Trainer(config, resume)
     try:
-        return trainer.run()
-    finally:
-        trainer.close()
+        outcome = trainer.run()
+    except BaseException:
+        with suppress(UserError):  # on a full disk closing fails too, and the first error says more
+            trainer.close()
+        raise
+    trainer.close()
+    return outcome
 
 
 class Trainer:
@@ -70,19 +74,29 @@ class Trainer:
         check_data(self.source, config)
         self.lpips = load_lpips(config.perceptual).to(self.device) if config.perceptual.weight else None
 
-        found = start_folder(self.folder, config, resume)
+        found = find_start(self.folder, config, resume)
         self.state = TrainState(UNITE.create(config.model, config.seed).to(self.device), config)
         self.averages = Averages(self.device)
         self.loader = Loader(self.source, config.train.batch_size, config.seed, config.data.workers)
         if found:
-            self.state.load_tensors(found.tensors)
-            self.state.step = found.step
-            self.averages.load_state_dict(found.progress["averages"])
-            self.loader.load_state_dict(found.progress["loader"])
-        self.log = MetricsLog(self.folder, self.state.step)
+            self.restore(found)
         self.report = Report(self.folder, config, self.device, self.state, found is not None)
+        # Only now, so that a mistake found above leaves no folder that counts as a run.
+        write_config(self.folder, config)
+        self.log = MetricsLog(self.folder, self.state.step)
         if config.train.compile:
             compile_blocks(self.state.model)
+
+    def restore(self, found: ckpt.Checkpoint) -> None:
+        try:
+            self.state.load_tensors(found.tensors)
+            self.averages.load_state_dict(found.progress["averages"])
+            self.loader.load_state_dict(found.progress["loader"])
+        except (RuntimeError, KeyError) as error:
+            # A RuntimeError of torch's lists the tensors that do not fit below a headline.
+            reason = str(error).splitlines()[:2][-1].strip()
+            raise UserError(f"cannot resume from the checkpoint in {self.folder}: {reason}") from error
+        self.state.step = found.step
 
     def run(self) -> Outcome:
         config, state = self.config.train, self.state
@@ -153,19 +167,25 @@ class Trainer:
 
     def save(self) -> None:
         self.check_finite()
+        self.log.flush()
         progress = {"averages": self.averages.state_dict(), "loader": self.loader.state_dict()}
         path = ckpt.step_path(self.folder / "checkpoints", self.state.step)
-        ckpt.save_checkpoint(path, self.config, self.state.step, progress, self.state.tensors())
+        tensors = self.state.tensors()
+        # A loss of this step can be finite although its update was not.
+        if not all(bool(value.isfinite().all()) for value in tensors.values()):
+            raise UserError(f"the weights after step {self.state.step} are not finite; {self.last_good()}")
+        ckpt.save_checkpoint(path, self.config, self.state.step, progress, tensors)
         ckpt.point_latest(path)
-        ckpt.prune(path.parent, self.config.train.keep_every)
+        ckpt.prune(path.parent, self.config.train.keep_every, self.state.step)
 
     def check_finite(self) -> None:
         bad = self.averages.bad_step()
-        if bad is None:
-            return
-        saved = ckpt.step_files(self.folder / "checkpoints")
-        where = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved before it"
-        raise UserError(f"the loss or gradient of step {bad} is not finite; {where}")
+        if bad is not None:
+            raise UserError(f"the loss or gradient of step {bad} is not finite; {self.last_good()}")
+
+    def last_good(self) -> str:
+        saved = [path for path in ckpt.step_files(self.folder / "checkpoints") if ckpt.step_of(path) < self.state.step]
+        return f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved before it"
 
     def close(self) -> None:
         self.loader.close()
@@ -173,9 +193,10 @@ class Trainer:
 
 
 def choose_device(name: str) -> torch.device:
+    require_choice("the device", name, ("auto", "cpu", "cuda"))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    require(name != "cuda" or torch.cuda.is_available(), "train.device is cuda, but this machine has no CUDA device")
+    require(name != "cuda" or torch.cuda.is_available(), "the device is cuda, but torch sees no CUDA device here")
     return torch.device(name)
 
 
@@ -187,25 +208,24 @@ def check_data(source: Source, config: Config) -> None:
     )
 
 
-def start_folder(folder: Path, config: Config, resume: bool) -> ckpt.Checkpoint | None:
-    """Make the run's folder and write its config; the checkpoint to go on from, if there is one and it is asked for."""
-    saved = folder / "config.yaml"
-    found = None
-    if resume:
-        if ckpt.step_files(folder / "checkpoints"):
-            found = ckpt.load_checkpoint(folder)
-            check_same_settings(found.config, config)
-    else:
-        require(
-            not saved.exists(),
-            f"{folder} holds a run already; continue it with --resume or choose another folder with train.out=FOLDER",
-        )
-    try:
+def find_start(folder: Path, config: Config, resume: bool) -> ckpt.Checkpoint | None:
+    """The checkpoint to go on from, if there is one and it is asked for."""
+    saved = ckpt.step_files(folder / "checkpoints")
+    if resume and saved:
+        found = ckpt.load_checkpoint(folder)
+        check_same_settings(found.config, config)
+        return found
+    require(
+        resume or not (saved or (folder / "config.yaml").exists()),
+        f"{folder} holds a run already; continue it with --resume or choose another folder with train.out=FOLDER",
+    )
+    return None
+
+
+def write_config(folder: Path, config: Config) -> None:
+    with writing(folder / "config.yaml"):
         folder.mkdir(parents=True, exist_ok=True)
-        saved.write_text(yaml.safe_dump(to_tree(config), sort_keys=False))
-    except OSError as error:
-        raise UserError(f"cannot write to the run folder {folder}: {error.strerror}") from error
-    return found
+        (folder / "config.yaml").write_text(yaml.safe_dump(to_tree(config), sort_keys=False))
 
 
 def check_same_settings(before: Config, now: Config) -> None:

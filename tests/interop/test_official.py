@@ -1,0 +1,246 @@
+"""The authors' checkpoints: in, out, and back."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import unite_fast
+from unite_fast.config import ModelConfig
+from unite_fast.errors import UserError
+from unite_fast.interop.names import COMPUTED, UNREAD, our_name, their_name
+from unite_fast.interop.official import export_official, import_official, load_released, our_state, their_state
+from unite_fast.interop.parity import relative_error
+from unite_fast.model.unite import UNITE
+from unite_fast.training.checkpoint import load_checkpoint
+
+OPTIONS = dict(decoder_heads=2, in_context_start=1)
+"""What the tensors of the small model do not tell."""
+
+
+@pytest.fixture
+def meta(released) -> dict:
+    return released.new_meta("checkpoint")
+
+
+@pytest.fixture
+def theirs(released, meta) -> dict[str, Tensor]:
+    return released.new_state(meta, size=32, seed=3)
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Writes what an authors' file may hold."""
+
+    def write(content) -> Path:
+        torch.save(content, tmp_path / "theirs.pt")
+        return tmp_path / "theirs.pt"
+
+    return write
+
+
+def refused(source: Path, *words: str, **options) -> None:
+    out = source.with_name("out.safetensors")
+    with pytest.raises(UserError) as error:
+        import_official(source, out, **(OPTIONS | options))
+    message = str(error.value)
+    assert "\n" not in message and not out.exists()
+    for word in words:
+        assert word in message, message
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Same names, shapes, dtypes and values, but for a parameter that nobody reads and that we do not keep."""
+    assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
+    differing = {name for name in ours if not torch.equal(ours[name], theirs[name])}
+    assert differing <= {"encoder.t_embedder.special_time_emb"}
+
+
+def test_their_state_is_the_official_checkpoint(official):
+    assert_same(their_state(official.model(official.config())), official.below("state/"))
+
+
+@pytest.mark.parametrize("changes", [{}, {"in_content_len": 0}, {"use_qknorm_encoder": False}])
+def test_round_trip_through_files(released, save, tmp_path, changes):
+    theirs = released.new_state(released.new_meta("trip", **changes), size=32, seed=4)
+    averages = {name: w * 0.5 if w.is_floating_point() and our_name(name) else w for name, w in theirs.items()}
+    averages["encoder.t_embedder.W"] = theirs["encoder.t_embedder.W"]
+    ours, back = tmp_path / "run" / "ours.safetensors", tmp_path / "new" / "back.pt"
+
+    import_official(save({"model": theirs, "ema": averages, "epoch": 3}), ours, **OPTIONS)
+    export_official(ours, back)
+
+    content = torch.load(back, weights_only=True)
+    assert list(content) == ["model", "ema"]
+    # What we take of a file is one set of weights: the averages, unless asked for others.
+    released_tables = {name: tensor for name, tensor in averages.items() if name in COMPUTED}
+    assert len(released_tables) == (4 if changes.get("in_content_len") == 0 else 6)
+    for kind in content:
+        for name, table in released_tables.items():
+            torch.testing.assert_close(content[kind][name], table, rtol=0, atol=1e-6)
+        assert_same(content[kind] | released_tables, averages | {n: content[kind][n] for n in ("encoder.pos_embed",)})
+    assert [path.name for path in back.parent.iterdir()] == ["back.pt"]
+
+
+def test_imported_model_computes_what_theirs_does(released, meta, theirs, save, tmp_path):
+    import_official(save(theirs), tmp_path / "ours.safetensors", **OPTIONS)
+    ours = unite_fast.load(tmp_path / "ours.safetensors").network
+    plain = released.Released(meta, theirs)
+    given = released.new_inputs(meta, size=32, seed=5)
+    images, registers, t = given["in/images_uint8"].float() / 255, given["tokenize/registers"], given["tokenize/t"]
+    with torch.no_grad():
+        z = plain.norm(plain.tokenize(images, registers, t))
+        assert relative_error(ours.tokenize(images, registers, t), z) < 1e-5
+        assert relative_error(ours.decode(z), plain.decode(z)) < 1e-5
+
+
+def test_imported_checkpoint_holds_the_weights_twice(theirs, save, tmp_path):
+    import_official(save(theirs), tmp_path / "ours.safetensors", **OPTIONS)
+    saved = load_checkpoint(tmp_path / "ours.safetensors")
+    assert (saved.step, saved.progress, saved.config.name) == (0, {}, "theirs")
+    weights = our_state(theirs)
+    model = {name.removeprefix("model."): t for name, t in saved.tensors.items() if name.startswith("model.")}
+    averages = {name.removeprefix("ema."): t for name, t in saved.tensors.items() if name.startswith("ema.")}
+    assert set(model) | set(averages) == set(weights) == set(model)
+    assert len(model) + len(averages) == len(saved.tensors)
+    for held in (model, averages):
+        assert all(torch.equal(value, weights[name]) for name, value in held.items())
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+def test_names_of_wrapped_models(theirs, save, tmp_path, prefix):
+    wrapped = {prefix + name.replace("blocks.1.", "blocks.1._orig_mod."): value for name, value in theirs.items()}
+    import_official(save({"ema": wrapped}), tmp_path / "ours.safetensors", **OPTIONS)
+    network = unite_fast.load(tmp_path / "ours.safetensors").network
+    assert_same(dict(our_state(their_state(network))), our_state(theirs))
+
+
+def test_choice_of_weights(theirs, save, tmp_path):
+    doubled = {name: w if name in (*COMPUTED, "encoder.t_embedder.W") else 2 * w for name, w in theirs.items()}
+    content = {"model": doubled, "ema": theirs, "state_dict": doubled, "epoch": 3}
+    for weights, factor in (("ema", 1), ("model", 2), ("state_dict", 2)):
+        import_official(save(content), tmp_path / "ours.safetensors", weights=weights, **OPTIONS)
+        bias = unite_fast.load(tmp_path / "ours.safetensors").network.decoder.pred.bias
+        assert torch.equal(bias, factor * theirs["decoder.decoder_pred.bias"])
+    refused(save({"model": theirs, "optimizer": {"a": 1}, "epoch": 3}), "no 'ema' weights", "model, optimizer")
+    refused(save({"epoch": 3}), "no 'ema' weights", "nothing")
+
+
+def test_averages_without_the_fixed_frequencies(theirs, save, tmp_path):
+    trained = {name: w for name, w in theirs.items() if name not in (*COMPUTED, *UNREAD, "encoder.t_embedder.W")}
+    import_official(save({"model": theirs, "ema": trained}), tmp_path / "ours.safetensors", **OPTIONS)
+    network = unite_fast.load(tmp_path / "ours.safetensors").network
+    assert torch.equal(network.encoder.time_embed.frequencies, theirs["encoder.t_embedder.W"])
+    refused(save({"ema": trained}), "lacks encoder.t_embedder.W")
+
+
+def test_half_precision_files(theirs, save, tmp_path):
+    import_official(save({name: w.bfloat16() for name, w in theirs.items()}), tmp_path / "ours.safetensors", **OPTIONS)
+    network = unite_fast.load(tmp_path / "ours.safetensors").network
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+
+
+def test_sizes_come_from_the_tensors(released, save, tmp_path):
+    meta = released.new_meta(
+        "sizes", decoder={"depth": 1, "hidden_size": 128, "mlp_size": 72}, num_classes=9, in_content_len=2
+    )
+    meta["encoder"] |= {"depth": 5, "hidden_size": 48, "num_heads": 3}
+    import_official(save(released.new_state(meta, size=24, seed=0)), tmp_path / "ours.safetensors")
+    model = load_checkpoint(tmp_path / "ours.safetensors").config.model
+    assert (model.image_size, model.patch_size, model.latent_tokens, model.latent_channels) == (24, 8, 9, 6)
+    assert model.num_classes == 9
+    encoder, decoder = model.encoder, model.decoder
+    assert (encoder.width, encoder.depth, encoder.heads, encoder.in_context_tokens) == (48, 5, 3, 2)
+    assert (encoder.in_context_start, encoder.qk_norm) == (4, True)
+    assert (decoder.width, decoder.depth, decoder.heads, decoder.mlp_width, decoder.embed_width) == (128, 1, 2, 72, 768)
+
+
+def test_what_the_tensors_do_not_tell(theirs, save):
+    refused(save(theirs), "32 is no multiple of 64", decoder_heads=None)
+    refused(save(theirs), "heads (5)", decoder_heads=5)
+    refused(save(theirs), "in_context_start", in_context_start=4)
+
+
+def test_files_that_are_none(tmp_path, theirs, save):
+    refused(tmp_path / "none.pt", "there is no file")
+    refused(tmp_path, "not a file of torch.save")
+    text = tmp_path / "text.pt"
+    text.write_text("hello")
+    refused(text, "not a file of torch.save")
+    torn = save(theirs)
+    torn.write_bytes(torn.read_bytes()[:5000])
+    refused(torn, "incomplete")
+    refused(save([1, 2]), "holds a list")
+    refused(save({}), "no 'ema' weights")
+
+
+def test_files_with_code_are_not_run(theirs, save, tmp_path):
+    class Mischief:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    refused(save({"model": theirs, "args": Mischief()}), "could run code")
+    assert not (tmp_path / "ran").exists()
+    refused(save({"model": theirs, "args": argparse.Namespace(lr=1)}), "argparse.Namespace")
+
+
+def test_tensors_that_do_not_fit(theirs, save):
+    def without(*names: str) -> dict[str, Tensor]:
+        return {name: value for name, value in theirs.items() if name not in names}
+
+    refused(save(without("encoder.up_sample.weight")), "lacks encoder.up_sample.weight")
+    refused(save(without("decoder.decoder_norm.bias")), "lacks decoder.decoder_norm.bias")
+    two = ("encoder.blocks.1.mlp.w3.bias", "encoder.blocks.2.norm1.weight")
+    refused(save(without(*two)), "encoder.blocks.1.mlp.w3.bias and 1 more")
+    refused(
+        save(theirs | {"encoder.blocks.0.mlp.w4.weight": torch.ones(2)}),
+        "encoder.blocks.0.mlp.w4.weight is not a tensor",
+    )
+    refused(save({"ema": theirs | {"encoder.up_sample.bias": 3}}), "encoder.up_sample.bias is a int")
+    refused(save(theirs | {"up_sample_decoder.bias": torch.ones(7)}), "up_sample_decoder.bias is [7]")
+    refused(save(theirs | {"latent_tokens": theirs["latent_tokens"][:, :7]}), "7 latent tokens make no square image")
+    refused(save(theirs | {"latent_tokens": theirs["latent_tokens"][0]}), "latent_tokens is [16, 32]")
+    table = "patch_embed.position_embeddings"
+    refused(save(theirs | {table: theirs[table] + 0.1}), table, "fixed")
+    refused(save(theirs | {table: theirs[table][:, 1:]}), table, "[1, 16, 32]")
+
+
+def test_a_tensor_of_another_model(released, theirs):
+    model = UNITE(ModelConfig(image_size=32, patch_size=8))
+    extra = theirs | {"encoder.blocks.99.norm1.weight": torch.ones(32)}
+    with pytest.raises(UserError, match=r"encoder\.blocks\.99\.norm1\.weight does not belong"):
+        load_released(model, extra, "theirs.pt")
+
+
+def test_import_does_not_spoil_what_was_there(theirs, save, tmp_path):
+    out = tmp_path / "ours.safetensors"
+    import_official(save(theirs), out, **OPTIONS)
+    before = out.read_bytes()
+    with pytest.raises(UserError):
+        import_official(save(theirs | {"spare": torch.ones(2)}), out, **OPTIONS)
+    assert out.read_bytes() == before
+
+
+def test_export_errors(theirs, save, tmp_path):
+    ours = tmp_path / "ours.safetensors"
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        export_official(ours, tmp_path / "back.pt")
+    import_official(save(theirs), ours, **OPTIONS)
+    (tmp_path / "folder.pt").mkdir()
+    with pytest.raises(UserError, match=r"could not write .*folder\.pt"):
+        export_official(ours, tmp_path / "folder.pt")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="could not write"):
+        export_official(ours, tmp_path / "file" / "back.pt")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_names_go_both_ways(official):
+    named = {name: our_name(name) for name in official.below("state/")}
+    kept = {theirs: ours for theirs, ours in named.items() if ours}
+    assert {their_name(ours) for ours in kept.values()} == set(kept)
+    assert set(named) - set(kept) == {*COMPUTED, *UNREAD}
+    with pytest.raises(UserError, match="not a tensor of the released UNITE"):
+        our_name("encoder.blocks.0.attn.rotary")

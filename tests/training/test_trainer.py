@@ -1,0 +1,359 @@
+"""Runs: resumed bit for bit, kept apart, stopped where they must stop, and all that they leave on disk."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from unite_fast.config import load_config, to_tree
+from unite_fast.errors import UserError
+from unite_fast.training.checkpoint import load_checkpoint, save_checkpoint, step_files, step_of
+from unite_fast.training.metrics import read_rows
+from unite_fast.training.trainer import Trainer, check_same_settings, stop_on_signals, train
+
+
+@pytest.fixture
+def settings(tiny_run, tmp_path):
+    """The settings of a tiny run in a folder of this test."""
+
+    def make(*overrides: str, folder: str = "run"):
+        return load_config("digits", (*tiny_run, f"train.out={tmp_path / folder}", *overrides))
+
+    return make
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of two classes, 24 pictures of noise, the given ones cut in half."""
+
+    def make(truncated: tuple[str, ...] = ()):
+        generator = np.random.default_rng(0)
+        for name in (f"{kind}/{i:02d}.png" for kind in ("cats", "dogs") for i in range(12)):
+            path = tmp_path / "pictures" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(0, 256, (9, 11, 3), dtype=np.uint8)).save(path)
+            if name in truncated:
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        return tmp_path / "pictures"
+
+    return make
+
+
+def steps(folder) -> list[int]:
+    return [step_of(path) for path in step_files(folder / "checkpoints")]
+
+
+@pytest.mark.parametrize(
+    ("at", "overrides"),
+    [
+        pytest.param(10, (), id="plain"),
+        pytest.param(7, ("train.micro_batch=2", "data.flip=true"), id="micro-batches, between two logs, flips"),
+        pytest.param(3, ("train.precision=bfloat16", "optim.muon_dtype=bfloat16"), id="bfloat16, before the first log"),
+        pytest.param(19, ("train.log_every=20", "train.checkpoint_every=4"), id="one step before the only log"),
+    ],
+)
+def test_twenty_steps_are_some_and_a_save_and_the_rest(settings, assert_same_run, at, overrides):
+    whole = train(settings(*overrides, folder="whole"))
+    assert (whole.steps, whole.stopped_by) == (20, None)
+    train(settings(*overrides, f"train.steps={at}"))
+    assert load_checkpoint(settings().train.out).step == at
+    resumed = train(settings(*overrides), resume=True)
+    assert (resumed.steps, resumed.folder) == (20, whole.folder.with_name("run"))
+    assert_same_run(whole.folder, resumed.folder)
+    assert read_rows(whole.folder / "metrics.jsonl")[-1]["step"] == 20
+
+
+def test_the_same_with_pictures_read_ahead_and_broken_ones_among_them(settings, assert_same_run, pictures):
+    data = pictures(truncated=("cats/03.png", "dogs/11.png"))
+    overrides = ("data.source=folder", f"data.path={data}", "model.num_classes=2", "data.flip=true")
+    whole = train(settings(*overrides, folder="whole"))
+    train(settings(*overrides, "train.steps=2"))
+    train(settings(*overrides, "data.workers=0", "train.steps=5"), resume=True)
+    assert_same_run(whole.folder, train(settings(*overrides), resume=True).folder)
+    assert {name for name, _ in load_checkpoint(whole.folder).progress["loader"]["skipped"]} == {
+        "cats/03.png",
+        "dogs/11.png",
+    }
+
+
+def test_micro_batches_are_one_large_batch(settings):
+    """Losses and gradient norms but for rounding: float32 sums in another order."""
+    tracks = []
+    for micro in (0, 4, 1):
+        trainer = Trainer(settings(f"train.micro_batch={micro}", "data.flip=true", folder=f"micro{micro}"), False)
+        seen = []
+        for _ in range(3):
+            losses, norm = trainer.step(next(trainer.loader))
+            seen += [losses.total, losses.l1, losses.flow, norm]
+        trainer.close()
+        tracks.append(torch.stack(seen))
+    for track in tracks[1:]:
+        # 1e-5 is 80 roundings of float32; a wrong weight of a micro-batch would show as 0.1 or more.
+        assert torch.allclose(track, tracks[0], rtol=1e-5, atol=0)
+        assert not torch.equal(tracks[0][:4], tracks[0][4:8])
+
+
+def test_a_run_leaves_all_that_is_promised(trained_folder):
+    names = sorted(os.listdir(trained_folder))
+    assert names == [
+        "checkpoints", "config.yaml", "curves.png", "metrics.jsonl", "reconstructions", "reconstructions.png", "samples",
+        "samples.png", "tensorboard",
+    ]  # fmt: skip
+    assert steps(trained_folder) == [10, 20]
+    assert load_config(str(trained_folder / "config.yaml")) == load_checkpoint(trained_folder).config
+
+    rows = [json.loads(line) for line in (trained_folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [5, 10, 15, 20]
+    for row in rows:
+        assert row.keys() == {"step", "epoch", "total", "l1", "lpips", "flow", "grad_norm", "lr", "images_per_s"}
+        assert row["epoch"] == pytest.approx(row["step"] * 8 / 1437)
+        assert row["total"] == pytest.approx(row["l1"] + row["flow"], rel=1e-6)
+        assert min(row["l1"], row["flow"], row["grad_norm"], row["lr"], row["images_per_s"]) > 0
+
+    events = EventAccumulator(str(trained_folder / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == rows[0].keys() - {"step"}
+    for key in ("l1", "flow", "lr", "images_per_s"):
+        assert [event.step for event in events.Scalars(key)] == [5, 10, 15, 20]
+        assert [event.value for event in events.Scalars(key)] == pytest.approx([row[key] for row in rows])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "samples.png",
+        "reconstructions.png",
+        "curves.png",
+        "samples/step_00000020.png",
+        "reconstructions/step_00000020.png",
+    ],
+)
+def test_pictures_of_a_run_are_not_blank(trained_folder, name):
+    with Image.open(trained_folder / name) as picture:
+        picture.load()
+        assert min(picture.size) > 200
+        assert len(np.unique(np.asarray(picture.convert("L")))) > 20
+
+
+def test_pictures_are_drawn_along_the_way_when_asked_for(settings):
+    folder = train(settings("train.picture_every=8")).folder
+    for kind in ("samples", "reconstructions"):
+        assert sorted(os.listdir(folder / kind)) == [f"step_{step:08d}.png" for step in (8, 16, 20)]
+
+
+def test_drawing_pictures_does_not_disturb_the_run(settings, assert_same_run):
+    assert_same_run(
+        train(settings("train.picture_every=3", folder="with")).folder, train(settings(folder="without")).folder
+    )
+
+
+def test_old_checkpoints_go_and_multiples_stay(settings):
+    folder = train(settings("train.checkpoint_every=3", "train.keep_every=6")).folder
+    assert steps(folder) == [6, 12, 18, 20]
+    assert sorted(os.listdir(folder / "checkpoints"))[:1] == ["latest.safetensors"]
+    assert len(os.listdir(folder / "checkpoints")) == 5
+
+
+def test_a_run_is_not_overwritten(settings):
+    folder = train(settings("train.steps=2")).folder
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with pytest.raises(UserError, match=r"run holds a run already; continue it with --resume or choose another folder"):
+        train(settings())
+    # Without its config.yaml it is a run all the same: fresh checkpoints would be pruned among the old ones.
+    (folder / "config.yaml").unlink()
+    with pytest.raises(UserError, match="holds a run already"):
+        train(settings())
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    before.pop(folder / "config.yaml")
+    assert after.keys() == before.keys()
+    assert {path: time for path, time in after.items() if path != folder} == {
+        path: time for path, time in before.items() if path != folder
+    }
+
+
+def test_resuming_what_has_no_checkpoint_yet_begins_at_step_zero(settings, assert_same_run):
+    """So that one command line serves the first start and every restart of a job."""
+    fresh = train(settings("train.steps=4", folder="fresh"))
+    (fresh.folder.with_name("run")).mkdir()
+    (fresh.folder.with_name("run") / "config.yaml").write_text("left by a run that was killed early")
+    (fresh.folder.with_name("run") / "metrics.jsonl").write_text(json.dumps({"step": 3, "l1": 1.0}) + "\n")
+    assert_same_run(fresh.folder, train(settings("train.steps=4"), resume=True).folder)
+
+
+def test_resuming_a_finished_run_changes_nothing(settings, assert_same_run):
+    whole = train(settings("train.steps=4", folder="whole"))
+    train(settings("train.steps=4"))
+    again = train(settings("train.steps=4"), resume=True)
+    assert (again.steps, again.images_per_s) == (4, 0)
+    assert_same_run(whole.folder, again.folder)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.encoder.width=32", "model.encoder.width is 32 now and was 16 in the run"),
+        ("seed=5", "seed is 5 now and was 0 in the run"),
+        ("schedule.lr=1.0", "schedule.lr is 1.0 now and was 0.0025 in the run"),
+        ("train.batch_size=4", "train.batch_size is 4 now and was 8 in the run"),
+        ("train.micro_batch=2", "train.micro_batch is 2 now and was 0 in the run"),
+        ("train.precision=bfloat16", "train.precision is bfloat16 now and was float32 in the run"),
+        ("optim.adamw_betas=0.8,0.9", "optim.adamw_betas is [0.8, 0.9] now and was [0.9, 0.999] in the run"),
+    ],
+)
+def test_settings_that_change_what_a_step_computes_cannot_change(settings, override, message):
+    with pytest.raises(UserError) as refusal:
+        check_same_settings(settings(), settings(override))
+    assert str(refusal.value) == f"cannot resume: {message}; give the same settings as then"
+
+
+def test_settings_that_do_not_can(settings):
+    now = settings(
+        "name=other", "data.workers=7", "train.steps=9", "train.device=auto", "train.log_every=1", "train.keep_every=3",
+        "train.checkpoint_every=2", "train.picture_every=2", folder="elsewhere",
+    )  # fmt: skip
+    check_same_settings(settings(), now)
+
+
+def test_a_resumed_run_writes_down_its_new_settings(settings):
+    train(settings("train.steps=2"))
+    folder = train(settings("train.steps=3"), resume=True).folder
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == to_tree(settings("train.steps=3"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.workers=-1", "data.workers is -1"),
+        ("model.num_classes=9", "the data have 10 classes, but model.num_classes is 9"),
+        ("data.path=somewhere", "the digits have no data.path"),
+        ("data.source=folder", "data.source folder needs data.path"),
+        ("perceptual.weight=1.0", "perceptual"),
+    ],
+)
+def test_a_mistake_found_at_the_start_leaves_no_run_behind(settings, override, message, monkeypatch):
+    for variable in [name for name in os.environ if name.startswith("UNITE_FAST")]:
+        monkeypatch.delenv(variable)
+    with pytest.raises(UserError, match=message):
+        train(settings(override))
+    assert not os.path.exists(settings().train.out)
+
+
+def test_cuda_asked_for_and_absent_is_an_error(settings, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="the device is cuda, but torch sees no CUDA device here"):
+        train(settings("train.device=cuda"))
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(settings):
+    train(settings("train.steps=6", "train.checkpoint_every=3"))
+    path = settings().train.out
+    good = step_files(load_path := load_folder(path))
+    # From here on a huge rate: the next step's update spoils the weights, the loss of the one after shows it.
+    saved = load_checkpoint(path)
+    saved.config.schedule.lr = 1e30
+    save_checkpoint(good[-1], saved.config, saved.step, saved.progress, saved.tensors)
+    with pytest.raises(UserError) as stop:
+        train(settings("schedule.lr=1e30", "train.log_every=2", "train.checkpoint_every=100"), resume=True)
+    message = str(stop.value)
+    assert message == f"the loss or gradient of step 8 is not finite; the last good checkpoint is {good[-1]}"
+    assert [step_of(file) for file in step_files(load_path)] == [3, 6]
+    assert load_checkpoint(path).step == 6
+    assert [row["step"] for row in read_rows(load_path.parent / "metrics.jsonl")] == [5]
+
+
+def load_folder(path):
+    from pathlib import Path
+
+    return Path(path) / "checkpoints"
+
+
+def test_a_loss_that_is_not_finite_before_any_checkpoint_says_so(settings):
+    with pytest.raises(UserError, match=r"step 3 is not finite; no checkpoint was saved before it"):
+        train(settings("schedule.lr=1e30", "schedule.warmup_steps=1"))
+    assert steps(load_folder(settings().train.out).parent) == []
+
+
+def test_weights_that_are_not_finite_are_not_saved(settings):
+    trainer = Trainer(settings(), False)
+    trainer.step(next(trainer.loader))
+    with torch.no_grad():
+        next(trainer.state.model.parameters()).view(-1)[0] = float("nan")
+    with pytest.raises(UserError, match="the weights after step 1 are not finite; no checkpoint was saved before it"):
+        trainer.save()
+    trainer.close()
+    assert steps(trainer.folder) == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda saved: saved.tensors.pop("model.latent_norm.weight"), "latent_norm.weight"),
+        (lambda saved: saved.tensors.pop("ema.latent_norm.weight"), "latent_norm.weight"),
+        (lambda saved: saved.tensors.update({"model.latent_norm.weight": torch.zeros(5)}), "latent_norm.weight"),
+        (lambda saved: saved.tensors.update({"ema.latent_norm.weight": torch.zeros(5)}), "size"),
+        (lambda saved: saved.progress.clear(), "averages"),
+    ],
+)
+def test_a_checkpoint_that_lacks_or_misfits_something_is_not_resumed(settings, spoil, message):
+    folder = train(settings("train.steps=2")).folder
+    saved = load_checkpoint(folder)
+    spoil(saved)
+    save_checkpoint(step_files(folder / "checkpoints")[-1], saved.config, saved.step, saved.progress, saved.tensors)
+    with pytest.raises(UserError) as refusal:
+        train(settings("train.steps=4"), resume=True)
+    assert str(refusal.value).startswith(f"cannot resume from the checkpoint in {folder}: ")
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_truncated_pictures_are_skipped_counted_and_named(settings, pictures, capfd, caplog):
+    data = pictures(truncated=("cats/03.png", "dogs/11.png"))
+    train(settings("data.source=folder", f"data.path={data}", "model.num_classes=2"))
+    out = capfd.readouterr().out
+    assert "skipped          2 unreadable files:\n" in out
+    for name in ("cats/03.png", "dogs/11.png"):
+        assert f"                  {name}: " in out
+        assert sum(f"skipped {name}: " in message for message in caplog.messages) == 1
+
+
+def test_pictures_none_of_which_can_be_read_are_an_error(settings, pictures):
+    data = pictures(truncated=tuple(f"{kind}/{i:02d}.png" for kind in ("cats", "dogs") for i in range(12)))
+    with pytest.raises(UserError, match=r"none of the 24 images to reconstruct can be read, e\.g\. cats/00\.png"):
+        train(settings("data.source=folder", f"data.path={data}", "model.num_classes=2"))
+
+
+def test_the_summary_says_where_everything_is_whatever_the_names(settings, capfd):
+    """Not cut off, not wrapped, and not taken for markup or emoji."""
+    folder = train(settings("train.steps=5", "name=[/b]", folder=f"{'long' * 40}/[/red]:car:")).folder
+    out = capfd.readouterr().out.splitlines()
+    assert f" run folder       {folder}" in out
+    for label, file in {
+        "checkpoint": "checkpoints/latest.safetensors",
+        "samples": "samples.png",
+        "reconstructions": "reconstructions.png",
+        "curves": "curves.png",
+        "metrics": "metrics.jsonl",
+    }.items():
+        assert f" {label:<16} {folder / file}" in out
+        assert (folder / file).exists()
+    assert out[0].startswith("training [/b]: ")
+
+
+def test_signals_are_remembered_and_a_second_one_acts_as_ever():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with stop_on_signals() as stop:
+        assert not stop
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]
+        with pytest.raises(KeyboardInterrupt):
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert stop == [signal.SIGTERM, signal.SIGINT]
+    assert {number: signal.getsignal(number) for number in before} == before
