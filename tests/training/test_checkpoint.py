@@ -213,7 +213,7 @@ def test_a_header_that_makes_no_sense_is_refused(tmp_path, header):
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
-    with pytest.raises(UserError, match="there is no checkpoint .*nowhere"):
+    with pytest.raises(UserError, match=r"there is no checkpoint .*nowhere"):
         load_checkpoint(tmp_path / "nowhere")
     with pytest.raises(UserError, match="holds no checkpoint"):
         load_checkpoint(tmp_path)

@@ -34,7 +34,7 @@ of two products."""
 
 SLACK = 5
 """A measured tolerance is this many times what our own runs differ by. The errors of an independent program,
-tests/interop/released.py, were up to 1.9 times it in sampling (24 small models) and up to 2.1 times in training (11)."""
+tests/interop/released.py, were up to 1.9 times that in sampling (24 small models), up to 2.1 times in training (11)."""
 
 RESOLUTION = 1e-4
 """A weight's movement counts as at least this part of the weight: below, float32 rounding of the weight would show."""
