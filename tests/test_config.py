@@ -291,3 +291,14 @@ def test_digits_ships_and_is_the_default():
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_shipped_recipe_loads_and_bears_its_files_name(name):
     assert load_config(name).name == name
+
+
+def test_a_preset_asked_for_on_the_command_line_replaces_the_sizes_of_the_recipe():
+    config = load_config("digits", ("model.encoder.preset=L",))
+    assert (config.model.encoder.width, config.model.encoder.depth, config.model.encoder.heads) == (1024, 24, 16)
+    assert config.model.encoder.in_context_tokens == load_config("digits").model.encoder.in_context_tokens
+
+
+def test_a_preset_that_is_no_name_is_refused():
+    with pytest.raises(UserError, match=r"model\.encoder\.preset is \['L'\]"):
+        load_config("digits", ("model.encoder.preset=[L]",))

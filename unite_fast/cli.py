@@ -180,9 +180,11 @@ def parity(
 
 def _load(checkpoint: Path, device: str):
     from unite_fast import load
-    from unite_fast.training.trainer import choose_device
+    from unite_fast.training.trainer import choose_device, use_threads
 
-    return load(checkpoint, choose_device(device))
+    model = load(checkpoint, choose_device(device))
+    use_threads(model.config.train.threads)
+    return model
 
 
 def _given(**settings) -> dict:

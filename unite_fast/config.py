@@ -128,6 +128,9 @@ class DataConfig:
     workers: int = 2
     """Threads that decode images."""
 
+    def __post_init__(self):
+        require(self.workers >= 0, "data.workers must not be negative")
+
 
 @dataclass
 class ObjectiveConfig:
@@ -149,6 +152,7 @@ class ObjectiveConfig:
     def __post_init__(self):
         require(self.flow_draws > 0, "objective.flow_draws must be positive")
         require(self.time_shift > 0, "objective.time_shift must be positive")
+        require(self.time_std >= 0, "objective.time_std must not be negative")
         for name in ("decoder_noise_probability", "decoder_noise_time_min", "label_drop", "tokenize_time_max"):
             require(0 <= getattr(self, name) <= 1, f"objective.{name} must be in [0, 1]")
 
@@ -220,6 +224,8 @@ class TrainConfig:
     """bfloat16 (autocast) or float32."""
     device: str = "auto"
     """auto (a CUDA device if there is one), cpu or cuda."""
+    threads: int = 0
+    """Threads of torch on a CPU; 0: torch's choice. A model as small as the digits' is fastest on one."""
     compile: bool = True
     """Compile the transformer blocks."""
     log_every: int = 50
@@ -234,7 +240,7 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
             require(getattr(self, name) > 0, f"train.{name} must be positive")
-        for name in ("micro_batch", "keep_every", "picture_every"):
+        for name in ("micro_batch", "keep_every", "picture_every", "threads"):
             require(getattr(self, name) >= 0, f"train.{name} must not be negative")
         require(
             self.micro_batch == 0 or self.batch_size % self.micro_batch == 0,
@@ -335,6 +341,9 @@ def _assign(tree: dict, keys: list[str], value) -> None:
     for depth, key in enumerate(keys[:-1]):
         tree = tree.setdefault(key, {})
         require(isinstance(tree, dict), f"{'.'.join(keys[: depth + 1])} is a value, not a group of settings")
+    if keys[-1] == "preset":
+        for size in ("width", "depth", "heads", "mlp_width"):
+            tree.pop(size, None)  # a preset asked for now replaces the sizes that the recipe spells out
     tree[keys[-1]] = value
 
 
@@ -347,7 +356,8 @@ def from_tree(kind: type, tree: dict, path: str = ""):
     for key, value in tree.items():
         dotted = f"{path}.{key}" if path else str(key)
         if key == "preset" and presets:
-            require(value in presets, f"{dotted} is {value!r}; it must be one of {', '.join(presets)}")
+            known = isinstance(value, str) and value in presets
+            require(known, f"{dotted} is {value!r}; it must be one of {', '.join(presets)}")
             values = {**presets[value], **values}
         elif key not in hints:
             close = difflib.get_close_matches(str(key), hints, n=1)

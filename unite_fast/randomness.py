@@ -94,6 +94,8 @@ class Philox:
 
         The C++ body, where it was built, gives the same words on a CPU.
         """
+        if not (0 <= self.seed < 2**64 and 0 <= self.step < 2**32 and 0 <= draw < 2**16):
+            raise ValueError(f"Philox: seed {self.seed}, step {self.step} or draw {draw} is out of range")
         elements = math.prod(shape)
         b = self.positions.shape[0]
         if self.positions.device.type == "cpu" and native.available():

@@ -70,6 +70,7 @@ class Trainer:
         self.config = config
         self.folder = Path(config.train.out or f"runs/{config.name}")
         self.device = choose_device(config.train.device)
+        use_threads(config.train.threads)
         self.source = open_source(config.data.source, config.data.path, config.model.image_size, "train")
         check_data(self.source, config)
         self.lpips = load_lpips(config.perceptual).to(self.device) if config.perceptual.weight else None
@@ -194,6 +195,11 @@ class Trainer:
         self.log.close()
 
 
+def use_threads(threads: int) -> None:
+    if threads:
+        torch.set_num_threads(threads)
+
+
 def choose_device(name: str) -> torch.device:
     require_choice("the device", name, ("auto", "cpu", "cuda"))
     if name == "auto":
@@ -216,6 +222,7 @@ def find_start(folder: Path, config: Config, resume: bool) -> ckpt.Checkpoint | 
     if resume and saved:
         found = ckpt.load_checkpoint(folder)
         check_same_settings(found.config, config)
+        require(bool(found.progress), f"{folder}'s checkpoint holds weights alone (imported?): nothing to resume")
         return found
     require(
         resume or not (saved or (folder / "config.yaml").exists()),
