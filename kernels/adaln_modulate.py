@@ -9,7 +9,75 @@ Source: adaLN of DiT (Peebles and Xie, arXiv 2212.09748) on RMSNorm.
 import torch
 from torch import Tensor
 
+from unite_fast.kernels import backend, native
 from unite_fast.kernels.common import check, modulate, rms_norm
+from unite_fast.kernels.op import NativeOp
+
+
+def adaln_modulate_ref(
+    x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    return modulate(rms_norm(x, weight, eps), shift, scale).to(out_dtype or x.dtype)
+
+
+def _like_forward(x, weight, shift, scale, eps, out_dtype):
+    return x.new_empty(x.shape, dtype=out_dtype), x.new_empty(x.shape[:2], dtype=torch.float32)
+
+
+def _forward(x, weight, shift, scale, eps, out_dtype):
+    out, inverse = _like_forward(x, weight, shift, scale, eps, out_dtype)
+    x, weight, shift, scale = native.dense(x), native.floats(weight), native.typed(shift), native.typed(scale)
+    native.run(
+        "adaln_modulate_forward",
+        *x.shape,
+        eps,
+        *native.rows(x),
+        weight.data_ptr(),
+        *native.vectors(shift),
+        *native.vectors(scale),
+        *native.rows(out),
+        inverse.data_ptr(),
+    )
+    return out, inverse
+
+
+def _like_backward(d_out, x, weight, scale, inverse):
+    d_weight = native.empty_floats(weight, x)
+    return x.new_empty(x.shape), d_weight, native.empty_like(scale), native.empty_like(scale)
+
+
+def _backward(d_out, x, weight, scale, inverse):
+    d_x, d_weight, d_shift, d_scale = gradients = _like_backward(d_out, x, weight, scale, inverse)
+    d_out, x, weight, scale = native.dense(d_out), native.dense(x), native.floats(weight), native.typed(scale)
+    native.run(
+        "adaln_modulate_backward",
+        *x.shape,
+        *native.rows(d_out),
+        *native.rows(x),
+        weight.data_ptr(),
+        *native.vectors(scale),
+        inverse.data_ptr(),
+        *native.rows(d_x),
+        d_weight.data_ptr(),
+        *native.vectors(d_shift),
+        *native.vectors(d_scale),
+    )
+    return gradients
+
+
+_native = NativeOp(
+    "adaln_modulate",
+    inputs="Tensor x, Tensor weight, Tensor shift, Tensor scale, float eps, ScalarType? out_dtype",
+    outputs="Tensor, Tensor",
+    results=1,
+    forward=_forward,
+    like_forward=_like_forward,
+    backward_inputs="Tensor d_out, Tensor x, Tensor weight, Tensor scale, Tensor inverse",
+    backward_outputs="Tensor, Tensor, Tensor, Tensor",
+    backward=_backward,
+    like_backward=_like_backward,
+    saved=lambda inputs, outputs: (inputs[0], inputs[1], inputs[3], outputs[1]),
+)
 
 
 def adaln_modulate(
@@ -21,13 +89,8 @@ def adaln_modulate(
         ValueError: shapes that do not belong together.
     """
     check_modulation("adaln_modulate", x, weight, shift, scale)
-    return adaln_modulate_ref(x, weight, shift, scale, eps, out_dtype)
-
-
-def adaln_modulate_ref(
-    x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, out_dtype: torch.dtype | None = None
-) -> Tensor:
-    return modulate(rms_norm(x, weight, eps), shift, scale).to(out_dtype or x.dtype)
+    body = _native if backend.native_for(x, out_dtype) else adaln_modulate_ref
+    return body(x, weight, shift, scale, eps, out_dtype)
 
 
 def check_modulation(op: str, x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor) -> None:

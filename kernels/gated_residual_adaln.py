@@ -10,8 +10,96 @@ All arithmetic is float32.
 import torch
 from torch import Tensor
 
+from unite_fast.kernels import backend, native
 from unite_fast.kernels.adaln_modulate import adaln_modulate_ref, check_modulation
 from unite_fast.kernels.common import check, upcast
+from unite_fast.kernels.op import NativeOp
+
+
+def gated_residual_adaln_ref(x, branch, gate, weight, shift, scale, eps=1e-6, out_dtype=None):
+    x = gated_residual(x, branch, gate).to(x.dtype)
+    return x, adaln_modulate_ref(x, weight, shift, scale, eps, out_dtype)
+
+
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    return upcast(x) + upcast(gate).unsqueeze(1) * upcast(branch)
+
+
+def _like_forward(x, branch, gate, weight, shift, scale, eps, out_dtype):
+    h, inverse = x.new_empty(x.shape, dtype=out_dtype), x.new_empty(x.shape[:2], dtype=torch.float32)
+    return x.new_empty(x.shape), h, inverse
+
+
+def _forward(x, branch, gate, weight, shift, scale, eps, out_dtype):
+    x_out, h, inverse = outputs = _like_forward(x, branch, gate, weight, shift, scale, eps, out_dtype)
+    x, branch, gate = native.dense(x), native.typed(branch), native.typed(gate)
+    weight, shift, scale = native.floats(weight), native.typed(shift), native.typed(scale)
+    native.run(
+        "gated_residual_adaln_forward",
+        *x.shape,
+        eps,
+        *native.rows(x),
+        *native.rows(branch),
+        *native.vectors(gate),
+        weight.data_ptr(),
+        *native.vectors(shift),
+        *native.vectors(scale),
+        *native.rows(x_out),
+        *native.rows(h),
+        inverse.data_ptr(),
+    )
+    return outputs
+
+
+def _like_backward(d_x_out, d_h, x_out, branch, gate, weight, scale, inverse):
+    d_x, d_branch = x_out.new_empty(x_out.shape), native.empty_like(branch)
+    d_gate, d_scale = native.empty_like(gate), native.empty_like(scale)
+    return d_x, d_branch, d_gate, native.empty_floats(weight, x_out), native.empty_like(scale), d_scale
+
+
+def _backward(d_x_out, d_h, x_out, branch, gate, weight, scale, inverse):
+    gradients = _like_backward(d_x_out, d_h, x_out, branch, gate, weight, scale, inverse)
+    d_x, d_branch, d_gate, d_weight, d_shift, d_scale = gradients
+    d_x_out, d_h = (native.gradient(d, x_out.shape, x_out.dtype) for d in (d_x_out, d_h))
+    x_out, branch, gate = native.dense(x_out), native.typed(branch), native.typed(gate)
+    weight, scale = native.floats(weight), native.typed(scale)
+    native.run(
+        "gated_residual_adaln_backward",
+        *x_out.shape,
+        *native.rows(d_x_out),
+        *native.rows(d_h),
+        *native.rows(x_out),
+        *native.rows(branch),
+        *native.vectors(gate),
+        weight.data_ptr(),
+        *native.vectors(scale),
+        inverse.data_ptr(),
+        *native.rows(d_x),
+        *native.rows(d_branch),
+        *native.vectors(d_gate),
+        d_weight.data_ptr(),
+        *native.vectors(d_shift),
+        *native.vectors(d_scale),
+    )
+    return gradients
+
+
+_native = NativeOp(
+    "gated_residual_adaln",
+    inputs="Tensor x, Tensor branch, Tensor gate, Tensor weight, Tensor shift, Tensor scale, float eps, "
+    "ScalarType? out_dtype",
+    outputs="Tensor, Tensor, Tensor",
+    results=2,
+    forward=_forward,
+    like_forward=_like_forward,
+    backward_inputs="Tensor? d_x_out, Tensor? d_h, Tensor x_out, Tensor branch, Tensor gate, Tensor weight, "
+    "Tensor scale, Tensor inverse",
+    backward_outputs="Tensor, Tensor, Tensor, Tensor, Tensor, Tensor",
+    backward=_backward,
+    like_backward=_like_backward,
+    # x_out serves instead of x: the next op keeps it too.
+    saved=lambda inputs, outputs: (outputs[0], *inputs[1:4], inputs[5], outputs[2]),
+)
 
 
 def gated_residual_adaln(
@@ -31,16 +119,8 @@ def gated_residual_adaln(
     """
     check_modulation("gated_residual_adaln", x, weight, shift, scale)
     check_branch("gated_residual_adaln", x, branch, gate)
-    return gated_residual_adaln_ref(x, branch, gate, weight, shift, scale, eps, out_dtype)
-
-
-def gated_residual_adaln_ref(x, branch, gate, weight, shift, scale, eps=1e-6, out_dtype=None):
-    x = gated_residual(x, branch, gate).to(x.dtype)
-    return x, adaln_modulate_ref(x, weight, shift, scale, eps, out_dtype)
-
-
-def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    return upcast(x) + upcast(gate).unsqueeze(1) * upcast(branch)
+    body = _native if backend.native_for(x, out_dtype) else gated_residual_adaln_ref
+    return body(x, branch, gate, weight, shift, scale, eps, out_dtype)
 
 
 def check_branch(op: str, x: Tensor, branch: Tensor, gate: Tensor) -> None:

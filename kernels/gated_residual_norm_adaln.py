@@ -11,9 +11,98 @@ block that begins, or to the final layer. All arithmetic is float32.
 import torch
 from torch import Tensor
 
+from unite_fast.kernels import backend, native
 from unite_fast.kernels.adaln_modulate import adaln_modulate_ref, check_modulation
 from unite_fast.kernels.common import check, rms_norm
 from unite_fast.kernels.gated_residual_adaln import check_branch, gated_residual
+from unite_fast.kernels.op import NativeOp
+
+
+def gated_residual_norm_adaln_ref(x, branch, gate, norm_weight, weight, shift, scale, eps=1e-6, out_dtype=None):
+    x = rms_norm(gated_residual(x, branch, gate), norm_weight, eps).to(x.dtype)
+    return x, adaln_modulate_ref(x, weight, shift, scale, eps, out_dtype)
+
+
+def _like_forward(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype):
+    inverses = x.new_empty((2, *x.shape[:2]), dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=out_dtype), inverses
+
+
+def _forward(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype):
+    outputs = _like_forward(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype)
+    x_out, h, inverses = outputs
+    x, branch, gate = native.dense(x), native.typed(branch), native.typed(gate)
+    norm_weight, weight = native.floats(norm_weight), native.floats(weight)
+    shift, scale = native.typed(shift), native.typed(scale)
+    native.run(
+        "gated_residual_norm_adaln_forward",
+        *x.shape,
+        eps,
+        *native.rows(x),
+        *native.rows(branch),
+        *native.vectors(gate),
+        norm_weight.data_ptr(),
+        weight.data_ptr(),
+        *native.vectors(shift),
+        *native.vectors(scale),
+        *native.rows(x_out),
+        *native.rows(h),
+        inverses.data_ptr(),
+    )
+    return outputs
+
+
+def _like_backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, inverses):
+    d_norm_weight, d_weight = native.empty_floats(norm_weight, x), native.empty_floats(weight, x)
+    d_gate, d_shift, d_scale = native.empty_like(gate), native.empty_like(scale), native.empty_like(scale)
+    return x.new_empty(x.shape), native.empty_like(branch), d_gate, d_norm_weight, d_weight, d_shift, d_scale
+
+
+def _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, inverses):
+    gradients = _like_backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, inverses)
+    d_x, d_branch, d_gate, d_norm_weight, d_weight, d_shift, d_scale = gradients
+    d_x_out, d_h = (native.gradient(d, x.shape, x.dtype) for d in (d_x_out, d_h))
+    x, branch, gate = native.dense(x), native.typed(branch), native.typed(gate)
+    norm_weight, weight, scale = native.floats(norm_weight), native.floats(weight), native.typed(scale)
+    native.run(
+        "gated_residual_norm_adaln_backward",
+        *x.shape,
+        *native.rows(d_x_out),
+        *native.rows(d_h),
+        *native.rows(x),
+        *native.rows(branch),
+        *native.vectors(gate),
+        norm_weight.data_ptr(),
+        weight.data_ptr(),
+        *native.vectors(scale),
+        inverses.data_ptr(),
+        *native.rows(d_x),
+        *native.rows(d_branch),
+        *native.vectors(d_gate),
+        d_norm_weight.data_ptr(),
+        d_weight.data_ptr(),
+        *native.vectors(d_shift),
+        *native.vectors(d_scale),
+    )
+    return gradients
+
+
+_native = NativeOp(
+    "gated_residual_norm_adaln",
+    inputs="Tensor x, Tensor branch, Tensor gate, Tensor norm_weight, Tensor weight, Tensor shift, Tensor scale, "
+    "float eps, ScalarType? out_dtype",
+    outputs="Tensor, Tensor, Tensor",
+    results=2,
+    forward=_forward,
+    like_forward=_like_forward,
+    backward_inputs="Tensor? d_x_out, Tensor? d_h, Tensor x, Tensor branch, Tensor gate, Tensor norm_weight, "
+    "Tensor weight, Tensor scale, Tensor inverses",
+    backward_outputs="Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor",
+    backward=_backward,
+    like_backward=_like_backward,
+    # x_out follows from these by less work than it takes to read it.
+    saved=lambda inputs, outputs: (*inputs[:5], inputs[6], outputs[2]),
+)
 
 
 def gated_residual_norm_adaln(
@@ -36,9 +125,5 @@ def gated_residual_norm_adaln(
     check_modulation(op, x, weight, shift, scale)
     check_branch(op, x, branch, gate)
     check(norm_weight.shape == weight.shape, op, f"norm_weight must be {list(weight.shape)}")
-    return gated_residual_norm_adaln_ref(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype)
-
-
-def gated_residual_norm_adaln_ref(x, branch, gate, norm_weight, weight, shift, scale, eps=1e-6, out_dtype=None):
-    x = rms_norm(gated_residual(x, branch, gate), norm_weight, eps).to(x.dtype)
-    return x, adaln_modulate_ref(x, weight, shift, scale, eps, out_dtype)
+    body = _native if backend.native_for(x, out_dtype) else gated_residual_norm_adaln_ref
+    return body(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype)

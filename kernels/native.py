@@ -28,6 +28,67 @@ def reason() -> str:
     return _missing
 
 
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""The element types of the fused ops, numbered as in csrc/element.h."""
+
+
+def dense(x: Tensor) -> Tensor:
+    """x, or a copy of it if its last dimension is strided. Hold on to it for as long as its address is in use."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def floats(x: Tensor | None) -> Tensor | None:
+    """A weight or table as dense float32."""
+    return None if x is None else x.float().contiguous()
+
+
+def typed(x: Tensor) -> Tensor:
+    """Dense as `dense`, in float32 unless its type is one of `TYPES`."""
+    return dense(x if x.dtype in TYPES else x.float())
+
+
+def address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def rows(x: Tensor) -> tuple[int, int, int, int]:
+    """A tensor [B, T, D], dense in D, as csrc/fused_ops.cpp reads it."""
+    stride = x.stride()
+    return x.data_ptr(), TYPES[x.dtype], stride[0], stride[1]
+
+
+def vectors(x: Tensor) -> tuple[int, int, int]:
+    """A tensor [B, D], dense in D, as csrc/fused_ops.cpp reads it."""
+    return x.data_ptr(), TYPES[x.dtype], x.stride(0)
+
+
+def gradient(incoming: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An incoming gradient, dense as `dense`. One that nobody sent is None: zeros, which take the room of one row."""
+    if incoming is None:
+        return torch.zeros(shape[-1], dtype=dtype).expand(shape)
+    return dense(incoming)
+
+
+def empty_like(like: Tensor) -> Tensor:
+    """Room for the gradient of a branch or of shift, scale or gate."""
+    return like.new_empty(like.shape, dtype=like.dtype if like.dtype in TYPES else torch.float32)
+
+
+def empty_floats(like: Tensor | None, beside: Tensor) -> Tensor:
+    """Room for the gradient of a weight; of no size for a weight that is None."""
+    return beside.new_empty(0 if like is None else like.shape, dtype=torch.float32)
+
+
+def heads(x: Tensor) -> tuple[int, int, int, int]:
+    """A tensor [B, H, T, K], dense in K, as csrc/fused_ops.cpp reads it."""
+    return x.data_ptr(), *x.stride()[:3]
+
+
+def run(name: str, *arguments: int | float) -> None:
+    """Call a function of csrc/fused_ops.cpp, on as many threads as torch would take."""
+    getattr(_native, name)(*arguments, torch.get_num_threads())
+
+
 def philox_words(seed: int, step: int, stream: int, draw: int, positions: Tensor, elements: int) -> Tensor:
     """The words of `unite_fast.randomness.Philox.words`, bit by bit.
 

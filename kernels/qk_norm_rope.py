@@ -5,14 +5,113 @@
 
 Shapes: qkv [B, T, 3 H K] (all of q, then all of k, then all of v), q_weight and k_weight [K] or None (no norm), cos and
 sin [T, K / 2] -> q, k, v, each [B, H, T, K] in qkv's dtype, the layout that scaled_dot_product_attention reads. A token
-that is not rotated has cos 1 and sin 0. Norm and rotation are float32.
+that is not rotated has cos 1 and sin 0. Norm and rotation are float32. cos and sin are constants: they get no gradient.
 Source: RoPE (Su et al., arXiv 2104.09864), q/k norm (Dehghani et al., arXiv 2302.05442).
 """
 
 import torch
 from torch import Tensor
 
+from unite_fast.kernels import backend, native
 from unite_fast.kernels.common import check, rms_norm, upcast
+from unite_fast.kernels.op import NativeOp
+
+
+def qk_norm_rope_ref(qkv, heads, q_weight, k_weight, cos, sin, eps=1e-6):
+    q, k, v = split(qkv, heads)
+    return rotate(q, q_weight, cos, sin, eps), rotate(k, k_weight, cos, sin, eps), v
+
+
+def split(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """The three parts of qkv as views [B, H, T, K]."""
+    return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+
+def rotate(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """Norm (with a weight) and rotation of one of q and k: x [B, H, T, K]."""
+    normed = upcast(x) if weight is None else rms_norm(x, weight, eps)
+    even, odd = normed.unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
+
+
+def _like_forward(qkv, q_weight, k_weight, cos, sin, heads, eps):
+    b, t, packed = qkv.shape
+    shape, d = (b, heads, t, packed // (3 * heads)), packed // 3
+    # In memory [B, T, H, K]: each token is written in one go.
+    q, k, v = (qkv.new_empty_strided(shape, (t * d, shape[3], d, 1)) for _ in range(3))
+    return q, k, v, qkv.new_empty((b, t, 2, heads), dtype=torch.float32)
+
+
+def _eager_forward(qkv, q_weight, k_weight, cos, sin, heads, eps):
+    b, t, packed = qkv.shape
+    d, head_dim = packed // 3, packed // (3 * heads)
+    qkv = native.dense(qkv)
+    q_weight, k_weight, cos, sin = (native.floats(x) for x in (q_weight, k_weight, cos, sin))
+    shape, strides = (b, heads, t, head_dim), (t * d, head_dim, d, 1)
+    # In memory [B, T, H, K]: each token is written in one go.
+    q, k = qkv.new_empty_strided(shape, strides), qkv.new_empty_strided(shape, strides)
+    inverse = qkv.new_empty((b, t, 2, heads), dtype=torch.float32)
+    native.run(
+        "qk_norm_rope_forward",
+        *(b, t, heads, head_dim, eps),
+        *native.rows(qkv),
+        *map(native.address, (q_weight, k_weight, cos, sin, inverse)),
+        *native.heads(q),
+        *native.heads(k),
+    )
+    v = qkv.as_strided(shape, (qkv.stride(0), head_dim, qkv.stride(1), 1), qkv.storage_offset() + 2 * d)
+    return q, k, v, inverse
+
+
+def _forward(*inputs):
+    q, k, v, inverse = _eager_forward(*inputs)
+    # What an op gives must not share memory with what it took.
+    return q, k, torch.empty_like(q).copy_(v), inverse
+
+
+def _like_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, inverse):
+    return qkv.new_empty(qkv.shape), native.empty_floats(q_weight, qkv), native.empty_floats(k_weight, qkv)
+
+
+def _backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, inverse):
+    gradients = _like_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, inverse)
+    d_qkv, d_q_weight, d_k_weight = gradients
+    (b, t, _), heads = qkv.shape, inverse.shape[3]
+    head_dim = qkv.shape[2] // (3 * heads)
+    d_q, d_k, d_v = (native.gradient(d, (b, heads, t, head_dim), qkv.dtype) for d in (d_q, d_k, d_v))
+    qkv = native.dense(qkv)
+    q_weight, k_weight, cos, sin = (native.floats(x) for x in (q_weight, k_weight, cos, sin))
+    native.run(
+        "qk_norm_rope_backward",
+        *(b, t, heads, head_dim, 0.0),
+        *native.rows(qkv),
+        *map(native.address, (q_weight, k_weight, cos, sin, inverse)),
+        *native.heads(d_q),
+        *native.heads(d_k),
+        *native.heads(d_v),
+        *native.rows(d_qkv),
+        d_q_weight.data_ptr(),
+        d_k_weight.data_ptr(),
+    )
+    return gradients
+
+
+_native = NativeOp(
+    "qk_norm_rope",
+    inputs="Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, SymInt heads, float eps",
+    outputs="Tensor, Tensor, Tensor, Tensor",
+    results=3,
+    forward=_forward,
+    eager_forward=_eager_forward,
+    like_forward=_like_forward,
+    backward_inputs="Tensor? d_q, Tensor? d_k, Tensor? d_v, Tensor qkv, Tensor? q_weight, Tensor? k_weight, "
+    "Tensor cos, Tensor sin, Tensor inverse",
+    backward_outputs="Tensor, Tensor, Tensor",
+    backward=_backward,
+    like_backward=_like_backward,
+    saved=lambda inputs, outputs: (*inputs[:5], outputs[3]),
+)
 
 
 def qk_norm_rope(
@@ -38,18 +137,6 @@ def qk_norm_rope(
     if q_weight is not None:
         check(q_weight.shape == k_weight.shape == (head_dim,), op, f"q_weight and k_weight must be [{head_dim}]")
     check(cos.shape == sin.shape == (t, head_dim // 2), op, f"cos and sin must be [{t}, {head_dim // 2}]")
+    if backend.native_for(qkv):
+        return _native(qkv, q_weight, k_weight, cos, sin, heads, eps)
     return qk_norm_rope_ref(qkv, heads, q_weight, k_weight, cos, sin, eps)
-
-
-def qk_norm_rope_ref(qkv, heads, q_weight, k_weight, cos, sin, eps=1e-6):
-    b, t, packed = qkv.shape
-    q, k, v = qkv.view(b, t, 3, heads, packed // (3 * heads)).permute(2, 0, 3, 1, 4)
-    return rotate(q, q_weight, cos, sin, eps), rotate(k, k_weight, cos, sin, eps), v
-
-
-def rotate(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """Norm (with a weight) and rotation of one of q and k: x [B, H, T, K]."""
-    normed = upcast(x) if weight is None else rms_norm(x, weight, eps)
-    even, odd = normed.unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
-    return rotated.flatten(-2).to(x.dtype)

@@ -7,7 +7,54 @@ Source: Shazeer, arXiv 2002.05202.
 from torch import Tensor
 from torch.nn import functional as F
 
+from unite_fast.kernels import backend, native
 from unite_fast.kernels.common import check, upcast
+from unite_fast.kernels.op import NativeOp
+
+
+def swiglu_ref(uw: Tensor) -> Tensor:
+    u, w = upcast(uw).chunk(2, dim=-1)
+    return (F.silu(u) * w).to(uw.dtype)
+
+
+def _like_forward(uw):
+    return (uw.new_empty((*uw.shape[:-1], uw.shape[-1] // 2)),)
+
+
+def _forward(uw):
+    (out,) = _like_forward(uw)
+    uw, width = uw.contiguous(), out.shape[-1]
+    rows = out.numel() // width if width else 0
+    native.run("swiglu_forward", native.TYPES[uw.dtype], rows, width, uw.data_ptr(), out.data_ptr())
+    return (out,)
+
+
+def _like_backward(d_out, uw):
+    return (uw.new_empty(uw.shape),)
+
+
+def _backward(d_out, uw):
+    (d_uw,) = _like_backward(d_out, uw)
+    d_out, uw, width = d_out.contiguous(), uw.contiguous(), d_out.shape[-1]
+    rows = d_out.numel() // width if width else 0
+    pointers = d_out.data_ptr(), uw.data_ptr(), d_uw.data_ptr()
+    native.run("swiglu_backward", native.TYPES[uw.dtype], rows, width, *pointers)
+    return (d_uw,)
+
+
+_native = NativeOp(
+    "swiglu",
+    inputs="Tensor uw",
+    outputs="Tensor",
+    results=1,
+    forward=_forward,
+    like_forward=_like_forward,
+    backward_inputs="Tensor d_out, Tensor uw",
+    backward_outputs="Tensor",
+    backward=_backward,
+    like_backward=_like_backward,
+    saved=lambda inputs, outputs: inputs,
+)
 
 
 def swiglu(uw: Tensor) -> Tensor:
@@ -17,9 +64,4 @@ def swiglu(uw: Tensor) -> Tensor:
         ValueError: an odd last dimension.
     """
     check(uw.shape[-1] % 2 == 0, "swiglu", f"the last dimension must be even, got {uw.shape[-1]}")
-    return swiglu_ref(uw)
-
-
-def swiglu_ref(uw: Tensor) -> Tensor:
-    u, w = upcast(uw).chunk(2, dim=-1)
-    return (F.silu(u) * w).to(uw.dtype)
+    return _native(uw) if backend.native_for(uw) else swiglu_ref(uw)

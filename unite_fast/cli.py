@@ -130,7 +130,10 @@ def evaluate(
 
 @app.command()
 def info(checkpoint: Checkpoint) -> None:
-    """Say what a checkpoint holds: step, size, settings."""
+    """Say what a checkpoint holds: step, size, settings.
+
+    Example: `unite-fast info runs/digits`
+    """
     from unite_fast import outputs
 
     typer.echo(outputs.describe(checkpoint))
@@ -144,7 +147,10 @@ def import_official(
     decoder_heads: Annotated[int | None, typer.Option(help="heads of the decoder [default: width / 64]")] = None,
     in_context_start: Annotated[int, typer.Option(help="block that in-context tokens enter before")] = 4,
 ) -> None:
-    """Turn a checkpoint of the authors' code into one of ours."""
+    """Turn a checkpoint of the authors' code into one of ours.
+
+    Example: `unite-fast import-official unite_xl.pt unite_xl.safetensors`
+    """
     from unite_fast.interop.official import import_official as run
 
     run(file, out, weights=weights, decoder_heads=decoder_heads, in_context_start=in_context_start)
@@ -156,7 +162,10 @@ def export_official(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Argument(metavar="OUT.pt", help="the file to write")],
 ) -> None:
-    """Turn a checkpoint of ours into one with the authors' names (model and ema)."""
+    """Turn a checkpoint of ours into one with the authors' names (model and ema).
+
+    Example: `unite-fast export-official runs/imagenet256_b unite_b.pt`
+    """
     from unite_fast.interop.official import export_official as run
 
     run(checkpoint, out)

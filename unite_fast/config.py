@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from unite_fast.errors import UserError
+from unite_fast.kernels import backend
 from unite_fast.perceptual import PerceptualConfig
 
 
@@ -281,8 +282,8 @@ class Config:
     name: str = "digits"
     """Name of the recipe and, unless train.out says otherwise, of its run folder."""
     seed: int = 0
-    kernels: str = "reference"
-    """Which body of the kernels runs."""
+    kernels: str = "auto"
+    """Which body of the kernels runs: auto (the fastest that fits), reference or native."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -295,6 +296,7 @@ class Config:
     def __post_init__(self):
         require(bool(self.name), "name must not be empty: the run's folder is called after it")
         require(0 <= self.seed < 2**64, "seed must be in [0, 2**64)")
+        require_choice("kernels", self.kernels, backend.NAMES)
 
 
 def load_config(recipe: str | None = None, overrides: tuple[str, ...] = ()) -> Config:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
@@ -31,10 +32,12 @@ def choose_labels(classes: str, count: int, num_classes: int) -> Tensor:
 def generate_with_progress(model: TrainedUNITE, labels: Tensor, seed: int, batch: int, settings: dict) -> Tensor:
     """As `TrainedUNITE.generate`, a bar showing how far it is."""
     check_drawing(seed, batch)
-    starts = range(0, len(labels), batch)
+    starts, console = range(0, len(labels), batch), Console(stderr=True)
     parts = [
         model.generate(labels[start : start + batch], seed, batch, first=start, **settings)
-        for start in track(starts, description="generating", transient=True, disable=len(starts) == 1)
+        for start in track(
+            starts, description="generating", console=console, transient=True, disable=not console.is_terminal
+        )
     ]
     return torch.cat(parts)
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "fused_ops.h"
 #include "philox.h"
 
 namespace nb = nanobind;
@@ -42,4 +43,5 @@ NB_MODULE(_native, m) {
     m.def("philox_words", &philox_words, "seed"_a, "step"_a, "stream"_a, "draw"_a, "positions"_a.noconvert(),
           "elements"_a, "out"_a.noconvert(), "threads"_a = 1,
           "Write the words of unite_fast.randomness.Philox.words into out, int64 [b, ceil(elements / 4) * 4].");
+    bind_fused_ops(m);
 }

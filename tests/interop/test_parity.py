@@ -176,7 +176,7 @@ def test_printed_report(small, write_trace, capsys):
     printed = capsys.readouterr().out
     assert "FAILED sample/latents" in printed and printed.splitlines()[-1].startswith("1 of 3")
 
-    with pytest.raises(UserError, match="backend is 'magic'"):
+    with pytest.raises(UserError, match="no body called 'magic'"):
         run(write_trace(small), "magic")
 
 

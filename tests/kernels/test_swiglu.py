@@ -24,7 +24,7 @@ def test_strided_input(judge, draw):
 
 def test_far_out_inputs_stay_finite():
     out = swiglu(torch.tensor([[-200.0, 200.0, 1.0, 1.0]]))
-    assert out.tolist() == [[0.0, 200.0]]
+    assert out.tolist() == [[pytest.approx(0.0, abs=1e-30), 200.0]]
 
 
 def test_an_odd_width_is_refused(draw):

@@ -225,7 +225,7 @@ def test_a_resumed_run_writes_down_its_new_settings(settings):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.workers=-1", "data.workers is -1"),
+        ("data.workers=-1", "data.workers must not be negative"),
         ("model.num_classes=9", "the data have 10 classes, but model.num_classes is 9"),
         ("data.path=somewhere", "the digits have no data.path"),
         ("data.source=folder", "data.source folder needs data.path"),
@@ -290,7 +290,7 @@ def test_weights_that_are_not_finite_are_not_saved(settings):
             lambda saved: saved.tensors.update({"optim.latent_norm.weight.exp_avg": torch.zeros(5)}),
             "latent_norm.weight",
         ),
-        (lambda saved: saved.progress.clear(), "averages"),
+        (lambda saved: saved.progress.pop("averages"), "it lacks 'averages'"),
     ],
 )
 def test_a_checkpoint_that_lacks_or_misfits_something_is_not_resumed(settings, spoil, message):
@@ -303,6 +303,14 @@ def test_a_checkpoint_that_lacks_or_misfits_something_is_not_resumed(settings, s
     assert str(refusal.value).startswith(f"cannot resume from the checkpoint in {folder}: ")
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_imported_weights_are_not_resumed(settings):
+    folder = train(settings("train.steps=2")).folder
+    saved = load_checkpoint(folder)
+    save_checkpoint(step_files(folder / "checkpoints")[-1], saved.config, 0, {}, saved.tensors)
+    with pytest.raises(UserError, match="checkpoint holds weights alone"):
+        train(settings(), resume=True)
 
 
 def test_truncated_pictures_are_skipped_counted_and_named(settings, pictures, capfd, caplog):

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from unite_fast import sampling
-from unite_fast.config import Config, require_choice
+from unite_fast.config import Config
 from unite_fast.errors import UserError
 from unite_fast.interop.names import our_name
 from unite_fast.interop.trace import Trace
+from unite_fast.kernels import backend as bodies
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import training_losses
 from unite_fast.training.state import TrainState
@@ -48,9 +49,6 @@ ADAPTIVE = ("dopri5",)
 ONE_THREAD_WIDTH = 256
 """Below this width a second thread costs more than it saves. The trace in tests/data took 8 s on one thread; on two it
 took 36 s with both cores free and 180 s with one of them busy."""
-
-BACKENDS = ("reference",)
-"""Bodies of the kernels that there are."""
 
 SHOWN = 20
 """Failures that `run` prints one by one."""
@@ -113,7 +111,7 @@ def run(path: str | Path, backend: str = "reference") -> bool:
     Raises:
         UserError: no such backend, or not a trace that we can compare with.
     """
-    require_choice("backend", backend, BACKENDS)
+    bodies.use(backend)
     trace = Trace(path)
     rows = compare(trace)
     print(f"{path}: {len(rows)} quantities, {backend} kernels, float32 on the CPU")

@@ -13,6 +13,7 @@ from unite_fast import sampling
 from unite_fast.config import Config, require
 from unite_fast.data_pipeline import UnreadableSample, open_source
 from unite_fast.errors import UserError, writing
+from unite_fast.kernels import backend
 from unite_fast.pictures import grid, pairs, save_curves
 from unite_fast.training.state import TrainState
 
@@ -32,7 +33,7 @@ class Report:
         how = "compiled" if train.compile else "eager"
         self.say(
             f"{'resuming' if resumed else 'training'} {config.name}: {parameters:.2f} M parameters, "
-            f"{train.precision} on {device}, {config.kernels} kernels, {how}, batch {train.batch_size}, "
+            f"{train.precision} on {device}, {backend.body_on(device)} kernels, {how}, batch {train.batch_size}, "
             f"steps {state.step}..{train.steps}, in {folder}"
         )
         self.held_out = held_out_images(config)

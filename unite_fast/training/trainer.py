@@ -14,6 +14,7 @@ from torch import Tensor
 from unite_fast.config import Config, require, require_choice, to_tree
 from unite_fast.data_pipeline import Batch, Loader, Source, open_source
 from unite_fast.errors import UserError, writing
+from unite_fast.kernels import backend
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import Losses, draw_step, training_losses
 from unite_fast.perceptual import dropout_masks, load_lpips, tap_shapes

@@ -1,0 +1,323 @@
+#include "adaln.h"
+
+#include <algorithm>
+#include <memory>
+
+namespace unite_fast {
+namespace {
+
+// Everywhere below a row is D channels of one token, `factor` is weight (1 + scale) of its sample, and scratch rows are
+// float32. `omp simd` tells the compiler that the rows of a loop do not overlap and that a sum may be taken in lanes.
+
+// The forward pass --------------------------------------------------------------------------------------------------
+
+constexpr Index kForwardScratch = 4;  // rows
+
+// Each of these three fills y with x_out and gives the sum of its squares. The sum is over the rounded numbers: they are
+// what the next op sees.
+
+template <class X>
+UNITE_FAST_INLINE float read(const AdalnForward& op, Index b, Index t, float* __restrict y) {
+    const X* __restrict x = op.x.row<X>(b, t);
+    float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+    for (Index i = 0; i < op.size.width; ++i) {
+        y[i] = load(x[i]);
+        squares += y[i] * y[i];
+    }
+    return squares;
+}
+
+template <class X, class B>
+UNITE_FAST_INLINE float add(const AdalnForward& op, Index b, Index t, const float* __restrict gate, float* __restrict y) {
+    const X* __restrict x = op.x.row<X>(b, t);
+    const B* __restrict branch = op.branch.row<B>(b, t);
+    X* __restrict x_out = op.x_out.row<X>(b, t);
+    float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+    for (Index i = 0; i < op.size.width; ++i) {
+        store(load(x[i]) + gate[i] * load(branch[i]), x_out[i]);
+        y[i] = load(x_out[i]);
+        squares += y[i] * y[i];
+    }
+    return squares;
+}
+
+template <class X, class B>
+UNITE_FAST_INLINE float add_and_norm(const AdalnForward& op, Index b, Index t, const float* __restrict gate,
+                                     float* __restrict y) {
+    const Index d = op.size.width;
+    const X* __restrict x = op.x.row<X>(b, t);
+    const B* __restrict branch = op.branch.row<B>(b, t);
+    X* __restrict x_out = op.x_out.row<X>(b, t);
+    const float* __restrict norm_weight = op.norm_weight;
+    float sum_squares = 0.0f, squares = 0.0f;
+#pragma omp simd reduction(+ : sum_squares)
+    for (Index i = 0; i < d; ++i) {
+        y[i] = load(x[i]) + gate[i] * load(branch[i]);
+        sum_squares += y[i] * y[i];
+    }
+    const float r = inverse_rms(sum_squares, d, op.eps);
+    op.norm_inverse[b * op.size.tokens + t] = r;
+#pragma omp simd reduction(+ : squares)
+    for (Index i = 0; i < d; ++i) {
+        store(y[i] * r * norm_weight[i], x_out[i]);
+        y[i] = load(x_out[i]);
+        squares += y[i] * y[i];
+    }
+    return squares;
+}
+
+template <class H>
+UNITE_FAST_INLINE void modulate(const AdalnForward& op, Index b, Index t, float squares, const float* __restrict y,
+                                const float* __restrict factor, const float* __restrict shift) {
+    const Index d = op.size.width;
+    const float r = inverse_rms(squares, d, op.eps);
+    op.inverse[b * op.size.tokens + t] = r;
+    H* __restrict h = op.h.row<H>(b, t);
+#pragma omp simd
+    for (Index i = 0; i < d; ++i) store(y[i] * r * factor[i] + shift[i], h[i]);
+}
+
+UNITE_FAST_INLINE void read_factor(const float* __restrict weight, const Vectors& scale, Index b, Index d,
+                                   float* __restrict factor) {
+    scale.read(b, d, factor);
+#pragma omp simd
+    for (Index i = 0; i < d; ++i) factor[i] = weight[i] * (1.0f + factor[i]);
+}
+
+UNITE_FAST_PER_CPU void forward_chunk(const AdalnForward& op, Index b, Index begin, Index end, float* scratch) {
+    const Index d = op.size.width;
+    float *y = scratch, *factor = scratch + d, *shift = scratch + 2 * d, *gate = scratch + 3 * d;
+    read_factor(op.weight, op.scale, b, d, factor);
+    op.shift.read(b, d, shift);
+    if (op.branch.data) op.gate.read(b, d, gate);
+    with_type(op.x.type, [&](auto x) UNITE_FAST_INLINE_LAMBDA {
+        with_type(op.h.type, [&](auto h) UNITE_FAST_INLINE_LAMBDA {
+            using X = decltype(x);
+            using H = decltype(h);
+            if (!op.branch.data) {
+                for (Index t = begin; t < end; ++t) modulate<H>(op, b, t, read<X>(op, b, t, y), y, factor, shift);
+                return;
+            }
+            with_type(op.branch.type, [&](auto branch) UNITE_FAST_INLINE_LAMBDA {
+                using B = decltype(branch);
+                for (Index t = begin; t < end; ++t) {
+                    const float squares =
+                        op.norm_weight ? add_and_norm<X, B>(op, b, t, gate, y) : add<X, B>(op, b, t, gate, y);
+                    modulate<H>(op, b, t, squares, y, factor, shift);
+                }
+            });
+        });
+    });
+}
+
+// The backward pass -------------------------------------------------------------------------------------------------
+//
+// With n = x / rms(x) and a the gradient of n, a norm passes back (a - n mean(a n)) / rms(x). In the modulated norm
+// a = d_h factor. A chunk of tokens sums four products, rows of `Partial`:
+//   kShift   d_h               d_shift itself
+//   kScale   d_h n             d_scale = weight times it, d_weight = sum over samples of (1 + scale) times it
+//   kGate    d_x branch        d_gate itself
+//   kNorm    d_x_out n         d_norm_weight = sum over samples; d_x_out is complete here, and n the first norm's
+
+enum Partial : Index { kShift, kScale, kGate, kNorm, kPartials };
+
+constexpr Index kBackwardScratch = 4;  // rows
+
+// Adds d_h and d_h n to their sums and gives the sum of a n.
+template <class X, class H>
+UNITE_FAST_INLINE float sum_modulation(const X* __restrict x, float r, const H* __restrict d_h,
+                                       const float* __restrict factor, Index d, float* __restrict partial) {
+    float* __restrict sum_shift = partial + kShift * d;
+    float* __restrict sum_scale = partial + kScale * d;
+    float dot = 0.0f;
+#pragma omp simd reduction(+ : dot)
+    for (Index i = 0; i < d; ++i) {
+        const float g = load(d_h[i]), product = g * (load(x[i]) * r);
+        sum_shift[i] += g;
+        sum_scale[i] += product;
+        dot += product * factor[i];
+    }
+    return dot;
+}
+
+template <class X, class H>
+UNITE_FAST_INLINE void plain_row(const AdalnBackward& op, Index b, Index t, const float* __restrict factor,
+                                 float* partial) {
+    const Index d = op.size.width;
+    const X* __restrict x = op.x.row<X>(b, t);
+    const H* __restrict d_h = op.d_h.row<H>(b, t);
+    X* __restrict d_x = op.d_x.row<X>(b, t);
+    const float r = op.inverse[b * op.size.tokens + t];
+    const float mean = sum_modulation(x, r, d_h, factor, d, partial) / static_cast<float>(d);
+#pragma omp simd
+    for (Index i = 0; i < d; ++i) store(r * (load(d_h[i]) * factor[i] - load(x[i]) * r * mean), d_x[i]);
+}
+
+template <class X, class B, class H>
+UNITE_FAST_INLINE void gated_row(const AdalnBackward& op, Index b, Index t, const float* __restrict factor,
+                                 const float* __restrict gate, float* partial) {
+    const Index d = op.size.width;
+    const X* __restrict x = op.x.row<X>(b, t);
+    const B* __restrict branch = op.branch.row<B>(b, t);
+    const X* __restrict d_x_out = op.d_x_out.row<X>(b, t);
+    const H* __restrict d_h = op.d_h.row<H>(b, t);
+    X* __restrict d_x = op.d_x.row<X>(b, t);
+    B* __restrict d_branch = op.d_branch.row<B>(b, t);
+    float* __restrict sum_gate = partial + kGate * d;
+    const float r = op.inverse[b * op.size.tokens + t];
+    const float mean = sum_modulation(x, r, d_h, factor, d, partial) / static_cast<float>(d);
+#pragma omp simd
+    for (Index i = 0; i < d; ++i) {
+        const float total = load(d_x_out[i]) + r * (load(d_h[i]) * factor[i] - load(x[i]) * r * mean);
+        store(total, d_x[i]);
+        store(total * gate[i], d_branch[i]);
+        sum_gate[i] += total * load(branch[i]);
+    }
+}
+
+// Needs 2 rows of scratch.
+template <class X, class B, class H>
+UNITE_FAST_INLINE void normed_row(const AdalnBackward& op, Index b, Index t, const float* __restrict factor,
+                                  const float* __restrict gate, float* partial, float* scratch) {
+    const Index d = op.size.width;
+    const X* __restrict x = op.x.row<X>(b, t);
+    const B* __restrict branch = op.branch.row<B>(b, t);
+    const X* __restrict d_x_out = op.d_x_out.row<X>(b, t);
+    const H* __restrict d_h = op.d_h.row<H>(b, t);
+    X* __restrict d_x = op.d_x.row<X>(b, t);
+    B* __restrict d_branch = op.d_branch.row<B>(b, t);
+    const float* __restrict norm_weight = op.norm_weight;
+    float* __restrict sum_gate = partial + kGate * d;
+    float* __restrict sum_norm = partial + kNorm * d;
+    float* __restrict n = scratch;  // of the first norm
+    float* __restrict y = scratch + d;  // x_out, rounded as the forward pass did; then the gradient of n
+    const float norm_r = op.norm_inverse[b * op.size.tokens + t], r = op.inverse[b * op.size.tokens + t];
+#pragma omp simd
+    for (Index i = 0; i < d; ++i) {
+        n[i] = (load(x[i]) + gate[i] * load(branch[i])) * norm_r;
+        y[i] = round_to<X>(n[i] * norm_weight[i]);
+    }
+    const float mean = sum_modulation(y, r, d_h, factor, d, partial) / static_cast<float>(d);
+    float norm_dot = 0.0f;
+#pragma omp simd reduction(+ : norm_dot)
+    for (Index i = 0; i < d; ++i) {
+        const float total = load(d_x_out[i]) + r * (load(d_h[i]) * factor[i] - y[i] * r * mean);
+        sum_norm[i] += total * n[i];
+        y[i] = total * norm_weight[i];
+        norm_dot += y[i] * n[i];
+    }
+    const float norm_mean = norm_dot / static_cast<float>(d);
+#pragma omp simd
+    for (Index i = 0; i < d; ++i) {
+        const float total = norm_r * (y[i] - n[i] * norm_mean);
+        store(total, d_x[i]);
+        store(total * gate[i], d_branch[i]);
+        sum_gate[i] += total * load(branch[i]);
+    }
+}
+
+UNITE_FAST_INLINE Index partials_of(const AdalnBackward& op) {
+    return op.norm_weight ? kPartials : op.branch.data ? kNorm : kGate;
+}
+
+UNITE_FAST_PER_CPU void backward_chunk(const AdalnBackward& op, Index b, Index begin, Index end, float* partial,
+                                       float* scratch) {
+    const Index d = op.size.width;
+    float *factor = scratch, *gate = scratch + d, *free = scratch + 2 * d;
+    read_factor(op.weight, op.scale, b, d, factor);
+    if (op.branch.data) op.gate.read(b, d, gate);
+    std::fill_n(partial, partials_of(op) * d, 0.0f);
+    with_type(op.x.type, [&](auto x) UNITE_FAST_INLINE_LAMBDA {
+        with_type(op.d_h.type, [&](auto h) UNITE_FAST_INLINE_LAMBDA {
+            using X = decltype(x);
+            using H = decltype(h);
+            if (!op.branch.data) {
+                for (Index t = begin; t < end; ++t) plain_row<X, H>(op, b, t, factor, partial);
+                return;
+            }
+            with_type(op.branch.type, [&](auto branch) UNITE_FAST_INLINE_LAMBDA {
+                using B = decltype(branch);
+                for (Index t = begin; t < end; ++t)
+                    if (op.norm_weight)
+                        normed_row<X, B, H>(op, b, t, factor, gate, partial, free);
+                    else
+                        gated_row<X, B, H>(op, b, t, factor, gate, partial);
+            });
+        });
+    });
+}
+
+// Adds up the chunks of sample b and writes its gradients. In the first chunk's place stays what the sample gives to the
+// weights: kScale to d_weight, kNorm to d_norm_weight.
+UNITE_FAST_PER_CPU void finish_sample(const AdalnBackward& op, Index b, float* partial, float* scratch) {
+    const Index d = op.size.width;
+    float* __restrict sums = partial;
+    for (Index c = 1; c < chunks_of(op.size.tokens); ++c) {
+        const float* __restrict more = partial + c * kPartials * d;
+#pragma omp simd
+        for (Index i = 0; i < partials_of(op) * d; ++i) sums[i] += more[i];
+    }
+    op.d_shift.write(b, d, sums + kShift * d);
+    if (op.branch.data) op.d_gate.write(b, d, sums + kGate * d);
+    float* __restrict scale = scratch;
+    float* __restrict d_scale = scratch + d;
+    float* __restrict sum_scale = sums + kScale * d;
+    const float* __restrict weight = op.weight;
+    op.scale.read(b, d, scale);
+#pragma omp simd
+    for (Index i = 0; i < d; ++i) {
+        d_scale[i] = weight[i] * sum_scale[i];
+        sum_scale[i] *= 1.0f + scale[i];
+    }
+    op.d_scale.write(b, d, d_scale);
+}
+
+UNITE_FAST_PER_CPU void sum_samples(const float* partial, Index samples, Index stride, Index d, float* __restrict out) {
+    std::fill_n(out, d, 0.0f);
+    for (Index b = 0; b < samples; ++b) {
+        const float* __restrict more = partial + b * stride;
+#pragma omp simd
+        for (Index i = 0; i < d; ++i) out[i] += more[i];
+    }
+}
+
+}  // namespace
+
+void adaln_forward(const AdalnForward& op, int threads) {
+    const auto [batch, tokens, width] = op.size;
+    const Index chunks = chunks_of(tokens), scratch_size = kForwardScratch * width;
+    const int used = threads_for(batch * tokens * width, threads);
+    const std::unique_ptr<float[]> scratch(new float[used * scratch_size]);
+#pragma omp parallel for schedule(static) num_threads(used) if (used > 1)
+    for (Index task = 0; task < batch * chunks; ++task) {
+        const Index begin = task % chunks * kChunk, end = std::min(begin + kChunk, op.size.tokens);
+        forward_chunk(op, task / chunks, begin, end, scratch.get() + thread_number() * scratch_size);
+    }
+}
+
+void adaln_backward(const AdalnBackward& op, int threads) {
+    const auto [batch, tokens, width] = op.size;
+    const Index chunks = chunks_of(tokens), scratch_size = kBackwardScratch * width, partial_size = kPartials * width;
+    const int used = threads_for(batch * tokens * width, threads);
+    const std::unique_ptr<float[]> scratch(new float[used * scratch_size]);
+    const std::unique_ptr<float[]> partial(new float[batch * chunks * partial_size]);
+#pragma omp parallel num_threads(used) if (used > 1)
+    {
+        float* own = scratch.get() + thread_number() * scratch_size;
+#pragma omp for schedule(static)
+        for (Index task = 0; task < batch * chunks; ++task) {
+            const Index begin = task % chunks * kChunk, end = std::min(begin + kChunk, op.size.tokens);
+            backward_chunk(op, task / chunks, begin, end, partial.get() + task * partial_size, own);
+        }
+#pragma omp for schedule(static)
+        for (Index b = 0; b < op.size.batch; ++b)
+            finish_sample(op, b, partial.get() + b * chunks * partial_size, own);
+    }
+    const Index stride = chunks * partial_size;
+    sum_samples(partial.get() + kScale * width, batch, stride, width, op.d_weight);
+    if (op.norm_weight) sum_samples(partial.get() + kNorm * width, batch, stride, width, op.d_norm_weight);
+}
+
+}  // namespace unite_fast

@@ -1,0 +1,6 @@
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+// Adds the five fused ops to the module.
+void bind_fused_ops(nanobind::module_& m);

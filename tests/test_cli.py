@@ -1,0 +1,195 @@
+"""The command line: what it says about itself, what it draws, and what is imported for it."""
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import unite_fast
+from unite_fast.config import load_config, to_tree
+
+COMMANDS = ("train", "sample", "reconstruct", "evaluate", "info", "import-official", "export-official", "parity")
+
+
+@pytest.fixture
+def sample(command, trained_folder, tmp_path):
+    """Runs `sample` with the trained model and gives the images and labels."""
+
+    def draw(*options: object) -> tuple[np.ndarray, list[int]]:
+        out = tmp_path / "drawn.npz"
+        ended = command("sample", trained_folder, "--out", out, *options)
+        assert ended.status == 0, ended.err
+        with np.load(out) as file:
+            assert ended.out == f"{len(file['arr_0'])} images in {out}\n"
+            return file["arr_0"], file["arr_1"].tolist()
+
+    return draw
+
+
+def isolated(*arguments: str, folder: object = ".") -> subprocess.CompletedProcess:
+    """A process of its own, with nothing imported."""
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=folder)
+
+
+def test_it_runs_as_a_module_and_says_what_it_can_do(tmp_path):
+    ended = isolated("-m", "unite_fast", "--help", folder=tmp_path)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    for name in COMMANDS:
+        assert re.search(rf"\b{name}\b", ended.stdout)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(command, name):
+    ended = command(name, "--help")
+    assert (ended.status, ended.err) == (0, "")
+    assert re.search(rf"Usage: .*\b{name} ", ended.out)
+    assert re.search(rf"Examples?:\s+unite-fast {name}", ended.out)
+
+
+def test_without_a_command_help_is_shown(command):
+    assert "Usage: " in command().out
+
+
+@pytest.mark.parametrize(
+    "wrong", [("nonsense",), ("sample",), ("sample", "x", "--nope"), ("sample", "x", "--count", "0")]
+)
+def test_a_wrong_call_has_status_2_and_no_traceback(command, wrong):
+    ended = command(*wrong)
+    assert ended.status == 2
+    assert "Traceback" not in ended.err and "Error" in ended.err
+
+
+def test_importing_the_package_and_asking_for_help_imports_no_torch():
+    """torch takes seconds to import: only who needs it should wait."""
+    code = "import sys, unite_fast, unite_fast.cli; print([m for m in sys.modules if m.partition('.')[0] in {names}])"
+    names = {"torch", "torchvision", "scipy", "sklearn", "matplotlib", "tensorboard"}
+    ended = isolated("-c", code.format(names=names))
+    assert (ended.stdout, ended.stderr) == ("[]\n", "")
+
+
+def test_every_module_imports_and_trains_without_torchvision(tiny_run, tmp_path):
+    code = """
+import importlib, pkgutil, sys
+class NoTorchvision:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torchvision":
+            raise ImportError("torchvision is not here")
+sys.meta_path.insert(0, NoTorchvision())
+import unite_fast
+for module in pkgutil.walk_packages(unite_fast.__path__, "unite_fast."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+from unite_fast.cli import main
+sys.argv = ["unite-fast", "train", *sys.argv[1:]]
+main()
+"""
+    ended = isolated("-c", code, *tiny_run, "train.steps=1", "train.out=run", folder=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "run" / "samples.png").exists()
+
+
+def test_train_takes_a_recipe_and_settings_that_differ(command, tiny_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tree = to_tree(load_config("digits", (*tiny_run, "name=mine")))
+    (tmp_path / "a=b.yaml").write_text(yaml.safe_dump(tree))
+    ended = command("train", "a=b.yaml", "train.steps=2")
+    assert ended.status == 0, ended.err
+    assert ended.err == ""
+    assert ended.out.startswith("training mine: 0.0")
+    saved = yaml.safe_load((tmp_path / "runs" / "mine" / "config.yaml").read_text())
+    assert (saved["train"]["steps"], saved["train"]["batch_size"]) == (2, 8)
+
+
+def test_a_folder_named_like_a_recipe_does_not_hide_it(command, tiny_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    assert command("train", "digits", *tiny_run, "train.steps=1").status == 0
+    assert (tmp_path / "runs" / "digits" / "samples.png").exists()
+
+
+def test_samples_do_not_depend_on_the_batch_but_on_the_seed(sample):
+    whole, labels = sample("--count", 12)
+    assert whole.shape == (12, 8, 8, 3) and whole.dtype == np.uint8
+    assert labels == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    for batch in (1, 5, 100):
+        assert np.array_equal(sample("--count", 12, "--batch", batch)[0], whole)
+    assert np.array_equal(sample("--count", 12, "--seed", 0)[0], whole)
+    assert not np.array_equal(sample("--count", 12, "--seed", 1)[0], whole)
+    assert np.array_equal(sample("--count", 5)[0], whole[:5])
+
+
+def test_every_option_of_sampling_counts(sample):
+    plain, _ = sample("--count", 6)
+    assert sample("--count", 3, "--classes", "7,2")[1] == [7, 2, 7]
+    for options in (
+        ("--solver", "heun"),
+        ("--solver", "dopri5"),
+        ("--steps", 5),
+        ("--guidance", 8),
+        ("--guidance", 8, "--interval", "0,0.7"),
+    ):
+        assert not np.array_equal(sample("--count", 6, *options)[0], plain), options
+    assert np.array_equal(sample("--count", 6, "--guidance", 8, "--interval", "0.4,0.4")[0], plain)
+    # The recipe's own settings, said aloud.
+    same = sample("--count", 6, "--solver", "euler", "--steps", 2, "--guidance", 1, "--interval", "0,1")
+    assert np.array_equal(same[0], plain)
+
+
+def test_samples_as_a_grid_and_as_a_folder(command, sample, trained_folder, tmp_path):
+    images, labels = sample("--count", 3)
+    assert command("sample", trained_folder, "--count", 3, "--out", tmp_path / "grid.png").status == 0
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.size == ((10 * 9 + 1) * 6, (9 + 1) * 6)
+        assert len(np.unique(np.asarray(picture))) > 20
+    assert command("sample", trained_folder, "--count", 3, "--out", tmp_path / "folder").status == 0
+    names = sorted(os.listdir(tmp_path / "folder"))
+    assert names == [f"{i:06d}_class{label}.png" for i, label in enumerate(labels)]
+    for name, image in zip(names, images, strict=True):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "folder" / name)), image)
+
+
+def test_reconstruct_says_how_well_each_picture_comes_back(command, trained_folder, tmp_path):
+    generator = np.random.default_rng(0)
+    paths = [tmp_path / f"{name}.png" for name in ("a", "b", "c")]
+    for path in paths:
+        Image.fromarray(generator.integers(0, 256, (11, 14, 3), dtype=np.uint8)).save(path)
+    out = tmp_path / "new" / "pairs.png"
+    ended = command("reconstruct", trained_folder, *paths, "--out", out)
+    assert (ended.status, ended.err) == (0, "")
+    lines = ended.out.splitlines()
+    for path, line in zip(paths, lines, strict=False):
+        assert 0 < float(re.fullmatch(rf"{re.escape(str(path))}: ([\d.]+) dB", line)[1]) < 60
+    assert lines[3:] == [f"3 pairs in {out}"]
+    with Image.open(out) as picture:
+        assert picture.size == ((3 * 9 + 1) * 6, (2 * 9 + 1) * 6)
+        assert len(np.unique(np.asarray(picture))) > 20
+
+
+def test_info_says_what_a_checkpoint_holds(command, trained_folder):
+    ended = command("info", trained_folder)
+    assert ended.status == 0
+    first, second, *settings = ended.out.splitlines()
+    assert re.fullmatch(r"step_00000020\.safetensors: digits, 20 optimizer steps, [\d.]+ MiB", first)
+    assert re.fullmatch(r"parameters: [\d,]+ \(encoder [\d,]+, decoder [\d,]+\)", second)
+    assert yaml.safe_load("\n".join(settings)) == yaml.safe_load((trained_folder / "config.yaml").read_text())
+
+
+def test_evaluate_prints_its_four_lines(command, trained_folder):
+    ended = command("evaluate", trained_folder, "--count", 10, "--steps", 1, "--guidance", 3)
+    assert (ended.status, ended.err) == (0, "")
+    assert [line.split()[0] for line in ended.out.splitlines()] == ["reconstruction", "classifier", "10", "10"]
+
+
+def test_there_and_back_through_the_authors_format(command, trained_folder, tmp_path):
+    theirs, ours = tmp_path / "theirs.pt", tmp_path / "ours.safetensors"
+    assert command("export-official", trained_folder, theirs).status == 0
+    assert command("import-official", theirs, ours, "--decoder-heads", 1, "--in-context-start", 1).status == 0
+    one, other = unite_fast.load(trained_folder), unite_fast.load(ours)
+    settings = dict(solver="euler", steps=2, interval=(0.0, 1.0))
+    assert torch.equal(one.generate([1, 2, 3], **settings), other.generate([1, 2, 3], **settings))
