@@ -1,8 +1,8 @@
 """Which body of the ops runs: `use` sets it, for the whole process.
 
-`reference` is plain PyTorch. `native` is C++ for tensors on the CPU in float32 or bfloat16. `auto` is native wherever that
-can run, reference elsewhere. float64 always takes the reference body, which is exact in it: it is what tests hold the
-others against.
+`reference` is plain PyTorch. `native` is C++ for tensors on the CPU in float32 or bfloat16. `auto` is native wherever
+that can run, reference elsewhere. float64 always takes the reference body, which is exact in it: it is what tests hold
+the others against.
 """
 
 import torch

@@ -72,6 +72,7 @@ class Trainer:
         self.folder = Path(config.train.out or f"runs/{config.name}")
         self.device = choose_device(config.train.device)
         use_threads(config.train.threads)
+        backend.use(config.kernels)
         self.source = open_source(config.data.source, config.data.path, config.model.image_size, "train")
         check_data(self.source, config)
         self.lpips = load_lpips(config.perceptual).to(self.device) if config.perceptual.weight else None

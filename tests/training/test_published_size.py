@@ -1,0 +1,40 @@
+"""One whole optimizer step of UNITE-B at 256 x 256, batch 1: the ImageNet recipe runs, if slowly, on a CPU."""
+
+import os
+
+import pytest
+import torch
+
+from unite_fast.config import load_config
+from unite_fast.model.unite import UNITE
+from unite_fast.objective import draw_step, training_losses
+from unite_fast.randomness import Philox
+from unite_fast.training.state import TrainState
+
+
+@pytest.fixture
+def all_cores():
+    """Other tests are small and run on one thread; this one is not."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("all_cores")
+def test_a_training_step_of_unite_b():
+    overrides = ("perceptual.weight=0", "train.batch_size=1", "train.micro_batch=1", "optim.muon_dtype=float32")
+    config = load_config("imagenet256_b", (*overrides, "schedule.warmup_steps=0"))
+    state = TrainState(UNITE.create(config.model, seed=0), config)
+    before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
+    images = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    draws = draw_step(config.objective, Philox(0, 0, torch.arange(1)), (256, 32))
+    losses = training_losses(state.model, images, torch.tensor([207]), draws, config)
+    losses.total.backward()
+    norm = state.apply_gradients()
+    assert losses.total.isfinite() and norm.isfinite() and norm > 0
+    moved = {name for name, p in state.model.named_parameters() if not torch.equal(p, before[name])}
+    # The zero-started final layer blocks what lies behind it at the first step, so only what lies ahead must move.
+    ahead = {name for name in before if name.startswith(("decoder.", "encoder.final_layer.linear"))}
+    assert ahead <= moved
