@@ -1,8 +1,8 @@
 """How a native body becomes an op with a gradient.
 
-A call goes one of two ways. In eager mode it is a `torch.autograd.Function` around the C++ call: about 20 us dearer
-than the C++ alone, where a dispatcher op written in Python costs about 95. While torch.compile or a fake tensor looks on,
-it is the dispatcher op `unite_fast::NAME`, which they can see: its gradient is `unite_fast::NAME_backward`.
+A call goes one of two ways. In eager mode it is a `torch.autograd.Function` around the C++ call, about 20 us dearer
+than the C++ alone, where a dispatcher op written in Python costs about 95. While torch.compile or a fake tensor looks
+on, it is the dispatcher op `unite_fast::NAME`, which they can see: its gradient is `unite_fast::NAME_backward`.
 Both ways run the same code on the same numbers.
 """
 
@@ -27,8 +27,8 @@ class NativeOp:
             each result of `backward`. The first `results` outputs are the caller's, the others are for `backward`.
         forward: takes the inputs, gives the outputs, none of which is an input or shares its memory.
         like_forward: the same on tensors without numbers: shapes, types and strides.
-        backward_inputs, backward_outputs, backward, like_backward: the same for the backward pass. It takes the gradient
-            of each of the `results`, None for one that was not used, and then what `saved` gave.
+        backward_inputs, backward_outputs, backward, like_backward: the same for the backward pass. It takes the
+            gradient of each of the `results`, None for one that was not used, and then what `saved` gave.
         saved: what of (inputs, outputs) the backward pass needs.
         eager_forward: takes the place of `forward` in eager mode, where an output may be a view of an input.
     """

@@ -1,5 +1,6 @@
 """What all tests share: one thread, no CUDA test without a CUDA device, a UNITE of toy size, ways to run commands."""
 
+import contextlib
 import json
 import os
 import signal
@@ -185,6 +186,7 @@ def fork_server() -> Iterator[subprocess.Popen]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},  # as on a desktop; LANG=C is more lenient
     )
     assert server.stdout.readline() == "ready\n"
     yield server
@@ -205,7 +207,8 @@ def process(fork_server: subprocess.Popen, tmp_path: Path) -> Iterator[Callable[
     # A test that fails half-way leaves its process running.
     for left in started:
         if not left.ended:
-            left.signal(signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                left.signal(signal.SIGKILL)
             left.wait()
 
 

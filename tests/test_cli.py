@@ -171,6 +171,14 @@ def test_reconstruct_says_how_well_each_picture_comes_back(command, trained_fold
         assert len(np.unique(np.asarray(picture))) > 20
 
 
+def test_a_name_that_is_no_text_can_be_printed(process, trained_folder, tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")
+    Image.new("RGB", (9, 9)).save(path)
+    running = process("reconstruct", trained_folder, path)
+    assert running.wait() == 0, running.printed()
+    assert "\\udcff.png: " in running.printed()
+
+
 def test_info_says_what_a_checkpoint_holds(command, trained_folder):
     ended = command("info", trained_folder)
     assert ended.status == 0

@@ -212,6 +212,7 @@ def _interval(text: str | None) -> tuple[float, float] | None:
 
 def main() -> None:
     """Run a command; a user's mistake is one line on stderr and status 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
     try:
         app()
     except UserError as error:

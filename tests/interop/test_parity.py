@@ -59,8 +59,9 @@ def test_other_traces(released, write_trace, variant):
     assert failures(compare(Trace(write_trace(arrays)))) == []
 
 
-def test_amplified_rounding_is_measured_and_told(released, write_trace):
-    # Of seeds 0 to 23 one of those whose samples differ most: by 5e-3 between two right programs.
+def test_amplified_rounding_is_measured_and_told(released, write_trace, monkeypatch):
+    # How much rounding is amplified depends on the machine; a tolerance below any rounding stands for a bad case.
+    monkeypatch.setattr(parity, "SAMPLED", 1e-9)
     trace = Trace(write_trace(released.record(released.new_meta("touchy"), size=32, seed=2)))
     rows = compare(trace)
     assert failures(rows) == []
