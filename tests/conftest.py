@@ -18,6 +18,10 @@ from unite_fast.cli import main
 from unite_fast.config import Config, ModelConfig, from_tree
 from unite_fast.model.unite import UNITE
 
+# Build servers set these, and typer then colours its help even where nobody watches.
+for variable in ("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS"):
+    os.environ.pop(variable, None)
+
 # Every size differs from its neighbours, so that a mixed-up dimension cannot pass unseen.
 TINY = {
     "name": "tiny",
