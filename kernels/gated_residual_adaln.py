@@ -26,8 +26,8 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
 
 
 def _like_forward(x, branch, gate, weight, shift, scale, eps, out_dtype):
-    h, inverse = x.new_empty(x.shape, dtype=out_dtype), x.new_empty(x.shape[:2], dtype=torch.float32)
-    return x.new_empty(x.shape), h, inverse
+    b, t, _ = x.shape
+    return native.room(x), native.room(x, out_dtype), x.new_empty((b, t), dtype=torch.float32)
 
 
 def _forward(x, branch, gate, weight, shift, scale, eps, out_dtype):
@@ -52,9 +52,9 @@ def _forward(x, branch, gate, weight, shift, scale, eps, out_dtype):
 
 
 def _like_backward(d_x_out, d_h, x_out, branch, gate, weight, scale, inverse):
-    d_x, d_branch = x_out.new_empty(x_out.shape), native.empty_like(branch)
-    d_gate, d_scale = native.empty_like(gate), native.empty_like(scale)
-    return d_x, d_branch, d_gate, native.empty_floats(weight, x_out), native.empty_like(scale), d_scale
+    d_x, d_branch = native.room(x_out), native.room_typed(branch)
+    d_gate, d_scale = native.room_typed(gate), native.room_typed(scale)
+    return d_x, d_branch, d_gate, native.room_floats(weight, x_out), native.room_typed(scale), d_scale
 
 
 def _backward(d_x_out, d_h, x_out, branch, gate, weight, scale, inverse):
@@ -124,6 +124,9 @@ def gated_residual_adaln(
 
 
 def check_branch(op: str, x: Tensor, branch: Tensor, gate: Tensor) -> None:
-    b, _, d = x.shape
+    shape = x.shape
+    if branch.shape == shape and gate.shape == shape[::2]:
+        return
+    b, _, d = shape
     check(branch.shape == x.shape, op, f"branch must be {list(x.shape)} like x, got {list(branch.shape)}")
     check(gate.shape == (b, d), op, f"gate must be [{b}, {d}], got {list(gate.shape)}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unite_fast.kernels import backend, native
 from unite_fast.kernels.adaln_modulate import adaln_modulate_ref, check_modulation
-from unite_fast.kernels.common import check, rms_norm
+from unite_fast.kernels.common import rms_norm
 from unite_fast.kernels.gated_residual_adaln import check_branch, gated_residual
 from unite_fast.kernels.op import NativeOp
 
@@ -24,8 +24,8 @@ def gated_residual_norm_adaln_ref(x, branch, gate, norm_weight, weight, shift, s
 
 
 def _like_forward(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype):
-    inverses = x.new_empty((2, *x.shape[:2]), dtype=torch.float32)
-    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=out_dtype), inverses
+    b, t, _ = x.shape
+    return native.room(x), native.room(x, out_dtype), x.new_empty((2, b, t), dtype=torch.float32)
 
 
 def _forward(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype):
@@ -53,9 +53,9 @@ def _forward(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype)
 
 
 def _like_backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, inverses):
-    d_norm_weight, d_weight = native.empty_floats(norm_weight, x), native.empty_floats(weight, x)
-    d_gate, d_shift, d_scale = native.empty_like(gate), native.empty_like(scale), native.empty_like(scale)
-    return x.new_empty(x.shape), native.empty_like(branch), d_gate, d_norm_weight, d_weight, d_shift, d_scale
+    d_norm_weight, d_weight = native.room_floats(norm_weight, x), native.room_floats(weight, x)
+    d_gate, d_shift, d_scale = native.room_typed(gate), native.room_typed(scale), native.room_typed(scale)
+    return native.room(x), native.room_typed(branch), d_gate, d_norm_weight, d_weight, d_shift, d_scale
 
 
 def _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, inverses):
@@ -124,6 +124,7 @@ def gated_residual_norm_adaln(
     op = "gated_residual_norm_adaln"
     check_modulation(op, x, weight, shift, scale)
     check_branch(op, x, branch, gate)
-    check(norm_weight.shape == weight.shape, op, f"norm_weight must be {list(weight.shape)}")
+    if norm_weight.shape != weight.shape:
+        raise ValueError(f"{op}: norm_weight must be {list(weight.shape)}")
     body = _native if backend.native_for(x, out_dtype) else gated_residual_norm_adaln_ref
     return body(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype)

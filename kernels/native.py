@@ -7,9 +7,15 @@ an error, never a quiet fallback.
 import torch
 from torch import Tensor
 
+VERSION = 1
+"""Of the C++ that this file calls: kVersion in csrc/module.cpp."""
+
 _missing = ""
 try:
     from unite_fast.kernels import _native
+
+    if getattr(_native, "version", 0) != VERSION:
+        _missing = "unite_fast.kernels._native was built from other sources than these; reinstall unite-fast with pip"
 except ImportError as error:
     # Two different mishaps: never built, or built for another Python or with a library that is gone. The text tells.
     _missing = (
@@ -69,14 +75,19 @@ def gradient(incoming: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype
     return dense(incoming)
 
 
-def empty_like(like: Tensor) -> Tensor:
-    """Room for the gradient of a branch or of shift, scale or gate."""
-    return like.new_empty(like.shape, dtype=like.dtype if like.dtype in TYPES else torch.float32)
+def room(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Room for a dense tensor of the same shape, in `dtype` or its own."""
+    return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def empty_floats(like: Tensor | None, beside: Tensor) -> Tensor:
+def room_typed(like: Tensor) -> Tensor:
+    """Room for the gradient of what the C++ reads by way of `typed`."""
+    return room(like, None if like.dtype in TYPES else torch.float32)
+
+
+def room_floats(like: Tensor | None, beside: Tensor) -> Tensor:
     """Room for the gradient of a weight; of no size for a weight that is None."""
-    return beside.new_empty(0 if like is None else like.shape, dtype=torch.float32)
+    return beside.new_empty(0, dtype=torch.float32) if like is None else room(like, torch.float32)
 
 
 def heads(x: Tensor) -> tuple[int, int, int, int]:

@@ -50,6 +50,7 @@ class NativeOp:
         eager_forward: Callable[..., Results] | None = None,
     ):
         self.results = results
+        self.saved = saved
         for op, schema, body, like in (
             (name, f"({inputs}) -> ({outputs})", forward, like_forward),
             (f"{name}_backward", f"({backward_inputs}) -> ({backward_outputs})", backward, like_backward),
@@ -58,16 +59,15 @@ class NativeOp:
             _library.impl(op, _as_declared(body), "CPU")
             torch.library.register_fake(f"unite_fast::{op}", _as_declared(like), lib=_library)
         self.op = getattr(torch.ops.unite_fast, name).default
-        backward_op = getattr(torch.ops.unite_fast, f"{name}_backward").default
+        self.backward_op = getattr(torch.ops.unite_fast, f"{name}_backward").default
         run = eager_forward or forward
 
         def gradients(body, ctx, incoming):
             found = _as_tuple(body(*incoming[:results], *ctx.saved_tensors))
             needed = ctx.needs_input_grad
-            # A weight that is None has an empty gradient: an op can give no None.
-            return *(g if n else None for g, n in zip(found, needed, strict=False)), *(None,) * (
-                len(needed) - len(found)
-            )
+            found += (None,) * (len(needed) - len(found))
+            # A weight that is None has an empty gradient here: an op can give no None.
+            return tuple(g if n else None for g, n in zip(found, needed, strict=True))
 
         def setup_context(ctx, inputs, output):
             output = _as_tuple(output)
@@ -77,25 +77,24 @@ class NativeOp:
 
         torch.library.register_autograd(
             f"unite_fast::{name}",
-            lambda ctx, *incoming: gradients(backward_op, ctx, incoming),
+            lambda ctx, *incoming: gradients(self.backward_op, ctx, incoming),
             setup_context=setup_context,
             lib=_library,
         )
 
-        class Function(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, *inputs):
-                outputs = run(*inputs)
-                ctx.set_materialize_grads(False)
-                ctx.save_for_backward(*saved(inputs, outputs))
-                return outputs[:results] if results > 1 else outputs[0]
+        def eager(ctx, *inputs):
+            outputs = run(*inputs)
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*saved(inputs, outputs))
+            return outputs[:results] if results > 1 else outputs[0]
 
-            @staticmethod
-            @once_differentiable
-            def backward(ctx, *incoming):
-                return gradients(backward, ctx, incoming)
+        @once_differentiable
+        def eager_backward(ctx, *incoming):
+            return gradients(backward, ctx, incoming)
 
-        self.function = Function
+        # Made by hand for its name, which a profile shows.
+        methods = {"forward": staticmethod(eager), "backward": staticmethod(eager_backward)}
+        self.function = type(name, (torch.autograd.Function,), methods)
 
     def __call__(self, *inputs):
         # Not a plain tensor: fake, or under trace. The address of such a one means nothing.

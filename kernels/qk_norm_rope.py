@@ -5,7 +5,7 @@
 
 Shapes: qkv [B, T, 3 H K] (all of q, then all of k, then all of v), q_weight and k_weight [K] or None (no norm), cos and
 sin [T, K / 2] -> q, k, v, each [B, H, T, K] in qkv's dtype, the layout that scaled_dot_product_attention reads. A token
-that is not rotated has cos 1 and sin 0. Norm and rotation are float32. cos and sin are constants: they get no gradient.
+that is not rotated has cos 1 and sin 0. Norm and rotation are float32. cos and sin get no gradient.
 Source: RoPE (Su et al., arXiv 2104.09864), q/k norm (Dehghani et al., arXiv 2302.05442).
 """
 
@@ -37,20 +37,19 @@ def rotate(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: floa
 
 def _like_forward(qkv, q_weight, k_weight, cos, sin, heads, eps):
     b, t, packed = qkv.shape
-    shape, d = (b, heads, t, packed // (3 * heads)), packed // 3
-    # In memory [B, T, H, K]: each token is written in one go.
-    q, k, v = (qkv.new_empty_strided(shape, (t * d, shape[3], d, 1)) for _ in range(3))
+    q, k, v = (qkv.new_empty((b, heads, t, packed // (3 * heads))) for _ in range(3))
     return q, k, v, qkv.new_empty((b, t, 2, heads), dtype=torch.float32)
 
 
 def _eager_forward(qkv, q_weight, k_weight, cos, sin, heads, eps):
     b, t, packed = qkv.shape
-    d, head_dim = packed // 3, packed // (3 * heads)
+    head_dim = packed // (3 * heads)
     qkv = native.dense(qkv)
     q_weight, k_weight, cos, sin = (native.floats(x) for x in (q_weight, k_weight, cos, sin))
-    shape, strides = (b, heads, t, head_dim), (t * d, head_dim, d, 1)
-    # In memory [B, T, H, K]: each token is written in one go.
-    q, k = qkv.new_empty_strided(shape, strides), qkv.new_empty_strided(shape, strides)
+    shape = (b, heads, t, head_dim)
+    # Dense: scaled_dot_product_attention is 0 to 8 % faster on these than on the order [B, T, H, K], which would be
+    # written in one go. v, which is only summed, may stay where it is.
+    q, k = qkv.new_empty(shape), qkv.new_empty(shape)
     inverse = qkv.new_empty((b, t, 2, heads), dtype=torch.float32)
     native.run(
         "qk_norm_rope_forward",
@@ -60,7 +59,7 @@ def _eager_forward(qkv, q_weight, k_weight, cos, sin, heads, eps):
         *native.heads(q),
         *native.heads(k),
     )
-    v = qkv.as_strided(shape, (qkv.stride(0), head_dim, qkv.stride(1), 1), qkv.storage_offset() + 2 * d)
+    v = qkv.as_strided(shape, (qkv.stride(0), head_dim, qkv.stride(1), 1), qkv.storage_offset() + 2 * heads * head_dim)
     return q, k, v, inverse
 
 
@@ -71,7 +70,7 @@ def _forward(*inputs):
 
 
 def _like_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, inverse):
-    return qkv.new_empty(qkv.shape), native.empty_floats(q_weight, qkv), native.empty_floats(k_weight, qkv)
+    return native.room(qkv), native.room_floats(q_weight, qkv), native.room_floats(k_weight, qkv)
 
 
 def _backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, inverse):
@@ -128,6 +127,24 @@ def qk_norm_rope(
     Raises:
         ValueError: shapes that do not belong together.
     """
+    if not _belong_together(qkv, heads, q_weight, k_weight, cos, sin):
+        _explain(qkv, heads, q_weight, k_weight, cos, sin)
+    if backend.native_for(qkv):
+        return _native(qkv, q_weight, k_weight, cos, sin, heads, eps)
+    return qk_norm_rope_ref(qkv, heads, q_weight, k_weight, cos, sin, eps)
+
+
+def _belong_together(qkv, heads, q_weight, k_weight, cos, sin) -> bool:
+    if qkv.dim() != 3 or qkv.shape[2] % (6 * heads) or (q_weight is None) != (k_weight is None):
+        return False
+    t, head_dim = qkv.shape[1], qkv.shape[2] // (3 * heads)
+    if q_weight is not None and not q_weight.shape == k_weight.shape == (head_dim,):
+        return False
+    return cos.shape == sin.shape == (t, head_dim // 2) and not cos.requires_grad and not sin.requires_grad
+
+
+def _explain(qkv, heads, q_weight, k_weight, cos, sin) -> None:
+    """Raise the error of arguments that do not belong together. Apart, as messages cost as much as a small op."""
     op = "qk_norm_rope"
     check(qkv.dim() == 3, op, f"qkv must be [B, T, 3 * heads * head_dim], got {list(qkv.shape)}")
     t, packed = qkv.shape[1:]
@@ -137,6 +154,4 @@ def qk_norm_rope(
     if q_weight is not None:
         check(q_weight.shape == k_weight.shape == (head_dim,), op, f"q_weight and k_weight must be [{head_dim}]")
     check(cos.shape == sin.shape == (t, head_dim // 2), op, f"cos and sin must be [{t}, {head_dim // 2}]")
-    if backend.native_for(qkv):
-        return _native(qkv, q_weight, k_weight, cos, sin, heads, eps)
-    return qk_norm_rope_ref(qkv, heads, q_weight, k_weight, cos, sin, eps)
+    check(not cos.requires_grad and not sin.requires_grad, op, "cos and sin get no gradient; detach them")

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unite_fast.kernels import backend, native
-from unite_fast.kernels.common import check, upcast
+from unite_fast.kernels.common import upcast
 from unite_fast.kernels.op import NativeOp
 
 
@@ -30,7 +30,7 @@ def _forward(uw):
 
 
 def _like_backward(d_out, uw):
-    return (uw.new_empty(uw.shape),)
+    return (native.room(uw),)
 
 
 def _backward(d_out, uw):
@@ -63,5 +63,6 @@ def swiglu(uw: Tensor) -> Tensor:
     Raises:
         ValueError: an odd last dimension.
     """
-    check(uw.shape[-1] % 2 == 0, "swiglu", f"the last dimension must be even, got {uw.shape[-1]}")
+    if uw.shape[-1] % 2:
+        raise ValueError(f"swiglu: the last dimension must be even, got {uw.shape[-1]}")
     return _native(uw) if backend.native_for(uw) else swiglu_ref(uw)

@@ -13,8 +13,8 @@ namespace {
 
 constexpr Index kForwardScratch = 4;  // rows
 
-// Each of these three fills y with x_out and gives the sum of its squares. The sum is over the rounded numbers: they are
-// what the next op sees.
+// Each of these three fills y with x_out and gives the sum of its squares. The sum is over the rounded numbers, which
+// are what the next op sees.
 
 template <class X>
 UNITE_FAST_INLINE float read(const AdalnForward& op, Index b, Index t, float* __restrict y) {
@@ -29,7 +29,8 @@ UNITE_FAST_INLINE float read(const AdalnForward& op, Index b, Index t, float* __
 }
 
 template <class X, class B>
-UNITE_FAST_INLINE float add(const AdalnForward& op, Index b, Index t, const float* __restrict gate, float* __restrict y) {
+UNITE_FAST_INLINE float add(const AdalnForward& op, Index b, Index t, const float* __restrict gate,
+                            float* __restrict y) {
     const X* __restrict x = op.x.row<X>(b, t);
     const B* __restrict branch = op.branch.row<B>(b, t);
     X* __restrict x_out = op.x_out.row<X>(b, t);
@@ -91,12 +92,12 @@ UNITE_FAST_PER_CPU void forward_chunk(const AdalnForward& op, Index b, Index beg
     float *y = scratch, *factor = scratch + d, *shift = scratch + 2 * d, *gate = scratch + 3 * d;
     read_factor(op.weight, op.scale, b, d, factor);
     op.shift.read(b, d, shift);
-    if (op.branch.data) op.gate.read(b, d, gate);
+    if (op.gated) op.gate.read(b, d, gate);
     with_type(op.x.type, [&](auto x) UNITE_FAST_INLINE_LAMBDA {
         with_type(op.h.type, [&](auto h) UNITE_FAST_INLINE_LAMBDA {
             using X = decltype(x);
             using H = decltype(h);
-            if (!op.branch.data) {
+            if (!op.gated) {
                 for (Index t = begin; t < end; ++t) modulate<H>(op, b, t, read<X>(op, b, t, y), y, factor, shift);
                 return;
             }
@@ -104,7 +105,7 @@ UNITE_FAST_PER_CPU void forward_chunk(const AdalnForward& op, Index b, Index beg
                 using B = decltype(branch);
                 for (Index t = begin; t < end; ++t) {
                     const float squares =
-                        op.norm_weight ? add_and_norm<X, B>(op, b, t, gate, y) : add<X, B>(op, b, t, gate, y);
+                        op.normed ? add_and_norm<X, B>(op, b, t, gate, y) : add<X, B>(op, b, t, gate, y);
                     modulate<H>(op, b, t, squares, y, factor, shift);
                 }
             });
@@ -123,7 +124,7 @@ UNITE_FAST_PER_CPU void forward_chunk(const AdalnForward& op, Index b, Index beg
 
 enum Partial : Index { kShift, kScale, kGate, kNorm, kPartials };
 
-constexpr Index kBackwardScratch = 4;  // rows
+constexpr Index kBackwardScratch = 4 + kPartials;  // rows
 
 // Adds d_h and d_h n to their sums and gives the sum of a n.
 template <class X, class H>
@@ -191,7 +192,7 @@ UNITE_FAST_INLINE void normed_row(const AdalnBackward& op, Index b, Index t, con
     const float* __restrict norm_weight = op.norm_weight;
     float* __restrict sum_gate = partial + kGate * d;
     float* __restrict sum_norm = partial + kNorm * d;
-    float* __restrict n = scratch;  // of the first norm
+    float* __restrict n = scratch;      // of the first norm
     float* __restrict y = scratch + d;  // x_out, rounded as the forward pass did; then the gradient of n
     const float norm_r = op.norm_inverse[b * op.size.tokens + t], r = op.inverse[b * op.size.tokens + t];
 #pragma omp simd
@@ -219,51 +220,56 @@ UNITE_FAST_INLINE void normed_row(const AdalnBackward& op, Index b, Index t, con
 }
 
 UNITE_FAST_INLINE Index partials_of(const AdalnBackward& op) {
-    return op.norm_weight ? kPartials : op.branch.data ? kNorm : kGate;
+    return op.normed ? kPartials : op.gated ? kNorm : kGate;
+}
+
+// Gradients of the tokens from begin to end, at most kBlock; their sums into `sums`.
+template <class X, class B, class H>
+UNITE_FAST_INLINE void backward_block(const AdalnBackward& op, Index b, Index begin, Index end,
+                                      const float* factor, const float* gate, float* sums, float* scratch) {
+    std::fill_n(sums, partials_of(op) * op.size.width, 0.0f);
+    for (Index t = begin; t < end; ++t)
+        if (op.normed)
+            normed_row<X, B, H>(op, b, t, factor, gate, sums, scratch);
+        else if (op.gated)
+            gated_row<X, B, H>(op, b, t, factor, gate, sums);
+        else
+            plain_row<X, H>(op, b, t, factor, sums);
 }
 
 UNITE_FAST_PER_CPU void backward_chunk(const AdalnBackward& op, Index b, Index begin, Index end, float* partial,
                                        float* scratch) {
     const Index d = op.size.width;
-    float *factor = scratch, *gate = scratch + d, *free = scratch + 2 * d;
+    float *factor = scratch, *gate = scratch + d, *rows = scratch + 2 * d, *sums = scratch + 4 * d;
     read_factor(op.weight, op.scale, b, d, factor);
-    if (op.branch.data) op.gate.read(b, d, gate);
-    std::fill_n(partial, partials_of(op) * d, 0.0f);
-    with_type(op.x.type, [&](auto x) UNITE_FAST_INLINE_LAMBDA {
-        with_type(op.d_h.type, [&](auto h) UNITE_FAST_INLINE_LAMBDA {
-            using X = decltype(x);
-            using H = decltype(h);
-            if (!op.branch.data) {
-                for (Index t = begin; t < end; ++t) plain_row<X, H>(op, b, t, factor, partial);
-                return;
-            }
-            with_type(op.branch.type, [&](auto branch) UNITE_FAST_INLINE_LAMBDA {
-                using B = decltype(branch);
-                for (Index t = begin; t < end; ++t)
-                    if (op.norm_weight)
-                        normed_row<X, B, H>(op, b, t, factor, gate, partial, free);
-                    else
-                        gated_row<X, B, H>(op, b, t, factor, gate, partial);
+    if (op.gated) op.gate.read(b, d, gate);
+    Index from = begin;
+    do {
+        const Index to = std::min(from + kBlock, end);
+        float* into = from == begin ? partial : sums;
+        with_type(op.x.type, [&](auto x) UNITE_FAST_INLINE_LAMBDA {
+            with_type(op.d_h.type, [&](auto h) UNITE_FAST_INLINE_LAMBDA {
+                with_type(op.branch.type, [&](auto branch) UNITE_FAST_INLINE_LAMBDA {
+                    backward_block<decltype(x), decltype(branch), decltype(h)>(op, b, from, to, factor, gate, into,
+                                                                               rows);
+                });
             });
         });
-    });
+        if (into != partial) add_row(sums, partials_of(op) * d, partial);
+        from = to;
+    } while (from < end);
 }
 
-// Adds up the chunks of sample b and writes its gradients. In the first chunk's place stays what the sample gives to the
-// weights: kScale to d_weight, kNorm to d_norm_weight.
+// Adds up the chunks of sample b and writes its gradients. In the first chunk's place stays what the sample gives to
+// the weights: kScale to d_weight, kNorm to d_norm_weight.
 UNITE_FAST_PER_CPU void finish_sample(const AdalnBackward& op, Index b, float* partial, float* scratch) {
-    const Index d = op.size.width;
-    float* __restrict sums = partial;
-    for (Index c = 1; c < chunks_of(op.size.tokens); ++c) {
-        const float* __restrict more = partial + c * kPartials * d;
-#pragma omp simd
-        for (Index i = 0; i < partials_of(op) * d; ++i) sums[i] += more[i];
-    }
-    op.d_shift.write(b, d, sums + kShift * d);
-    if (op.branch.data) op.d_gate.write(b, d, sums + kGate * d);
+    const Index d = op.size.width, chunks = chunks_of(op.size.tokens);
+    for (Index c = 1; c < chunks; ++c) add_row(partial + c * kPartials * d, partials_of(op) * d, partial);
+    op.d_shift.write(b, d, partial + kShift * d);
+    if (op.gated) op.d_gate.write(b, d, partial + kGate * d);
     float* __restrict scale = scratch;
     float* __restrict d_scale = scratch + d;
-    float* __restrict sum_scale = sums + kScale * d;
+    float* __restrict sum_scale = partial + kScale * d;
     const float* __restrict weight = op.weight;
     op.scale.read(b, d, scale);
 #pragma omp simd
@@ -274,50 +280,45 @@ UNITE_FAST_PER_CPU void finish_sample(const AdalnBackward& op, Index b, float* p
     op.d_scale.write(b, d, d_scale);
 }
 
-UNITE_FAST_PER_CPU void sum_samples(const float* partial, Index samples, Index stride, Index d, float* __restrict out) {
-    std::fill_n(out, d, 0.0f);
-    for (Index b = 0; b < samples; ++b) {
-        const float* __restrict more = partial + b * stride;
-#pragma omp simd
-        for (Index i = 0; i < d; ++i) out[i] += more[i];
-    }
+UNITE_FAST_PER_CPU void sum_samples(float* partial, Index samples, Index stride, Index d, float* out) {
+    sum_rows(partial, samples, stride, d, out);
 }
 
 }  // namespace
 
 void adaln_forward(const AdalnForward& op, int threads) {
-    const auto [batch, tokens, width] = op.size;
-    const Index chunks = chunks_of(tokens), scratch_size = kForwardScratch * width;
-    const int used = threads_for(batch * tokens * width, threads);
+    const Index tokens = op.size.tokens, chunks = chunks_of(tokens), tasks = op.size.batch * chunks;
+    const Index scratch_size = kForwardScratch * op.size.width;
+    const int used = threads_for(op.size.batch * tokens * op.size.width, threads);
     const std::unique_ptr<float[]> scratch(new float[used * scratch_size]);
 #pragma omp parallel for schedule(static) num_threads(used) if (used > 1)
-    for (Index task = 0; task < batch * chunks; ++task) {
-        const Index begin = task % chunks * kChunk, end = std::min(begin + kChunk, op.size.tokens);
+    for (Index task = 0; task < tasks; ++task) {
+        const Index begin = task % chunks * kChunk, end = std::min(begin + kChunk, tokens);
         forward_chunk(op, task / chunks, begin, end, scratch.get() + thread_number() * scratch_size);
     }
 }
 
 void adaln_backward(const AdalnBackward& op, int threads) {
-    const auto [batch, tokens, width] = op.size;
-    const Index chunks = chunks_of(tokens), scratch_size = kBackwardScratch * width, partial_size = kPartials * width;
+    const Index batch = op.size.batch, tokens = op.size.tokens, width = op.size.width;
+    const Index chunks = chunks_of(tokens), tasks = batch * chunks;
+    const Index scratch_size = kBackwardScratch * width, partial_size = kPartials * width;
     const int used = threads_for(batch * tokens * width, threads);
     const std::unique_ptr<float[]> scratch(new float[used * scratch_size]);
-    const std::unique_ptr<float[]> partial(new float[batch * chunks * partial_size]);
+    const std::unique_ptr<float[]> partial(new float[tasks * partial_size]);
 #pragma omp parallel num_threads(used) if (used > 1)
     {
         float* own = scratch.get() + thread_number() * scratch_size;
 #pragma omp for schedule(static)
-        for (Index task = 0; task < batch * chunks; ++task) {
-            const Index begin = task % chunks * kChunk, end = std::min(begin + kChunk, op.size.tokens);
+        for (Index task = 0; task < tasks; ++task) {
+            const Index begin = task % chunks * kChunk, end = std::min(begin + kChunk, tokens);
             backward_chunk(op, task / chunks, begin, end, partial.get() + task * partial_size, own);
         }
 #pragma omp for schedule(static)
-        for (Index b = 0; b < op.size.batch; ++b)
-            finish_sample(op, b, partial.get() + b * chunks * partial_size, own);
+        for (Index b = 0; b < batch; ++b) finish_sample(op, b, partial.get() + b * chunks * partial_size, own);
     }
     const Index stride = chunks * partial_size;
     sum_samples(partial.get() + kScale * width, batch, stride, width, op.d_weight);
-    if (op.norm_weight) sum_samples(partial.get() + kNorm * width, batch, stride, width, op.d_norm_weight);
+    if (op.normed) sum_samples(partial.get() + kNorm * width, batch, stride, width, op.d_norm_weight);
 }
 
 }  // namespace unite_fast

@@ -118,9 +118,28 @@ UNITE_FAST_INLINE float inverse_rms(float sum_of_squares, Index d, float eps) {
     return 1.0f / std::sqrt(sum_of_squares / static_cast<float>(d) + eps);
 }
 
-// Sums over tokens are cut into chunks of this many: one partial sum a chunk, added up in order, gives the same bits for
-// any number of threads.
+// Sums over tokens are cut into chunks of this many: one partial sum a chunk, added up in order, gives the same bits
+// for any number of threads.
 constexpr Index kChunk = 64;
+
+// No sum takes more terms than this in one go, but sums of sums: the rounding of a sum grows with its length.
+constexpr Index kBlock = 16;
+
+// to += from.
+UNITE_FAST_INLINE void add_row(const float* __restrict from, Index d, float* __restrict to) {
+#pragma omp simd
+    for (Index i = 0; i < d; ++i) to[i] += from[i];
+}
+
+// out = the sum of `count` rows, `stride` apart, in their order. Overwrites the rows.
+UNITE_FAST_INLINE void sum_rows(float* rows, Index count, Index stride, Index d, float* out) {
+    for (Index i = 0; i < d; ++i) out[i] = 0.0f;
+    for (Index block = 0; block < count; block += kBlock) {
+        float* sum = rows + block * stride;
+        for (Index k = block + 1; k < count && k < block + kBlock; ++k) add_row(rows + k * stride, d, sum);
+        add_row(sum, d, out);
+    }
+}
 
 // At least one, so that the sum over no tokens is a zero.
 inline Index chunks_of(Index tokens) { return tokens > kChunk ? (tokens + kChunk - 1) / kChunk : 1; }

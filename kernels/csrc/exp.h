@@ -5,8 +5,9 @@
 
 namespace unite_fast {
 
-// Within 1 unit in the last place. The argument is cut to [-87, 87], so that neither the result nor its inverse leaves the
-// normal numbers of float32; exp(NaN) is NaN. With n = round(x / ln 2), exp(x) = 2^n exp(r), r = x - n ln 2, |r| <= ln(2) / 2.
+// Within 1 unit in the last place. The argument is cut to [-87, 87], so that neither the result nor its inverse leaves
+// the normal numbers of float32; exp(NaN) is NaN. With n = round(x / ln 2) and r = x - n ln 2, which is at most
+// ln(2) / 2 in size, exp(x) = 2^n exp(r).
 UNITE_FAST_INLINE float exp_f32(float x) {
     // One comparison on the magnitude: of two in a row GCC 12 makes branches, and computes every outcome.
     const std::uint32_t bits = bit_cast<std::uint32_t>(x);

@@ -51,6 +51,8 @@ void forward(const nb::args& args) {
     Arguments in(args);
     AdalnForward op{};
     op.size = in.size();
+    op.gated = kGated;
+    op.normed = kNormed;
     op.eps = in.number();
     op.x = in.rows();
     if (kGated) op.branch = in.rows(), op.gate = in.vectors();
@@ -72,6 +74,8 @@ void backward(const nb::args& args) {
     Arguments in(args);
     AdalnBackward op{};
     op.size = in.size();
+    op.gated = kGated;
+    op.normed = kNormed;
     if (kGated) op.d_x_out = in.rows();
     op.d_h = in.rows();
     op.x = in.rows();

@@ -11,6 +11,10 @@ namespace nb = nanobind;
 
 namespace {
 
+// Raised, with VERSION in kernels/native.py, by every change of a function's arguments: an editable install follows
+// edits of Python at once, but keeps the C++ it was built with.
+constexpr int kVersion = 1;
+
 constexpr std::int64_t kWord = std::int64_t{1} << 32;
 
 using Positions = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -43,5 +47,6 @@ NB_MODULE(_native, m) {
     m.def("philox_words", &philox_words, "seed"_a, "step"_a, "stream"_a, "draw"_a, "positions"_a.noconvert(),
           "elements"_a, "out"_a.noconvert(), "threads"_a = 1,
           "Write the words of unite_fast.randomness.Philox.words into out, int64 [b, ceil(elements / 4) * 4].");
+    m.attr("version") = kVersion;
     bind_fused_ops(m);
 }

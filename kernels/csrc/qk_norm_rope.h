@@ -21,7 +21,7 @@ struct Heads {
 struct QkNormRope {
     Index batch, tokens, heads, head_dim;
     float eps;
-    Rows qkv;  // all tensors of tokens have its type
+    Rows qkv;                          // all tensors of tokens have its type
     const float *q_weight, *k_weight;  // both may be null: no norm, and `inverse` is unused
     const float *cos, *sin;            // [T, K / 2]
     float* inverse;                    // [B, T, 2 H], 1 / rms of each head of q, then of k
@@ -30,7 +30,7 @@ struct QkNormRope {
 // Writes q and k; v stays where it is, in qkv.
 void qk_norm_rope_forward(const QkNormRope& op, const Heads& q, const Heads& k, int threads);
 
-void qk_norm_rope_backward(const QkNormRope& op, const Heads& d_q, const Heads& d_k, const Heads& d_v, const Rows& d_qkv,
-                           float* d_q_weight, float* d_k_weight, int threads);
+void qk_norm_rope_backward(const QkNormRope& op, const Heads& d_q, const Heads& d_k, const Heads& d_v,
+                           const Rows& d_qkv, float* d_q_weight, float* d_k_weight, int threads);
 
 }  // namespace unite_fast

@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from unite_fast import kernels
+from unite_fast.errors import UserError
+from unite_fast.kernels import backend, native
+from unite_fast.kernels.swiglu import swiglu_ref
+
+needs_native = pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    before = backend.current()
+    yield
+    backend.use(before)
+
+
+@pytest.fixture
+def missing(monkeypatch):
+    monkeypatch.setattr(native, "_missing", "no compiler was found")
+
+
+def body_of(x: torch.Tensor) -> str:
+    return kernels.swiglu(x.requires_grad_()).grad_fn.name()
+
+
+@pytest.mark.parametrize("name", ["auto", "reference", pytest.param("native", marks=needs_native)])
+def test_what_is_chosen_is_current(name):
+    backend.use(name)
+    assert backend.current() == name
+    assert name in backend.available()
+
+
+def test_an_unknown_name():
+    with pytest.raises(UserError, match="no body called 'fast'; choose one of auto, reference, native"):
+        backend.use("fast")
+
+
+def test_a_missing_body_says_why_and_changes_nothing(missing):
+    backend.use("reference")
+    with pytest.raises(UserError, match="the native body is missing: no compiler was found"):
+        backend.use("native")
+    assert backend.current() == "reference"
+    assert backend.available() == ["auto", "reference"]
+
+
+def test_auto_makes_do_with_the_reference_where_native_is_missing(missing):
+    backend.use("auto")
+    assert body_of(torch.randn(3, 8)) != "swigluBackward"
+
+
+@needs_native
+def test_who_runs():
+    bodies = {}
+    for name in ("auto", "native", "reference"):
+        backend.use(name)
+        bodies[name] = body_of(torch.randn(3, 8))
+    assert bodies["auto"] == bodies["native"] == "swigluBackward" != bodies["reference"]
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["auto", "native"])
+def test_float64_takes_the_reference(name):
+    backend.use(name)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    assert torch.equal(kernels.swiglu(x), swiglu_ref(x))
+
+
+@needs_native
+def test_what_native_cannot_take():
+    x = torch.randn(3, 8).half()
+    backend.use("auto")
+    assert torch.equal(kernels.swiglu(x), swiglu_ref(x))
+    backend.use("native")
+    with pytest.raises(UserError, match=r"takes and gives float32 and bfloat16 on the CPU, not torch.float16 on cpu"):
+        kernels.swiglu(x)
+    with pytest.raises(UserError, match=r"not torch.float32 on meta; choose the body 'auto' or 'reference'"):
+        kernels.swiglu(torch.empty(3, 8, device="meta"))
+    with pytest.raises(UserError, match=r"not torch.float32 to torch.float16 on cpu"):
+        kernels.adaln_modulate(
+            torch.randn(2, 3, 8), torch.ones(8), torch.ones(2, 8), torch.ones(2, 8), out_dtype=torch.half
+        )
