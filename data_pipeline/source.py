@@ -1,10 +1,12 @@
 """What every source of images offers, and the simplest one: all of it in memory."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from unite_fast.errors import UserError
 
 
 class UnreadableSample(Exception):
@@ -55,6 +57,27 @@ class Source(Protocol):
         Raises:
             UnreadableSample: for the first of them that is broken.
         """
+
+
+def read_readable(source: Source, indices: Iterable[int], most: int) -> tuple[Tensor, Tensor]:
+    """The first `most` samples of `indices` that are not broken: images uint8 [n, 3, S, S] and labels int64 [n].
+
+    Raises:
+        UserError: all of them are broken.
+    """
+    images, labels = [], []
+    for index in indices:
+        try:
+            image, label = source.read([index])
+        except UnreadableSample:
+            continue
+        images.append(image)
+        labels.append(label)
+        if len(images) == most:
+            break
+    if not images:
+        raise UserError(f"none of the {len(source)} images can be read, e.g. {source.name(0)}")
+    return torch.cat(images), torch.cat(labels)
 
 
 class MemorySource:

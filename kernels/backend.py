@@ -5,6 +5,9 @@ that can run, reference elsewhere. float64 always takes the reference body, whic
 the others against.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -28,6 +31,17 @@ def use(name: str) -> None:
     if name == "native" and not native.available():
         raise UserError(f"kernels: the native body is missing: {native.reason()}")
     _current = name
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """`use`, for as long as the block runs."""
+    before = _current
+    use(name)
+    try:
+        yield
+    finally:
+        use(before)
 
 
 def current() -> str:

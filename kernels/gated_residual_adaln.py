@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unite_fast.kernels import backend, native
 from unite_fast.kernels.adaln_modulate import adaln_modulate_ref, check_modulation
-from unite_fast.kernels.common import check, upcast
+from unite_fast.kernels.common import mistake, upcast
 from unite_fast.kernels.op import NativeOp
 
 
@@ -124,9 +124,8 @@ def gated_residual_adaln(
 
 
 def check_branch(op: str, x: Tensor, branch: Tensor, gate: Tensor) -> None:
-    shape = x.shape
-    if branch.shape == shape and gate.shape == shape[::2]:
-        return
-    b, _, d = shape
-    check(branch.shape == x.shape, op, f"branch must be {list(x.shape)} like x, got {list(branch.shape)}")
-    check(gate.shape == (b, d), op, f"gate must be [{b}, {d}], got {list(gate.shape)}")
+    b, _, d = x.shape
+    if branch.shape != x.shape:
+        raise mistake(op, f"branch must be {list(x.shape)} like x, got {list(branch.shape)}")
+    if gate.shape != (b, d):
+        raise mistake(op, f"gate must be [{b}, {d}], got {list(gate.shape)}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unite_fast.kernels import backend, native
 from unite_fast.kernels.adaln_modulate import adaln_modulate_ref, check_modulation
-from unite_fast.kernels.common import rms_norm
+from unite_fast.kernels.common import mistake, rms_norm
 from unite_fast.kernels.gated_residual_adaln import check_branch, gated_residual
 from unite_fast.kernels.op import NativeOp
 
@@ -125,6 +125,6 @@ def gated_residual_norm_adaln(
     check_modulation(op, x, weight, shift, scale)
     check_branch(op, x, branch, gate)
     if norm_weight.shape != weight.shape:
-        raise ValueError(f"{op}: norm_weight must be {list(weight.shape)}")
+        raise mistake(op, f"norm_weight must be {list(weight.shape)}")
     body = _native if backend.native_for(x, out_dtype) else gated_residual_norm_adaln_ref
     return body(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype)

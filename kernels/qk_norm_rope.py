@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from unite_fast.kernels import backend, native
-from unite_fast.kernels.common import check, rms_norm, upcast
+from unite_fast.kernels.common import mistake, rms_norm, upcast
 from unite_fast.kernels.op import NativeOp
 
 
@@ -127,31 +127,25 @@ def qk_norm_rope(
     Raises:
         ValueError: shapes that do not belong together.
     """
-    if not _belong_together(qkv, heads, q_weight, k_weight, cos, sin):
-        _explain(qkv, heads, q_weight, k_weight, cos, sin)
+    _check(qkv, heads, q_weight, k_weight, cos, sin)
     if backend.native_for(qkv):
         return _native(qkv, q_weight, k_weight, cos, sin, heads, eps)
     return qk_norm_rope_ref(qkv, heads, q_weight, k_weight, cos, sin, eps)
 
 
-def _belong_together(qkv, heads, q_weight, k_weight, cos, sin) -> bool:
-    if qkv.dim() != 3 or qkv.shape[2] % (6 * heads) or (q_weight is None) != (k_weight is None):
-        return False
-    t, head_dim = qkv.shape[1], qkv.shape[2] // (3 * heads)
-    if q_weight is not None and not q_weight.shape == k_weight.shape == (head_dim,):
-        return False
-    return cos.shape == sin.shape == (t, head_dim // 2) and not cos.requires_grad and not sin.requires_grad
-
-
-def _explain(qkv, heads, q_weight, k_weight, cos, sin) -> None:
-    """Raise the error of arguments that do not belong together. Apart, as messages cost as much as a small op."""
+def _check(qkv, heads, q_weight, k_weight, cos, sin) -> None:
     op = "qk_norm_rope"
-    check(qkv.dim() == 3, op, f"qkv must be [B, T, 3 * heads * head_dim], got {list(qkv.shape)}")
+    if qkv.dim() != 3:
+        raise mistake(op, f"qkv must be [B, T, 3 * heads * head_dim], got {list(qkv.shape)}")
     t, packed = qkv.shape[1:]
-    check(packed % (6 * heads) == 0, op, f"width {packed} is not 3 x {heads} heads of even size")
+    if packed % (6 * heads):
+        raise mistake(op, f"width {packed} is not 3 x {heads} heads of even size")
     head_dim = packed // (3 * heads)
-    check((q_weight is None) == (k_weight is None), op, "q_weight and k_weight must both be given or both be None")
-    if q_weight is not None:
-        check(q_weight.shape == k_weight.shape == (head_dim,), op, f"q_weight and k_weight must be [{head_dim}]")
-    check(cos.shape == sin.shape == (t, head_dim // 2), op, f"cos and sin must be [{t}, {head_dim // 2}]")
-    check(not cos.requires_grad and not sin.requires_grad, op, "cos and sin get no gradient; detach them")
+    if (q_weight is None) != (k_weight is None):
+        raise mistake(op, "q_weight and k_weight must both be given or both be None")
+    if q_weight is not None and not q_weight.shape == k_weight.shape == (head_dim,):
+        raise mistake(op, f"q_weight and k_weight must be [{head_dim}]")
+    if not cos.shape == sin.shape == (t, head_dim // 2):
+        raise mistake(op, f"cos and sin must be [{t}, {head_dim // 2}]")
+    if cos.requires_grad or sin.requires_grad:
+        raise mistake(op, "cos and sin get no gradient; detach them")

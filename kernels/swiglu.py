@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unite_fast.kernels import backend, native
-from unite_fast.kernels.common import upcast
+from unite_fast.kernels.common import mistake, upcast
 from unite_fast.kernels.op import NativeOp
 
 
@@ -64,5 +64,5 @@ def swiglu(uw: Tensor) -> Tensor:
         ValueError: an odd last dimension.
     """
     if uw.shape[-1] % 2:
-        raise ValueError(f"swiglu: the last dimension must be even, got {uw.shape[-1]}")
+        raise mistake("swiglu", f"the last dimension must be even, got {uw.shape[-1]}")
     return _native(uw) if backend.native_for(uw) else swiglu_ref(uw)

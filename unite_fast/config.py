@@ -144,7 +144,7 @@ class ObjectiveConfig:
     """Mean and standard deviation of the normal u in s = sigmoid(u)."""
     time_std: float = 1.0
     time_shift: float = 0.5
-    """a in t = a s / (1 + (a - 1) s); sampling uses the same shift."""
+    """a in t = a s / (1 + (a - 1) s)."""
     tokenize_time_max: float = 0.01
     decoder_noise_probability: float = 0.5
     decoder_noise_time_min: float = 0.7
@@ -226,7 +226,7 @@ class TrainConfig:
     device: str = "auto"
     """auto (a CUDA device if there is one), cpu or cuda."""
     threads: int = 0
-    """Threads of torch on a CPU; 0: torch's choice. A model as small as the digits' is fastest on one."""
+    """Threads of torch on a CPU; 0: torch's choice. Tiny models gain little from two and may lose much."""
     compile: bool = True
     """Compile the transformer blocks."""
     log_every: int = 50

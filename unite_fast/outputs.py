@@ -14,6 +14,7 @@ from unite_fast.config import require
 from unite_fast.data_pipeline import UnreadableSample, read_image
 from unite_fast.errors import UserError, writing
 from unite_fast.pictures import grid, pairs
+from unite_fast.sampling import check_classes
 from unite_fast.trained import TrainedUNITE, check_drawing
 from unite_fast.training.checkpoint import find_checkpoint, load_checkpoint
 
@@ -24,8 +25,7 @@ def choose_labels(classes: str, count: int, num_classes: int) -> Tensor:
         wanted = [int(part) for part in classes.split(",")] if classes else range(num_classes)
     except ValueError as error:
         raise UserError(f"--classes is a list of numbers such as 3,1,4; got {classes!r}") from error
-    for label in wanted:
-        require(0 <= label < num_classes, f"class {label} is out of range: this model has classes 0..{num_classes - 1}")
+    check_classes(wanted, num_classes)  # before the tensor, which holds no number of 20 digits
     return torch.tensor([wanted[i % len(wanted)] for i in range(count)])
 
 

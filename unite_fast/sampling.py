@@ -3,7 +3,7 @@
 B samples, N latent tokens, C latent channels, S image size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -106,9 +106,7 @@ def generate(
     Raises:
         UserError: a label that is no class.
     """
-    classes = model.config.num_classes
-    wrong = [int(label) for label in labels if not 0 <= label < classes]
-    require(not wrong, f"class {wrong[0] if wrong else ''} is out of range: this model has classes 0..{classes - 1}")
+    check_classes(labels.tolist(), model.config.num_classes)
     shape = (model.config.latent_tokens, model.config.latent_channels)
     images = []
     for start in range(0, len(labels), batch):
@@ -117,6 +115,11 @@ def generate(
         noise = Philox(seed, 0, positions).normal(Stream.SAMPLE_NOISE, shape)
         images.append(to_uint8(model.decode(generate_latents(model, part, noise, config))))
     return torch.cat(images)
+
+
+def check_classes(labels: Iterable[int], num_classes: int) -> None:
+    for label in labels:
+        require(0 <= label < num_classes, f"class {label} is out of range: this model has classes 0..{num_classes - 1}")
 
 
 @torch.no_grad()

@@ -42,8 +42,7 @@ def test_five_steps_are_two_and_three_bit_for_bit(muon_dtype, tiny_config):
     before = make_state(tiny_config)
     assert train(before, 2) == losses[:4]
     after = TrainState(UNITE.create(tiny_config.model, seed=99), tiny_config)
-    after.load_tensors(saved(before))
-    after.step = before.step
+    after.load_tensors(saved(before), before.step)
     assert train(after, 3) == losses[4:]
     assert after.step == 5
     want, got = whole.tensors(), after.tensors()

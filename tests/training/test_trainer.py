@@ -325,7 +325,7 @@ def test_truncated_pictures_are_skipped_counted_and_named(settings, pictures, ca
 
 def test_pictures_none_of_which_can_be_read_are_an_error(settings, pictures):
     data = pictures(truncated=tuple(f"{kind}/{i:02d}.png" for kind in ("cats", "dogs") for i in range(12)))
-    with pytest.raises(UserError, match=r"none of the 24 images to reconstruct can be read, e\.g\. cats/00\.png"):
+    with pytest.raises(UserError, match=r"none of the 24 images can be read, e\.g\. cats/00\.png"):
         train(settings("data.source=folder", f"data.path={data}", "model.num_classes=2"))
 
 

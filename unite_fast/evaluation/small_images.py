@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unite_fast.config import require
-from unite_fast.data_pipeline import Source, UnreadableSample, open_source
+from unite_fast.data_pipeline import Source, open_source, read_readable
 from unite_fast.outputs import choose_labels, generate_with_progress, psnr
 from unite_fast.trained import TrainedUNITE
 
@@ -48,16 +48,8 @@ def evaluate(model: TrainedUNITE, data_path: str, count: int, guidance: float, s
 def read_some(source: Source, most: int) -> tuple[Tensor, Tensor]:
     """At most so many images and labels, spread evenly over the source, which may be sorted by class; broken ones are
     left out."""
-    images, labels = [], []
-    for index in np.unique(np.linspace(0, len(source) - 1, min(len(source), most)).round().astype(int)):
-        try:
-            image, label = source.read([index])
-        except UnreadableSample:
-            continue
-        images.append(image)
-        labels.append(label)
-    require(bool(images), f"none of the {len(source)} images can be read, e.g. {source.name(0)}")
-    return torch.cat(images), torch.cat(labels)
+    spread = np.linspace(0, len(source) - 1, min(len(source), most)).round().astype(int)
+    return read_readable(source, np.unique(spread), most)
 
 
 def fit_classifier(images: Tensor, labels: Tensor):

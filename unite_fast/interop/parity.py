@@ -111,9 +111,9 @@ def run(path: str | Path, backend: str = "reference") -> bool:
     Raises:
         UserError: no such backend, or not a trace that we can compare with.
     """
-    bodies.use(backend)
-    trace = Trace(path)
-    rows = compare(trace)
+    with bodies.using(backend):
+        trace = Trace(path)
+        rows = compare(trace)
     print(f"{path}: {len(rows)} quantities, {backend} kernels, float32 on the CPU")
     print(f"{'':18}{'count':>6}{'error':>10}{'allowed':>10}  nearest to its tolerance")
     for group in summarise(rows):

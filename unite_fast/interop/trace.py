@@ -149,14 +149,11 @@ class Trace:
         for name, (value, supported) in facts.items():
             known = " or ".join(str(choice) for choice in supported)
             require(value in supported, f"{self.path}: {name} is {value!r}; only {known} is supported")
-        losses, lacking = self.meta["losses"], {"lr", "l1", "flow", "total", "grad_norm"}
+        losses = self.meta["losses"]
         require(isinstance(losses, list) and losses, f"{self.path} is not a trace of the known format: no losses")
         for theirs in losses:
-            lacking -= set(theirs)
-            require(
-                not lacking, f"{self.path} is not a trace of the known format: losses lack {', '.join(sorted(lacking))}"
-            )
-            lacking = {"lr", "l1", "flow", "total", "grad_norm"}
+            lacking = ", ".join(sorted({"lr", "l1", "flow", "total", "grad_norm"} - set(theirs)))
+            require(not lacking, f"{self.path} is not a trace of the known format: losses lack {lacking}")
 
     def _config(self) -> Config:
         meta, released, optim = self.meta, self.meta["config"], self.meta["optim"]

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from unite_fast import sampling
-from unite_fast.config import Config, require
-from unite_fast.data_pipeline import UnreadableSample, open_source
+from unite_fast.config import Config
+from unite_fast.data_pipeline import open_source, read_readable
 from unite_fast.errors import UserError, writing
 from unite_fast.kernels import backend
 from unite_fast.pictures import grid, pairs, save_curves
@@ -128,13 +128,4 @@ def held_out_images(config: Config) -> torch.Tensor:
         source = open_source(kind, path, size, "test")
     except UserError:
         source = open_source(kind, path, size, "train")
-    wanted, images = PICTURE_ROWS * PICTURE_COLUMNS // 2, []
-    for index in range(len(source)):
-        try:
-            images.append(source.read([index])[0])
-        except UnreadableSample:
-            continue
-        if len(images) == wanted:
-            break
-    require(bool(images), f"none of the {len(source)} images to reconstruct can be read, e.g. {source.name(0)}")
-    return torch.cat(images)
+    return read_readable(source, range(len(source)), most=PICTURE_ROWS * PICTURE_COLUMNS // 2)[0]

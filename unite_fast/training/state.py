@@ -10,6 +10,9 @@ from unite_fast.optim.groups import split_parameters
 from unite_fast.optim.muon import Muon
 from unite_fast.optim.schedule import learning_rate
 
+OPTIMIZER_TENSORS = {Muon: ("momentum",), torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq")}
+"""What each optimizer keeps of a parameter; AdamW's step is a scalar, the others have the parameter's shape."""
+
 
 class TrainState:
     """
@@ -69,18 +72,32 @@ class TrainState:
                     named[f"optim.{name}.{key}"] = value
         return named
 
-    def load_tensors(self, named: dict[str, Tensor]) -> None:
-        """Take up what `tensors` gave."""
+    def load_tensors(self, named: dict[str, Tensor], step: int = 0) -> None:
+        """Take up what `tensors` gave after `step` steps; before the first one the optimizers hold nothing.
+
+        Raises:
+            KeyError, RuntimeError: a tensor is missing or of another shape.
+        """
         self.model.load_state_dict(_below(named, "model."))
         self.ema.load_state_dict(_below(named, "ema."))
-        for optimizer, parameters in self._optimizers():
+        for optimizer, parameters in self._optimizers() if step else ():
             for name, parameter in parameters.items():
-                state = _below(named, f"optim.{name}.")
-                # AdamW's step counter is a scalar that lives beside the parameter's moments.
-                optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+                optimizer.state[parameter] = {
+                    key: _fitting(named, f"optim.{name}.{key}", parameter, scalar=key == "step")
+                    for key in OPTIMIZER_TENSORS[type(optimizer)]
+                }
+        self.step = step
 
     def _optimizers(self):
         return ((self.muon, self.muon_parameters), (self.adamw, self.adamw_parameters))
+
+
+def _fitting(named: dict[str, Tensor], name: str, parameter: Tensor, scalar: bool) -> Tensor:
+    """An optimizer's tensor on its parameter's device. Checked here, since an optimizer would not notice a gap."""
+    held, shape = named[name], torch.Size(()) if scalar else parameter.shape
+    if held.shape != shape:
+        raise RuntimeError(f"{name} is {list(held.shape)}, not {list(shape)}")
+    return held.to(parameter.device)
 
 
 def _below(named: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -92,8 +92,7 @@ class Trainer:
 
     def restore(self, found: ckpt.Checkpoint) -> None:
         try:
-            check_optimizers(self.state, found)
-            self.state.load_tensors(found.tensors)
+            self.state.load_tensors(found.tensors, found.step)
             self.averages.load_state_dict(found.progress["averages"])
             self.loader.load_state_dict(found.progress["loader"])
         except (RuntimeError, KeyError) as error:
@@ -101,7 +100,6 @@ class Trainer:
             reason = str(error).splitlines()[:2][-1].strip()
             lacks = "it lacks " if isinstance(error, KeyError) else ""
             raise UserError(f"cannot resume from the checkpoint in {self.folder}: {lacks}{reason}") from error
-        self.state.step = found.step
 
     def run(self) -> Outcome:
         config, state = self.config.train, self.state
@@ -246,21 +244,6 @@ def check_same_settings(before: Config, now: Config) -> None:
             old[key] == value or key in FREE_ON_RESUME,
             f"cannot resume: {key} is {value} now and was {old[key]} in the run; give the same settings as then",
         )
-
-
-def check_optimizers(state: TrainState, found: ckpt.Checkpoint) -> None:
-    """Optimizers take up whatever there is, and begin anew where there is nothing: they would not notice a gap.
-
-    Raises:
-        KeyError, RuntimeError: a tensor is missing or of another shape.
-    """
-    wanted = {name: ("momentum",) for name in state.muon_parameters}
-    wanted |= {name: ("step", "exp_avg", "exp_avg_sq") for name in state.adamw_parameters}
-    for name, parameter in state.model.named_parameters():
-        for key in wanted[name] if found.step else ():
-            held = found.tensors[f"optim.{name}.{key}"]
-            if held.shape not in (parameter.shape, torch.Size(())):
-                raise RuntimeError(f"optim.{name}.{key} is {list(held.shape)}, the parameter {list(parameter.shape)}")
 
 
 def flatten(tree: dict, path: str = "") -> dict:
