@@ -9,9 +9,9 @@ Source: adaLN of DiT (Peebles and Xie, arXiv 2212.09748) on RMSNorm.
 import torch
 from torch import Tensor
 
-from unite_fast.kernels import backend, native
+from unite_fast.kernels import backend, layout, native
 from unite_fast.kernels.common import mistake, modulate, rms_norm
-from unite_fast.kernels.op import NativeOp
+from unite_fast.kernels.op import Body, FusedOp
 
 
 def adaln_modulate_ref(
@@ -22,12 +22,12 @@ def adaln_modulate_ref(
 
 def _like_forward(x, weight, shift, scale, eps, out_dtype):
     b, t, _ = x.shape
-    return native.room(x, out_dtype), x.new_empty((b, t), dtype=torch.float32)
+    return layout.room(x, out_dtype), x.new_empty((b, t), dtype=torch.float32)
 
 
-def _forward(x, weight, shift, scale, eps, out_dtype):
+def _native_forward(x, weight, shift, scale, eps, out_dtype):
     out, inverse = _like_forward(x, weight, shift, scale, eps, out_dtype)
-    x, weight, shift, scale = native.dense(x), native.floats(weight), native.typed(shift), native.typed(scale)
+    x, weight, shift, scale = layout.dense(x), layout.floats(weight), layout.typed(shift), layout.typed(scale)
     native.run(
         "adaln_modulate_forward",
         *x.shape,
@@ -43,13 +43,13 @@ def _forward(x, weight, shift, scale, eps, out_dtype):
 
 
 def _like_backward(d_out, x, weight, scale, inverse):
-    d_weight = native.room_floats(weight, x)
-    return native.room(x), d_weight, native.room_typed(scale), native.room_typed(scale)
+    d_weight = layout.room_floats(weight, x)
+    return layout.room(x), d_weight, layout.room_typed(scale), layout.room_typed(scale)
 
 
-def _backward(d_out, x, weight, scale, inverse):
+def _native_backward(d_out, x, weight, scale, inverse):
     d_x, d_weight, d_shift, d_scale = gradients = _like_backward(d_out, x, weight, scale, inverse)
-    d_out, x, weight, scale = native.dense(d_out), native.dense(x), native.floats(weight), native.typed(scale)
+    d_out, x, weight, scale = layout.dense(d_out), layout.dense(x), layout.floats(weight), layout.typed(scale)
     native.run(
         "adaln_modulate_backward",
         *x.shape,
@@ -66,18 +66,17 @@ def _backward(d_out, x, weight, scale, inverse):
     return gradients
 
 
-_native = NativeOp(
+_fused = FusedOp(
     "adaln_modulate",
     inputs="Tensor x, Tensor weight, Tensor shift, Tensor scale, float eps, ScalarType? out_dtype",
     outputs="Tensor, Tensor",
     results=1,
-    forward=_forward,
     like_forward=_like_forward,
     backward_inputs="Tensor d_out, Tensor x, Tensor weight, Tensor scale, Tensor inverse",
     backward_outputs="Tensor, Tensor, Tensor, Tensor",
-    backward=_backward,
     like_backward=_like_backward,
     saved=lambda inputs, outputs: (inputs[0], inputs[1], inputs[3], outputs[1]),
+    bodies={"native": Body(_native_forward, _native_backward)},
 )
 
 
@@ -90,8 +89,10 @@ def adaln_modulate(
         ValueError: shapes that do not belong together.
     """
     check_modulation("adaln_modulate", x, weight, shift, scale)
-    body = _native if backend.native_for(x, out_dtype) else adaln_modulate_ref
-    return body(x, weight, shift, scale, eps, out_dtype)
+    body = backend.choose(x, out_dtype)
+    if body == "reference":
+        return adaln_modulate_ref(x, weight, shift, scale, eps, out_dtype)
+    return _fused(body, x, weight, shift, scale, eps, out_dtype)
 
 
 def check_modulation(op: str, x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor) -> None:

@@ -1,10 +1,13 @@
 """Which body of the ops runs: `use` sets it, for the whole process.
 
-`reference` is plain PyTorch. `native` is C++ for tensors on the CPU in float32 or bfloat16. `auto` is native wherever
-that can run, reference elsewhere. float64 always takes the reference body, which is exact in it: it is what tests hold
-the others against.
+`reference` is plain PyTorch. `native` is C++ for tensors on the CPU, `triton` is for tensors on a CUDA device (and,
+very slowly, for those on the CPU where TRITON_INTERPRET=1 in the environment switched Triton's interpreter on). Both take
+float32 and bfloat16. `auto` is native or triton wherever that can run, reference elsewhere. float64 always takes
+the reference body, which is exact in it: it is what tests hold the others against.
 """
 
+import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,9 +15,9 @@ import torch
 from torch import Tensor
 
 from unite_fast.errors import UserError
-from unite_fast.kernels import native
+from unite_fast.kernels import layout, native
 
-NAMES = ("auto", "reference", "native")
+NAMES = ("auto", "reference", "native", "triton")
 
 _current = "auto"
 
@@ -28,8 +31,8 @@ def use(name: str) -> None:
     global _current
     if name not in NAMES:
         raise UserError(f"kernels: there is no body called {name!r}; choose one of {', '.join(NAMES)}")
-    if name == "native" and not native.available():
-        raise UserError(f"kernels: the native body is missing: {native.reason()}")
+    if missing := why_missing(name):
+        raise UserError(f"kernels: the {name} body is missing: {missing}")
     _current = name
 
 
@@ -49,31 +52,62 @@ def current() -> str:
     return _current
 
 
-def body_on(device: torch.device) -> str:
-    """The body that float32 and bfloat16 tensors on this device get."""
-    native_here = device.type == "cpu" and native.available()
-    return "native" if _current == "native" or (_current == "auto" and native_here) else "reference"
+def why_missing(name: str) -> str:
+    """Why a body cannot run on this machine; empty if it can."""
+    if name == "native":
+        return native.reason()
+    if name != "triton":
+        return ""
+    if not _triton_installed():
+        return "the package triton is not installed; `pip install triton` (Linux only)"
+    if not (interpreted() or torch.cuda.is_available()):
+        return "torch sees no CUDA device here"
+    return ""
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def available() -> list[str]:
     """The names that `use` takes on this machine."""
-    return [name for name in NAMES if name != "native" or native.available()]
+    return [name for name in NAMES if not why_missing(name)]
 
 
-def native_for(x: Tensor, out_dtype: torch.dtype | None = None) -> bool:
-    """Whether the native body of an op shall run on x and give a result of `out_dtype` or x's own.
+def body_on(device: torch.device) -> str:
+    """The body that float32 and bfloat16 tensors on this device get."""
+    if _current != "auto":
+        return _current
+    if device.type == "cuda":
+        return "triton" if _triton_installed() else "reference"
+    return "native" if device.type == "cpu" and native.available() else "reference"
+
+
+def fused_body_on(device: torch.device) -> str:
+    """The fast body that serves this device: what a graph that was compiled with one runs, whatever `use` says now."""
+    return "triton" if device.type == "cuda" or _current == "triton" else "native"
+
+
+def choose(x: Tensor, out_dtype: torch.dtype | None = None) -> str:
+    """The body of an op that shall run on x and give a result of `out_dtype` or x's own.
 
     Raises:
-        UserError: "native" was asked for, and this is not what it can take.
+        UserError: "native" or "triton" was asked for, and this is not what it can take.
     """
     if _current == "reference" or x.dtype == torch.float64:
-        return False
-    able = x.is_cpu and x.dtype in native.TYPES and (out_dtype is None or out_dtype in native.TYPES)
+        return "reference"
+    typed = x.dtype in layout.TYPES and (out_dtype is None or out_dtype in layout.TYPES)
     if _current == "auto":
-        return able and native.available()
-    if not able:
+        return body_on(x.device) if typed else "reference"
+    home = "cuda" if _current == "triton" and not interpreted() else "cpu"
+    if not typed or x.device.type != home:
         raise UserError(
-            f"kernels: the native body takes and gives float32 and bfloat16 on the CPU, not {x.dtype} "
+            f"kernels: the {_current} body takes and gives float32 and bfloat16 on {home}, not {x.dtype} "
             f"{f'to {out_dtype} ' if out_dtype else ''}on {x.device.type}; choose the body 'auto' or 'reference'"
         )
-    return True
+    return _current

@@ -10,10 +10,10 @@ All arithmetic is float32.
 import torch
 from torch import Tensor
 
-from unite_fast.kernels import backend, native
+from unite_fast.kernels import backend, layout, native
 from unite_fast.kernels.adaln_modulate import adaln_modulate_ref, check_modulation
 from unite_fast.kernels.common import mistake, upcast
-from unite_fast.kernels.op import NativeOp
+from unite_fast.kernels.op import Body, FusedOp
 
 
 def gated_residual_adaln_ref(x, branch, gate, weight, shift, scale, eps=1e-6, out_dtype=None):
@@ -27,13 +27,13 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
 
 def _like_forward(x, branch, gate, weight, shift, scale, eps, out_dtype):
     b, t, _ = x.shape
-    return native.room(x), native.room(x, out_dtype), x.new_empty((b, t), dtype=torch.float32)
+    return layout.room(x), layout.room(x, out_dtype), x.new_empty((b, t), dtype=torch.float32)
 
 
-def _forward(x, branch, gate, weight, shift, scale, eps, out_dtype):
+def _native_forward(x, branch, gate, weight, shift, scale, eps, out_dtype):
     x_out, h, inverse = outputs = _like_forward(x, branch, gate, weight, shift, scale, eps, out_dtype)
-    x, branch, gate = native.dense(x), native.typed(branch), native.typed(gate)
-    weight, shift, scale = native.floats(weight), native.typed(shift), native.typed(scale)
+    x, branch, gate = layout.dense(x), layout.typed(branch), layout.typed(gate)
+    weight, shift, scale = layout.floats(weight), layout.typed(shift), layout.typed(scale)
     native.run(
         "gated_residual_adaln_forward",
         *x.shape,
@@ -52,17 +52,17 @@ def _forward(x, branch, gate, weight, shift, scale, eps, out_dtype):
 
 
 def _like_backward(d_x_out, d_h, x_out, branch, gate, weight, scale, inverse):
-    d_x, d_branch = native.room(x_out), native.room_typed(branch)
-    d_gate, d_scale = native.room_typed(gate), native.room_typed(scale)
-    return d_x, d_branch, d_gate, native.room_floats(weight, x_out), native.room_typed(scale), d_scale
+    d_x, d_branch = layout.room(x_out), layout.room_typed(branch)
+    d_gate, d_scale = layout.room_typed(gate), layout.room_typed(scale)
+    return d_x, d_branch, d_gate, layout.room_floats(weight, x_out), layout.room_typed(scale), d_scale
 
 
-def _backward(d_x_out, d_h, x_out, branch, gate, weight, scale, inverse):
+def _native_backward(d_x_out, d_h, x_out, branch, gate, weight, scale, inverse):
     gradients = _like_backward(d_x_out, d_h, x_out, branch, gate, weight, scale, inverse)
     d_x, d_branch, d_gate, d_weight, d_shift, d_scale = gradients
-    d_x_out, d_h = (native.gradient(d, x_out.shape, x_out.dtype) for d in (d_x_out, d_h))
-    x_out, branch, gate = native.dense(x_out), native.typed(branch), native.typed(gate)
-    weight, scale = native.floats(weight), native.typed(scale)
+    d_x_out, d_h = (layout.gradient(d, x_out.shape, x_out) for d in (d_x_out, d_h))
+    x_out, branch, gate = layout.dense(x_out), layout.typed(branch), layout.typed(gate)
+    weight, scale = layout.floats(weight), layout.typed(scale)
     native.run(
         "gated_residual_adaln_backward",
         *x_out.shape,
@@ -84,21 +84,20 @@ def _backward(d_x_out, d_h, x_out, branch, gate, weight, scale, inverse):
     return gradients
 
 
-_native = NativeOp(
+_fused = FusedOp(
     "gated_residual_adaln",
     inputs="Tensor x, Tensor branch, Tensor gate, Tensor weight, Tensor shift, Tensor scale, float eps, "
     "ScalarType? out_dtype",
     outputs="Tensor, Tensor, Tensor",
     results=2,
-    forward=_forward,
     like_forward=_like_forward,
     backward_inputs="Tensor? d_x_out, Tensor? d_h, Tensor x_out, Tensor branch, Tensor gate, Tensor weight, "
     "Tensor scale, Tensor inverse",
     backward_outputs="Tensor, Tensor, Tensor, Tensor, Tensor, Tensor",
-    backward=_backward,
     like_backward=_like_backward,
     # x_out serves instead of x: the next op keeps it too.
     saved=lambda inputs, outputs: (outputs[0], *inputs[1:4], inputs[5], outputs[2]),
+    bodies={"native": Body(_native_forward, _native_backward)},
 )
 
 
@@ -119,8 +118,10 @@ def gated_residual_adaln(
     """
     check_modulation("gated_residual_adaln", x, weight, shift, scale)
     check_branch("gated_residual_adaln", x, branch, gate)
-    body = _native if backend.native_for(x, out_dtype) else gated_residual_adaln_ref
-    return body(x, branch, gate, weight, shift, scale, eps, out_dtype)
+    body = backend.choose(x, out_dtype)
+    if body == "reference":
+        return gated_residual_adaln_ref(x, branch, gate, weight, shift, scale, eps, out_dtype)
+    return _fused(body, x, branch, gate, weight, shift, scale, eps, out_dtype)
 
 
 def check_branch(op: str, x: Tensor, branch: Tensor, gate: Tensor) -> None:

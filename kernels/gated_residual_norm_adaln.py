@@ -11,11 +11,11 @@ block that begins, or to the final layer. All arithmetic is float32.
 import torch
 from torch import Tensor
 
-from unite_fast.kernels import backend, native
+from unite_fast.kernels import backend, layout, native
 from unite_fast.kernels.adaln_modulate import adaln_modulate_ref, check_modulation
 from unite_fast.kernels.common import mistake, rms_norm
 from unite_fast.kernels.gated_residual_adaln import check_branch, gated_residual
-from unite_fast.kernels.op import NativeOp
+from unite_fast.kernels.op import Body, FusedOp
 
 
 def gated_residual_norm_adaln_ref(x, branch, gate, norm_weight, weight, shift, scale, eps=1e-6, out_dtype=None):
@@ -25,15 +25,15 @@ def gated_residual_norm_adaln_ref(x, branch, gate, norm_weight, weight, shift, s
 
 def _like_forward(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype):
     b, t, _ = x.shape
-    return native.room(x), native.room(x, out_dtype), x.new_empty((2, b, t), dtype=torch.float32)
+    return layout.room(x), layout.room(x, out_dtype), x.new_empty((2, b, t), dtype=torch.float32)
 
 
-def _forward(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype):
+def _native_forward(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype):
     outputs = _like_forward(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype)
     x_out, h, inverses = outputs
-    x, branch, gate = native.dense(x), native.typed(branch), native.typed(gate)
-    norm_weight, weight = native.floats(norm_weight), native.floats(weight)
-    shift, scale = native.typed(shift), native.typed(scale)
+    x, branch, gate = layout.dense(x), layout.typed(branch), layout.typed(gate)
+    norm_weight, weight = layout.floats(norm_weight), layout.floats(weight)
+    shift, scale = layout.typed(shift), layout.typed(scale)
     native.run(
         "gated_residual_norm_adaln_forward",
         *x.shape,
@@ -53,17 +53,17 @@ def _forward(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype)
 
 
 def _like_backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, inverses):
-    d_norm_weight, d_weight = native.room_floats(norm_weight, x), native.room_floats(weight, x)
-    d_gate, d_shift, d_scale = native.room_typed(gate), native.room_typed(scale), native.room_typed(scale)
-    return native.room(x), native.room_typed(branch), d_gate, d_norm_weight, d_weight, d_shift, d_scale
+    d_norm_weight, d_weight = layout.room_floats(norm_weight, x), layout.room_floats(weight, x)
+    d_gate, d_shift, d_scale = layout.room_typed(gate), layout.room_typed(scale), layout.room_typed(scale)
+    return layout.room(x), layout.room_typed(branch), d_gate, d_norm_weight, d_weight, d_shift, d_scale
 
 
-def _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, inverses):
+def _native_backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, inverses):
     gradients = _like_backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, inverses)
     d_x, d_branch, d_gate, d_norm_weight, d_weight, d_shift, d_scale = gradients
-    d_x_out, d_h = (native.gradient(d, x.shape, x.dtype) for d in (d_x_out, d_h))
-    x, branch, gate = native.dense(x), native.typed(branch), native.typed(gate)
-    norm_weight, weight, scale = native.floats(norm_weight), native.floats(weight), native.typed(scale)
+    d_x_out, d_h = (layout.gradient(d, x.shape, x) for d in (d_x_out, d_h))
+    x, branch, gate = layout.dense(x), layout.typed(branch), layout.typed(gate)
+    norm_weight, weight, scale = layout.floats(norm_weight), layout.floats(weight), layout.typed(scale)
     native.run(
         "gated_residual_norm_adaln_backward",
         *x.shape,
@@ -87,21 +87,20 @@ def _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, inverse
     return gradients
 
 
-_native = NativeOp(
+_fused = FusedOp(
     "gated_residual_norm_adaln",
     inputs="Tensor x, Tensor branch, Tensor gate, Tensor norm_weight, Tensor weight, Tensor shift, Tensor scale, "
     "float eps, ScalarType? out_dtype",
     outputs="Tensor, Tensor, Tensor",
     results=2,
-    forward=_forward,
     like_forward=_like_forward,
     backward_inputs="Tensor? d_x_out, Tensor? d_h, Tensor x, Tensor branch, Tensor gate, Tensor norm_weight, "
     "Tensor weight, Tensor scale, Tensor inverses",
     backward_outputs="Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor",
-    backward=_backward,
     like_backward=_like_backward,
     # x_out follows from these by less work than it takes to read it.
     saved=lambda inputs, outputs: (*inputs[:5], inputs[6], outputs[2]),
+    bodies={"native": Body(_native_forward, _native_backward)},
 )
 
 
@@ -126,5 +125,7 @@ def gated_residual_norm_adaln(
     check_branch(op, x, branch, gate)
     if norm_weight.shape != weight.shape:
         raise mistake(op, f"norm_weight must be {list(weight.shape)}")
-    body = _native if backend.native_for(x, out_dtype) else gated_residual_norm_adaln_ref
-    return body(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype)
+    body = backend.choose(x, out_dtype)
+    if body == "reference":
+        return gated_residual_norm_adaln_ref(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype)
+    return _fused(body, x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype)

@@ -7,6 +7,8 @@ an error, never a quiet fallback.
 import torch
 from torch import Tensor
 
+from unite_fast.kernels import layout
+
 VERSION = 1
 """Of the C++ that this file calls: kVersion in csrc/module.cpp."""
 
@@ -34,25 +36,6 @@ def reason() -> str:
     return _missing
 
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1}
-"""The element types of the fused ops, numbered as in csrc/element.h."""
-
-
-def dense(x: Tensor) -> Tensor:
-    """x, or a copy of it if its last dimension is strided. Hold on to it for as long as its address is in use."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def floats(x: Tensor | None) -> Tensor | None:
-    """A weight or table as dense float32."""
-    return None if x is None else x.float().contiguous()
-
-
-def typed(x: Tensor) -> Tensor:
-    """Dense as `dense`, in float32 unless its type is one of `TYPES`."""
-    return dense(x if x.dtype in TYPES else x.float())
-
-
 def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
@@ -60,34 +43,12 @@ def address(x: Tensor | None) -> int:
 def rows(x: Tensor) -> tuple[int, int, int, int]:
     """A tensor [B, T, D], dense in D, as csrc/fused_ops.cpp reads it."""
     stride = x.stride()
-    return x.data_ptr(), TYPES[x.dtype], stride[0], stride[1]
+    return x.data_ptr(), layout.TYPES[x.dtype], stride[0], stride[1]
 
 
 def vectors(x: Tensor) -> tuple[int, int, int]:
     """A tensor [B, D], dense in D, as csrc/fused_ops.cpp reads it."""
-    return x.data_ptr(), TYPES[x.dtype], x.stride(0)
-
-
-def gradient(incoming: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An incoming gradient, dense as `dense`. One that nobody sent is None: zeros, which take the room of one row."""
-    if incoming is None:
-        return torch.zeros(shape[-1], dtype=dtype).expand(shape)
-    return dense(incoming)
-
-
-def room(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Room for a dense tensor of the same shape, in `dtype` or its own."""
-    return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
-
-
-def room_typed(like: Tensor) -> Tensor:
-    """Room for the gradient of what the C++ reads by way of `typed`."""
-    return room(like, None if like.dtype in TYPES else torch.float32)
-
-
-def room_floats(like: Tensor | None, beside: Tensor) -> Tensor:
-    """Room for the gradient of a weight; of no size for a weight that is None."""
-    return beside.new_empty(0, dtype=torch.float32) if like is None else room(like, torch.float32)
+    return x.data_ptr(), layout.TYPES[x.dtype], x.stride(0)
 
 
 def heads(x: Tensor) -> tuple[int, int, int, int]:

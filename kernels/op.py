@@ -1,16 +1,20 @@
-"""How a native body becomes an op with a gradient.
+"""How the fast bodies of an op, `native` and `triton`, become one op with a gradient.
 
-A call goes one of two ways. In eager mode it is a `torch.autograd.Function` around the C++ call, about 20 us dearer
-than the C++ alone, where a dispatcher op written in Python costs about 95. While torch.compile or a fake tensor looks
-on, it is the dispatcher op `unite_fast::NAME`, which they can see: its gradient is `unite_fast::NAME_backward`.
-Both ways run the same code on the same numbers.
+A call goes one of two ways. In eager mode it is a `torch.autograd.Function` around the body, about 20 us dearer than
+the body alone, where a dispatcher op written in Python costs about 95. While torch.compile, a fake tensor or a dispatch
+mode looks on, it is the dispatcher op `unite_fast::NAME`, which they can see: its gradient is
+`unite_fast::NAME_backward`. Both ways run the same code on the same numbers.
 """
 
+import importlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from unite_fast.kernels import backend
 
 _library = torch.library.Library("unite_fast", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -18,19 +22,43 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 Results = tuple[Tensor, ...]
 
 
-class NativeOp:
-    """An op from its forward and backward passes.
+class Body(NamedTuple):
+    """The two passes of an op. All bodies of an op save the same tensors for the backward pass."""
+
+    forward: Callable[..., Results]
+    """Takes the inputs, gives the outputs, none of which is an input or shares its memory."""
+    backward: Callable[..., Results]
+    """Takes the gradient of each result that the caller sees, None for one that was not used, and what was saved."""
+    eager_forward: Callable[..., Results] | None = None
+    """Takes the place of `forward` in eager mode, where an output may be a view of an input."""
+
+
+def triton_body(module: str, name: str) -> Body:
+    """The body made of NAME_forward and NAME_backward in kernels/triton_bodies/MODULE.py, which is imported when it
+    first runs: Triton is not on every machine."""
+
+    def run(way: str) -> Callable[..., Results]:
+        def call(*inputs):
+            return getattr(importlib.import_module(f"unite_fast.kernels.triton_bodies.{module}"), f"{name}_{way}")(
+                *inputs
+            )
+
+        return call
+
+    return Body(run("forward"), run("backward"))
+
+
+class FusedOp:
+    """An op from its bodies.
 
     Args:
         name: of the op.
         inputs, outputs: their types as PyTorch's operator schemas write them. Gradients go to the first inputs, one for
-            each result of `backward`. The first `results` outputs are the caller's, the others are for `backward`.
-        forward: takes the inputs, gives the outputs, none of which is an input or shares its memory.
-        like_forward: the same on tensors without numbers: shapes, types and strides.
-        backward_inputs, backward_outputs, backward, like_backward: the same for the backward pass. It takes the
-            gradient of each of the `results`, None for one that was not used, and then what `saved` gave.
+            each result of a backward pass. The first `results` outputs are the caller's, the others are for `backward`.
+        like_forward, like_backward: the passes on tensors without numbers: shapes, types and strides.
+        backward_inputs, backward_outputs: as `inputs` and `outputs`.
         saved: what of (inputs, outputs) the backward pass needs.
-        eager_forward: takes the place of `forward` in eager mode, where an output may be a view of an input.
+        bodies: by name.
     """
 
     def __init__(
@@ -40,34 +68,26 @@ class NativeOp:
         inputs: str,
         outputs: str,
         results: int,
-        forward: Callable[..., Results],
         like_forward: Callable[..., Results],
         backward_inputs: str,
         backward_outputs: str,
-        backward: Callable[..., Results],
         like_backward: Callable[..., Results],
         saved: Callable[[tuple, Results], tuple[Tensor | None, ...]],
-        eager_forward: Callable[..., Results] | None = None,
+        bodies: dict[str, Body],
     ):
         self.results = results
         self.saved = saved
-        for op, schema, body, like in (
-            (name, f"({inputs}) -> ({outputs})", forward, like_forward),
-            (f"{name}_backward", f"({backward_inputs}) -> ({backward_outputs})", backward, like_backward),
+        for op, schema, way, like in (
+            (name, f"({inputs}) -> ({outputs})", "forward", like_forward),
+            (f"{name}_backward", f"({backward_inputs}) -> ({backward_outputs})", "backward", like_backward),
         ):
             _library.define(op + schema)
-            _library.impl(op, _as_declared(body), "CPU")
+            passes = {body: _as_declared(getattr(both, way)) for body, both in bodies.items()}
+            for device in ("cpu", "cuda"):
+                _library.impl(op, _choosing(passes, torch.device(device)), device.upper())
             torch.library.register_fake(f"unite_fast::{op}", _as_declared(like), lib=_library)
         self.op = getattr(torch.ops.unite_fast, name).default
         self.backward_op = getattr(torch.ops.unite_fast, f"{name}_backward").default
-        run = eager_forward or forward
-
-        def gradients(body, ctx, incoming):
-            found = _as_tuple(body(*incoming[:results], *ctx.saved_tensors))
-            needed = ctx.needs_input_grad
-            found += (None,) * (len(needed) - len(found))
-            # A weight that is None has an empty gradient here: an op can give no None.
-            return tuple(g if n else None for g, n in zip(found, needed, strict=True))
 
         def setup_context(ctx, inputs, output):
             output = _as_tuple(output)
@@ -77,31 +97,49 @@ class NativeOp:
 
         torch.library.register_autograd(
             f"unite_fast::{name}",
-            lambda ctx, *incoming: gradients(self.backward_op, ctx, incoming),
+            lambda ctx, *incoming: _gradients(self.backward_op, ctx, incoming[:results]),
             setup_context=setup_context,
             lib=_library,
         )
+        self.functions = {body: self._function(name, both) for body, both in bodies.items()}
 
-        def eager(ctx, *inputs):
+    def _function(self, name: str, body: Body) -> type[torch.autograd.Function]:
+        run = body.eager_forward or body.forward
+
+        def forward(ctx, *inputs):
             outputs = run(*inputs)
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*saved(inputs, outputs))
-            return outputs[:results] if results > 1 else outputs[0]
+            ctx.save_for_backward(*self.saved(inputs, outputs))
+            return outputs[: self.results] if self.results > 1 else outputs[0]
 
         @once_differentiable
-        def eager_backward(ctx, *incoming):
-            return gradients(backward, ctx, incoming)
+        def backward(ctx, *incoming):
+            return _gradients(body.backward, ctx, incoming)
 
         # Made by hand for its name, which a profile shows.
-        methods = {"forward": staticmethod(eager), "backward": staticmethod(eager_backward)}
-        self.function = type(name, (torch.autograd.Function,), methods)
+        return type(
+            name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        )
 
-    def __call__(self, *inputs):
+    def __call__(self, body: str, *inputs):
+        """Run a body that `backend.choose` gave for the inputs."""
         # Not a plain tensor: fake, or under trace. The address of such a one means nothing.
-        if torch.compiler.is_compiling() or type(inputs[0]) not in _PLAIN:
+        if torch.compiler.is_compiling() or type(inputs[0]) not in _PLAIN or torch._C._len_torch_dispatch_stack():
             outputs = _as_tuple(self.op(*inputs))
             return outputs[: self.results] if self.results > 1 else outputs[0]
-        return self.function.apply(*inputs)
+        return self.functions[body].apply(*inputs)
+
+
+def _gradients(backward: Callable[..., Results], ctx, incoming: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    found = _as_tuple(backward(*incoming, *ctx.saved_tensors))
+    needed = ctx.needs_input_grad
+    found += (None,) * (len(needed) - len(found))
+    # A weight that is None has an empty gradient here: an op can give no None.
+    return tuple(g if n else None for g, n in zip(found, needed, strict=True))
+
+
+def _choosing(passes: dict[str, Callable], device: torch.device) -> Callable:
+    return lambda *inputs: passes[backend.fused_body_on(device)](*inputs)
 
 
 def _as_declared(body: Callable[..., Results]) -> Callable:

@@ -12,9 +12,9 @@ Source: RoPE (Su et al., arXiv 2104.09864), q/k norm (Dehghani et al., arXiv 230
 import torch
 from torch import Tensor
 
-from unite_fast.kernels import backend, native
+from unite_fast.kernels import backend, layout, native
 from unite_fast.kernels.common import mistake, rms_norm, upcast
-from unite_fast.kernels.op import NativeOp
+from unite_fast.kernels.op import Body, FusedOp
 
 
 def qk_norm_rope_ref(qkv, heads, q_weight, k_weight, cos, sin, eps=1e-6):
@@ -41,11 +41,11 @@ def _like_forward(qkv, q_weight, k_weight, cos, sin, heads, eps):
     return q, k, v, qkv.new_empty((b, t, 2, heads), dtype=torch.float32)
 
 
-def _eager_forward(qkv, q_weight, k_weight, cos, sin, heads, eps):
+def _native_eager_forward(qkv, q_weight, k_weight, cos, sin, heads, eps):
     b, t, packed = qkv.shape
     head_dim = packed // (3 * heads)
-    qkv = native.dense(qkv)
-    q_weight, k_weight, cos, sin = (native.floats(x) for x in (q_weight, k_weight, cos, sin))
+    qkv = layout.dense(qkv)
+    q_weight, k_weight, cos, sin = (layout.floats(x) for x in (q_weight, k_weight, cos, sin))
     shape = (b, heads, t, head_dim)
     # Dense: scaled_dot_product_attention is 0 to 8 % faster on these than on the order [B, T, H, K], which would be
     # written in one go. v, which is only summed, may stay where it is.
@@ -63,24 +63,24 @@ def _eager_forward(qkv, q_weight, k_weight, cos, sin, heads, eps):
     return q, k, v, inverse
 
 
-def _forward(*inputs):
-    q, k, v, inverse = _eager_forward(*inputs)
+def _native_forward(*inputs):
+    q, k, v, inverse = _native_eager_forward(*inputs)
     # What an op gives must not share memory with what it took.
     return q, k, torch.empty_like(q).copy_(v), inverse
 
 
 def _like_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, inverse):
-    return native.room(qkv), native.room_floats(q_weight, qkv), native.room_floats(k_weight, qkv)
+    return layout.room(qkv), layout.room_floats(q_weight, qkv), layout.room_floats(k_weight, qkv)
 
 
-def _backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, inverse):
+def _native_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, inverse):
     gradients = _like_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, inverse)
     d_qkv, d_q_weight, d_k_weight = gradients
     (b, t, _), heads = qkv.shape, inverse.shape[3]
     head_dim = qkv.shape[2] // (3 * heads)
-    d_q, d_k, d_v = (native.gradient(d, (b, heads, t, head_dim), qkv.dtype) for d in (d_q, d_k, d_v))
-    qkv = native.dense(qkv)
-    q_weight, k_weight, cos, sin = (native.floats(x) for x in (q_weight, k_weight, cos, sin))
+    d_q, d_k, d_v = (layout.gradient(d, (b, heads, t, head_dim), qkv) for d in (d_q, d_k, d_v))
+    qkv = layout.dense(qkv)
+    q_weight, k_weight, cos, sin = (layout.floats(x) for x in (q_weight, k_weight, cos, sin))
     native.run(
         "qk_norm_rope_backward",
         *(b, t, heads, head_dim, 0.0),
@@ -96,20 +96,18 @@ def _backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, inverse):
     return gradients
 
 
-_native = NativeOp(
+_fused = FusedOp(
     "qk_norm_rope",
     inputs="Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, SymInt heads, float eps",
     outputs="Tensor, Tensor, Tensor, Tensor",
     results=3,
-    forward=_forward,
-    eager_forward=_eager_forward,
     like_forward=_like_forward,
     backward_inputs="Tensor? d_q, Tensor? d_k, Tensor? d_v, Tensor qkv, Tensor? q_weight, Tensor? k_weight, "
     "Tensor cos, Tensor sin, Tensor inverse",
     backward_outputs="Tensor, Tensor, Tensor",
-    backward=_backward,
     like_backward=_like_backward,
     saved=lambda inputs, outputs: (*inputs[:5], outputs[3]),
+    bodies={"native": Body(_native_forward, _native_backward, _native_eager_forward)},
 )
 
 
@@ -128,9 +126,10 @@ def qk_norm_rope(
         ValueError: shapes that do not belong together.
     """
     _check(qkv, heads, q_weight, k_weight, cos, sin)
-    if backend.native_for(qkv):
-        return _native(qkv, q_weight, k_weight, cos, sin, heads, eps)
-    return qk_norm_rope_ref(qkv, heads, q_weight, k_weight, cos, sin, eps)
+    body = backend.choose(qkv)
+    if body == "reference":
+        return qk_norm_rope_ref(qkv, heads, q_weight, k_weight, cos, sin, eps)
+    return _fused(body, qkv, q_weight, k_weight, cos, sin, heads, eps)
 
 
 def _check(qkv, heads, q_weight, k_weight, cos, sin) -> None:

@@ -7,9 +7,9 @@ Source: Shazeer, arXiv 2002.05202.
 from torch import Tensor
 from torch.nn import functional as F
 
-from unite_fast.kernels import backend, native
+from unite_fast.kernels import backend, layout, native
 from unite_fast.kernels.common import mistake, upcast
-from unite_fast.kernels.op import NativeOp
+from unite_fast.kernels.op import Body, FusedOp
 
 
 def swiglu_ref(uw: Tensor) -> Tensor:
@@ -21,39 +21,38 @@ def _like_forward(uw):
     return (uw.new_empty((*uw.shape[:-1], uw.shape[-1] // 2)),)
 
 
-def _forward(uw):
+def _native_forward(uw):
     (out,) = _like_forward(uw)
     uw, width = uw.contiguous(), out.shape[-1]
     rows = out.numel() // width if width else 0
-    native.run("swiglu_forward", native.TYPES[uw.dtype], rows, width, uw.data_ptr(), out.data_ptr())
+    native.run("swiglu_forward", layout.TYPES[uw.dtype], rows, width, uw.data_ptr(), out.data_ptr())
     return (out,)
 
 
 def _like_backward(d_out, uw):
-    return (native.room(uw),)
+    return (layout.room(uw),)
 
 
-def _backward(d_out, uw):
+def _native_backward(d_out, uw):
     (d_uw,) = _like_backward(d_out, uw)
     d_out, uw, width = d_out.contiguous(), uw.contiguous(), d_out.shape[-1]
     rows = d_out.numel() // width if width else 0
     pointers = d_out.data_ptr(), uw.data_ptr(), d_uw.data_ptr()
-    native.run("swiglu_backward", native.TYPES[uw.dtype], rows, width, *pointers)
+    native.run("swiglu_backward", layout.TYPES[uw.dtype], rows, width, *pointers)
     return (d_uw,)
 
 
-_native = NativeOp(
+_fused = FusedOp(
     "swiglu",
     inputs="Tensor uw",
     outputs="Tensor",
     results=1,
-    forward=_forward,
     like_forward=_like_forward,
     backward_inputs="Tensor d_out, Tensor uw",
     backward_outputs="Tensor",
-    backward=_backward,
     like_backward=_like_backward,
     saved=lambda inputs, outputs: inputs,
+    bodies={"native": Body(_native_forward, _native_backward)},
 )
 
 
@@ -65,4 +64,5 @@ def swiglu(uw: Tensor) -> Tensor:
     """
     if uw.shape[-1] % 2:
         raise mistake("swiglu", f"the last dimension must be even, got {uw.shape[-1]}")
-    return _native(uw) if backend.native_for(uw) else swiglu_ref(uw)
+    body = backend.choose(uw)
+    return swiglu_ref(uw) if body == "reference" else _fused(body, uw)

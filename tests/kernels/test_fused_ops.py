@@ -209,15 +209,15 @@ def test_what_is_not_finite_stays_so_and_stays_in_its_token(case, bad):
 def test_opcheck(case, dtypes):
     """PyTorch's own examination of an op: schema, fake, gradient, and both under a dynamic trace."""
     op, _, inputs = case(2, 9, 42, *DTYPES[dtypes])
-    native_op = importlib.import_module(f"unite_fast.kernels.{op.name}")._native
+    fused = importlib.import_module(f"unite_fast.kernels.{op.name}")._fused
     arguments = op.flat(*inputs.values())
-    torch.library.opcheck(native_op.op, arguments)
-    outputs = native_op.op(*arguments)
+    torch.library.opcheck(fused.op, arguments)
+    outputs = fused.op(*arguments)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     outputs = [o.detach() for o in outputs]
-    incoming = [torch.randn_like(o) for o in outputs[: native_op.results]]
-    saved = [x if x is None else x.detach() for x in native_op.saved(arguments, outputs)]
-    torch.library.opcheck(native_op.backward_op, (*incoming, *saved))
+    incoming = [torch.randn_like(o) for o in outputs[: fused.results]]
+    saved = [x if x is None else x.detach() for x in fused.saved(arguments, outputs)]
+    torch.library.opcheck(fused.backward_op, (*incoming, *saved))
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
