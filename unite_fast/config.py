@@ -17,6 +17,7 @@ import yaml
 
 from unite_fast.errors import UserError
 from unite_fast.kernels import backend
+from unite_fast.optim import adamw
 from unite_fast.perceptual import PerceptualConfig
 
 
@@ -199,7 +200,9 @@ class OptimConfig:
     ema_decay: float = 0.9978
     muon_momentum: float = 0.95
     muon_dtype: str = "bfloat16"
-    """Precision of the Newton-Schulz products: bfloat16 (released) or float32 (faster on most CPUs)."""
+    """Precision of the Newton-Schulz products: bfloat16 (released) or float32."""
+    adamw: str = "torch"
+    """Whose AdamW runs: torch's fused one, or apex, NVIDIA's, which you have to build yourself."""
     adamw_betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-6
     """Of both optimizers."""
@@ -211,6 +214,7 @@ class OptimConfig:
         require(all(0 <= beta < 1 for beta in self.adamw_betas), "optim.adamw_betas must be in [0, 1)")
         require(self.eps > 0, "optim.eps must be positive")
         require_choice("optim.muon_dtype", self.muon_dtype, ("bfloat16", "float32"))
+        require_choice("optim.adamw", self.adamw, adamw.BODIES)
 
 
 @dataclass
@@ -283,7 +287,9 @@ class Config:
     """Name of the recipe and, unless train.out says otherwise, of its run folder."""
     seed: int = 0
     kernels: str = "auto"
-    """Which body of the kernels runs: auto (the fastest that fits), reference or native."""
+    """Which body of the kernels runs: auto (triton on CUDA, native on a CPU), reference, native or triton."""
+    attention: str = "auto"
+    """Who computes attention on CUDA: sdpa (PyTorch) or flash_attn (that package, 2 to 4); auto is sdpa."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -297,6 +303,7 @@ class Config:
         require(bool(self.name), "name must not be empty: the run's folder is called after it")
         require(0 <= self.seed < 2**64, "seed must be in [0, 2**64)")
         require_choice("kernels", self.kernels, backend.NAMES)
+        require_choice("attention", self.attention, backend.ATTENTION_NAMES)
 
 
 def load_config(recipe: str | None = None, overrides: tuple[str, ...] = ()) -> Config:

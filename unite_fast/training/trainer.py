@@ -73,6 +73,7 @@ class Trainer:
         self.device = choose_device(config.train.device)
         use_threads(config.train.threads)
         backend.use(config.kernels)
+        backend.use_attention(config.attention)
         self.source = open_source(config.data.source, config.data.path, config.model.image_size, "train")
         check_data(self.source, config)
         self.lpips = load_lpips(config.perceptual).to(self.device) if config.perceptual.weight else None
