@@ -24,11 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from unite_fast.config import Config, from_tree
+from unite_fast.config import Config
 from unite_fast.kernels import backend
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import draw_step, training_losses
 from unite_fast.randomness import Philox
+from unite_fast.recipes import from_tree
 from unite_fast.training.state import TrainState
 
 EXAMPLES = """examples:

@@ -19,9 +19,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from unite_fast.cli import main
-from unite_fast.config import Config, ModelConfig, from_tree
+from unite_fast.config import Config, ModelConfig
 from unite_fast.kernels import backend
 from unite_fast.model.unite import UNITE
+from unite_fast.recipes import from_tree
 
 # Build servers set these, and typer then colours its help even where nobody watches.
 for variable in ("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS"):
@@ -173,7 +174,7 @@ def command(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Ca
 @pytest.fixture(scope="session")
 def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished tiny run, to look at and not to change."""
-    from unite_fast.config import load_config
+    from unite_fast.recipes import load_config
     from unite_fast.training.trainer import train
 
     folder = tmp_path_factory.mktemp("trained") / "run"

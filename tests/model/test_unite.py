@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from unite_fast.config import EncoderConfig, ModelConfig, from_tree
+from unite_fast.config import EncoderConfig, ModelConfig
 from unite_fast.model.unite import UNITE
+from unite_fast.recipes import from_tree
 
 
 def draw(*shape: int) -> torch.Tensor:
