@@ -7,7 +7,7 @@ Shapes: qkv [B, T, 3 H K], q_weight and k_weight [K] or None (no norm), cos and 
 rotation) -> [B, T, H K]. `wanted` = (first, last) asks for the rows of these queries alone: [B, last - first, H K].
 Source: FlashAttention (Dao et al., arXiv 2205.14135), as PyTorch or the flash-attn package has it.
 
-The native body keeps qkv and the result for the backward pass, and makes q and k again there.
+In bfloat16, the native body keeps qkv and the result for the backward pass, and makes q and k again there.
 """
 
 import torch
@@ -106,7 +106,7 @@ def attention(
     """
     if cos is not None:
         check("attention", qkv, heads, q_weight, k_weight, cos, sin)
-    if backend.choose(qkv) != "native":
+    if backend.choose(qkv) != "native" or qkv.dtype != torch.bfloat16:
         return attention_ref(qkv, heads, q_weight, k_weight, cos, sin, wanted)
     first, last = wanted or (0, qkv.shape[1])
     return _fused("native", qkv, q_weight, k_weight, cos, sin, heads, first, last)

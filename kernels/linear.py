@@ -8,8 +8,11 @@
                                                   of x_out, h = gated_residual_adaln(x, branch, ..)
 
 Shapes: x, uw and u [B, T, K] or [B, T, 2 K] (uw), W [N, K], b [N] -> [B, T, N]. Products are taken in bfloat16 under
-autocast to it and in the input's precision otherwise; sums are float32. See product.py.
+autocast to it and in the input's precision otherwise; sums are float32. See product.py. In float32 the parts run one by
+one and keep what they keep: small models on a CPU are trained so, for which more calls cost more than memory is worth.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,11 +23,11 @@ from unite_fast.kernels.adaln_modulate import _fused as adaln_op
 from unite_fast.kernels.adaln_modulate import check_modulation
 from unite_fast.kernels.common import matmul_dtype, mistake
 from unite_fast.kernels.gated_residual_adaln import _fused as gated_op
-from unite_fast.kernels.gated_residual_adaln import check_branch, gated_residual_adaln_ref
+from unite_fast.kernels.gated_residual_adaln import check_branch, gated_residual_adaln
 from unite_fast.kernels.op import Body, FusedOp, Results
 from unite_fast.kernels.product import product, product_backward
 from unite_fast.kernels.swiglu import _fused as swiglu_op
-from unite_fast.kernels.swiglu import swiglu_ref
+from unite_fast.kernels.swiglu import swiglu
 
 
 def _like_product(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -160,6 +163,13 @@ _gated_residual_adaln_linear = FusedOp(
 )
 
 
+def body_for(x: Tensor) -> str | None:
+    """The body of an op that keeps little; None where its parts run one by one."""
+    dtype = matmul_dtype(x)
+    body = backend.choose(x, dtype)
+    return None if body == "reference" or dtype != torch.bfloat16 else body
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A Linear; see the module's docstring.
 
@@ -167,25 +177,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ValueError: shapes that do not belong together.
     """
     _check("linear", x.shape[-1], weight, bias)
-    return _run(_linear, F.linear, x, weight, bias)
+    return _run(_linear, lambda x: x, x, weight, bias)
 
 
 def swiglu_linear(uw: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The second half of a SwiGLU; see the module's docstring. Errors as `linear`."""
     _check("swiglu_linear", uw.shape[-1] / 2, weight, bias)
-    return _run(_swiglu_linear, lambda uw, weight, bias: F.linear(swiglu_ref(uw), weight, bias), uw, weight, bias)
+    return _run(_swiglu_linear, swiglu, uw, weight, bias)
 
 
 def gelu_linear(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The second half of an MLP with the exact GELU; see the module's docstring. Errors as `linear`."""
     _check("gelu_linear", u.shape[-1], weight, bias)
-    return _run(_gelu_linear, lambda u, weight, bias: F.linear(F.gelu(u), weight, bias), u, weight, bias)
+    return _run(_gelu_linear, F.gelu, u, weight, bias)
 
 
-def _run(op: FusedOp, reference, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    dtype = matmul_dtype(x)
-    body = backend.choose(x, dtype)
-    return reference(x, weight, bias) if body == "reference" else op(body, x.to(dtype), weight, bias)
+def _run(op: FusedOp, activation: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    body = body_for(x)
+    return op(body, x.to(torch.bfloat16), weight, bias) if body else F.linear(activation(x), weight, bias)
 
 
 def layer_norm_linear(
@@ -193,11 +202,10 @@ def layer_norm_linear(
 ) -> Tensor:
     """A Linear of a LayerNorm; see the module's docstring. Errors as `linear`."""
     _check("layer_norm_linear", x.shape[-1], weight, bias)
-    dtype = matmul_dtype(x)
-    body = backend.choose(x, dtype)
-    if body == "reference":
+    body = body_for(x)
+    if not body:
         return F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), weight, bias)
-    return _layer_norm_linear(body, x, norm_weight, norm_bias, weight, bias, eps, dtype)
+    return _layer_norm_linear(body, x, norm_weight, norm_bias, weight, bias, eps, torch.bfloat16)
 
 
 def gated_residual_adaln_linear(
@@ -215,12 +223,11 @@ def gated_residual_adaln_linear(
     check_modulation(op, x, norm_weight, shift, scale)
     check_branch(op, x, branch, gate)
     _check(op, x.shape[-1], weight, bias)
-    dtype = matmul_dtype(x)
-    body = backend.choose(x, dtype)
-    if body == "reference":
-        x, h = gated_residual_adaln_ref(x, branch, gate, norm_weight, shift, scale, EPS, dtype)
+    inputs, body = (x, branch, gate, norm_weight, shift, scale), body_for(x)
+    if not body:
+        x, h = gated_residual_adaln(*inputs, EPS, matmul_dtype(x))
         return x, F.linear(h, weight, bias)
-    return _gated_residual_adaln_linear(body, x, branch, gate, norm_weight, shift, scale, weight, bias, dtype)
+    return _gated_residual_adaln_linear(body, *inputs, weight, bias, torch.bfloat16)
 
 
 def _check(op: str, width: float, weight: Tensor, bias: Tensor) -> None:

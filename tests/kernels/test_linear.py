@@ -189,10 +189,15 @@ def test_opcheck(name, inputs):
 
 def test_compiled_in_one_graph_and_under_checkpoint(case, inputs):
     torch._dynamo.reset()
-    given = inputs(case)
-    want = run(case.ours, given)
-    compiled = torch.compile(case.ours, fullgraph=True, backend="aot_eager")
-    for got in (run(compiled, given), run(lambda *x: checkpoint(case.ours, *x, use_reentrant=False), given)):
+    given = inputs(case, torch.bfloat16)
+
+    def ours(*tensors):
+        with torch.autocast("cpu", torch.bfloat16):
+            return case.ours(*tensors)
+
+    want = run(ours, given)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for got in (run(compiled, given), run(lambda *x: checkpoint(ours, *x, use_reentrant=False), given)):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 

@@ -18,12 +18,16 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
 
-@torch.library.custom_op("unite_fast::newton_schulz", mutates_args=())
 def newton_schulz(g: Tensor, eps: float) -> Tensor:
     """Push the singular values of matrices towards 1: [n, rows, columns] -> the same shape and precision.
 
     Five steps of the quintic X <- aX + bAX + cA(AX) with A = X X^T. They end near 1 (0.7 to 1.2), not at 1.
     """
+    # A dispatch mode counts it as one operator; for nobody else is that worth its 200 us a call.
+    return (_operator if torch._C._len_torch_dispatch_stack() else _newton_schulz)(g, eps)
+
+
+def _newton_schulz(g: Tensor, eps: float) -> Tensor:
     wide = g.shape[-2] <= g.shape[-1]
     x = g if wide else g.mT
     x = rounded(x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(eps), g.dtype)
@@ -36,9 +40,8 @@ def newton_schulz(g: Tensor, eps: float) -> Tensor:
     return x if wide else x.mT.contiguous()
 
 
-@newton_schulz.register_fake
-def _(g: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(g)
+_operator = torch.library.custom_op("unite_fast::newton_schulz", _newton_schulz, mutates_args=())
+_operator.register_fake(lambda g, eps: torch.empty_like(g))
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
