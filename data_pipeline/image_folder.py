@@ -1,16 +1,13 @@
 """A folder of pictures, one subfolder a class."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from unite_fast.data_pipeline.images import adm_center_crop
-from unite_fast.data_pipeline.source import UnreadableSample
+from unite_fast.data_pipeline.source import Source, UnreadableSample
 from unite_fast.errors import UserError
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -20,14 +17,12 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 _SPLIT_FOLDERS = {"train": ("train",), "test": ("val", "test")}
 
 
-class FolderSource:
+class FolderSource(Source):
     """Pictures decoded and centre-cropped as they are read. The classes are the subfolders, sorted by name.
 
     A class may hold further folders; a link to a folder is followed where it stands for a class, not below. Files and
     folders that start with a dot are ignored, as is every file without an image's extension.
     """
-
-    in_memory = False
 
     def __init__(self, path: Path, image_size: int, split: str):
         """
@@ -67,14 +62,10 @@ class FolderSource:
         # A file name need not be text, nor a single line; a message must be.
         return _one_line(os.fsencode(self._files[index]).decode(errors="backslashreplace"))
 
-    def read(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-        indices = torch.as_tensor(indices, dtype=torch.int64).tolist()
-        # numpy copies: each thread that copies with torch starts a pool of threads of its own.
-        images = np.empty((len(indices), 3, self.image_size, self.image_size), np.uint8)
-        for image, index in zip(images, indices, strict=True):
-            path = self.root / self._files[index]
-            image[:] = read_image(path, self.image_size, self.name(index)).transpose(2, 0, 1)
-        return torch.from_numpy(images), torch.tensor([self._labels[index] for index in indices], dtype=torch.int64)
+    def read_into(self, index: int, image: np.ndarray) -> int:
+        pixels = read_image(self.root / self._files[index], self.image_size, self.name(index))
+        image[:] = pixels.transpose(2, 0, 1)
+        return self._labels[index]
 
 
 def read_image(path: str | Path, image_size: int, name: str | None = None) -> np.ndarray:
