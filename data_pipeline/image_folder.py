@@ -1,7 +1,10 @@
 """A folder of pictures, one subfolder a class."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -10,7 +13,7 @@ from unite_fast.data_pipeline.images import adm_center_crop
 from unite_fast.data_pipeline.source import Source, UnreadableSample
 from unite_fast.errors import UserError
 
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # By content, whatever the extension: ImageNet has a PNG named .JPEG. A short list, so that no file can reach those of
 # Pillow's decoders that start another program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
@@ -36,8 +39,8 @@ class FolderSource(Source):
         """
         self.image_size = image_size
         self.root = _split_folder(path, split)
-        self._files: list[str] = []
-        self._labels: list[int] = []
+        self.files: list[str] = []
+        self.labels: list[int] = []
         found = _subfolders(self.root)
         if not found:
             raise UserError(f"no class folders in {self.root}: put the images into one subfolder per class")
@@ -49,23 +52,23 @@ class FolderSource(Source):
                 raise UserError(f"class folder {self.root / class_name} has no partner in {path / 'train'}: remove it")
             files = _image_files(self.root, class_name)
             if not files:
-                known = " ".join(_EXTENSIONS)
+                known = " ".join(IMAGE_EXTENSIONS)
                 raise UserError(f"no images ({known}) in class folder {self.root / class_name}: add some or remove it")
-            self._files += files
-            self._labels += [self.class_names.index(class_name)] * len(files)
+            self.files += files
+            self.labels += [self.class_names.index(class_name)] * len(files)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.files)
 
     def name(self, index: int) -> str:
         """The file's path below the folder of classes."""
         # A file name need not be text, nor a single line; a message must be.
-        return _one_line(os.fsencode(self._files[index]).decode(errors="backslashreplace"))
+        return _one_line(os.fsencode(self.files[index]).decode(errors="backslashreplace"))
 
     def read_into(self, index: int, image: np.ndarray) -> int:
-        pixels = read_image(self.root / self._files[index], self.image_size, self.name(index))
+        pixels = read_image(self.root / self.files[index], self.image_size, self.name(index))
         image[:] = pixels.transpose(2, 0, 1)
-        return self._labels[index]
+        return self.labels[index]
 
 
 def read_image(path: str | Path, image_size: int, name: str | None = None) -> np.ndarray:
@@ -74,10 +77,21 @@ def read_image(path: str | Path, image_size: int, name: str | None = None) -> np
     Raises:
         UnreadableSample: the file is missing, broken or no picture; `name` stands for the path in the message.
     """
-    name = name or str(path)
+    return decode_image(path, image_size, name or str(path))
+
+
+def decode_image(file: str | Path | BinaryIO, image_size: int, name: str) -> np.ndarray:
+    """The same for the contents of a picture file, called `name` in the message."""
+    with open_picture(file, name) as picture:
+        return adm_center_crop(picture, image_size)
+
+
+@contextmanager
+def open_picture(file: str | Path | BinaryIO, name: str) -> Iterator[Image.Image]:
+    """A picture that is decoded and changed inside; whatever is wrong with it is an UnreadableSample."""
     try:
-        with Image.open(path, formats=_FORMATS) as picture:
-            return adm_center_crop(picture, image_size)
+        with Image.open(file, formats=_FORMATS) as picture:
+            yield picture
     except UnidentifiedImageError:
         raise UnreadableSample(name, "not an image of a known format") from None
     except OSError as error:
@@ -121,7 +135,7 @@ def _image_files(root: Path, class_name: str) -> list[str]:
         files += [
             os.path.join(below, name)
             for name in names
-            if not name.startswith(".") and name.lower().endswith(_EXTENSIONS)
+            if not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS)
         ]
     return sorted(files)
 
