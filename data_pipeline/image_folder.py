@@ -60,6 +60,9 @@ class FolderSource(Source):
     def __len__(self) -> int:
         return len(self.files)
 
+    def class_counts(self) -> list[int]:
+        return np.bincount(self.labels, minlength=len(self.class_names)).tolist()
+
     def name(self, index: int) -> str:
         """The file's path below the folder of classes."""
         # A file name need not be text, nor a single line; a message must be.

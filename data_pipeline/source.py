@@ -48,6 +48,10 @@ class Source(ABC):
         """How many samples there are; never 0."""
 
     @abstractmethod
+    def class_counts(self) -> list[int]:
+        """How many samples of each class."""
+
+    @abstractmethod
     def name(self, index: int) -> str:
         """What to call a sample in a message: one line, different for each."""
 
@@ -126,6 +130,9 @@ class MemorySource(Source):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def class_counts(self) -> list[int]:
+        return self.labels.bincount(minlength=len(self.class_names)).tolist()
 
     def name(self, index: int) -> str:
         return f"{self.title} {index}"

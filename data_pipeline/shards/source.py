@@ -23,16 +23,20 @@ class ShardSource(Source):
 
     def __init__(self, folder: Path, image_size: int):
         """
+        Args:
+            folder: of the manifest.
+            image_size: 0 takes the images' own, or 256 where they are cropped as they are read.
+
         Raises:
             UserError: something of the set is missing, or not as long as its manifest says; its images have another
                 size.
         """
         self.folder = folder
         self.manifest = read_manifest(folder / MANIFEST)
-        self.image_size = image_size
+        self.image_size = image_size or self.manifest.image_size or 256
         self.class_names = list(self.manifest.classes)
         self.workers = "threads" if self.manifest.format == "raw" else "processes"
-        if self.manifest.image_size not in (0, image_size):
+        if self.manifest.image_size not in (0, self.image_size):
             raise UserError(
                 f"{folder} holds images of {self.manifest.image_size} x {self.manifest.image_size} pixels, image_size "
                 f"is {image_size}: set it to {self.manifest.image_size} or make another set"
@@ -78,6 +82,9 @@ class ShardSource(Source):
 
     def __len__(self) -> int:
         return len(self._keys)
+
+    def class_counts(self) -> list[int]:
+        return list(self.manifest.classes.values())
 
     def name(self, index: int) -> str:
         return f"{self.manifest.shards[self.shard_of[index]].name}:{self._keys[index]:012d}"
@@ -125,11 +132,14 @@ class ShardSource(Source):
         return label
 
     def _open_shard(self, number: int) -> io.FileIO:
-        path = self.folder / self.manifest.shards[number].name
+        path = self.shard_path(number)
         try:
             return open(path, "rb", buffering=0)
         except OSError as error:
             raise UserError(f"cannot open shard {path}: {error.strerror}; restore it, then --resume") from None
+
+    def shard_path(self, number: int) -> Path:
+        return self.folder / self.manifest.shards[number].name
 
 
 def split_folder(path: Path, split: str) -> Path:

@@ -35,6 +35,9 @@ class Numbers(Source):
     def __len__(self):
         return self.n
 
+    def class_counts(self):
+        return [self.n]
+
     def name(self, index):
         return f"number {index}"
 
