@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import tarfile
+import threading
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -148,7 +149,15 @@ def _run(workers: int, total: int, done: int, job: tuple, missing: list[int]) ->
 def _start_worker(*job) -> None:
     global _job
     _job = job
+    # Ctrl-C is the parent's to heed.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker that outlived its killed parent would write to the files of the run that comes after."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _write_shard(number: int) -> None:
