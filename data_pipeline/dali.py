@@ -5,14 +5,17 @@ shards' indices, and DALI decodes, resizes and crops them: the order is exact, l
 """
 
 import importlib.util
+import io
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from unite_fast.data_pipeline.images import crop_region
 from unite_fast.data_pipeline.readers import Bad, Batch, Reader, first_readable
 from unite_fast.data_pipeline.shards.source import ShardSource
 from unite_fast.data_pipeline.source import UnreadableSample
@@ -44,6 +47,7 @@ class DaliReader:
 
     def __init__(self, source: ShardSource, b: int, workers: int, device: torch.device):
         self.source, self.b, self.workers, self.device = source, b, workers, device
+        self.crop = source.manifest.image_size == 0
         self.known: dict[int, Bad] = {}
         self.begun: deque[Future] = deque()
         self.pipeline = None
@@ -66,8 +70,8 @@ class DaliReader:
         samples = [first_readable(self.source, index, self.source.encoded, self.known, bad) for index in wanted]
         try:
             images = self.decode([data for _, (data, _) in samples])
-        except RuntimeError as error:
-            # DALI says that a picture of the batch is broken, not which.
+        except (RuntimeError, UnidentifiedImageError) as error:
+            # Either says that a picture of the batch is broken, not which.
             if not self.find_broken([index for index, _ in samples]):
                 raise UserError(f"DALI cannot decode what Pillow can: {one_line(error)}; set data.loader") from None
             return self.read(wanted)
@@ -78,11 +82,16 @@ class DaliReader:
     def decode(self, files: list[memoryview]) -> Tensor:
         """Picture files to uint8 [b, 3, s, s] on the device."""
         if self.pipeline is None:
-            crop = self.source.manifest.image_size == 0
-            self.pipeline = build_pipeline(self.b, self.workers, self.device, self.source.image_size, crop)
+            self.pipeline = build_pipeline(self.b, self.workers, self.device, self.source.image_size, self.crop)
             self.pipeline.build()
+        inputs = {"files": [np.frombuffer(data, np.uint8) for data in files]}
+        if self.crop:
+            regions = [crop_region(*picture_size(data), self.source.image_size) for data in files]
+            inputs["start"] = np.array([region[:2] for region in regions], dtype=np.float32)
+            inputs["end"] = np.array([region[2:] for region in regions], dtype=np.float32)
         try:
-            self.pipeline.feed_input("files", [np.frombuffer(data, np.uint8) for data in files])
+            for name, values in inputs.items():
+                self.pipeline.feed_input(name, values)
             (images,) = self.pipeline.run()
         except RuntimeError:
             self.pipeline = None  # a pipeline that failed once cannot be used again
@@ -127,17 +136,22 @@ def build_pipeline(b: int, threads: int, device: torch.device, size: int, crop: 
             jpeg_fancy_upsampling=True,  # as Pillow
         )
         if crop:
-            images = fn.resize_crop_mirror(
+            images = fn.resize(
                 images,
-                resize_shorter=size,
-                crop=(size, size),
-                rounding="truncate",
+                roi_start=fn.external_source(name="start", dtype=types.FLOAT, ndim=1),
+                roi_end=fn.external_source(name="end", dtype=types.FLOAT, ndim=1),
+                size=(size, size),
                 interp_type=types.INTERP_CUBIC,
                 antialias=True,
-                subpixel_scale=False,  # the longer side is stretched to a whole number of pixels, as Pillow does
             )
         pipeline.set_outputs(fn.transpose(images, perm=[2, 0, 1]))
     return pipeline
+
+
+def picture_size(data: memoryview) -> tuple[int, int]:
+    """Width and height, from the header alone."""
+    with Image.open(io.BytesIO(data)) as picture:
+        return picture.size
 
 
 def one_line(error: Exception) -> str:

@@ -29,10 +29,23 @@ def adm_center_crop(image: Image.Image, size: int) -> np.ndarray:
     width, height = (round(x * scale) for x in image.size)
     if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"too long and narrow: {width} x {height} pixels once its shorter side is {size}")
-    image = _resize(image, width, height, Image.Resampling.BICUBIC)
-
     top, left = (height - size) // 2, (width - size) // 2
-    return np.array(image.crop((left, top, left + size, top + size)))
+    # The columns that the crop leaves out need not be resized.
+    wide = image.resize((width, image.height), Image.Resampling.BICUBIC)
+    wide = wide.crop((left, 0, left + size, image.height))
+    return np.array(wide.resize((size, height), Image.Resampling.BICUBIC).crop((0, top, size, top + size)))
+
+
+def crop_region(width: int, height: int, size: int) -> tuple[float, float, float, float]:
+    """What the crop of a picture shows, in the picture's own pixels: top, left, bottom, right."""
+    w, h = width, height
+    while min(w, h) >= 2 * size:
+        w, h = w // 2, h // 2
+    scale = size / min(w, h)
+    w, h = round(w * scale), round(h * scale)
+    left, top = (w - size) // 2, (h - size) // 2
+    across, down = width / w, height / h
+    return top * down, left * across, (top + size) * down, (left + size) * across
 
 
 def _resize(image: Image.Image, width: int, height: int, filter_: Image.Resampling) -> Image.Image:

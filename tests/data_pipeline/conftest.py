@@ -1,5 +1,6 @@
 """Pictures that look like photographs to a decoder, and shard sets made of them."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -76,3 +77,24 @@ def odd_pictures(tmp_path) -> Path:
     rgb.save(folder / "turned.jpeg", exif=turned)
     rgb.save(folder / "progressive.jpeg", progressive=True)
     return folder.parent
+
+
+@pytest.fixture
+def assert_flat_memory():
+    """Takes a loader whose batch is an epoch of few images: 50 such epochs, the first five of which warm up."""
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("the system does not tell a process's memory")
+
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def check(loader):
+        used = []
+        for _ in range(10):
+            for _ in range(5):
+                next(loader)
+            used.append(resident())
+        assert max(used[1:]) <= 1.05 * used[0], used
+
+    return check
