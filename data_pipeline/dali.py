@@ -97,8 +97,10 @@ class DaliReader:
             self.pipeline = None  # a pipeline that failed once cannot be used again
             raise
         if self.device.type == "cuda":
-            # A copy: DALI uses its memory again for the next batch.
-            return torch.from_dlpack(images.as_tensor()).clone()
+            # A copy, and done before DALI uses its memory again; this thread can wait, the trainer's goes on.
+            copy = torch.from_dlpack(images.as_tensor()).clone()
+            torch.cuda.current_stream(self.device).synchronize()
+            return copy
         return torch.from_numpy(np.array(images.as_tensor()))
 
     def find_broken(self, indices: list[int]) -> bool:

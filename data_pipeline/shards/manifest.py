@@ -131,15 +131,12 @@ def read_index(path: Path) -> Index:
         UserError: the file is missing or is no index of a shard of ours.
     """
     try:
-        head, *lines = path.read_text().splitlines()
-        words = [line.split(" ") for line in lines]
-        sound = head == f"{_INDEX_VERSION} {len(lines)}" and all(
-            len(line) == 8 and line[0] == "cls" and line[4] in IMAGE_EXTENSIONS for line in words
-        )
-        if sound:
-            numbers = np.array([(line[3][:-4], line[1], line[2], line[5], line[6]) for line in words]).astype(np.int64)
-            numbers = numbers.reshape(-1, 5)
-            return Index(numbers[:, 0], numbers[:, 1:3], numbers[:, 3:5], [line[4] for line in words])
+        version, count, *words = path.read_text().split()
+        table = np.array(words, dtype=str).reshape(int(count), 8)
+        if version == _INDEX_VERSION and (table[:, 0] == "cls").all() and np.isin(table[:, 4], IMAGE_EXTENSIONS).all():
+            keys = table[:, 3].astype("U12")  # without ".cls"
+            numbers = np.column_stack([keys, table[:, [1, 2, 5, 6]]]).astype(np.int64)
+            return Index(numbers[:, 0], numbers[:, 1:3], numbers[:, 3:5], table[:, 4].tolist())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; restore it, or make the set again") from None
     except ValueError:

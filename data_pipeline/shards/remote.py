@@ -4,8 +4,11 @@ import fcntl
 import hashlib
 import os
 import shlex
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -42,6 +45,7 @@ class RemoteShardSource(ShardSource):
         if address.startswith("pipe:") and "{}" not in address:
             raise UserError(f"data.path {address} has no {{}}: write it where the name of a shard's file shall stand")
         self.address = address
+        self._fetcher: threading.Thread | None = None
         cache = Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/unite_fast").expanduser()
         folder = cache / hashlib.sha256(address.encode()).hexdigest()[:16]
         with writing(folder):
@@ -65,7 +69,19 @@ class RemoteShardSource(ShardSource):
         """Shard after shard, both these and the samples within each shuffled, so that few are needed at a time."""
         place = permutation(seed, epoch, len(self))
         turn = permutation(seed, epoch, len(self.manifest.shards))
+        if self._fetcher is None:
+            self._fetcher = threading.Thread(
+                target=self._fetch_ahead, args=(torch.argsort(turn).tolist(),), daemon=True
+            )
+            self._fetcher.start()
         return place[torch.argsort(turn[torch.from_numpy(self.shard_of)[place]], stable=True)]
+
+    def _fetch_ahead(self, numbers: list[int]) -> None:
+        """Fetch the shards in the order in which the first epoch of a run needs them. What fails here fails again, and
+        is reported, when the shard is needed."""
+        with suppress(UserError):
+            for number in numbers:
+                self.shard_path(number)
 
     def fetch(self, target: Path, shard: Shard | None = None) -> None:
         """Fetch a file unless it is there; one process at a time, the others wait for it.
@@ -75,8 +91,7 @@ class RemoteShardSource(ShardSource):
         """
         if target.exists():
             return
-        with writing(target), open(target.with_name(target.name + ".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with writing(target), _locked(target.with_name(target.name + ".lock")):
             for attempt in range(_TRIES):
                 if target.exists():
                     return
@@ -114,3 +129,14 @@ class RemoteShardSource(ShardSource):
         if self.address.startswith("pipe:"):
             return self.address.replace("{}", name)
         return _CURL + shlex.quote(f"{self.address.rstrip('/')}/{name}")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            # Closing alone would not do where a process was forked meanwhile: it has the file open, too.
+            fcntl.flock(file, fcntl.LOCK_UN)

@@ -110,6 +110,16 @@ def test_only_what_is_needed_is_fetched(shards, tmp_path):
     assert len([name for name in fetched(log) if name.endswith(".tar")]) == 1
 
 
+def test_shards_are_fetched_ahead_of_need(shards, tmp_path):
+    log = tmp_path / "log"
+    source = open_(counting(shards("raw"), log))
+    with Loader(source, 1, 0) as loader:
+        first = int(source.shard_of[int(next(loader).ids)])
+        source._fetcher.join(20)
+    shard_names = [name for name in log.read_text().split() if name.endswith(".tar")]
+    assert len(shard_names) == 5 and shard_names[0] == f"shard-{first:05d}.tar"
+
+
 def _read_all(address, done):
     open_(address).read(range(41))
     done.put(True)
