@@ -17,7 +17,7 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # By content, whatever the extension: ImageNet has a PNG named .JPEG. A short list, so that no file can reach those of
 # Pillow's decoders that start another program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-_SPLIT_FOLDERS = {"train": ("train",), "test": ("val", "test")}
+SPLIT_FOLDERS = {"train": ("train",), "test": ("val", "test")}
 
 
 class FolderSource(Source):
@@ -108,16 +108,16 @@ def _split_folder(path: Path, split: str) -> Path:
     if not path.is_dir():
         raise UserError(f"no folder {path}: set data.path to a folder with one subfolder per class")
     found = set(_subfolders(path))
-    names = set().union(*_SPLIT_FOLDERS.values())
+    names = set().union(*SPLIT_FOLDERS.values())
     # A class may be called "train", so one such name among others does not make a split.
     has_splits = found and (found <= names or ("train" in found and found & {"val", "test"}))
     if not has_splits:
         return path
-    for name in _SPLIT_FOLDERS[split]:
+    for name in SPLIT_FOLDERS[split]:
         if name in found:
             return path / name
     raise UserError(
-        f"no {' or '.join(_SPLIT_FOLDERS[split])} folder in {path}, which has {', '.join(sorted(found))}: add it"
+        f"no {' or '.join(SPLIT_FOLDERS[split])} folder in {path}, which has {', '.join(sorted(found))}: add it"
     )
 
 

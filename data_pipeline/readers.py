@@ -107,18 +107,27 @@ def first_readable(source: Source, index: int, read: Callable[[int], object], kn
         index = (index + 1) % len(source)
 
 
+@dataclass(frozen=True)
 class _Arrays:
-    """The memory of a batch as numpy sees it: each thread that copies with torch starts a pool of threads."""
+    """The memory of a batch as numpy sees it: each thread that copies with torch starts a pool of threads.
 
-    def __init__(self, b: int, size: int, images: np.ndarray | None = None, numbers: np.ndarray | None = None):
-        self.images = np.empty((b, 3, size, size), np.uint8) if images is None else images
-        self.numbers = np.empty((2, b), np.int64) if numbers is None else numbers
+    Attributes:
+        images: uint8 [b, 3, size, size].
+        numbers: labels and ids, int64 [2, b].
+    """
+
+    images: np.ndarray
+    numbers: np.ndarray
+
+    @classmethod
+    def empty(cls, b: int, size: int) -> "_Arrays":
+        return cls(np.empty((b, 3, size, size), np.uint8), np.empty((2, b), np.int64))
 
     @classmethod
     def shared(cls, b: int, size: int) -> "_Arrays":
         """Memory that forked processes see; not /dev/shm, which is small in many containers."""
         images = np.frombuffer(mmap.mmap(-1, b * 3 * size * size), np.uint8).reshape(b, 3, size, size)
-        return cls(b, size, images, np.frombuffer(mmap.mmap(-1, 16 * b), np.int64).reshape(2, b))
+        return cls(images, np.frombuffer(mmap.mmap(-1, 16 * b), np.int64).reshape(2, b))
 
     def fill(self, source: Source, first: int, wanted: list[int], known: dict[int, Bad]) -> list[Bad]:
         """Read samples into the places from `first` on; returns the broken ones that were passed over."""
@@ -134,7 +143,7 @@ class _Arrays:
         return Batch(torch.from_numpy(self.images), labels, ids)
 
     def copy(self) -> "_Arrays":
-        return _Arrays(0, 0, self.images.copy(), self.numbers.copy())
+        return _Arrays(self.images.copy(), self.numbers.copy())
 
 
 class MemoryReader:
@@ -164,7 +173,7 @@ class InlineReader:
         self.wanted = wanted
 
     def take(self) -> tuple[Batch, list[Bad]]:
-        arrays = _Arrays(self.b, self.source.image_size)
+        arrays = _Arrays.empty(self.b, self.source.image_size)
         bad = arrays.fill(self.source, 0, self.wanted, self.known)
         return arrays.batch(), bad
 
@@ -188,7 +197,7 @@ class ThreadReader:
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="unite_fast-read")
 
     def begin(self, wanted: list[int]) -> None:
-        arrays = _Arrays(self.b, self.source.image_size)
+        arrays = _Arrays.empty(self.b, self.source.image_size)
         submit = self.pool.submit
         parts = [submit(arrays.fill, self.source, s.start, wanted[s], self.known) for s in self.shares]
         self.begun.append((arrays, parts))

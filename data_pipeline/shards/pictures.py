@@ -113,17 +113,20 @@ def _tar_entries(path: Path) -> Iterator[tuple[str, str, tuple[str, int, int]]]:
                     # Its members' offsets are then those in the outer file.
                     file.seek(member.offset_data)
                     with tarfile.open(fileobj=file, mode="r:") as inner:
-                        yield from _images_of(inner, Path(member.name).stem, path)
+                        yield from _images_of(inner, member, path)
                 elif _is_image(member.name):
                     yield _entry(member, path.stem, path)
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"cannot read the tar file {path} to its end: {error}; fetch it again") from None
 
 
-def _images_of(tar: tarfile.TarFile, class_name: str, path: Path):
-    for member in tar:
+def _images_of(inner: tarfile.TarFile, outer: tarfile.TarInfo, path: Path):
+    for member in inner:
+        if member.offset_data + member.size > outer.offset_data + outer.size:
+            # Read on, it would run into the next of the outer file's.
+            raise tarfile.ReadError(f"{outer.name} in it ends early")
         if member.isfile() and _is_image(member.name):
-            yield _entry(member, class_name, path)
+            yield _entry(member, Path(outer.name).stem, path)
 
 
 def _is_image(name: str) -> bool:

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from unite_fast.data_pipeline.image_folder import decode_image
+from unite_fast.data_pipeline.image_folder import SPLIT_FOLDERS, decode_image
 from unite_fast.data_pipeline.shards.manifest import MANIFEST, Shard, index_path, read_index, read_manifest
 from unite_fast.data_pipeline.source import Source, UnreadableSample
 from unite_fast.errors import UserError
 
-_SPLIT_FOLDERS = {"train": ("train",), "test": ("val", "test")}
 _OPEN_SHARDS = 256
 """Files kept open, below the 1,024 that most systems allow a process."""
 
@@ -150,10 +149,10 @@ def split_folder(path: Path, split: str) -> Path:
     """
     if (path / MANIFEST).is_file():
         return path
-    for name in _SPLIT_FOLDERS[split]:
+    for name in SPLIT_FOLDERS[split]:
         if (path / name / MANIFEST).is_file():
             return path / name
     raise UserError(
-        f"no {MANIFEST} in {path}, nor in a folder {' or '.join(_SPLIT_FOLDERS[split])} of it: "
+        f"no {MANIFEST} in {path}, nor in a folder {' or '.join(SPLIT_FOLDERS[split])} of it: "
         "make the set with unite-fast shards, or let its run end"
     )

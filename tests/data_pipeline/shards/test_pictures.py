@@ -98,6 +98,15 @@ def test_a_truncated_tar_is_one_line(by_class, make, tmp_path, share):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("blocks", [3, 10])
+def test_a_truncated_tar_within_a_tar_is_one_line(by_class, make, tmp_path, blocks):
+    inner = {name: tar_of(files) for name, files in by_class.items()}
+    inner["class1"] = inner["class1"][: 512 * blocks]
+    (tmp_path / "train.tar").write_bytes(tar_of([(f"{name}.tar", data) for name, data in inner.items()]))
+    with pytest.raises(UserError, match=r"cannot read the tar file .*class1\.tar in it ends early"):
+        make(tmp_path / "train.tar")
+
+
 def test_nothing_to_read(make, tmp_path):
     (tmp_path / "text.tar").write_text("no tar file at all\n" * 100)
     with pytest.raises(UserError, match="cannot read the tar file"):
