@@ -1,6 +1,5 @@
 """Decoding by DALI, with its CPU operators: how far its pixels are from Pillow's, its order, and broken pictures."""
 
-import importlib.util
 import shutil
 
 import numpy as np
@@ -15,10 +14,7 @@ from unite_fast.errors import UserError
 SIZE = 32
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None,
-    reason="NVIDIA DALI is not installed",
-)
+pytestmark = pytest.mark.skipif(dali.missing() is not None, reason="NVIDIA DALI is not installed")
 
 
 def loader(folder, size=SIZE, batch=10, workers=2, **options):

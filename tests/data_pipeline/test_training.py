@@ -1,6 +1,5 @@
 """Training through each loader: the same pixels give the same run, bit for bit."""
 
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -8,10 +7,11 @@ import signal
 
 import pytest
 
+from unite_fast.data_pipeline import dali
 from unite_fast.data_pipeline.shards.source import ShardSource
 from unite_fast.data_pipeline.shards.write import Settings, make_shards
 
-needs_dali = pytest.mark.skipif(importlib.util.find_spec("nvidia") is None, reason="NVIDIA DALI is not installed")
+needs_dali = pytest.mark.skipif(dali.missing() is not None, reason="NVIDIA DALI is not installed")
 
 
 @pytest.fixture
@@ -70,8 +70,8 @@ def test_dali_trains_and_its_runs_go_on_with_it_alone(train, command, small_shar
 @needs_dali
 def test_cropped_jpegs_are_the_same_pixels_to_every_decoder(train, small_shards):
     pillow, _ = train("pillow", "shards", small_shards / "cropped-jpeg", "data.loader=webdataset")
-    dali, _ = train("dali", "shards", small_shards / "cropped-jpeg", "data.loader=dali")
-    assert losses(pillow) == losses(dali)
+    other, _ = train("dali", "shards", small_shards / "cropped-jpeg", "data.loader=dali")
+    assert losses(pillow) == losses(other)
 
 
 def test_digits_through_their_loader(train, command, tiny_run, tmp_path):

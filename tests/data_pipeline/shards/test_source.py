@@ -1,6 +1,5 @@
 """Reading shards: numbers of samples, DALI's and webdataset's view of the files, and each way a set can be damaged."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from unite_fast.data_pipeline import Loader, UnreadableSample, open_source
+from unite_fast.data_pipeline import Loader, UnreadableSample, dali, open_source
 from unite_fast.data_pipeline.shards.manifest import Index, index_path, read_index
 from unite_fast.data_pipeline.shards.source import ShardSource
 from unite_fast.data_pipeline.shards.verify import scan, verify_shards
@@ -72,7 +71,7 @@ def test_the_webdataset_library_reads_our_shards(shards):
         assert seen[index] == (bytes(data), label)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("nvidia") is None, reason="NVIDIA DALI is not installed")
+@pytest.mark.skipif(dali.missing() is not None, reason="NVIDIA DALI is not installed")
 def test_dali_reads_our_shards_by_our_indices(shards):
     from nvidia.dali import Pipeline, fn
 
