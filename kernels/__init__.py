@@ -5,9 +5,33 @@ inside: the specification, and what torch.compile fuses.
 """
 
 from unite_fast.kernels.adaln_modulate import adaln_modulate
+from unite_fast.kernels.attention import attention
+from unite_fast.kernels.flow_loss import flow_loss
 from unite_fast.kernels.gated_residual_adaln import gated_residual_adaln
 from unite_fast.kernels.gated_residual_norm_adaln import gated_residual_norm_adaln
+from unite_fast.kernels.linear import (
+    gated_residual_adaln_linear,
+    gelu_linear,
+    layer_norm_linear,
+    linear,
+    swiglu_linear,
+)
+from unite_fast.kernels.noise_injection import noise_injection
 from unite_fast.kernels.qk_norm_rope import qk_norm_rope
 from unite_fast.kernels.swiglu import swiglu
 
-__all__ = ["adaln_modulate", "gated_residual_adaln", "gated_residual_norm_adaln", "qk_norm_rope", "swiglu"]
+__all__ = [
+    "adaln_modulate",
+    "attention",
+    "flow_loss",
+    "gated_residual_adaln",
+    "gated_residual_adaln_linear",
+    "gated_residual_norm_adaln",
+    "gelu_linear",
+    "layer_norm_linear",
+    "linear",
+    "noise_injection",
+    "qk_norm_rope",
+    "swiglu",
+    "swiglu_linear",
+]

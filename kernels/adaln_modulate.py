@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unite_fast.kernels import backend, layout, native
 from unite_fast.kernels.common import mistake, modulate, rms_norm
-from unite_fast.kernels.op import Body, FusedOp
+from unite_fast.kernels.op import Body, FusedOp, triton_body
 
 
 def adaln_modulate_ref(
@@ -76,7 +76,7 @@ _fused = FusedOp(
     backward_outputs="Tensor, Tensor, Tensor, Tensor",
     like_backward=_like_backward,
     saved=lambda inputs, outputs: (inputs[0], inputs[1], inputs[3], outputs[1]),
-    bodies={"native": Body(_native_forward, _native_backward)},
+    bodies={"native": Body(_native_forward, _native_backward), "triton": triton_body("adaln", "adaln_modulate")},
 )
 
 

@@ -1,8 +1,8 @@
 """Which body of the ops runs: `use` sets it, for the whole process.
 
-`reference` is plain PyTorch. `native` is C++ for tensors on the CPU, `triton` is for tensors on a CUDA device (and,
-very slowly, for those on the CPU where TRITON_INTERPRET=1 in the environment switched Triton's interpreter on). Both take
-float32 and bfloat16. `auto` is native or triton wherever that can run, reference elsewhere. float64 always takes
+`reference` is plain PyTorch. `native` is C++ for tensors on the CPU. `triton` is for tensors on a CUDA device; where
+TRITON_INTERPRET=1 in the environment switched Triton's interpreter on, it takes those on the CPU, very slowly. Both
+take float32 and bfloat16. `auto` is native or triton wherever that can run, reference elsewhere. float64 always takes
 the reference body, which is exact in it: it is what tests hold the others against.
 """
 
@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from unite_fast.errors import UserError
-from unite_fast.kernels import layout, native
+from unite_fast.kernels import flash, layout, native
 
 NAMES = ("auto", "reference", "native", "triton")
 
+ATTENTION_NAMES = ("auto", "sdpa", "flash_attn")
+
 _current = "auto"
+_attention = "auto"
 
 
 def use(name: str) -> None:
@@ -111,3 +114,23 @@ def choose(x: Tensor, out_dtype: torch.dtype | None = None) -> str:
             f"{f'to {out_dtype} ' if out_dtype else ''}on {x.device.type}; choose the body 'auto' or 'reference'"
         )
     return _current
+
+
+def use_attention(name: str) -> None:
+    """Choose who computes attention on a CUDA device: PyTorch (`sdpa`) or a flash-attn package (`flash_attn`), which
+    takes bfloat16 alone. `auto` is sdpa until someone has measured the other to be faster.
+
+    Raises:
+        UserError: no such choice, or it is missing here.
+    """
+    global _attention
+    if name not in ATTENTION_NAMES:
+        raise UserError(f"attention: there is no {name!r}; choose one of {', '.join(ATTENTION_NAMES)}")
+    if name == "flash_attn" and (missing := flash.why_missing()):
+        raise UserError(f"attention: flash_attn is missing: {missing}")
+    _attention = name
+
+
+def attention_on(device: torch.device) -> str:
+    """Who computes attention on this device: sdpa or flash_attn."""
+    return "flash_attn" if _attention == "flash_attn" and device.type == "cuda" else "sdpa"

@@ -24,3 +24,9 @@ def mistake(op: str, message: str) -> ValueError:
     """A caller's mistake, with the op's name in front. Raise it below an `if`: a message that is made for nothing costs
     as much as a small op."""
     return ValueError(f"{op}: {message}")
+
+
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """What a Linear casts its input to: writing that dtype at once saves a pass over memory."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -13,7 +13,7 @@ from torch import Tensor
 from unite_fast.kernels import backend, layout, native
 from unite_fast.kernels.adaln_modulate import adaln_modulate_ref, check_modulation
 from unite_fast.kernels.common import mistake, upcast
-from unite_fast.kernels.op import Body, FusedOp
+from unite_fast.kernels.op import Body, FusedOp, triton_body
 
 
 def gated_residual_adaln_ref(x, branch, gate, weight, shift, scale, eps=1e-6, out_dtype=None):
@@ -97,7 +97,7 @@ _fused = FusedOp(
     like_backward=_like_backward,
     # x_out serves instead of x: the next op keeps it too.
     saved=lambda inputs, outputs: (outputs[0], *inputs[1:4], inputs[5], outputs[2]),
-    bodies={"native": Body(_native_forward, _native_backward)},
+    bodies={"native": Body(_native_forward, _native_backward), "triton": triton_body("adaln", "gated_residual_adaln")},
 )
 
 

@@ -15,7 +15,7 @@ from unite_fast.kernels import backend, layout, native
 from unite_fast.kernels.adaln_modulate import adaln_modulate_ref, check_modulation
 from unite_fast.kernels.common import mistake, rms_norm
 from unite_fast.kernels.gated_residual_adaln import check_branch, gated_residual
-from unite_fast.kernels.op import Body, FusedOp
+from unite_fast.kernels.op import Body, FusedOp, triton_body
 
 
 def gated_residual_norm_adaln_ref(x, branch, gate, norm_weight, weight, shift, scale, eps=1e-6, out_dtype=None):
@@ -100,7 +100,10 @@ _fused = FusedOp(
     like_backward=_like_backward,
     # x_out follows from these by less work than it takes to read it.
     saved=lambda inputs, outputs: (*inputs[:5], inputs[6], outputs[2]),
-    bodies={"native": Body(_native_forward, _native_backward)},
+    bodies={
+        "native": Body(_native_forward, _native_backward),
+        "triton": triton_body("adaln", "gated_residual_norm_adaln"),
+    },
 )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unite_fast.kernels import layout
 
-VERSION = 1
+VERSION = 2
 """Of the C++ that this file calls: kVersion in csrc/module.cpp."""
 
 _missing = ""
@@ -74,29 +74,42 @@ def philox_words(seed: int, step: int, stream: int, draw: int, positions: Tensor
     Returns:
         int64 [b, elements], words in [0, 2**32); a view of whole blocks of four, so not contiguous unless 4 divides
         `elements`.
+
+    Raises:
+        RuntimeError: the extension is missing.
+        ValueError: an argument is out of range.
     """
+    return _philox("philox_words", torch.int64, seed, step, stream, draw, positions, elements)
+
+
+def philox_normals(seed: int, step: int, stream: int, draw: int, positions: Tensor, elements: int) -> Tensor:
+    """The normals of `unite_fast.randomness.Philox.normal`, float32 [b, elements]; otherwise as `philox_words`."""
+    return _philox("philox_normals", torch.float32, seed, step, stream, draw, positions, elements)
+
+
+def _philox(name: str, dtype: torch.dtype, seed, step, stream, draw, positions, elements) -> Tensor:
     if _missing:
         raise RuntimeError(_missing)
-    for name, value, bits in (("seed", seed, 64), ("step", step, 32), ("stream", stream, 16), ("draw", draw, 16)):
+    for argument, value, bits in (("seed", seed, 64), ("step", step, 32), ("stream", stream, 16), ("draw", draw, 16)):
         if not 0 <= value < 2**bits:
-            raise ValueError(f"philox_words: {name} must be in [0, 2**{bits}), got {value}")
+            raise ValueError(f"{name}: {argument} must be in [0, 2**{bits}), got {value}")
     if elements < 0:
-        raise ValueError(f"philox_words: elements must not be negative, got {elements}")
+        raise ValueError(f"{name}: elements must not be negative, got {elements}")
     if positions.dim() != 1 or positions.dtype != torch.int64 or positions.device.type != "cpu":
         raise ValueError(
-            "philox_words: positions must be int64 [b] on the CPU, "
+            f"{name}: positions must be int64 [b] on the CPU, "
             f"got {positions.dtype} {list(positions.shape)} on {positions.device}"
         )
-    words = torch.empty(positions.shape[0], -(-elements // 4) * 4, dtype=torch.int64)
+    out = torch.empty(positions.shape[0], -(-elements // 4) * 4, dtype=dtype)
     # torch's thread count, so that its settings (one thread in a data worker) hold here too.
-    _native.philox_words(
+    getattr(_native, name)(
         seed,
         step,
         int(stream),
         draw,
         positions.contiguous().numpy(),
         elements,
-        words.numpy(),
+        out.numpy(),
         torch.get_num_threads(),
     )
-    return words[:, :elements]
+    return out[:, :elements]

@@ -72,11 +72,12 @@ class FusedOp:
         backward_inputs: str,
         backward_outputs: str,
         like_backward: Callable[..., Results],
-        saved: Callable[[tuple, Results], tuple[Tensor | None, ...]],
+        saved: Callable[[tuple, Results], tuple],
         bodies: dict[str, Body],
     ):
         self.results = results
         self.saved = saved
+        self.bodies = bodies
         for op, schema, way, like in (
             (name, f"({inputs}) -> ({outputs})", "forward", like_forward),
             (f"{name}_backward", f"({backward_inputs}) -> ({backward_outputs})", "backward", like_backward),
@@ -93,7 +94,7 @@ class FusedOp:
             output = _as_tuple(output)
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*output[results:])
-            ctx.save_for_backward(*saved(inputs, output))
+            _keep(ctx, saved(inputs, output))
 
         torch.library.register_autograd(
             f"unite_fast::{name}",
@@ -109,7 +110,7 @@ class FusedOp:
         def forward(ctx, *inputs):
             outputs = run(*inputs)
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*self.saved(inputs, outputs))
+            _keep(ctx, self.saved(inputs, outputs))
             return outputs[: self.results] if self.results > 1 else outputs[0]
 
         @once_differentiable
@@ -130,8 +131,15 @@ class FusedOp:
         return self.functions[body].apply(*inputs)
 
 
+def _keep(ctx, values: tuple) -> None:
+    """Autograd looks after tensors alone."""
+    ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in values))
+    ctx.others = [None if isinstance(value, Tensor) else value for value in values]
+
+
 def _gradients(backward: Callable[..., Results], ctx, incoming: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    found = _as_tuple(backward(*incoming, *ctx.saved_tensors))
+    kept = (other if tensor is None else tensor for tensor, other in zip(ctx.saved_tensors, ctx.others, strict=True))
+    found = _as_tuple(backward(*incoming, *kept))
     needed = ctx.needs_input_grad
     found += (None,) * (len(needed) - len(found))
     # A weight that is None has an empty gradient here: an op can give no None.

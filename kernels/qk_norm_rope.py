@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unite_fast.kernels import backend, layout, native
 from unite_fast.kernels.common import mistake, rms_norm, upcast
-from unite_fast.kernels.op import Body, FusedOp
+from unite_fast.kernels.op import Body, FusedOp, triton_body
 
 
 def qk_norm_rope_ref(qkv, heads, q_weight, k_weight, cos, sin, eps=1e-6):
@@ -107,7 +107,10 @@ _fused = FusedOp(
     backward_outputs="Tensor, Tensor, Tensor",
     like_backward=_like_backward,
     saved=lambda inputs, outputs: (*inputs[:5], outputs[3]),
-    bodies={"native": Body(_native_forward, _native_backward, _native_eager_forward)},
+    bodies={
+        "native": Body(_native_forward, _native_backward, _native_eager_forward),
+        "triton": triton_body("qk_norm_rope", "qk_norm_rope"),
+    },
 )
 
 
@@ -125,15 +128,14 @@ def qk_norm_rope(
     Raises:
         ValueError: shapes that do not belong together.
     """
-    _check(qkv, heads, q_weight, k_weight, cos, sin)
+    check("qk_norm_rope", qkv, heads, q_weight, k_weight, cos, sin)
     body = backend.choose(qkv)
     if body == "reference":
         return qk_norm_rope_ref(qkv, heads, q_weight, k_weight, cos, sin, eps)
     return _fused(body, qkv, q_weight, k_weight, cos, sin, heads, eps)
 
 
-def _check(qkv, heads, q_weight, k_weight, cos, sin) -> None:
-    op = "qk_norm_rope"
+def check(op: str, qkv, heads, q_weight, k_weight, cos, sin) -> None:
     if qkv.dim() != 3:
         raise mistake(op, f"qkv must be [B, T, 3 * heads * head_dim], got {list(qkv.shape)}")
     t, packed = qkv.shape[1:]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from unite_fast.kernels import backend, layout, native
 from unite_fast.kernels.common import mistake, upcast
-from unite_fast.kernels.op import Body, FusedOp
+from unite_fast.kernels.op import Body, FusedOp, triton_body
 
 
 def swiglu_ref(uw: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ _fused = FusedOp(
     backward_outputs="Tensor",
     like_backward=_like_backward,
     saved=lambda inputs, outputs: inputs,
-    bodies={"native": Body(_native_forward, _native_backward)},
+    bodies={"native": Body(_native_forward, _native_backward), "triton": triton_body("swiglu", "swiglu")},
 )
 
 

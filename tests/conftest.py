@@ -14,9 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Where no GPU can run them, the Triton bodies run in Triton's interpreter. It looks at this when it is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from unite_fast.cli import main
-from unite_fast.config import Config, ModelConfig, from_tree
+from unite_fast.config import Config, ModelConfig
+from unite_fast.kernels import backend
 from unite_fast.model.unite import UNITE
+from unite_fast.recipes import from_tree
 
 # Build servers set these, and typer then colours its help even where nobody watches.
 for variable in ("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS"):
@@ -80,6 +86,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def triton_interpreter_rounds() -> None:
+    """Triton's interpreter (3.9) cuts float32 off where bfloat16 ends. A GPU rounds to the nearest; so must this."""
+    if not backend.interpreted() or backend.why_missing("triton"):
+        return
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounding(numbers, given, wanted, mode):
+        if (given.name, wanted.name) == ("fp32", "bf16"):
+            return torch.tensor(numbers).bfloat16().view(torch.uint16).numpy()
+        return convert(numbers, given, wanted, mode)
+
+    interpreter._convert_float = rounding
 
 
 @pytest.fixture
@@ -151,7 +174,7 @@ def command(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Ca
 @pytest.fixture(scope="session")
 def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished tiny run, to look at and not to change."""
-    from unite_fast.config import load_config
+    from unite_fast.recipes import load_config
     from unite_fast.training.trainer import train
 
     folder = tmp_path_factory.mktemp("trained") / "run"

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 import unite_fast
-from unite_fast.config import load_config, to_tree
+from unite_fast.recipes import load_config, to_tree
 
 COMMANDS = (
     *("train", "sample", "reconstruct", "evaluate", "info", "shards", "inspect"),

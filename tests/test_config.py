@@ -5,8 +5,9 @@ import re
 import pytest
 import yaml
 
-from unite_fast.config import Config, DecoderConfig, EncoderConfig, from_tree, load_config, shipped_recipes, to_tree
+from unite_fast.config import Config, DecoderConfig, EncoderConfig
 from unite_fast.errors import UserError
+from unite_fast.recipes import from_tree, load_config, shipped_recipes, to_tree
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from unite_fast import flow
+from unite_fast.randomness import NoiseKeys, Philox, Stream
 
 FLOAT32_ROUNDING = 1e-6
 """A few roundings of 6e-8 each, relative."""
@@ -33,11 +34,28 @@ def test_shift_keeps_ends_and_order_and_is_undone_by_its_inverse():
 
 
 def test_the_path_runs_from_noise_to_data():
-    z, noise = normal(3, 2, 4), normal(3, 2, 4, seed=1)
-    x = flow.interpolate(z, noise, torch.tensor([0.0, 1.0, 0.25]))
-    assert torch.equal(x[0], noise[0])
-    assert torch.equal(x[1], z[1])
-    torch.testing.assert_close(x[2], 0.25 * z[2] + 0.75 * noise[2])
+    z, noise = normal(3, 2, 4), normal(2, 3, 2, 4, seed=1)
+    x = flow.interpolate(z, noise, torch.tensor([[0.0, 1.0, 0.25], [0.5, 0.0, 1.0]]))
+    assert x.shape == (2, 3, 2, 4)
+    for f, i in ((0, 0), (1, 1)):
+        assert torch.equal(x[f, i], noise[f, i])
+    for f, i in ((0, 1), (1, 2)):
+        assert torch.equal(x[f, i], z[i])
+    torch.testing.assert_close(x[0, 2], 0.25 * z[2] + 0.75 * noise[0, 2])
+
+
+def test_noise_as_keys_is_the_noise_that_they_stand_for():
+    keys = NoiseKeys(Philox(3, 4, torch.arange(5, 8)), Stream.FLOW_NOISE)
+    z, t, gate = normal(3, 2, 4), torch.rand(2, 3), torch.tensor([True, False, True])
+    drawn = torch.stack([keys.philox.normal(Stream.FLOW_NOISE, (2, 4), draw) for draw in range(2)])
+    for arguments in ((t,), (t, gate)):
+        torch.testing.assert_close(flow.interpolate(z, keys, *arguments), flow.interpolate(z, drawn, *arguments))
+
+
+def test_a_shut_gate_lets_no_noise_pass():
+    z, noise = normal(2, 3, 4), torch.full((1, 2, 3, 4), math.inf)
+    x = flow.interpolate(z, noise, torch.full((1, 2), 0.5), torch.tensor([True, False]))
+    assert x[0, 0].isinf().all() and torch.equal(x[0, 1], z[1])
 
 
 @pytest.mark.parametrize(("t", "left"), [(0.0, 1.0), (0.9, 0.1), (0.95, 0.05), (0.99, 0.05), (1.0, 0.05)])
@@ -45,29 +63,10 @@ def test_time_left_has_a_floor(t, left):
     assert flow.time_left(torch.tensor(t)).item() == pytest.approx(left, rel=FLOAT32_ROUNDING)
 
 
-def test_loss_is_a_mean_for_each_sample():
-    z, prediction, t = normal(4, 5, 3), normal(4, 5, 3, seed=1), torch.tensor([0.0, 0.5, 0.94, 0.999])
-    got = flow.flow_loss(z, prediction, t)
-    for i in range(4):
-        left = max(1 - t[i].item(), 0.05)
-        errors = [
-            ((a - b) / left) ** 2
-            for a, b in zip(z[i].flatten().tolist(), prediction[i].flatten().tolist(), strict=True)
-        ]
-        assert got[i].item() == pytest.approx(math.fsum(errors) / 15, rel=FLOAT32_ROUNDING)
-
-
-def test_loss_of_low_precision_predictions_is_float32():
-    z, prediction, t = normal(2, 5, 3), normal(2, 5, 3, seed=1).bfloat16(), torch.tensor([0.1, 0.7])
-    got = flow.flow_loss(z, prediction, t)
-    assert got.dtype == torch.float32
-    assert torch.equal(got, flow.flow_loss(z, prediction.float(), t))
-
-
 def test_a_right_prediction_gives_the_paths_own_velocity():
     z, noise = normal(3, 2, 4).double(), normal(3, 2, 4, seed=1).double()
     t = torch.tensor(0.7, dtype=torch.float64)
-    x = flow.interpolate(z, noise, t.expand(3))
+    x = flow.interpolate(z, noise, t.expand(1, 3))[0]
     torch.testing.assert_close(flow.velocity(x, z, t), z - noise)
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from unite_fast.config import ObjectiveConfig
+from unite_fast.kernels import backend
 from unite_fast.objective import StepDraws, draw_step, training_losses
-from unite_fast.randomness import Philox
+from unite_fast.randomness import NoiseKeys, Philox
 
 LOSS_ROUNDING = 1e-6
 """Relative. The model runs in float64 here, but the losses are float32 by definition: a few roundings of 6e-8."""
@@ -36,6 +37,19 @@ def draws(tiny_config) -> StepDraws:
 def draws_at(config, positions: Tensor, seed: int = 9, step: int = 3) -> StepDraws:
     latents = (config.model.latent_tokens, config.model.latent_channels)
     return draw_step(config.objective, Philox(seed, step, positions), latents)
+
+
+def with_numbers(draws: StepDraws, latents: tuple[int, int]) -> StepDraws:
+    """The same draws, the noise no longer as keys; `latents` is (N, C)."""
+
+    def drawn(keys: NoiseKeys, count: int) -> Tensor:
+        return torch.stack([keys.philox.normal(keys.stream, latents, draw) for draw in range(count)])
+
+    return dataclasses.replace(
+        draws,
+        decoder_noise=drawn(draws.decoder_noise, 1)[0],
+        flow_noise=drawn(draws.flow_noise, len(draws.flow_time)),
+    )
 
 
 def in_float64(draws: StepDraws) -> StepDraws:
@@ -76,7 +90,7 @@ def test_losses_and_every_gradient_are_the_specs(flow_weight, tiny_model, tiny_c
     # Each branch must occur, or this test shows nothing of it.
     assert 0 < draws.decoder_noise_mask.sum() < BATCH
     draws.label_drop[0, 0], draws.flow_time[1, 2] = True, 0.99  # beyond the floor of 1 - t
-    draws = in_float64(draws)
+    draws = in_float64(with_numbers(draws, (4, 6)))
     tiny_config.objective.flow_weight = flow_weight
 
     ours = training_losses(model, images, labels, draws, tiny_config)
@@ -139,14 +153,28 @@ def test_the_shared_norm_gets_one_gradient_from_each_of_its_two_passes(tiny_mode
         def forward(self, *arguments):
             return self.call(*arguments)
 
-    tokenize, denoise = type(tiny_model).tokenize, type(tiny_model).denoise
+    tokenize, denoise = type(tiny_model).tokenize, type(tiny_model).denoising_loss
     tiny_model.tokenize = pass_through_copy("tokenize", lambda *a: tokenize(tiny_model, *a))
-    tiny_model.denoise = pass_through_copy("denoise", lambda *a: denoise(tiny_model, *a))
+    tiny_model.denoising_loss = pass_through_copy("denoise", lambda *a: denoise(tiny_model, *a))
     training_losses(tiny_model, images, labels, draws, tiny_config).total.backward()
     for i, name in enumerate(("latent_norm.weight", "latent_norm.bias")):
         parts = [norms[kind][i].grad for kind in ("tokenize", "denoise")]
         assert all(part.norm() > 0 for part in parts)
         torch.testing.assert_close(sum(parts), whole[name])
+
+
+@pytest.mark.parametrize("body", ["reference", "auto"])
+def test_noise_as_keys_trains_as_its_numbers_do(body, tiny_model, tiny_config, batch, draws):
+    def losses_and_gradients(draws: StepDraws) -> tuple[Tensor, dict[str, Tensor]]:
+        losses = training_losses(tiny_model, *batch, draws, tiny_config)
+        losses.total.backward()
+        return torch.stack((losses.total.detach(), losses.l1, losses.flow)), gradients(tiny_model)
+
+    with backend.using(body):
+        (got, found), (want, wanted) = map(losses_and_gradients, (draws, with_numbers(draws, (4, 6))))
+    torch.testing.assert_close(got, want, rtol=FLOAT32_MODEL, atol=0)
+    for name in wanted:
+        assert (found[name] - wanted[name]).norm() <= FLOAT32_MODEL * (wanted[name].norm() + 1), name
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -204,15 +232,17 @@ def test_autocast_keeps_losses_and_gradients_float32_and_finite(tiny_model, tiny
 
 
 def test_draws_do_not_depend_on_the_micro_batch(tiny_config, draws):
-    parts = [draws_at(tiny_config, positions) for positions in torch.arange(BATCH).split([1, 3, 2])]
+    parts = [with_numbers(draws_at(tiny_config, part), (4, 6)) for part in torch.arange(BATCH).split([1, 3, 2])]
+    draws = with_numbers(draws, (4, 6))
     for field in dataclasses.fields(StepDraws):
         whole = getattr(draws, field.name)
         axis = 1 if field.name in ("flow_time", "flow_noise", "label_drop") else 0
         assert torch.equal(torch.cat([getattr(part, field.name) for part in parts], axis), whole), field.name
 
 
-def test_shapes_of_the_draws(tiny_config, draws):
+def test_shapes_of_the_draws(draws):
     n, c, f = 4, 6, 3
+    draws = with_numbers(draws, (n, c))
     shapes = {field.name: tuple(getattr(draws, field.name).shape) for field in dataclasses.fields(StepDraws)}
     assert shapes == {
         "registers": (BATCH, n, c),
@@ -228,7 +258,7 @@ def test_shapes_of_the_draws(tiny_config, draws):
 
 def test_distributions_of_the_draws():
     count = 20_000
-    draws = draw_step(ObjectiveConfig(), Philox(1, 2, torch.arange(count)), (1, 4))
+    draws = with_numbers(draw_step(ObjectiveConfig(), Philox(1, 2, torch.arange(count)), (1, 4)), (1, 4))
 
     def assert_mean(values: Tensor, mean: float, deviation: float) -> None:
         assert abs(values.double().mean().item() - mean) < SIGMAS * deviation / math.sqrt(values.numel())
@@ -251,7 +281,7 @@ def test_distributions_of_the_draws():
 
 
 def test_no_two_draws_share_their_numbers():
-    draws = draw_step(ObjectiveConfig(), Philox(1, 2, torch.arange(1000)), (1, 1))
+    draws = with_numbers(draw_step(ObjectiveConfig(), Philox(1, 2, torch.arange(1000)), (1, 1)), (1, 1))
     columns = [draws.registers, draws.decoder_noise, *draws.flow_noise, draws.recon_time, draws.decoder_noise_time]
     columns += [*draws.flow_time, draws.decoder_noise_mask, *draws.label_drop]
     table = torch.stack([column.flatten().double() for column in columns])

@@ -44,7 +44,7 @@ def train(
 
     `unite-fast train my.yaml train.steps=20000 model.encoder.preset=L --resume`
     """
-    from unite_fast.config import load_config
+    from unite_fast.recipes import load_config
     from unite_fast.training.trainer import train as run
 
     words = arguments or []

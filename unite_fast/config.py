@@ -1,23 +1,15 @@
-"""Recipes: typed settings, read from YAML and dotted overrides.
+"""The settings: typed, each with its default and a line of what it does. `recipes.py` reads them from files.
 
-A recipe names only what differs from the defaults below. Unknown keys, wrong types and values that make no sense are
-`UserError`s that name the dotted key. The resolved settings are saved with every run.
+Values that make no sense are `UserError`s that name the dotted key.
 """
 
-import contextlib
-import dataclasses
-import difflib
 import math
-import typing
 from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
-
-import yaml
 
 from unite_fast.data_pipeline.choice import LOADERS
 from unite_fast.errors import UserError
 from unite_fast.kernels import backend
+from unite_fast.optim import adamw
 from unite_fast.perceptual import PerceptualConfig
 
 
@@ -205,7 +197,9 @@ class OptimConfig:
     ema_decay: float = 0.9978
     muon_momentum: float = 0.95
     muon_dtype: str = "bfloat16"
-    """Precision of the Newton-Schulz products: bfloat16 (released) or float32 (faster on most CPUs)."""
+    """Precision of the Newton-Schulz products: bfloat16 (released) or float32."""
+    adamw: str = "torch"
+    """Whose AdamW runs: torch's fused one, or apex, NVIDIA's, which you have to build yourself."""
     adamw_betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-6
     """Of both optimizers."""
@@ -217,6 +211,7 @@ class OptimConfig:
         require(all(0 <= beta < 1 for beta in self.adamw_betas), "optim.adamw_betas must be in [0, 1)")
         require(self.eps > 0, "optim.eps must be positive")
         require_choice("optim.muon_dtype", self.muon_dtype, ("bfloat16", "float32"))
+        require_choice("optim.adamw", self.adamw, adamw.BODIES)
 
 
 @dataclass
@@ -289,7 +284,9 @@ class Config:
     """Name of the recipe and, unless train.out says otherwise, of its run folder."""
     seed: int = 0
     kernels: str = "auto"
-    """Which body of the kernels runs: auto (the fastest that fits), reference or native."""
+    """Which body of the kernels runs: auto (triton on CUDA, native on a CPU), reference, native or triton."""
+    attention: str = "auto"
+    """Who computes attention on CUDA: sdpa (PyTorch) or flash_attn (that package, 2 to 4); auto is sdpa."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -303,110 +300,4 @@ class Config:
         require(bool(self.name), "name must not be empty: the run's folder is called after it")
         require(0 <= self.seed < 2**64, "seed must be in [0, 2**64)")
         require_choice("kernels", self.kernels, backend.NAMES)
-
-
-def load_config(recipe: str | None = None, overrides: tuple[str, ...] = ()) -> Config:
-    """The settings of a recipe with `key=value` overrides applied.
-
-    Args:
-        recipe: a YAML file, or the name of a recipe that ships with the package; None is `digits`.
-        overrides: for example `("train.steps=100", "model.encoder.preset=L")`.
-
-    Raises:
-        UserError: no such recipe, not YAML, an unknown key, a wrong type or an impossible value.
-    """
-    tree = read_recipe(recipe or "digits")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        require(bool(equals) and bool(key), f"{override!r} is not an override; write key=value, e.g. train.steps=100")
-        try:
-            value = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError as error:
-            raise UserError(f"{key}: {text!r} is not a value that YAML can read") from error
-        _assign(tree, key.split("."), value)
-    return from_tree(Config, tree)
-
-
-def read_recipe(recipe: str) -> dict:
-    path = Path(recipe)
-    if not path.suffix and not path.is_file():
-        path = Path(str(resources.files("unite_fast") / "configs" / f"{recipe}.yaml"))
-    require(path.is_file(), f"there is no recipe {recipe}; recipes here: {', '.join(shipped_recipes())}")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
-    require(isinstance(tree, dict), f"{path} must be a mapping of settings")
-    return tree
-
-
-def shipped_recipes() -> list[str]:
-    folder = resources.files("unite_fast") / "configs"
-    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def _assign(tree: dict, keys: list[str], value) -> None:
-    for depth, key in enumerate(keys[:-1]):
-        tree = tree.setdefault(key, {})
-        require(isinstance(tree, dict), f"{'.'.join(keys[: depth + 1])} is a value, not a group of settings")
-    if keys[-1] == "preset":
-        for size in ("width", "depth", "heads", "mlp_width"):
-            tree.pop(size, None)  # a preset asked for now replaces the sizes that the recipe spells out
-    tree[keys[-1]] = value
-
-
-def from_tree(kind: type, tree: dict, path: str = ""):
-    """A dataclass from nested dictionaries, checked; `path` is the dotted name in messages."""
-    require(isinstance(tree, dict), f"{path or 'the recipe'} must be a mapping of settings, got {tree!r}")
-    hints = typing.get_type_hints(kind)
-    presets = PRESETS.get(kind, {})
-    values = {}
-    for key, value in tree.items():
-        dotted = f"{path}.{key}" if path else str(key)
-        if key == "preset" and presets:
-            known = isinstance(value, str) and value in presets
-            require(known, f"{dotted} is {value!r}; it must be one of {', '.join(presets)}")
-            values = {**presets[value], **values}
-        elif key not in hints:
-            close = difflib.get_close_matches(str(key), hints, n=1)
-            hint = f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(hints)}"
-            raise UserError(f"unknown setting {dotted}{hint}")
-        elif dataclasses.is_dataclass(hints[key]):
-            values[key] = from_tree(hints[key], {} if value is None else value, dotted)
-        else:
-            values[key] = _convert(hints[key], value, dotted)
-    return kind(**values)
-
-
-def _convert(hint, value, dotted: str):
-    if typing.get_origin(hint) is tuple:
-        kinds = typing.get_args(hint)
-        if isinstance(value, str):
-            value = value.split(",")
-        ok = isinstance(value, (list, tuple)) and len(value) == len(kinds)
-        require(ok, f"{dotted} must be {len(kinds)} values, got {value!r}")
-        return tuple(_convert(kind, part, dotted) for kind, part in zip(kinds, value, strict=True))
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError, OverflowError):
-            value = float(value)  # YAML 1.1 reads 1e-4 as text
-    if hint is float and isinstance(value, float):
-        require(math.isfinite(value), f"{dotted} must be finite, got {value}")
-    if hint is str and value is None:
-        return ""
-    if type(value) is hint:
-        return value
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    raise UserError(f"{dotted} must be {words[hint]}, got {value!r}")
-
-
-def to_tree(config) -> dict:
-    """The nested dictionaries of a config, which `from_tree` reads back."""
-    tree = dataclasses.asdict(config)
-    return _listed(tree)
-
-
-def _listed(value):
-    """Tuples as lists, which YAML and JSON have."""
-    if isinstance(value, dict):
-        return {key: _listed(part) for key, part in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+        require_choice("attention", self.attention, backend.ATTENTION_NAMES)

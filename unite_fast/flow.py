@@ -5,6 +5,10 @@ x_t = t z + (1 - t) e. The network predicts the clean z; the velocity that follo
 
 from torch import Tensor
 
+from unite_fast import kernels
+from unite_fast.kernels.noise_injection import mix
+from unite_fast.randomness import NoiseKeys
+
 MIN_TIME_LEFT = 0.05
 """Floor of 1 - t wherever it divides, in the loss and in sampling."""
 
@@ -18,16 +22,16 @@ def time_left(t: Tensor) -> Tensor:
     return (1 - t).clamp_min(MIN_TIME_LEFT)
 
 
-def interpolate(z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t of latents z and noise, both [B, N, C], at times t [B]."""
-    t = t[:, None, None]
-    return t * z + (1 - t) * noise
+def interpolate(z: Tensor, noise: Tensor | NoiseKeys, t: Tensor, gate: Tensor | None = None) -> Tensor:
+    """x_t of latents [B, N, C] at F times each, t [F, B] -> [F, B, N, C].
 
-
-def flow_loss(z: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
-    """Mean squared error of the velocity: z and prediction [B, N, C], t [B] -> one loss a sample, float32 [B]."""
-    error = (z.float() - prediction.float()) / time_left(t)[:, None, None]
-    return error.square().mean(dim=(1, 2))
+    Args:
+        noise: numbers that broadcast to [F, B, N, C], or keys, whose draw f belongs to F's f-th.
+        gate: bool [B]; a sample whose gate is shut stays as it is.
+    """
+    if isinstance(noise, NoiseKeys):
+        return kernels.noise_injection(z, t, noise.philox, noise.stream, gate)
+    return mix(z, t, noise, gate)
 
 
 def velocity(x: Tensor, prediction: Tensor, t: Tensor) -> Tensor:

@@ -12,12 +12,13 @@ from unite_fast import flow
 from unite_fast.config import Config, ObjectiveConfig
 from unite_fast.model.unite import UNITE
 from unite_fast.perceptual import LPIPS
-from unite_fast.randomness import Philox, Stream
+from unite_fast.randomness import NoiseKeys, Philox, Stream
 
 
 @dataclass
 class StepDraws:
-    """Every random number of one step but the LPIPS dropout."""
+    """Every random number of one step but the LPIPS dropout. Noise that a kernel can draw where it uses it comes as the
+    keys to draw it from, in training; as numbers where they are given: in a trace, in a test."""
 
     registers: Tensor
     """N(0, 1), [B, N, C]."""
@@ -27,11 +28,11 @@ class StepDraws:
     """Whose latents the decoder gets noisy, bool [B]."""
     decoder_noise_time: Tensor
     """[B]."""
-    decoder_noise: Tensor
+    decoder_noise: Tensor | NoiseKeys
     """N(0, 1), [B, N, C]."""
     flow_time: Tensor
     """[F, B]."""
-    flow_noise: Tensor
+    flow_noise: Tensor | NoiseKeys
     """N(0, 1), [F, B, N, C]."""
     label_drop: Tensor
     """Whose label becomes "no class", bool [F, B]."""
@@ -50,9 +51,9 @@ def draw_step(config: ObjectiveConfig, philox: Philox, latents: tuple[int, int])
         recon_time=config.tokenize_time_max * philox.uniform(Stream.RECON_TIME),
         decoder_noise_mask=philox.uniform(Stream.DECODER_NOISE_MASK) < config.decoder_noise_probability,
         decoder_noise_time=noisy_from + (1 - noisy_from) * philox.uniform(Stream.DECODER_NOISE_TIME),
-        decoder_noise=philox.normal(Stream.DECODER_NOISE, latents),
+        decoder_noise=NoiseKeys(philox, Stream.DECODER_NOISE),
         flow_time=flow.shift_time(torch.sigmoid(config.time_mean + config.time_std * normal_time), config.time_shift),
-        flow_noise=each_draw(lambda draw: philox.normal(Stream.FLOW_NOISE, latents, draw)),
+        flow_noise=NoiseKeys(philox, Stream.FLOW_NOISE),
         label_drop=each_draw(lambda draw: philox.uniform(Stream.LABEL_DROP, draw=draw)) < config.label_drop,
     )
 
@@ -90,15 +91,11 @@ def training_losses(
 
 def noise_decoder_input(z: Tensor, draws: StepDraws) -> Tensor:
     """Latents [B, N, C], those under the mask mixed with noise."""
-    noisy = flow.interpolate(z, draws.decoder_noise, draws.decoder_noise_time)
-    return torch.where(draws.decoder_noise_mask[:, None, None], noisy, z)
+    return flow.interpolate(z, draws.decoder_noise, draws.decoder_noise_time[None], draws.decoder_noise_mask)[0]
 
 
 def flow_losses(model: UNITE, z: Tensor, labels: Tensor, draws: StepDraws) -> Tensor:
     """Sum over the F draws of the mean loss over the batch. The draws share one forward pass, as F B samples."""
-    flow_draws = len(draws.flow_time)
-    z = z.repeat(flow_draws, 1, 1)
-    t = draws.flow_time.flatten()
-    labels = torch.where(draws.label_drop, model.config.num_classes, labels).flatten()
-    prediction = model.denoise(flow.interpolate(z, draws.flow_noise.flatten(0, 1), t), t, labels)
-    return flow.flow_loss(z, prediction, t).mean() * flow_draws
+    x_t = flow.interpolate(z, draws.flow_noise, draws.flow_time)
+    labels = torch.where(draws.label_drop, model.config.num_classes, labels)
+    return model.denoising_loss(x_t, draws.flow_time, labels, z).mean() * len(draws.flow_time)

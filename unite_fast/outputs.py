@@ -103,7 +103,7 @@ def describe(checkpoint: Path) -> str:
     """Step, parameters and settings of a checkpoint, for a person to read."""
     import yaml
 
-    from unite_fast.config import to_tree
+    from unite_fast.recipes import to_tree
 
     saved = load_checkpoint(checkpoint, ("ema.",))
     path = find_checkpoint(checkpoint)

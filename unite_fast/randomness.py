@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unite_fast.kernels import native
+from unite_fast.kernels import backend, native
 
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
@@ -94,13 +94,10 @@ class Philox:
 
         The C++ body, where it was built, gives the same words on a CPU.
         """
-        if not (0 <= self.seed < 2**64 and 0 <= self.step < 2**32 and 0 <= draw < 2**16):
-            raise ValueError(f"Philox: seed {self.seed}, step {self.step} or draw {draw} is out of range")
-        elements = math.prod(shape)
+        keys, elements = self._keys(stream, draw), math.prod(shape)
         b = self.positions.shape[0]
         if self.positions.device.type == "cpu" and native.available():
-            words = native.philox_words(self.seed, self.step, int(stream), draw, self.positions, elements)
-            return words.reshape(b, *shape)
+            return native.philox_words(*keys, self.positions, elements).reshape(b, *shape)
         blocks = -(-elements // 4)
         counter = self.positions.new_empty(b, blocks, 4)
         counter[..., 0] = torch.arange(blocks, device=self.positions.device)
@@ -123,14 +120,44 @@ class Philox:
 
         Words 0 and 1 of a block give its normals 0 and 1, words 2 and 3 its normals 2 and 3. The functions are taken in
         float64 and rounded once, so every other body can be held to this one by units in the last place.
+
+        The body is C++ on a CPU and Triton on a CUDA device, unless the setting `kernels` is reference. Their float64
+        functions differ from PyTorch's by a unit or two of the last place, which survives the rounding to float32 about
+        once in 10^8 normals, as one unit there. 10^7 normals of C++ were all equal to PyTorch's; that is no proof.
         """
-        elements = math.prod(shape)
-        b = self.positions.shape[0]
-        pairs = self.words(stream, (-(-elements // 4) * 2, 2), draw).double()
-        radius = ((pairs[..., 0] + 0.5) * 2.0**-32).log_().mul_(-2.0).sqrt_()
-        angle = pairs[..., 1] * (2.0 * math.pi * 2.0**-32)
-        normals = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
-        return normals.reshape(b, -1)[:, :elements].reshape(b, *shape).float()
+        keys, elements = self._keys(stream, draw), math.prod(shape)
+        device, body = self.positions.device.type, backend.body_on(self.positions.device)
+        if device == "cpu" and body == "native":
+            normals = native.philox_normals(*keys, self.positions, elements)
+        elif device == "cuda" and body == "triton":
+            from unite_fast.kernels.triton_bodies.noise_injection import philox_normals
+
+            normals = philox_normals(*keys, self.positions, elements)
+        else:
+            words = self.words(stream, (-(-elements // 4) * 2, 2), draw)
+            normals = box_muller(words).flatten(1)[:, :elements]
+        return normals.reshape(len(self.positions), *shape)
+
+    def _keys(self, stream: Stream, draw: int) -> tuple[int, int, int, int]:
+        if not (0 <= self.seed < 2**64 and 0 <= self.step < 2**32 and 0 <= draw < 2**16):
+            raise ValueError(f"Philox: seed {self.seed}, step {self.step} or draw {draw} is out of range")
+        return self.seed, self.step, int(stream), draw
+
+
+def box_muller(words: Tensor) -> Tensor:
+    """Pairs of words, int64 [..., 2] in [0, 2**32) -> pairs of normals, float32 [..., 2]."""
+    pairs = words.double()
+    radius = ((pairs[..., 0] + 0.5) * 2.0**-32).log_().mul_(-2.0).sqrt_()
+    angle = pairs[..., 1] * (2.0 * math.pi * 2.0**-32)
+    return torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).float()
+
+
+@dataclass(frozen=True)
+class NoiseKeys:
+    """N(0, 1) numbers that are not drawn yet, for a kernel that draws them where it uses them."""
+
+    philox: Philox
+    stream: Stream
 
 
 def permutation(seed: int, epoch: int, length: int) -> Tensor:

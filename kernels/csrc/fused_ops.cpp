@@ -1,8 +1,10 @@
-// The five fused ops as Python functions. A tensor arrives as plain integers (address, type, strides): a conversion of
+// The fused ops as Python functions. A tensor arrives as plain integers (address, type, strides): a conversion of
 // tensor objects would cost more than a small op. Every check is done in Python, by the callers in kernels/*.py.
 #include "fused_ops.h"
 
 #include "adaln.h"
+#include "flow_loss.h"
+#include "noise_injection.h"
 #include "qk_norm_rope.h"
 #include "swiglu.h"
 
@@ -154,6 +156,80 @@ void glu_backward(const nb::args& args) {
     swiglu_backward(type, rows, width, d_out, uw, d_uw, threads);
 }
 
+NoiseInjection noise_injection(Arguments& in) {
+    NoiseInjection op{};
+    op.draws = in.integer();
+    op.batch = in.integer();
+    op.elements = in.integer();
+    op.t = in.floats();
+    op.gate = static_cast<const std::uint8_t*>(in.address());
+    return op;
+}
+
+void noise_forward(const nb::args& args) {
+    Arguments in(args);
+    const NoiseInjection op = noise_injection(in);
+    const auto seed_low = static_cast<std::uint64_t>(in.integer()), seed_high = static_cast<std::uint64_t>(in.integer());
+    const auto step = static_cast<std::uint32_t>(in.integer()), stream = static_cast<std::uint32_t>(in.integer());
+    const auto* positions = static_cast<const std::int64_t*>(in.address());
+    const Type z_type = in.type();
+    const void* z = in.address();
+    float* out = in.floats();
+    const int threads = in.threads();
+    nb::gil_scoped_release release;
+    noise_injection_forward(op, {seed_high << 32 | seed_low, step, stream << 16}, positions, z_type, z, out, threads);
+}
+
+void noise_backward(const nb::args& args) {
+    Arguments in(args);
+    const NoiseInjection op = noise_injection(in);
+    const float* d_out = in.floats();
+    float* d_z = in.floats();
+    const int threads = in.threads();
+    nb::gil_scoped_release release;
+    noise_injection_backward(op, d_out, d_z, threads);
+}
+
+FlowLoss flow_loss(Arguments& in) {
+    FlowLoss op{};
+    op.draws = in.integer();
+    op.batch = in.integer();
+    op.tokens = in.integer();
+    op.channels = in.integer();
+    op.y_type = in.type();
+    op.y = in.address();
+    op.weight = in.floats();
+    op.bias = in.floats();
+    op.z_type = in.type();
+    op.z = in.address();
+    op.share = in.floats();
+    op.mean = in.floats();
+    op.inverse = in.floats();
+    return op;
+}
+
+void loss_forward(const nb::args& args) {
+    Arguments in(args);
+    const FlowLoss op = flow_loss(in);
+    const float* t = in.floats();
+    const float min_time_left = in.number(), eps = in.number();
+    float* loss = in.floats();
+    const int threads = in.threads();
+    nb::gil_scoped_release release;
+    flow_loss_forward(op, t, min_time_left, eps, loss, threads);
+}
+
+void loss_backward(const nb::args& args) {
+    Arguments in(args);
+    const FlowLoss op = flow_loss(in);
+    const float* d_loss = in.floats();
+    void* d_y = in.address();
+    float *d_weight = in.floats(), *d_bias = in.floats();
+    const int threads = in.threads();
+    nb::gil_scoped_release release;
+    flow_loss_backward(op, d_loss, d_y, d_weight, d_bias, threads);
+}
+
 }  // namespace
 
 void bind_fused_ops(nb::module_& m) {
@@ -167,4 +243,8 @@ void bind_fused_ops(nb::module_& m) {
     m.def("qk_norm_rope_backward", &rope_backward);
     m.def("swiglu_forward", &glu_forward);
     m.def("swiglu_backward", &glu_backward);
+    m.def("noise_injection_forward", &noise_forward);
+    m.def("noise_injection_backward", &noise_backward);
+    m.def("flow_loss_forward", &loss_forward);
+    m.def("flow_loss_backward", &loss_backward);
 }

@@ -2,5 +2,5 @@
 
 #include <nanobind/nanobind.h>
 
-// Adds the five fused ops to the module.
+// Adds the fused ops to the module.
 void bind_fused_ops(nanobind::module_& m);

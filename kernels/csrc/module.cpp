@@ -13,40 +13,46 @@ namespace {
 
 // Raised, with VERSION in kernels/native.py, by every change of a function's arguments: an editable install follows
 // edits of Python at once, but keeps the C++ it was built with.
-constexpr int kVersion = 1;
+constexpr int kVersion = 2;
 
 constexpr std::int64_t kWord = std::int64_t{1} << 32;
 
 using Positions = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Words = nb::ndarray<std::int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Out = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Draw = void (*)(const unite_fast::PhiloxDraw&, const std::int64_t*, std::int64_t, std::int64_t, T*, int);
 
-void philox_words(std::uint64_t seed, std::uint32_t step, std::uint16_t stream, std::uint16_t draw, Positions positions,
-                  std::int64_t elements, Words out, int threads) {
+template <class T, Draw<T> kDraw>
+void philox(std::uint64_t seed, std::uint32_t step, std::uint16_t stream, std::uint16_t draw, Positions positions,
+            std::int64_t elements, Out<T> out, int threads) {
     const auto samples = static_cast<std::int64_t>(positions.shape(0));
     // A block's number is one counter word, so a sample has at most 2**32 blocks of 4 elements.
-    if (elements < 0 || elements > kWord * 4)
-        throw nb::value_error("philox_words: elements must be in [0, 2**34]");
+    if (elements < 0 || elements > kWord * 4) throw nb::value_error("philox: elements must be in [0, 2**34]");
     const std::int64_t blocks = (elements + 3) / 4;
     if (static_cast<std::int64_t>(out.shape(0)) != samples || static_cast<std::int64_t>(out.shape(1)) != blocks * 4)
-        throw nb::value_error("philox_words: out must be [len(positions), ceil(elements / 4) * 4]");
+        throw nb::value_error("philox: out must be [len(positions), ceil(elements / 4) * 4]");
     for (std::int64_t i = 0; i < samples; ++i)
         if (positions(i) < 0 || positions(i) >= kWord)
-            throw nb::value_error("philox_words: positions must be in [0, 2**32)");
+            throw nb::value_error("philox: positions must be in [0, 2**32)");
 
     const unite_fast::PhiloxDraw drawn{seed, step, static_cast<std::uint32_t>(stream) << 16 | draw};
     const std::int64_t* from = positions.data();
-    std::int64_t* to = out.data();
+    T* to = out.data();
     nb::gil_scoped_release release;
-    unite_fast::philox_words(drawn, from, samples, blocks, to, threads);
+    kDraw(drawn, from, samples, blocks, to, threads);
 }
 
 }  // namespace
 
 NB_MODULE(_native, m) {
     using namespace nb::literals;
-    m.def("philox_words", &philox_words, "seed"_a, "step"_a, "stream"_a, "draw"_a, "positions"_a.noconvert(),
-          "elements"_a, "out"_a.noconvert(), "threads"_a = 1,
+    m.def("philox_words", &philox<std::int64_t, unite_fast::philox_words>, "seed"_a, "step"_a, "stream"_a, "draw"_a,
+          "positions"_a.noconvert(), "elements"_a, "out"_a.noconvert(), "threads"_a = 1,
           "Write the words of unite_fast.randomness.Philox.words into out, int64 [b, ceil(elements / 4) * 4].");
+    m.def("philox_normals", &philox<float, unite_fast::philox_normals>, "seed"_a, "step"_a, "stream"_a, "draw"_a,
+          "positions"_a.noconvert(), "elements"_a, "out"_a.noconvert(), "threads"_a = 1,
+          "Write the normals of unite_fast.randomness.Philox.normal into out, float32 [b, ceil(elements / 4) * 4].");
     m.attr("version") = kVersion;
     bind_fused_ops(m);
 }

@@ -60,7 +60,7 @@ def _run(op: Op, inputs: dict[str, Tensor], result_dtypes: tuple[torch.dtype, ..
     for output in outputs:
         turned = torch.randn(output.mT.shape, generator=generator)
         # Rounded to bfloat16 for all, so that every run sees the same numbers.
-        incoming.append(turned.bfloat16().to(output.dtype).mT)
+        incoming.append(turned.bfloat16().to(output).mT)
     gradients = torch.autograd.grad(outputs, list(inputs.values()), incoming)
     results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
     return results | {f"gradient of {name}": g for name, g in zip(inputs, gradients, strict=True)}

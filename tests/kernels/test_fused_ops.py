@@ -1,4 +1,8 @@
-"""The C++ bodies of the fused ops, by force. tests/kernels/test_OP.py has what holds for any body."""
+"""The C++ and the Triton bodies of the fused ops, by force. tests/kernels/test_OP.py has what holds for any body.
+
+The Triton bodies run on a GPU if there is one, else in Triton's interpreter, which needs milliseconds for a program
+instance: hence their small shapes.
+"""
 
 import importlib
 from collections.abc import Callable
@@ -11,14 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from unite_fast import kernels
-from unite_fast.kernels import backend, native
+from unite_fast.kernels import backend
 from unite_fast.kernels.adaln_modulate import adaln_modulate_ref
 from unite_fast.kernels.gated_residual_adaln import gated_residual_adaln_ref
 from unite_fast.kernels.gated_residual_norm_adaln import gated_residual_norm_adaln_ref
 from unite_fast.kernels.qk_norm_rope import qk_norm_rope_ref
 from unite_fast.kernels.swiglu import swiglu_ref
-
-pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
 
 OPS = ["adaln_modulate", "gated_residual_adaln", "gated_residual_norm_adaln", "qk_norm_rope", "swiglu"]
 HEAD_DIM = 14
@@ -28,14 +30,34 @@ DTYPES = {
     "bfloat16": (torch.bfloat16, torch.bfloat16),
 }
 """Of the residual, and of branch, modulation and results."""
+SHAPES = [
+    *(("native", shape) for shape in [(2, 150, 42), (5, 123, 123), (1, 1, 301), (3, 65, 16), (2, 64, 130)]),
+    *(("triton", shape) for shape in [(2, 21, 42), (3, 5, 123), (1, 1, 301), (2, 17, 16)]),
+]
+"""More than one chunk of tokens, widths that are no multiple of a vector, a single token."""
+SEVERAL_CHUNKS = {"native": 70, "triton": 21}
+"""Tokens, more than one program or task of a body takes."""
 
 
-@pytest.fixture(autouse=True)
-def forced():
-    before = backend.current()
-    backend.use("native")
-    yield
-    backend.use(before)
+@pytest.fixture(autouse=True, params=["native", "triton"])
+def body(request):
+    if missing := backend.why_missing(request.param):
+        pytest.skip(missing)
+    with backend.using(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def device(body):
+    return torch.device("cuda" if body == "triton" and not backend.interpreted() else "cpu")
+
+
+@pytest.fixture
+def draw(draw, device):
+    return lambda *shape, **options: draw(*shape, **options).to(device)
+
+
+native_only = pytest.mark.parametrize("body", ["native"], indirect=True)
 
 
 @dataclass
@@ -109,7 +131,7 @@ def run(op, inputs):
 
 def incoming_gradients(outputs):
     generator = torch.Generator().manual_seed(3)
-    return [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+    return [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
 
 
 def assert_same(ours, others):
@@ -123,17 +145,16 @@ def result_dtypes(outputs):
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 150, 42), (5, 123, 123), (1, 1, 301), (3, 65, 16), (2, 64, 130)])
+@pytest.mark.parametrize(("body", "shape"), SHAPES, indirect=["body"])
 def test_outputs_and_gradients_against_float64(case, shape, dtypes, judge):
-    """More than one chunk of tokens, widths that are no multiple of a vector, a single token."""
     op, reference, inputs = case(*shape, *DTYPES[dtypes])
     # A bfloat16 x_out is rounded before h is made of it.
     roundings = 3 if op.name.startswith("gated") else 1
     judge(op, reference, inputs, result_dtypes(op(*inputs.values())), roundings)
 
 
-def test_a_result_that_nobody_uses_is_one_with_a_zero_gradient(case):
-    op, _, inputs = case(2, 70, 42)
+def test_a_result_that_nobody_uses_is_one_with_a_zero_gradient(case, body):
+    op, _, inputs = case(2, SEVERAL_CHUNKS[body], 42)
     outputs = op(*inputs.values())
     incoming = incoming_gradients(outputs)
     for i, (output, gradient) in enumerate(zip(outputs, incoming, strict=True)):
@@ -158,6 +179,13 @@ def test_strided_inputs(case, layout, judge):
     judge(op, reference, inputs, result_dtypes(op(*inputs.values())))
 
 
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_the_same_bits_again(case, dtypes, body):
+    op, _, inputs = case(2, SEVERAL_CHUNKS[body], 42, *DTYPES[dtypes])
+    assert_same(*(run(op, list(inputs.values())) for _ in range(2)))
+
+
+@native_only
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_the_same_bits_again_and_for_any_number_of_threads(case, dtypes):
     """Large enough to be split among threads."""
@@ -237,9 +265,9 @@ def test_under_checkpoint(case):
     assert_same(run(checkpointed, list(inputs.values())), run(op, list(inputs.values())))
 
 
-def test_autocast_casts_nothing(case):
+def test_autocast_casts_nothing(case, device):
     op, _, inputs = case(2, 9, 42, *DTYPES["autocast"])
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         within = run(op, list(inputs.values()))
     assert_same(within, run(op, list(inputs.values())))
 
@@ -261,7 +289,7 @@ def test_a_second_derivative_is_refused(case):
 
 
 def test_other_modulation_types_are_read_as_float32(draw):
-    x, weight = draw(2, 5, 8), torch.ones(8)
+    x, weight = draw(2, 5, 8), draw(8)
     shift, scale = draw(2, 8).half().requires_grad_(), draw(2, 8).half().requires_grad_()
     got = kernels.adaln_modulate(x, weight, shift, scale)
     want = kernels.adaln_modulate(x, weight, shift.float(), scale.float())
@@ -289,12 +317,14 @@ def test_cos_and_sin_get_no_gradient(draw):
         kernels.qk_norm_rope(draw(2, 5, 48), 2, None, None, draw(5, 4).requires_grad_(), draw(5, 4))
 
 
+@native_only
 def test_v_takes_no_memory_of_its_own(draw):
     qkv = draw(2, 5, 48)
     v = kernels.qk_norm_rope(qkv, 2, None, None, draw(5, 4), draw(5, 4))[2]
     assert v.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
 
 
+@native_only
 def test_silu_to_the_last_place():
     """The C++ has its own exp. Where silu(u) is a normal float32, 3 units in the last place: exp, sum and division have
     one each at most, and 1.6 is what this grid shows."""
@@ -304,7 +334,7 @@ def test_silu_to_the_last_place():
     assert ((got - want).abs() <= 3 * 2.0**-23 * want.abs()).all()
 
 
-def test_silu_far_out():
-    u = torch.tensor([-3e38, -1e4, -90.0, 90.0, 1e4, 3e38])
+def test_silu_far_out(device):
+    u = torch.tensor([-3e38, -1e4, -90.0, 90.0, 1e4, 3e38], device=device)
     got = kernels.swiglu(torch.stack((u, torch.ones_like(u)), dim=-1))[:, 0]
     assert torch.allclose(got, torch.nn.functional.silu(u), rtol=0, atol=10.0) and torch.equal(got[3:], u[3:])

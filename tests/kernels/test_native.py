@@ -56,6 +56,20 @@ def test_same_bits_for_any_number_of_threads(threads):
 
 
 @needs_native
+@pytest.mark.parametrize("threads", [2, 3])
+def test_the_same_normals_for_any_number_of_threads(threads):
+    positions, before = torch.arange(5, 18), torch.get_num_threads()
+    drawn = []
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            drawn.append(native.philox_normals(99, 3, Stream.FLOW_NOISE, 0, positions, 257 * 33))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*drawn)
+
+
+@needs_native
 def test_strided_and_empty_positions():
     positions = torch.arange(20)[::3]
     want = Philox(5, 6, positions).words(Stream.FLIP, (7,))
@@ -80,5 +94,6 @@ def test_strided_and_empty_positions():
 )
 def test_what_the_counter_cannot_hold_is_refused(wrong, message):
     right = {"seed": 0, "step": 0, "stream": 0, "draw": 0, "positions": torch.arange(2), "elements": 4}
-    with pytest.raises(ValueError, match=message):
-        native.philox_words(**{**right, **wrong})
+    for draw in (native.philox_words, native.philox_normals):
+        with pytest.raises(ValueError, match=message):
+            draw(**{**right, **wrong})

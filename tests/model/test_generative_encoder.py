@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from unite_fast.config import EncoderConfig, ModelConfig, from_tree
+from unite_fast.config import EncoderConfig, ModelConfig
 from unite_fast.model.generative_encoder import GenerativeEncoder, matmul_dtype
 from unite_fast.model.layers import sincos_1d
+from unite_fast.recipes import from_tree
 
 TABLE_ROUNDING = 1e-6
 """The model's rotary table is rounded to float32 (6e-8); everything else here is float64."""

@@ -105,7 +105,7 @@ def test_attention_head_by_head(qk_norm):
         attended.append(scores.softmax(-1) @ v[..., own])
     want = torch.cat(attended, -1) @ layer.proj.weight.T + layer.proj.bias
     torch.testing.assert_close(layer(x, angle.cos(), angle.sin()), want)
-    torch.testing.assert_close(layer(x, angle.cos(), angle.sin(), slice(2, 5)), want[:, 2:5])
+    torch.testing.assert_close(layer(x, angle.cos(), angle.sin(), (2, 5)), want[:, 2:5])
 
 
 def test_attention_sees_only_differences_of_positions():
@@ -130,10 +130,37 @@ def test_hidden_width_of_swiglu(width, hidden):
     assert layer.fc_out.weight.shape == (width, hidden)
 
 
+def swiglu_inputs(width: int) -> list[torch.Tensor]:
+    """x, branch, gate, norm weight, shift and scale."""
+    shapes = (2, 3, width), (2, 3, width), (2, width), (width,), (2, width), (2, width)
+    return [normal(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+
+
 def test_swiglu():
     torch.manual_seed(0)
     layer = SwiGLU(12).double()
-    x = normal(2, 3, 12)
-    u, w = (x @ layer.fc_in.weight.T + layer.fc_in.bias).split(32, -1)
+    x, branch, gate, norm_weight, shift, scale = inputs = swiglu_inputs(12)
+    x = x + gate[:, None] * branch
+    h = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm_weight * (1 + scale[:, None]) + shift[:, None]
+    u, w = (h @ layer.fc_in.weight.T + layer.fc_in.bias).split(32, -1)
     want = (u * torch.sigmoid(u) * w) @ layer.fc_out.weight.T + layer.fc_out.bias
-    torch.testing.assert_close(layer(x), want)
+    got = layer(*inputs)
+    torch.testing.assert_close(got[0], x)
+    torch.testing.assert_close(got[1], want)
+
+
+def test_padding_changes_neither_results_nor_gradients(monkeypatch):
+    """Hidden width 34, padded to 64."""
+    torch.manual_seed(0)
+    layer = SwiGLU(13).double()
+    assert [w.shape for w in layer.weights(padded=True)] == [(128, 13), (128,), (13, 64)]
+
+    def run():
+        layer.zero_grad()
+        out = layer(*swiglu_inputs(13))[1]
+        (out * normal(*out.shape, seed=9)).sum().backward()
+        return [out.detach(), *(p.grad for p in layer.parameters())]
+
+    plain, weights = run(), layer.weights
+    monkeypatch.setattr(layer, "weights", lambda padded: weights(padded=True))
+    torch.testing.assert_close(run(), plain)

@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from unite_fast.config import EncoderConfig, ModelConfig, from_tree
+from unite_fast.config import EncoderConfig, ModelConfig
 from unite_fast.model.unite import UNITE
+from unite_fast.recipes import from_tree
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -37,10 +38,22 @@ def test_denoise_sees_time_and_label_and_ends_in_the_shared_norm(tiny_model):
     assert not torch.allclose(out, tiny_model.denoise(x, t, labels.flip(0)))
 
 
+def test_the_denoising_loss_is_that_of_what_denoise_predicts(tiny_model):
+    x_t, z, t = draw(3, 2, 4, 6), draw(2, 4, 6), torch.tensor([[0.2, 0.9], [0.0, 0.99], [0.5, 0.7]])
+    labels = torch.tensor([[1, 5], [0, 2], [3, 5]])
+    losses = tiny_model.denoising_loss(x_t, t, labels, z)
+    for f in range(3):
+        for i in range(2):
+            prediction = tiny_model.denoise(x_t[f, i : i + 1], t[f, i : i + 1], labels[f, i : i + 1])
+            want = ((z[i] - prediction) / max(1 - t[f, i].item(), 0.05)).square().mean()
+            torch.testing.assert_close(losses[f, i], want)
+
+
 def test_latents_are_float32_under_autocast(tiny_model):
     with torch.autocast("cpu", torch.bfloat16):
         z = tiny_model.tokenize(draw(2, 3, 8, 8), draw(2, 4, 6), torch.zeros(2))
-    assert z.dtype == torch.float32
+        loss = tiny_model.denoising_loss(z[None].detach(), torch.rand(1, 2), torch.zeros(1, 2).long(), z.detach())
+    assert z.dtype == loss.dtype == torch.float32
 
 
 def test_start_values_depend_on_the_seed_alone(tiny_config):

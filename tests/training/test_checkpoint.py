@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from unite_fast.config import Config, from_tree
+from unite_fast.config import Config
 from unite_fast.errors import UserError
+from unite_fast.recipes import from_tree
 from unite_fast.training import checkpoint as ckpt
 from unite_fast.training.checkpoint import load_checkpoint, save_checkpoint, step_path
 

@@ -5,10 +5,10 @@ import os
 import pytest
 import torch
 
-from unite_fast.config import load_config
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import draw_step, training_losses
 from unite_fast.randomness import Philox
+from unite_fast.recipes import load_config
 from unite_fast.training.state import TrainState
 
 

@@ -12,8 +12,8 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from unite_fast.config import load_config, to_tree
 from unite_fast.errors import UserError
+from unite_fast.recipes import load_config, to_tree
 from unite_fast.training.checkpoint import load_checkpoint, save_checkpoint, step_files, step_of
 from unite_fast.training.metrics import read_rows
 from unite_fast.training.trainer import Trainer, check_same_settings, stop_on_signals, train

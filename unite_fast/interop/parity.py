@@ -47,8 +47,8 @@ ADAPTIVE = ("dopri5",)
 """Solvers that choose their own steps."""
 
 ONE_THREAD_WIDTH = 256
-"""Below this width a second thread costs more than it saves. The trace in tests/data took 8 s on one thread; on two it
-took 36 s with both cores free and 180 s with one of them busy."""
+"""Below this width a second thread saves little and, on a busy machine, costs much: the trace in tests/data took 8 s on
+one thread, and 180 s on two with one of the two cores busy."""
 
 SHOWN = 20
 """Failures that `run` prints one by one."""

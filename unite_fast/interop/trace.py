@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unite_fast.config import Config, from_tree, require
+from unite_fast.config import Config, require
 from unite_fast.errors import UserError
 from unite_fast.interop.official import load_released
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import StepDraws
+from unite_fast.recipes import from_tree
 from unite_fast.sampling import DOPRI5_ATOL, DOPRI5_RTOL
 
 SOLVERS = {"euler": "euler", "heun2": "heun", "dopri5": "dopri5"}

@@ -5,10 +5,10 @@ Shapes: B batch, N latent tokens, C latent channels, D width, S image size, P pa
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from unite_fast import kernels
 from unite_fast.config import ModelConfig
-from unite_fast.model.layers import sincos_2d
+from unite_fast.model.layers import Linear, sincos_2d
 
 LAYER_NORM_EPS = 1e-12
 
@@ -19,16 +19,21 @@ class DecoderLayer(nn.Module):
         self.heads = heads
         self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
         self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.fc1 = nn.Linear(width, mlp_width)
         self.fc2 = nn.Linear(mlp_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        qkv = layer_norm_linear(x, self.norm1, self.qkv)
+        x = x + self.proj(kernels.attention(qkv, self.heads))
+        hidden = layer_norm_linear(x, self.norm2, self.fc1)
+        return x + kernels.gelu_linear(hidden, self.fc2.weight, self.fc2.bias)
+
+
+def layer_norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
+    return kernels.layer_norm_linear(x, norm.weight, norm.bias, linear.weight, linear.bias, norm.eps)
 
 
 class Decoder(nn.Module):
@@ -37,12 +42,12 @@ class Decoder(nn.Module):
         size = config.decoder
         self.patch_size = config.patch_size
         self.side = config.image_size // config.patch_size
-        self.input_proj = nn.Linear(config.latent_channels, size.embed_width)
-        self.embed = nn.Linear(size.embed_width, size.width)
+        self.input_proj = Linear(config.latent_channels, size.embed_width)
+        self.embed = Linear(size.embed_width, size.width)
         self.cls_token = nn.Parameter(torch.zeros(size.width))
         self.layers = nn.ModuleList(DecoderLayer(size.width, size.heads, size.mlp_width) for _ in range(size.depth))
         self.norm = nn.LayerNorm(size.width, eps=LAYER_NORM_EPS)
-        self.pred = nn.Linear(size.width, config.patch_size**2 * 3)
+        self.pred = Linear(size.width, config.patch_size**2 * 3)
         self.register_buffer("positions", sincos_2d(self.side, size.width), persistent=False)
 
     def forward(self, z: Tensor) -> Tensor:

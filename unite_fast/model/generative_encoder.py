@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from unite_fast import kernels
 from unite_fast.config import ModelConfig
-from unite_fast.model.layers import Attention, RMSNorm, SwiGLU, TimeEmbedding, rope_table, sincos_1d
+from unite_fast.kernels.common import matmul_dtype
+from unite_fast.model.layers import Attention, Linear, RMSNorm, SwiGLU, TimeEmbedding, rope_table, sincos_1d
 
 
 class Block(nn.Module):
@@ -27,38 +28,36 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(width)
         self.mlp = SwiGLU(width)
         self.norm3 = RMSNorm(width)
-        self.modulation = nn.Linear(width, 6 * width)
+        self.modulation = Linear(width, 6 * width)
 
     def forward(
         self,
         x: Tensor,
         h: Tensor,
-        modulation: Tensor,
+        modulation: tuple[Tensor, ...],
         following: tuple[Tensor, Tensor, Tensor],
         cos: Tensor,
         sin: Tensor,
-        wanted: slice | None = None,
+        wanted: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
             x: the residual, [B, T, D].
             h: x normalised by norm1 and modulated, [B, T, D].
-            modulation: shift1, scale1, gate1, shift2, scale2, gate2, [B, 6 D].
+            modulation: gate1, shift2, scale2, gate2, each [B, D].
             following: norm weight [D], shift and scale [B, D] of what comes next: a block's norm1 or the final layer.
-            wanted: compute only these tokens (all of them still serve as keys and values).
+            wanted: first and last: compute only these tokens (all of them still serve as keys and values).
 
         Returns:
             x and h for what comes next.
         """
-        _, _, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
+        gate1, shift2, scale2, gate2 = modulation
         attended = self.attn(h, cos, sin, wanted)
         if wanted is not None:
-            x = x[:, wanted]
-        x, h = kernels.gated_residual_adaln(
-            x, attended, gate1, self.norm2.weight, shift2, scale2, out_dtype=matmul_dtype(x)
-        )
+            x = x[:, slice(*wanted)]
+        x, branch = self.mlp(x, attended, gate1, self.norm2.weight, shift2, scale2)
         return kernels.gated_residual_norm_adaln(
-            x, self.mlp(h), gate2, self.norm3.weight, *following, out_dtype=matmul_dtype(x)
+            x, branch, gate2, self.norm3.weight, *following, out_dtype=matmul_dtype(x)
         )
 
 
@@ -66,8 +65,8 @@ class FinalLayer(nn.Module):
     def __init__(self, width: int, channels: int):
         super().__init__()
         self.norm = RMSNorm(width)
-        self.modulation = nn.Linear(width, 2 * width)
-        self.linear = nn.Linear(width, channels)
+        self.modulation = Linear(width, 2 * width)
+        self.linear = Linear(width, channels)
 
 
 class GenerativeEncoder(nn.Module):
@@ -82,7 +81,7 @@ class GenerativeEncoder(nn.Module):
         self.in_context = size.in_context_tokens
         self.in_context_start = size.in_context_start
         self.no_class = config.num_classes
-        self.input_proj = nn.Linear(config.latent_channels, size.width)
+        self.input_proj = Linear(config.latent_channels, size.width)
         self.latent_tokens = nn.Parameter(torch.empty(1, config.latent_tokens, size.width))
         self.patch_embed = nn.Conv2d(3, size.width, config.patch_size, config.patch_size)
         self.time_embed = TimeEmbedding(size.width)
@@ -117,7 +116,7 @@ class GenerativeEncoder(nn.Module):
 
         first = self.in_context  # rows of the rotary table before this one belong to in-context tokens
         rope = self.rope_cos[first : first + x.shape[1]], self.rope_sin[first : first + x.shape[1]]
-        wanted = slice(0, n)
+        wanted = 0, n
         h = kernels.adaln_modulate(x, *entries[0], out_dtype=matmul_dtype(x))
         for i, block in enumerate(self.blocks):
             if self.in_context and i == self.in_context_start:
@@ -125,20 +124,19 @@ class GenerativeEncoder(nn.Module):
                 h = torch.cat((kernels.adaln_modulate(context, *entries[i], out_dtype=h.dtype), h), dim=1)
                 x = torch.cat((context, x), dim=1)
                 rope = self.rope_cos[: x.shape[1]], self.rope_sin[: x.shape[1]]
-                wanted = slice(first, first + n)
+                wanted = first, first + n
             last = i == len(self.blocks) - 1
             x, h = block(x, h, modulations[i], entries[i + 1], *rope, wanted if last else None)
         return self.final_layer.linear(h)
 
-    def modulations(self, condition: Tensor) -> tuple[list[Tensor], list[tuple[Tensor, Tensor, Tensor]]]:
-        """Every adaLN product of SiLU(c) [B, D]: each block's six vectors, and what each place that normalises and
-        modulates on the way in (the blocks' norm1 and, last, the final layer) needs: weight, shift, scale."""
-        layers = [block.modulation for block in self.blocks]
-        modulations = [layer(condition) for layer in layers]
-        entries = []
-        for block, modulation in zip(self.blocks, modulations, strict=True):
-            shift, scale = modulation.chunk(6, dim=-1)[:2]
+    def modulations(self, condition: Tensor) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, Tensor, Tensor]]]:
+        """Every adaLN product of SiLU(c) [B, D]: what each block needs itself (see `Block.forward`), and weight, shift
+        and scale of each place that normalises and modulates on the way in: the blocks' norm1 and the final layer."""
+        modulations, entries = [], []
+        for block in self.blocks:
+            shift, scale, *own = block.modulation(condition).chunk(6, dim=-1)
             entries.append((block.norm1.weight, shift, scale))
+            modulations.append(tuple(own))
         shift, scale = self.final_layer.modulation(condition).chunk(2, dim=-1)
         entries.append((self.final_layer.norm.weight, shift, scale))
         return modulations, entries
@@ -169,9 +167,3 @@ class GenerativeEncoder(nn.Module):
             nn.init.normal_(weight, std=0.02, generator=generator)
         if self.in_context:
             nn.init.normal_(self.in_context_posemb, std=0.02, generator=generator)
-
-
-def matmul_dtype(x: Tensor) -> torch.dtype:
-    """What a Linear will cast its input to: writing that dtype at once saves a pass over memory."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

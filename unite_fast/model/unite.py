@@ -6,6 +6,7 @@ The model never calls a random generator: every draw is an argument.
 import torch
 from torch import Tensor, nn
 
+from unite_fast import flow, kernels
 from unite_fast.config import ModelConfig
 from unite_fast.kernels.common import upcast
 from unite_fast.model.decoder import Decoder
@@ -39,6 +40,22 @@ class UNITE(nn.Module):
     def denoise(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Clean latents from noisy ones: x_t [B, N, C], t [B], labels int64 [B] (num_classes: none) -> [B, N, C]."""
         return self._normalise(self.encoder(x_t, t, labels))
+
+    def denoising_loss(self, x_t: Tensor, t: Tensor, labels: Tensor, z: Tensor) -> Tensor:
+        """The flow loss of `denoise`, whose result is not written anywhere.
+
+        Args:
+            x_t: F noisy versions of each sample's latents, [F, B, N, C].
+            t: their times, [F, B].
+            labels: int64 [F, B].
+            z: the clean latents, [B, N, C], without a gradient.
+
+        Returns:
+            float32 [F, B].
+        """
+        latents = self.encoder(x_t.flatten(0, 1), t.flatten(), labels.flatten()).unflatten(0, t.shape)
+        norm = self.latent_norm
+        return kernels.flow_loss(latents, norm.weight, norm.bias, z, t, flow.MIN_TIME_LEFT, norm.eps)
 
     def _normalise(self, latents: Tensor) -> Tensor:
         # Autocast on CUDA runs LayerNorm in float32, on a CPU it does not: there, z would be bfloat16 without this.

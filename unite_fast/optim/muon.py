@@ -12,26 +12,39 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from unite_fast.kernels.product import in_float32
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
 
-def newton_schulz(g: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """Push the singular values of matrices towards 1: [n, rows, columns] -> the same shape, in `dtype`.
+@torch.library.custom_op("unite_fast::newton_schulz", mutates_args=())
+def newton_schulz(g: Tensor, eps: float) -> Tensor:
+    """Push the singular values of matrices towards 1: [n, rows, columns] -> the same shape and precision.
 
     Five steps of the quintic X <- aX + bAX + cA(AX) with A = X X^T. They end near 1 (0.7 to 1.2), not at 1.
     """
-    x = g.to(dtype)
-    wide = x.shape[-2] <= x.shape[-1]
-    if not wide:
-        x = x.mT
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(eps)
+    wide = g.shape[-2] <= g.shape[-1]
+    x = g if wide else g.mT
+    x = rounded(x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(eps), g.dtype)
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x if wide else x.mT
+        gram = rounded(x @ x.mT, g.dtype)
+        polynomial = rounded(torch.baddbmm(gram, gram, gram, beta=b, alpha=c), g.dtype)
+        x = rounded(torch.baddbmm(x, polynomial, x, beta=a), g.dtype)
+    x = x.to(g.dtype)
+    return x if wide else x.mT.contiguous()
+
+
+@newton_schulz.register_fake
+def _(g: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(g)
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in the precision dtype, stored as float32 where products of it are faster so (see kernels/product.py)."""
+    x = x.to(dtype)
+    return x.float() if in_float32(x) else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -65,8 +78,9 @@ class Muon(torch.optim.Optimizer):
         momenta = [self._momentum_of(p) for p in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
         directions = torch._foreach_lerp(gradients, momenta, self.momentum)
-        orthogonal = newton_schulz(torch.stack(directions), self.eps, self.dtype)
-        return list(orthogonal.to(parameters[0].dtype).unbind(0))
+        batch = directions[0].new_empty((len(directions), *directions[0].shape), dtype=self.dtype)
+        torch._foreach_copy_(list(batch), directions)
+        return list(newton_schulz(batch, self.eps))
 
     def _momentum_of(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]

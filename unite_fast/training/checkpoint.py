@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unite_fast.config import Config, from_tree, require, to_tree
+from unite_fast.config import Config, require
 from unite_fast.errors import UserError, writing
+from unite_fast.recipes import from_tree, to_tree
 
 FORMAT = "unite_fast checkpoint 1"
 LATEST = "latest.safetensors"

@@ -33,7 +33,8 @@ class Report:
         how = "compiled" if train.compile else "eager"
         self.say(
             f"{'resuming' if resumed else 'training'} {config.name}: {parameters:.2f} M parameters, "
-            f"{train.precision} on {device}, {backend.body_on(device)} kernels, {how}, batch {train.batch_size}, "
+            f"{train.precision} on {device}, {backend.body_on(device)} kernels, {backend.attention_on(device)} "
+            f"attention, {how}, batch {train.batch_size}, "
             f"steps {state.step}..{train.steps}, in {folder}"
         )
         self.held_out = held_out_images(config)

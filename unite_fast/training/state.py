@@ -5,13 +5,19 @@ from torch import Tensor
 
 from unite_fast.config import Config
 from unite_fast.model.unite import UNITE
+from unite_fast.optim.adamw import adamw
 from unite_fast.optim.ema import EMA
 from unite_fast.optim.groups import split_parameters
 from unite_fast.optim.muon import Muon
 from unite_fast.optim.schedule import learning_rate
 
-OPTIMIZER_TENSORS = {Muon: ("momentum",), torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq")}
-"""What each optimizer keeps of a parameter; AdamW's step is a scalar, the others have the parameter's shape."""
+OPTIMIZER_TENSORS = {
+    "Muon": ("momentum",),
+    "AdamW": ("step", "exp_avg", "exp_avg_sq"),
+    "FusedAdam": ("exp_avg", "exp_avg_sq"),
+}
+"""What each optimizer keeps of a parameter; AdamW's step is a scalar, the others have the parameter's shape. Apex's
+FusedAdam counts its steps once for all parameters."""
 
 
 class TrainState:
@@ -33,9 +39,7 @@ class TrainState:
         self.muon = Muon(
             self.muon_parameters.values(), 0.0, optim.muon_momentum, optim.eps, getattr(torch, optim.muon_dtype)
         )
-        self.adamw = torch.optim.AdamW(
-            self.adamw_parameters.values(), 0.0, optim.adamw_betas, optim.eps, weight_decay=0.0, fused=True
-        )
+        self.adamw = adamw(optim.adamw, self.adamw_parameters.values(), optim.adamw_betas, optim.eps)
 
     @property
     def learning_rate(self) -> float:
@@ -52,7 +56,7 @@ class TrainState:
         Returns:
             Norm of all gradients before clipping, a scalar on the model's device.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm, foreach=True)
         for optimizer in (self.muon, self.adamw):
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate
@@ -84,8 +88,11 @@ class TrainState:
             for name, parameter in parameters.items():
                 optimizer.state[parameter] = {
                     key: _fitting(named, f"optim.{name}.{key}", parameter, scalar=key == "step")
-                    for key in OPTIMIZER_TENSORS[type(optimizer)]
+                    for key in OPTIMIZER_TENSORS[type(optimizer).__name__]
                 }
+        if step and self.config.optim.adamw == "apex":
+            for group in self.adamw.param_groups:
+                group["step"] = step
         self.step = step
 
     def _optimizers(self):

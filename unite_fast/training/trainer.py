@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from unite_fast.config import Config, require, require_choice, to_tree
+from unite_fast.config import Config, require, require_choice
 from unite_fast.data_pipeline import Batch, Loader, Source, choose_loader, open_source
 from unite_fast.errors import UserError, writing
 from unite_fast.kernels import backend
@@ -19,6 +19,7 @@ from unite_fast.model.unite import UNITE
 from unite_fast.objective import Losses, draw_step, training_losses
 from unite_fast.perceptual import dropout_masks, load_lpips, tap_shapes
 from unite_fast.randomness import Philox, Stream
+from unite_fast.recipes import to_tree
 from unite_fast.training import checkpoint as ckpt
 from unite_fast.training.metrics import Averages, MetricsLog
 from unite_fast.training.report import Report
@@ -74,6 +75,7 @@ class Trainer:
         self.device = choose_device(config.train.device)
         use_threads(config.train.threads)
         backend.use(config.kernels)
+        backend.use_attention(config.attention)
         self.source = open_source(config.data.source, config.data.path, config.model.image_size, "train")
         check_data(self.source, config)
         self.lpips = load_lpips(config.perceptual).to(self.device) if config.perceptual.weight else None

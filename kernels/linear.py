@@ -1,0 +1,230 @@
+"""Linears that keep little for the backward pass: what is cheap to make again is made again.
+
+    linear(x, W, b)                               x W^T + b                              keeps x
+    swiglu_linear(uw, W, b)                       linear(swiglu(uw), W, b)               keeps uw
+    gelu_linear(u, W, b)                          linear(gelu(u), W, b)                  keeps u
+    layer_norm_linear(x, w, v, W, b)              linear(layer_norm(x; w, v), W, b)      keeps x and two numbers a token
+    gated_residual_adaln_linear(x, branch, ..)    x_out, linear(h, W, b)                 keeps x_out and branch
+                                                  of x_out, h = gated_residual_adaln(x, branch, ..)
+
+Shapes: x, uw and u [B, T, K] or [B, T, 2 K] (uw), W [N, K], b [N] -> [B, T, N]. Products are taken in bfloat16 under
+autocast to it and in the input's precision otherwise; sums are float32. See product.py.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unite_fast.kernels import backend, layout
+from unite_fast.kernels.adaln_modulate import _fused as adaln_op
+from unite_fast.kernels.adaln_modulate import check_modulation
+from unite_fast.kernels.common import matmul_dtype, mistake
+from unite_fast.kernels.gated_residual_adaln import _fused as gated_op
+from unite_fast.kernels.gated_residual_adaln import check_branch, gated_residual_adaln_ref
+from unite_fast.kernels.op import Body, FusedOp, Results
+from unite_fast.kernels.product import product, product_backward
+from unite_fast.kernels.swiglu import _fused as swiglu_op
+from unite_fast.kernels.swiglu import swiglu_ref
+
+
+def _like_product(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype or x.dtype)
+
+
+def _like_gradients(*inputs: Tensor) -> Results:
+    return tuple(layout.room(x) for x in inputs)
+
+
+def _activation_linear(name: str, activation: dict[str, Body]) -> FusedOp:
+    """The op linear(f(x), W, b) of one activation f, which keeps x."""
+
+    def body(f: Body) -> Body:
+        def forward(x, weight, bias):
+            return (product(f.forward(x)[0], weight, bias),)
+
+        def backward(d_y, x, weight):
+            d_activated, d_weight, d_bias = product_backward(d_y, f.forward(x)[0], weight)
+            return f.backward(d_activated, x)[0], d_weight, d_bias
+
+        return Body(forward, backward)
+
+    return FusedOp(
+        name,
+        inputs="Tensor x, Tensor weight, Tensor bias",
+        outputs="Tensor",
+        results=1,
+        like_forward=lambda x, weight, bias: (_like_product(x, weight),),
+        backward_inputs="Tensor d_y, Tensor x, Tensor weight",
+        backward_outputs="Tensor, Tensor, Tensor",
+        like_backward=lambda d_y, x, weight: (*_like_gradients(x, weight), weight.new_empty(weight.shape[0])),
+        saved=lambda inputs, outputs: inputs[:2],
+        bodies={name: body(f) for name, f in activation.items()},
+    )
+
+
+def _everywhere(forward, backward) -> dict[str, Body]:
+    """A body of PyTorch's own operators serves every device."""
+    return dict.fromkeys(("native", "triton"), Body(forward, backward))
+
+
+_linear = _activation_linear("linear", _everywhere(lambda x: (x,), lambda d, x: (d,)))
+_swiglu_linear = _activation_linear("swiglu_linear", swiglu_op.bodies)
+_gelu_linear = _activation_linear(
+    "gelu_linear", _everywhere(lambda u: (F.gelu(u),), lambda d, u: (torch.ops.aten.gelu_backward(d, u),))
+)
+
+
+def _norm(x, norm_weight, norm_bias, eps):
+    return torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+
+
+def _layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps, out_dtype):
+    normed, mean, inverse = _norm(x, norm_weight, norm_bias, eps)
+    return product(normed.to(out_dtype), weight, bias), mean, inverse
+
+
+def _layer_norm_linear_backward(d_y, x, norm_weight, norm_bias, weight, mean, inverse):
+    normed = torch.addcmul(norm_bias, (x - mean) * inverse, norm_weight)
+    d_normed, d_weight, d_bias = product_backward(d_y, normed.to(d_y.dtype), weight)
+    d_x, d_norm_weight, d_norm_bias = torch.ops.aten.native_layer_norm_backward(
+        d_normed.to(x.dtype), x, x.shape[-1:], mean, inverse, norm_weight, norm_bias, (True, True, True)
+    )
+    return d_x, d_norm_weight, d_norm_bias, d_weight, d_bias
+
+
+_layer_norm_linear = FusedOp(
+    "layer_norm_linear",
+    inputs="Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, float eps, "
+    "ScalarType out_dtype",
+    outputs="Tensor, Tensor, Tensor",
+    results=1,
+    like_forward=lambda x, norm_weight, norm_bias, weight, bias, eps, out_dtype: (
+        _like_product(x, weight, out_dtype),
+        *(x.new_empty((*x.shape[:-1], 1)) for _ in range(2)),
+    ),
+    backward_inputs="Tensor d_y, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor mean, "
+    "Tensor inverse",
+    backward_outputs="Tensor, Tensor, Tensor, Tensor, Tensor",
+    like_backward=lambda d_y, x, norm_weight, norm_bias, weight, mean, inverse: (
+        *_like_gradients(x, norm_weight, norm_bias, weight),
+        weight.new_empty(weight.shape[0]),
+    ),
+    saved=lambda inputs, outputs: (*inputs[:4], *outputs[1:]),
+    bodies=_everywhere(_layer_norm_linear_forward, _layer_norm_linear_backward),
+)
+
+
+EPS = 1e-6
+"""Of the RMSNorm in gated_residual_adaln_linear, which makes h a second time."""
+
+
+def _gated_linear_body(gated: Body, adaln: Body) -> Body:
+    def forward(x, branch, gate, norm_weight, shift, scale, weight, bias, out_dtype):
+        x_out, h, inverse = gated.forward(x, branch, gate, norm_weight, shift, scale, EPS, out_dtype)
+        return x_out, product(h, weight, bias), inverse
+
+    def backward(d_x_out, d_y, x_out, branch, gate, norm_weight, shift, scale, weight, inverse):
+        h, _ = adaln.forward(x_out, norm_weight, shift, scale, EPS, d_y.dtype)
+        d_h, d_weight, d_bias = product_backward(d_y, h, weight)
+        return *gated.backward(d_x_out, d_h, x_out, branch, gate, norm_weight, scale, inverse), d_weight, d_bias
+
+    return Body(forward, backward)
+
+
+def _like_gated_linear(x, branch, gate, norm_weight, shift, scale, weight, bias, out_dtype):
+    inverse = x.new_empty(x.shape[:2], dtype=torch.float32)
+    return layout.room(x), _like_product(x, weight, out_dtype), inverse
+
+
+def _like_gated_linear_backward(d_x_out, d_y, x_out, branch, gate, norm_weight, shift, scale, weight, inverse):
+    vectors = (layout.room_typed(v) for v in (gate, scale, scale))
+    d_gate, d_shift, d_scale = vectors
+    d_norm_weight = layout.room_floats(norm_weight, x_out)
+    gradients = layout.room(x_out), layout.room_typed(branch), d_gate, d_norm_weight, d_shift, d_scale
+    return *gradients, layout.room(weight), weight.new_empty(weight.shape[0])
+
+
+_gated_residual_adaln_linear = FusedOp(
+    "gated_residual_adaln_linear",
+    inputs="Tensor x, Tensor branch, Tensor gate, Tensor norm_weight, Tensor shift, Tensor scale, Tensor weight, "
+    "Tensor bias, ScalarType out_dtype",
+    outputs="Tensor, Tensor, Tensor",
+    results=2,
+    like_forward=_like_gated_linear,
+    backward_inputs="Tensor? d_x_out, Tensor d_y, Tensor x_out, Tensor branch, Tensor gate, Tensor norm_weight, "
+    "Tensor shift, Tensor scale, Tensor weight, Tensor inverse",
+    backward_outputs="Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor",
+    like_backward=_like_gated_linear_backward,
+    saved=lambda inputs, outputs: (outputs[0], *inputs[1:7], outputs[2]),
+    bodies={body: _gated_linear_body(gated_op.bodies[body], adaln_op.bodies[body]) for body in gated_op.bodies},
+)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A Linear; see the module's docstring.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    _check("linear", x.shape[-1], weight, bias)
+    return _run(_linear, F.linear, x, weight, bias)
+
+
+def swiglu_linear(uw: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The second half of a SwiGLU; see the module's docstring. Errors as `linear`."""
+    _check("swiglu_linear", uw.shape[-1] / 2, weight, bias)
+    return _run(_swiglu_linear, lambda uw, weight, bias: F.linear(swiglu_ref(uw), weight, bias), uw, weight, bias)
+
+
+def gelu_linear(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The second half of an MLP with the exact GELU; see the module's docstring. Errors as `linear`."""
+    _check("gelu_linear", u.shape[-1], weight, bias)
+    return _run(_gelu_linear, lambda u, weight, bias: F.linear(F.gelu(u), weight, bias), u, weight, bias)
+
+
+def _run(op: FusedOp, reference, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    dtype = matmul_dtype(x)
+    body = backend.choose(x, dtype)
+    return reference(x, weight, bias) if body == "reference" else op(body, x.to(dtype), weight, bias)
+
+
+def layer_norm_linear(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """A Linear of a LayerNorm; see the module's docstring. Errors as `linear`."""
+    _check("layer_norm_linear", x.shape[-1], weight, bias)
+    dtype = matmul_dtype(x)
+    body = backend.choose(x, dtype)
+    if body == "reference":
+        return F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), weight, bias)
+    return _layer_norm_linear(body, x, norm_weight, norm_bias, weight, bias, eps, dtype)
+
+
+def gated_residual_adaln_linear(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    norm_weight: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Add a branch, normalise, modulate and multiply; see the module's docstring. Errors as `linear`."""
+    op = "gated_residual_adaln_linear"
+    check_modulation(op, x, norm_weight, shift, scale)
+    check_branch(op, x, branch, gate)
+    _check(op, x.shape[-1], weight, bias)
+    dtype = matmul_dtype(x)
+    body = backend.choose(x, dtype)
+    if body == "reference":
+        x, h = gated_residual_adaln_ref(x, branch, gate, norm_weight, shift, scale, EPS, dtype)
+        return x, F.linear(h, weight, bias)
+    return _gated_residual_adaln_linear(body, x, branch, gate, norm_weight, shift, scale, weight, bias, dtype)
+
+
+def _check(op: str, width: float, weight: Tensor, bias: Tensor) -> None:
+    if weight.dim() != 2 or weight.shape[1] != width:
+        raise mistake(op, f"weight must be [N, {width:g}], got {list(weight.shape)}")
+    if bias.shape != weight.shape[:1]:
+        raise mistake(op, f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")

@@ -1,0 +1,135 @@
+"""The byte counts of benchmarks/traffic.py against the tensors that the ops take and give, and against what a block of
+the model runs."""
+
+import importlib
+import importlib.util
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from unite_fast.kernels import backend, native
+from unite_fast.model.generative_encoder import Block
+from unite_fast.model.layers import rope_table
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+CPU = torch.device("cpu")
+TRITON_MODULES = ["adaln", "qk_norm_rope", "swiglu"]
+OPS = [
+    "adaln_modulate",
+    "gated_residual_adaln",
+    "gated_residual_norm_adaln",
+    "qk_norm_rope",
+    "swiglu",
+    "noise_injection",
+    "flow_loss",
+]
+
+needs_native = pytest.mark.skipif(bool(native.reason()), reason=native.reason())
+
+
+@pytest.fixture
+def traffic(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module("traffic")
+
+
+@pytest.fixture
+def bench(traffic):
+    """benchmarks/kernels.py, under a name that nothing else has."""
+    spec = importlib.util.spec_from_file_location("benchmarks_kernels", FOLDER / "kernels.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Counting(TorchDispatchMode):
+    """Sums the bytes of the tensors that ops of ours take and give, by op."""
+
+    def __init__(self):
+        super().__init__()
+        self.moved = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        if func.namespace == "unite_fast":
+            tensors = (x for x in tree_leaves((args, kwargs, results)) if isinstance(x, torch.Tensor))
+            self.moved[func.name().removeprefix("unite_fast::")] += sum(x.nbytes for x in tensors)
+        return results
+
+
+@needs_native
+@pytest.mark.parametrize("op", OPS)
+def test_each_tensor_of_an_op_is_counted_once(op, bench, traffic):
+    for case in bench.cases([op], [(2, 5, 192)], CPU):
+        copy = case.draw()
+        leaves = [x for x in copy if isinstance(x, torch.Tensor) and x.requires_grad]
+        with backend.using("native"), Counting() as counted:
+            results = bench.as_tuple(getattr(bench.kernels, op)(*copy, **case.options))
+            torch.autograd.grad(results, leaves, [torch.ones_like(result) for result in results])
+        forward, backward = case.bytes
+        if op == "qk_norm_rope":
+            # Under a dispatch mode v is copied, as in the Triton body; the backward pass takes all of qkv, reads no v.
+            sizes = traffic.Sizes(2, 5, 192, heads=3, hidden=512, residual=torch.bfloat16, other=torch.bfloat16)
+            forward, backward = traffic.qk_norm_rope(sizes, v_copied=True)
+            assert forward == case.bytes.forward + 2 * sizes.h
+            backward += sizes.h
+        assert counted.moved == {op: forward, f"{op}_backward": backward}
+
+
+@pytest.fixture(params=["native", "triton"])
+def body(request):
+    if missing := backend.why_missing(request.param):
+        pytest.skip(missing)
+    with backend.using(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def runs(body, monkeypatch):
+    """Counts the passes that a body runs, by name."""
+    counted = Counter()
+
+    def counting(name, run):
+        return lambda *inputs: (counted.update([name]), run(*inputs))[1]
+
+    if body == "native":
+        run = native.run
+        monkeypatch.setattr(native, "run", lambda name, *arguments: counting(name, run)(name, *arguments))
+        return counted
+    for module in (importlib.import_module(f"unite_fast.kernels.triton_bodies.{m}") for m in TRITON_MODULES):
+        for name in [name for name in vars(module) if re.fullmatch(r"[a-z]\w+_(forward|backward)", name)]:
+            monkeypatch.setattr(module, name, counting(name, getattr(module, name)))
+    return counted
+
+
+def test_a_block_runs_the_ops_that_are_counted(body, runs, traffic):
+    device = torch.device("cuda" if body == "triton" and not backend.interpreted() else "cpu")
+    block = Block(32, heads=4, qk_norm=True).to(device)
+    x, h = (torch.randn(2, 5, 32, device=device, requires_grad=True) for _ in range(2))
+    vectors, weight = [torch.randn(2, 32, device=device) for _ in range(6)], torch.ones(32, device=device)
+    tables = (table.to(device) for table in rope_table(5, 8))
+    with torch.autocast(device.type, torch.bfloat16):
+        results = block(x, h, vectors[:4], (weight, *vectors[4:]), *tables)
+        sum(result.float().sum() for result in results).backward()
+    want = Counter(f"{op}_{way}" for op in traffic.BLOCK_OPS for way in ("forward", "backward"))
+    want.update(f"{op}_forward" for op in traffic.MADE_AGAIN[body])
+    assert runs == want
+
+
+def test_the_bytes_of_a_block(traffic):
+    """The sums of the module's docstring, and a little for what they leave out."""
+    for residual, r in ((torch.float32, 4), (torch.bfloat16, 2)):
+        least, again = 10 * r + 86 + 2 / 3, r + 2 + 16
+        for given, want in (
+            (("native", False), least),
+            (("native", True), least + again + 8),
+            (("triton", False), least + 4),
+            (("triton", True), least + 4 + again),
+        ):
+            assert want < traffic.block_bytes(residual, *given) < want + 0.6
+    assert traffic.block_bytes(torch.float32) <= traffic.TARGET

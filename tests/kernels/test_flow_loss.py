@@ -1,0 +1,269 @@
+"""flow_loss, body by body, against its formula in float64."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from unite_fast.kernels import backend, flow_loss, native
+from unite_fast.kernels.flow_loss import _fused
+
+FLOOR = 0.05
+SHAPES = {
+    "native": [(1, 3, 1, 7), (2, 3, 150, 33), (3, 2, 65, 32), (2, 2, 20, 16)],
+    "triton": [(1, 2, 1, 7), (2, 2, 70, 33), (3, 2, 9, 32)],
+    # PyTorch's LayerNorm on a CPU sums the gradient of the weight token by token: of 390, its error is 6e-7.
+    "reference": [(1, 3, 1, 7), (2, 3, 15, 33), (3, 2, 9, 32)],
+}
+"""F, B, N, C: a single token, more than one chunk of tokens, numbers of channels that C++ knows at compile time."""
+DTYPES = {
+    "float32": (torch.float32, torch.float32),
+    "autocast": (torch.bfloat16, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+}
+"""Of y and of z."""
+
+
+@pytest.fixture(params=["reference", "native", "triton"])
+def body(request):
+    if missing := backend.why_missing(request.param):
+        pytest.skip(missing)
+    if request.param == "triton" and not backend.interpreted():
+        pytest.skip("these tests' tensors are on the CPU")
+    with backend.using(request.param):
+        yield request.param
+
+
+fused = pytest.mark.parametrize("body", ["native", "triton"], indirect=True)
+
+
+def given(draw, shape, y_dtype=torch.float32, z_dtype=torch.float32) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """What has a gradient, z and t. One time is beyond the floor of 1 - t."""
+    draws, samples, tokens, channels = shape
+    t = draw(draws, samples).sigmoid()
+    t[0, 0] = 0.98
+    y = draw(*shape, around=0.5) * 3
+    inputs = {"y": y.to(y_dtype), "weight": draw(channels, around=1.0), "bias": draw(channels)}
+    return inputs, draw(samples, tokens, channels, dtype=z_dtype), t
+
+
+def formula(z: Tensor, t: Tensor):
+    def op(y, weight, bias):
+        centred = y - y.mean(-1, keepdim=True)
+        prediction = centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + 1e-5) * weight + bias
+        left = torch.clamp(1 - t.to(weight.dtype), min=FLOOR)
+        return (((z.to(weight.dtype) - prediction) / left[:, :, None, None]) ** 2).mean((2, 3))
+
+    return op
+
+
+def bound(z: Tensor, t: Tensor):
+    return lambda y, weight, bias: flow_loss(y, weight, bias, z, t, FLOOR)
+
+
+def run(inputs: dict[str, Tensor], z: Tensor, t: Tensor, op=None) -> tuple[Tensor, ...]:
+    """Loss and gradients."""
+    inputs = [x.detach().requires_grad_() for x in inputs.values()]
+    loss = (op or bound(z, t))(*inputs)
+    incoming = torch.randn(loss.shape, generator=torch.Generator().manual_seed(3))
+    return loss.detach(), *torch.autograd.grad(loss, inputs, incoming)
+
+
+def assert_same(ours, others):
+    for mine, other in zip(ours, others, strict=True):
+        assert mine.dtype == other.dtype
+        assert torch.equal(mine, other)
+
+
+CASES = [(body, shape) for body, shapes in SHAPES.items() for shape in shapes]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize(("body", "shape"), CASES, indirect=["body"])
+def test_loss_and_gradients_against_float64(body, shape, dtypes, judge, draw):
+    inputs, z, t = given(draw, shape, *DTYPES[dtypes])
+    judge(bound(z, t), formula(z, t), inputs, (torch.float32,))
+
+
+def test_loss_is_a_mean_for_each_sample(body, draw):
+    """In Python's own numbers, from a prediction that is y itself but for rounding."""
+    z, t = draw(4, 5, 2), torch.tensor([[0.0, 0.5, 0.94, 0.999]])
+    y = torch.tensor([-1.0, 1.0]).repeat(1, 4, 5, 1)
+    got = flow_loss(y, torch.ones(2), torch.zeros(2), z, t, FLOOR, eps=0.0)
+    for i in range(4):
+        left = max(1 - t[0, i].item(), FLOOR)
+        errors = [((a - b) / left) ** 2 for a, b in zip(z[i].flatten().tolist(), [-1.0, 1.0] * 5, strict=True)]
+        assert got[0, i].item() == pytest.approx(math.fsum(errors) / 10, rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["tokens", "draws", "channels", "transposed", "expanded"])
+def test_strided_inputs(body, layout, judge, draw):
+    inputs, z, t = given(draw, (2, 3, 4, 6))
+    y = inputs["y"]
+    inputs["y"] = {
+        "tokens": y.new_zeros(2, 3, 8, 6)[:, :, ::2].copy_(y),
+        "draws": y.transpose(0, 1).contiguous().transpose(0, 1),
+        "channels": y.new_zeros(2, 3, 4, 12)[..., ::2].copy_(y),
+        "transposed": y.mT.contiguous().mT,
+        "expanded": y[:1].expand(2, 3, 4, 6),
+    }[layout]
+    z, t = z.mT.contiguous().mT, t.t().contiguous().t()
+    inputs["weight"] = draw(12)[::2]
+    judge(bound(z, t), formula(z, t), inputs, (torch.float32,))
+
+
+def test_a_gradient_of_one_number_for_all(body, draw):
+    """As a mean's: it has no memory of its own for each element."""
+    inputs, z, t = given(draw, (2, 3, 4, 6))
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+    got = torch.autograd.grad(bound(z, t)(*inputs.values()).mean(), list(inputs.values()))
+    want = torch.autograd.grad(formula(z, t)(*inputs.values()).mean(), list(inputs.values()))
+    for mine, other in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+@fused
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_the_same_bits_again(body, dtypes, draw):
+    given_twice = given(draw, (2, 2, 70, 33), *DTYPES[dtypes])
+    assert_same(*(run(*given_twice) for _ in range(2)))
+
+
+@pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_the_same_bits_for_any_number_of_threads(dtypes, draw):
+    arguments = given(draw, (3, 3, 130, 42), *DTYPES[dtypes])
+    before = torch.get_num_threads()
+    try:
+        with backend.using("native"):
+            results = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(run(*arguments))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert_same(other, results[0])
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 3, 4), (1, 0, 70, 32)])
+def test_no_samples(body, shape, draw):
+    inputs = {"y": draw(*shape), "weight": draw(shape[3]), "bias": draw(shape[3])}
+    loss, d_y, d_weight, d_bias = run(inputs, draw(*shape[1:]), draw(*shape[:2]))
+    assert (loss.shape, d_y.shape) == (shape[:2], shape)
+    assert d_weight.tolist() == d_bias.tolist() == [0.0] * shape[3]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["y", "z", "t"])
+def test_what_is_not_finite_stays_so_and_stays_in_its_samples(body, where, bad, draw):
+    inputs, z, t = given(draw, (2, 3, 5, 6))
+    spoilt, touched = {
+        "y": (inputs["y"][1, 2, 3], [[1, 2]]),
+        "z": (z[2, 3], [[0, 2], [1, 2]]),
+        "t": (t[1, 2], [[1, 2]]),
+    }[where]
+    if where == "t" and bad == float("inf"):
+        bad = float("nan")  # a time that far beyond the end is cut to the floor, as any other
+    spoilt.fill_(bad)
+    loss = flow_loss(*inputs.values(), z, t, FLOOR)
+    if where == "t" and bad == -float("inf"):
+        assert loss[1, 2] == 0
+    else:
+        assert (~loss.isfinite()).nonzero().tolist() == touched
+
+
+def test_a_constant_token_has_a_finite_loss_and_gradient(body, draw):
+    inputs, z, t = given(draw, (1, 2, 3, 8))
+    inputs["y"].fill_(2.5)
+    assert all(x.isfinite().all() for x in run(inputs, z, t))
+
+
+# As an op of PyTorch --------------------------------------------------------------------------------------------------
+
+
+@fused
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_opcheck(body, dtypes, draw):
+    inputs, z, t = given(draw, (2, 2, 5, 6), *DTYPES[dtypes])
+    arguments = *(x.requires_grad_() for x in inputs.values()), z, t, FLOOR, 1e-5
+    torch.library.opcheck(_fused.op, arguments)
+    outputs = [x.detach() for x in _fused.op(*arguments)]
+    saved = [x.detach() for x in _fused.saved(arguments, outputs)]
+    torch.library.opcheck(_fused.backward_op, (torch.randn_like(outputs[0]), *saved))
+
+
+@fused
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_compiled_in_one_graph(body, dtypes, draw):
+    inputs, z, t = given(draw, (2, 2, 5, 6), *DTYPES[dtypes])
+    torch._dynamo.reset()
+    compiled = torch.compile(bound(z, t), fullgraph=True, backend="aot_eager")
+    assert_same(run(inputs, z, t, compiled), run(inputs, z, t))
+
+
+@fused
+def test_under_checkpoint(body, draw):
+    inputs, z, t = given(draw, (2, 2, 5, 6))
+
+    def checkpointed(*x):
+        return checkpoint(bound(z, t), *x, use_reentrant=False)
+
+    assert_same(run(inputs, z, t, checkpointed), run(inputs, z, t))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_autocast_casts_nothing(body, dtypes, draw):
+    arguments = given(draw, (2, 2, 5, 6), *DTYPES[dtypes])
+    with torch.autocast("cpu", torch.bfloat16):
+        within = run(*arguments)
+    assert_same(within, run(*arguments))
+
+
+@fused
+def test_fake_tensors_give_shapes_and_types(body, draw):
+    inputs, z, t = given(draw, (2, 2, 5, 6), torch.bfloat16)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        loss = bound(z, t)(*(mode.from_tensor(x) for x in inputs.values()))
+    assert (loss.shape, loss.dtype) == ((2, 2), torch.float32)
+
+
+@fused
+def test_nothing_of_the_predictions_size_is_kept(body, draw):
+    inputs, z, t = given(draw, (2, 3, 5, 6))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        bound(z, t)(*(x.requires_grad_() for x in inputs.values()))
+    known = {x.data_ptr() for x in (*inputs.values(), z)}
+    assert sum(x.numel() for x in kept if x.data_ptr() not in known) == t.numel() * (1 + 2 * 5)
+
+
+# Mistakes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"y": torch.zeros(2, 3, 4)}, r"y must be \[F, B, N, C\] with N and C above 0, got \[2, 3, 4\]"),
+        ({"y": torch.zeros(2, 3, 0, 5)}, r"y must be \[F, B, N, C\] with N and C above 0, got \[2, 3, 0, 5\]"),
+        ({"weight": torch.zeros(4)}, r"weight must be \[5\], got \[4\]"),
+        ({"bias": torch.zeros(1, 5)}, r"bias must be \[5\], got \[1, 5\]"),
+        ({"z": torch.zeros(2, 3, 4, 5)}, r"z must be \[3, 4, 5\], got \[2, 3, 4, 5\]"),
+        ({"t": torch.zeros(3)}, r"t must be \[2, 3\], got \[3\]"),
+        ({"z": torch.zeros(3, 4, 5, requires_grad=True)}, "z gets no gradient; detach it"),
+        ({"t": torch.zeros(2, 3, requires_grad=True)}, "t gets no gradient; detach it"),
+    ],
+)
+def test_arguments_that_do_not_belong_together(wrong, message):
+    right = {
+        "y": torch.zeros(2, 3, 4, 5),
+        "weight": torch.ones(5),
+        "bias": torch.zeros(5),
+        "z": torch.zeros(3, 4, 5),
+        "t": torch.zeros(2, 3),
+    }
+    with pytest.raises(ValueError, match=f"flow_loss: {message}"):
+        flow_loss(**(right | wrong), min_time_left=FLOOR)

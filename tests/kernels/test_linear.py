@@ -1,0 +1,237 @@
+"""Linears that make their input again, and attention: what they keep, and that it changes nothing."""
+
+import importlib
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from unite_fast import kernels
+from unite_fast.errors import UserError
+from unite_fast.kernels import backend, native, product
+from unite_fast.kernels.attention import attention_ref
+from unite_fast.kernels.gated_residual_adaln import gated_residual_adaln_ref
+from unite_fast.kernels.swiglu import swiglu_ref
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
+
+B, T, D, N, HEADS = 3, 70, 24, 20, 2
+
+
+def gated_ref(x, branch, gate, norm_weight, shift, scale, weight, bias):
+    dtype = torch.float64 if x.dtype == torch.float64 else branch.dtype
+    x, h = gated_residual_adaln_ref(x, branch, gate, norm_weight, shift, scale, out_dtype=dtype)
+    return x, F.linear(h, weight.to(dtype), bias.to(dtype))
+
+
+def plain(f):
+    return lambda x, weight, bias: F.linear(f(x), weight.to(x.dtype), bias.to(x.dtype))
+
+
+def layer_norm_ref(x, norm_weight, norm_bias, weight, bias):
+    return F.linear(F.layer_norm(x, (D,), norm_weight, norm_bias, 1e-12), weight, bias)
+
+
+def layer_norm_ours(x, norm_weight, norm_bias, weight, bias):
+    return kernels.layer_norm_linear(x, norm_weight, norm_bias, weight, bias, 1e-12)
+
+
+def attend(body, wanted):
+    angle = torch.linspace(0, 3, T * D // HEADS // 2).view(T, -1)
+
+    def op(qkv, q_weight, k_weight):
+        tables = (table.to(q_weight.dtype) for table in (angle.cos(), angle.sin()))
+        return body(qkv, HEADS, q_weight, k_weight, *tables, wanted)
+
+    return op
+
+
+@dataclass
+class Case:
+    ours: object
+    reference: object
+    shapes: dict[str, tuple[int, ...]]
+    roundings: int = 1
+
+
+WEIGHTS = {"weight": (N, D), "bias": (N,)}
+CASES = {
+    "linear": Case(kernels.linear, plain(lambda x: x), {"x": (B, T, D), **WEIGHTS}, 3),
+    "swiglu_linear": Case(kernels.swiglu_linear, plain(swiglu_ref), {"x": (B, T, 2 * D), **WEIGHTS}, 3),
+    "gelu_linear": Case(kernels.gelu_linear, plain(F.gelu), {"x": (B, T, D), **WEIGHTS}, 3),
+    "layer_norm_linear": Case(
+        layer_norm_ours, layer_norm_ref, {"x": (B, T, D), "norm_weight": (D,), "norm_bias": (D,), **WEIGHTS}, 3
+    ),
+    "gated_residual_adaln_linear": Case(
+        kernels.gated_residual_adaln_linear,
+        gated_ref,
+        {
+            "x": (B, T, D),
+            "branch": (B, T, D),
+            "gate": (B, D),
+            "norm_weight": (D,),
+            "shift": (B, D),
+            "scale": (B, D),
+            **WEIGHTS,
+        },
+        4,
+    ),
+    "attention": Case(
+        attend(kernels.attention, None), attend(attention_ref, None), {"qkv": (B, T, 3 * D), "q": (12,), "k": (12,)}, 6
+    ),
+    "attention of some": Case(
+        attend(kernels.attention, (5, 68)),
+        attend(attention_ref, (5, 68)),
+        {"qkv": (B, T, 3 * D), "q": (12,), "k": (12,)},
+        6,
+    ),
+    "attention, plain": Case(
+        lambda qkv: kernels.attention(qkv, HEADS),
+        lambda qkv: attention_ref(qkv, HEADS, None, None, None, None),
+        {"qkv": (B, T, 3 * D)},
+        6,
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def forced():
+    with backend.using("native"):
+        yield
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return CASES[request.param]
+
+
+@pytest.fixture
+def inputs(draw):
+    def make(case: Case, dtype=torch.float32):
+        return {
+            name: draw(*shape, dtype=dtype if len(shape) == 3 else torch.float32) for name, shape in case.shapes.items()
+        }
+
+    return make
+
+
+def run(op, inputs):
+    inputs = [x.detach().requires_grad_() for x in inputs.values()]
+    outputs = op(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(3)
+    incoming = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+    return *(o.detach() for o in outputs), *torch.autograd.grad(outputs, inputs, incoming)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_and_gradients_against_float64(case, inputs, dtype, judge):
+    given = inputs(case, dtype)
+    if "norm_bias" in given:
+        given["x"] = given["x"].float()
+    if "branch" in given:
+        given["x"] = given["x"].float()
+
+    def autocast(op):
+        def run(*tensors):
+            with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16 and tensors[0].dtype != torch.float64):
+                return op(*tensors)
+
+        return run
+
+    ours = autocast(case.ours)
+
+    results = ours(*given.values())
+    dtypes = tuple(r.dtype for r in (results if isinstance(results, tuple) else (results,)))
+    assert dtypes[-1] == dtype
+    judge(ours, autocast(case.reference), given, dtypes, case.roundings)
+
+
+def test_float32_products_of_rounded_numbers_are_bfloat16_products(draw):
+    """The two ways to multiply agree to the last place but for the order of a sum."""
+    x, weight, bias = draw(50, 40, dtype=torch.bfloat16), draw(30, 40), draw(30)
+    got = product.product(x, weight, bias)
+    exact = F.linear(x.double(), weight.bfloat16().double(), bias.bfloat16().double())
+    assert ((got.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6).all()
+
+
+def fused(name):
+    module = "attention" if name.startswith("attention") else "linear"
+    found = importlib.import_module(f"unite_fast.kernels.{module}")
+    return getattr(found, "_fused" if module == "attention" else f"_{name}")
+
+
+def flat(name, tensors):
+    """All arguments in the order of unite_fast::NAME."""
+    tensors = list(tensors)
+    if name.startswith("attention"):
+        angle = torch.linspace(0, 3, T * D // HEADS // 2).view(T, -1)
+        own = [*tensors, angle.cos(), angle.sin()] if len(tensors) == 3 else [*tensors, None, None, None, None]
+        return *own, HEADS, *((5, 68) if name == "attention of some" else (0, T))
+    if name == "layer_norm_linear":
+        return *tensors, 1e-12, torch.float32
+    return (*tensors, torch.float32) if name == "gated_residual_adaln_linear" else tuple(tensors)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name, inputs):
+    op = fused(name)
+    arguments = flat(name, (x.requires_grad_() for x in inputs(CASES[name]).values()))
+    torch.library.opcheck(op.op, arguments)
+    outputs = op.op(*arguments)
+    outputs = [o.detach() for o in (outputs if isinstance(outputs, tuple) else (outputs,))]
+    incoming = [torch.randn_like(o) for o in outputs[: op.results]]
+    saved = [x.detach() if isinstance(x, torch.Tensor) else x for x in op.saved(arguments, outputs)]
+    torch.library.opcheck(op.backward_op, (*incoming, *saved))
+
+
+def test_compiled_in_one_graph_and_under_checkpoint(case, inputs):
+    torch._dynamo.reset()
+    given = inputs(case)
+    want = run(case.ours, given)
+    compiled = torch.compile(case.ours, fullgraph=True, backend="aot_eager")
+    for got in (run(compiled, given), run(lambda *x: checkpoint(case.ours, *x, use_reentrant=False), given)):
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_what_is_kept(case, inputs):
+    """The inputs, and a few numbers a token; not what is made again."""
+    given = [
+        x.detach().bfloat16().requires_grad_() if x.dim() == 3 else x.requires_grad_() for x in inputs(case).values()
+    ]
+    kept, known = {}, {x.untyped_storage().data_ptr() for x in given}
+
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in known:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        outputs = case.ours(*given)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    own = {o.untyped_storage().data_ptr() for o in outputs}
+    beside = sum(size for pointer, size in kept.items() if pointer not in own)
+    # The rotary tables and, for each token and head, at most three float32 numbers.
+    assert beside <= 12 * B * T * HEADS + 2 * 4 * T * D // HEADS // 2
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((2, 3, 8), (5, 7), (5,)), r"linear: weight must be \[N, 8\], got \[5, 7\]"),
+        (((2, 3, 8), (5, 8), (6,)), r"linear: bias must be \[5\], got \[6\]"),
+    ],
+)
+def test_shapes_that_do_not_fit(shapes, message, draw):
+    with pytest.raises(ValueError, match=message):
+        kernels.linear(*(draw(*shape) for shape in shapes))
+
+
+def test_flash_attention_that_is_missing_is_an_error():
+    with pytest.raises(UserError, match="attention: flash_attn is missing: torch sees no CUDA device here"):
+        backend.use_attention("flash_attn")
+    with pytest.raises(UserError, match="there is no 'fast'; choose one of auto, sdpa, flash_attn"):
+        backend.use_attention("fast")
+    assert backend.attention_on(torch.device("cuda")) == "sdpa"

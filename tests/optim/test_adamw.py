@@ -1,0 +1,79 @@
+import sys
+import types
+
+import pytest
+import torch
+
+from unite_fast.errors import UserError
+from unite_fast.model.unite import UNITE
+from unite_fast.optim.adamw import adamw
+from unite_fast.training.state import TrainState
+
+
+def test_torchs_own_is_fused():
+    optimizer = adamw("torch", [torch.nn.Parameter(torch.ones(2))], (0.9, 0.99), 1e-6)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.defaults["fused"] and optimizer.defaults["weight_decay"] == 0
+
+
+def test_apex_that_is_missing_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "apex.optimizers", None)
+    with pytest.raises(
+        UserError, match=r"optim\.adamw is apex, but NVIDIA apex is not installed here .* optim\.adamw=torch"
+    ):
+        adamw("apex", [], (0.9, 0.999), 1e-6)
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """Stands in for apex's, which needs a GPU: its arguments, its state, one step count a group."""
+
+    def __init__(self, params, lr, betas, eps, adam_w_mode, weight_decay):
+        assert adam_w_mode and weight_decay == 0
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            (low, high), count = group["betas"], group["step"]
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state.update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                state["exp_avg"].lerp_(p.grad, 1 - low)
+                state["exp_avg_sq"].lerp_(p.grad**2, 1 - high)
+                scale = (state["exp_avg_sq"] / (1 - high**count)).sqrt() + group["eps"]
+                p.sub_(group["lr"] / (1 - low**count) * state["exp_avg"] / scale)
+
+
+@pytest.fixture
+def apex(monkeypatch):
+    module = types.ModuleType("apex.optimizers")
+    module.FusedAdam = FusedAdam
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", module)
+
+
+def steps(state: TrainState, first: int, last: int) -> None:
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        for p in state.model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        state.apply_gradients()
+
+
+def test_apex_steps_as_torch_does_and_resumes(apex, tiny_config):
+    states = {}
+    for body in ("torch", "apex"):
+        tiny_config.optim.adamw = body
+        states[body] = TrainState(UNITE.create(tiny_config.model, 0), tiny_config)
+        steps(states[body], 0, 4)
+    for ours, theirs in zip(*(state.model.parameters() for state in states.values()), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+    resumed = TrainState(UNITE.create(tiny_config.model, 1), tiny_config)
+    resumed.load_tensors({name: x.clone() for name, x in states["apex"].tensors().items()}, 4)
+    steps(states["apex"], 4, 6)
+    steps(resumed, 4, 6)
+    for one, other in zip(states["apex"].model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
