@@ -5,10 +5,12 @@ from pathlib import Path
 from unite_fast.data_pipeline.digits import open_digits
 from unite_fast.data_pipeline.idx import open_idx
 from unite_fast.data_pipeline.image_folder import FolderSource
+from unite_fast.data_pipeline.shards.remote import RemoteShardSource, is_remote
+from unite_fast.data_pipeline.shards.source import ShardSource, split_folder
 from unite_fast.data_pipeline.source import Source
 from unite_fast.errors import UserError
 
-KINDS = ("digits", "folder", "idx")
+KINDS = ("digits", "folder", "idx", "shards")
 SPLITS = ("train", "test")
 
 
@@ -16,8 +18,11 @@ def open_source(kind: str, path: str | None, image_size: int, split: str) -> Sou
     """Open data by its kind.
 
     Args:
-        kind: "digits" (scikit-learn's), "folder" (one subfolder a class) or "idx" (MNIST's file format).
-        path: the folder of the data, where a leading ~ is the home folder; None or "" for the digits.
+        kind: "digits" (scikit-learn's), "folder" (one subfolder a class), "idx" (MNIST's file format) or "shards" (made
+            by unite-fast shards).
+        path: the folder of the data, where a leading ~ is the home folder; None or "" for the digits. For shards also
+            an address, which then names one set, its own test split: https://..., or pipe:COMMAND with {} in the
+            place of a file's name.
         image_size: side in pixels of the images handed out.
         split: "train" or "test".
 
@@ -31,10 +36,14 @@ def open_source(kind: str, path: str | None, image_size: int, split: str) -> Sou
     if kind == "digits":
         if path:
             raise UserError(
-                f"the digits have no data.path (it is {path}): leave it out, or set data.source to folder or idx"
+                f"the digits have no data.path (it is {path}): leave it out, or set data.source to what is there"
             )
         return open_digits(image_size, split)
     if not path:
         raise UserError(f"data.source {kind} needs data.path: the folder that holds the data")
+    if kind == "shards" and is_remote(path):
+        return RemoteShardSource(path, image_size)
     folder = Path(path).expanduser()
+    if kind == "shards":
+        return ShardSource(split_folder(folder, split), image_size)
     return FolderSource(folder, image_size, split) if kind == "folder" else open_idx(folder, image_size, split)

@@ -1,33 +1,31 @@
 """A folder of pictures, one subfolder a class."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from unite_fast.data_pipeline.images import adm_center_crop
-from unite_fast.data_pipeline.source import UnreadableSample
+from unite_fast.data_pipeline.source import Source, UnreadableSample
 from unite_fast.errors import UserError
 
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # By content, whatever the extension: ImageNet has a PNG named .JPEG. A short list, so that no file can reach those of
 # Pillow's decoders that start another program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-_SPLIT_FOLDERS = {"train": ("train",), "test": ("val", "test")}
+SPLIT_FOLDERS = {"train": ("train",), "test": ("val", "test")}
 
 
-class FolderSource:
+class FolderSource(Source):
     """Pictures decoded and centre-cropped as they are read. The classes are the subfolders, sorted by name.
 
     A class may hold further folders; a link to a folder is followed where it stands for a class, not below. Files and
     folders that start with a dot are ignored, as is every file without an image's extension.
     """
-
-    in_memory = False
 
     def __init__(self, path: Path, image_size: int, split: str):
         """
@@ -41,8 +39,8 @@ class FolderSource:
         """
         self.image_size = image_size
         self.root = _split_folder(path, split)
-        self._files: list[str] = []
-        self._labels: list[int] = []
+        self.files: list[str] = []
+        self.labels: list[int] = []
         found = _subfolders(self.root)
         if not found:
             raise UserError(f"no class folders in {self.root}: put the images into one subfolder per class")
@@ -54,27 +52,26 @@ class FolderSource:
                 raise UserError(f"class folder {self.root / class_name} has no partner in {path / 'train'}: remove it")
             files = _image_files(self.root, class_name)
             if not files:
-                known = " ".join(_EXTENSIONS)
+                known = " ".join(IMAGE_EXTENSIONS)
                 raise UserError(f"no images ({known}) in class folder {self.root / class_name}: add some or remove it")
-            self._files += files
-            self._labels += [self.class_names.index(class_name)] * len(files)
+            self.files += files
+            self.labels += [self.class_names.index(class_name)] * len(files)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.files)
+
+    def class_counts(self) -> list[int]:
+        return np.bincount(self.labels, minlength=len(self.class_names)).tolist()
 
     def name(self, index: int) -> str:
         """The file's path below the folder of classes."""
         # A file name need not be text, nor a single line; a message must be.
-        return _one_line(os.fsencode(self._files[index]).decode(errors="backslashreplace"))
+        return _one_line(os.fsencode(self.files[index]).decode(errors="backslashreplace"))
 
-    def read(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-        indices = torch.as_tensor(indices, dtype=torch.int64).tolist()
-        # numpy copies: each thread that copies with torch starts a pool of threads of its own.
-        images = np.empty((len(indices), 3, self.image_size, self.image_size), np.uint8)
-        for image, index in zip(images, indices, strict=True):
-            path = self.root / self._files[index]
-            image[:] = read_image(path, self.image_size, self.name(index)).transpose(2, 0, 1)
-        return torch.from_numpy(images), torch.tensor([self._labels[index] for index in indices], dtype=torch.int64)
+    def read_into(self, index: int, image: np.ndarray) -> int:
+        pixels = read_image(self.root / self.files[index], self.image_size, self.name(index))
+        image[:] = pixels.transpose(2, 0, 1)
+        return self.labels[index]
 
 
 def read_image(path: str | Path, image_size: int, name: str | None = None) -> np.ndarray:
@@ -83,10 +80,21 @@ def read_image(path: str | Path, image_size: int, name: str | None = None) -> np
     Raises:
         UnreadableSample: the file is missing, broken or no picture; `name` stands for the path in the message.
     """
-    name = name or str(path)
+    return decode_image(path, image_size, name or str(path))
+
+
+def decode_image(file: str | Path | BinaryIO, image_size: int, name: str) -> np.ndarray:
+    """The same for the contents of a picture file, called `name` in the message."""
+    with open_picture(file, name) as picture:
+        return adm_center_crop(picture, image_size)
+
+
+@contextmanager
+def open_picture(file: str | Path | BinaryIO, name: str) -> Iterator[Image.Image]:
+    """A picture that is decoded and changed inside; whatever is wrong with it is an UnreadableSample."""
     try:
-        with Image.open(path, formats=_FORMATS) as picture:
-            return adm_center_crop(picture, image_size)
+        with Image.open(file, formats=_FORMATS) as picture:
+            yield picture
     except UnidentifiedImageError:
         raise UnreadableSample(name, "not an image of a known format") from None
     except OSError as error:
@@ -100,16 +108,16 @@ def _split_folder(path: Path, split: str) -> Path:
     if not path.is_dir():
         raise UserError(f"no folder {path}: set data.path to a folder with one subfolder per class")
     found = set(_subfolders(path))
-    names = set().union(*_SPLIT_FOLDERS.values())
+    names = set().union(*SPLIT_FOLDERS.values())
     # A class may be called "train", so one such name among others does not make a split.
     has_splits = found and (found <= names or ("train" in found and found & {"val", "test"}))
     if not has_splits:
         return path
-    for name in _SPLIT_FOLDERS[split]:
+    for name in SPLIT_FOLDERS[split]:
         if name in found:
             return path / name
     raise UserError(
-        f"no {' or '.join(_SPLIT_FOLDERS[split])} folder in {path}, which has {', '.join(sorted(found))}: add it"
+        f"no {' or '.join(SPLIT_FOLDERS[split])} folder in {path}, which has {', '.join(sorted(found))}: add it"
     )
 
 
@@ -130,7 +138,7 @@ def _image_files(root: Path, class_name: str) -> list[str]:
         files += [
             os.path.join(below, name)
             for name in names
-            if not name.startswith(".") and name.lower().endswith(_EXTENSIONS)
+            if not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS)
         ]
     return sorted(files)
 

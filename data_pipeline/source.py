@@ -1,12 +1,15 @@
 """What every source of images offers, and the simplest one: all of it in memory."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from unite_fast.errors import UserError
+from unite_fast.randomness import permutation
 
 
 class UnreadableSample(Exception):
@@ -23,27 +26,42 @@ class UnreadableSample(Exception):
         self.reason = reason
 
 
-class Source(Protocol):
+class Source(ABC):
     """A fixed, finite list of labelled square images, numbered from 0.
 
-    `read` may be called from several threads at once.
+    `read_into` may be called from several threads at once, and from forked processes.
 
     Attributes:
         image_size: side of every image in pixels.
         class_names: one name a class; label i is `class_names[i]`, so its length is the number of classes.
-        in_memory: True when `read` only copies memory: one call for a whole batch is then fastest, threads are of no
-            use, and `read` never raises UnreadableSample.
+        workers: what reads a batch ahead of need. "processes" where reading is work for a processor (decoding), so
+            that it takes no time from the interpreter that trains; "threads" where it is waiting for a disk; "none"
+            where it only copies memory: one call for a whole batch is then fastest, and no sample is ever broken.
     """
 
     image_size: int
     class_names: list[str]
-    in_memory: bool
+    workers: Literal["processes", "threads", "none"] = "processes"
 
+    @abstractmethod
     def __len__(self) -> int:
         """How many samples there are; never 0."""
 
+    @abstractmethod
+    def class_counts(self) -> list[int]:
+        """How many samples of each class."""
+
+    @abstractmethod
     def name(self, index: int) -> str:
         """What to call a sample in a message: one line, different for each."""
+
+    @abstractmethod
+    def read_into(self, index: int, image: np.ndarray) -> int:
+        """Fill `image`, uint8 [3, image_size, image_size], with a sample; returns its label.
+
+        Raises:
+            UnreadableSample: it is broken. `image` then holds anything.
+        """
 
     def read(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """Some samples, in the order asked for.
@@ -57,6 +75,17 @@ class Source(Protocol):
         Raises:
             UnreadableSample: for the first of them that is broken.
         """
+        indices = torch.as_tensor(indices, dtype=torch.int64).tolist()
+        images = np.empty((len(indices), 3, self.image_size, self.image_size), np.uint8)
+        labels = [self.read_into(index, image) for index, image in zip(indices, images, strict=True)]
+        return torch.from_numpy(images), torch.tensor(labels, dtype=torch.int64)
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """The samples of one epoch, each once, int64 [len]: any permutation, all equally likely.
+
+        A source where some orders would be far slower than others may choose among fewer.
+        """
+        return permutation(seed, epoch, len(self))
 
 
 def read_readable(source: Source, indices: Iterable[int], most: int) -> tuple[Tensor, Tensor]:
@@ -80,10 +109,10 @@ def read_readable(source: Source, indices: Iterable[int], most: int) -> tuple[Te
     return torch.cat(images), torch.cat(labels)
 
 
-class MemorySource:
+class MemorySource(Source):
     """Grey images held in memory, handed out with three equal channels."""
 
-    in_memory = True
+    workers = "none"
 
     def __init__(self, title: str, images: Tensor, labels: Tensor, class_names: list[str]):
         """
@@ -102,8 +131,15 @@ class MemorySource:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def class_counts(self) -> list[int]:
+        return self.labels.bincount(minlength=len(self.class_names)).tolist()
+
     def name(self, index: int) -> str:
         return f"{self.title} {index}"
+
+    def read_into(self, index: int, image: np.ndarray) -> int:
+        image[:] = self.images[index].numpy()
+        return int(self.labels[index])
 
     def read(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         indices = torch.as_tensor(indices, dtype=torch.int64)

@@ -14,7 +14,10 @@ from PIL import Image
 import unite_fast
 from unite_fast.recipes import load_config, to_tree
 
-COMMANDS = ("train", "sample", "reconstruct", "evaluate", "info", "import-official", "export-official", "parity")
+COMMANDS = (
+    *("train", "sample", "reconstruct", "evaluate", "info", "shards", "inspect"),
+    *("import-official", "export-official", "parity"),
+)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ Values that make no sense are `UserError`s that name the dotted key.
 import math
 from dataclasses import dataclass, field
 
+from unite_fast.data_pipeline.choice import LOADERS
 from unite_fast.errors import UserError
 from unite_fast.kernels import backend
 from unite_fast.optim import adamw
@@ -114,14 +115,19 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     source: str = "digits"
-    """digits (built into scikit-learn), folder (one folder a class) or idx (MNIST's file format)."""
+    """digits (built into scikit-learn), folder (one folder a class), idx (MNIST's file format) or shards (made by
+    unite-fast shards)."""
     path: str = ""
+    """Folder of the data; for shards also https://HOST/FOLDER or pipe:COMMAND with {} for a file's name."""
+    loader: str = "auto"
+    """auto (the fastest that fits), memory, folder, raw, webdataset or dali; see docs/data.md."""
     flip: bool = True
     """Random horizontal flip."""
     workers: int = 2
-    """Threads that decode images."""
+    """Processes (or threads, where nothing is decoded) that read images ahead of need."""
 
     def __post_init__(self):
+        require_choice("data.loader", self.loader, LOADERS)
         require(self.workers >= 0, "data.workers must not be negative")
 
 

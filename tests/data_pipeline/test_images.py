@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unite_fast.data_pipeline.images import adm_center_crop, to_rgb
+from unite_fast.data_pipeline.images import adm_center_crop, crop_region, to_rgb
 
 
 def box(x):
@@ -143,3 +143,16 @@ def test_other_modes():
     np.testing.assert_array_equal(np.asarray(to_rgb(two))[..., 1], (grey > 127) * 255)
     cmyk = np.asarray(to_rgb(Image.new("CMYK", (4, 4), (0, 255, 255, 0))))
     assert (cmyk == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("height, width", SIZES)
+def test_the_region_is_what_the_crop_shows(height, width):
+    top, left, bottom, right = crop_region(width, height, 32)
+    assert 0 <= top < bottom <= height + 1e-9 and 0 <= left < right <= width + 1e-9
+    # A ramp along each axis: the mean of the crop is the middle of the region.
+    ramps = np.zeros((height, width, 3), np.uint8)
+    ramps[..., 0] = (np.arange(height) * 250 // height)[:, None]
+    ramps[..., 1] = np.arange(width) * 250 // width
+    means = adm_center_crop(Image.fromarray(ramps), 32).astype(float).mean((0, 1))
+    assert abs(means[0] - ((top + bottom) / 2 / height * 250 - 125 / height - 0.5)) < 1.5 + 125 / height
+    assert abs(means[1] - ((left + right) / 2 / width * 250 - 125 / width - 0.5)) < 1.5 + 125 / width

@@ -1,47 +1,58 @@
 """The order of samples, its independence of everything but the seed, and broken samples."""
 
+import gc
 import logging
+import multiprocessing
 import os
 import random
+import signal
+import subprocess
+import sys
 import threading
 import time
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from unite_fast.data_pipeline import Loader, UnreadableSample, open_source
+from unite_fast.data_pipeline import Loader, Source, UnreadableSample, open_source
 from unite_fast.errors import UserError
 
 
-class Numbers:
-    """Image and label i hold i. Some samples are broken; reading can be slow, and can crash."""
+class Numbers(Source):
+    """Image and label i hold i. Some samples are broken; reading can be slow, and can crash or kill its process."""
 
     image_size = 2
+    class_names: ClassVar = ["number"]
 
-    def __init__(self, n, bad=(), in_memory=False, seconds=0.0, crash=None):
-        self.n, self.bad, self.in_memory, self.seconds, self.crash = n, set(bad), in_memory, seconds, crash
-        self.class_names = ["number"]
+    def __init__(self, n, bad=(), workers="threads", seconds=0.0, crash=None, kill=None):
+        self.n, self.bad, self.workers, self.seconds = n, set(bad), workers, seconds
+        self.crash, self.kill = crash, kill
         self.reads = []
 
     def __len__(self):
         return self.n
 
+    def class_counts(self):
+        return [self.n]
+
     def name(self, index):
         return f"number {index}"
 
-    def read(self, indices):
-        indices = torch.as_tensor(indices, dtype=torch.int64)
-        for index in indices.tolist():
-            self.reads.append(index)
-            # The later in the source, the sooner it is read: workers finish out of order.
-            time.sleep(self.seconds * (self.n - index) / self.n)
-            if index == self.crash:
-                raise RuntimeError(f"sample {index} crashed")
-            if index in self.bad:
-                raise UnreadableSample(self.name(index), "broken")
-        return indices.to(torch.uint8)[:, None, None, None].repeat(1, 3, 2, 2), indices
+    def read_into(self, index, image):
+        self.reads.append(index)
+        # The later in the source, the sooner it is read: workers finish out of order.
+        time.sleep(self.seconds * (self.n - index) / self.n)
+        if index == self.crash:
+            raise RuntimeError(f"sample {index} crashed")
+        if index == self.kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index in self.bad:
+            raise UnreadableSample(self.name(index), "broken")
+        image[:] = index % 256
+        return index
 
 
 def take(loader, batches):
@@ -52,13 +63,23 @@ def ids(batches):
     return torch.cat([batch.ids for batch in batches]).tolist()
 
 
-@pytest.fixture(params=["in memory", "no workers", "3 workers"])
+READING = {
+    "in memory": ("none", 0),
+    "no workers": ("processes", 0),
+    "1 thread": ("threads", 1),
+    "3 threads": ("threads", 3),
+    "1 process": ("processes", 1),
+    "3 processes": ("processes", 3),
+}
+
+
+@pytest.fixture(params=READING)
 def reading(request):
     """How to make a source and loader of each kind."""
-    in_memory, workers = {"in memory": (True, 0), "no workers": (False, 0), "3 workers": (False, 3)}[request.param]
+    kind, workers = READING[request.param]
 
     def make(n, batch_size, seed=0, seconds=0.0, **options):
-        return Loader(Numbers(n, in_memory=in_memory, seconds=seconds), batch_size, seed, workers=workers, **options)
+        return Loader(Numbers(n, workers=kind, seconds=seconds), batch_size, seed, workers=workers, **options)
 
     return make
 
@@ -120,16 +141,16 @@ def test_resume_at_any_batch(reading):
 
 
 def test_batch_indices_far_into_a_run_need_no_walk_there():
-    loader = Loader(Numbers(7, in_memory=True), 5, seed=0)
+    loader = Loader(Numbers(7), 5, seed=0)
     assert sorted(torch.cat([loader.batch_indices(7 * 10**8 + k) for k in range(7)]).tolist()) == sorted(
         list(range(7)) * 5
     )
 
 
-@pytest.mark.parametrize("workers", [0, 3])
-def test_broken_samples_are_replaced_and_named_once(workers, caplog):
+@pytest.mark.parametrize("kind, workers", [("threads", 0), ("threads", 3), ("processes", 3)])
+def test_broken_samples_are_replaced_and_named_once(kind, workers, caplog):
     bad = {3, 4, 19}
-    source = Numbers(20, bad, seconds=0.002 * workers)
+    source = Numbers(20, bad, kind, seconds=0.002 * workers)
     with Loader(source, 8, seed=0, workers=workers) as loader, caplog.at_level(logging.WARNING, "unite_fast.data"):
         for k, batch in enumerate(take(loader, 10)):
             wanted = [{3: 5, 4: 5, 19: 0}.get(index, index) for index in loader.batch_indices(k).tolist()]
@@ -165,7 +186,7 @@ def test_reading_ahead_records_nothing_ahead_of_time():
             assert bool(loader.skipped) == (k >= first)
 
 
-@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("kind, workers", [("threads", 0), ("threads", 3), ("processes", 3)])
 @pytest.mark.parametrize(
     "n, bad, stops",
     [
@@ -179,9 +200,9 @@ def test_reading_ahead_records_nothing_ahead_of_time():
         (300, 300, True),
     ],
 )
-def test_too_many_broken_samples_stop_the_run(workers, n, bad, stops):
+def test_too_many_broken_samples_stop_the_run(kind, workers, n, bad, stops):
     broken = random.Random(1).sample(range(n), bad)
-    with Loader(Numbers(n, broken), n, seed=0, workers=workers) as loader:
+    with Loader(Numbers(n, broken, kind), n, seed=0, workers=workers) as loader:
         if not stops:
             take(loader, 2)
             assert len(loader.skipped) == bad
@@ -198,15 +219,15 @@ def test_a_long_run_of_broken_samples_stops_early():
     assert len(source.reads) == 101
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_crash_reaches_the_consumer_and_closes(workers):
+@pytest.mark.parametrize("kind, workers", [("threads", 0), ("threads", 2), ("processes", 2)])
+def test_a_crash_reaches_the_consumer_and_closes(kind, workers):
     threads = threading.active_count()
-    loader = Loader(Numbers(30, crash=11, seconds=0.001), 3, seed=0, workers=workers)
+    loader = Loader(Numbers(30, (), kind, crash=11, seconds=0.001), 3, seed=0, workers=workers)
     whole = next(k for k in range(10) if 11 in loader.batch_indices(k))
     take(loader, whole)
     with pytest.raises(RuntimeError, match="sample 11 crashed"):
         next(loader)
-    assert threading.active_count() == threads
+    assert threading.active_count() == threads and not multiprocessing.active_children()
     with pytest.raises(RuntimeError, match="closed"):
         next(loader)
     loader.close()
@@ -219,6 +240,53 @@ def test_stopping_early_leaves_no_threads_and_does_not_wait_for_what_is_queued()
         next(loader)
     assert threading.active_count() == threads
     assert len(source.reads) < 300, "three batches were asked for"
+
+
+@pytest.mark.parametrize("by_signal", [True, False])
+def test_a_killed_process_is_one_line_and_no_hang(by_signal):
+    """By what it reads, as when it takes too much memory, or while it waits for work."""
+    loader = Loader(Numbers(30, (), "processes", kill=11 if by_signal else None), 3, seed=0, workers=2)
+    whole = next(k for k in range(10) if 11 in loader.batch_indices(k))
+    take(loader, whole)
+    if not by_signal:
+        next(loader)
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+    begun = time.monotonic()
+    with pytest.raises(UserError, match=r"was killed.*data\.workers.*--resume") as caught:
+        take(loader, 5)
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - begun < 5
+    assert not multiprocessing.active_children()
+
+
+def test_processes_end_when_their_parent_is_killed(tmp_path):
+    code = f"""
+import os, sys, multiprocessing
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+from test_loader import Loader, Numbers
+loader = Loader(Numbers(1000, (), "processes"), 10, seed=0, workers=3)
+next(loader)
+print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+os.kill(os.getpid(), 9)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    children = [int(word) for word in ended.stdout.split()]
+    assert len(children) == 3, ended.stderr
+    deadline = time.monotonic() + 20
+    while any(os.path.exists(f"/proc/{pid}") for pid in children) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in children)
+
+
+def test_a_loader_that_is_dropped_ends_its_processes():
+    loader = Loader(Numbers(20, (), "processes"), 4, seed=0, workers=2)
+    next(loader)
+    assert len(multiprocessing.active_children()) == 2
+    del loader
+    gc.collect()
+    assert not multiprocessing.active_children()
 
 
 def test_a_loader_that_is_dropped_ends_its_threads():
@@ -250,7 +318,9 @@ def test_workers_start_no_threads_of_their_own(tmp_path):
     before, threads = len(os.listdir("/proc/self/task")), torch.get_num_threads()
     torch.set_num_threads(4)  # or a machine with one core would show nothing
     try:
-        with Loader(open_source("folder", str(tmp_path), 256, "train"), 8, seed=0, workers=2) as loader:
+        source = open_source("folder", str(tmp_path), 256, "train")
+        source.workers = "threads"
+        with Loader(source, 8, seed=0, workers=2) as loader:
             take(loader, 2)
             assert len(os.listdir("/proc/self/task")) <= before + 2
     finally:
@@ -266,7 +336,7 @@ def test_wrong_arguments():
         Loader(source, 4, seed=0, rank=2, world=2)
 
 
-def test_a_folder_with_threads_is_the_folder_without(tmp_path):
+def test_a_folder_with_workers_is_the_folder_without(tmp_path):
     rng = np.random.default_rng(0)
     for index in range(24):
         file = tmp_path / f"class{index % 3}" / f"{index}.jpg"
@@ -275,10 +345,10 @@ def test_a_folder_with_threads_is_the_folder_without(tmp_path):
         if index in (5, 8):
             file.write_bytes(file.read_bytes()[:-300])
     source = open_source("folder", str(tmp_path), 16, "train")
-    with Loader(source, 7, seed=4) as plain, Loader(source, 7, seed=4, workers=3) as threaded:
-        for one, other in zip(take(plain, 8), take(threaded, 8), strict=True):
+    with Loader(source, 7, seed=4) as plain, Loader(source, 7, seed=4, workers=3) as helped:
+        for one, other in zip(take(plain, 8), take(helped, 8), strict=True):
             assert torch.equal(one.images, other.images)
             assert torch.equal(one.labels, other.labels)
             assert torch.equal(one.ids, other.ids)
-    assert list(plain.skipped.items()) == list(threaded.skipped.items())
+    assert list(plain.skipped.items()) == list(helped.skipped.items())
     assert {name.replace("\\", "/") for name in plain.skipped} == {"class2/5.jpg", "class2/8.jpg"}

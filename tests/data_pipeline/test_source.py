@@ -1,5 +1,6 @@
 """Images in memory."""
 
+import numpy as np
 import torch
 
 from unite_fast.data_pipeline import UnreadableSample
@@ -9,7 +10,7 @@ from unite_fast.data_pipeline.source import MemorySource
 def test_memory_source_repeats_grey_and_keeps_the_order_asked_for():
     images = torch.arange(5, dtype=torch.uint8)[:, None, None].expand(5, 4, 4)
     source = MemorySource("dot", images, torch.arange(5) * 10, ["a", "b"])
-    assert (len(source), source.image_size, source.class_names, source.in_memory) == (5, 4, ["a", "b"], True)
+    assert (len(source), source.image_size, source.class_names, source.workers) == (5, 4, ["a", "b"], "none")
     assert source.name(3) == "dot 3"
     for indices in ([4, 0, 4], torch.tensor([4, 0, 4])):
         got, labels = source.read(indices)
@@ -17,6 +18,13 @@ def test_memory_source_repeats_grey_and_keeps_the_order_asked_for():
         assert labels.dtype == torch.int64 and labels.tolist() == [40, 0, 40]
         assert got[:, 2, 1, 1].tolist() == [4, 0, 4]
         assert (got[:, :1] == got).all()
+
+
+def test_reading_one_is_reading_several():
+    source = MemorySource("dot", torch.arange(80, dtype=torch.uint8).reshape(5, 4, 4), torch.arange(5), ["a"])
+    image = np.empty((3, 4, 4), np.uint8)
+    assert source.read_into(2, image) == 2
+    assert torch.equal(torch.from_numpy(image), source.read([2])[0][0])
 
 
 def test_unreadable_sample_says_which_and_why():

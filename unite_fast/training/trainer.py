@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from unite_fast.config import Config, require, require_choice
-from unite_fast.data_pipeline import Batch, Loader, Source, open_source
+from unite_fast.data_pipeline import Batch, Loader, Source, choose_loader, open_source
 from unite_fast.errors import UserError, writing
 from unite_fast.kernels import backend
 from unite_fast.model.unite import UNITE
@@ -28,6 +28,7 @@ from unite_fast.training.state import TrainState
 FREE_ON_RESUME = {
     "name",
     "data.path",
+    "data.loader",
     "data.workers",
     *(
         f"train.{key}"
@@ -82,10 +83,14 @@ class Trainer:
         found = find_start(self.folder, config, resume)
         self.state = TrainState(UNITE.create(config.model, config.seed).to(self.device), config)
         self.averages = Averages(self.device)
-        self.loader = Loader(self.source, config.train.batch_size, config.seed, config.data.workers)
+        self.choice = choose_loader(config.data.loader, self.source, self.device)
+        self.loader = Loader(
+            self.source, config.train.batch_size, config.seed, config.data.workers, reader=self.choice.reader
+        )
         if found:
             self.restore(found)
         self.report = Report(self.folder, config, self.device, self.state, found is not None)
+        self.report.say(f"data: {len(self.source)} images, {self.choice.name} loader ({self.choice.why})")
         # Only now, so that a mistake found above leaves no folder that counts as a run.
         write_config(self.folder, config)
         self.log = MetricsLog(self.folder, self.state.step)
@@ -93,6 +98,12 @@ class Trainer:
             compile_blocks(self.state.model)
 
     def restore(self, found: ckpt.Checkpoint) -> None:
+        before = found.progress.get("decoder", self.choice.decoder)
+        require(
+            before == self.choice.decoder,
+            f"cannot resume: {before} decoded the run's images, {self.choice.decoder} would now, and their pixels "
+            f"differ; set data.loader={'dali' if before == 'dali' else 'webdataset'}",
+        )
         try:
             self.state.load_tensors(found.tensors, found.step)
             self.averages.load_state_dict(found.progress["averages"])
@@ -174,6 +185,7 @@ class Trainer:
         self.check_finite()
         self.log.flush()
         progress = {"averages": self.averages.state_dict(), "loader": self.loader.state_dict()}
+        progress["decoder"] = self.choice.decoder
         path = ckpt.step_path(self.folder / "checkpoints", self.state.step)
         tensors = self.state.tensors()
         # A loss of this step can be finite although its update was not.

@@ -1,0 +1,89 @@
+"""Reading a whole shard set again and holding it against its manifest: `unite-fast shards verify`."""
+
+import hashlib
+import tarfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from unite_fast.data_pipeline.progress import progress
+from unite_fast.data_pipeline.shards.manifest import (
+    IMAGE_EXTENSIONS,
+    MANIFEST,
+    Index,
+    Shard,
+    index_path,
+    read_index,
+    read_manifest,
+)
+from unite_fast.errors import UserError
+
+
+def verify_shards(folder: Path, workers: int) -> list[str]:
+    """What is wrong with a set, a line each; empty when every byte is as it was written.
+
+    Raises:
+        UserError: there is no manifest to hold it against.
+    """
+    manifest = read_manifest(folder / MANIFEST)
+    done = 0
+    counts: Counter[int] = Counter()
+    faults = []
+    with ThreadPoolExecutor(max(1, workers)) as pool, progress("verify", manifest.samples, "images") as show:
+        results = pool.map(lambda shard: _verify_shard(folder, shard), manifest.shards)
+        for shard, (its_faults, its_counts) in zip(manifest.shards, results, strict=True):
+            faults += its_faults
+            counts += its_counts
+            done += shard.samples
+            show(done)
+    if not faults:
+        for label, (name, count) in enumerate(manifest.classes.items()):
+            if counts[label] != count:
+                faults.append(f"class {name} has {counts[label]} images, the manifest says {count}")
+    return faults
+
+
+def _verify_shard(folder: Path, shard: Shard) -> tuple[list[str], Counter]:
+    path = folder / shard.name
+    counts: Counter[int] = Counter()
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.sha256()
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+            if file.tell() != shard.bytes:
+                return [f"{shard.name} has {file.tell()} bytes, the manifest says {shard.bytes}"], counts
+            if digest.hexdigest() != shard.sha256:
+                return [f"{shard.name} has the hash {digest.hexdigest()}, the manifest says {shard.sha256}"], counts
+            index = read_index(index_path(path))
+            if index.text() != scan(path).text():
+                return [f"{index_path(path).name} does not say where the samples of {shard.name} lie"], counts
+            if len(index.keys) != shard.samples:
+                return [f"{shard.name} has {len(index.keys)} samples, the manifest says {shard.samples}"], counts
+            for offset, size in index.labels.tolist():
+                file.seek(offset)
+                counts[int(file.read(size))] += 1
+    except (OSError, tarfile.TarError, ValueError, UserError) as error:
+        return [f"{shard.name}: {error}"], counts
+    return [], counts
+
+
+def scan(path: Path) -> Index:
+    """The index of a shard, from the tar file alone."""
+    keys, labels, images, extensions = [], [], [], []
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            key, _, extension = member.name.partition(".")
+            place = (member.offset_data, member.size)
+            if extension == "cls":
+                keys.append(int(key))
+                labels.append(place)
+            elif extension in IMAGE_EXTENSIONS and keys and int(key) == keys[-1]:
+                images.append(place)
+                extensions.append(extension)
+            else:
+                raise ValueError(f"{member.name} belongs to no sample")
+    pairs = [np.array(places, dtype=np.int64).reshape(-1, 2) for places in (labels, images)]
+    return Index(np.array(keys), *pairs, extensions)

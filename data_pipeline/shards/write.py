@@ -1,0 +1,275 @@
+"""Making a shard set: `unite-fast shards`."""
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import tarfile
+import threading
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from unite_fast.data_pipeline.image_folder import open_picture
+from unite_fast.data_pipeline.images import adm_center_crop, to_rgb
+from unite_fast.data_pipeline.progress import progress
+from unite_fast.data_pipeline.shards.manifest import (
+    FORMATS,
+    MANIFEST,
+    Index,
+    Manifest,
+    Shard,
+    index_path,
+    read_manifest,
+    write_manifest,
+    write_whole,
+)
+from unite_fast.data_pipeline.shards.pictures import Pictures, find_pictures
+from unite_fast.data_pipeline.source import UnreadableSample
+from unite_fast.errors import UserError, writing
+from unite_fast.randomness import permutation
+
+SKIPPED_LOG = "skipped.log"
+_PLAN = "plan.json"
+_STAGING = "staging"
+_BLOCK = 512
+_NO_EPOCH = 2**32 - 1
+"""The shuffle takes the order of an epoch that no run reaches, so that no run happens to read shards in their order."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a shard set's contents depend on besides its images.
+
+    Attributes:
+        format: original, cropped-jpeg or raw.
+        image_size: side of the cropped images; 0 for original.
+        quality: of the JPEGs of cropped-jpeg; 0 elsewhere.
+        seed: what the samples are shuffled by.
+        per_shard: samples a shard.
+    """
+
+    format: str
+    image_size: int = 256
+    quality: int = 95
+    seed: int = 0
+    per_shard: int = 5000
+
+    def __post_init__(self):
+        if self.format not in FORMATS:
+            raise UserError(f"--format is {self.format!r}: choose one of {', '.join(FORMATS)}")
+        if self.format == "original":
+            object.__setattr__(self, "image_size", 0)
+        elif self.image_size < 1:
+            raise UserError(f"--image-size is {self.image_size}: it must be positive")
+        if self.format != "cropped-jpeg":
+            object.__setattr__(self, "quality", 0)
+        elif not 95 <= self.quality <= 100:
+            raise UserError(f"--quality is {self.quality}: it must be in 95..100, or the crop loses what models see")
+        if not 0 <= self.seed < 2**64:
+            raise UserError(f"--seed is {self.seed}: it must be in [0, 2**64)")
+        if self.per_shard < 1:
+            raise UserError(f"--per-shard is {self.per_shard}: it must be positive")
+
+
+def make_shards(
+    source: Path, out: Path, settings: Settings, workers: int, split: str = "train", labels: Path | None = None
+) -> Manifest:
+    """Make a shard set, or go on with one that was interrupted: finished shards are not made again.
+
+    The shards do not depend on the number of workers. A broken image is left out, counted in the manifest and named in
+    skipped.log.
+
+    Raises:
+        UserError: nothing to read, all of it broken, no space, `out` holds another set, or a worker was killed.
+    """
+    pictures = find_pictures(source, split, labels, out / _STAGING)
+    plan = asdict(settings) | {"images": len(pictures), "listing": pictures.fingerprint()}
+    if _begin(out, plan):
+        return read_manifest(out / MANIFEST)
+    order = permutation(settings.seed, _NO_EPOCH, len(pictures)).numpy()
+    shards = [order[first : first + settings.per_shard] for first in range(0, len(order), settings.per_shard)]
+    missing = [number for number in range(len(shards)) if not _record_path(out, number).exists()]
+    done_before = sum(len(shard) for number, shard in enumerate(shards) if number not in set(missing))
+    _run(workers, len(pictures), done_before, (out, settings, pictures, shards), missing)
+    return _finish(out, settings, pictures, len(shards))
+
+
+def _begin(out: Path, plan: dict) -> bool:
+    """Write down what is going to be made; True if it is there already."""
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(plan, indent=1) + "\n"
+    path = out / _PLAN
+    before = path.read_text() if path.exists() else None
+    if before is None and any(out.glob("shard-*")):
+        raise UserError(f"{out} holds shards that were not made here: choose another folder")
+    if before not in (None, text):
+        raise UserError(f"{out} holds shards of other images or settings: give the same again, or another folder")
+    write_whole(path, text)
+    return (out / MANIFEST).exists()
+
+
+def _run(workers: int, total: int, done: int, job: tuple, missing: list[int]) -> None:
+    """Let worker processes make the missing shards, with a bar."""
+    fork = multiprocessing.get_context("fork")
+    counter = fork.Value("q", done)
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(max(1, workers), fork, _start_worker, (*job, counter))
+    try:
+        with progress("shards", total, "images") as show:
+            pending = {pool.submit(_write_shard, number) for number in missing}
+            while pending:
+                show(counter.value)
+                finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    future.result()
+            show(counter.value)
+        pool.shutdown()
+    except BaseException as error:
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        pool.shutdown(wait=False, cancel_futures=True)
+        if isinstance(error, BrokenProcessPool):
+            raise UserError(
+                "a process that makes shards was killed, perhaps for want of memory: give fewer --workers; "
+                "the same command again goes on"
+            ) from None
+        raise
+
+
+def _start_worker(*job) -> None:
+    global _job
+    _job = job
+    # Ctrl-C is the parent's to heed.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker that outlived its killed parent would write to the files of the run that comes after."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _write_shard(number: int) -> None:
+    """One shard with its index, then the record that says it is done."""
+    out, settings, pictures, shards, counter = _job
+    path = out / f"shard-{number:05d}.tar"
+    partial = path.with_name(path.name + ".partial")
+    skipped: list[tuple[str, str]] = []
+    counts: Counter[int] = Counter()
+    keys, places, extensions = [], [], []
+    with writing(path), open(partial, "wb") as file:
+        tar = _Tar(file)
+        for key in shards[number].tolist():
+            counter.value += 1  # may lose a count: it only moves the bar
+            try:
+                extension, data = _encode(pictures.read(key), pictures.names[key], settings)
+            except UnreadableSample as error:
+                skipped.append((error.name, error.reason))
+                continue
+            label = int(pictures.labels[key])
+            places.append((tar.add(f"{key:012d}.cls", b"%d" % label), tar.add(f"{key:012d}.{extension}", data)))
+            keys.append(key)
+            extensions.append(extension)
+            counts[label] += 1
+        tar.close()
+        file.flush()
+        os.fsync(file.fileno())
+    offsets = np.array(places, dtype=np.int64).reshape(-1, 2, 2)
+    write_whole(index_path(path), Index(np.array(keys), offsets[:, 0], offsets[:, 1], extensions).text())
+    os.replace(partial, path)
+    shard = Shard(path.name, len(keys), tar.size, tar.digest.hexdigest())
+    record = {"shard": asdict(shard), "counts": sorted(counts.items()), "skipped": skipped}
+    write_whole(_record_path(out, number), json.dumps(record))
+
+
+def _record_path(out: Path, number: int) -> Path:
+    return out / f"shard-{number:05d}.done"
+
+
+class _Tar:
+    """A tar file as it is written: hashed on the way, and the same bytes for the same files."""
+
+    def __init__(self, file):
+        self.file, self.size, self.digest = file, 0, hashlib.sha256()
+
+    def add(self, name: str, data: bytes) -> tuple[int, int]:
+        """Returns offset and size of the data."""
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        self._write(info.tobuf(tarfile.USTAR_FORMAT))
+        offset = self.size
+        self._write(data)
+        self._write(bytes(-len(data) % _BLOCK))
+        return offset, len(data)
+
+    def close(self) -> None:
+        self._write(bytes(2 * _BLOCK))
+
+    def _write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.digest.update(data)
+        self.size += len(data)
+
+
+def _encode(data: bytes, name: str, settings: Settings) -> tuple[str, bytes]:
+    """The extension and contents of a sample's image.
+
+    Raises:
+        UnreadableSample: it is broken.
+    """
+    with open_picture(io.BytesIO(data), name) as picture:
+        if settings.format != "original":
+            pixels = adm_center_crop(picture, settings.image_size)
+            if settings.format == "raw":
+                return "raw", pixels.transpose(2, 0, 1).tobytes()
+            # 4:4:4, since chroma at half size would blur what the crop has just resampled.
+            return "jpg", _saved(Image.fromarray(pixels), "JPEG", quality=settings.quality, subsampling=0)
+        picture.load()  # the whole of it, so that a broken one is found here and not in a run
+        if data[:2] == b"\xff\xd8" and picture.mode in ("RGB", "L"):
+            return "jpg", data
+        # CMYK, 16 bits, palettes, transparency: what every decoder reads in the same way, without loss.
+        return "png", _saved(to_rgb(picture), "PNG")
+
+
+def _saved(picture: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def _finish(out: Path, settings: Settings, pictures: Pictures, shards: int) -> Manifest:
+    """The manifest from the records of all shards; only then are they cleared away."""
+    records = [json.loads(_record_path(out, number).read_text()) for number in range(shards)]
+    counts: Counter[int] = Counter()
+    for record in records:
+        counts.update(dict(record["counts"]))
+    skipped = [f"{name}: {reason}" for record in records for name, reason in record["skipped"]]
+    with writing(out / SKIPPED_LOG):
+        (out / SKIPPED_LOG).write_text("".join(line + "\n" for line in sorted(skipped)))
+    if len(skipped) == len(pictures):
+        raise UserError(f"none of the {len(pictures)} images can be read, e.g. {skipped[0]}")
+    manifest = Manifest(
+        format=settings.format,
+        image_size=settings.image_size,
+        quality=settings.quality,
+        seed=settings.seed,
+        classes={name: counts[label] for label, name in enumerate(pictures.class_names)},
+        shards=[Shard(**record["shard"]) for record in records],
+        skipped=len(skipped),
+    )
+    write_manifest(out, manifest)
+    for number in range(shards):
+        _record_path(out, number).unlink()
+    shutil.rmtree(out / _STAGING, ignore_errors=True)
+    return manifest

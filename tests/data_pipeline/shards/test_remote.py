@@ -1,0 +1,182 @@
+"""Shard sets behind an address: read like local ones, fetched once, tried again, and what never comes."""
+
+import functools
+import http.server
+import multiprocessing
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from unite_fast.data_pipeline import Loader, open_source
+from unite_fast.data_pipeline.shards import remote
+from unite_fast.data_pipeline.shards.source import ShardSource
+from unite_fast.errors import UserError
+
+SIZE = 32
+
+pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv(remote.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    return tmp_path / "cache"
+
+
+def open_(address):
+    return open_source("shards", address, SIZE, "train")
+
+
+def counting(folder, log):
+    """An address that writes down what is asked for."""
+    return f"pipe:echo {{}} >> {log}; cat {folder}/{{}}"
+
+
+def fetched(log: Path) -> list[str]:
+    return sorted(log.read_text().split())
+
+
+def test_the_same_samples_as_local(shards, tmp_path):
+    local = ShardSource(shards("raw"), SIZE)
+    source = open_(f"pipe:cat {shards('raw')}/{{}}")
+    assert source.name(3) == local.name(3)
+    for got, expected in zip(source.read(range(41)), local.read(range(41)), strict=True):
+        assert torch.equal(got, expected)
+
+
+class Server(http.server.SimpleHTTPRequestHandler):
+    """Serves files; the first `faults` requests for a shard end in the middle."""
+
+    faults = 0
+
+    def copyfile(self, source, outputfile):
+        if Server.faults and self.path.endswith(".tar"):
+            Server.faults -= 1
+            outputfile.write(source.read(1000))
+        else:
+            super().copyfile(source, outputfile)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(shards):
+    handler = functools.partial(Server, directory=str(shards("raw")))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_a_server_that_breaks_off_is_asked_again(server, shards, monkeypatch):
+    monkeypatch.setattr(Server, "faults", 3)
+    images, _ = open_(server).read(range(41))
+    assert Server.faults == 0
+    assert torch.equal(images, ShardSource(shards("raw"), SIZE).read(range(41))[0])
+
+
+def test_what_a_server_does_not_have_is_one_line(server):
+    with pytest.raises(UserError, match=r"cannot fetch dataset.json from .*/nowhere \(4 tries\): .*") as caught:
+        open_(f"{server}/nowhere")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_the_order_goes_shard_by_shard_and_each_is_fetched_once(shards, tmp_path, workers):
+    log = tmp_path / "log"
+    source = open_(counting(shards("original"), log))
+    with Loader(source, 1, 5, workers) as loader:
+        epochs = [[int(next(loader).ids) for _ in range(41)] for _ in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(41))
+        visited = [int(source.shard_of[index]) for index in epoch]
+        runs = [shard for place, shard in enumerate(visited) if place == 0 or visited[place - 1] != shard]
+        assert sorted(runs) == list(range(5)), "one run of each shard"
+    assert len(set(map(tuple, epochs))) == 3
+    shard_names = [name for name in fetched(log) if name.endswith(".tar")]
+    assert shard_names == [f"shard-{number:05d}.tar" for number in range(5)]
+
+
+def test_only_what_is_needed_is_fetched(shards, tmp_path):
+    log = tmp_path / "log"
+    source = open_(counting(shards("raw"), log))
+    assert not [name for name in fetched(log) if name.endswith(".tar")]
+    source.read([0])
+    assert len([name for name in fetched(log) if name.endswith(".tar")]) == 1
+
+
+def test_shards_are_fetched_ahead_of_need(shards, tmp_path):
+    log = tmp_path / "log"
+    source = open_(counting(shards("raw"), log))
+    with Loader(source, 1, 0) as loader:
+        first = int(source.shard_of[int(next(loader).ids)])
+        source._fetcher.join(20)
+    shard_names = [name for name in log.read_text().split() if name.endswith(".tar")]
+    assert len(shard_names) == 5 and shard_names[0] == f"shard-{first:05d}.tar"
+
+
+def _read_all(address, done):
+    open_(address).read(range(41))
+    done.put(True)
+
+
+def test_processes_of_a_machine_fetch_once_together(shards, tmp_path):
+    log = tmp_path / "log"
+    address = counting(shards("raw"), log)
+    fork = multiprocessing.get_context("fork")
+    done = fork.Queue()
+    processes = [fork.Process(target=_read_all, args=(address, done)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert len(fetched(log)) == len(set(fetched(log))) == 11
+
+
+def test_ranks_and_resume_as_anywhere(shards):
+    source = open_(f"pipe:cat {shards('raw')}/{{}}")
+    with Loader(source, 8, 1) as whole:
+        expected = [next(whole).ids for _ in range(12)]
+    ranks = [Loader(source, 8, 1, rank=rank, world=4) for rank in range(4)]
+    for wanted in expected[:5]:
+        assert torch.equal(torch.cat([next(loader).ids for loader in ranks]), wanted)
+    halves = [Loader(source, 8, 1, rank=rank, world=2) for rank in range(2)]
+    for loader in halves:
+        loader.load_state_dict(ranks[0].state_dict())
+    for wanted in expected[5:]:
+        assert torch.equal(torch.cat([next(loader).ids for loader in halves]), wanted)
+
+
+def test_a_shard_whose_hash_is_wrong_is_never_used(shards, tmp_path, cache):
+    copy = shutil.copytree(shards("raw"), tmp_path / "copy")
+    for path in copy.glob("*.tar"):
+        data = bytearray(path.read_bytes())
+        data[2000] ^= 1
+        path.write_bytes(data)
+    source = open_(f"pipe:cat {copy}/{{}}")
+    with pytest.raises(UserError, match=r"cannot fetch shard-\d+\.tar .*its hash is .*, the manifest says ") as caught:
+        source.read([0])
+    assert "\n" not in str(caught.value)
+    assert not list(cache.rglob("*.tar"))
+
+
+def test_a_command_that_fails_after_its_output_is_not_believed(shards):
+    with pytest.raises(UserError, match=r"cannot fetch dataset\.json"):
+        open_(f"pipe:cat {shards('raw')}/{{}}; false")
+
+
+def test_a_pipe_without_a_place_for_the_name():
+    with pytest.raises(UserError, match=r"has no \{\}"):
+        open_("pipe:cat shard.tar")
+
+
+def test_an_address_is_quoted(tmp_path):
+    with pytest.raises(UserError, match="cannot fetch"):
+        open_(f"http://127.0.0.1:9/'; touch {tmp_path}/harm; '")
+    assert not (tmp_path / "harm").exists()

@@ -1,0 +1,277 @@
+"""Reading shards: numbers of samples, DALI's and webdataset's view of the files, and each way a set can be damaged."""
+
+import json
+import os
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+
+from unite_fast.data_pipeline import Loader, UnreadableSample, dali, open_source
+from unite_fast.data_pipeline.shards.manifest import Index, index_path, read_index
+from unite_fast.data_pipeline.shards.source import ShardSource
+from unite_fast.data_pipeline.shards.verify import scan, verify_shards
+from unite_fast.errors import UserError
+
+SIZE = 32
+
+
+@pytest.fixture
+def damaged(shards, tmp_path):
+    """A copy of a set to be damaged."""
+
+    def copy(format="original"):
+        return shutil.copytree(shards(format), tmp_path / "copy")
+
+    return copy
+
+
+def open_(folder):
+    return open_source("shards", str(folder), SIZE, "train")
+
+
+def error_of(folder):
+    with pytest.raises(UserError) as caught:
+        open_(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_sample_has_the_same_number_in_every_set(image_folder, make, tmp_path):
+    sets = [make(image_folder, out=tmp_path / str(n), per_shard=n, seed=n)[0] for n in (3, 7, 100)]
+    first, *others = [ShardSource(folder, SIZE).read(range(41)) for folder in sets]
+    for images, labels in others:
+        assert torch.equal(images, first[0]) and torch.equal(labels, first[1])
+
+
+def test_facts(shards):
+    source = open_(shards("raw"))
+    assert (len(source), source.image_size, source.workers) == (41, SIZE, "threads")
+    assert source.class_names == ["class0", "class1", "class2"] and source.class_counts() == [14, 14, 13]
+    names = [source.name(index) for index in range(41)]
+    assert len(set(names)) == 41 and names[5].startswith("shard-0000") and names[5].endswith(":000000000005")
+    assert open_(shards("original")).workers == "processes"
+    assert ShardSource(shards("raw"), 0).image_size == SIZE
+    assert ShardSource(shards("original"), 0).image_size == 256
+
+
+def test_the_webdataset_library_reads_our_shards(shards):
+    import webdataset
+
+    source = open_(shards("original"))
+    paths = sorted(str(path) for path in shards("original").glob("*.tar"))
+    seen = {}
+    for sample in webdataset.WebDataset(paths, shardshuffle=False):
+        seen[int(sample["__key__"])] = (sample["jpg"], int(sample["cls"]))
+    assert sorted(seen) == list(range(41))
+    for index in range(41):
+        data, label = source.encoded(index)
+        assert seen[index] == (bytes(data), label)
+
+
+@pytest.mark.skipif(dali.missing() is not None, reason="NVIDIA DALI is not installed")
+def test_dali_reads_our_shards_by_our_indices(shards):
+    from nvidia.dali import Pipeline, fn
+
+    source = open_(shards("original"))
+    paths = sorted(str(path) for path in shards("original").glob("*.tar"))
+    pipeline = Pipeline(41, 1, None)
+    with pipeline:
+        indices = [path[:-4] + ".idx" for path in paths]
+        pipeline.set_outputs(*fn.readers.webdataset(paths=paths, index_paths=indices, ext=["jpg", "cls"]))
+    pipeline.build()
+    files, labels = pipeline.run()
+    got = sorted((bytes(np.asarray(files[i])), int(bytes(np.asarray(labels[i])))) for i in range(41))
+    assert got == sorted((bytes(data), label) for data, label in map(source.encoded, range(41)))
+
+
+def test_the_index_is_where_tarfile_finds_the_samples(shards):
+    for path in shards("raw").glob("*.tar"):
+        assert scan(path).text() == read_index(index_path(path)).text() == index_path(path).read_text()
+
+
+def test_an_index_without_samples():
+    nothing = np.zeros((0, 2), np.int64)
+    assert Index(np.zeros(0, np.int64), nothing, nothing, []).text() == "v1.2 0\n"
+
+
+def test_split_folders(shards, tmp_path):
+    shutil.copytree(shards("raw"), tmp_path / "both" / "train")
+    shutil.copytree(shards("original"), tmp_path / "both" / "val")
+    assert open_source("shards", str(tmp_path / "both"), SIZE, "train").manifest.format == "raw"
+    assert open_source("shards", str(tmp_path / "both"), SIZE, "test").manifest.format == "original"
+    assert open_source("shards", str(tmp_path / "both" / "val"), SIZE, "train").manifest.format == "original"
+
+
+def test_what_is_no_set(tmp_path, shards):
+    assert "no dataset.json" in error_of(tmp_path)
+    with pytest.raises(UserError, match="image_size is 64: set it to 32"):
+        open_source("shards", str(shards("raw")), 64, "train")
+
+
+def test_a_missing_shard(damaged):
+    folder = damaged()
+    (folder / "shard-00002.tar").unlink()
+    assert "shard-00002.tar is missing" in error_of(folder)
+    assert any("shard-00002.tar" in fault for fault in verify_shards(folder, 2))
+
+
+def test_a_truncated_tar(damaged):
+    folder = damaged()
+    os.truncate(folder / "shard-00001.tar", 5000)
+    assert "shard-00001.tar is truncated: 5000 bytes" in error_of(folder)
+    assert verify_shards(folder, 1)[0].startswith("shard-00001.tar has 5000 bytes")
+
+
+def test_a_missing_truncated_or_foreign_index(damaged):
+    folder = damaged()
+    index = folder / "shard-00001.idx"
+    text = index.read_text()
+    for wrong in ("", text[:100], text.replace("v1.2", "v1.1"), "v1.2 1\nx\n", text.replace("cls 512", "cls x")):
+        index.write_text(wrong)
+        assert "shard-00001.idx" in error_of(folder)
+    lines = text.splitlines()
+    index.write_text("\n".join([f"v1.2 {len(lines) - 2}", *lines[1:-1]]) + "\n")
+    assert "has 8 samples, the manifest says 9" in error_of(folder)
+    index.unlink()
+    assert "cannot read" in error_of(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tree: tree.update(samples=42),
+        lambda tree: tree.update(format="zip"),
+        lambda tree: tree.update(classes=["a"]),
+        lambda tree: tree["shards"].pop(),
+        lambda tree: tree["shards"][0].update(name="../../secret.tar"),
+        lambda tree: tree["shards"][0].update(name="shard-00000.tar; rm -r x"),
+        lambda tree: tree.pop("seed"),
+    ],
+)
+def test_a_manifest_that_is_none(damaged, change):
+    folder = damaged()
+    tree = json.loads((folder / "dataset.json").read_text())
+    change(tree)
+    (folder / "dataset.json").write_text(json.dumps(tree))
+    assert "is no manifest" in error_of(folder)
+    (folder / "dataset.json").write_text("[]")
+    assert "is no manifest" in error_of(folder)
+    (folder / "dataset.json").write_text("{")
+    assert "is not JSON" in error_of(folder)
+
+
+def test_verify_finds_one_changed_byte_and_says_where(damaged, command):
+    folder = damaged("raw")
+    assert verify_shards(folder, 2) == []
+    assert command("shards", "verify", folder).status == 0
+    path = folder / "shard-00003.tar"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    ended = command("shards", "verify", folder)
+    assert ended.status == 1 and ended.out.startswith("shard-00003.tar has the hash ")
+    assert len(ended.out.splitlines()) == 1
+
+
+def test_verify_compares_index_and_counts(damaged):
+    folder = damaged()
+    index = folder / "shard-00000.idx"
+    index.write_text(index.read_text().replace("cls 512", "cls 513", 1))
+    assert verify_shards(folder, 1) == ["shard-00000.idx does not say where the samples of shard-00000.tar lie"]
+    shutil.rmtree(folder)
+    folder = damaged()
+    tree = json.loads((folder / "dataset.json").read_text())
+    tree["classes"] = {"class0": 15, "class1": 13, "class2": 13}
+    (folder / "dataset.json").write_text(json.dumps(tree))
+    assert verify_shards(folder, 1) == [
+        "class class0 has 14 images, the manifest says 15",
+        "class class1 has 14 images, the manifest says 13",
+    ]
+
+
+def spoil(folder, number, data):
+    """Overwrite the image of a sample, whose length stays."""
+    source = ShardSource(folder, SIZE)
+    offset, _ = source._images[number].tolist()
+    with open(source.shard_path(int(source.shard_of[number])), "r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sample_damaged_after_the_set_was_made_is_skipped(damaged, workers):
+    folder = damaged()
+    spoil(folder, 7, b"no picture")
+    source = open_(folder)
+    with pytest.raises(UnreadableSample, match=":000000000007: not an image"):
+        source.read([7])
+    with Loader(source, 41, 0, workers) as loader:
+        ids = next(loader).ids.tolist()
+    assert sorted(ids) == sorted([*range(7), 8, *range(8, 41)])
+    assert list(loader.skipped) == [source.name(7)]
+
+
+def test_a_wrong_label_or_length_is_an_unreadable_sample(damaged):
+    folder = damaged("raw")
+    source = open_(folder)
+    start, _ = source._labels[4].tolist()
+    with open(source.shard_path(int(source.shard_of[4])), "r+b") as file:
+        file.seek(start)
+        file.write(b"9")
+    with pytest.raises(UnreadableSample, match="its label is b'9'"):
+        source.read([4])
+    source._images[5, 1] -= 1
+    with pytest.raises(UnreadableSample, match="3071 bytes, not 3072"):
+        source.read([5])
+
+
+@pytest.mark.parametrize("format, workers", [("raw", 0), ("raw", 2), ("original", 2)])
+def test_a_shard_that_shrinks_or_goes_while_it_is_read_stops_the_run(damaged, format, workers):
+    folder = damaged(format)
+    source = open_(folder)
+    for path in folder.glob("*.tar"):
+        os.truncate(path, 600)
+    with Loader(source, 8, 0, workers) as loader, pytest.raises(UserError, match="became shorter") as caught:
+        next(loader)
+    assert "\n" not in str(caught.value)
+    for path in folder.glob("*.tar"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"cannot open shard .*: No such file"):
+        ShardSource.read(_reopened(source), [0])
+
+
+def _reopened(source):
+    """The same source, as a process sees it that has no shard open yet."""
+    source._open.cache_clear()
+    return source
+
+
+def test_more_shards_than_files_may_be_open(image_folder, make, monkeypatch):
+    from unite_fast.data_pipeline.shards import source as module
+
+    monkeypatch.setattr(module, "_OPEN_SHARDS", 2)
+    out, manifest = make(image_folder, per_shard=1)
+    assert len(manifest.shards) == 41
+    source = ShardSource(out, SIZE)
+    before = len(os.listdir("/proc/self/fd"))
+    source.read(range(41))
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+def test_a_set_made_by_hand_with_a_key_twice(damaged):
+    folder = damaged()
+    index = folder / "shard-00000.idx"
+    lines = index.read_text().splitlines()
+    lines[2] = lines[1]
+    index.write_text("\n".join(lines) + "\n")
+    assert "holds a sample twice" in error_of(folder)
+
+
+def test_tar_files_have_nothing_but_their_samples(shards):
+    with tarfile.open(shards("raw") / "shard-00000.tar") as tar:
+        members = tar.getmembers()
+    assert len(members) == 18
+    assert {(member.mtime, member.uid, member.mode, member.uname) for member in members} == {(0, 0, 0o644, "")}

@@ -1,0 +1,20 @@
+"""Progress where nobody watches a terminal."""
+
+from unite_fast.data_pipeline import progress as module
+
+
+def test_lines_with_rate_and_time_left(capsys, monkeypatch):
+    monkeypatch.setattr(module, "_SECONDS_BETWEEN_LINES", 0)
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    with module.progress("shards", 100, "images") as show:
+        show(40)  # an earlier run made these
+        show(60)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["shards 40/100  0 images/s  no rate yet", "shards 60/100  1 images/s  40 s left"]
+
+
+def test_a_short_run_says_nothing(capsys):
+    with module.progress("shards", 100, "images") as show:
+        show(100)
+    assert capsys.readouterr().out == ""
