@@ -152,9 +152,27 @@ def test_outputs_and_gradients_against_float64(case, inputs, dtype, judge):
 def test_float32_products_of_rounded_numbers_are_bfloat16_products(draw):
     """The two ways to multiply agree to the last place but for the order of a sum."""
     x, weight, bias = draw(50, 40, dtype=torch.bfloat16), draw(30, 40), draw(30)
-    got = product.product(x, weight, bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = product.product(x, weight, bias)
     exact = F.linear(x.double(), weight.bfloat16().double(), bias.bfloat16().double())
     assert ((got.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6).all()
+
+
+@pytest.mark.skipif(torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has bfloat16 instructions")
+def test_under_autocast_products_stay_in_float32(draw, monkeypatch):
+    """Autocast, which is on around a forward pass, would take them in bfloat16 again: ten times slower."""
+    calls = []
+
+    def recorded(x, weight, bias):
+        calls.append((x.dtype, weight.dtype, torch.is_autocast_enabled("cpu")))
+        return linear(x, weight, bias)
+
+    linear = F.linear
+    monkeypatch.setattr(product.torch.nn.functional, "linear", recorded)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = kernels.linear(draw(50, 40).requires_grad_(), draw(30, 40), draw(30))
+    assert y.dtype == torch.bfloat16
+    assert calls == [(torch.float32, torch.float32, False)]
 
 
 def fused(name):
