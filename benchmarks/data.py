@@ -1,7 +1,7 @@
 """How many images a second each loader gives, beside a plain DataLoader with Pillow: in one run, turn by turn.
 
     python benchmarks/data.py
-    python benchmarks/data.py --json --workers 2 --images 2000 --data /tmp/photographs
+    python benchmarks/data.py --json --workers 2 --images 2000 --data photographs
 
 The photographs are random crops of those that scikit-image and scikit-learn carry, at ImageNet's usual sizes. Every
 loader reads the same images with the same number of workers; a round is one epoch of each, and what is printed is the
