@@ -31,6 +31,7 @@ from unite_fast.objective import draw_step, training_losses
 from unite_fast.randomness import Philox
 from unite_fast.recipes import from_tree
 from unite_fast.training.state import TrainState
+from unite_fast.training.trainer import compile_blocks
 
 EXAMPLES = """examples:
   python benchmarks/step.py --size bench                 # 2 cores: a quarter of an hour, most of it the reference
@@ -73,8 +74,7 @@ class Step:
         self.body, self.precision = body, getattr(torch, precision)
         model = UNITE.create(self.config.model, seed=0).to(device)
         if compiled:
-            for block in (*model.encoder.blocks, *model.decoder.layers):
-                block.compile(dynamic=False)
+            compile_blocks(model)
         self.state = TrainState(model, self.config)
         generator = torch.Generator().manual_seed(0)
         side = self.config.model.image_size

@@ -15,12 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unite_fast.kernels import backend, flash, layout
+from unite_fast.kernels.common import EPS
 from unite_fast.kernels.op import Body, FusedOp
 from unite_fast.kernels.product import in_float32
 from unite_fast.kernels.qk_norm_rope import _fused as qk_op
 from unite_fast.kernels.qk_norm_rope import check, qk_norm_rope, split
-
-EPS = 1e-6
 
 
 def attention_ref(qkv, heads, q_weight, k_weight, cos, sin, wanted=None):

@@ -19,10 +19,10 @@ from unite_fast.kernels import flash, layout, native
 
 NAMES = ("auto", "reference", "native", "triton")
 
-ATTENTION_NAMES = ("auto", "sdpa", "flash_attn")
+ATTENTION_NAMES = ("sdpa", "flash_attn")
 
 _current = "auto"
-_attention = "auto"
+_attention = "sdpa"
 
 
 def use(name: str) -> None:
@@ -118,7 +118,7 @@ def choose(x: Tensor, out_dtype: torch.dtype | None = None) -> str:
 
 def use_attention(name: str) -> None:
     """Choose who computes attention on a CUDA device: PyTorch (`sdpa`) or a flash-attn package (`flash_attn`), which
-    takes bfloat16 alone. `auto` is sdpa until someone has measured the other to be faster.
+    takes bfloat16 alone.
 
     Raises:
         UserError: no such choice, or it is missing here.
@@ -133,4 +133,4 @@ def use_attention(name: str) -> None:
 
 def attention_on(device: torch.device) -> str:
     """Who computes attention on this device: sdpa or flash_attn."""
-    return "flash_attn" if _attention == "flash_attn" and device.type == "cuda" else "sdpa"
+    return _attention if device.type == "cuda" else "sdpa"

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+EPS = 1e-6
+"""Of the RMSNorms in the ops that make their input again: both times the same."""
+
 
 def upcast(x: Tensor) -> Tensor:
     """float32 of a lower precision; float32 and float64 (the tests' truth) stay as they are."""

@@ -1,5 +1,8 @@
 """How the fast bodies take and give tensors: element types, dense rows, room for results."""
 
+from collections.abc import Sequence
+from math import gcd
+
 import torch
 from torch import Tensor
 
@@ -43,3 +46,10 @@ def room_typed(like: Tensor) -> Tensor:
 def room_floats(like: Tensor | None, beside: Tensor) -> Tensor:
     """Room for the gradient of a weight; of no size for a weight that is None."""
     return beside.new_empty(0, dtype=torch.float32) if like is None else room(like, torch.float32)
+
+
+def in_units(strides: Sequence[int]) -> tuple[int, list[int]]:
+    """A unit of up to 8 elements, and strides counted in it, for a Triton kernel. 8 of bfloat16 are one access of 16
+    bytes; of a stride of 72, Triton by itself sees no more than that it is not a multiple of 16."""
+    unit = gcd(8, *strides)
+    return unit, [stride // unit for stride in strides]

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from unite_fast.kernels import backend, layout
 from unite_fast.kernels.adaln_modulate import _fused as adaln_op
 from unite_fast.kernels.adaln_modulate import check_modulation
-from unite_fast.kernels.common import matmul_dtype, mistake
+from unite_fast.kernels.common import EPS, matmul_dtype, mistake
 from unite_fast.kernels.gated_residual_adaln import _fused as gated_op
 from unite_fast.kernels.gated_residual_adaln import check_branch, gated_residual_adaln
 from unite_fast.kernels.op import Body, FusedOp, Results
@@ -77,12 +77,8 @@ _gelu_linear = _activation_linear(
 )
 
 
-def _norm(x, norm_weight, norm_bias, eps):
-    return torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
-
-
 def _layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps, out_dtype):
-    normed, mean, inverse = _norm(x, norm_weight, norm_bias, eps)
+    normed, mean, inverse = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
     return product(normed.to(out_dtype), weight, bias), mean, inverse
 
 
@@ -117,10 +113,6 @@ _layer_norm_linear = FusedOp(
 )
 
 
-EPS = 1e-6
-"""Of the RMSNorm in gated_residual_adaln_linear, which makes h a second time."""
-
-
 def _gated_linear_body(gated: Body, adaln: Body) -> Body:
     def forward(x, branch, gate, norm_weight, shift, scale, weight, bias, out_dtype):
         x_out, h, inverse = gated.forward(x, branch, gate, norm_weight, shift, scale, EPS, out_dtype)
@@ -140,8 +132,7 @@ def _like_gated_linear(x, branch, gate, norm_weight, shift, scale, weight, bias,
 
 
 def _like_gated_linear_backward(d_x_out, d_y, x_out, branch, gate, norm_weight, shift, scale, weight, inverse):
-    vectors = (layout.room_typed(v) for v in (gate, scale, scale))
-    d_gate, d_shift, d_scale = vectors
+    d_gate, d_shift, d_scale = (layout.room_typed(v) for v in (gate, scale, scale))
     d_norm_weight = layout.room_floats(norm_weight, x_out)
     gradients = layout.room(x_out), layout.room_typed(branch), d_gate, d_norm_weight, d_shift, d_scale
     return *gradients, layout.room(weight), weight.new_empty(weight.shape[0])

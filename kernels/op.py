@@ -77,7 +77,7 @@ class FusedOp:
     ):
         self.results = results
         self.saved = saved
-        self.bodies = bodies
+        self.bodies = bodies = {body: _uncast(both) for body, both in bodies.items()}
         for op, schema, way, like in (
             (name, f"({inputs}) -> ({outputs})", "forward", like_forward),
             (f"{name}_backward", f"({backward_inputs}) -> ({backward_outputs})", "backward", like_backward),
@@ -129,6 +129,22 @@ class FusedOp:
             outputs = _as_tuple(self.op(*inputs))
             return outputs[: self.results] if self.results > 1 else outputs[0]
         return self.functions[body].apply(*inputs)
+
+
+def _uncast(body: Body) -> Body:
+    """The body with autocast off in its forward pass: that would cast again what it hands to PyTorch's operators."""
+
+    def uncast(run: Callable[..., Results] | None) -> Callable[..., Results] | None:
+        def call(*inputs):
+            device = inputs[0].device.type
+            if not torch.is_autocast_enabled(device):
+                return run(*inputs)
+            with torch.autocast(device, enabled=False):
+                return run(*inputs)
+
+        return run and call
+
+    return body._replace(forward=uncast(body.forward), eager_forward=uncast(body.eager_forward))
 
 
 def _keep(ctx, values: tuple) -> None:

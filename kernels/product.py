@@ -21,11 +21,9 @@ def in_float32(x: Tensor) -> bool:
 def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x [..., K], weight [N, K], bias [N] -> [..., N] in x's dtype; weight and bias are rounded to it."""
     weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-    # Autocast, which is on around the forward pass, would take the float32 product in bfloat16 after all.
-    with torch.autocast(x.device.type, enabled=False):
-        if in_float32(x):
-            return torch.nn.functional.linear(x.float(), weight.float(), bias.float()).to(x.dtype)
-        return torch.nn.functional.linear(x, weight, bias)
+    if in_float32(x):
+        return torch.nn.functional.linear(x.float(), weight.float(), bias.float()).to(x.dtype)
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 def product_backward(d_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -285,8 +285,8 @@ class Config:
     seed: int = 0
     kernels: str = "auto"
     """Which body of the kernels runs: auto (triton on CUDA, native on a CPU), reference, native or triton."""
-    attention: str = "auto"
-    """Who computes attention on CUDA: sdpa (PyTorch) or flash_attn (that package, 2 to 4); auto is sdpa."""
+    attention: str = "sdpa"
+    """Who computes attention on CUDA: sdpa (PyTorch) or flash_attn (that package, 2 to 4)."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

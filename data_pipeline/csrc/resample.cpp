@@ -12,21 +12,17 @@
 #include <stdexcept>
 #include <vector>
 
+#include "element.h"
+
 namespace nb = nanobind;
 
 namespace {
-
-#ifdef UNITE_FAST_CLONES
-#define CLONES __attribute__((target_clones("default", "arch=x86-64-v3")))
-#else
-#define CLONES
-#endif
 
 constexpr int kBits = 22;
 constexpr int64_t kBlock = 512;
 
 // out[i, :] = sum over k of weights[i, k] * in[starts[i] + k, :], rows of `length` bytes.
-CLONES void weigh_rows(const uint8_t *in, uint8_t *out, int64_t length, int64_t rows, const int32_t *starts,
+UNITE_FAST_PER_CPU void weigh_rows(const uint8_t *in, uint8_t *out, int64_t length, int64_t rows, const int32_t *starts,
                        const int32_t *weights, int64_t taps) {
   int32_t sums[kBlock];
   for (int64_t first = 0; first < length; first += kBlock) {

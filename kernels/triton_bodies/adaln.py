@@ -9,8 +9,6 @@ meanwhile. All arithmetic is float32. The gradients of the vectors are one parti
 order afterwards. The gradients of weight and scale need one and the same sum, that of d_h times the normalised x_out.
 """
 
-from math import gcd
-
 import torch
 import triton
 import triton.language as tl
@@ -176,13 +174,11 @@ def _adaln_bwd_kernel(
 
 
 def _launch(kernel, x, tensors, arguments, strides) -> None:
-    """Strides go in by the largest unit up to 8 elements that divides them: 8 of bfloat16 are one access of 16 bytes,
-    and the compiler must see that they are."""
-    (b, t, d), unit = x.shape, gcd(8, *strides)
+    (b, t, d), (unit, strides) = x.shape, layout.in_units(strides)
     lanes = triton.next_power_of_2(d)
     kernel[(b, triton.cdiv(t, TOKENS))](
         *tensors,
-        *(stride // unit for stride in strides),
+        *strides,
         t,
         *arguments,
         D=d,

@@ -5,9 +5,6 @@ registers meanwhile, and no thread waits for another warp. A head dimension that
 masked lanes. float32 inside. The gradient of a weight is one partial sum a program, and their sum in a fixed order.
 """
 
-from collections.abc import Sequence
-from math import gcd
-
 import torch
 import triton
 import triton.language as tl
@@ -196,7 +193,7 @@ def qk_norm_rope_forward(qkv, q_weight, k_weight, cos, sin, heads, eps):
     inverse = qkv.new_empty((b, t, 2, heads), dtype=torch.float32)
     if q.numel():
         qkv = layout.dense(qkv)
-        unit, strides = _strides(qkv.stride()[:2])
+        unit, strides = layout.in_units(qkv.stride()[:2])
         weights_and_angles = map(layout.floats, (q_weight, k_weight, cos, sin))
         results = q, k, v, inverse
         _qk_norm_rope_fwd_kernel[(_programs(b, t, sizes),)](
@@ -215,7 +212,7 @@ def qk_norm_rope_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, inve
     if d_qkv.numel():
         incoming = [layout.gradient(d, (b, heads, t, sizes["K"]), qkv) for d in (d_q, d_k, d_v)]
         qkv = layout.dense(qkv)
-        unit, strides = _strides([*(s for d in incoming for s in d.stride()[:3]), *qkv.stride()[:2]])
+        unit, strides = layout.in_units([*(s for d in incoming for s in d.stride()[:3]), *qkv.stride()[:2]])
         weights_and_angles = map(layout.floats, (q_weight, k_weight, cos, sin))
         _qk_norm_rope_bwd_kernel[(programs,)](
             *incoming, qkv, *weights_and_angles, inverse, d_qkv, partial, *strides, t, **sizes, UNIT=unit, num_warps=1
@@ -230,10 +227,3 @@ def _sizes(heads: int, head_dim: int) -> dict[str, int]:
 
 def _programs(b: int, t: int, sizes: dict[str, int]) -> int:
     return b * triton.cdiv(t, sizes["BT"])
-
-
-def _strides(strides: Sequence[int]) -> tuple[int, list[int]]:
-    """Strides in a unit of 8 elements where they can be: of 72, Triton by itself sees no more than that it is not a
-    multiple of 16."""
-    unit = gcd(8, *strides)
-    return unit, [stride // unit for stride in strides]
