@@ -1,10 +1,12 @@
 """The judge of all ops: float64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
+
+from unite_fast.kernels import backend
 
 SLACK = 2.0
 """House rule: an op's error may be at most twice that of the plain formula at the same precision (section 4)."""
@@ -75,3 +77,14 @@ def draw() -> Callable[..., Tensor]:
         return (around + torch.randn(shape, generator=generator)).to(dtype)
 
     return normal
+
+
+@pytest.fixture(params=["reference", "native", "triton"])
+def body(request) -> Iterator[str]:
+    """Each body that tensors on the CPU can have, in turn."""
+    if missing := backend.why_missing(request.param):
+        pytest.skip(missing)
+    if request.param == "triton" and not backend.interpreted():
+        pytest.skip("these tests' tensors are on the CPU")
+    with backend.using(request.param):
+        yield request.param

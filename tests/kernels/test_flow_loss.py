@@ -27,16 +27,6 @@ DTYPES = {
 """Of y and of z."""
 
 
-@pytest.fixture(params=["reference", "native", "triton"])
-def body(request):
-    if missing := backend.why_missing(request.param):
-        pytest.skip(missing)
-    if request.param == "triton" and not backend.interpreted():
-        pytest.skip("these tests' tensors are on the CPU")
-    with backend.using(request.param):
-        yield request.param
-
-
 fused = pytest.mark.parametrize("body", ["native", "triton"], indirect=True)
 
 

@@ -46,16 +46,6 @@ SHAPES = {"native": [(1, 4, 6, 5), (3, 5, 41, 33), (2, 2, 16, 64)], "triton": [(
 SHAPES["reference"] = SHAPES["native"]
 
 
-@pytest.fixture(params=["reference", "native", "triton"])
-def body(request):
-    if missing := backend.why_missing(request.param):
-        pytest.skip(missing)
-    if request.param == "triton" and not backend.interpreted():
-        pytest.skip("these tests' tensors are on the CPU")
-    with backend.using(request.param):
-        yield request.param
-
-
 fused = pytest.mark.parametrize("body", ["native", "triton"], indirect=True)
 needs_native = pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
 
