@@ -2,11 +2,14 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,6 +240,60 @@ def process(fork_server: subprocess.Popen, tmp_path: Path) -> Iterator[Callable[
             with contextlib.suppress(ProcessLookupError):
                 left.signal(signal.SIGKILL)
             left.wait()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Callable[..., list]:
+    """Runs function(*arguments) in `world` processes that find each other as torchrun's do, by environment variables,
+    and gives what each returned, rank 0 first. `nodes` of them count as machines."""
+
+    def run(world: int, function: Callable, *arguments: object, nodes: int = 1, timeout: float = 120) -> list:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        fork = multiprocessing.get_context("fork")
+        started = []
+        for rank in range(world):
+            here, there = fork.Pipe(duplex=False)
+            environment = {
+                "RANK": rank,
+                "WORLD_SIZE": world,
+                "LOCAL_RANK": rank % (world // nodes),
+                "LOCAL_WORLD_SIZE": world // nodes,
+                "MASTER_ADDR": "localhost",
+                "MASTER_PORT": port,
+            }
+            process = fork.Process(target=_rank_main, args=(there, environment, function, arguments), daemon=True)
+            process.start()
+            there.close()
+            started.append((process, here))
+        results, failures = [], []
+        end = time.monotonic() + timeout
+        for rank, (_, here) in enumerate(started):
+            ok, result = (False, "said nothing in time")
+            with contextlib.suppress(EOFError):
+                if here.poll(max(end - time.monotonic(), 0)):
+                    ok, result = here.recv()
+            results.append(result)
+            if not ok:
+                failures.append(f"rank {rank}: {result}")
+        for process, _ in started:
+            process.kill() if failures else process.join(30)
+        assert not failures, "\n".join(failures)
+        return results
+
+    return run
+
+
+def _rank_main(pipe, environment: dict, function: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    try:
+        pipe.send((True, function(*arguments)))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

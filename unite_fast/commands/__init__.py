@@ -1,0 +1,1 @@
+"""The commands of `unite-fast`, by what they work on: thin calls, nothing else."""

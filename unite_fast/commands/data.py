@@ -1,0 +1,107 @@
+"""Shards, and a look at data."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+class _MakeByDefault(typer.core.TyperGroup):
+    """`unite-fast shards SOURCE OUT` is `unite-fast shards make SOURCE OUT`."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help"):
+            args = ["make", *args]
+        return super().parse_args(ctx, args)
+
+
+shards = typer.Typer(cls=_MakeByDefault, no_args_is_help=True, rich_markup_mode="markdown")
+app.add_typer(shards, name="shards")
+
+
+@shards.callback()
+def shards_help() -> None:
+    """Make shards of images, which are read many times faster, and verify them.
+
+    Examples:
+
+    `unite-fast shards imagenet/train shards/train --format raw --workers 32`
+
+    `unite-fast shards verify shards/train`
+    """
+
+
+@shards.command("make")
+def make_shards(
+    source: Annotated[Path, typer.Argument(help="class folders, tar files (ImageNet's) or Parquet files")],
+    out: Annotated[Path, typer.Argument(help="folder of the shards; an interrupted run goes on there")],
+    format: Annotated[str, typer.Option(help="original (the files), cropped-jpeg or raw (cropped pixels)")] = "raw",
+    image_size: Annotated[int, typer.Option(help="side of the cropped images")] = 256,
+    quality: Annotated[int, typer.Option(help="of cropped JPEGs, 95 to 100")] = 95,
+    seed: Annotated[int, typer.Option(help="what the images are shuffled by")] = 0,
+    per_shard: Annotated[int, typer.Option(help="images a shard")] = 5000,
+    split: Annotated[str, typer.Option(help="train or test, where SOURCE has both")] = "train",
+    labels: Annotated[Path | None, typer.Option(help="the class of each image, a line each, by file name")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="processes")] = os.cpu_count() or 1,
+) -> None:
+    """Make WebDataset shards, each with an index for DALI, and a manifest, dataset.json.
+
+    Examples:
+
+    `unite-fast shards make imagenet/train shards/train --format raw`
+
+    `unite-fast shards make ILSVRC2012_img_train.tar shards/train --format original --workers 32`
+
+    `unite-fast shards make ILSVRC2012_img_val.tar shards/val --labels val_synsets.txt`
+    """
+    from unite_fast.data_pipeline.shards.write import SKIPPED_LOG, Settings
+    from unite_fast.data_pipeline.shards.write import make_shards as run
+
+    manifest = run(source, out, Settings(format, image_size, quality, seed, per_shard), workers, split, labels)
+    typer.echo(f"{manifest.samples} images in {len(manifest.shards)} shards of format {format} in {out}")
+    if manifest.skipped:
+        typer.echo(f"{manifest.skipped} broken images were left out: {out / SKIPPED_LOG} names them")
+
+
+@shards.command("verify")
+def verify_shards(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of the shards")],
+    workers: Annotated[int, typer.Option(min=1, help="threads")] = os.cpu_count() or 1,
+) -> None:
+    """Read every byte again and hold it against the manifest; exits with 1 when something is wrong.
+
+    Example: `unite-fast shards verify shards/train`
+    """
+    from unite_fast.data_pipeline.shards.verify import verify_shards as run
+
+    faults = run(folder, workers)
+    for fault in faults:
+        typer.echo(fault)
+    if faults:
+        raise typer.Exit(1)
+    typer.echo(f"{folder}: every shard is as it was made")
+
+
+@app.command()
+def inspect(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="folder or address of data, or digits")],
+    image_size: Annotated[int, typer.Option(help="side of the images; 0: what suits the data")] = 0,
+    split: Annotated[str, typer.Option(help="train or test")] = "train",
+    workers: Annotated[int, typer.Option(min=0, help="of each loader")] = 2,
+    seconds: Annotated[float, typer.Option(help="how long each loader is timed")] = 5.0,
+    seed: Annotated[int, typer.Option(help="of the order that the grid follows")] = 0,
+    out: Annotated[Path, typer.Option(help="a .png: the first images of a run")] = Path("inspect.png"),
+) -> None:
+    """Count the images, show some as the model sees them, and time every loader that fits.
+
+    Example: `unite-fast inspect shards/train --workers 8`
+    """
+    from unite_fast import outputs
+    from unite_fast.data_pipeline.inspection import inspect_data
+
+    outputs.check_target(out, (".png",))
+    for line in inspect_data(data, image_size, split, workers, seconds, seed, out):
+        typer.echo(line)

@@ -1,0 +1,97 @@
+"""Pictures from a trained model, and how good they are."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unite_fast.commands.options import (
+    Batch,
+    Checkpoint,
+    Device,
+    Guidance,
+    Interval,
+    Seed,
+    Solver,
+    Steps,
+    given,
+    load,
+    parse_interval,
+)
+
+app = typer.Typer()
+
+
+@app.command()
+def sample(
+    checkpoint: Checkpoint,
+    classes: Annotated[str, typer.Option(help="classes to draw in turn, e.g. 3,1,4; all by default")] = "",
+    count: Annotated[int, typer.Option(min=1, help="how many images")] = 80,
+    guidance: Guidance = None,
+    interval: Interval = None,
+    solver: Solver = None,
+    steps: Steps = None,
+    seed: Seed = 0,
+    batch: Batch = 64,
+    device: Device = "auto",
+    out: Annotated[Path, typer.Option(help="a .png (one grid), an .npz (arr_0, uint8 NHWC) or a folder")] = Path(
+        "samples.png"
+    ),
+) -> None:
+    """Generate images with the averaged weights.
+
+    Example: `unite-fast sample runs/digits --classes 7 --count 20 --guidance 2 --out sevens.png`
+    """
+    from unite_fast import outputs
+
+    outputs.check_target(out)
+    model = load(checkpoint, device)
+    labels = outputs.choose_labels(classes, count, model.config.model.num_classes)
+    settings = given(guidance=guidance, interval=parse_interval(interval), solver=solver, steps=steps)
+    images = outputs.generate_with_progress(model, labels, seed, batch, settings)
+    outputs.save_images(images, labels, out, columns=10)
+    typer.echo(f"{len(images)} images in {out}")
+
+
+@app.command()
+def reconstruct(
+    checkpoint: Checkpoint,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="picture files")],
+    device: Device = "auto",
+    out: Annotated[Path, typer.Option(help="a .png: originals above reconstructions")] = Path("reconstructions.png"),
+) -> None:
+    """Send pictures through tokenizer and decoder, and print how well they come back.
+
+    Example: `unite-fast reconstruct runs/imagenet cat.jpg dog.png --out pets.png`
+    """
+    from unite_fast import outputs
+
+    outputs.check_target(out, (".png",))
+    model = load(checkpoint, device)
+    originals = outputs.read_images(images, model.config.model.image_size)
+    copies = model.reconstruct(originals)
+    for path, decibels in zip(images, outputs.psnr(originals, copies), strict=True):
+        typer.echo(f"{path}: {decibels:.2f} dB")
+    outputs.save_pairs(originals, copies, out)
+    typer.echo(f"{len(images)} pairs in {out}")
+
+
+@app.command()
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Annotated[str, typer.Option(help="folder of the data, if not the one trained on")] = "",
+    count: Annotated[int, typer.Option(min=1, help="generated images")] = 1000,
+    guidance: Annotated[float, typer.Option(help="scale of the guided samples")] = 2.0,
+    steps: Steps = None,
+    device: Device = "auto",
+) -> None:
+    """For small images: PSNR of held-out ones, and how many generated ones a classifier names as they were asked for.
+
+    The classifier is a support vector machine on the real pixels.
+
+    Example: `unite-fast evaluate runs/digits`
+    """
+    from unite_fast.evaluation.small_images import evaluate as run
+
+    for line in run(load(checkpoint, device), data, count, guidance, given(steps=steps)):
+        typer.echo(line)

@@ -1,0 +1,40 @@
+"""Options and arguments that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unite_fast.errors import UserError
+
+Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="a checkpoint, or a run's folder for its latest one")]
+Guidance = Annotated[float | None, typer.Option(help="guidance scale; 1 is unguided [default: the recipe's]")]
+Interval = Annotated[str | None, typer.Option(metavar="LOW,HIGH", help="times in which guidance acts")]
+Solver = Annotated[str | None, typer.Option(help="euler, heun or dopri5")]
+Steps = Annotated[int | None, typer.Option(help="steps of euler and heun")]
+Seed = Annotated[int, typer.Option(help="what the noise is drawn from")]
+Batch = Annotated[int, typer.Option(help="images at a time")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or auto")]
+
+
+def load(checkpoint: Path, device: str):
+    from unite_fast import load
+    from unite_fast.training.trainer import choose_device, use_threads
+
+    model = load(checkpoint, choose_device(device))
+    use_threads(model.config.train.threads)
+    return model
+
+
+def given(**settings) -> dict:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def parse_interval(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--interval is LOW,HIGH, for example 0.1,1; got {text!r}") from error
+    return low, high

@@ -1,0 +1,35 @@
+"""Train."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command()
+def train(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[RECIPE] [key=value ...]", help="a recipe and settings that differ")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the run folder's latest checkpoint")] = False,
+) -> None:
+    """Train a recipe: a YAML file, or the name of one that ships with the package (default: digits).
+
+    Examples:
+
+    `unite-fast train`
+
+    `unite-fast train fashion_mnist data.path=FOLDER train.out=runs/shirts`
+
+    `unite-fast train my.yaml train.steps=20000 model.encoder.preset=L --resume`
+    """
+    from unite_fast.recipes import load_config
+    from unite_fast.training.trainer import train as run
+
+    words = arguments or []
+    recipe = words[0] if words and ("=" not in words[0] or Path(words[0]).is_file()) else None
+    outcome = run(load_config(recipe, tuple(words[1:] if recipe else words)), resume)
+    if outcome.stopped_by:
+        raise typer.Exit(128 + outcome.stopped_by)
