@@ -276,9 +276,10 @@ def _serve(end: Connection, inherited: list[Connection], source: Source, slots: 
     """A worker's life: samples wanted in, broken ones out, until the other end is gone."""
     for other in inherited:
         other.close()  # or this copy would keep the other end open when the trainer is killed
-    # Ctrl-C reaches every process of a terminal, and only the trainer knows when it is done.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Ctrl-C reaches every process of a terminal, and what torchrun and Slurm send, every process of a group. Only the
+    # trainer knows when it is done, and its end closes the pipe.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     known: dict[int, Bad] = {}
     try:

@@ -9,8 +9,10 @@ class UserError(Exception):
     """Something the user can mend: a wrong key, a missing file, a corrupt checkpoint.
 
     The message is one line that names what is wrong and how to mend it. The command line prints it without a
-    traceback and exits with status 2; a library caller catches it like any exception.
+    traceback and exits with `status`; a library caller catches it like any exception.
     """
+
+    status = 2
 
 
 @contextmanager
