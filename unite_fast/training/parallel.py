@@ -6,6 +6,7 @@ shards nothing and has plain tensors.
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -208,6 +209,8 @@ def shard(model: UNITE, mesh: DeviceMesh, config: Config) -> None:
     # The model has no forward pass of its own. These use its LayerNorm; `decode` is the decoder's alone.
     for method in ("tokenize", "denoise", "denoising_loss"):
         register_fsdp_forward_method(model, method)
+    # What it warns of, a change in place of what a module returned, no code here does.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     if mesh.device_type == "cpu":
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -215,7 +218,7 @@ def shard(model: UNITE, mesh: DeviceMesh, config: Config) -> None:
 
 
 def placement(parts: int):
-    """Where `fully_shard` cuts a parameter: along its first dimension or, if that is shorter than there are parts, along
+    """Where `fully_shard` cuts a parameter: along its first dimension or, where that is shorter than the parts, along
     the first other one that can be divided evenly."""
 
     def place(parameter: nn.Parameter) -> Shard | None:
