@@ -161,7 +161,8 @@ def build_model(config: Config, ranks: Ranks, device: torch.device) -> tuple[UNI
     if config.train.compile:
         compile_blocks(model)
     if ranks.world > 1:
-        shard(model, make_mesh(strategy, device), config)
+        mesh = init_device_mesh(device.type, strategy.mesh, mesh_dim_names=("replicate", "shard"))
+        shard(model, mesh, config)
     model.to_empty(device=device)
     model.initialize(config.seed)
     if ranks.world > 1:
@@ -177,14 +178,6 @@ def compile_blocks(model: UNITE) -> None:
         block.compile(dynamic=False)
 
 
-def make_mesh(strategy: Strategy, device: torch.device) -> DeviceMesh:
-    groups, parts = strategy.mesh
-    if groups == 1:
-        # Not (1, N): that would all-reduce every gradient among one process.
-        return init_device_mesh(device.type, (parts,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (groups, parts), mesh_dim_names=("replicate", "shard"))
-
-
 def shard(model: UNITE, mesh: DeviceMesh, config: Config) -> None:
     """Divide a model's parameters over a mesh, one group for each block and decoder layer, one for all adaLN Linears,
     and one for what else the encoder, the decoder and the model have.
@@ -193,7 +186,7 @@ def shard(model: UNITE, mesh: DeviceMesh, config: Config) -> None:
     The rest (time embedding, tables, outer norms) is small, and float32: in bfloat16 it would make the residual so.
     Gradients are added up in float32, and the weights that the optimizers see are float32.
     """
-    parts = mesh.size(mesh.ndim - 1)
+    groups, parts = mesh.shape
     low = torch.bfloat16 if config.train.precision == "bfloat16" else None
     # Inputs keep their precision: the residual is float32.
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -211,10 +204,11 @@ def shard(model: UNITE, mesh: DeviceMesh, config: Config) -> None:
         register_fsdp_forward_method(model, method)
     # What it warns of, a change in place of what a module returned, no code here does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    if mesh.device_type == "cpu":
+    # Gloo knows no mean, and NCCL's may be wrong of one process, as across the groups of fsdp.
+    if mesh.device_type == "cpu" or groups == 1:
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.set_force_sum_reduction_for_comms(True)  # gloo knows no mean
+                module.set_force_sum_reduction_for_comms(True)
 
 
 def placement(parts: int):

@@ -1,7 +1,7 @@
 """What a run is made of between two steps: weights, optimizers, averages, step number."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unite_fast.config import Config
 from unite_fast.model.unite import UNITE
@@ -12,13 +12,9 @@ from unite_fast.optim.muon import Muon
 from unite_fast.optim.schedule import learning_rate
 from unite_fast.sharding import copy_whole, local, shard_group
 
-OPTIMIZER_TENSORS = {
-    "Muon": ("momentum",),
-    "AdamW": ("step", "exp_avg", "exp_avg_sq"),
-    "FusedAdam": ("exp_avg", "exp_avg_sq"),
-}
-"""What each optimizer keeps of a parameter; AdamW's step is a scalar, the others have the parameter's shape. Apex's
-FusedAdam counts its steps once for all parameters."""
+ADAMW_TENSORS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "FusedAdam": ("exp_avg", "exp_avg_sq")}
+"""What torch's and apex's AdamW keep of a parameter; step is a scalar, the others have the parameter's shape. Apex's
+counts its steps once for all parameters."""
 
 
 class TrainState:
@@ -47,10 +43,13 @@ class TrainState:
             self.muon_parameters.values(), 0.0, optim.muon_momentum, optim.eps, getattr(torch, optim.muon_dtype)
         )
         self.adamw = adamw(optim.adamw, self.adamw_parameters.values(), optim.adamw_betas, optim.eps)
-        # Now and not in the first step, so that a checkpoint can be read into them.
-        for optimizer, parameters in self._optimizers():
-            for parameter in parameters.values():
-                optimizer.state[parameter] = _fresh(optimizer, parameter)
+        # Now and not in the first step, as Muon does too, so that a checkpoint can be read into them.
+        keys = ADAMW_TENSORS[type(self.adamw).__name__]
+        for parameter in self.adamw_parameters.values():
+            self.adamw.state[parameter] = {
+                key: torch.zeros((), device=parameter.device) if key == "step" else torch.zeros_like(parameter)
+                for key in keys
+            }
 
     @property
     def learning_rate(self) -> float:
@@ -127,11 +126,3 @@ class TrainState:
 
     def _optimizers(self):
         return ((self.muon, self.muon_parameters), (self.adamw, self.adamw_parameters))
-
-
-def _fresh(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """What the optimizer would make itself in its first step."""
-    return {
-        key: torch.zeros((), device=parameter.device) if key == "step" else torch.zeros_like(parameter)
-        for key in OPTIMIZER_TENSORS[type(optimizer).__name__]
-    }
