@@ -203,6 +203,9 @@ class OptimConfig:
     adamw_betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-6
     """Of both optimizers."""
+    nonfinite: str = "stop"
+    """What gradients that are not finite do: stop ends the run and names the step, skip leaves weights, optimizers and
+    averages as they are and goes on."""
 
     def __post_init__(self):
         require(self.clip_norm > 0, "optim.clip_norm must be positive")
@@ -212,6 +215,11 @@ class OptimConfig:
         require(self.eps > 0, "optim.eps must be positive")
         require_choice("optim.muon_dtype", self.muon_dtype, ("bfloat16", "float32"))
         require_choice("optim.adamw", self.adamw, adamw.BODIES)
+        require_choice("optim.nonfinite", self.nonfinite, ("stop", "skip"))
+        require(
+            self.nonfinite == "stop" or self.adamw == "torch",
+            "optim.nonfinite is skip, but apex's optimizer cannot skip a step; set optim.adamw=torch",
+        )
 
 
 @dataclass
@@ -221,7 +229,7 @@ class TrainConfig:
     batch_size: int = 1024
     """Images an optimizer step, over all processes and micro-batches."""
     micro_batch: int = 0
-    """Images a forward pass; 0: the whole batch at once."""
+    """Images a forward pass of one process, at most its share of the batch; 0: the share at once."""
     precision: str = "bfloat16"
     """bfloat16 (autocast) or float32."""
     device: str = "auto"
@@ -250,6 +258,23 @@ class TrainConfig:
         )
         require_choice("train.precision", self.precision, ("bfloat16", "float32"))
         require_choice("train.device", self.device, ("auto", "cpu", "cuda"))
+
+
+@dataclass
+class ParallelConfig:
+    """How several processes share the work; a single one needs none of it."""
+
+    strategy: str = "auto"
+    """ddp (every process holds the whole training state), fsdp (each holds a part), hsdp (a part within a machine, the
+    same on every machine) or auto, which chooses by the state's size and the machines and says why."""
+    reshard_after_forward: bool = True
+    """Let go of a block's gathered weights between forward and backward pass: less memory, one more gathering."""
+    timeout: float = 600.0
+    """Seconds after which a collective operation that a process does not join counts as failed."""
+
+    def __post_init__(self):
+        require_choice("parallel.strategy", self.strategy, ("auto", "ddp", "fsdp", "hsdp"))
+        require(self.timeout > 0, "parallel.timeout must be positive")
 
 
 @dataclass
@@ -294,6 +319,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self):

@@ -66,9 +66,9 @@ def spec_forward(w: dict[str, Tensor], config: ModelConfig, x, t, labels, images
             h = torch.cat((label[:, None] + w["in_context_posemb"], h), 1)
             positions = [None] * size.in_context_tokens + positions
         name = f"blocks.{i}"
-        parts = linear(name + ".modulation", silu(c))[:, None].chunk(6, -1)
+        parts = linear(f"modulation.{i}", silu(c))[:, None].chunk(6, -1)
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
-        h = h + gate1 * attention(name + ".attn", rms(name + ".norm1", h) * (1 + scale1) + shift1, positions)
+        h = h + gate1 * attention(name + ".attn", rms(f"norm1.{i}", h) * (1 + scale1) + shift1, positions)
         u, v = linear(name + ".mlp.fc_in", rms(name + ".norm2", h) * (1 + scale2) + shift2).chunk(2, -1)
         h = h + gate2 * linear(name + ".mlp.fc_out", silu(u) * v)
         h = rms(name + ".norm3", h)

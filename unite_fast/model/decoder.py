@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from unite_fast import kernels
 from unite_fast.config import ModelConfig
-from unite_fast.model.layers import Linear, sincos_2d
+from unite_fast.model.layers import Linear, fill, sincos_2d
 
 LAYER_NORM_EPS = 1e-12
 
@@ -61,16 +61,18 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """PyTorch's default start values (spec: "The decoder keeps..."), drawn from `generator`."""
+        """PyTorch's default start values (spec: "The decoder keeps..."), drawn from `generator`, and the table; see
+        `GenerativeEncoder.initialize`."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 bound = module.in_features**-0.5
-                nn.init.uniform_(module.weight, -bound, bound, generator=generator)
-                nn.init.uniform_(module.bias, -bound, bound, generator=generator)
+                fill(module.weight, nn.init.uniform_, -bound, bound, generator=generator)
+                fill(module.bias, nn.init.uniform_, -bound, bound, generator=generator)
             elif isinstance(module, nn.LayerNorm):
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.zeros_(self.cls_token)
+                fill(module.weight, nn.init.ones_)
+                fill(module.bias, nn.init.zeros_)
+        fill(self.cls_token, nn.init.zeros_)
+        self.positions.copy_(sincos_2d(self.side, self.positions.shape[1]))
 
 
 def unpatchify(patches: Tensor, side: int, size: int) -> Tensor:
