@@ -40,6 +40,13 @@ class TrainState:
             self.muon_parameters.values(), 0.0, optim.muon_momentum, optim.eps, getattr(torch, optim.muon_dtype)
         )
         self.adamw = adamw(optim.adamw, self.adamw_parameters.values(), optim.adamw_betas, optim.eps)
+        # Now and not in the first step, so that a checkpoint can be read into them.
+        for optimizer, parameters in self._optimizers():
+            for parameter in parameters.values():
+                optimizer.state[parameter] = {
+                    key: torch.zeros((), device=parameter.device) if key == "step" else torch.zeros_like(parameter)
+                    for key in OPTIMIZER_TENSORS[type(optimizer).__name__]
+                }
 
     @property
     def learning_rate(self) -> float:
@@ -91,6 +98,13 @@ class TrainState:
                     for key in OPTIMIZER_TENSORS[type(optimizer).__name__]
                 }
         if step and self.config.optim.adamw == "apex":
+            for group in self.adamw.param_groups:
+                group["step"] = step
+        self.step = step
+
+    def resume_at(self, step: int) -> None:
+        """Count on from a step whose values are in `tensors()` already."""
+        if self.config.optim.adamw == "apex":
             for group in self.adamw.param_groups:
                 group["step"] = step
         self.step = step
