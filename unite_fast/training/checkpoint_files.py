@@ -1,7 +1,7 @@
 """Checkpoints as folders of files: their names, what makes one whole, which one counts.
 
     RUN/checkpoints/step_00001000/            a checkpoint
-        shard-00001-model-....safetensors     tensors, or the parts of tensors, that the first process wrote
+        shard_00001.safetensors               tensors, or parts of tensors, that the first process wrote
         checkpoint.json                       settings, step, progress; name, size and checksum of every shard
     RUN/checkpoints/step_00002000.partial/    one that is being written, or whose writer was killed
     RUN/checkpoints/latest                    link to the newest complete one
@@ -18,6 +18,10 @@ import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from unite_fast.config import Config, require
 from unite_fast.errors import UserError, writing
@@ -112,7 +116,7 @@ def read_manifest(path: Path) -> Manifest:
         if outer["crc32"] != _crc32(content):
             raise DamagedCheckpoint(f"{path} is damaged: {MANIFEST} is not what was written")
         shards = [Shard(**shard) for shard in content["shards"]]
-        return Manifest(parse_config(content["config"], path), content["step"], content["progress"], shards)
+        return Manifest(parse_config(content["config"], path), int(content["step"]), dict(content["progress"]), shards)
     except FileNotFoundError as error:
         raise DamagedCheckpoint(f"{path} is damaged: {MANIFEST} is missing") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -189,20 +193,39 @@ def other_than(path: Path) -> Path | None:
     return None
 
 
-def start_partial(path: Path) -> Path:
-    """An empty folder to write the checkpoint `path` in."""
-    partial = path.with_name(path.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
+def partial_of(path: Path) -> Path:
+    """Where the checkpoint `path` is written."""
+    return path.with_name(path.name + PARTIAL)
+
+
+def make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def save_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write contiguous tensors on the CPU into a folder that was just made, and wait until the disk has them.
+
+    Raises:
+        OSError: no space left, no permission.
+    """
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        # It knows what the system said as text alone.
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error)) from error
+    # safetensors makes files that only their owner may read. What others may do, the folder says: to ask for the umask
+    # is to set it, and other threads make files meanwhile.
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    flush(path)
 
 
 def commit(partial: Path, path: Path) -> None:
     """Give a complete checkpoint its name, and let `latest` name it."""
     flush(partial)
     if path.exists():  # a resumed run writes again what it wrote before, or what was found damaged
-        replaced = path.with_name(path.name + REPLACED)
-        os.replace(path, replaced)
+        os.replace(path, path.with_name(path.name + REPLACED))
     os.replace(partial, path)
     point_latest(path)
     flush(path.parent)
@@ -232,7 +255,7 @@ def prune(folder: Path, keep_every: int, step: int) -> None:
         if not keep_every or step_of(path) % keep_every:
             # Renamed first: one that is half deleted must not look like a damaged checkpoint.
             with suppress(OSError):
-                os.replace(path, path.with_name(path.name + PARTIAL))
+                os.replace(path, partial_of(path))
     for left in (*folder.glob("step_*" + PARTIAL), *folder.glob("step_*" + REPLACED)):
         shutil.rmtree(left, ignore_errors=True)
 

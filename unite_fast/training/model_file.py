@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from unite_fast.config import Config, require
@@ -19,7 +18,7 @@ from unite_fast.errors import UserError
 from unite_fast.model.unite import UNITE
 from unite_fast.recipes import to_tree
 from unite_fast.training.checkpoint import load_checkpoint
-from unite_fast.training.checkpoint_files import PARTIAL, flush, parse_config, reason_of
+from unite_fast.training.checkpoint_files import flush, parse_config, partial_of, reason_of, save_safetensors
 
 FORMAT = "unite_fast model 1"
 
@@ -73,16 +72,14 @@ def save_model(path: Path, config: Config, step: int, tensors: dict[str, Tensor]
     """
     header = json.dumps({"config": to_tree(config), "step": step})
     # A folder, because safetensors itself writes a file of another name first.
-    aside = path.with_name(path.name + PARTIAL)
+    aside = partial_of(path)
     partial = aside / path.name
     try:
         aside.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial, {FORMAT: header})
-        partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
-        flush(partial)
+        save_safetensors({name: t.detach().contiguous() for name, t in tensors.items()}, partial, {FORMAT: header})
         os.replace(partial, path)
         flush(path.parent)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(f"could not write {path}: {reason_of(error)}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -129,10 +126,3 @@ def _empty_network(config: Config) -> UNITE:
     """Names and shapes without memory."""
     with torch.device("meta"):
         return UNITE(config.model)
-
-
-def _umask() -> int:
-    """The process's, which can only be read by setting it."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
