@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from unite_fast.training.checkpoint import load_checkpoint, step_files, step_of
+from unite_fast.training.checkpoint import load_checkpoint
+from unite_fast.training.checkpoint_files import step_folders, step_of
 from unite_fast.training.metrics import read_rows
 
 EVERY = 2
@@ -32,7 +33,7 @@ def rows_in(folder: Path) -> list[int]:
 
 
 def latest(folder: Path) -> int:
-    link = folder / "checkpoints" / "latest.safetensors"
+    link = folder / "checkpoints" / "latest"
     return step_of(link.resolve()) if link.exists() else 0
 
 
@@ -57,11 +58,12 @@ def test_kill_9_at_any_moment_ten_times_in_a_row(
         # It went on from the last checkpoint, none of whose steps were lost ...
         assert started_from(running.printed()) in (at, None)
         reached = max(rows_in(folder), default=0)
-        # ... and left one that can be read; no row is written before the checkpoint that comes before it is safe.
+        # ... and left one that can be read. A checkpoint is written beside the steps that follow it, and the next one
+        # begins when it is safe.
         found = load_checkpoint(folder).step
-        assert found >= max(at, (reached - 1) // EVERY * EVERY)
+        assert found >= max(at, ((reached - 1) // EVERY - 1) * EVERY)
         assert found % EVERY == 0
-        for file in step_files(folder / "checkpoints"):
+        for file in step_folders(folder / "checkpoints"):
             assert load_checkpoint(file).step == step_of(file)
         running.output.unlink()
         at = found

@@ -17,7 +17,8 @@ def load(path, device: str = "cpu") -> "TrainedUNITE":
     """A trained model with its averaged (EMA) weights.
 
     Args:
-        path: a checkpoint, or a run's folder, which means its latest checkpoint.
+        path: a run's folder, which means its newest undamaged checkpoint; a checkpoint; or a file that `unite-fast
+            export` wrote.
         device: where to put it.
 
     Raises:

@@ -13,10 +13,11 @@ from torch import Tensor
 from unite_fast.config import require
 from unite_fast.data_pipeline import UnreadableSample, read_image
 from unite_fast.errors import UserError, writing
+from unite_fast.model.unite import UNITE
 from unite_fast.pictures import grid, pairs
 from unite_fast.sampling import check_classes
 from unite_fast.trained import TrainedUNITE, check_drawing
-from unite_fast.training.checkpoint import find_checkpoint, load_checkpoint
+from unite_fast.training.model_file import load_model
 
 
 def choose_labels(classes: str, count: int, num_classes: int) -> Tensor:
@@ -100,19 +101,20 @@ def psnr(originals: Tensor, copies: Tensor) -> Tensor:
 
 
 def describe(checkpoint: Path) -> str:
-    """Step, parameters and settings of a checkpoint, for a person to read."""
+    """Step, parameters and settings of a checkpoint or model file, for a person to read."""
     import yaml
 
     from unite_fast.recipes import to_tree
 
-    saved = load_checkpoint(checkpoint, ("ema.",))
-    path = find_checkpoint(checkpoint)
+    saved = load_model(checkpoint)
     counts = Counter()
-    for name, tensor in saved.tensors.items():
-        counts[name.split(".")[1]] += tensor.numel()
-    size = path.stat().st_size / 2**20
+    for name, parameter in UNITE(saved.config.model).named_parameters():
+        counts[name.split(".")[0]] += parameter.numel()
+    path = saved.path.resolve()
+    files = path.iterdir() if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files) / 2**20
     lines = [
-        f"{path.resolve().name}: {saved.config.name}, {saved.step} optimizer steps, {size:.1f} MiB",
+        f"{path.name}: {saved.config.name}, {saved.step} optimizer steps, {size:.1f} MiB",
         f"parameters: {sum(counts.values()):,} (encoder {counts['encoder']:,}, decoder {counts['decoder']:,})",
         yaml.safe_dump(to_tree(saved.config), sort_keys=False).rstrip(),
     ]

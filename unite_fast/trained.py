@@ -12,7 +12,7 @@ from unite_fast import sampling
 from unite_fast.config import Config, require
 from unite_fast.errors import UserError
 from unite_fast.model.unite import UNITE
-from unite_fast.training.checkpoint import load_checkpoint
+from unite_fast.training.model_file import load_model
 
 
 class TrainedUNITE:
@@ -31,14 +31,10 @@ class TrainedUNITE:
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> "TrainedUNITE":
         """See `unite_fast.load`."""
-        # The raw weights are read for the sake of the buffers among them; the averages then replace the parameters.
-        saved = load_checkpoint(path, ("model.", "ema."))
+        saved = load_model(path)
         network = UNITE(saved.config.model)
-        for kind in ("model.", "ema."):
-            state = {name.removeprefix(kind): t for name, t in saved.tensors.items() if name.startswith(kind)}
-            load_weights(network, state, path, strict=kind == "model.")
+        network.load_state_dict(saved.averages)
         for name, parameter in network.named_parameters():
-            require(f"ema.{name}" in saved.tensors, f"{path} lacks the average of {name}")
             require(bool(parameter.isfinite().all()), f"the weights in {path} are not finite: {name}")
         return cls(network.to(device), saved.config, saved.step)
 
@@ -87,16 +83,3 @@ class TrainedUNITE:
 def check_drawing(seed: int, batch: int) -> None:
     require(0 <= seed < 2**64, f"the seed is {seed}; it must be in [0, 2**64)")
     require(batch > 0, f"the batch is {batch} images; it must be positive")
-
-
-def load_weights(network: UNITE, state: dict[str, Tensor], path: str | Path, strict: bool = True) -> None:
-    """Copy weights by name.
-
-    Raises:
-        UserError: tensors that are missing, foreign or of another shape; the message names the first.
-    """
-    try:
-        network.load_state_dict(state, strict=strict)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise UserError(f"the weights in {path} do not fit its settings: {first}") from error

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and the authors' checkpoints and numbers."""
+"""What a checkpoint holds, models as single files, and the authors' checkpoints and numbers."""
 
 from pathlib import Path
 from typing import Annotated
@@ -22,14 +22,31 @@ def info(checkpoint: Checkpoint) -> None:
 
 
 @app.command()
+def export(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="the file to write")],
+) -> None:
+    """Write a checkpoint's averaged weights, with its settings, as one file.
+
+    Every command that takes a checkpoint, but for `train --resume`, takes such a file.
+
+    Example: `unite-fast export runs/digits digits.safetensors`
+    """
+    from unite_fast.training.model_file import export_model
+
+    export_model(checkpoint, out)
+    typer.echo(f"{out}: try unite-fast sample {out}")
+
+
+@app.command()
 def import_official(
     file: Annotated[Path, typer.Argument(metavar="FILE.pt", help="a checkpoint of the authors' code")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="the .safetensors checkpoint to write")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="the model file to write (.safetensors)")],
     weights: Annotated[str, typer.Option(help="which weights of the file: ema or model")] = "ema",
     decoder_heads: Annotated[int | None, typer.Option(help="heads of the decoder [default: width / 64]")] = None,
     in_context_start: Annotated[int, typer.Option(help="block that in-context tokens enter before")] = 4,
 ) -> None:
-    """Turn a checkpoint of the authors' code into one of ours.
+    """Turn a checkpoint of the authors' code into a model file of ours.
 
     Example: `unite-fast import-official unite_xl.pt unite_xl.safetensors`
     """

@@ -7,7 +7,9 @@ import typer
 
 from unite_fast.errors import UserError
 
-Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="a checkpoint, or a run's folder for its latest one")]
+Checkpoint = Annotated[
+    Path, typer.Argument(metavar="CKPT", help="a run's folder for its latest checkpoint, a checkpoint, or a model file")
+]
 Guidance = Annotated[float | None, typer.Option(help="guidance scale; 1 is unguided [default: the recipe's]")]
 Interval = Annotated[str | None, typer.Option(metavar="LOW,HIGH", help="times in which guidance acts")]
 Solver = Annotated[str | None, typer.Option(help="euler, heun or dopri5")]

@@ -19,8 +19,7 @@ from unite_fast.errors import UserError
 from unite_fast.interop.names import FIXED_DRAWS, UNREAD, our_name, plain_name, their_name
 from unite_fast.model.layers import sincos_2d
 from unite_fast.model.unite import UNITE
-from unite_fast.training.checkpoint import load_checkpoint, save_checkpoint
-from unite_fast.training.state import TrainState
+from unite_fast.training.model_file import load_model, save_model
 
 DECODER_HEAD_DIM = 64
 """Of every published decoder; a checkpoint does not say it."""
@@ -131,7 +130,7 @@ def import_official(
     decoder_heads: int | None = None,
     in_context_start: int = 4,
 ) -> None:
-    """Write one of the authors' .pt files as a checkpoint of ours.
+    """Write one of the authors' .pt files as a model file of ours.
 
     It is for sampling, reconstruction and export. Training cannot resume from it: it has no optimizer state.
 
@@ -148,10 +147,7 @@ def import_official(
     config = Config(name=source.stem, model=model_config(theirs, source, decoder_heads, in_context_start))
     model = UNITE(config.model)
     load_released(model, theirs, str(source))
-    weights_and_averages = {
-        name: tensor for name, tensor in TrainState(model, config).tensors().items() if not name.startswith("optim.")
-    }
-    save_checkpoint(out, config, 0, {}, weights_and_averages)
+    save_model(out, config, 0, model.state_dict())
 
 
 def read_torch(source: Path) -> dict:
@@ -247,20 +243,17 @@ def export_official(checkpoint: str | Path, out: str | Path) -> None:
     """Write a checkpoint of ours as a .pt file of the authors' kind: {"model": ..., "ema": ...} in their names.
 
     Args:
-        checkpoint: a checkpoint, or a run's folder, which means its latest one.
+        checkpoint: a checkpoint, a run's folder, which means its newest undamaged one, or a model file. That has one
+            set of weights, which is then written twice.
 
     Raises:
         UserError: no such checkpoint, one that lacks tensors, or no way to write `out`.
     """
-    loaded = load_checkpoint(checkpoint, ("model.", "ema."))
+    loaded = load_model(checkpoint)
     model = UNITE(loaded.config.model)
     states = {}
-    for kind in ("model", "ema"):
-        for name, value in model.state_dict().items():
-            # The averages are of the trainable parameters; the rest is the model's.
-            held = loaded.tensors.get(f"{kind}.{name}", loaded.tensors.get(f"model.{name}"))
-            require(held is not None and held.shape == value.shape, f"{checkpoint} lacks {kind}.{name}")
-            value.copy_(held)
+    for kind, held in (("model", loaded.weights), ("ema", loaded.averages)):
+        model.load_state_dict(held)
         states[kind] = {name: value.clone() for name, value in their_state(model).items()}
     save_torch(Path(out), states)
 

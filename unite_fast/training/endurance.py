@@ -1,4 +1,4 @@
-"""What lets a run outlive its processes: signals that ask it to stop, processes that die, processes that hang, restarts.
+"""What lets a run outlive its processes: signals that ask it to stop, processes that die or hang, restarts.
 
 Whoever starts the run again learns how it ended from two things. The exit status: 0 (done; under torchrun also:
 stopped by a signal, all saved), 128 + signal (the same without torchrun), 2 (a mistake that a restart will not mend),
@@ -199,7 +199,9 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         self.main = threading.get_ident()
-        jobs = (self._watch_progress, self._watch_next, self._listen) if self.peers.world > 1 else (self._watch_progress,)
+        jobs = [self._watch_progress]
+        if self.peers.world > 1:
+            jobs += [self._watch_next, self._listen]
         self.threads = [threading.Thread(target=job, daemon=True) for job in jobs]
         for thread in self.threads:
             thread.start()

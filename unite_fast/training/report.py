@@ -106,7 +106,7 @@ class Report:
         self._line("run folder", self.folder)
         trained = f"{outcome.steps} steps, {outcome.seconds:.0f} s, {outcome.images_per_s:.0f} images/s"
         self._line("trained", trained)
-        self._line("checkpoint", self.folder / "checkpoints" / "latest.safetensors")
+        self._line("checkpoint", self.folder / "checkpoints" / "latest")
         for picture in ("samples", "reconstructions", "curves"):
             if (self.folder / f"{picture}.png").exists():
                 self._line(picture, self.folder / f"{picture}.png")

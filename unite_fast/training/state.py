@@ -124,5 +124,12 @@ class TrainState:
                 group["step"] = step
         self.step = step
 
+    def resume_at(self, step: int) -> None:
+        """Count on from a step whose values are in `tensors()` already."""
+        if self.config.optim.adamw == "apex":
+            for group in self.adamw.param_groups:
+                group["step"] = step
+        self.step = step
+
     def _optimizers(self):
         return ((self.muon, self.muon_parameters), (self.adamw, self.adamw_parameters))

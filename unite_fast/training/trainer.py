@@ -19,8 +19,8 @@ from unite_fast.objective import Losses, StepDraws, draw_step, flow_losses, reco
 from unite_fast.perceptual import dropout_masks, load_lpips, tap_shapes
 from unite_fast.randomness import Philox, Stream
 from unite_fast.recipes import to_tree
-from unite_fast.sharding import whole
-from unite_fast.training import checkpoint as ckpt
+from unite_fast.training.checkpoint import Checkpoint, Checkpoints
+from unite_fast.training.checkpoint_files import step_folders, step_of
 from unite_fast.training.metrics import Averages, MetricsLog
 from unite_fast.training.parallel import ALONE, Ranks, build_model, joined, reduce_gradients
 from unite_fast.training.report import Report
@@ -86,7 +86,8 @@ class Trainer:
         self.places, self.micro = ranks.share(config.train.batch_size, config.train.micro_batch)
         self.lpips = load_lpips(config.perceptual).to(self.device) if config.perceptual.weight else None
 
-        found = find_start(self.folder, config, resume)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep_every)
+        found = find_start(self.checkpoints, self.folder, config, resume)
         model, strategy = build_model(config, ranks, self.device)
         self.state = TrainState(model, config)
         self.averages = Averages(self.device)
@@ -114,22 +115,20 @@ class Trainer:
             write_config(self.folder, config)
             self.log = MetricsLog(self.folder, self.state.step)
 
-    def restore(self, found: ckpt.Checkpoint) -> None:
+    def restore(self, found: Checkpoint) -> None:
         before = found.progress.get("decoder", self.choice.decoder)
         require(
             before == self.choice.decoder,
             f"cannot resume: {before} decoded the run's images, {self.choice.decoder} would now, and their pixels "
             f"differ; set data.loader={'dali' if before == 'dali' else 'webdataset'}",
         )
+        self.checkpoints.load_into(found, self.state.tensors())
+        self.state.resume_at(found.step)
         try:
-            self.state.load_tensors(found.tensors, found.step)
             self.averages.load_state_dict(found.progress["averages"])
             self.loader.load_state_dict(found.progress["loader"])
-        except (RuntimeError, KeyError) as error:
-            # A RuntimeError of torch's lists the tensors that do not fit below a headline.
-            reason = str(error).splitlines()[:2][-1].strip()
-            lacks = "it lacks " if isinstance(error, KeyError) else ""
-            raise UserError(f"cannot resume from the checkpoint in {self.folder}: {lacks}{reason}") from error
+        except KeyError as error:
+            raise UserError(f"cannot resume from {found.path}: it lacks {error}") from error
 
     def run(self) -> Outcome:
         config, state = self.config.train, self.state
@@ -149,6 +148,7 @@ class Trainer:
                 self.report.advance()
             if state.step % config.checkpoint_every or state.step == first_step:
                 self.save()
+            self.checkpoints.wait()
         seconds = time.perf_counter() - begun
         if not stop:
             self.save_pictures()
@@ -236,17 +236,13 @@ class Trainer:
         self.check_finite()
         progress = {"averages": self.averages.state_dict(), "loader": self.loader.state_dict()}
         progress["decoder"] = self.choice.decoder
-        path = ckpt.step_path(self.folder / "checkpoints", self.state.step)
-        tensors = {name: whole(tensor) for name, tensor in self.state.tensors().items()}
+        tensors = self.state.tensors()
         # A loss of this step can be finite although its update was not.
-        if not all(bool(value.isfinite().all()) for value in tensors.values()):
+        if not self.checkpoints.all_finite(tensors):
             raise UserError(f"the weights after step {self.state.step} are not finite; {self.last_good()}")
-        if not self.ranks.main:
-            return
-        self.log.flush()
-        ckpt.save_checkpoint(path, self.config, self.state.step, progress, tensors)
-        ckpt.point_latest(path)
-        ckpt.prune(path.parent, self.config.train.keep_every, self.state.step)
+        if self.log:
+            self.log.flush()
+        self.checkpoints.save(self.state.step, self.config, progress, tensors)
 
     def check_finite(self) -> None:
         if self.config.optim.nonfinite == "skip":
@@ -256,13 +252,18 @@ class Trainer:
             raise UserError(f"the loss or gradient of step {bad} is not finite; {self.last_good()}")
 
     def last_good(self) -> str:
-        saved = [path for path in ckpt.step_files(self.folder / "checkpoints") if ckpt.step_of(path) < self.state.step]
+        with suppress(UserError):  # what is being written may yet become the last good one
+            self.checkpoints.wait()
+        saved = [path for path in step_folders(self.checkpoints.folder) if step_of(path) < self.state.step]
         return f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved before it"
 
     def close(self) -> None:
-        self.loader.close()
-        if self.log:
-            self.log.close()
+        try:
+            self.checkpoints.close()
+        finally:
+            self.loader.close()
+            if self.log:
+                self.log.close()
 
 
 def use_threads(threads: int) -> None:
@@ -286,16 +287,15 @@ def check_data(source: Source, config: Config) -> None:
     )
 
 
-def find_start(folder: Path, config: Config, resume: bool) -> ckpt.Checkpoint | None:
+def find_start(checkpoints: Checkpoints, folder: Path, config: Config, resume: bool) -> Checkpoint | None:
     """The checkpoint to go on from, if there is one and it is asked for."""
-    saved = ckpt.step_files(folder / "checkpoints")
-    if resume and saved:
-        found = ckpt.load_checkpoint(folder)
-        check_same_settings(found.config, config)
-        require(bool(found.progress), f"{folder}'s checkpoint holds weights alone (imported?): nothing to resume")
+    if resume:
+        found = checkpoints.find()
+        if found:
+            check_same_settings(found.config, config)
         return found
     require(
-        resume or not (saved or (folder / "config.yaml").exists()),
+        not (step_folders(checkpoints.folder) or (folder / "config.yaml").exists()),
         f"{folder} holds a run already; continue it with --resume or choose another folder with train.out=FOLDER",
     )
     return None
