@@ -76,6 +76,12 @@ TINY_RUN = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("tests/test_torchrun.py")
+    group.addoption("--kills", type=int, default=3, help="how often a process of a run is killed (default 3)")
+    group.addoption("--torchrun", action="store_true", help="start runs by the command, not by its agent alone")
+
+
 def pytest_configure() -> None:
     # The same split of float sums on every machine, and no crowding where tests run side by side: on a busy two-core
     # machine, two threads that wait for each other took 17 times the CPU time of one (1.7 s for a toy training step).

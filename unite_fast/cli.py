@@ -1,6 +1,8 @@
 """The command line: `unite-fast COMMAND`. The commands themselves are in `commands/`."""
 
+import os
 import sys
+import traceback
 
 import typer
 
@@ -19,17 +21,36 @@ for part in (training, images, data, checkpoints):
 
 
 def main() -> None:
-    """Run a command; a user's mistake is one line on stderr and status 2."""
+    """Run a command; a user's mistake is one line on stderr and its status, mostly 2."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
     try:
         app()
     except UserError as error:
-        sys.exit(_complain(str(error)))
+        _leave(str(error), error.status)
     except OSError as error:
         # A file of the user's that the system refuses: a folder in its place, no permission, a full disk.
-        sys.exit(_complain(f"{error.filename or 'a file'}: {error.strerror or error}"))
+        _leave(f"{error.filename or 'a file'}: {error.strerror or error}", UserError.status)
+    except Exception:
+        if not _among_others():
+            raise
+        _leave(traceback.format_exc(), 1)
 
 
-def _complain(message: str) -> int:
-    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
-    return 2
+def _leave(message: str, status: int) -> None:
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    rank = f"rank {os.environ['RANK']}: " if several else ""
+    # What is wrong before the processes met is wrong for all of a machine; the first of them says it.
+    if _among_others() or os.environ.get("LOCAL_RANK", "0") == "0":
+        text = message if status == 1 else " ".join(message.splitlines())
+        print(f"error: {rank}{text}", file=sys.stderr, flush=True)
+    if _among_others():
+        # At once: what Python and PyTorch tidy up at the end may wait for processes that are gone.
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _among_others() -> bool:
+    """Whether this process has met the other processes of its run."""
+    torch = sys.modules.get("torch")  # which the commands import that need it
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -270,7 +270,8 @@ class ParallelConfig:
     reshard_after_forward: bool = True
     """Let go of a block's gathered weights between forward and backward pass: less memory, one more gathering."""
     timeout: float = 600.0
-    """Seconds after which a collective operation that a process does not join counts as failed."""
+    """Seconds without progress after which a process ends itself: the images of a batch, a forward and backward pass,
+    another process. Ten times that for the start, the first step, a checkpoint, pictures."""
 
     def __post_init__(self):
         require_choice("parallel.strategy", self.strategy, ("auto", "ddp", "fsdp", "hsdp"))

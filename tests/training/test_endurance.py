@@ -40,9 +40,7 @@ def short_roll_call(monkeypatch):
 
 def join(timeout: float = 30.0) -> Peers:
     store, rank, world = fresh_store(timeout)
-    distributed.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
-    )
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
     return Peers(rank, world, timeout)
 
 

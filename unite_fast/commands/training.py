@@ -26,10 +26,10 @@ def train(
     `unite-fast train my.yaml train.steps=20000 model.encoder.preset=L --resume`
     """
     from unite_fast.recipes import load_config
+    from unite_fast.training.endurance import exit_status
     from unite_fast.training.trainer import train as run
 
     words = arguments or []
     recipe = words[0] if words and ("=" not in words[0] or Path(words[0]).is_file()) else None
     outcome = run(load_config(recipe, tuple(words[1:] if recipe else words)), resume)
-    if outcome.stopped_by:
-        raise typer.Exit(128 + outcome.stopped_by)
+    raise typer.Exit(exit_status(outcome.stopped_by))

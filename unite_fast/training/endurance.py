@@ -47,17 +47,13 @@ class Peers:
     """The processes of a run, and three ways to them besides those of training: collective operations on the CPU; a
     line to the next rank, which breaks when that dies; torchrun's store, which works when the others do not."""
 
-    def __init__(self, rank: int = 0, world: int = 1, timeout: float = 600.0):
-        """All processes call this together, after `init_process_group`.
-
-        Args:
-            timeout: seconds that a collective operation may take.
-        """
+    def __init__(self, rank: int = 0, world: int = 1):
+        """All processes call this together, after `init_process_group`."""
         self.rank, self.world = rank, world
         self.group = self.line = self.store = None
         if world > 1:
-            self.group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-            self.line = distributed.new_group(backend="gloo", timeout=timedelta(days=1000))
+            # Who waits too long is for the watchdog to say.
+            self.group, self.line = (distributed.new_group(backend="gloo", timeout=timedelta(days=1000)) for _ in "12")
             # A connection of its own: the main thread may hang in a request on the other.
             self.store = distributed_c10d._get_default_store().clone()
 
@@ -347,9 +343,19 @@ def launch_name() -> str:
 def restarted(folder: Path, peers: Peers) -> bool:
     """Whether torchrun started these processes again, to go on with what they began. Not so if they never came as far
     as that, say because the folder holds another run."""
-    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    ours = read_status(folder) == f"running as {launch_name()}"
-    return bool(peers.largest(count).result()) and bool(peers.largest(ours).result())
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    # Each machine's torchrun counts for itself, and not all of them see the folder's last change at once.
+    return bool(peers.largest(again).result() and peers.largest(read_status(folder) == running()).result())
+
+
+def running() -> str:
+    """A run's status until it has ended."""
+    return f"running under torchrun {launch_name()}" if under_torchrun() else "running"
+
+
+def ended(step: int, stopped_by: int) -> str:
+    """A run's status from then on."""
+    return f"stopped at step {step} by {signal.Signals(stopped_by).name}" if stopped_by else f"finished at step {step}"
 
 
 def read_status(folder: Path) -> str:

@@ -21,6 +21,7 @@ from torch.distributed.tensor import Shard
 from unite_fast.config import Config, ParallelConfig, require
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.groups import split_parameters
+from unite_fast.training.endurance import PATIENCE, fresh_store
 
 REPLICATED_SHARE = 0.25
 """Of a device's memory: a training state up to this size is replicated (see `choose_strategy`)."""
@@ -87,6 +88,9 @@ def joined(device: str, timeout: float) -> Iterator[tuple[Ranks, torch.device]]:
     Args:
         device: cpu or cuda; of several CUDA devices, this process takes the one of its number on the machine.
         timeout: seconds; see `ParallelConfig`.
+
+    Raises:
+        LostContact: the others did not come.
     """
     names = {"rank": "RANK", "world": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "per_node": "LOCAL_WORLD_SIZE"}
     ranks = Ranks(**{name: int(os.environ[key]) for name, key in names.items() if key in os.environ})
@@ -97,11 +101,15 @@ def joined(device: str, timeout: float) -> Iterator[tuple[Ranks, torch.device]]:
     if own.type == "cuda":
         torch.cuda.set_device(own)
     backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
-    distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    try:
-        yield ranks, own
-    finally:
-        distributed.destroy_process_group()
+    # The watchdog comes first, and says more; this is for the case that it is stuck as well.
+    longest = 1.1 * PATIENCE * timeout
+    store, rank, world = fresh_store(longest)
+    distributed.init_process_group(
+        backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=longest)
+    )
+    yield ranks, own
+    # Not after an error: it could wait for processes that are gone.
+    distributed.destroy_process_group()
 
 
 @dataclass(frozen=True)

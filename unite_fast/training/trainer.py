@@ -1,9 +1,7 @@
 """The training loop and what surrounds it: a run's folder, resuming, stopping."""
 
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +19,17 @@ from unite_fast.randomness import Philox, Stream
 from unite_fast.recipes import to_tree
 from unite_fast.training.checkpoint import Checkpoint, Checkpoints
 from unite_fast.training.checkpoint_files import step_folders, step_of
+from unite_fast.training.endurance import (
+    Peers,
+    Stop,
+    Watchdog,
+    contact,
+    ended,
+    restarted,
+    running,
+    stop_on_signals,
+    write_status,
+)
 from unite_fast.training.metrics import Averages, MetricsLog
 from unite_fast.training.parallel import ALONE, Ranks, build_model, joined, reduce_gradients
 from unite_fast.training.report import Report
@@ -48,8 +57,8 @@ class Outcome:
 
     folder: Path
     steps: int
-    stopped_by: int | None
-    """The signal that ended it early."""
+    stopped_by: int
+    """The signal that ended it early; 0: none did."""
     seconds: float
     images_per_s: float
 
@@ -59,14 +68,20 @@ def train(config: Config, resume: bool = False) -> Outcome:
 
     Raises:
         UserError: a folder that holds a run already, settings that do not fit data or checkpoint, a loss that is not
-            finite, a full disk.
+            finite, a full disk; `LostContact`, another process died.
     """
-    with joined(choose_device(config.train.device).type, config.parallel.timeout) as (ranks, device):
-        trainer = Trainer(config, resume, ranks, device)
+    timeout = config.parallel.timeout
+    with (
+        joined(choose_device(config.train.device).type, timeout) as (ranks, device),
+        Watchdog(Peers(ranks.rank, ranks.world), timeout) as watchdog,
+        contact(watchdog),
+    ):
+        trainer = Trainer(config, resume, ranks, device, watchdog)
         try:
             outcome = trainer.run()
         except BaseException:
-            with suppress(UserError):  # on a full disk closing fails too, and the first error says more
+            # On a full disk, or without the other processes, closing fails too, and the first error says more.
+            with suppress(UserError, RuntimeError):
                 trainer.close()
             raise
         trainer.close()
@@ -74,8 +89,17 @@ def train(config: Config, resume: bool = False) -> Outcome:
 
 
 class Trainer:
-    def __init__(self, config: Config, resume: bool, ranks: Ranks = ALONE, device: torch.device | None = None):
+    def __init__(
+        self,
+        config: Config,
+        resume: bool,
+        ranks: Ranks = ALONE,
+        device: torch.device | None = None,
+        watchdog: Watchdog | None = None,
+    ):
         self.config, self.ranks = config, ranks
+        self.watchdog = watchdog or Watchdog(Peers(ranks.rank, ranks.world), config.parallel.timeout)
+        self.peers = self.watchdog.peers
         self.folder = Path(config.train.out or f"runs/{config.name}")
         self.device = device or choose_device(config.train.device)
         use_threads(config.train.threads)
@@ -87,7 +111,7 @@ class Trainer:
         self.lpips = load_lpips(config.perceptual).to(self.device) if config.perceptual.weight else None
 
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep_every)
-        found = find_start(self.checkpoints, self.folder, config, resume)
+        found = find_start(self.checkpoints, self.folder, config, resume or restarted(self.folder, self.peers))
         model, strategy = build_model(config, ranks, self.device)
         self.state = TrainState(model, config)
         self.averages = Averages(self.device)
@@ -103,6 +127,7 @@ class Trainer:
         )
         if found:
             self.restore(found)
+        self.first_step = self.state.step
         self.report = Report(self.folder, config, self.device, self.state, found is not None, ranks.main)
         self.report.say(f"data: {len(self.source)} images, {self.choice.name} loader ({self.choice.why})")
         if ranks.world > 1:
@@ -113,6 +138,7 @@ class Trainer:
         self.log = None
         if ranks.main:
             write_config(self.folder, config)
+            write_status(self.folder, running())
             self.log = MetricsLog(self.folder, self.state.step)
 
     def restore(self, found: Checkpoint) -> None:
@@ -133,10 +159,10 @@ class Trainer:
     def run(self) -> Outcome:
         config, state = self.config.train, self.state
         begun = self.clock = time.perf_counter()
-        first_step = self.logged_step = state.step
-        with stop_on_signals() as stop, self.report.progress_bar():
-            while state.step < config.steps and not stop:
-                batch = next(self.loader)
+        self.logged_step, stopped_by = self.first_step, 0
+        with stop_on_signals(self.peers) as stop, self.report.progress_bar():
+            while state.step < config.steps and not (stopped_by := self.stopped(stop)):
+                batch = self.read()
                 losses, grad_norm = self.step(batch)
                 self.averages.add(state.step, losses, grad_norm)
                 if state.step % config.log_every == 0:
@@ -146,16 +172,27 @@ class Trainer:
                 if config.picture_every and state.step % config.picture_every == 0:
                     self.save_pictures()
                 self.report.advance()
-            if state.step % config.checkpoint_every or state.step == first_step:
+            if state.step % config.checkpoint_every or state.step == self.first_step:
                 self.save()
             self.checkpoints.wait()
         seconds = time.perf_counter() - begun
-        if not stop:
+        if not stopped_by:
             self.save_pictures()
-        speed = (state.step - first_step) * config.batch_size / seconds
-        outcome = Outcome(self.folder, state.step, stop[0] if stop else None, seconds, speed)
+        speed = (state.step - self.first_step) * config.batch_size / seconds
+        outcome = Outcome(self.folder, state.step, stopped_by, seconds, speed)
+        if self.ranks.main:
+            write_status(self.folder, ended(outcome.steps, outcome.stopped_by))
         self.report.summary(outcome, self.loader.skipped)
         return outcome
+
+    def stopped(self, stop: Stop) -> int:
+        """The signal for which all processes stop now; 0: they go on."""
+        self.watchdog.beat(self.state.step + 1, "waiting for the other processes")
+        return stop.agreed()
+
+    def read(self) -> Batch:
+        self.watchdog.beat(self.state.step + 1, "reading images")
+        return next(self.loader)
 
     def step(self, batch: Batch) -> tuple[Losses, Tensor]:
         """One optimizer step on this process's places of the global batch.
@@ -178,6 +215,8 @@ class Trainer:
             Its losses [4], in the order of `Losses`.
         """
         config, model, last = self.config, self.state.model, part == parts - 1
+        # The first one compiles.
+        self.watchdog.beat(self.state.step + 1, "computing", patient=self.state.step == self.first_step)
         images, labels, draws, masks = self.inputs(batch, part * self.micro)
         # Two contexts: autocast keeps weights it has cast, and with them the first pass's graph.
         with self.autocast():
@@ -212,9 +251,11 @@ class Trainer:
 
     def save_pictures(self) -> None:
         """All processes draw them together, since each may hold a part of the weights; the main one writes."""
+        self.watchdog.beat(self.state.step, "drawing pictures", patient=True)
         self.report.save_pictures(self.log.rows if self.log else [])
 
     def write_metrics(self) -> None:
+        self.watchdog.beat(self.state.step, "writing metrics")
         self.check_finite()
         means = self.averages.take()
         if not self.ranks.main:
@@ -233,6 +274,7 @@ class Trainer:
         self.report.show(row)
 
     def save(self) -> None:
+        self.watchdog.beat(self.state.step, "saving a checkpoint", patient=True)
         self.check_finite()
         progress = {"averages": self.averages.state_dict(), "loader": self.loader.state_dict()}
         progress["decoder"] = self.choice.decoder
@@ -327,21 +369,3 @@ def random_flip(images: Tensor, philox: Philox) -> Tensor:
     """Mirror half of the images [B, 3, S, S], chosen by their places in the global batch."""
     flipped = philox.uniform(Stream.FLIP) < 0.5
     return torch.where(flipped[:, None, None, None], images.flip(-1), images)
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[list[int]]:
-    """A list that is empty until SIGINT or SIGTERM comes, so that the loop can end between two steps. A second signal
-    acts as it would without us."""
-    received: list[int] = []
-
-    def remember(number, _frame):
-        received.append(number)
-        signal.signal(number, before[number])
-
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
