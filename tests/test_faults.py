@@ -105,7 +105,9 @@ def test_5_a_truncated_image(refused, command, tiny_run, trained_folder, picture
 
 
 @pytest.mark.parametrize("name", ["sample", "info", "evaluate", "export", "export-official", "train", "reconstruct"])
-def test_6_a_corrupt_checkpoint(command, trained_folder, picture, tiny_run, tmp_path, monkeypatch, caplog, name):
+def test_6_a_corrupt_checkpoint(
+    command, trained_folder, picture, tiny_run, tmp_path, monkeypatch, checkpoint_warnings, name
+):
     """Of a run, the one before it is used, said out loud; whoever names it is told of the other."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained_folder, "run", symlinks=True)
@@ -121,7 +123,7 @@ def test_6_a_corrupt_checkpoint(command, trained_folder, picture, tiny_run, tmp_
     damage = f"run/checkpoints/step_00000020 is damaged: {torn.name} has {size} bytes, not "
     ended = command(name, *(() if name == "train" else ("run",)), *arguments)
     assert ended.status == 0, ended.err
-    (said,) = caplog.messages
+    (said,) = checkpoint_warnings()
     assert said.startswith(damage) and said.endswith("; using run/checkpoints/step_00000010 instead")
     if name != "train":
         message = command(name, torn.parent, *arguments).error()
@@ -185,8 +187,8 @@ def test_10_no_space_left(tiny_run, trained_folder, assert_same_run, command, tm
         pytest.skip(f"may not mount a small disk of its own: {ended.stderr.strip()}")
     assert ended.returncode == 2, ended.stderr
     assert ended.stderr == (
-        "error: could not save disk/run/checkpoints/step_00000030: No space left on device; checkpoints saved before are "
-        "untouched\n"
+        "error: could not save disk/run/checkpoints/step_00000030: No space left on device; "
+        "checkpoints saved before are untouched\n"
     )
     # What was there is whole, and with more space the run goes on as if nothing had been.
     saved = tmp_path / "saved"
@@ -301,6 +303,27 @@ def test_a_run_folder_on_a_read_only_disk(tiny_run, tmp_path):
         pytest.skip(f"may not mount a disk of its own: {ended.stderr.strip()}")
     assert ended.returncode == 2
     assert ended.stderr == "error: cannot write disk/run/config.yaml: Read-only file system\n"
+
+
+def test_checkpoints_on_a_disk_that_became_read_only(tiny_run, trained_folder, tmp_path):
+    shutil.copytree(trained_folder, tmp_path / "run", symlinks=True)
+    script = """
+        mount --bind run/checkpoints run/checkpoints && mount -o remount,bind,ro run/checkpoints || exit 99
+        exec "$1" -m unite_fast train "${@:2}" train.out=run train.steps=22 --resume
+    """
+    call = ["unshare", "-Urm", "bash", "-c", script, "bash", sys.executable, *tiny_run]
+    try:
+        ended = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("needs unshare, to make a folder read-only for root too")
+    if ended.returncode in (1, 99) and "could not save" not in ended.stderr:
+        pytest.skip(f"may not make a folder read-only: {ended.stderr.strip()}")
+    assert ended.returncode == 2
+    assert ended.stderr == (
+        "error: could not save run/checkpoints/step_00000022: Read-only file system; "
+        "checkpoints saved before are untouched\n"
+    )
+    assert load_checkpoint(tmp_path / "run").step == 20
 
 
 def test_a_name_of_two_lines_makes_an_error_of_one(refused):

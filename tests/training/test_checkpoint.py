@@ -164,7 +164,7 @@ def test_the_error_of_a_save_is_raised_by_the_next_one_and_the_one_after_works(
     with monkeypatch.context() as patch:
         patch.setattr(files, "save_file", full_disk)
         checkpoints.save(10, Config(), {}, tensors)
-        with pytest.raises(UserError, match="could not save .*step_00000010: No space left on device"):
+        with pytest.raises(UserError, match=r"could not save .*step_00000010: No space left on device"):
             checkpoints.save(20, Config(), {}, tensors)
     assert steps(folder) == []
     checkpoints.save(30, Config(), {}, tensors)
@@ -219,7 +219,7 @@ def test_of_damaged_checkpoints_the_newest_whole_one_is_used(checkpoints, folder
         with pytest.raises(UserError, match=r"is damaged: .*; another one is .*step_000000[13]0$"):
             load_checkpoint(step_path(folder, step))
     flip_a_bit(step_path(folder, 10) / "shard_00001.safetensors")
-    with pytest.raises(UserError, match="holds no checkpoint that is undamaged: .*step_00000030 is damaged"):
+    with pytest.raises(UserError, match=r"holds no checkpoint that is undamaged: .*step_00000030 is damaged"):
         checkpoints.find()
 
 

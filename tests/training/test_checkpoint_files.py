@@ -223,7 +223,5 @@ def test_settings_that_this_version_does_not_know_are_an_error(folder):
     outer = json.loads((path / MANIFEST).read_text())
     outer["content"]["config"]["zzz"] = 1
     (path / MANIFEST).write_text(json.dumps(outer | {"crc32": files._crc32(outer["content"])}))
-    with pytest.raises(
-        UserError, match=r"the settings in .*step_00000010 are not of this version: unknown setting zzz"
-    ):
+    with pytest.raises(UserError, match=r"settings in .*step_00000010 are not of this version: unknown setting zzz"):
         read_manifest(path)

@@ -309,14 +309,16 @@ def test_a_checkpoint_that_lacks_or_misfits_something_is_not_resumed(settings, r
     )
 
 
-def test_of_a_damaged_checkpoint_and_the_one_before_it_the_latter_is_resumed(settings, assert_same_run, caplog):
+def test_of_a_damaged_checkpoint_and_the_one_before_it_the_latter_is_resumed(
+    settings, assert_same_run, checkpoint_warnings
+):
     whole = train(settings(folder="whole"))
     folder = train(settings()).folder
     shard = folder / "checkpoints" / "step_00000020" / "shard_00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"!")
     assert_same_run(whole.folder, train(settings(), resume=True).folder)
     damaged, used = shard.parent, shard.parents[1] / "step_00000010"
-    assert caplog.messages == [
+    assert checkpoint_warnings() == [
         f"{damaged} is damaged: shard_00001.safetensors does not hold what was written; using {used} instead"
     ]
 
