@@ -105,9 +105,7 @@ def held_bytes(config) -> dict[str, int]:
             "parameters": state.parameters,
             "gradients": [p.grad for p in state.parameters],
             "averages": state.ema.averages.values(),
-            "optimizers": [
-                x for o in (state.muon, state.adamw) for s in o.state.values() for x in s.values() if x.dim()
-            ],
+            "optimizers": [x for name, x in state.tensors().items() if name.startswith("optim.") and x.dim()],
         }
         found = {}
         for kind, tensors in kinds.items():
@@ -117,15 +115,21 @@ def held_bytes(config) -> dict[str, int]:
 
 
 def test_bytes_of_a_process_fall_as_their_number_grows(settings, ranks):
-    size = ("model.encoder.width=64", "model.encoder.heads=1", "model.decoder.width=64", "model.latent_channels=16")
-    config = settings("parallel.strategy=fsdp", *size)
+    size = (
+        "parallel.strategy=fsdp",
+        "model.encoder.width=64",
+        "model.encoder.heads=1",
+        "model.decoder.width=64",
+        "model.latent_channels=16",
+    )
+    config = settings(*size)
     model = UNITE(config.model)
     parameters = 4 * sum(p.numel() for p in model.parameters())
-    one = held_bytes(settings(*size))
+    one = held_bytes(config)
     assert sum(one.values()) == state_bytes(model)
     assert one["parameters"] == one["gradients"] == one["averages"] == parameters
     for world in (2, 4, 8):
-        for found in ranks(world, held_bytes, config):
+        for found in ranks(world, held_bytes, settings(*size)):
             for kind, count in found.items():
                 # The label table has 12 rows: 8 processes hold 2 or none.
                 assert one[kind] / world * 0.97 <= count <= one[kind] / world * 1.03, (world, kind)
@@ -177,7 +181,7 @@ def test_pictures_drawn_together_are_those_of_the_averages_and_change_nothing(or
     common = ("parallel.strategy=fsdp", "parallel.reshard_after_forward=false", f"sampling.order={order}")
     config = settings(*common, "sampling.guidance=2")
     drawn = ranks(2, draw_amid, config, True)
-    undisturbed = ranks(2, draw_amid, config, False)
+    undisturbed = ranks(2, draw_amid, settings(*common), False)
     assert drawn[0][1] == undisturbed[0][1]
     plain = UNITE.create(config.model, 0)
     plain.load_state_dict({name: torch.from_numpy(x) for name, x in drawn[0][2].items()}, strict=False)
@@ -186,8 +190,8 @@ def test_pictures_drawn_together_are_those_of_the_averages_and_change_nothing(or
 
 
 def reductions(config) -> int:
-    """How often a step adds gradients up."""
-    count, add_up = 0, torch.distributed.reduce_scatter_tensor
+    """How many sums over the processes a step asks for."""
+    count, add_up = 0, torch.distributed.all_reduce
 
     def counting(*arguments, **options):
         nonlocal count
@@ -195,18 +199,18 @@ def reductions(config) -> int:
         return add_up(*arguments, **options)
 
     with Run(config) as trainer:
-        torch.distributed.reduce_scatter_tensor = counting
+        torch.distributed.all_reduce = counting
         take_steps(trainer, 1)
         return count
 
 
 def test_gradients_are_added_up_once_a_step_whatever_the_micro_batches(settings, ranks):
-    config = settings("parallel.strategy=fsdp")
-    # A group for each block and layer, for the adaLN Linears, encoder, decoder and the model.
-    groups = config.model.encoder.depth + config.model.decoder.depth + 4
+    model = settings().model
+    # A group for each block and layer, for the adaLN Linears, encoder, decoder and the model; and the losses.
+    sums = model.encoder.depth + model.decoder.depth + 4 + 1
     for micro_batch in (0, 2):
-        found = ranks(2, reductions, settings("parallel.strategy=fsdp", f"train.micro_batch={micro_batch}"))
-        assert found == [groups, groups]
+        config = settings("parallel.strategy=ddp", f"train.micro_batch={micro_batch}")
+        assert ranks(2, reductions, config) == [sums, sums]
 
 
 def skip_one(config) -> tuple[list[str], int, bool]:
@@ -304,11 +308,10 @@ def test_a_whole_run_leaves_what_one_process_would(settings, ranks, capfd, train
 
 
 def test_a_state_of_shards_loads_what_a_plain_one_holds(settings, ranks):
-    config = settings("parallel.strategy=fsdp")
+    config = settings("parallel.strategy=fsdp", "train.batch_size=15")
     plain = TrainState(UNITE.create(config.model, 3), config)
-    held = {
-        name: torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) for name, x in plain.tensors().items()
-    }
+    generator = torch.Generator().manual_seed(0)
+    held = {name: torch.randn(x.shape, generator=generator) for name, x in plain.tensors().items()}
 
     def load() -> list[str]:
         with Run(config) as trainer:
