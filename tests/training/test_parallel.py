@@ -264,6 +264,24 @@ def test_the_state_of_b_takes_three_and_a_half_gigabytes():
     assert round(state_bytes(model) / GB, 1) == 3.5
 
 
+def test_machines_with_different_numbers_of_processes_are_no_grid():
+    with pytest.raises(
+        UserError, match=r"hsdp wants as many processes on each machine, but 12 are no multiple of the 8"
+    ):
+        choose_strategy(ParallelConfig(strategy="hsdp"), Ranks(world=12, per_node=8), GB, GB)
+
+
+def test_more_processes_than_cuda_devices(monkeypatch):
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with (
+        pytest.raises(UserError, match="2 processes on this machine, but torch sees 1 CUDA devices"),
+        joined("cuda", 1),
+    ):
+        pass
+
+
 def test_each_process_has_its_places_and_a_micro_batch_that_is_no_larger():
     assert Ranks(rank=2, world=4).share(64, 0) == (slice(32, 48), 16)
     assert Ranks(rank=3, world=4).share(64, 8) == (slice(48, 64), 8)
