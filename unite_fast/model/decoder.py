@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from unite_fast import kernels
 from unite_fast.config import ModelConfig
-from unite_fast.kernels.common import upcast
 from unite_fast.model.layers import Linear, fill, sincos_2d
 
 LAYER_NORM_EPS = 1e-12
@@ -34,9 +33,7 @@ class DecoderLayer(nn.Module):
 
 
 def layer_norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
-    # A sharded layer's parameters may come in bfloat16, all of them; the LayerNorm is float32.
-    weight, bias = upcast(norm.weight), upcast(norm.bias)
-    return kernels.layer_norm_linear(x, weight, bias, linear.weight, linear.bias, norm.eps)
+    return kernels.layer_norm_linear(x, norm.weight, norm.bias, linear.weight, linear.bias, norm.eps)
 
 
 class Decoder(nn.Module):

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from unite_fast.config import Config, ParallelConfig, require
+from unite_fast.model.layers import RMSNorm
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.groups import split_parameters
 
@@ -202,9 +203,10 @@ def shard(model: UNITE, mesh: DeviceMesh, reshard: bool, precision: str) -> None
     """Divide a model's parameters over a mesh, one group for each block and decoder layer, one for all adaLN Linears,
     and one for what else the encoder, the decoder and the model have.
 
-    Blocks, layers and adaLN Linears are gathered in bfloat16 where training is in bfloat16: their products are anyway.
-    The rest (time embedding, tables, outer norms) is small, and float32: in bfloat16 it would make the residual so.
-    Gradients are added up in float32, and the weights that the optimizers see are float32.
+    The Linears of blocks, layers and adaLN are gathered in bfloat16 where training is in bfloat16: their products are
+    anyway. The rest is small, and float32 as in one process: norms, whose weights near 1 bfloat16 would round to steps
+    larger than an update; time embedding and tables, which would make the residual bfloat16. Gradients are added up in
+    float32, and the weights that the optimizers see are float32.
     """
     groups, parts = mesh.shape
     low = torch.bfloat16 if precision == "bfloat16" else None
@@ -212,8 +214,10 @@ def shard(model: UNITE, mesh: DeviceMesh, reshard: bool, precision: str) -> None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     inner = dict(mesh=mesh, shard_placement_fn=placement(parts), mp_policy=policy)
     outer = dict(mesh=mesh, shard_placement_fn=placement(parts), reshard_after_forward=False)
-    for block in (*model.encoder.blocks, *model.decoder.layers):
-        fully_shard(block, reshard_after_forward=reshard, **inner)
+    for part, layers in ((model.encoder, model.encoder.blocks), (model.decoder, model.decoder.layers)):
+        gather_with(part, fully_shard([norm for layer in layers for norm in norms(layer)], **outer))
+        for layer in layers:
+            fully_shard(layer, reshard_after_forward=reshard, **inner)
     fully_shard(list(model.encoder.modulation), reshard_after_forward=reshard, **inner)
     for module in (model.encoder, model.decoder, model):
         fully_shard(module, **outer)
@@ -227,6 +231,16 @@ def shard(model: UNITE, mesh: DeviceMesh, reshard: bool, precision: str) -> None
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)
+
+
+def norms(layer: nn.Module) -> list[nn.Module]:
+    return [module for module in layer.modules() if isinstance(module, RMSNorm | nn.LayerNorm)]
+
+
+def gather_with(part: nn.Module, group: list[FSDPModule]) -> None:
+    """Gather a group whose modules are never called, only read, when `part` is called. FSDP lets go of it and adds its
+    gradients up at the end of the backward pass, as of all that it has not seen before."""
+    part.register_forward_pre_hook(lambda *_: group[0].unshard())
 
 
 def placement(parts: int):
