@@ -14,7 +14,6 @@ import statistics
 import time
 from collections import Counter
 from contextlib import nullcontext
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -31,7 +30,6 @@ from unite_fast.optim.groups import split_parameters
 from unite_fast.optim.muon import Muon, newton_schulz, newton_schulz_flops
 from unite_fast.recipes import load_config
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 SIZES = ("b", "l", "xl")
 GRIDS = {
     "1": (1, 1),
@@ -47,7 +45,7 @@ BF16_BYTES = 2
 
 def muon_shapes(size: str) -> list[torch.Size]:
     """Shapes of the matrices that Muon trains in a recipe."""
-    config = load_config(str(CONFIGS / f"imagenet256_{size}.yaml"), ())
+    config = load_config(f"imagenet256_{size}")
     with torch.device("meta"):
         model = UNITE(config.model)
     return [parameter.shape for parameter in split_parameters(model)[0].values()]

@@ -357,3 +357,22 @@ def test_spread_over_processes(name, reference, ranks):
     whole = sum(np.prod(shape) for shape in SPREAD)
     assert all(rank["sizes"][0] == rank["sizes"][1] for rank in seen)
     assert sum(rank["sizes"][1] for rank in seen) == grid[0] * whole
+
+
+def more_processes_than_matrices(grid: tuple[int, int]) -> list[np.ndarray]:
+    dist.init_process_group("gloo")
+    model = Matrices([torch.zeros(5, 3), torch.zeros(2, 7)])
+    fully_shard(model, mesh=init_device_mesh("cpu", grid, mesh_dim_names=("replicate", "shard")))
+    model([normal((5, 3)), normal((2, 7))]).backward()
+    model.matrices[1].grad = None
+    muon(model.parameters(), dtype=torch.float32).step()
+    return [p.full_tensor().detach().numpy().copy() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("grid", [(4, 1), (1, 4)], ids=["ddp", "fsdp"])
+def test_processes_that_own_nothing_follow(grid, ranks):
+    """One matrix with a gradient, one without, four processes."""
+    want = trajectory_in_float64(torch.zeros(5, 3), [normal((5, 3))], lr=0.1)
+    for moved, unmoved in ranks(4, more_processes_than_matrices, grid):
+        assert error(torch.from_numpy(moved), want) < FLOAT32_ROUNDING
+        assert not unmoved.any()

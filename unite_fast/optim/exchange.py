@@ -14,9 +14,9 @@ later ones still come and earlier ones go back (or, where S = 1, are shared).
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 import torch.distributed as dist
@@ -129,25 +129,40 @@ class Bucket:
     Attributes:
         own: the matrices of the batch that this process owns, by number; maybe none.
         of_row: for each row, the matrices of its owners' batches, in the order in which shards of them are packed.
+        sizes: for each row, how many elements of those this column holds.
     """
 
     def __init__(self, matrices: Sequence[Matrix], batches: Sequence[list[int]], grid: Grid):
         self.grid = grid
-        self.matrices = matrices
         self.own = batches[grid.place]
         rows = [batches[copy * grid.shards : (copy + 1) * grid.shards] for copy in range(grid.copies)]
         self.of_row = [[k for batch in row for k in batch] for row in rows]
-        self.to_owner = [sum(self._numel(k, grid.shard) for k in batch) for batch in rows[grid.copy]]
-        self.from_shard = [sum(self._numel(k, shard) for k in self.own) for shard in range(grid.shards)]
 
-    def elements_of_row(self, copy: int) -> int:
-        return sum(self._numel(k, self.grid.shard) for k in self.of_row[copy])
+        here = [matrix.shard_shape(grid.shards, grid.shard) for matrix in matrices]
+        self.shapes = [[here[k] for k in row] for row in self.of_row]
+        self.sizes = [sum(shape.numel() for shape in row) for row in self.shapes]
+        self.to_owner = [sum(here[k].numel() for k in batch) for batch in rows[grid.copy]]
+
+        shards = range(grid.shards)
+        self.pieces = [matrices[k].shard_shape(grid.shards, shard) for shard in shards for k in self.own]
+        """Of what comes to this owner: shard 0 of each matrix, then shard 1, and so on."""
+        self.places = [
+            (i, matrices[k].dim, *matrices[k].extent(grid.shards, shard))
+            for shard in shards
+            for i, k in enumerate(self.own)
+        ]
+        """Where each piece belongs in the batch: matrix, dimension, start and length along it."""
+        self.from_shard = [
+            sum(piece.numel() for piece in self.pieces[shard * len(self.own) : (shard + 1) * len(self.own)])
+            for shard in shards
+        ]
+        self.batch_shape = (len(self.own), *matrices[self.own[0]].shape) if self.own else None
 
     def elements_sent(self) -> int:
         there, back = sum(self.to_owner), sum(self.from_shard)
         return there - self.to_owner[self.grid.shard] + back - self.from_shard[self.grid.shard]
 
-    def gather(self, shards: Sequence[Tensor], packed: Tensor) -> None:
+    def gather(self, shards: Mapping[int, Tensor], packed: Tensor) -> None:
         """Start to bring this process's shards to the owners of its row, packed and cast into `packed`."""
         self.packed = packed
         copy_all(self.unpack(packed, self.grid.copy), [shards[k] for k in self.of_row[self.grid.copy]])
@@ -159,13 +174,13 @@ class Bucket:
         """Wait for the batch that this process owns, work on it, and start to bring the results back to `packed`."""
         if self.grid.shards == 1:
             if self.own:
-                self.packed.copy_(function(self.packed.view(self._batch_shape())).flatten())
+                self.packed.copy_(function(self.packed.view(self.batch_shape)).flatten())
             return
         self.work.wait()
         if self.own:
-            batch = self.packed.new_empty(self._batch_shape())
-            copy_all(self._places_in(batch), self._pieces())
-            copy_all(self._pieces(), self._places_in(function(batch)))
+            pieces, batch = cut(self.received, self.pieces), self.packed.new_empty(self.batch_shape)
+            copy_all(self._places_in(batch), pieces)
+            copy_all(pieces, self._places_in(function(batch)))
         self.work = self._all_to_all(self.packed, self.to_owner, self.received, self.from_shard)
 
     def arrive(self) -> None:
@@ -176,29 +191,13 @@ class Bucket:
 
     def unpack(self, packed: Tensor, copy: int) -> list[Tensor]:
         """Views of this column's shards of a row's matrices."""
-        return cut(packed, [self.matrices[k].shard_shape(self.grid.shards, self.grid.shard) for k in self.of_row[copy]])
+        return cut(packed, self.shapes[copy])
 
     def _all_to_all(self, target: Tensor, received: list[int], source: Tensor, sent: list[int]) -> dist.Work:
         return dist.all_to_all_single(target, source, received, sent, self.grid.row, async_op=True)
 
-    def _numel(self, k: int, shard: int) -> int:
-        return self.matrices[k].shard_shape(self.grid.shards, shard).numel()
-
-    def _batch_shape(self) -> tuple[int, ...]:
-        return (len(self.own), *self.matrices[self.own[0]].shape)
-
-    def _pieces(self) -> list[Tensor]:
-        """Views of `received`: shard 0 of each own matrix, then shard 1, and so on."""
-        shards = range(self.grid.shards)
-        return cut(self.received, [self.matrices[k].shard_shape(len(shards), j) for j in shards for k in self.own])
-
     def _places_in(self, batch: Tensor) -> list[Tensor]:
-        """Views of a batch [n, rows, columns] in the order of `_pieces`."""
-        return [
-            whole.narrow(self.matrices[k].dim, *self.matrices[k].extent(self.grid.shards, shard))
-            for shard in range(self.grid.shards)
-            for k, whole in zip(self.own, batch, strict=True)
-        ]
+        return [batch[i].narrow(dim, start, length) for i, dim, start, length in self.places]
 
 
 def cut(packed: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
@@ -220,6 +219,10 @@ class Exchange:
         matrices: their shapes and how they are cut, the same on all processes.
         costs: what the function costs on each, in any unit.
         grid: how they are spread.
+
+    Attributes:
+        owners: the process of each matrix, counted row by row.
+        supplied: the matrices, by number, of which this process's shard is asked for: those that its row owns.
     """
 
     def __init__(self, matrices: Sequence[Matrix], costs: Sequence[int], grid: Grid):
@@ -228,47 +231,54 @@ class Exchange:
         self.owners = choose_owners(shapes, costs, grid.processes)
         buckets = batches_by_owner(shapes, self.owners, grid.processes)
         self.buckets = [Bucket(matrices, batches, grid) for batches in buckets]
-        sizes = [[bucket.elements_of_row(copy) for copy in range(grid.copies)] for bucket in self.buckets]
+        self.supplied = [k for bucket in self.buckets for k in bucket.of_row[grid.copy]]
         # A row's results lie one after another. gloo has no all-gather of unequal parts, and NCCL makes R broadcasts of
         # one. So what is shared after a bucket is as much as every row has by then, and only the end is padded.
-        ends = list(zip(*(accumulate(row) for row in zip(*sizes, strict=True)), strict=True))
-        self.shared = [0, *(min(end) for end in ends[:-1]), max(ends[-1])]
-        self.own_sizes = [row[grid.copy] for row in sizes]
+        ends = [list(accumulate(sizes)) for sizes in zip(*(bucket.sizes for bucket in self.buckets), strict=True)]
+        ready = [min(end) for end in zip(*ends, strict=True)]
+        self.width = max(end[-1] for end in ends)
+        self.shared = list(pairwise([0, *ready[:-1], self.width]))
 
     def elements_sent(self) -> int:
         """What this process sends to others when `apply` runs once; an all-gather sends as a ring's would."""
-        return sum(bucket.elements_sent() for bucket in self.buckets) + (self.grid.copies - 1) * self.shared[-1]
+        return sum(bucket.elements_sent() for bucket in self.buckets) + (self.grid.copies - 1) * self.width
 
-    def apply(self, function: Callable[[Tensor], Tensor], shards: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    def apply(
+        self,
+        function: Callable[[Tensor], Tensor],
+        shards: Mapping[int, Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> list[Tensor]:
         """function, of batches [n, rows, columns] in dtype, on all matrices.
 
         Args:
-            shards: what this process holds of each matrix, in any precision.
+            shards: what this process holds of the matrices `supplied`, in any precision, on device.
 
         Returns:
-            What it holds of each result, in dtype.
+            What it holds of the result of each matrix, in dtype.
         """
-        packed = shards[0].new_empty(self.shared[-1], dtype=dtype)
-        parts = packed[: sum(self.own_sizes)].split(self.own_sizes)
-        for bucket, part in zip(self.buckets, parts, strict=True):
+        packed = torch.empty(self.width, dtype=dtype, device=device)
+        sizes = [bucket.sizes[self.grid.copy] for bucket in self.buckets]
+        for bucket, part in zip(self.buckets, packed[: sum(sizes)].split(sizes), strict=True):
             bucket.gather(shards, part)
-        rows = packed[None] if self.grid.copies == 1 else packed.new_empty(self.grid.copies, packed.numel())
-        shares = []
+        rows = packed[None] if self.grid.copies == 1 else packed.new_empty(self.grid.copies, self.width)
+        sharing = []
         for i, bucket in enumerate(self.buckets):
             bucket.apply(function)
             if self.grid.shards == 1:  # nothing has to come back before it can be shared
-                shares += self._share(i, packed, rows)
+                sharing += self._share(i, packed, rows)
         if self.grid.shards > 1:
             for i in range(len(self.buckets)):
-                shares += self._share(i, packed, rows)
-        for work in shares:
+                sharing += self._share(i, packed, rows)
+        for work in sharing:
             work.wait()
         return self._unpack(rows)
 
     def _share(self, i: int, packed: Tensor, rows: Tensor) -> list[dist.Work]:
         """Wait for this row's results of bucket i, then start to pass on to the other rows what all have by then."""
         self.buckets[i].arrive()
-        start, end = self.shared[i : i + 2]
+        start, end = self.shared[i]
         if self.grid.copies == 1 or start == end:
             return []
         return [dist.all_gather(list(rows[:, start:end]), packed[start:end], self.grid.column, async_op=True)]
@@ -277,7 +287,6 @@ class Exchange:
         results = {}
         for copy, row in enumerate(rows):
             for bucket in self.buckets:
-                size = bucket.elements_of_row(copy)
-                results |= zip(bucket.of_row[copy], bucket.unpack(row[:size], copy), strict=True)
-                row = row[size:]
+                results |= zip(bucket.of_row[copy], bucket.unpack(row, copy), strict=True)
+                row = row[bucket.sizes[copy] :]
         return [results[k] for k in range(len(results))]
