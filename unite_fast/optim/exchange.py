@@ -78,8 +78,8 @@ def layout(parameters: Sequence[Tensor]) -> tuple[Grid, list[Matrix]]:
     if len(meshes) > 1 or any(mesh is None or mesh.ndim != 2 for mesh in meshes):
         raise ValueError("give all matrices as plain tensors, or all as DTensors on one mesh of two dimensions")
     for p in parameters:
-        copied, cut = p.placements
-        if not isinstance(copied, Replicate) or type(cut) is not Shard:
+        across, within = p.placements
+        if not isinstance(across, Replicate) or type(within) is not Shard:
             raise ValueError(f"a matrix is placed as {p.placements}; make it (Replicate(), Shard(dim))")
     (mesh,) = meshes
     grid = Grid(*mesh.shape, *mesh.get_coordinate(), row=mesh.get_group(1), column=mesh.get_group(0))

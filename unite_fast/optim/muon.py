@@ -71,7 +71,8 @@ class Muon(torch.optim.Optimizer):
     the update is what one process would have made, up to the rounding of sums.
 
     Args:
-        parameters: matrices, at their true shapes: the update's scale follows from it.
+        parameters: matrices, at their true shapes: the update's scale follows from it. Those without a gradient, the
+            same ones on all processes, are left alone.
         lr: learning rate of AdamW's scale.
         momentum: decay of the momentum.
         eps: floor of the norm that a gradient is divided by.
