@@ -198,6 +198,24 @@ def test_swiglu_of_width_1024_is_scaled_by_its_true_hidden_width(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_process_does_nothing_but_the_formula(dtype):
+    """Bit for bit: what lets processes share the work costs plain tensors no rounding."""
+    shapes = [(16, 40), (40, 16), (16, 40), (24, 24)]
+    parameters = [torch.nn.Parameter(normal(shape, i)) for i, shape in enumerate(shapes)]
+    want, momenta = [p.detach().clone() for p in parameters], [torch.zeros(shape) for shape in shapes]
+    optimizer = muon(parameters, dtype=dtype)
+    for step in range(3):
+        gradients = [normal(shape, 100 * step + i) for i, shape in enumerate(shapes)]
+        run(optimizer, parameters, [gradients])
+        momenta = [torch.lerp(m, g, 1 - 0.95) for m, g in zip(momenta, gradients, strict=True)]
+        directions = [torch.lerp(g, m, 0.95).to(dtype) for m, g in zip(momenta, gradients, strict=True)]
+        for same in ([0, 2], [1], [3]):
+            for k, u in zip(same, newton_schulz(torch.stack([directions[k] for k in same]), 1e-6), strict=True):
+                want[k].add_(u, alpha=-0.1 * 0.2 * max(shapes[k]) ** 0.5)
+    assert all(map(torch.equal, parameters, want))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_is_skipped_on_the_device(dtype):
     """found_inf = 1: not a bit changes, although gradients are NaN and infinite. 0: as if it were not there."""
     starts = [normal(shape, i) for i, shape in enumerate(SHAPES)]
@@ -229,12 +247,9 @@ GRIDS = {"fsdp 2": (1, 2), "ddp 2": (2, 1), "fsdp 4": (1, 4), "ddp 4": (4, 1), "
 ODD = [(16, 40), (40, 16), (16, 40), (13, 24), (24, 13), (3, 50), (1, 7), (16, 40), (126, 96), (16, 40), (20, 36)]
 """Rows that 2 and 4 do not divide, fewer rows than processes, shapes once and often."""
 CUT_IN_COLUMNS = (20, 36)
-B_SIXTEENTHS = [
-    *((48, 2), (48, 32), (48, 48), (62, 48), (144, 48)),
-    *((256, 48), (48, 128), (288, 48), (192, 48), (48, 192)),
-]
-"""The shapes of UNITE-B's matrices, each side by 16: at full size benchmarks/muon.py compares them."""
-SPREAD = [*ODD, *B_SIXTEENTHS]
+B = [(768, n) for n in (32, 512, 768, 2048, 3072)] + [(n, 768) for n in (1002, 2304, 3072, 4096, 4608)]
+"""The shapes of UNITE-B's matrices. Here each side is divided by 16; benchmarks/muon.py compares them at full size."""
+SPREAD = [*ODD, *((rows // 16, columns // 16) for rows, columns in B)]
 STEPS = 3
 
 
@@ -255,8 +270,7 @@ def spread_gradients(step: int) -> list[torch.Tensor]:
 
 def spread_over(grid: tuple[int, int]) -> Matrices:
     """As `fully_shard` spreads them; what is local to a process stays so."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
+    dist.init_process_group("gloo")
     model = Matrices([torch.zeros(shape) for shape in SPREAD])
     mesh = init_device_mesh("cpu", grid, mesh_dim_names=("replicate", "shard"))
     return fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(int(p.shape == CUT_IN_COLUMNS)))
@@ -287,7 +301,8 @@ def train_spread(grid: tuple[int, int], dtype: torch.dtype) -> dict:
     for step in range(STEPS):
         model(spread_gradients(step)).backward()
         with pytest.MonkeyPatch.context() as monkeypatch:
-            watch(events, monkeypatch) if step == 0 else None
+            if step == 0:
+                watch(events, monkeypatch)
             optimizer.step()
         optimizer.zero_grad()
         after.append([p.full_tensor().detach().numpy().copy() for p in model.parameters()])
