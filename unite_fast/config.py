@@ -221,7 +221,7 @@ class TrainConfig:
     batch_size: int = 1024
     """Images an optimizer step, over all processes and micro-batches."""
     micro_batch: int = 0
-    """Images a forward pass; 0: the whole batch at once."""
+    """Images a forward pass of one process, at most its share of the batch; 0: the share at once."""
     precision: str = "bfloat16"
     """bfloat16 (autocast) or float32."""
     device: str = "auto"
@@ -238,6 +238,8 @@ class TrainConfig:
     """Steps between sample and reconstruction grids; 0: only at the end."""
     out: str = ""
     """Folder of the run; empty: runs/NAME."""
+    wandb: str = ""
+    """Project on Weights & Biases that gets every logged row; empty: none."""
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
@@ -250,6 +252,45 @@ class TrainConfig:
         )
         require_choice("train.precision", self.precision, ("bfloat16", "float32"))
         require_choice("train.device", self.device, ("auto", "cpu", "cuda"))
+
+
+@dataclass
+class ProfileConfig:
+    """A trace of some steps by torch's profiler, in the run's folder."""
+
+    steps: str = ""
+    """FIRST:LAST, from step FIRST up to step LAST, which is not traced any more (the first step is 1); empty: none."""
+
+    def __post_init__(self):
+        _ = self.traced
+
+    @property
+    def traced(self) -> range:
+        """The steps to trace."""
+        if not self.steps:
+            return range(0)
+        first, colon, last = self.steps.partition(":")
+        whole = bool(colon) and all(part.isdecimal() and len(part) < 19 for part in (first, last))
+        require(whole, f"profile.steps is {self.steps!r}; write FIRST:LAST, for example 10:13")
+        require(0 < int(first) < int(last), f"profile.steps is {self.steps}; FIRST must be at least 1 and below LAST")
+        return range(int(first), int(last))
+
+
+@dataclass
+class ParallelConfig:
+    """How several processes share the work; a single one needs none of it."""
+
+    strategy: str = "auto"
+    """ddp (every process holds the whole training state), fsdp (each holds a part), hsdp (a part within a machine, the
+    same on every machine) or auto, which chooses by the state's size and the machines and says why."""
+    reshard_after_forward: bool = True
+    """Let go of a block's gathered weights between forward and backward pass: less memory, one more gathering."""
+    timeout: float = 600.0
+    """Seconds after which a collective operation that a process does not join counts as failed."""
+
+    def __post_init__(self):
+        require_choice("parallel.strategy", self.strategy, ("auto", "ddp", "fsdp", "hsdp"))
+        require(self.timeout > 0, "parallel.timeout must be positive")
 
 
 @dataclass
@@ -294,6 +335,8 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self):
