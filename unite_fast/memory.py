@@ -100,7 +100,7 @@ class Activations:
 
     def peak(self, images: int) -> float:
         """Of a micro-batch, as training takes it: the reconstruction's are freed before the flow draws begin."""
-        return images * max(self.reconstruction, self.flow) + self.padding + self.patch_weight
+        return max(images * self.reconstruction + self.patch_weight, images * self.flow) + self.padding
 
     def joint(self, images: int) -> float:
         """Where one loss of both parts goes back at once, as `objective.training_losses` gives it."""

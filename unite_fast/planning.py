@@ -225,8 +225,10 @@ def memory_parts(config: Config, cluster: Cluster, strategy: str, images: int) -
         "optimizers": state.optimizers,
         "EMA": state.ema,
     }
-    if strategy != "ddp":
-        parts["gathered"] = memory.gathered(config.model, config.parallel.reshard_after_forward)
+    if cluster.gpus > 1:
+        # Replicated weights have a bfloat16 copy too, and nothing to let go of.
+        lets_go = strategy != "ddp" and config.parallel.reshard_after_forward
+        parts["gathered in bfloat16"] = memory.gathered(config.model, lets_go)
         # Micro-batches accumulate whole gradients, and the last one reduces them.
         parts["gradients"] = memory.training_state(config.model).gradients
     if reconstruction_is_larger:

@@ -124,8 +124,8 @@ def _assumptions(plan: Plan) -> list[str]:
         beside = "communication hidden behind backward passes" if assumed.hidden else "no communication hidden"
         return (
             f"  {assumed.name}: products at {assumed.products:.0%} of peak, convolutions at "
-            f"{assumed.convolutions:.0%}, memory at {assumed.memory:.0%}, links at {assumed.links:.0%}; {beside}; the busiest GPU has "
-            f"{assumed.imbalance:g} x an even share of Newton-Schulz"
+            f"{assumed.convolutions:.0%}, memory at {assumed.memory:.0%}, links at {assumed.links:.0%}; {beside}; "
+            f"the busiest GPU has {assumed.imbalance:g} x an even share of Newton-Schulz"
         )
 
     return [

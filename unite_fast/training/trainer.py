@@ -21,18 +21,21 @@ from unite_fast.perceptual import dropout_masks, load_lpips, tap_shapes
 from unite_fast.randomness import Philox, Stream
 from unite_fast.recipes import to_tree
 from unite_fast.training import checkpoint as ckpt
-from unite_fast.training.metrics import Averages, MetricsLog
+from unite_fast.training.metrics import Averages, MetricsLog, Speedometer, loss_spike
+from unite_fast.training.profiling import StepProfiler
 from unite_fast.training.report import Report
 from unite_fast.training.state import TrainState
+from unite_fast.training.wandb_log import WandbLog
 
 FREE_ON_RESUME = {
     "name",
     "data.path",
     "data.loader",
     "data.workers",
+    "profile.steps",
     *(
         f"train.{key}"
-        for key in ("steps", "device", "log_every", "checkpoint_every", "keep_every", "picture_every", "out")
+        for key in ("steps", "device", "log_every", "checkpoint_every", "keep_every", "picture_every", "out", "wandb")
     ),
 }
 """Settings that a resumed run may change: they do not change what a step computes."""
@@ -93,7 +96,11 @@ class Trainer:
         self.report.say(f"data: {len(self.source)} images, {self.choice.name} loader ({self.choice.why})")
         # Only now, so that a mistake found above leaves no folder that counts as a run.
         write_config(self.folder, config)
-        self.log = MetricsLog(self.folder, self.state.step)
+        wandb = WandbLog(config, self.folder) if config.train.wandb else None
+        self.log = MetricsLog(self.folder, self.state.step, wandb)
+        self.speed = Speedometer(config, self.device)
+        self.report.say(self.speed.about)
+        self.profiler = StepProfiler(config.profile, self.folder, self.device, self.report.say)
         if config.train.compile:
             compile_blocks(self.state.model)
 
@@ -116,12 +123,16 @@ class Trainer:
 
     def run(self) -> Outcome:
         config, state = self.config.train, self.state
-        begun = self.clock = time.perf_counter()
+        begun = time.perf_counter()
         first_step = self.logged_step = state.step
+        self.speed.clock.start()
         with stop_on_signals() as stop, self.report.progress_bar():
             while state.step < config.steps and not stop:
-                batch = next(self.loader)
+                self.profiler.before(state.step + 1)
+                with self.speed.clock.part("data"):
+                    batch = next(self.loader)
                 losses, grad_norm = self.step(batch)
+                self.profiler.after(state.step)
                 self.averages.add(state.step, losses, grad_norm)
                 if state.step % config.log_every == 0:
                     self.write_metrics()
@@ -142,15 +153,18 @@ class Trainer:
 
     def step(self, batch: Batch) -> tuple[Losses, Tensor]:
         """One optimizer step: mean losses of the batch and gradient norm before clipping, all on the device."""
-        config = self.config
+        config, clock = self.config, self.speed.clock
         micro = config.train.micro_batch or config.train.batch_size
         parts = config.train.batch_size // micro
         sums = torch.zeros(4, device=self.device)
         for start in range(0, config.train.batch_size, micro):
-            losses = self.micro_step(batch, slice(start, start + micro))
-            (losses.total / parts).backward()
+            with clock.part("forward"):
+                losses = self.micro_step(batch, slice(start, start + micro))
+            with clock.part("backward"):
+                (losses.total / parts).backward()
             sums += torch.stack([losses.total.detach(), losses.l1, losses.flow, losses.lpips]) / parts
-        return Losses(*sums.unbind()), self.state.apply_gradients()
+        with clock.part("optimizer"):
+            return Losses(*sums.unbind()), self.state.apply_gradients()
 
     def micro_step(self, batch: Batch, places: slice) -> Losses:
         config = self.config
@@ -168,18 +182,19 @@ class Trainer:
 
     def write_metrics(self) -> None:
         self.check_finite()
-        now = time.perf_counter()
         steps = self.state.step - self.logged_step
         row = {
             "step": self.state.step,
             "epoch": self.state.step * self.config.train.batch_size / len(self.source),
             **self.averages.take(),
             "lr": self.state.last_learning_rate,
-            "images_per_s": steps * self.config.train.batch_size / (now - self.clock),
+            **self.speed.row(steps),
         }
-        self.clock, self.logged_step = now, self.state.step
+        self.logged_step = self.state.step
         self.log.write(row)
         self.report.show(row)
+        if spike := loss_spike(self.log.rows):
+            self.report.say(spike)
 
     def save(self) -> None:
         self.check_finite()
@@ -206,6 +221,7 @@ class Trainer:
 
     def close(self) -> None:
         self.loader.close()
+        self.profiler.close()
         self.log.close()
 
 
