@@ -90,7 +90,8 @@ class Activations:
     flow: float
     """Of all F draws."""
     padding: float
-    """SwiGLU's padded weights, of one pass of the encoder, whatever the micro-batch."""
+    """SwiGLU's padded weights in float32, of one pass of the encoder, whatever the micro-batch; where several GPUs train
+    they are bfloat16, half of this."""
     patch_weight: float
     """The patch embedding's weight as autocast casts it, once a micro-batch."""
 

@@ -146,6 +146,8 @@ def exchanges(config: Config, cluster: Cluster, strategy: str, micro_steps: int)
     if strategy == "hsdp" and cluster.nodes > 1:
         size = memory.FLOAT * every / cluster.gpus_per_node
         found.append(Exchange("all-reduce of gradients across nodes", size, 2, cluster.nodes, True, across=True))
+        size = memory.HALF * muon / cluster.gpus_per_node
+        found.append(Exchange("all-gather of Muon's updates across nodes", size, 1, cluster.nodes, False, across=True))
     return found
 
 

@@ -62,11 +62,11 @@ def _work(plan: Plan) -> list[str]:
         f"and Newton-Schulz {flops.newton_schulz(plan.config.model) / 1e12:.2f} TFLOP over all GPUs",
     ]
     if plan.exchanges:
-        rows.append(f"{'communication of a step':40}{'GB':>6}{'times':>7}{'ms':>14}")
+        rows.append(f"{'communication of a step':44}{'GB':>6}{'times':>7}{'ms':>14}")
     for one in plan.exchanges:
         fast, slow = (exchange_seconds(one, plan.cluster, assumed) * 1e3 for assumed in (FAST, SLOW))
         beside = "beside the backward pass" if one.overlaps else "nothing beside it"
-        rows.append(f"  {one.name:38}{one.size / 1e9:6.2f}{one.times:7}{f'{fast:.1f} to {slow:.1f}':>14}, {beside}")
+        rows.append(f"  {one.name:42}{one.size / 1e9:6.2f}{one.times:7}{f'{fast:.1f} to {slow:.1f}':>14}, {beside}")
     return rows
 
 

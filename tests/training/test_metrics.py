@@ -63,6 +63,9 @@ def test_the_first_step_that_is_not_finite_is_remembered(bad, where):
         value = bad if step in (3, 5) else 1.0
         averages.add(step, losses(value if where == "losses" else 1.0), torch.tensor(value))
         assert averages.bad_step() == (3 if step >= 3 else None)
+    # Neither step is in the means.
+    means = averages.take()
+    assert (means["total"], means["flow"], means["grad_norm"]) == (1.0, 3.0, 1.0)
 
 
 def averaged_by(rank: int) -> Averages:

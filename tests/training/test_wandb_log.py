@@ -57,6 +57,13 @@ def test_a_missing_package_is_named(tiny_config, tmp_path, monkeypatch):
         WandbLog(tiny_config, tmp_path)
 
 
+def test_a_run_that_cannot_report_leaves_nothing_that_counts_as_a_run(command, tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", Wandb(RuntimeError("no API key")))
+    out = tmp_path / "run"
+    for _ in range(2):
+        assert "no API key" in command("train", *tiny_run, f"train.out={out}", "train.wandb=pictures").error()
+
+
 def test_what_wandb_says_is_passed_on_in_a_line(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", Wandb(RuntimeError("no API key\nconfigured")))
     with pytest.raises(UserError, match="cannot begin: no API key configured; log in"):

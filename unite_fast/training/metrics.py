@@ -33,7 +33,8 @@ once there are 10 of them."""
 
 
 class Averages:
-    """Means since the last log, summed on the device: an ordinary step does not wait for it.
+    """Means since the last log, summed on the device: an ordinary step does not wait for it. A step that is not finite
+    on this process is left out; the norm of the gradients, which all share, makes it so on all.
 
     Of several processes, each sums its own part of the batch. `bad_step`, `take` and `state_dict` send: all processes
     must call them together.
@@ -41,14 +42,15 @@ class Averages:
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(len(AVERAGED), dtype=torch.float64, device=device)
-        self.count = 0
+        self.count = torch.zeros((), dtype=torch.int64, device=device)
         self.first_bad_step = torch.full((), NEVER, dtype=torch.int64, device=device)
 
     def add(self, step: int, losses: Losses, grad_norm: Tensor) -> None:
         values = torch.stack([losses.total.detach(), losses.l1, losses.lpips, losses.flow, grad_norm]).double()
-        self.sums += values
-        self.count += 1
-        bad = (self.first_bad_step == NEVER) & ~values.isfinite().all()
+        finite = values.isfinite().all()
+        self.sums += torch.where(finite, values, 0.0)
+        self.count += finite
+        bad = (self.first_bad_step == NEVER) & ~finite
         self.first_bad_step = torch.where(bad, step, self.first_bad_step)
 
     def bad_step(self) -> int | None:
@@ -61,19 +63,19 @@ class Averages:
     def take(self) -> dict[str, float]:
         """The means over steps and processes, and start anew; waits for the device."""
         self._share()
-        means = (self.sums / max(self.count, 1)).tolist()
+        means = (self.sums / self.count.clamp(min=1)).tolist()
         self.sums.zero_()
-        self.count = 0
+        self.count.zero_()
         return dict(zip(AVERAGED, means, strict=True))
 
     def state_dict(self) -> dict:
         """The same on all processes, so that any number of them can go on from it."""
         self._share()
-        return {"sums": self.sums.tolist(), "count": self.count}
+        return {"sums": self.sums.tolist(), "count": int(self.count)}
 
     def load_state_dict(self, state: dict) -> None:
         self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
-        self.count = state["count"]
+        self.count.fill_(state["count"])
 
     def _share(self) -> None:
         """Give each process the mean of all sums. A run that goes on has then the same bits as one that resumes."""

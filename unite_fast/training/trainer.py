@@ -94,9 +94,9 @@ class Trainer:
             self.restore(found)
         self.report = Report(self.folder, config, self.device, self.state, found is not None)
         self.report.say(f"data: {len(self.source)} images, {self.choice.name} loader ({self.choice.why})")
+        wandb = WandbLog(config, self.folder) if config.train.wandb else None
         # Only now, so that a mistake found above leaves no folder that counts as a run.
         write_config(self.folder, config)
-        wandb = WandbLog(config, self.folder) if config.train.wandb else None
         self.log = MetricsLog(self.folder, self.state.step, wandb)
         self.speed = Speedometer(config, self.device)
         self.report.say(self.speed.about)

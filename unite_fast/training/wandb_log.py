@@ -22,6 +22,8 @@ class WandbLog:
             raise UserError(
                 "train.wandb is set, but the package wandb is not installed; pip install 'unite-fast[wandb]'"
             ) from error
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         name_file = folder / "wandb_run"
         known = name_file.read_text().strip() if name_file.exists() else None
         try:
