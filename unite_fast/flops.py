@@ -12,13 +12,13 @@ from math import prod
 from typing import NamedTuple
 
 from unite_fast.config import Config, DecoderConfig, EncoderConfig, ModelConfig
+from unite_fast.optim.muon import ITERATIONS
 from unite_fast.perceptual import VGG_SHAPES
 
 TIME_FEATURES = 512
 """Of the time embedding: sines and cosines of 256 frequencies."""
 VGG_CONVOLUTIONS = (2, 2, 3, 3, 3)
 """Convolutions of VGG16 before each of the five taps; a pooling between two taps halves the sides."""
-NEWTON_SCHULZ_STEPS = 5
 
 
 class Flops(NamedTuple):
@@ -203,5 +203,5 @@ def newton_schulz(model: ModelConfig) -> float:
     for matrix in parameter_shapes(model):
         if matrix.muon:
             r, c = sorted(matrix.shape)
-            total += matrix.count * NEWTON_SCHULZ_STEPS * (4 * r * r * c + 2 * r**3)
+            total += matrix.count * ITERATIONS * (4 * r * r * c + 2 * r**3)
     return total

@@ -12,7 +12,7 @@ from math import prod
 from operator import mul
 
 from unite_fast.config import Config, ModelConfig
-from unite_fast.flops import VGG_CONVOLUTIONS, Matrix, hidden_width, parameter_shapes, wanted_tokens
+from unite_fast.flops import TIME_FEATURES, VGG_CONVOLUTIONS, Matrix, hidden_width, parameter_shapes, wanted_tokens
 from unite_fast.perceptual import VGG_SHAPES, tap_shapes
 
 FLOAT, HALF = 4, 2
@@ -40,7 +40,7 @@ def encoder_activations(model: ModelConfig, with_image: bool, body: str = "trito
         kept += HALF * 3 * model.image_size**2
         entering += model.patches
     kept += (FLOAT * d + FLOAT) * (entering + context)  # the first adaln_modulate, and that of the in-context tokens
-    kept += FLOAT * (512 + 3 * d) + HALF * 2 * d  # time embedding and SiLU of the condition
+    kept += FLOAT * (TIME_FEATURES + 3 * d) + HALF * 2 * d  # time embedding and SiLU of the condition
     kept += size.depth * HALF * (6 * d + d) + HALF * (2 * d + d)  # adaLN products and their inputs
     for tokens, wanted in wanted_tokens(model, with_image):
         kept += tokens * HALF * (d + 3 * d)  # h and qkv
@@ -66,13 +66,13 @@ def decoder_activations(model: ModelConfig) -> float:
 def lpips_activations(image_size: int, dropout: bool = True) -> float:
     """Bytes that LPIPS keeps of one pair of images: of the reconstruction its features, of both what the distance at
     the five taps needs."""
-    taps = [channels * height * width for channels, height, width in tap_shapes(image_size, image_size)]
+    shapes = tap_shapes(image_size, image_size)
+    taps = [prod(shape) for shape in shapes]
     kept = HALF * 3 * image_size**2 + HALF * sum(map(mul, taps, VGG_CONVOLUTIONS))
-    pooled = sum(channels * (image_size >> level + 1) ** 2 for level, channels in enumerate((64, 128, 256, 512)))
+    pooled = sum(channels * (height // 2) * (width // 2) for channels, height, width in shapes[:-1])
     kept += (HALF + 8) * pooled  # the pooled features, and where each came from
-    kept += sum(numbers * (2 * FLOAT + dropout) for numbers in taps)  # features and difference, dropout mask
-    pixels = sum(height * width for _, height, width in tap_shapes(image_size, image_size))
-    return kept + 2 * FLOAT * pixels
+    kept += sum(taps) * (2 * FLOAT + dropout)  # features and difference, dropout mask
+    return kept + 2 * FLOAT * sum(height * width for _, height, width in shapes)  # each pixel's norm
 
 
 def lpips_weights() -> float:
@@ -90,8 +90,8 @@ class Activations:
     flow: float
     """Of all F draws."""
     padding: float
-    """SwiGLU's padded weights in float32, of one pass of the encoder, whatever the micro-batch; where several GPUs train
-    they are bfloat16, half of this."""
+    """SwiGLU's padded weights in float32, of one pass of the encoder, whatever the micro-batch; where several GPUs
+    train they are bfloat16, half of this."""
     patch_weight: float
     """The patch embedding's weight as autocast casts it, once a micro-batch."""
 
