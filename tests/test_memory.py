@@ -13,8 +13,8 @@ from unite_fast.randomness import Philox
 from unite_fast.recipes import from_tree
 from unite_fast.training.state import TrainState
 
-# What the formulas leave out: masks, times, labels and the like. Measured 0.006 % at the size of the benchmark, 0.6 % at
-# the smallest size here; a forgotten tensor of a block is 3 % at least.
+# What the formulas leave out: masks, times, labels and the like. Measured 0.006 % at the size of the benchmark, 0.6 %
+# at the smallest size here; a forgotten tensor of a block is 3 % at least.
 MARGIN = 0.01
 
 BENCH = {"width": 384, "depth": 6, "heads": 6}
