@@ -30,8 +30,8 @@ from unite_fast.model.unite import UNITE
 from unite_fast.objective import draw_step, training_losses
 from unite_fast.randomness import Philox
 from unite_fast.recipes import from_tree
+from unite_fast.training.parallel import compile_blocks
 from unite_fast.training.state import TrainState
-from unite_fast.training.trainer import compile_blocks
 
 EXAMPLES = """examples:
   python benchmarks/step.py --size bench                 # 2 cores: a quarter of an hour, most of it the reference

@@ -203,6 +203,9 @@ class OptimConfig:
     adamw_betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-6
     """Of both optimizers."""
+    nonfinite: str = "stop"
+    """What gradients that are not finite do: stop ends the run and names the step, skip leaves weights, optimizers and
+    averages as they are and goes on."""
 
     def __post_init__(self):
         require(self.clip_norm > 0, "optim.clip_norm must be positive")
@@ -212,6 +215,11 @@ class OptimConfig:
         require(self.eps > 0, "optim.eps must be positive")
         require_choice("optim.muon_dtype", self.muon_dtype, ("bfloat16", "float32"))
         require_choice("optim.adamw", self.adamw, adamw.BODIES)
+        require_choice("optim.nonfinite", self.nonfinite, ("stop", "skip"))
+        require(
+            self.nonfinite == "stop" or self.adamw == "torch",
+            "optim.nonfinite is skip, but apex's optimizer cannot skip a step; set optim.adamw=torch",
+        )
 
 
 @dataclass

@@ -12,7 +12,7 @@ from math import prod
 from typing import NamedTuple
 
 from unite_fast.config import Config, DecoderConfig, EncoderConfig, ModelConfig
-from unite_fast.optim.muon import ITERATIONS
+from unite_fast.optim.muon import newton_schulz_flops
 from unite_fast.perceptual import VGG_SHAPES
 
 TIME_FEATURES = 512
@@ -197,11 +197,5 @@ def parameters(model: ModelConfig) -> dict[str, int]:
 
 
 def newton_schulz(model: ModelConfig) -> float:
-    """FLOPs of Muon's products for all its matrices, once an optimizer step. Of a matrix [r, c] with r <= c, each of
-    the five iterations takes X X^T (2 r^2 c), its square (2 r^3) and that times X (2 r^2 c)."""
-    total = 0.0
-    for matrix in parameter_shapes(model):
-        if matrix.muon:
-            r, c = sorted(matrix.shape)
-            total += matrix.count * ITERATIONS * (4 * r * r * c + 2 * r**3)
-    return total
+    """FLOPs of Muon's products for all its matrices, once an optimizer step."""
+    return sum(one.count * newton_schulz_flops(one.shape) for one in parameter_shapes(model) if one.muon)

@@ -70,6 +70,18 @@ class Losses:
     """Zero where LPIPS is off."""
 
 
+@dataclass
+class Reconstruction:
+    """What the tokenizer and the decoder make of a micro-batch."""
+
+    loss: Tensor
+    """l1 + perceptual.weight lpips: gradient flows from here."""
+    l1: Tensor
+    lpips: Tensor
+    z: Tensor
+    """The clean latents [B, N, C], without a gradient."""
+
+
 def training_losses(
     model: UNITE,
     images: Tensor,
@@ -79,14 +91,30 @@ def training_losses(
     lpips: LPIPS | None = None,
     lpips_dropout: list[Tensor] | None = None,
 ) -> Losses:
-    """images float32 [B, 3, S, S] in [0, 1], labels int64 [B]. Gradient flows from `Losses.total`."""
+    """images float32 [B, 3, S, S] in [0, 1], labels int64 [B]. Gradient flows from `Losses.total`.
+
+    Training takes the two parts one after the other, each with a backward pass of its own: they share no activations
+    (z has no gradient), so the first part's need not be kept for the second.
+    """
+    reconstruction = reconstruct(model, images, draws, config, lpips, lpips_dropout)
+    flow_sum = flow_losses(model, reconstruction.z, labels, draws)
+    total = reconstruction.loss + config.objective.flow_weight * flow_sum
+    return Losses(total, reconstruction.l1, flow_sum.detach(), reconstruction.lpips)
+
+
+def reconstruct(
+    model: UNITE,
+    images: Tensor,
+    draws: StepDraws,
+    config: Config,
+    lpips: LPIPS | None = None,
+    lpips_dropout: list[Tensor] | None = None,
+) -> Reconstruction:
     z = model.tokenize(images, draws.registers, draws.recon_time)
     recon = model.decode(noise_decoder_input(z, draws)).float()
     l1 = (recon - images).abs().mean()
     perceptual = l1.new_zeros(()) if lpips is None else lpips(images, recon, lpips_dropout).mean()
-    flow_sum = flow_losses(model, z.detach(), labels, draws)
-    total = l1 + config.perceptual.weight * perceptual + config.objective.flow_weight * flow_sum
-    return Losses(total, l1.detach(), flow_sum.detach(), perceptual.detach())
+    return Reconstruction(l1 + config.perceptual.weight * perceptual, l1.detach(), perceptual.detach(), z.detach())
 
 
 def noise_decoder_input(z: Tensor, draws: StepDraws) -> Tensor:
@@ -95,7 +123,8 @@ def noise_decoder_input(z: Tensor, draws: StepDraws) -> Tensor:
 
 
 def flow_losses(model: UNITE, z: Tensor, labels: Tensor, draws: StepDraws) -> Tensor:
-    """Sum over the F draws of the mean loss over the batch. The draws share one forward pass, as F B samples."""
+    """Sum over the F draws of the mean loss over the batch, for latents z [B, N, C] without a gradient. The draws share
+    one forward pass, as F B samples."""
     x_t = flow.interpolate(z, draws.flow_noise, draws.flow_time)
     labels = torch.where(draws.label_drop, model.config.num_classes, labels)
     return model.denoising_loss(x_t, draws.flow_time, labels, z).mean() * len(draws.flow_time)

@@ -3,8 +3,16 @@
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+from torch.utils.flop_counter import FlopCounterMode
 
-from unite_fast.optim.muon import COEFFICIENTS, Muon, newton_schulz
+from unite_fast.optim import muon as muon_module
+from unite_fast.optim.muon import COEFFICIENTS, Muon, newton_schulz, newton_schulz_flops
+from unite_fast.sharding import local
 
 SHAPES = [(16, 40), (40, 16), (24, 24), (96, 32), (5, 123), (1, 7)]
 
@@ -126,7 +134,7 @@ def test_a_parameter_without_gradient_is_left_alone():
     used.grad = normal((4, 6), 2)
     optimizer.step()
     assert torch.equal(unused, before)
-    assert unused not in optimizer.state
+    assert not optimizer.state[unused]["momentum"].any()
 
 
 def test_the_gradient_is_not_written_over():
@@ -161,3 +169,46 @@ def test_one_shape_after_another_converges():
         optimizer.step()
     best = torch.linalg.svdvals(target)[8:].square().sum().item() / target.numel()
     assert loss().item() - best < 0.3 * (first - best)
+
+
+GRIDS = {"fsdp 2": (1, 2), "ddp 2": (2, 1), "fsdp 4": (1, 4), "ddp 4": (4, 1), "hsdp 2 x 2": (2, 2)}
+SPREAD = [(16, 40), (40, 16), (16, 40), (13, 24), (24, 13), (3, 50), (1, 7), (16, 40), (126, 96), (16, 40), (20, 36)]
+"""Rows that 2 and 4 do not divide, fewer rows than processes, shapes once and often."""
+CUT_IN_COLUMNS = (20, 36)
+STEPS = 3
+
+
+class Matrices(nn.Module):
+    """Parameters whose gradients are what forward is given."""
+
+    def __init__(self, starts: list[torch.Tensor]):
+        super().__init__()
+        self.matrices = nn.ParameterList(start.clone() for start in starts)
+
+    def forward(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        return sum((w * g).sum() for w, g in zip(self.matrices, gradients, strict=True))
+
+
+def spread_gradients(step: int) -> list[torch.Tensor]:
+    return [normal(shape, 100 * step + i) for i, shape in enumerate(SPREAD)]
+
+
+def spread_over(grid: tuple[int, int]) -> Matrices:
+    """As `fully_shard` spreads them; what is local to a process stays so."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    model = Matrices([torch.zeros(shape) for shape in SPREAD])
+    mesh = init_device_mesh("cpu", grid, mesh_dim_names=("replicate", "shard"))
+    return fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(int(p.shape == CUT_IN_COLUMNS)))
+
+
+def train_spread(grid: tuple[int, int], dtype: torch.dtype) -> list[list[np.ndarray]]:
+    """Whole parameters after each step, as this process sees them."""
+    model, after = spread_over(grid), []
+    optimizer = muon(model.parameters(), dtype=dtype)
+    for step in range(STEPS):
+        model(spread_gradients(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        after.append([p.full_tensor().detach().numpy() for p in model.parameters()])
+    return after

@@ -110,7 +110,7 @@ def test_a_run_leaves_all_that_is_promised(trained_folder):
     rows = [json.loads(line) for line in (trained_folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [5, 10, 15, 20]
     for row in rows:
-        losses = {"step", "epoch", "total", "l1", "lpips", "flow", "grad_norm", "lr"}
+        losses = {"step", "epoch", "total", "l1", "lpips", "flow", "grad_norm", "lr", "skipped_steps"}
         parts = {f"seconds_{part}" for part in ("data", "forward", "backward", "optimizer", "other")}
         # No MFU: nobody publishes a CPU's peak.
         assert row.keys() == losses | parts | {"images_per_s", "images_per_s_per_gpu", "memory_gb"}

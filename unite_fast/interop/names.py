@@ -13,7 +13,7 @@ NAMES = {
     "encoder.t_embedder.mlp.0": "encoder.time_embed.fc1",
     "encoder.t_embedder.mlp.2": "encoder.time_embed.fc2",
     "encoder.y_embedder.embedding_table": "encoder.label_embed",
-    "encoder.blocks.*.norm1": "encoder.blocks.*.norm1",
+    "encoder.blocks.*.norm1": "encoder.norm1.*",
     "encoder.blocks.*.norm2": "encoder.blocks.*.norm2",
     "encoder.blocks.*.norm3": "encoder.blocks.*.norm3",
     "encoder.blocks.*.attn.qkv": "encoder.blocks.*.attn.qkv",
@@ -22,7 +22,7 @@ NAMES = {
     "encoder.blocks.*.attn.proj": "encoder.blocks.*.attn.proj",
     "encoder.blocks.*.mlp.w12": "encoder.blocks.*.mlp.fc_in",
     "encoder.blocks.*.mlp.w3": "encoder.blocks.*.mlp.fc_out",
-    "encoder.blocks.*.adaLN_modulation.1": "encoder.blocks.*.modulation",
+    "encoder.blocks.*.adaLN_modulation.1": "encoder.modulation.*",
     "encoder.final_layer.norm_final": "encoder.final_layer.norm",
     "encoder.final_layer.adaLN_modulation.1": "encoder.final_layer.modulation",
     "encoder.final_layer.linear": "encoder.final_layer.linear",
@@ -87,9 +87,10 @@ def plain_name(name: str) -> str:
 
 def _translate(name: str, table: dict[str, str]) -> str | None:
     stem, leaf = re.fullmatch(r"(.*?)(\.weight|\.bias)?", name).groups("")
-    number = re.search(r"\.(\d+)\.", stem)
-    if number:
-        stem = stem.replace(number.group(), ".*.", 1)
-    if stem not in table:
+    if stem in table:
+        return table[stem] + leaf
+    number = re.search(r"\.(\d+)(?=\.|$)", stem)
+    if number is None:
         return None
-    return table[stem].replace(".*.", number.group() if number else "") + leaf
+    ours = table.get(stem.replace(number.group(), ".*", 1))
+    return None if ours is None else ours.replace(".*", number.group()) + leaf

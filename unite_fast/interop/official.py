@@ -148,7 +148,10 @@ def import_official(
     config = Config(name=source.stem, model=model_config(theirs, source, decoder_heads, in_context_start))
     model = UNITE(config.model)
     load_released(model, theirs, str(source))
-    save_checkpoint(out, config, 0, {}, TrainState(model, config).tensors())
+    weights_and_averages = {
+        name: tensor for name, tensor in TrainState(model, config).tensors().items() if not name.startswith("optim.")
+    }
+    save_checkpoint(out, config, 0, {}, weights_and_averages)
 
 
 def read_torch(source: Path) -> dict:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from unite_fast import kernels
 from unite_fast.config import ModelConfig
-from unite_fast.model.layers import Linear, sincos_2d
+from unite_fast.kernels.common import upcast
+from unite_fast.model.layers import Linear, fill, sincos_2d
 
 LAYER_NORM_EPS = 1e-12
 
@@ -33,7 +34,9 @@ class DecoderLayer(nn.Module):
 
 
 def layer_norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
-    return kernels.layer_norm_linear(x, norm.weight, norm.bias, linear.weight, linear.bias, norm.eps)
+    # A sharded layer's parameters may come in bfloat16, all of them; the LayerNorm is float32.
+    weight, bias = upcast(norm.weight), upcast(norm.bias)
+    return kernels.layer_norm_linear(x, weight, bias, linear.weight, linear.bias, norm.eps)
 
 
 class Decoder(nn.Module):
@@ -61,16 +64,18 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """PyTorch's default start values (spec: "The decoder keeps..."), drawn from `generator`."""
+        """PyTorch's default start values (spec: "The decoder keeps..."), drawn from `generator`, and the table; see
+        `GenerativeEncoder.initialize`."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 bound = module.in_features**-0.5
-                nn.init.uniform_(module.weight, -bound, bound, generator=generator)
-                nn.init.uniform_(module.bias, -bound, bound, generator=generator)
+                fill(module.weight, nn.init.uniform_, -bound, bound, generator=generator)
+                fill(module.bias, nn.init.uniform_, -bound, bound, generator=generator)
             elif isinstance(module, nn.LayerNorm):
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.zeros_(self.cls_token)
+                fill(module.weight, nn.init.ones_)
+                fill(module.bias, nn.init.zeros_)
+        fill(self.cls_token, nn.init.zeros_)
+        self.positions.copy_(sincos_2d(self.side, self.positions.shape[1]))
 
 
 def unpatchify(patches: Tensor, side: int, size: int) -> Tensor:

@@ -4,6 +4,8 @@ Shapes: B batch, N latent tokens, P patches, L in-context tokens, T tokens of a 
 A sequence is [in-context tokens, latent tokens, patch tokens]; the first and last parts may be absent.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,24 +13,22 @@ from torch.nn import functional as F
 from unite_fast import kernels
 from unite_fast.config import ModelConfig
 from unite_fast.kernels.common import matmul_dtype
-from unite_fast.model.layers import Attention, Linear, RMSNorm, SwiGLU, TimeEmbedding, rope_table, sincos_1d
+from unite_fast.model.layers import Attention, Linear, RMSNorm, SwiGLU, TimeEmbedding, fill, rope_table, sincos_1d
 
 
 class Block(nn.Module):
     """One block, from the modulated input of its attention to the modulated input of the next block's.
 
     Cutting the network there, and not at the residual, lets each run of elementwise work between two matrix products be
-    one kernel.
+    one kernel. What enters before that cut, norm1 and the adaLN Linear, is the encoder's.
     """
 
     def __init__(self, width: int, heads: int, qk_norm: bool):
         super().__init__()
-        self.norm1 = RMSNorm(width)
         self.attn = Attention(width, heads, qk_norm)
         self.norm2 = RMSNorm(width)
         self.mlp = SwiGLU(width)
         self.norm3 = RMSNorm(width)
-        self.modulation = Linear(width, 6 * width)
 
     def forward(
         self,
@@ -90,10 +90,15 @@ class GenerativeEncoder(nn.Module):
         if self.in_context:
             self.in_context_posemb = nn.Parameter(torch.empty(1, self.in_context, size.width))
         self.blocks = nn.ModuleList(Block(size.width, size.heads, size.qk_norm) for _ in range(size.depth))
+        # Of block i, but not inside it: they are used before block i runs, and a sharded module's parameters are whole
+        # only while it runs itself.
+        self.norm1 = nn.ModuleList(RMSNorm(size.width) for _ in range(size.depth))
+        self.modulation = nn.ModuleList(Linear(size.width, 6 * size.width) for _ in range(size.depth))
         self.final_layer = FinalLayer(size.width, config.latent_channels)
-        table = rope_table(config.latent_tokens + config.patches, size.width // size.heads, self.in_context)
-        self.register_buffer("rope_cos", table[0], persistent=False)
-        self.register_buffer("rope_sin", table[1], persistent=False)
+        self.positions, self.head_dim = config.latent_tokens + config.patches, size.width // size.heads
+        cos, sin = rope_table(self.positions, self.head_dim, self.in_context)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor, images: Tensor | None = None) -> Tensor:
         """Latent tokens in, latent tokens out, not yet normalised.
@@ -133,9 +138,9 @@ class GenerativeEncoder(nn.Module):
         """Every adaLN product of SiLU(c) [B, D]: what each block needs itself (see `Block.forward`), and weight, shift
         and scale of each place that normalises and modulates on the way in: the blocks' norm1 and the final layer."""
         modulations, entries = [], []
-        for block in self.blocks:
-            shift, scale, *own = block.modulation(condition).chunk(6, dim=-1)
-            entries.append((block.norm1.weight, shift, scale))
+        for norm1, modulation in zip(self.norm1, self.modulation, strict=True):
+            shift, scale, *own = modulation(condition).chunk(6, dim=-1)
+            entries.append((norm1.weight, shift, scale))
             modulations.append(tuple(own))
         shift, scale = self.final_layer.modulation(condition).chunk(2, dim=-1)
         entries.append((self.final_layer.norm.weight, shift, scale))
@@ -143,27 +148,36 @@ class GenerativeEncoder(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """The released start values (spec: "Start values"), drawn from `generator`."""
+        """The released start values (spec: "Start values"), drawn from `generator`, and the tables, which a model that
+        was built without memory lacks. Of a sharded model, each process keeps its part of the same values."""
+        xavier, normal = nn.init.xavier_uniform_, nn.init.normal_
+        for layer in self._linears():
+            fill(layer.weight, xavier, generator=generator)
+            fill(layer.bias, nn.init.zeros_)
+        # Only now zero: a seed's other values must not depend on which Linears start so.
+        for layer in [*self.modulation, self.final_layer.modulation, self.final_layer.linear]:
+            fill(layer.weight, nn.init.zeros_)
+            fill(layer.bias, nn.init.zeros_)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight, generator=generator)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
-        for layer in [
-            *(block.modulation for block in self.blocks),
-            self.final_layer.modulation,
-            self.final_layer.linear,
-        ]:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        self.latent_tokens.copy_(sincos_1d(torch.arange(self.latent_tokens.shape[1]), self.latent_tokens.shape[2]))
+            if isinstance(module, RMSNorm):
+                fill(module.weight, nn.init.ones_)
+        fill(self.latent_tokens, lambda table: table.copy_(sincos_1d(torch.arange(table.shape[1]), table.shape[2])))
         # The released code leaves this one as PyTorch makes it: uniform within 1 / sqrt(inputs).
         bound = self.patch_embed.weight[0].numel() ** -0.5
-        nn.init.uniform_(self.patch_embed.weight, -bound, bound, generator=generator)
-        nn.init.uniform_(self.patch_embed.bias, -bound, bound, generator=generator)
-        nn.init.normal_(self.time_embed.frequencies, generator=generator)
+        fill(self.patch_embed.weight, nn.init.uniform_, -bound, bound, generator=generator)
+        fill(self.patch_embed.bias, nn.init.uniform_, -bound, bound, generator=generator)
+        fill(self.time_embed.frequencies, normal, generator=generator)
         for weight in (self.time_embed.fc1.weight, self.time_embed.fc2.weight, self.label_embed.weight):
-            nn.init.normal_(weight, std=0.02, generator=generator)
+            fill(weight, normal, std=0.02, generator=generator)
         if self.in_context:
-            nn.init.normal_(self.in_context_posemb, std=0.02, generator=generator)
+            fill(self.in_context_posemb, normal, std=0.02, generator=generator)
+        cos, sin = rope_table(self.positions, self.head_dim, self.in_context)
+        self.rope_cos.copy_(cos)
+        self.rope_sin.copy_(sin)
+
+    def _linears(self) -> Iterator[nn.Linear]:
+        """In the order in which they are drawn: a block's adaLN Linear after its others."""
+        yield from (self.input_proj, self.time_embed.fc1, self.time_embed.fc2)
+        for block, modulation in zip(self.blocks, self.modulation, strict=True):
+            yield from (block.attn.qkv, block.attn.proj, block.mlp.fc_in, block.mlp.fc_out, modulation)
+        yield from (self.final_layer.modulation, self.final_layer.linear)

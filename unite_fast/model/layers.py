@@ -4,12 +4,14 @@ Shapes: B batch, T tokens, D width, H heads, K head dimension.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unite_fast import kernels
+from unite_fast.sharding import copy_whole
 
 
 class RMSNorm(nn.Module):
@@ -91,6 +93,14 @@ class SwiGLU(nn.Module):
         fc_in = F.pad(fc_in.unflatten(0, (2, -1)), (0, 0, 0, missing)).flatten(0, 1)
         bias_in = F.pad(bias_in.unflatten(0, (2, -1)), (0, missing)).flatten()
         return fc_in, bias_in, F.pad(fc_out, (0, missing))
+
+
+def fill(tensor: Tensor, draw: Callable[..., object], *arguments, **options) -> None:
+    """Give a tensor its start value: draw(whole, *arguments, **options), drawn whole on a CPU, whatever part of it this
+    process holds and wherever. So the numbers are the same on all machines and for every number of processes."""
+    value = torch.empty(tensor.shape, dtype=tensor.dtype)
+    draw(value, *arguments, **options)
+    copy_whole(tensor, value)
 
 
 def rope_table(positions: int, head_dim: int, unrotated: int = 0, theta: float = 10000.0) -> tuple[Tensor, Tensor]:

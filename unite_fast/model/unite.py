@@ -11,6 +11,7 @@ from unite_fast.config import ModelConfig
 from unite_fast.kernels.common import upcast
 from unite_fast.model.decoder import Decoder
 from unite_fast.model.generative_encoder import GenerativeEncoder
+from unite_fast.model.layers import fill
 
 
 class UNITE(nn.Module):
@@ -25,12 +26,20 @@ class UNITE(nn.Module):
 
     @classmethod
     def create(cls, config: ModelConfig, seed: int) -> "UNITE":
-        """A model with start values, the same on every machine and for every number of processes."""
-        generator = torch.Generator().manual_seed(seed % 2**63)
+        """A model with start values."""
         model = cls(config)
-        model.encoder.initialize(generator)
-        model.decoder.initialize(generator)
+        model.initialize(seed)
         return model
+
+    def initialize(self, seed: int) -> None:
+        """Start values, the same on every machine and for every number of processes, and the tables: all that a model
+        needs that was built on the meta device and given memory (`to_empty`)."""
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        self.encoder.initialize(generator)
+        with torch.no_grad():
+            fill(self.latent_norm.weight, nn.init.ones_)
+            fill(self.latent_norm.bias, nn.init.zeros_)
+        self.decoder.initialize(generator)
 
     def tokenize(self, images: Tensor, registers: Tensor, t: Tensor) -> Tensor:
         """images [B, 3, S, S] in [0, 1], registers ~ N(0, 1) [B, N, C], t ~ U(0, 0.01) [B] -> latents [B, N, C]."""

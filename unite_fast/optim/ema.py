@@ -5,40 +5,64 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from unite_fast.sharding import copy_whole, local
 
 
 class EMA:
     """average = decay * average + (1 - decay) * parameter after each optimizer step, float32.
 
-    The averages start as the parameters. They are plain tensors beside the model, so compiling the model cannot tie
-    them to it.
+    The averages start as the parameters and are sharded like them. They are tensors beside the model, so compiling the
+    model cannot tie them to it.
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
+        self.model, self.decay = model, decay
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.averages = {name: p.detach().float().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), 1 - self.decay)
+    def update(self, skipped: Tensor | None = None) -> None:
+        """
+        Args:
+            skipped: a scalar on the parameters' device; where it is 1 the averages stay as they are.
+        """
+        averages, parameters = self._local(self.averages), self._local(self.parameters)
+        if skipped is None:
+            torch._foreach_lerp_(averages, parameters, 1 - self.decay)
+        else:
+            moves = torch._foreach_sub(parameters, averages)
+            torch._foreach_mul_(moves, (1 - self.decay) * (1 - skipped))
+            torch._foreach_add_(averages, moves)
 
     @contextmanager
+    @torch.no_grad()
     def applied(self) -> Iterator[None]:
-        """Inside, the model has the averaged weights. Only pointers are exchanged: nothing is copied."""
-        self._exchange()
+        """Inside, the model has the averaged weights. Values are copied, not pointers exchanged: what shards a model
+        would not see those."""
+        parameters = self._local(self.parameters)
+        weights = [parameter.clone() for parameter in parameters]
+        self._assign(parameters, self._local(self.averages))
         try:
             yield
         finally:
-            self._exchange()
+            self._assign(parameters, weights)
 
-    def _exchange(self) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.data, self.averages[name] = self.averages[name], parameter.data
+    def _assign(self, parameters: list[Tensor], values: list[Tensor]) -> None:
+        torch._foreach_copy_(parameters, values)
+        # A sharded model may still hold whole parameters, gathered from what was there before.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def _local(self, tensors: dict[str, Tensor]) -> list[Tensor]:
+        return [local(tensor.detach()) for tensor in tensors.values()]
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.averages
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, average in self.averages.items():
-            average.copy_(state[name])
+            copy_whole(average, state[name])

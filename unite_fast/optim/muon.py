@@ -4,15 +4,19 @@
     u  = newton_schulz(lerp(g, m, momentum))          (Nesterov)
     w <- w - lr * 0.2 sqrt(max(rows, columns)) * u    (RMS of AdamW's update: Liu et al., arXiv 2502.16982)
 
-Matrices of one shape go through Newton-Schulz as one batch: a few large products instead of many small ones.
+Matrices of one shape go through Newton-Schulz as one batch: a few large products instead of many small ones. Where many
+processes train together, each of them has a share of the matrices to do.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from unite_fast.kernels.product import in_float32
+from unite_fast.optim.exchange import Exchange, layout
+from unite_fast.sharding import local
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -44,6 +48,15 @@ _operator = torch.library.custom_op("unite_fast::newton_schulz", _newton_schulz,
 _operator.register_fake(lambda g, eps: torch.empty_like(g))
 
 
+def newton_schulz_flops(shape: Sequence[int]) -> int:
+    """Floating-point operations of `newton_schulz` on one matrix: 5 (4 m^2 n + 2 m^3) for sides m <= n.
+
+    A product of [a, b] and [b, c] counts 2abc. An iteration takes X X^T (2 m^2 n), A A (2 m^3) and B X (2 m^2 n).
+    """
+    m, n = sorted(shape)
+    return ITERATIONS * (4 * m * m * n + 2 * m**3)
+
+
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in the precision dtype, stored as float32 where products of it are faster so (see kernels/product.py)."""
     x = x.to(dtype)
@@ -53,40 +66,72 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum and no weight decay for parameters of two dimensions.
 
+    The parameters are plain tensors (one process), or DTensors as `fully_shard` on a mesh (copies, shards) makes them:
+    momentum stays cut as they are, each matrix goes through Newton-Schulz on one process alone (see exchange.py), and
+    the update is what one process would have made, up to the rounding of sums.
+
     Args:
-        parameters: matrices.
+        parameters: matrices, at their true shapes: the update's scale follows from it.
         lr: learning rate of AdamW's scale.
         momentum: decay of the momentum.
         eps: floor of the norm that a gradient is divided by.
-        dtype: precision of the Newton-Schulz products.
+        dtype: precision of the Newton-Schulz products, and of what travels between processes.
+
+    Attributes:
+        found_inf: None, or a float32 scalar on the parameters' device, the same on all processes. Where it is 1, `step`
+            leaves parameters and momenta as they are, whatever the gradients hold; nothing waits to learn its value.
     """
 
     def __init__(self, parameters, lr: float, momentum: float, eps: float, dtype: torch.dtype):
         super().__init__(parameters, dict(lr=lr))
         self.momentum, self.eps, self.dtype = momentum, eps, dtype
+        self.found_inf: Tensor | None = None
+        for parameter in self._parameters():
+            self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        self._exchanges: dict[tuple[int, ...], Exchange] = {}
 
     @torch.no_grad()
     def step(self) -> None:
-        for group in self.param_groups:
-            same_shape = defaultdict(list)
-            for p in group["params"]:
-                if p.grad is not None:
-                    same_shape[p.shape].append(p)
-            for shape, parameters in same_shape.items():
-                update = self._updates(parameters)
-                torch._foreach_add_(parameters, update, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+        parameters = self._parameters()
+        used = tuple(k for k, p in enumerate(parameters) if p.grad is not None)
+        if not used:
+            return
+        parameters = [parameters[k] for k in used]
+        if used not in self._exchanges:
+            self._exchanges[used] = exchange(parameters)
+        updates = self._exchanges[used].apply(
+            lambda batch: newton_schulz(batch, self.eps), self._directions(parameters), self.dtype
+        )
+        if self.found_inf is not None:
+            torch._foreach_mul_(updates, (1 - self.found_inf).to(self.dtype))
+        self._move(dict(zip(parameters, updates, strict=True)))
 
-    def _updates(self, parameters: list[Tensor]) -> list[Tensor]:
-        gradients = [p.grad for p in parameters]
-        momenta = [self._momentum_of(p) for p in parameters]
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _directions(self, parameters: list[Tensor]) -> list[Tensor]:
+        """Follow the gradients with the momenta; what both together point at, as it is cut."""
+        gradients = [local(p.grad) for p in parameters]
+        momenta = [local(self.state[p]["momentum"]) for p in parameters]
+        if self.found_inf is not None:
+            # A product with zero would keep a NaN. Towards itself, the momentum does not move by a single bit.
+            skip = self.found_inf.bool()
+            gradients = [torch.where(skip, m, g) for g, m in zip(gradients, momenta, strict=True)]
         torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
-        directions = torch._foreach_lerp(gradients, momenta, self.momentum)
-        batch = directions[0].new_empty((len(directions), *directions[0].shape), dtype=self.dtype)
-        torch._foreach_copy_(list(batch), directions)
-        return list(newton_schulz(batch, self.eps))
+        return list(torch._foreach_lerp(gradients, momenta, self.momentum))
 
-    def _momentum_of(self, parameter: Tensor) -> Tensor:
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        return state["momentum"]
+    def _move(self, updates: dict[Tensor, Tensor]) -> None:
+        for group in self.param_groups:
+            same_scale = defaultdict(list)
+            for p in group["params"]:
+                if p in updates:
+                    same_scale[max(p.shape)].append(p)
+            for side, parameters in same_scale.items():
+                moved, by = [local(p) for p in parameters], [updates[p] for p in parameters]
+                torch._foreach_add_(moved, by, alpha=-group["lr"] * 0.2 * side**0.5)
+
+
+def exchange(parameters: list[Tensor]) -> Exchange:
+    """The way of parameters through Newton-Schulz, by what it costs on each."""
+    grid, matrices = layout(parameters)
+    return Exchange(matrices, [newton_schulz_flops(matrix.shape) for matrix in matrices], grid)

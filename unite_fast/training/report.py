@@ -24,10 +24,13 @@ NAMED = 10
 
 
 class Report:
-    def __init__(self, folder: Path, config: Config, device: torch.device, state: TrainState, resumed: bool):
-        self.folder, self.config, self.state = folder, config, state
+    def __init__(
+        self, folder: Path, config: Config, device: torch.device, state: TrainState, resumed: bool, main: bool = True
+    ):
+        """`main`: whether this process is the one of a run's that prints and writes."""
+        self.folder, self.config, self.state, self.main = folder, config, state, main
         # The names of runs, folders and files are no markup.
-        self.console = Console(markup=False, emoji=False, highlight=False)
+        self.console = Console(markup=False, emoji=False, highlight=False, quiet=not main)
         parameters = sum(p.numel() for p in state.model.parameters()) / 1e6
         train = config.train
         how = "compiled" if train.compile else "eager"
@@ -46,7 +49,7 @@ class Report:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=not (main and self.console.is_terminal),
         )
 
     def say(self, line: str) -> None:
@@ -84,6 +87,8 @@ class Report:
         with self.state.ema.applied(), torch.compiler.set_stance("force_eager"):
             samples = sampling.generate(model, labels, config.sampling, config.seed)
             reconstructions = sampling.reconstruct(model, self.held_out, config.seed)
+        if not self.main:
+            return
         name = f"step_{self.state.step:08d}.png"
         for kind, picture in (
             ("samples", grid(samples, PICTURE_COLUMNS)),

@@ -10,36 +10,46 @@ from unite_fast.optim.ema import EMA
 from unite_fast.optim.groups import split_parameters
 from unite_fast.optim.muon import Muon
 from unite_fast.optim.schedule import learning_rate
+from unite_fast.sharding import copy_whole, local, shard_group
 
-OPTIMIZER_TENSORS = {
-    "Muon": ("momentum",),
-    "AdamW": ("step", "exp_avg", "exp_avg_sq"),
-    "FusedAdam": ("exp_avg", "exp_avg_sq"),
-}
-"""What each optimizer keeps of a parameter; AdamW's step is a scalar, the others have the parameter's shape. Apex's
-FusedAdam counts its steps once for all parameters."""
+ADAMW_TENSORS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "FusedAdam": ("exp_avg", "exp_avg_sq")}
+"""What torch's and apex's AdamW keep of a parameter; step is a scalar, the others have the parameter's shape. Apex's
+counts its steps once for all parameters."""
 
 
 class TrainState:
     """
+    Of a sharded model each process holds its part of everything: parameters, gradients, optimizers, averages.
+
     Attributes:
         model: the weights that train.
         muon, adamw: the two optimizers.
         ema: averages of the weights, which sampling and evaluation use.
-        step: optimizer steps done.
+        step: optimizer steps done, skipped ones included.
+        skipped_steps: how many of them changed nothing because gradients were not finite: int64 scalar on the device,
+            the same on all processes; stays 0 where `optim.nonfinite` is stop.
     """
 
     def __init__(self, model: UNITE, config: Config):
         self.model = model
         self.config = config
         self.step = 0
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=model.device)
         self.ema = EMA(model, config.optim.ema_decay)
         self.muon_parameters, self.adamw_parameters = split_parameters(model)
+        self.parameters = list(model.parameters())
         optim = config.optim
         self.muon = Muon(
             self.muon_parameters.values(), 0.0, optim.muon_momentum, optim.eps, getattr(torch, optim.muon_dtype)
         )
         self.adamw = adamw(optim.adamw, self.adamw_parameters.values(), optim.adamw_betas, optim.eps)
+        # Now and not in the first step, as Muon does too, so that a checkpoint can be read into them.
+        keys = ADAMW_TENSORS[type(self.adamw).__name__]
+        for parameter in self.adamw_parameters.values():
+            self.adamw.state[parameter] = {
+                key: torch.zeros((), device=parameter.device) if key == "step" else torch.zeros_like(parameter)
+                for key in keys
+            }
 
     @property
     def learning_rate(self) -> float:
@@ -51,23 +61,43 @@ class TrainState:
         return learning_rate(self.config.schedule, self.config.train.batch_size, self.step - 1)
 
     def apply_gradients(self) -> Tensor:
-        """Clip, step both optimizers, update the averages, clear the gradients.
+        """Clip, step both optimizers, update the averages, clear the gradients. Nothing waits for the device.
 
         Returns:
-            Norm of all gradients before clipping, a scalar on the model's device.
+            Norm of all gradients before clipping, a scalar on the model's device, the same on all processes.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm, foreach=True)
+        norm = self.clip_gradients()
+        skipped = None
+        if self.config.optim.nonfinite == "skip":
+            skipped = (~norm.isfinite()).float()
+            self.skipped_steps += skipped.long()
         for optimizer in (self.muon, self.adamw):
+            if skipped is not None:
+                optimizer.found_inf = skipped  # torch's own name: a step with 1 there does nothing
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate
             optimizer.step()
-        self.ema.update()
+        self.ema.update(skipped)
         self.model.zero_grad(set_to_none=True)
         self.step += 1
         return norm
 
+    @torch.no_grad()
+    def clip_gradients(self) -> Tensor:
+        """Scale the gradients to a norm of at most `clip_norm`; gives the norm before. The processes of a shard group
+        hold different parts, and their squares add up; other groups hold the same parts."""
+        gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        group = shard_group(self.parameters[0])
+        if group is not None:
+            square = norm.square()
+            torch.distributed.all_reduce(square, group=group)
+            norm = square.sqrt()
+        torch._foreach_mul_(gradients, (self.config.optim.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor that a checkpoint holds, by name."""
+        """Every tensor that a checkpoint holds, by name; sharded ones are DTensors. They can be written in place."""
         named = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         named |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
         for optimizer, parameters in self._optimizers():
@@ -76,36 +106,23 @@ class TrainState:
                     named[f"optim.{name}.{key}"] = value
         return named
 
+    @torch.no_grad()
     def load_tensors(self, named: dict[str, Tensor], step: int = 0) -> None:
-        """Take up what `tensors` gave after `step` steps; before the first one the optimizers hold nothing.
+        """Take up what `tensors` gave after `step` steps, whole tensors, on this or another number of processes.
 
         Raises:
             KeyError, RuntimeError: a tensor is missing or of another shape.
         """
-        self.model.load_state_dict(_below(named, "model."))
-        self.ema.load_state_dict(_below(named, "ema."))
-        for optimizer, parameters in self._optimizers() if step else ():
-            for name, parameter in parameters.items():
-                optimizer.state[parameter] = {
-                    key: _fitting(named, f"optim.{name}.{key}", parameter, scalar=key == "step")
-                    for key in OPTIMIZER_TENSORS[type(optimizer).__name__]
-                }
-        if step and self.config.optim.adamw == "apex":
+        held = self.tensors()
+        for name, tensor in held.items():
+            if named[name].shape != tensor.shape:
+                raise RuntimeError(f"{name} has size {list(named[name].shape)}, not {list(tensor.shape)}")
+        for name, tensor in held.items():
+            copy_whole(tensor, named[name])
+        if self.config.optim.adamw == "apex":
             for group in self.adamw.param_groups:
                 group["step"] = step
         self.step = step
 
     def _optimizers(self):
         return ((self.muon, self.muon_parameters), (self.adamw, self.adamw_parameters))
-
-
-def _fitting(named: dict[str, Tensor], name: str, parameter: Tensor, scalar: bool) -> Tensor:
-    """An optimizer's tensor on its parameter's device. Checked here, since an optimizer would not notice a gap."""
-    held, shape = named[name], torch.Size(()) if scalar else parameter.shape
-    if held.shape != shape:
-        raise RuntimeError(f"{name} is {list(held.shape)}, not {list(shape)}")
-    return held.to(parameter.device)
-
-
-def _below(named: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}

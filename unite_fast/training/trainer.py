@@ -15,13 +15,14 @@ from unite_fast.config import Config, require, require_choice
 from unite_fast.data_pipeline import Batch, Loader, Source, choose_loader, open_source
 from unite_fast.errors import UserError, writing
 from unite_fast.kernels import backend
-from unite_fast.model.unite import UNITE
-from unite_fast.objective import Losses, draw_step, training_losses
+from unite_fast.objective import Losses, StepDraws, draw_step, flow_losses, reconstruct
 from unite_fast.perceptual import dropout_masks, load_lpips, tap_shapes
 from unite_fast.randomness import Philox, Stream
 from unite_fast.recipes import to_tree
+from unite_fast.sharding import whole
 from unite_fast.training import checkpoint as ckpt
 from unite_fast.training.metrics import Averages, MetricsLog, Speedometer, loss_spike
+from unite_fast.training.parallel import ALONE, Ranks, build_model, joined, reduce_gradients
 from unite_fast.training.profiling import StepProfiler
 from unite_fast.training.report import Report
 from unite_fast.training.state import TrainState
@@ -33,6 +34,10 @@ FREE_ON_RESUME = {
     "data.loader",
     "data.workers",
     "profile.steps",
+    "parallel.strategy",
+    "parallel.reshard_after_forward",
+    "parallel.timeout",
+    "optim.nonfinite",
     *(
         f"train.{key}"
         for key in ("steps", "device", "log_every", "checkpoint_every", "keep_every", "picture_every", "out", "wandb")
@@ -60,49 +65,62 @@ def train(config: Config, resume: bool = False) -> Outcome:
         UserError: a folder that holds a run already, settings that do not fit data or checkpoint, a loss that is not
             finite, a full disk.
     """
-    trainer = Trainer(config, resume)
-    try:
-        outcome = trainer.run()
-    except BaseException:
-        with suppress(UserError):  # on a full disk closing fails too, and the first error says more
-            trainer.close()
-        raise
-    trainer.close()
+    with joined(choose_device(config.train.device).type, config.parallel.timeout) as (ranks, device):
+        trainer = Trainer(config, resume, ranks, device)
+        try:
+            outcome = trainer.run()
+        except BaseException:
+            with suppress(UserError):  # on a full disk closing fails too, and the first error says more
+                trainer.close()
+            raise
+        trainer.close()
     return outcome
 
 
 class Trainer:
-    def __init__(self, config: Config, resume: bool):
-        self.config = config
+    def __init__(self, config: Config, resume: bool, ranks: Ranks = ALONE, device: torch.device | None = None):
+        self.config, self.ranks = config, ranks
         self.folder = Path(config.train.out or f"runs/{config.name}")
-        self.device = choose_device(config.train.device)
+        self.device = device or choose_device(config.train.device)
         use_threads(config.train.threads)
         backend.use(config.kernels)
         backend.use_attention(config.attention)
         self.source = open_source(config.data.source, config.data.path, config.model.image_size, "train")
         check_data(self.source, config)
+        self.places, self.micro = ranks.share(config.train.batch_size, config.train.micro_batch)
         self.lpips = load_lpips(config.perceptual).to(self.device) if config.perceptual.weight else None
 
         found = find_start(self.folder, config, resume)
-        self.state = TrainState(UNITE.create(config.model, config.seed).to(self.device), config)
+        model, self.strategy = build_model(config, ranks, self.device)
+        self.state = TrainState(model, config)
         self.averages = Averages(self.device)
         self.choice = choose_loader(config.data.loader, self.source, self.device)
         self.loader = Loader(
-            self.source, config.train.batch_size, config.seed, config.data.workers, reader=self.choice.reader
+            self.source,
+            config.train.batch_size,
+            config.seed,
+            config.data.workers,
+            rank=ranks.rank,
+            world=ranks.world,
+            reader=self.choice.reader,
         )
         if found:
             self.restore(found)
-        self.report = Report(self.folder, config, self.device, self.state, found is not None)
+        self.report = Report(self.folder, config, self.device, self.state, found is not None, ranks.main)
         self.report.say(f"data: {len(self.source)} images, {self.choice.name} loader ({self.choice.why})")
-        wandb = WandbLog(config, self.folder) if config.train.wandb else None
-        # Only now, so that a mistake found above leaves no folder that counts as a run.
-        write_config(self.folder, config)
-        self.log = MetricsLog(self.folder, self.state.step, wandb)
+        if ranks.world > 1:
+            each = config.train.batch_size // ranks.world
+            self.report.say(f"{ranks.world} processes of {each} images: {self.strategy.name}; {self.strategy.why}")
+        wandb = WandbLog(config, self.folder) if config.train.wandb and ranks.main else None
+        # Only now, so that a mistake found above leaves no folder that counts as a run; in no process.
+        ranks.wait()
+        self.log = self.profiler = None
+        if ranks.main:
+            write_config(self.folder, config)
+            self.log = MetricsLog(self.folder, self.state.step, wandb)
+            self.profiler = StepProfiler(config.profile, self.folder, self.device, self.report.say)
         self.speed = Speedometer(config, self.device)
         self.report.say(self.speed.about)
-        self.profiler = StepProfiler(config.profile, self.folder, self.device, self.report.say)
-        if config.train.compile:
-            compile_blocks(self.state.model)
 
     def restore(self, found: ckpt.Checkpoint) -> None:
         before = found.progress.get("decoder", self.choice.decoder)
@@ -128,69 +146,105 @@ class Trainer:
         self.speed.clock.start()
         with stop_on_signals() as stop, self.report.progress_bar():
             while state.step < config.steps and not stop:
-                self.profiler.before(state.step + 1)
+                if self.profiler:
+                    self.profiler.before(state.step + 1)
                 with self.speed.clock.part("data"):
                     batch = next(self.loader)
                 losses, grad_norm = self.step(batch)
-                self.profiler.after(state.step)
+                if self.profiler:
+                    self.profiler.after(state.step)
                 self.averages.add(state.step, losses, grad_norm)
                 if state.step % config.log_every == 0:
                     self.write_metrics()
                 if state.step % config.checkpoint_every == 0:
                     self.save()
                 if config.picture_every and state.step % config.picture_every == 0:
-                    self.report.save_pictures(self.log.rows)
+                    self.save_pictures()
                 self.report.advance()
             if state.step % config.checkpoint_every or state.step == first_step:
                 self.save()
         seconds = time.perf_counter() - begun
         if not stop:
-            self.report.save_pictures(self.log.rows)
+            self.save_pictures()
         speed = (state.step - first_step) * config.batch_size / seconds
         outcome = Outcome(self.folder, state.step, stop[0] if stop else None, seconds, speed)
         self.report.summary(outcome, self.loader.skipped)
         return outcome
 
     def step(self, batch: Batch) -> tuple[Losses, Tensor]:
-        """One optimizer step: mean losses of the batch and gradient norm before clipping, all on the device."""
-        config, clock = self.config, self.speed.clock
-        micro = config.train.micro_batch or config.train.batch_size
-        parts = config.train.batch_size // micro
-        sums = torch.zeros(4, device=self.device)
-        for start in range(0, config.train.batch_size, micro):
-            with clock.part("forward"):
-                losses = self.micro_step(batch, slice(start, start + micro))
-            with clock.part("backward"):
-                (losses.total / parts).backward()
-            sums += torch.stack([losses.total.detach(), losses.l1, losses.flow, losses.lpips]) / parts
-        with clock.part("optimizer"):
-            return Losses(*sums.unbind()), self.state.apply_gradients()
+        """One optimizer step on this process's places of the global batch.
 
-    def micro_step(self, batch: Batch, places: slice) -> Losses:
-        config = self.config
-        philox = Philox(config.seed, self.state.step, torch.arange(places.start, places.stop, device=self.device))
-        images = batch.images[places].to(self.device, non_blocking=True).float() / 255
-        labels = batch.labels[places].to(self.device, non_blocking=True)
+        Returns:
+            Mean losses of the global batch and gradient norm before clipping, on the device, the same on all processes.
+        """
+        parts = len(batch.labels) // self.micro
+        sums = torch.zeros(4, device=self.device)
+        for part in range(parts):
+            sums += self.micro_step(batch, part, parts) / parts
+        with self.speed.clock.part("optimizer"):
+            return Losses(*self.ranks.mean(sums).unbind()), self.state.apply_gradients()
+
+    def micro_step(self, batch: Batch, part: int, parts: int) -> Tensor:
+        """Add to the gradients what one of `parts` micro-batches gives: of the tokenizer and decoder first, whose
+        activations are then free, of the flow after it. Gradients are added up over the processes in the last
+        micro-batch, the decoder's as soon as they are complete.
+
+        Returns:
+            Its losses [4], in the order of `Losses`.
+        """
+        config, model, last, clock = self.config, self.state.model, part == parts - 1, self.speed.clock
+        images, labels, draws, masks = self.inputs(batch, part * self.micro)
+        # Two contexts: autocast keeps weights it has cast, and with them the first pass's graph.
+        with clock.part("forward"), self.autocast():
+            reconstruction = reconstruct(model, images, draws, config, self.lpips, masks)
+        reduce_gradients(model, self.strategy, decoder=last, rest=False)
+        with clock.part("backward"):
+            (reconstruction.loss / parts).backward()
+        with clock.part("forward"), self.autocast():
+            flow = flow_losses(model, reconstruction.z, labels, draws)
+        weighted = config.objective.flow_weight * flow
+        reduce_gradients(model, self.strategy, decoder=last, rest=last)
+        with clock.part("backward"):
+            (weighted / parts).backward()
+        total = reconstruction.loss.detach() + weighted.detach()
+        return torch.stack([total, reconstruction.l1, flow.detach(), reconstruction.lpips])
+
+    def inputs(self, batch: Batch, start: int) -> tuple[Tensor, Tensor, StepDraws, list[Tensor] | None]:
+        """Images, labels and random draws of the micro-batch that begins at place `start` of this process's."""
+        config, here = self.config, slice(start, start + self.micro)
+        places = self.places.start + torch.arange(here.start, here.stop, device=self.device)
+        philox = Philox(config.seed, self.state.step, places)
+        images = batch.images[here].to(self.device, non_blocking=True).float() / 255
+        labels = batch.labels[here].to(self.device, non_blocking=True)
         if config.data.flip:
             images = random_flip(images, philox)
         draws = draw_step(config.objective, philox, (config.model.latent_tokens, config.model.latent_channels))
         masks = None
         if self.lpips is not None and config.perceptual.dropout:
             masks = dropout_masks(philox, tap_shapes(*images.shape[2:]))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.train.precision == "bfloat16"):
-            return training_losses(self.state.model, images, labels, draws, config, self.lpips, masks)
+        return images, labels, draws, masks
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bfloat16")
+
+    def save_pictures(self) -> None:
+        """All processes draw them together, since each may hold a part of the weights; the main one writes."""
+        self.report.save_pictures(self.log.rows if self.log else [])
 
     def write_metrics(self) -> None:
         self.check_finite()
-        steps = self.state.step - self.logged_step
+        means, speed = self.averages.take(), self.speed.row(self.state.step - self.logged_step)
+        self.logged_step = self.state.step
+        if not self.ranks.main:
+            return
         row = {
             "step": self.state.step,
             "epoch": self.state.step * self.config.train.batch_size / len(self.source),
-            **self.averages.take(),
+            **means,
             "lr": self.state.last_learning_rate,
-            **self.speed.row(steps),
+            "skipped_steps": int(self.state.skipped_steps),
+            **speed,
         }
-        self.logged_step = self.state.step
         self.log.write(row)
         self.report.show(row)
         if spike := loss_spike(self.log.rows):
@@ -198,19 +252,23 @@ class Trainer:
 
     def save(self) -> None:
         self.check_finite()
-        self.log.flush()
         progress = {"averages": self.averages.state_dict(), "loader": self.loader.state_dict()}
         progress["decoder"] = self.choice.decoder
         path = ckpt.step_path(self.folder / "checkpoints", self.state.step)
-        tensors = self.state.tensors()
+        tensors = {name: whole(tensor) for name, tensor in self.state.tensors().items()}
         # A loss of this step can be finite although its update was not.
         if not all(bool(value.isfinite().all()) for value in tensors.values()):
             raise UserError(f"the weights after step {self.state.step} are not finite; {self.last_good()}")
+        if not self.ranks.main:
+            return
+        self.log.flush()
         ckpt.save_checkpoint(path, self.config, self.state.step, progress, tensors)
         ckpt.point_latest(path)
         ckpt.prune(path.parent, self.config.train.keep_every, self.state.step)
 
     def check_finite(self) -> None:
+        if self.config.optim.nonfinite == "skip":
+            return
         bad = self.averages.bad_step()
         if bad is not None:
             raise UserError(f"the loss or gradient of step {bad} is not finite; {self.last_good()}")
@@ -221,8 +279,10 @@ class Trainer:
 
     def close(self) -> None:
         self.loader.close()
-        self.profiler.close()
-        self.log.close()
+        if self.profiler:
+            self.profiler.close()
+        if self.log:
+            self.log.close()
 
 
 def use_threads(threads: int) -> None:
@@ -281,13 +341,6 @@ def flatten(tree: dict, path: str = "") -> dict:
     for key, value in tree.items():
         flat |= flatten(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
     return flat
-
-
-def compile_blocks(model: UNITE) -> None:
-    """Compile each transformer block on its own: blocks of one kind share the compiled code."""
-    torch._dynamo.config.recompile_limit = 64  # a block meets several sequence lengths, each compiled for itself
-    for block in (*model.encoder.blocks, *model.decoder.layers):
-        block.compile(dynamic=False)
 
 
 def random_flip(images: Tensor, philox: Philox) -> Tensor:

@@ -1,0 +1,253 @@
+"""Several processes as one: who they are, how they share the training state, which gradients they add up and when.
+
+One mechanism serves every strategy, PyTorch's `fully_shard` on a mesh of R x S processes. Each of R groups holds the
+whole training state, cut into S parts: ddp is N x 1, fsdp 1 x N, hsdp nodes x processes of a node. A single process
+shards nothing and has plain tensors.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import Shard
+
+from unite_fast.config import Config, ParallelConfig, require
+from unite_fast.model.unite import UNITE
+from unite_fast.optim.groups import split_parameters
+
+REPLICATED_SHARE = 0.25
+"""Of a device's memory: a training state up to this size is replicated (see `choose_strategy`)."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of the run, as torchrun counts them."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    per_node: int = 1
+    """Processes on each machine."""
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    @property
+    def nodes(self) -> int:
+        return self.world // self.per_node
+
+    def share(self, batch_size: int, micro_batch: int) -> tuple[slice, int]:
+        """This process's places in the global batch, and how many of them go through the model at once.
+
+        Raises:
+            UserError: the batch cannot be divided so.
+        """
+        share = batch_size // self.world
+        require(
+            batch_size % self.world == 0,
+            f"train.batch_size is {batch_size}; it must be a multiple of the number of processes ({self.world})",
+        )
+        micro = min(micro_batch or share, share)
+        require(
+            share % micro == 0,
+            f"train.micro_batch is {micro_batch}; it must divide the {share} images of train.batch_size "
+            f"({batch_size}) that each of {self.world} processes has",
+        )
+        return slice(self.rank * share, (self.rank + 1) * share), micro
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean of a tensor over all processes, the same on each."""
+        if self.world > 1:
+            distributed.all_reduce(values)
+            values /= self.world
+        return values
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            distributed.barrier()
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def joined(device: str, timeout: float) -> Iterator[tuple[Ranks, torch.device]]:
+    """Find the other processes by the environment variables that torchrun sets; alone where there are none.
+
+    Args:
+        device: cpu or cuda; of several CUDA devices, this process takes the one of its number on the machine.
+        timeout: seconds; see `ParallelConfig`.
+
+    Raises:
+        UserError: more processes on a machine than it has CUDA devices.
+    """
+    names = {"rank": "RANK", "world": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "per_node": "LOCAL_WORLD_SIZE"}
+    ranks = Ranks(**{name: int(os.environ[key]) for name, key in names.items() if key in os.environ})
+    if ranks.world == 1:
+        yield ranks, torch.device(device)
+        return
+    own, backend = torch.device(device), "gloo"
+    if device == "cuda":
+        devices = torch.cuda.device_count()
+        require(
+            ranks.local_rank < devices,
+            f"{ranks.per_node} processes on this machine, but torch sees {devices} CUDA devices; start one for each",
+        )
+        own, backend = torch.device(device, ranks.local_rank), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(own)
+    distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    try:
+        yield ranks, own
+    finally:
+        distributed.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Strategy:
+    name: str
+    """ddp, fsdp or hsdp; none for a single process."""
+    mesh: tuple[int, int]
+    """R and S: groups that hold the same, and the processes that each is divided among."""
+    why: str
+    reshard: bool
+    """Whether a block lets go of its gathered weights after each pass; otherwise it keeps them until the step ends."""
+
+
+def choose_strategy(config: ParallelConfig, ranks: Ranks, state: int, memory: int) -> Strategy:
+    """How the processes share the training state, and why so.
+
+    Replication is the cheaper way for as long as it fits. It sends each gradient once a step (8 bytes a parameter, a
+    float32 all-reduce); sharding sends the weights too, in bfloat16 and in every micro-batch: forward and backward, for
+    the tokenizer's pass and the flow's (4 + 8 m bytes for m micro-batches). A state of at most a quarter of the memory
+    leaves three quarters to activations, and sharding it could not spare more than that quarter.
+
+    Args:
+        state: bytes of the whole training state.
+        memory: bytes of one process's device.
+
+    Raises:
+        UserError: hsdp on machines with different numbers of processes.
+    """
+    if ranks.world == 1:
+        return Strategy("none", (1, 1), "one process", False)
+    limit = REPLICATED_SHARE * memory
+    size = f"the training state takes {state / 1e9:.2f} GB"
+    name, why = config.strategy, "as set"
+    if name == "auto" and state <= limit:
+        name, why = "ddp", f"{size}, and up to {limit / 1e9:.1f} GB, a quarter of a device's memory, is replicated"
+    elif name == "auto":
+        name = "hsdp" if ranks.nodes > 1 else "fsdp"
+        where = "within each machine" if ranks.nodes > 1 else "over all processes"
+        why = f"{size}, above {limit / 1e9:.1f} GB, a quarter of a device's memory: it is divided {where}"
+    mesh = {"ddp": (ranks.world, 1), "fsdp": (1, ranks.world), "hsdp": (ranks.nodes, ranks.per_node)}[name]
+    require(
+        mesh[0] * mesh[1] == ranks.world,
+        f"hsdp wants as many processes on each machine, but {ranks.world} are no multiple of the {ranks.per_node} "
+        "here; start as many on each, or set parallel.strategy=fsdp",
+    )
+    # What a process holds whole it would only copy again.
+    return Strategy(name, mesh, why, config.reshard_after_forward and mesh[1] > 1)
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Of the whole training state in float32: parameters, gradients, averages, Muon's momentum, AdamW's two moments."""
+    muon, adamw = (sum(p.numel() for p in part.values()) for part in split_parameters(model))
+    return 4 * (4 * muon + 5 * adamw)
+
+
+def device_memory(device: torch.device, ranks: Ranks) -> int:
+    """Bytes that this process may use: its device's, or its part of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks.per_node
+
+
+def build_model(config: Config, ranks: Ranks, device: torch.device) -> tuple[UNITE, Strategy]:
+    """A model with start values, sharded if there are several processes. No process ever holds all of a sharded model:
+    it is built without memory, divided, and filled one parameter at a time."""
+    with torch.device("meta"):
+        model = UNITE(config.model)
+    strategy = choose_strategy(config.parallel, ranks, state_bytes(model), device_memory(device, ranks))
+    if config.train.compile:
+        compile_blocks(model)
+    if ranks.world > 1:
+        mesh = init_device_mesh(device.type, strategy.mesh, mesh_dim_names=("replicate", "shard"))
+        shard(model, mesh, strategy.reshard, config.train.precision)
+    model.to_empty(device=device)
+    model.initialize(config.seed)
+    if ranks.world > 1:
+        # FSDP takes what runs first for the root of everything; a run may begin by drawing with the encoder alone.
+        fully_shard.state(model)._lazy_init()
+    return model, strategy
+
+
+def compile_blocks(model: UNITE) -> None:
+    """Compile each transformer block on its own: blocks of one kind share the compiled code."""
+    torch._dynamo.config.recompile_limit = 64  # a block meets several sequence lengths, each compiled for itself
+    for block in (*model.encoder.blocks, *model.decoder.layers):
+        block.compile(dynamic=False)
+
+
+def shard(model: UNITE, mesh: DeviceMesh, reshard: bool, precision: str) -> None:
+    """Divide a model's parameters over a mesh, one group for each block and decoder layer, one for all adaLN Linears,
+    and one for what else the encoder, the decoder and the model have.
+
+    Blocks, layers and adaLN Linears are gathered in bfloat16 where training is in bfloat16: their products are anyway.
+    The rest (time embedding, tables, outer norms) is small, and float32: in bfloat16 it would make the residual so.
+    Gradients are added up in float32, and the weights that the optimizers see are float32.
+    """
+    groups, parts = mesh.shape
+    low = torch.bfloat16 if precision == "bfloat16" else None
+    # Inputs keep their precision: the residual is float32.
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    inner = dict(mesh=mesh, shard_placement_fn=placement(parts), mp_policy=policy)
+    outer = dict(mesh=mesh, shard_placement_fn=placement(parts), reshard_after_forward=False)
+    for block in (*model.encoder.blocks, *model.decoder.layers):
+        fully_shard(block, reshard_after_forward=reshard, **inner)
+    fully_shard(list(model.encoder.modulation), reshard_after_forward=reshard, **inner)
+    for module in (model.encoder, model.decoder, model):
+        fully_shard(module, **outer)
+    # The model has no forward pass of its own. These use its LayerNorm; `decode` is the decoder's alone.
+    for method in ("tokenize", "denoise", "denoising_loss"):
+        register_fsdp_forward_method(model, method)
+    # What it warns of, a change in place of what a module returned, no code here does.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    # Gloo knows no mean, and NCCL's may be wrong of one process, as across the groups of fsdp.
+    if mesh.device_type == "cpu" or groups == 1:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
+
+
+def placement(parts: int):
+    """Where `fully_shard` cuts a parameter: along its first dimension or, where that is shorter than the parts, along
+    the first other one that can be divided evenly."""
+
+    def place(parameter: nn.Parameter) -> Shard | None:
+        if parameter.shape[0] >= parts:
+            return None
+        return next((Shard(dim) for dim, n in enumerate(parameter.shape) if dim and n % parts == 0), None)
+
+    return place
+
+
+def reduce_gradients(model: UNITE, strategy: Strategy, decoder: bool, rest: bool) -> None:
+    """Whether the next backward pass adds the gradients up over the processes, those of the decoder and the others.
+
+    Else they stay where they are, and a later pass adds them up with its own. `rest` marks a step's last pass.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(rest)
+        model.decoder.set_requires_gradient_sync(decoder)
+        # After the last pass always: the optimizers change the parts, and what was gathered of them is of the past.
+        model.set_reshard_after_backward(strategy.reshard or rest)
