@@ -104,7 +104,7 @@ class Speedometer:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
         gpu = recognise(name)
         self.peak = gpu.tflops * 1e12 if gpu else None
-        self.about = f"MFU: {self.image_flops / 1e9:.1f} GFLOP an image, "
+        self.about = f"MFU: {self.image_flops / 1e9:.4g} GFLOP an image, "
         if gpu:
             self.about += f"as a share of {gpu.tflops:g} dense bfloat16 TFLOP/s of {name} ({gpu.source})"
         else:
