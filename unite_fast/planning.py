@@ -11,6 +11,7 @@ from unite_fast import flops, memory
 from unite_fast.config import Config, require
 from unite_fast.errors import UserError
 from unite_fast.hardware import GPU
+from unite_fast.training import parallel
 
 BLOCK_BYTES = 153
 """Elementwise and norm bytes per (token x channel) of an encoder block, both passes, Triton bodies and a float32
@@ -26,8 +27,6 @@ NEWTON_SCHULZ_BYTES = 58
 """Bytes a parameter: five iterations read an iterate four times and write it once, in bfloat16; 8 to begin."""
 RESERVED = 0.05
 """Share of a GPU's memory that a plan leaves free."""
-DDP_SHARE = 0.25
-"""`auto` replicates the training state while it takes no more than this share of a GPU's memory."""
 RELEASED_IMAGES_PER_S = 102.7
 """Of the released code, UNITE-B, F = 3, a GPU of 8 H200: its authors' 26 minutes an epoch."""
 CPU_SECONDS = {"folder": 4.21e-3, "original": 4.04e-3, "cropped-jpeg": 1.83e-3, "raw": 0.12e-3}
@@ -202,18 +201,11 @@ def shards(strategy: str, cluster: Cluster) -> int:
 
 
 def choose_strategy(config: Config, cluster: Cluster) -> tuple[str, str]:
-    """(ddp, fsdp or hsdp, why)."""
-    asked = config.parallel.strategy
-    if asked != "auto":
-        return asked, "as parallel.strategy says"
-    if cluster.gpus == 1:
-        return "ddp", "one GPU holds everything"
-    state = memory.training_state(config.model).total
-    share = state / (cluster.gpu.memory * 1e9)
-    what = f"the training state takes {state / 1e9:.1f} GB, {share:.0%} of a GPU"
-    if share <= DDP_SHARE:
-        return "ddp", f"{what}; up to {DDP_SHARE:.0%} it is replicated"
-    return ("fsdp" if cluster.nodes == 1 else "hsdp"), f"{what}; above {DDP_SHARE:.0%} it is sharded within a node"
+    """(ddp, fsdp or hsdp, why), as a run would choose."""
+    ranks = parallel.Ranks(world=cluster.gpus, per_node=cluster.gpus_per_node)
+    state = int(memory.training_state(config.model).total)
+    chosen = parallel.choose_strategy(config.parallel, ranks, state, int(cluster.gpu.memory * 1e9))
+    return "ddp" if cluster.gpus == 1 else chosen.name, chosen.why
 
 
 def memory_parts(config: Config, cluster: Cluster, strategy: str, images: int) -> dict[str, float]:
