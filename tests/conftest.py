@@ -338,7 +338,7 @@ def rewrite() -> Callable[[Path, Callable], None]:
 def assert_same_run() -> Callable[[Path, Path], None]:
     """Checks that two runs' latest checkpoints and metrics are equal to the last bit, speeds apart."""
     from unite_fast.training.checkpoint import load_checkpoint
-    from unite_fast.training.metrics import read_rows
+    from unite_fast.training.metrics import of_training, read_rows
 
     def compare(one: Path, other: Path) -> None:
         a, b = load_checkpoint(one), load_checkpoint(other)
@@ -347,13 +347,7 @@ def assert_same_run() -> Callable[[Path, Path], None]:
         assert a.tensors.keys() == b.tensors.keys()
         assert any(name.startswith("optim.") for name in a.tensors)
         assert [name for name, value in a.tensors.items() if not torch.equal(value, b.tensors[name])] == []
-        rows = [
-            [
-                {key: value for key, value in row.items() if key != "images_per_s"}
-                for row in read_rows(folder / "metrics.jsonl")
-            ]
-            for folder in (one, other)
-        ]
+        rows = [[of_training(row) for row in read_rows(folder / "metrics.jsonl")] for folder in (one, other)]
         assert rows[0] == rows[1]
 
     return compare

@@ -303,3 +303,11 @@ def test_a_preset_asked_for_on_the_command_line_replaces_the_sizes_of_the_recipe
 def test_a_preset_that_is_no_name_is_refused():
     with pytest.raises(UserError, match=r"model\.encoder\.preset is \['L'\]"):
         load_config("digits", ("model.encoder.preset=[L]",))
+
+
+def test_a_range_of_steps_is_no_number_to_the_base_60(tmp_path):
+    recipe = tmp_path / "traced.yaml"
+    recipe.write_text("profile: {steps: 10:13}\n")
+    for config in (load_config(str(recipe)), load_config("digits", ("profile.steps=10:13",))):
+        assert config.profile.steps == "10:13" and config.profile.traced == range(10, 13)
+        assert from_tree(Config, yaml.safe_load(yaml.safe_dump(to_tree(config)))) == config

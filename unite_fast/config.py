@@ -246,6 +246,8 @@ class TrainConfig:
     """Steps between sample and reconstruction grids; 0: only at the end."""
     out: str = ""
     """Folder of the run; empty: runs/NAME."""
+    wandb: str = ""
+    """Project on Weights & Biases that gets every logged row; empty: none."""
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
@@ -258,6 +260,28 @@ class TrainConfig:
         )
         require_choice("train.precision", self.precision, ("bfloat16", "float32"))
         require_choice("train.device", self.device, ("auto", "cpu", "cuda"))
+
+
+@dataclass
+class ProfileConfig:
+    """A trace of some steps by torch's profiler, in the run's folder."""
+
+    steps: str = ""
+    """FIRST:LAST, from step FIRST up to step LAST, which is not traced any more (the first step is 1); empty: none."""
+
+    def __post_init__(self):
+        _ = self.traced
+
+    @property
+    def traced(self) -> range:
+        """The steps to trace."""
+        if not self.steps:
+            return range(0)
+        first, colon, last = self.steps.partition(":")
+        whole = bool(colon) and all(part.isdecimal() and len(part) < 19 for part in (first, last))
+        require(whole, f"profile.steps is {self.steps!r}; write FIRST:LAST, for example 10:13")
+        require(0 < int(first) < int(last), f"profile.steps is {self.steps}; FIRST must be at least 1 and below LAST")
+        return range(int(first), int(last))
 
 
 @dataclass
@@ -320,6 +344,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 

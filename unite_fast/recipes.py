@@ -18,6 +18,15 @@ from unite_fast.config import PRESETS, Config, require
 from unite_fast.errors import UserError
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without YAML 1.1's numbers to the base 60: 10:13 is text, a range of steps, and not 613."""
+
+    def resolve(self, kind, value, implicit):
+        if kind is yaml.ScalarNode and ":" in value:
+            implicit = (False, implicit[1])
+        return super().resolve(kind, value, implicit)
+
+
 def load_config(recipe: str | None = None, overrides: tuple[str, ...] = ()) -> Config:
     """The settings of a recipe with `key=value` overrides applied.
 
@@ -33,7 +42,7 @@ def load_config(recipe: str | None = None, overrides: tuple[str, ...] = ()) -> C
         key, equals, text = override.partition("=")
         require(bool(equals) and bool(key), f"{override!r} is not an override; write key=value, e.g. train.steps=100")
         try:
-            value = yaml.safe_load(text) if text else ""
+            value = yaml.load(text, _Loader) if text else ""
         except yaml.YAMLError as error:
             raise UserError(f"{key}: {text!r} is not a value that YAML can read") from error
         _assign(tree, key.split("."), value)
@@ -46,7 +55,7 @@ def read_recipe(recipe: str) -> dict:
         path = Path(str(resources.files("unite_fast") / "configs" / f"{recipe}.yaml"))
     require(path.is_file(), f"there is no recipe {recipe}; recipes here: {', '.join(shipped_recipes())}")
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
     require(isinstance(tree, dict), f"{path} must be a mapping of settings")

@@ -1,15 +1,20 @@
 """The means that are logged, and the files that hold them."""
 
 import json
+import math
 import os
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from unite_fast.config import Config
 from unite_fast.errors import UserError
+from unite_fast.flops import image_flops
+from unite_fast.hardware import find_gpu
 from unite_fast.objective import Losses
-from unite_fast.training.metrics import Averages, MetricsLog, read_rows
+from unite_fast.training import metrics
+from unite_fast.training.metrics import Averages, MetricsLog, Speedometer, loss_spike, of_training, read_rows
 
 
 def losses(value: float) -> Losses:
@@ -58,6 +63,88 @@ def test_the_first_step_that_is_not_finite_is_remembered(bad, where):
         value = bad if step in (3, 5) else 1.0
         averages.add(step, losses(value if where == "losses" else 1.0), torch.tensor(value))
         assert averages.bad_step() == (3 if step >= 3 else None)
+    # Neither step is in the means.
+    means = averages.take()
+    assert (means["total"], means["flow"], means["grad_norm"]) == (1.0, 3.0, 1.0)
+
+
+def averaged_by(rank: int) -> Averages:
+    """What a rank of two has summed after three steps; rank 1 met a bad number in the second."""
+    averages = Averages(torch.device("cpu"))
+    for step in (1, 2, 3):
+        averages.add(step, losses(step + 10.0 * rank), torch.tensor(float(step)))
+    return averages
+
+
+def two_ranks() -> dict:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    averages, bad = averaged_by(rank), averaged_by(rank)
+    found = {"before": averages.bad_step(), "state": averages.state_dict()}
+    for each in (averages, bad):
+        each.add(4, losses(math.nan if rank and each is bad else 1.0), torch.tensor(1.0))
+    found |= {"means": averages.take(), "bad": bad.bad_step()}
+    resumed = Averages(torch.device("cpu"))
+    resumed.load_state_dict(json.loads(json.dumps(found["state"])))
+    resumed.add(4, losses(1.0), torch.tensor(1.0))
+    return found | {"resumed": resumed.take(), "memory": Speedometer(Config(), torch.device("cpu")).memory()}
+
+
+def test_ranks_share_their_means_and_their_bad_steps(ranks):
+    one, other = ranks(2, two_ranks)
+    assert one == other
+    assert one["before"] is None and one["bad"] == 4
+    # Ranks 0 and 1 had 1, 2, 3 and 11, 12, 13, and both 1 in the end.
+    assert one["means"]["total"] == (6 + 36 + 2) / 8 and one["means"]["grad_norm"] == 7 / 4
+    assert one["state"] == {"sums": [21.0, 42.0, 84.0, 63.0, 6.0], "count": 3}
+    assert one["resumed"] == one["means"]
+
+
+class Elapsed:
+    """A clock whose interval has taken two seconds."""
+
+    def take(self) -> tuple[float, dict[str, float]]:
+        return 2.0, {"data": 0.5, "forward": 1.0, "other": 0.5}
+
+
+def test_a_row_has_rates_parts_and_memory(tiny_config):
+    speed = Speedometer(tiny_config, torch.device("cpu"))
+    assert speed.about.endswith("no peak of a CPU is known (unite_fast/hardware.py)")
+    speed.clock = Elapsed()
+    found = speed.row(4)
+    assert 0.01 < found.pop("memory_gb") < 100
+    parts = {"seconds_data": 0.125, "seconds_forward": 0.25, "seconds_other": 0.125}
+    assert found == {"images_per_s": 4 * 6 / 2, "images_per_s_per_gpu": 12.0, **parts}
+    assert of_training({"step": 1, "total": 2.0, "lr": 0.1, **found, "mfu": 0.3}) == {
+        "step": 1,
+        "total": 2.0,
+        "lr": 0.1,
+    }
+
+
+def test_mfu_is_the_work_done_over_the_peak(tiny_config, monkeypatch):
+    monkeypatch.setattr(metrics, "recognise", lambda name: find_gpu("h100"))
+    speed = Speedometer(tiny_config, torch.device("cpu"))
+    speed.clock = Elapsed()
+    assert speed.row(4)["mfu"] == pytest.approx(12 * image_flops(tiny_config) / 989e12)
+    assert "989 dense bfloat16 TFLOP/s" in speed.about
+
+
+def rows_of(totals: list[float]) -> list[dict]:
+    return [{"step": 50 * i, "total": total} for i, total in enumerate(totals, start=1)]
+
+
+def test_a_loss_far_above_the_rows_before_it_is_a_spike():
+    calm = [2.0, 2.1, 1.9, 2.0, 2.1, 1.9, 2.0, 2.1, 1.9, 2.0]
+    mean, deviation = 2.0, (6 * 0.01 / 9) ** 0.5
+    assert loss_spike(rows_of([*calm, mean + 5.9 * deviation])) is None
+    line = loss_spike(rows_of([*calm, mean + 6.1 * deviation]))
+    assert line.startswith("loss spike: 2.49") and "550" in line and "the 10 rows before have 2.0000" in line
+    assert loss_spike(rows_of([*calm, 0.1])) is None
+    # Too few rows to know what is usual; and a run that falls from far above is not compared with its start.
+    assert loss_spike(rows_of([*calm[1:], 9.0])) is None
+    assert loss_spike(rows_of([90.0, *calm, *calm, 9.0])) is not None
+    assert loss_spike(rows_of([])) is loss_spike(rows_of([1.0])) is None
 
 
 def test_rows_and_events_can_be_read_back(tmp_path):

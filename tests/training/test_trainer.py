@@ -16,7 +16,7 @@ from unite_fast.errors import UserError
 from unite_fast.recipes import load_config, to_tree
 from unite_fast.training.checkpoint import load_checkpoint
 from unite_fast.training.checkpoint_files import step_folders, step_of
-from unite_fast.training.metrics import read_rows
+from unite_fast.training.metrics import of_training, read_rows
 from unite_fast.training.trainer import Trainer, check_same_settings, stop_on_signals, train
 
 
@@ -111,7 +111,12 @@ def test_a_run_leaves_all_that_is_promised(trained_folder):
     rows = [json.loads(line) for line in (trained_folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [5, 10, 15, 20]
     for row in rows:
-        assert row.keys() == {"step", "epoch", "total", "l1", "lpips", "flow", "grad_norm", "lr", "images_per_s"}
+        losses = {"step", "epoch", "total", "l1", "lpips", "flow", "grad_norm", "lr", "skipped_steps"}
+        parts = {f"seconds_{part}" for part in ("data", "forward", "backward", "optimizer", "other")}
+        # No MFU: nobody publishes a CPU's peak.
+        assert row.keys() == losses | parts | {"images_per_s", "images_per_s_per_gpu", "memory_gb"}
+        assert row["images_per_s"] * sum(row[part] for part in parts) == pytest.approx(8)
+        assert of_training(row).keys() == losses
         assert row["epoch"] == pytest.approx(row["step"] * 8 / 1437)
         assert row["total"] == pytest.approx(row["l1"] + row["flow"], rel=1e-6)
         assert min(row["l1"], row["flow"], row["grad_norm"], row["lr"], row["images_per_s"]) > 0

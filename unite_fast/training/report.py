@@ -70,7 +70,8 @@ class Report:
 
     def show(self, row: dict) -> None:
         lpips = f" lpips {row['lpips']:.4f}" if self.config.perceptual.weight else ""
-        line = f"{row['images_per_s']:.0f} img/s  l1 {row['l1']:.4f}{lpips} flow {row['flow']:.3f}"
+        mfu = f" mfu {row['mfu']:.1%}" if "mfu" in row else ""
+        line = f"{row['images_per_s']:.0f} img/s{mfu}  l1 {row['l1']:.4f}{lpips} flow {row['flow']:.3f}"
         self.bar.update(self.task, line=line)
         if not self.console.is_terminal:
             per_step = (time.perf_counter() - self.begun) / (self.state.step - self.first_step)

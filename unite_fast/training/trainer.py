@@ -30,23 +30,26 @@ from unite_fast.training.endurance import (
     stop_on_signals,
     write_status,
 )
-from unite_fast.training.metrics import Averages, MetricsLog
+from unite_fast.training.metrics import Averages, MetricsLog, Speedometer, loss_spike
 from unite_fast.training.parallel import ALONE, Ranks, build_model, joined, reduce_gradients
+from unite_fast.training.profiling import StepProfiler
 from unite_fast.training.report import Report
 from unite_fast.training.state import TrainState
+from unite_fast.training.wandb_log import WandbLog
 
 FREE_ON_RESUME = {
     "name",
     "data.path",
     "data.loader",
     "data.workers",
+    "profile.steps",
     "parallel.strategy",
     "parallel.reshard_after_forward",
     "parallel.timeout",
     "optim.nonfinite",
     *(
         f"train.{key}"
-        for key in ("steps", "device", "log_every", "checkpoint_every", "keep_every", "picture_every", "out")
+        for key in ("steps", "device", "log_every", "checkpoint_every", "keep_every", "picture_every", "out", "wandb")
     ),
 }
 """Settings that a resumed run may change: they do not change what a step computes."""
@@ -134,13 +137,17 @@ class Trainer:
         if ranks.world > 1:
             each = config.train.batch_size // ranks.world
             self.report.say(f"{ranks.world} processes of {each} images: {self.strategy.name}; {self.strategy.why}")
+        wandb = WandbLog(config, self.folder) if config.train.wandb and ranks.main else None
         # Only now, so that a mistake found above leaves no folder that counts as a run; in no process.
         ranks.wait()
-        self.log = None
+        self.log = self.profiler = None
         if ranks.main:
             write_config(self.folder, config)
             write_status(self.folder, running())
-            self.log = MetricsLog(self.folder, self.state.step)
+            self.log = MetricsLog(self.folder, self.state.step, wandb)
+            self.profiler = StepProfiler(config.profile, self.folder, self.device, self.report.say)
+        self.speed = Speedometer(config, self.device)
+        self.report.say(self.speed.about)
 
     def restore(self, found: Checkpoint) -> None:
         before = found.progress.get("decoder", self.choice.decoder)
@@ -159,12 +166,18 @@ class Trainer:
 
     def run(self) -> Outcome:
         config, state = self.config.train, self.state
-        begun = self.clock = time.perf_counter()
+        begun = time.perf_counter()
         self.logged_step, stopped_by = self.first_step, 0
+        self.speed.clock.start()
         with stop_on_signals(self.peers) as stop, self.report.progress_bar():
             while state.step < config.steps and not (stopped_by := self.stopped(stop)):
-                batch = self.read()
+                if self.profiler:
+                    self.profiler.before(state.step + 1)
+                with self.speed.clock.part("data"):
+                    batch = self.read()
                 losses, grad_norm = self.step(batch)
+                if self.profiler:
+                    self.profiler.after(state.step)
                 self.averages.add(state.step, losses, grad_norm)
                 if state.step % config.log_every == 0:
                     self.write_metrics()
@@ -205,7 +218,8 @@ class Trainer:
         sums = torch.zeros(4, device=self.device)
         for part in range(parts):
             sums += self.micro_step(batch, part, parts) / parts
-        return Losses(*self.ranks.mean(sums).unbind()), self.state.apply_gradients()
+        with self.speed.clock.part("optimizer"):
+            return Losses(*self.ranks.mean(sums).unbind()), self.state.apply_gradients()
 
     def micro_step(self, batch: Batch, part: int, parts: int) -> Tensor:
         """Add to the gradients what one of `parts` micro-batches gives: of the tokenizer and decoder first, whose
@@ -215,20 +229,22 @@ class Trainer:
         Returns:
             Its losses [4], in the order of `Losses`.
         """
-        config, model, last = self.config, self.state.model, part == parts - 1
+        config, model, last, clock = self.config, self.state.model, part == parts - 1, self.speed.clock
         # The first one compiles.
         self.watchdog.beat(self.state.step + 1, "computing", patient=self.state.step == self.first_step)
         images, labels, draws, masks = self.inputs(batch, part * self.micro)
         # Two contexts: autocast keeps weights it has cast, and with them the first pass's graph.
-        with self.autocast():
+        with clock.part("forward"), self.autocast():
             reconstruction = reconstruct(model, images, draws, config, self.lpips, masks)
         reduce_gradients(model, self.strategy, decoder=last, rest=False)
-        (reconstruction.loss / parts).backward()
-        with self.autocast():
+        with clock.part("backward"):
+            (reconstruction.loss / parts).backward()
+        with clock.part("forward"), self.autocast():
             flow = flow_losses(model, reconstruction.z, labels, draws)
         weighted = config.objective.flow_weight * flow
         reduce_gradients(model, self.strategy, decoder=last, rest=last)
-        (weighted / parts).backward()
+        with clock.part("backward"):
+            (weighted / parts).backward()
         total = reconstruction.loss.detach() + weighted.detach()
         return torch.stack([total, reconstruction.l1, flow.detach(), reconstruction.lpips])
 
@@ -258,21 +274,22 @@ class Trainer:
     def write_metrics(self) -> None:
         self.watchdog.beat(self.state.step, "writing metrics")
         self.check_finite()
-        means = self.averages.take()
+        means, speed = self.averages.take(), self.speed.row(self.state.step - self.logged_step)
+        self.logged_step = self.state.step
         if not self.ranks.main:
             return
-        now = time.perf_counter()
-        steps = self.state.step - self.logged_step
         row = {
             "step": self.state.step,
             "epoch": self.state.step * self.config.train.batch_size / len(self.source),
             **means,
             "lr": self.state.last_learning_rate,
-            "images_per_s": steps * self.config.train.batch_size / (now - self.clock),
+            "skipped_steps": int(self.state.skipped_steps),
+            **speed,
         }
-        self.clock, self.logged_step = now, self.state.step
         self.log.write(row)
         self.report.show(row)
+        if spike := loss_spike(self.log.rows):
+            self.report.say(spike)
 
     def save(self) -> None:
         self.watchdog.beat(self.state.step, "saving a checkpoint", patient=True)
@@ -305,6 +322,8 @@ class Trainer:
             self.checkpoints.close()
         finally:
             self.loader.close()
+            if self.profiler:
+                self.profiler.close()
             if self.log:
                 self.log.close()
 

@@ -1,0 +1,50 @@
+#!/bin/bash
+# Trains on several machines of a Slurm cluster, without containers, and comes back by itself until it is done:
+#
+#   sbatch --nodes 4 --time 12:00:00 docs/launch/slurm.sh imagenet256_b data.source=shards data.path=/data/shards/train
+#
+# What stands after the script goes to `unite-fast train`. Needs: the same virtual environment (VENV) and the same run
+# folder (RUN, on a shared file system) on all machines.
+#SBATCH --job-name=unite-fast
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --exclusive
+#SBATCH --time=12:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=unite-fast-%j.log
+# Five minutes before the time is over, every process of the job's step gets SIGUSR1: save and end.
+#SBATCH --signal=USR1@300
+set -euo pipefail
+
+VENV=${VENV:-$HOME/unite-fast}
+RUN=${RUN:-$PWD/runs/$(basename "${1:?which recipe?}" .yaml)}
+GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-8}
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# A port of this job's own, so that two jobs may share a machine.
+PORT=$((20000 + SLURM_JOB_ID % 20000))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+
+# Slurm signals all processes of the step. torchrun itself must not act on it: it would end the others after 30 seconds,
+# and pass the signal on, so that they got it twice. What a shell ignores, the programs that it becomes ignore.
+launch() {
+    trap '' USR1 TERM
+    exec "$VENV/bin/torchrun" \
+        --nnodes "$SLURM_NNODES" --nproc-per-node "$GPUS_PER_NODE" \
+        --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" --rdzv-endpoint "$HEAD:$PORT" \
+        --max-restarts 20 --signals-to-handle SIGINT,SIGHUP,SIGQUIT \
+        -m unite_fast train "$@" "train.out=$RUN" --resume
+}
+export -f launch
+export VENV RUN GPUS_PER_NODE HEAD PORT
+
+ended=0
+srun --kill-on-bad-exit=0 --wait=120 bash -c 'launch "$@"' launch "$@" || ended=$?
+
+# What a run says of itself when it was asked to stop and has saved; see docs/multi-node.md.
+if [[ -f $RUN/status && $(<"$RUN/status") == stopped* ]]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$ended"

@@ -1,0 +1,95 @@
+"""The launch files and the page that describes them: they parse, they agree, and their commands are ours."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from torch.distributed.run import get_args_parser
+
+from unite_fast.hardware import find_gpu
+from unite_fast.planning import Cluster, make_plan
+from unite_fast.recipes import load_config
+
+DOCS = Path(__file__).parents[1] / "docs"
+SLURM, KUBERNETES = DOCS / "launch" / "slurm.sh", DOCS / "launch" / "kubernetes.yaml"
+PAGE = (DOCS / "multi-node.md").read_text()
+
+
+def test_the_slurm_script_is_bash():
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("no bash here")
+    checked = subprocess.run([bash, "-n", SLURM], capture_output=True, text=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_the_slurm_script_calls_torchrun_as_it_wants_to_be_called():
+    text = SLURM.read_text()
+    assert "#SBATCH --signal=USR1@300" in text and "trap '' USR1 TERM" in text
+    body = text.split('torchrun" ', 1)[1].split("\n}", 1)[0]
+    words = body.replace("\\\n", " ").replace('"$@"', "imagenet256_b").split()
+    words = [re.sub(r"\$GPUS_PER_NODE|\$SLURM_NNODES", "8", word.strip('"')) for word in words]
+    options = get_args_parser().parse_args(words)
+    assert (options.module, options.training_script) == (True, "unite_fast")
+    assert "SIGUSR1" not in options.signals_to_handle and "SIGTERM" not in options.signals_to_handle
+    assert options.training_script_args[:2] == ["train", "imagenet256_b"]
+    assert options.training_script_args[-1] == "--resume"
+
+
+def test_the_kubernetes_example_is_of_one_piece():
+    service, job = yaml.safe_load_all(KUBERNETES.read_text())
+    assert (service["kind"], job["kind"]) == ("Service", "Job")
+    spec = job["spec"]
+    pod = spec["template"]["spec"]
+    container = pod["containers"][0]
+    program, *arguments = container["command"]
+    options = get_args_parser().parse_args(arguments)
+    assert program == "torchrun" and (options.module, options.training_script) == (True, "unite_fast")
+    assert spec["completionMode"] == "Indexed"
+    assert spec["completions"] == spec["parallelism"] == int(options.nnodes)
+    assert int(options.nproc_per_node) == container["resources"]["limits"]["nvidia.com/gpu"]
+    # The first Pod of an indexed Job is JOB-0.SUBDOMAIN, and the Service gives it that name.
+    host, port = options.rdzv_endpoint.split(":")
+    assert host == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    assert pod["subdomain"] == service["metadata"]["name"] and service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    assert service["spec"]["ports"][0]["port"] == container["ports"][0]["containerPort"] == int(port)
+    assert options.shutdown_timeout < pod["terminationGracePeriodSeconds"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+    command, recipe, *settings = options.training_script_args
+    assert command == "train" and settings.pop() == "--resume"
+    assert load_config(recipe, tuple(settings)).data.source == "shards"
+
+
+def test_the_page_s_predictions_are_those_of_plan():
+    rows = re.findall(r"^\| `(imagenet256_\w+)` \| (\d+) x 8 (\w+) \| (.*) \|$", PAGE, re.MULTILINE)
+    assert {row[0] for row in rows} == {"imagenet256_b", "imagenet256_l", "imagenet256_xl"}
+    for recipe, nodes, gpu, rest in rows:
+        found = make_plan(load_config(recipe), Cluster(find_gpu(gpu), int(nodes), 8))
+        strategy, passes, used, largest, rate, mfu, hours, bound = rest.split(" | ")
+        images = found.config.train.steps * 1024
+        assert strategy == found.strategy and passes == f"{found.micro_batch} x {found.micro_steps}"
+        assert used == f"{sum(found.memory.values()) / 1e9:.0f} of {found.cluster.gpu.memory}"
+        assert int(largest) == found.largest
+        assert rate == f"{found.slow.images_per_s:.0f} to {found.fast.images_per_s:.0f}"
+        assert mfu == f"{found.slow.share_of_peak:.0%} to {found.fast.share_of_peak:.0%}"
+        fast, slow = (images / speed.images_per_s / 3600 for speed in (found.fast, found.slow))
+        assert hours == f"{fast:.0f} to {slow:.0f}"
+        assert bound == ", ".join(dict.fromkeys((found.fast.bound_by, found.slow.bound_by)))
+
+
+@pytest.mark.parametrize("recipe", ["imagenet256_b", "imagenet256_l", "imagenet256_xl"])
+@pytest.mark.parametrize("nodes", [1, 4, 16])
+def test_the_recipes_keep_their_batch_on_one_machine_and_on_many(recipe, nodes):
+    found = make_plan(load_config(recipe), Cluster(find_gpu("h100"), nodes, 8))
+    assert found.fits and found.micro_batch * found.micro_steps * 8 * nodes == 1024
+    assert found.micro_batch == min(found.config.train.micro_batch, 1024 // (8 * nodes))
+
+
+def test_the_page_names_files_that_exist():
+    for name in set(re.findall(r"(?:docs|unite_fast)/[\w/.-]+\.(?:md|sh|yaml|py)", PAGE)):
+        assert (DOCS.parent / name).is_file(), name

@@ -1,0 +1,56 @@
+"""A trace of some steps by torch's profiler, for chrome://tracing or https://ui.perfetto.dev."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from unite_fast.config import ProfileConfig
+from unite_fast.errors import writing
+
+
+class StepProfiler:
+    """Traces the steps that `profile.steps` asks for and writes RUN/profile/rank0_stepFIRST.json.gz.
+
+    Call `before` and `after` around every step; `close` writes what there is of a trace that a run's end cut short.
+    """
+
+    def __init__(self, config: ProfileConfig, folder: Path, device: torch.device, say: Callable[[str], None]):
+        self.steps, self.folder, self.device, self.say = config.traced, folder / "profile", device, say
+        self.running: profile | None = None
+
+    def before(self, step: int) -> None:
+        """`step` is about to be taken; the first one is 1."""
+        if self.running is None and step in self.steps:
+            activities = [ProfilerActivity.CPU]
+            if self.device.type == "cuda":
+                activities.append(ProfilerActivity.CUDA)
+            self.first = step
+            self.running = profile(activities=activities, record_shapes=True)
+            self.running.start()
+
+    def after(self, step: int) -> None:
+        """
+        Raises:
+            UserError: the trace cannot be written.
+        """
+        if self.running is not None and step + 1 not in self.steps:
+            self.close()
+
+    def close(self) -> None:
+        if self.running is None:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        trace, self.running = self.running, None
+        trace.stop()
+        path = self.folder / f"rank0_step{self.first}.json.gz"
+        # The suffix tells torch to compress, so the name of what is not done yet ends in it too.
+        partial = self.folder / f"partial_{path.name}"
+        with writing(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            trace.export_chrome_trace(str(partial))
+            os.replace(partial, path)
+        self.say(f"profile: {path}; open it in chrome://tracing or https://ui.perfetto.dev")
