@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -213,7 +213,9 @@ class Trainer:
 
     def save_pictures(self) -> None:
         """All processes draw them together, since each may hold a part of the weights; the main one writes."""
-        self.report.save_pictures(self.log.rows if self.log else [])
+        # Sharded weights are gathered in the precision of training, and so must be what they meet.
+        with self.autocast() if self.ranks.world > 1 else nullcontext():
+            self.report.save_pictures(self.log.rows if self.log else [])
 
     def write_metrics(self) -> None:
         self.check_finite()
