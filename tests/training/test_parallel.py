@@ -74,7 +74,7 @@ def alone(settings) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("world", "nodes", "strategy", "micro_batch", "steps"),
-    [(2, 1, "ddp", 2, 20), (4, 2, "hsdp", 1, 20), (8, 1, "fsdp", 0, 8)],
+    [(2, 1, "ddp", 2, 20), (4, 2, "hsdp", 2, 20), (8, 1, "fsdp", 0, 8)],
 )
 def test_losses_are_those_of_one_process(world, nodes, strategy, micro_batch, steps, settings, ranks, alone):
     config = settings(f"parallel.strategy={strategy}", f"train.micro_batch={micro_batch}")
@@ -326,7 +326,8 @@ def train_and_save(config) -> int:
 
 
 def test_a_whole_run_leaves_what_one_process_would(settings, ranks, capfd, trained_folder):
-    config = settings("train.steps=4", "train.log_every=2", "train.checkpoint_every=2", "parallel.strategy=auto")
+    often = ("train.steps=4", "train.log_every=2", "train.checkpoint_every=2")
+    config = settings(*often, "train.precision=bfloat16", "parallel.strategy=auto")
     assert ranks(2, train_and_save, config) == [4, 4]
     out = capfd.readouterr().out
     assert "2 processes of 8 images: ddp; the training state takes 0.00 GB, and up to" in out

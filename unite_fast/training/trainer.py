@@ -1,7 +1,7 @@
 """The training loop and what surrounds it: a run's folder, resuming, stopping."""
 
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -269,7 +269,9 @@ class Trainer:
     def save_pictures(self) -> None:
         """All processes draw them together, since each may hold a part of the weights; the main one writes."""
         self.watchdog.beat(self.state.step, "drawing pictures", patient=True)
-        self.report.save_pictures(self.log.rows if self.log else [])
+        # Sharded weights are gathered in the precision of training, and so must be what they meet.
+        with self.autocast() if self.ranks.world > 1 else nullcontext():
+            self.report.save_pictures(self.log.rows if self.log else [])
 
     def write_metrics(self) -> None:
         self.watchdog.beat(self.state.step, "writing metrics")
