@@ -160,7 +160,8 @@ class Trainer:
         config, state = self.config.train, self.state
         begun = self.clock = time.perf_counter()
         self.logged_step, stopped_by = self.first_step, 0
-        with stop_on_signals(self.peers) as stop, self.report.progress_bar():
+        # `contact` within: torchrun sends the survivors SIGTERM while they find out who is missing.
+        with stop_on_signals(self.peers) as stop, contact(self.watchdog), self.report.progress_bar():
             while state.step < config.steps and not (stopped_by := self.stopped(stop)):
                 batch = self.read()
                 losses, grad_norm = self.step(batch)
