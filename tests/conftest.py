@@ -313,6 +313,27 @@ def wait_until() -> Callable[[Callable[[], bool]], None]:
     return wait
 
 
+@pytest.fixture
+def checkpoint_warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What was said of damaged checkpoints."""
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "unite_fast.checkpoint"]
+
+
+@pytest.fixture(scope="session")
+def rewrite() -> Callable[[Path, Callable], None]:
+    """Writes a run's newest checkpoint again, changed."""
+    from unite_fast.training.checkpoint import Checkpoints, load_checkpoint
+
+    def run(folder: Path, change: Callable) -> None:
+        saved = load_checkpoint(folder)
+        change(saved)
+        checkpoints = Checkpoints(folder / "checkpoints", keep_every=1)
+        checkpoints.save(saved.step, saved.config, saved.progress, saved.tensors)
+        checkpoints.close()
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def assert_same_run() -> Callable[[Path, Path], None]:
     """Checks that two runs' latest checkpoints and metrics are equal to the last bit, speeds apart."""

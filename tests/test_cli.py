@@ -186,7 +186,7 @@ def test_info_says_what_a_checkpoint_holds(command, trained_folder):
     ended = command("info", trained_folder)
     assert ended.status == 0
     first, second, *settings = ended.out.splitlines()
-    assert re.fullmatch(r"step_00000020\.safetensors: digits, 20 optimizer steps, [\d.]+ MiB", first)
+    assert re.fullmatch(r"step_00000020: digits, 20 optimizer steps, [\d.]+ MiB", first)
     assert re.fullmatch(r"parameters: [\d,]+ \(encoder [\d,]+, decoder [\d,]+\)", second)
     assert yaml.safe_load("\n".join(settings)) == yaml.safe_load((trained_folder / "config.yaml").read_text())
 

@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from unite_fast.training.checkpoint import load_checkpoint, save_checkpoint, step_files
+from unite_fast.training.checkpoint import load_checkpoint
+from unite_fast.training.checkpoint_files import step_folders
+from unite_fast.training.model_file import load_model, save_model
 
 TRACE = Path(__file__).parent / "data" / "official_tiny_a.npz"
 
@@ -102,32 +104,43 @@ def test_5_a_truncated_image(refused, command, tiny_run, trained_folder, picture
     assert refused("reconstruct", trained_folder, "none.png") == "cannot read none.png: No such file or directory"
 
 
-@pytest.mark.parametrize("name", ["sample", "info", "evaluate", "export-official", "train", "reconstruct"])
-def test_6_a_corrupt_checkpoint(refused, trained_folder, picture, tiny_run, tmp_path, name):
-    shutil.copytree(trained_folder, tmp_path / "run", symlinks=True)
-    truncate(tmp_path / "run" / "checkpoints" / "step_00000020.safetensors")
-    call = {
+@pytest.mark.parametrize("name", ["sample", "info", "evaluate", "export", "export-official", "train", "reconstruct"])
+def test_6_a_corrupt_checkpoint(
+    command, trained_folder, picture, tiny_run, tmp_path, monkeypatch, checkpoint_warnings, name
+):
+    """Of a run, the one before it is used, said out loud; whoever names it is told of the other."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained_folder, "run", symlinks=True)
+    torn = truncate(Path("run/checkpoints/step_00000020/shard_00001.safetensors"))
+    arguments = {
         "train": (*tiny_run, "train.out=run", "--resume"),
-        "reconstruct": ("run", picture),
-        "export-official": ("run", "out.pt"),
-    }.get(name, ("run",))
-    message = refused(name, *call)
-    assert message.startswith("run/checkpoints/latest.safetensors is not a readable checkpoint, or is incomplete: ")
-    assert message.endswith("; another one is run/checkpoints/step_00000010.safetensors")
+        "evaluate": ("--count", 10, "--steps", 1),
+        "reconstruct": (picture,),
+        "export": ("out.safetensors",),
+        "export-official": ("out.pt",),
+    }.get(name, ())
+    size = torn.stat().st_size
+    damage = f"run/checkpoints/step_00000020 is damaged: {torn.name} has {size} bytes, not "
+    ended = command(name, *(() if name == "train" else ("run",)), *arguments)
+    assert ended.status == 0, ended.err
+    (said,) = checkpoint_warnings()
+    assert said.startswith(damage) and said.endswith("; using run/checkpoints/step_00000010 instead")
+    if name != "train":
+        message = command(name, torn.parent, *arguments).error()
+        assert message.startswith(damage) and message.endswith("; another one is run/checkpoints/step_00000010")
 
 
 def test_7_a_checkpoint_of_another_shape(refused, command, tiny_run, trained_folder, tmp_path):
     message = refused("train", *tiny_run, "model.encoder.width=32", f"train.out={trained_folder}", "--resume")
     assert message.startswith("cannot resume: model.encoder.width is 32 now and was 16 in the run; ")
-    saved = load_checkpoint(trained_folder)
-    saved.tensors["model.latent_norm.weight"] = torch.zeros(7)
-    save_checkpoint(tmp_path / "misfit.safetensors", saved.config, 1, {}, saved.tensors)
+    saved = load_model(trained_folder)
+    misfit = saved.averages | {"latent_norm.weight": torch.zeros(7)}
+    save_model(tmp_path / "misfit.safetensors", saved.config, 1, misfit)
     message = refused("sample", "misfit.safetensors")
-    assert message.startswith(
-        "the weights in misfit.safetensors do not fit its settings: size mismatch for latent_norm"
-    )
+    assert message == ("the weights in misfit.safetensors do not fit its settings: latent_norm.weight is [7], not [4]")
     save_file({"weight": torch.zeros(3)}, tmp_path / "foreign.safetensors")
-    assert refused("info", "foreign.safetensors").endswith("is a safetensors file but no unite_fast checkpoint")
+    message = refused("info", "foreign.safetensors")
+    assert message == "foreign.safetensors is a safetensors file but no model that unite-fast export wrote"
 
 
 def test_8_a_trace_of_a_wrong_format(refused, picture, tmp_path):
@@ -150,7 +163,7 @@ def test_9_a_class_out_of_range(refused, trained_folder, classes):
 
 def test_10_no_space_left(tiny_run, trained_folder, assert_same_run, command, tmp_path):
     """A disk of real size that fills up in the third checkpoint; two are kept."""
-    size = (trained_folder / "checkpoints" / "step_00000020.safetensors").stat().st_size
+    size = (trained_folder / "checkpoints" / "step_00000020" / "shard_00001.safetensors").stat().st_size
     script = """
         mount -t tmpfs -o size="$1" tmpfs "$2" || exit 99
         "$3" -m unite_fast train "${@:4}" train.out="$2"/run
@@ -174,16 +187,12 @@ def test_10_no_space_left(tiny_run, trained_folder, assert_same_run, command, tm
         pytest.skip(f"may not mount a small disk of its own: {ended.stderr.strip()}")
     assert ended.returncode == 2, ended.stderr
     assert ended.stderr == (
-        "error: could not save disk/run/checkpoints/step_00000030.safetensors: Error while serializing: I/O error: No "
-        "space left on device (os error 28); checkpoints saved before are untouched\n"
+        "error: could not save disk/run/checkpoints/step_00000030: No space left on device; "
+        "checkpoints saved before are untouched\n"
     )
     # What was there is whole, and with more space the run goes on as if nothing had been.
     saved = tmp_path / "saved"
-    assert sorted(os.listdir(saved / "checkpoints")) == [
-        "latest.safetensors",
-        "step_00000010.safetensors",
-        "step_00000020.safetensors",
-    ]
+    assert sorted(os.listdir(saved / "checkpoints")) == ["latest", "step_00000010", "step_00000020"]
     assert load_checkpoint(saved).step == 20
     assert command("train", *settings, f"train.out={saved}", "--resume").status == 0
     assert command("train", *settings, f"train.out={tmp_path / 'undisturbed'}").status == 0
@@ -256,13 +265,13 @@ def test_cuda_asked_for_and_absent(refused, trained_folder, monkeypatch):
 def test_a_checkpoint_that_is_not_there(refused, tmp_path):
     assert refused("info", "nowhere") == "there is no checkpoint nowhere"
     (tmp_path / "run").mkdir()
-    assert refused("sample", "run") == "run holds no checkpoint (no latest.safetensors)"
+    assert refused("sample", "run") == "run holds no checkpoint (no latest)"
 
 
 def test_weights_of_nan_draw_nothing(refused, trained_folder, tmp_path):
-    saved = load_checkpoint(trained_folder)
-    saved.tensors["ema.latent_norm.weight"].fill_(float("nan"))
-    save_checkpoint(tmp_path / "nan.safetensors", saved.config, 1, {}, saved.tensors)
+    saved = load_model(trained_folder)
+    saved.averages["latent_norm.weight"].fill_(float("nan"))
+    save_model(tmp_path / "nan.safetensors", saved.config, 1, saved.averages)
     assert refused("sample", "nan.safetensors").startswith("the weights in nan.safetensors are not finite: ")
 
 
@@ -272,7 +281,7 @@ def test_a_run_that_is_there_and_one_that_diverges(refused, tiny_run, trained_fo
     diverging = ("schedule.warmup_steps=4", "schedule.lr=1e30", "train.checkpoint_every=1", "train.out=run")
     message = refused("train", *tiny_run, *diverging)
     good = re.fullmatch(r"the loss or gradient of step (\d+) is not finite; the last good checkpoint is (.*)", message)
-    assert Path(good[2]) == step_files(Path("run/checkpoints"))[-1]
+    assert Path(good[2]) == step_folders(Path("run/checkpoints"))[-1]
     assert load_checkpoint(good[2]).step == int(good[1]) - 1
 
 
@@ -294,6 +303,27 @@ def test_a_run_folder_on_a_read_only_disk(tiny_run, tmp_path):
         pytest.skip(f"may not mount a disk of its own: {ended.stderr.strip()}")
     assert ended.returncode == 2
     assert ended.stderr == "error: cannot write disk/run/config.yaml: Read-only file system\n"
+
+
+def test_checkpoints_on_a_disk_that_became_read_only(tiny_run, trained_folder, tmp_path):
+    shutil.copytree(trained_folder, tmp_path / "run", symlinks=True)
+    script = """
+        mount --bind run/checkpoints run/checkpoints && mount -o remount,bind,ro run/checkpoints || exit 99
+        exec "$1" -m unite_fast train "${@:2}" train.out=run train.steps=22 --resume
+    """
+    call = ["unshare", "-Urm", "bash", "-c", script, "bash", sys.executable, *tiny_run]
+    try:
+        ended = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("needs unshare, to make a folder read-only for root too")
+    if ended.returncode in (1, 99) and "could not save" not in ended.stderr:
+        pytest.skip(f"may not make a folder read-only: {ended.stderr.strip()}")
+    assert ended.returncode == 2
+    assert ended.stderr == (
+        "error: could not save run/checkpoints/step_00000022: Read-only file system; "
+        "checkpoints saved before are untouched\n"
+    )
+    assert load_checkpoint(tmp_path / "run").step == 20
 
 
 def test_a_name_of_two_lines_makes_an_error_of_one(refused):

@@ -112,7 +112,7 @@ def test_pictures_are_read_in_order_and_cropped(tmp_path):
 
 def test_a_description_says_step_size_and_settings(trained_folder):
     text = outputs.describe(trained_folder)
-    assert text.startswith("step_00000020.safetensors: digits, 20 optimizer steps, ")
+    assert text.startswith("step_00000020: digits, 20 optimizer steps, ")
     total, encoder, decoder = (int(part.replace(",", "")) for part in numbers_after(text, "parameters: "))
     assert 0 < total - encoder - decoder < 100, "the LayerNorm between them"
     assert "width: 16" in text and "batch_size: 8" in text

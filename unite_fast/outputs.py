@@ -13,11 +13,10 @@ from torch import Tensor
 from unite_fast.config import require
 from unite_fast.data_pipeline import UnreadableSample, read_image
 from unite_fast.errors import UserError, writing
-from unite_fast.model.unite import UNITE
 from unite_fast.pictures import grid, pairs
 from unite_fast.sampling import check_classes
 from unite_fast.trained import TrainedUNITE, check_drawing
-from unite_fast.training.model_file import load_model
+from unite_fast.training.model_file import empty_network, load_model
 
 
 def choose_labels(classes: str, count: int, num_classes: int) -> Tensor:
@@ -108,7 +107,7 @@ def describe(checkpoint: Path) -> str:
 
     saved = load_model(checkpoint)
     counts = Counter()
-    for name, parameter in UNITE(saved.config.model).named_parameters():
+    for name, parameter in empty_network(saved.config).named_parameters():
         counts[name.split(".")[0]] += parameter.numel()
     path = saved.path.resolve()
     files = path.iterdir() if path.is_dir() else [path]

@@ -14,7 +14,7 @@ from unite_fast.interop.names import COMPUTED, UNREAD, our_name, their_name
 from unite_fast.interop.official import export_official, import_official, load_released, our_state, their_state
 from unite_fast.interop.parity import relative_error
 from unite_fast.model.unite import UNITE
-from unite_fast.training.checkpoint import load_checkpoint
+from unite_fast.training.model_file import load_model
 
 OPTIONS = dict(decoder_heads=2, in_context_start=1)
 """What the tensors of the small model do not tell."""
@@ -96,17 +96,14 @@ def test_imported_model_computes_what_theirs_does(released, meta, theirs, save, 
         assert relative_error(ours.decode(z), plain.decode(z)) < 1e-5
 
 
-def test_imported_checkpoint_holds_the_weights_twice(theirs, save, tmp_path):
+def test_an_imported_model_holds_the_weights_alone(theirs, save, tmp_path):
     import_official(save(theirs), tmp_path / "ours.safetensors", **OPTIONS)
-    saved = load_checkpoint(tmp_path / "ours.safetensors")
-    assert (saved.step, saved.progress, saved.config.name) == (0, {}, "theirs")
+    saved = load_model(tmp_path / "ours.safetensors")
+    assert (saved.step, saved.config.name) == (0, "theirs")
     weights = our_state(theirs)
-    model = {name.removeprefix("model."): t for name, t in saved.tensors.items() if name.startswith("model.")}
-    averages = {name.removeprefix("ema."): t for name, t in saved.tensors.items() if name.startswith("ema.")}
-    assert set(model) | set(averages) == set(weights) == set(model)
-    assert len(model) + len(averages) == len(saved.tensors)
-    for held in (model, averages):
-        assert all(torch.equal(value, weights[name]) for name, value in held.items())
+    assert saved.weights is saved.averages
+    assert saved.weights.keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in saved.weights.items())
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
@@ -148,7 +145,7 @@ def test_sizes_come_from_the_tensors(released, save, tmp_path):
     )
     meta["encoder"] |= {"depth": 5, "hidden_size": 48, "num_heads": 3}
     import_official(save(released.new_state(meta, size=24, seed=0)), tmp_path / "ours.safetensors")
-    model = load_checkpoint(tmp_path / "ours.safetensors").config.model
+    model = load_model(tmp_path / "ours.safetensors").config.model
     assert (model.image_size, model.patch_size, model.latent_tokens, model.latent_channels) == (24, 8, 9, 6)
     assert model.num_classes == 9
     encoder, decoder = model.encoder, model.decoder

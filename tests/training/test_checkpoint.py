@@ -1,21 +1,31 @@
-"""Checkpoints: whole or not there at all, no more of them than asked for, and nothing in them that runs."""
+"""Checkpoints: bit-equal whatever the number of processes and their sharding, written beside the steps, never torn."""
 
 import json
+import multiprocessing
 import os
 import pickletools
+import shutil
+import signal
 import struct
+import threading
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 
 from unite_fast.config import Config
 from unite_fast.errors import UserError
-from unite_fast.recipes import from_tree
-from unite_fast.training import checkpoint as ckpt
-from unite_fast.training.checkpoint import load_checkpoint, save_checkpoint, step_path
+from unite_fast.sharding import local
+from unite_fast.training import checkpoint_files as files
+from unite_fast.training.checkpoint import Checkpoints, load_checkpoint
+from unite_fast.training.checkpoint_files import step_folders, step_of, step_path
 
 PROGRESS = {"averages": {"sums": [0.1 + 0.2, 1e-300], "count": 3}, "loader": {"batch": 7, "skipped": [["a", "b"]]}}
+ERROR = "could not save {}: No space left on device; checkpoints saved before are untouched"
 
 
 @pytest.fixture
@@ -25,6 +35,7 @@ def tensors() -> dict[str, torch.Tensor]:
         "ema.a": torch.randn(5, 123).T,  # strided: safetensors itself refuses it
         "optim.a.step": torch.tensor(3.0),
         "optim.a.momentum": torch.randn(7, dtype=torch.bfloat16),
+        "model.empty": torch.zeros(0, 3),
     }
 
 
@@ -33,194 +44,351 @@ def folder(tmp_path):
     return tmp_path / "run" / "checkpoints"
 
 
-def save(folder, step, tensors, config=None) -> None:
-    """What the trainer does at a checkpoint."""
-    path = step_path(folder, step)
-    save_checkpoint(path, config or Config(), step, PROGRESS, tensors)
-    ckpt.point_latest(path)
+@pytest.fixture
+def checkpoints(folder):
+    made = Checkpoints(folder, keep_every=0)
+    yield made
+    made.writer.shutdown()
+
+
+def save(checkpoints, step, tensors, config=None) -> None:
+    checkpoints.save(step, config or Config(), PROGRESS, tensors)
+    checkpoints.wait()
+
+
+def full_disk(*_) -> None:
+    raise OSError(28, "No space left on device")
 
 
 def steps(folder) -> list[int]:
-    return [ckpt.step_of(path) for path in ckpt.step_files(folder)]
+    return [step_of(path) for path in step_folders(folder)]
 
 
-def test_what_is_saved_is_what_is_loaded(folder, tensors, tiny_config):
-    save(folder, 12, tensors, tiny_config)
-    for path in (folder.parent, folder, folder / "latest.safetensors", str(step_path(folder, 12))):
+def test_what_is_saved_is_what_is_loaded(checkpoints, folder, tensors, tiny_config):
+    save(checkpoints, 12, tensors, tiny_config)
+    for path in (folder.parent, folder, folder / "latest", str(step_path(folder, 12))):
         found = load_checkpoint(path)
         assert (found.step, found.progress, found.config) == (12, PROGRESS, tiny_config)
         assert found.tensors.keys() == tensors.keys()
         for name, value in tensors.items():
             assert found.tensors[name].dtype == value.dtype
             assert torch.equal(found.tensors[name], value)
+    places = {name: torch.full_like(value, 7) for name, value in tensors.items()}
+    found = checkpoints.find()
+    checkpoints.load_into(found, places)
+    assert (found.step, found.progress, found.config) == (12, PROGRESS, tiny_config)
+    assert all(torch.equal(places[name], value) for name, value in tensors.items())
+    assert checkpoints.all_finite(places)
 
 
-def test_only_the_wanted_tensors_are_read(folder, tensors):
-    save(folder, 1, tensors)
+def test_only_the_wanted_tensors_are_read(checkpoints, folder, tensors):
+    save(checkpoints, 1, tensors)
     assert load_checkpoint(folder, ("ema.",)).tensors.keys() == {"ema.a"}
 
 
-def test_a_checkpoint_is_json_and_numbers_without_pickles(folder, tensors):
-    save(folder, 1, tensors)
-    data = step_path(folder, 1).read_bytes()
+def test_a_checkpoint_is_json_and_numbers_without_pickles(checkpoints, folder, tensors):
+    save(checkpoints, 1, tensors)
+    assert sorted(os.listdir(folder / "latest")) == ["checkpoint.json", "shard_00001.safetensors"]
+    assert json.loads((folder / "latest" / "checkpoint.json").read_text())["content"]["progress"] == PROGRESS
+    data = (folder / "latest" / "shard_00001.safetensors").read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + length])
     sizes = [info["data_offsets"][1] - info["data_offsets"][0] for name, info in header.items() if name[0] != "_"]
     assert sum(sizes) == sum(value.numel() * value.element_size() for value in tensors.values())
     assert len(data) == 8 + length + sum(sizes)
-    assert not data.startswith(b"PK")
     with pytest.raises(ValueError):
         list(pickletools.genops(data))
 
 
-def test_a_checkpoint_has_the_permissions_of_any_file(folder, tensors):
-    save(folder, 1, tensors)
-    plain = folder / "plain"
-    plain.touch()
-    assert step_path(folder, 1).stat().st_mode == plain.stat().st_mode
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda places: places.update({"more": torch.zeros(1)}), "it lacks more"),
+        (lambda places: places.pop("ema.a"), "it holds ema.a, which has no place here"),
+        (lambda places: places.update({"ema.a": torch.zeros(5, 123)}), "ema.a is [123, 5], not [5, 123]"),
+        (
+            lambda places: places.update({"ema.a": torch.zeros(123, 5).half()}),
+            "ema.a is torch.float32, not torch.float16",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(checkpoints, folder, tensors, change, message):
+    save(checkpoints, 1, tensors)
+    places = dict(tensors)
+    change(places)
+    with pytest.raises(UserError) as refusal:
+        checkpoints.load_into(checkpoints.find(), places)
+    assert str(refusal.value) == f"the checkpoint {step_path(folder, 1)} cannot be loaded: {message}"
 
 
-def test_latest_is_a_link_that_survives_a_move_of_the_folder(folder, tensors):
-    save(folder, 1, tensors)
-    save(folder, 2, tensors)
-    assert os.readlink(folder / "latest.safetensors") == "step_00000002.safetensors"
-    moved = folder.parent.rename(folder.parents[1] / "moved")
-    assert load_checkpoint(moved).step == 2
+def test_steps_go_on_while_a_checkpoint_is_written(checkpoints, folder, tensors, monkeypatch):
+    """What is written is what the tensors held when they were saved."""
+    save(checkpoints, 10, tensors)
+    goes_on, real = threading.Event(), files.save_file
+    monkeypatch.setattr(files, "save_file", lambda *call: (goes_on.wait(60), real(*call)))
+    before = {name: value.clone() for name, value in tensors.items()}
+    checkpoints.save(20, Config(), {}, tensors)
+    for value in tensors.values():
+        value.fill_(-1)
+    assert load_checkpoint(folder).step == 10
+    assert steps(folder) == [10]
+    goes_on.set()
+    checkpoints.wait()
+    found = load_checkpoint(folder)
+    assert found.step == 20
+    assert all(torch.equal(found.tensors[name], value) for name, value in before.items())
+    save(checkpoints, 30, tensors)
+    assert all(bool((value == -1).all()) for value in load_checkpoint(folder).tensors.values())
 
 
-@pytest.mark.parametrize("broken", ["save_file", "_flush", "os.replace"])
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_save_that_fails_leaves_what_was_there(folder, tensors, monkeypatch, broken, error):
-    save(folder, 10, tensors)
+@pytest.mark.parametrize("broken", ["save_file", "flush", "write_manifest", "os.replace"])
+def test_a_save_that_fails_leaves_what_was_there(checkpoints, folder, tensors, monkeypatch, broken):
+    save(checkpoints, 10, tensors)
     # The same step again, too: a resumed run writes over what it wrote before.
     for step in (10, 20):
         with monkeypatch.context() as patch:
-
-            def fail(*_):
-                # Whatever it writes, no one may take it for a checkpoint.
-                assert steps(folder) == [10]
-                raise error
-
-            patch.setattr(f"unite_fast.training.checkpoint.{broken}", fail)
-            expected = UserError if isinstance(error, OSError) else KeyboardInterrupt
-            with pytest.raises(expected) as failure:
-                save_checkpoint(step_path(folder, step), Config(), step, {}, {"model.a": torch.zeros(1)})
-        if expected is UserError:
-            assert str(failure.value) == (
-                f"could not save {step_path(folder, step)}: No space left on device; "
-                "checkpoints saved before are untouched"
-            )
-        assert sorted(os.listdir(folder)) == ["latest.safetensors", "step_00000010.safetensors"]
+            patch.setattr(f"unite_fast.training.checkpoint_files.{broken}", full_disk)
+            checkpoints.save(step, Config(), {}, {"model.a": torch.zeros(1)})
+            with pytest.raises(UserError) as failure:
+                checkpoints.wait()
+        assert str(failure.value) == ERROR.format(step_path(folder, step))
+        assert sorted(os.listdir(folder)) == ["latest", "step_00000010"]
         found = load_checkpoint(folder)
         assert found.step == 10
         assert torch.equal(found.tensors["model.a"], tensors["model.a"])
 
 
-def test_what_a_killed_save_left_is_no_checkpoint_and_is_cleared_away(folder, tensors):
-    save(folder, 10, tensors)
-    aside = folder / "step_00000020.safetensors.partial"
-    aside.mkdir()
-    (aside / ".tmpXYZ").write_bytes(b"half a checkpoint")
-    assert steps(folder) == [10]
-    assert load_checkpoint(folder.parent).step == 10
-    ckpt.prune(folder, 0, 10)
-    assert not aside.exists()
-    assert steps(folder) == [10]
+def test_the_error_of_a_save_is_raised_by_the_next_one_and_the_one_after_works(
+    checkpoints, folder, tensors, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "save_file", full_disk)
+        checkpoints.save(10, Config(), {}, tensors)
+        with pytest.raises(UserError, match=r"could not save .*step_00000010: No space left on device"):
+            checkpoints.save(20, Config(), {}, tensors)
+    assert steps(folder) == []
+    checkpoints.save(30, Config(), {}, tensors)
+    checkpoints.close()
+    assert load_checkpoint(folder).step == 30
 
 
-@pytest.mark.parametrize(
-    ("keep_every", "kept"), [(0, [50, 60]), (20, [20, 40, 50, 60]), (30, [30, 50, 60]), (7, [50, 60])]
-)
-def test_all_but_the_newest_two_and_the_multiples_are_deleted(folder, tensors, keep_every, kept):
-    for step in range(10, 70, 10):
-        save(folder, step, tensors)
-        ckpt.prune(folder, keep_every, step)
-    assert steps(folder) == kept
-    assert load_checkpoint(folder).step == 60
-
-
-def test_no_checkpoint_is_deleted_for_the_sake_of_a_later_step(folder, tensors):
-    """Someone pointed the link at an older checkpoint, or a kill came between a save and its link: the run goes on from
-    the older one, beside files of steps that it has yet to reach."""
-    for step in (10, 30, 40):
-        save(folder, step, tensors)
-    ckpt.point_latest(step_path(folder, 10))
-    save(folder, 20, tensors)
-    ckpt.prune(folder, 0, 20)
-    assert steps(folder) == [10, 20, 30, 40]
-    assert load_checkpoint(folder).step == 20
-
-
-def test_other_files_in_the_folder_do_not_matter(folder, tensors):
-    save(folder, 10, tensors)
-    (folder / "step_best.safetensors").write_bytes(b"")
-    (folder / "step_00000010 (copy).safetensors").write_bytes(b"")
-    ckpt.prune(folder, 0, 10)
-    assert steps(folder) == [10]
-    assert len(os.listdir(folder)) == 4
-
-
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
-def test_a_torn_file_is_refused_and_the_one_before_is_named(folder, tensors, share):
-    save(folder, 10, tensors)
-    save(folder, 20, tensors)
-    torn = step_path(folder, 20)
-    torn.write_bytes(torn.read_bytes()[: int(share * torn.stat().st_size)])
-    with pytest.raises(UserError, match="is not a readable checkpoint, or is incomplete") as refusal:
-        load_checkpoint(folder)
-    assert str(refusal.value).endswith(f"; another one is {step_path(folder, 10)}")
-    assert "\n" not in str(refusal.value)
-    # The advice works: without the torn file the run goes on from the one before.
-    torn.unlink()
-    assert load_checkpoint(folder).step == 10
-
-
-@pytest.mark.parametrize("content", [b"garbage" * 100, b"\xff" * 64, b"PK\x03\x04", b"\x80\x04\x95K."])
-def test_garbage_is_refused(tmp_path, content):
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=f"{path} is not a readable checkpoint"):
-        load_checkpoint(path)
-
-
-def test_a_foreign_safetensors_file_is_refused(tmp_path):
-    save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match=r"other\.safetensors is a safetensors file but no unite_fast checkpoint"):
-        load_checkpoint(tmp_path / "other.safetensors")
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        "not json",
-        "[]",
-        "3",
-        "{}",
-        '{"config": {}}',
-        '{"config": [], "step": 1, "progress": {}}',
-        '{"config": {"zzz": 1}, "step": 1, "progress": {}}',
-        '{"config": {}, "step": "one", "progress": {}}',
-        '{"config": {}, "step": null, "progress": {}}',
-        '{"config": {}, "step": 1, "progress": 3}',
-    ],
-)
-def test_a_header_that_makes_no_sense_is_refused(tmp_path, header):
-    path = tmp_path / "model.safetensors"
-    save_file({"model.a": torch.zeros(3)}, path, {ckpt.FORMAT: header})
-    with pytest.raises(UserError) as refusal:
-        load_checkpoint(path)
-    assert str(path) in str(refusal.value)
-    assert "\n" not in str(refusal.value)
-
-
-def test_a_missing_checkpoint_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"there is no checkpoint .*nowhere"):
-        load_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="holds no checkpoint"):
-        load_checkpoint(tmp_path)
-
-
-def test_no_permission_to_make_the_folder_is_an_error_of_one_line(tmp_path):
+def test_something_in_the_way_is_an_error_of_one_line(tmp_path, tensors):
     (tmp_path / "file").touch()
+    checkpoints = Checkpoints(tmp_path / "file" / "checkpoints", 0)
+    checkpoints.save(1, Config(), {}, tensors)
     with pytest.raises(UserError, match=r"could not save .*: Not a directory; checkpoints saved before are untouched"):
-        save_checkpoint(tmp_path / "file" / "model.safetensors", from_tree(Config, {}), 1, {}, {})
+        checkpoints.close()
+
+
+def test_kill_9_in_the_middle_of_a_save(checkpoints, folder, tensors):
+    save(checkpoints, 10, tensors)
+
+    def die(_tensors, path, _metadata):
+        Path(path).write_bytes(b"half a shard")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def child():
+        files.save_file = die
+        save(Checkpoints(folder, 0), 20, tensors)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert sorted(os.listdir(folder)) == ["latest", "step_00000010", "step_00000020.partial"]
+    assert load_checkpoint(folder).step == 10
+    save(checkpoints, 30, tensors)
+    assert sorted(os.listdir(folder)) == ["latest", "step_00000010", "step_00000030"]
+
+
+def test_of_damaged_checkpoints_the_newest_whole_one_is_used(checkpoints, folder, tensors, checkpoint_warnings):
+    checkpoints.keep_every = 1
+    for step in (10, 20, 30):
+        save(checkpoints, step, tensors)
+    flip_a_bit(step_path(folder, 30) / "shard_00001.safetensors")
+    (step_path(folder, 20) / "shard_00001.safetensors").unlink()
+    assert load_checkpoint(folder.parent).step == 10
+    assert checkpoint_warnings() == [
+        f"{step_path(folder, 30)} is damaged: shard_00001.safetensors does not hold what was written; "
+        f"using {step_path(folder, 10)} instead",
+        f"{step_path(folder, 20)} is damaged: shard_00001.safetensors: No such file or directory; "
+        f"using {step_path(folder, 10)} instead",
+    ]
+    # Whoever names one gets that one or an error, and the advice is a whole one.
+    for step in (20, 30):
+        with pytest.raises(UserError, match=r"is damaged: .*; another one is .*step_000000[13]0$"):
+            load_checkpoint(step_path(folder, step))
+    flip_a_bit(step_path(folder, 10) / "shard_00001.safetensors")
+    with pytest.raises(UserError, match=r"holds no checkpoint that is undamaged: .*step_00000030 is damaged"):
+        checkpoints.find()
+
+
+def test_a_folder_without_checkpoints_has_none_to_go_on_from(checkpoints):
+    assert checkpoints.find() is None
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 4
+    path.write_bytes(data)
+
+
+# Many processes.
+
+
+class Parts(nn.Module):
+    """Shapes that divide evenly, that do not, that have fewer rows than there are processes, and one cut along columns,
+    which FSDP cuts evenly alone."""
+
+    def __init__(self):
+        super().__init__()
+        shapes = {"even": (16, 4), "uneven": (5, 7), "few": (3,), "columns": (3, 16), "one": (1, 1)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        self.register_buffer("fixed", torch.zeros(6))
+
+
+def values() -> dict[str, torch.Tensor]:
+    """Whole tensors, all different."""
+    generator = torch.Generator().manual_seed(0)
+    model = Parts().state_dict()
+    named = {f"{kind}.{name}": value for kind in ("model", "ema", "optim") for name, value in model.items()}
+    named["optim.even"] = named["optim.even"].bfloat16()
+    named["optim.step"] = torch.tensor(0.0)
+    return {name: torch.randn(value.shape, generator=generator).to(value.dtype) for name, value in named.items()}
+
+
+def places(mesh_shape: tuple[int, int] | None) -> dict[str, torch.Tensor]:
+    """Zeros to load into: plain, or sharded over a mesh (replicate, shard)."""
+    model = Parts()
+    if mesh_shape:
+        mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicate", "shard"))
+        columns = model.columns
+        fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(1) if p is columns else None)
+    named = {}
+    for name, value in model.state_dict().items():
+        named[f"model.{name}"] = value
+        named[f"ema.{name}"] = value.detach().clone()
+        named[f"optim.{name}"] = torch.zeros_like(value, dtype=torch.bfloat16 if name == "even" else None)
+    return named | {"optim.step": torch.tensor(0.0)}
+
+
+def part(whole: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor, cut by hand: as torch.chunk cuts."""
+    if not hasattr(place, "placements"):
+        return whole
+    (dim,) = (placement.dim for placement in place.placements if placement.is_shard())
+    count, here = place.device_mesh.shape[1], place.device_mesh.get_coordinate()[1]
+    chunks = whole.chunk(count, dim)
+    return chunks[here] if here < len(chunks) else whole.narrow(dim, 0, 0)
+
+
+def save_sharded(mesh_shape, folder) -> None:
+    named = places(mesh_shape)
+    for name, whole in values().items():
+        local(named[name].detach()).copy_(part(whole, named[name]))
+    checkpoints = Checkpoints(folder, 0)
+    checkpoints.save(10, Config(), PROGRESS, named)
+    for value in named.values():
+        local(value.detach()).zero_()
+    checkpoints.close()
+
+
+def assert_loads(mesh_shape, folder) -> None:
+    checkpoints, named = Checkpoints(folder, 0), places(mesh_shape)
+    found = checkpoints.find()
+    checkpoints.load_into(found, named)
+    checkpoints.close()
+    assert (found.step, found.progress) == (10, PROGRESS)
+    wrong = [n for n, whole in values().items() if not torch.equal(local(named[n].detach()), part(whole, named[n]))]
+    assert wrong == []
+
+
+FOUR = [(1, 4), (4, 1), (2, 2)]
+
+
+def on_four(folder) -> None:
+    torch.distributed.init_process_group("gloo")
+    for saved in FOUR:
+        save_sharded(saved, folder / f"{saved}")
+    for saved in FOUR:
+        for loaded in FOUR:
+            assert_loads(loaded, folder / f"{saved}")
+
+
+def on_any(meshes, folder) -> None:
+    torch.distributed.init_process_group("gloo")
+    for saved in FOUR:
+        for mesh in meshes:
+            assert_loads(mesh, folder / f"{saved}")
+
+
+def test_what_four_save_any_number_can_load(ranks, tmp_path):
+    ranks(4, on_four, tmp_path)
+    whole = values()
+    for saved in FOUR:
+        folder = tmp_path / f"{saved}"
+        # Each number is written once, copies or not.
+        stored = sum((folder / "latest" / name).stat().st_size for name in os.listdir(folder / "latest"))
+        assert stored < sum(value.nbytes for value in whole.values()) + 20_000
+        assert all(torch.equal(value, whole[name]) for name, value in load_checkpoint(folder).tensors.items())
+        assert load_checkpoint(folder).tensors.keys() == whole.keys()
+        assert_loads(None, folder)
+    ranks(2, on_any, [(1, 2), (2, 1)], tmp_path)
+    ranks(8, on_any, [(1, 8), (2, 4)], tmp_path)
+
+
+def save_with_mishaps(folder) -> list:
+    """Each mishap happens on one rank only; what every rank sees of it."""
+    torch.distributed.init_process_group("gloo")
+    rank, seen = torch.distributed.get_rank(), []
+    checkpoints, named = Checkpoints(folder, 0), places((1, 2))
+    checkpoints.save(10, Config(), PROGRESS, named)
+    checkpoints.wait()
+    real_save, real_read = files.save_file, files.read_shard
+
+    def delete_and_read(path):
+        path.unlink()
+        return real_read(path)
+
+    for step, victim, name, mishap in (
+        (20, 1, "save_file", full_disk),
+        (30, 1, "read_shard", delete_and_read),
+        (40, 0, "write_manifest", full_disk),
+    ):
+        real = getattr(files, name)
+        setattr(files, name, mishap if rank == victim else real)
+        checkpoints.save(step, Config(), PROGRESS, named)
+        try:
+            checkpoints.wait()
+        except UserError as error:
+            seen.append((str(error), steps(folder), os.readlink(folder / "latest")))
+        setattr(files, name, real)
+    assert files.save_file is real_save
+    checkpoints.save(50, Config(), PROGRESS, named)
+    checkpoints.close()
+    # A rank alone cannot load what the others find damaged: both go on from the same one.
+    if rank == 0:
+        flip_a_bit(folder / "step_00000050" / "shard_00002.safetensors")
+    torch.distributed.barrier()
+    checkpoints = Checkpoints(folder, 0)
+    finite = checkpoints.all_finite(named)
+    if rank == 1:
+        local(named["model.even"].detach())[0, 0] = torch.inf
+    return [*seen, checkpoints.find().step, finite, checkpoints.all_finite(named)]
+
+
+def test_what_fails_on_one_rank_fails_on_all_and_the_checkpoint_before_survives(ranks, folder):
+    for *seen, found, finite, still_finite in ranks(2, save_with_mishaps, folder):
+        reasons = ("No space left on device", "No such file or directory", "No space left on device")
+        assert seen == [
+            (
+                f"could not save {step_path(folder, step)}: {reason}; checkpoints saved before are untouched",
+                [10],
+                "step_00000010",
+            )
+            for step, reason in zip((20, 30, 40), reasons, strict=True)
+        ]
+        assert (found, finite, still_finite) == (10, True, False)
+    shutil.rmtree(step_path(folder, 50))
+    assert sorted(os.listdir(folder)) == ["latest", "step_00000010"]

@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from unite_fast.errors import UserError
 from unite_fast.recipes import load_config, to_tree
-from unite_fast.training.checkpoint import load_checkpoint, save_checkpoint, step_files, step_of
+from unite_fast.training.checkpoint import load_checkpoint
+from unite_fast.training.checkpoint_files import step_folders, step_of
 from unite_fast.training.metrics import read_rows
 from unite_fast.training.trainer import Trainer, check_same_settings, stop_on_signals, train
 
@@ -47,7 +48,7 @@ def pictures(tmp_path):
 
 
 def steps(folder) -> list[int]:
-    return [step_of(path) for path in step_files(folder / "checkpoints")]
+    return [step_of(path) for path in step_folders(folder / "checkpoints")]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ def test_drawing_pictures_does_not_disturb_the_run(settings, assert_same_run):
 def test_old_checkpoints_go_and_multiples_stay(settings):
     folder = train(settings("train.checkpoint_every=3", "train.keep_every=6")).folder
     assert steps(folder) == [6, 12, 18, 20]
-    assert sorted(os.listdir(folder / "checkpoints"))[:1] == ["latest.safetensors"]
+    assert sorted(os.listdir(folder / "checkpoints"))[:1] == ["latest"]
     assert len(os.listdir(folder / "checkpoints")) == 5
 
 
@@ -246,12 +247,11 @@ def test_cuda_asked_for_and_absent_is_an_error(settings, monkeypatch):
         train(settings("train.device=cuda"))
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(settings):
+def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(settings, rewrite):
     folder = train(settings("train.steps=6", "train.checkpoint_every=3")).folder
     # From here on a huge rate: the next step's update spoils the weights, the loss of the one after shows it.
-    good, saved = step_files(folder / "checkpoints")[-1], load_checkpoint(folder)
-    saved.config.schedule.lr = 1e30
-    save_checkpoint(good, saved.config, saved.step, saved.progress, saved.tensors)
+    good = step_folders(folder / "checkpoints")[-1]
+    rewrite(folder, lambda saved: setattr(saved.config.schedule, "lr", 1e30))
     with pytest.raises(UserError) as stop:
         train(settings("schedule.lr=1e30", "train.log_every=2", "train.checkpoint_every=100"), resume=True)
     assert str(stop.value) == f"the loss or gradient of step 8 is not finite; the last good checkpoint is {good}"
@@ -281,36 +281,58 @@ def test_weights_that_are_not_finite_are_not_saved(settings):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda saved: saved.tensors.pop("model.latent_norm.weight"), "latent_norm.weight"),
-        (lambda saved: saved.tensors.pop("ema.latent_norm.weight"), "latent_norm.weight"),
-        (lambda saved: saved.tensors.update({"model.latent_norm.weight": torch.zeros(5)}), "latent_norm.weight"),
-        (lambda saved: saved.tensors.update({"ema.latent_norm.weight": torch.zeros(5)}), "size"),
-        (lambda saved: saved.tensors.pop("optim.latent_norm.weight.exp_avg"), "latent_norm.weight"),
+        (lambda saved: saved.tensors.pop("model.latent_norm.weight"), "it lacks model.latent_norm.weight"),
         (
-            lambda saved: saved.tensors.update({"optim.latent_norm.weight.exp_avg": torch.zeros(5)}),
-            "latent_norm.weight",
+            lambda saved: saved.tensors.pop("optim.latent_norm.weight.exp_avg"),
+            "it lacks optim.latent_norm.weight.exp_avg",
+        ),
+        (
+            lambda saved: saved.tensors.update({"ema.latent_norm.weight": torch.zeros(5)}),
+            "ema.latent_norm.weight is [5], not [4]",
+        ),
+        (
+            lambda saved: saved.tensors.update({"ema.foreign": torch.zeros(5)}),
+            "it holds ema.foreign, which has no place here",
         ),
         (lambda saved: saved.progress.pop("averages"), "it lacks 'averages'"),
     ],
 )
-def test_a_checkpoint_that_lacks_or_misfits_something_is_not_resumed(settings, spoil, message):
+def test_a_checkpoint_that_lacks_or_misfits_something_is_not_resumed(settings, rewrite, spoil, message):
     folder = train(settings("train.steps=2")).folder
-    saved = load_checkpoint(folder)
-    spoil(saved)
-    save_checkpoint(step_files(folder / "checkpoints")[-1], saved.config, saved.step, saved.progress, saved.tensors)
+    rewrite(folder, spoil)
     with pytest.raises(UserError) as refusal:
         train(settings("train.steps=4"), resume=True)
-    assert str(refusal.value).startswith(f"cannot resume from the checkpoint in {folder}: ")
-    assert message in str(refusal.value)
-    assert "\n" not in str(refusal.value)
+    checkpoint = folder / "checkpoints" / "step_00000002"
+    assert str(refusal.value) in (
+        f"the checkpoint {checkpoint} cannot be loaded: {message}",
+        f"cannot resume from {checkpoint}: {message}",
+    )
 
 
-def test_imported_weights_are_not_resumed(settings):
-    folder = train(settings("train.steps=2")).folder
-    saved = load_checkpoint(folder)
-    save_checkpoint(step_files(folder / "checkpoints")[-1], saved.config, 0, {}, saved.tensors)
-    with pytest.raises(UserError, match="checkpoint holds weights alone"):
-        train(settings(), resume=True)
+def test_of_a_damaged_checkpoint_and_the_one_before_it_the_latter_is_resumed(
+    settings, assert_same_run, checkpoint_warnings
+):
+    whole = train(settings(folder="whole"))
+    folder = train(settings()).folder
+    shard = folder / "checkpoints" / "step_00000020" / "shard_00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+    assert_same_run(whole.folder, train(settings(), resume=True).folder)
+    damaged, used = shard.parent, shard.parents[1] / "step_00000010"
+    assert checkpoint_warnings() == [
+        f"{damaged} is damaged: shard_00001.safetensors does not hold what was written; using {used} instead"
+    ]
+
+
+def test_a_save_that_fails_stops_the_run(settings, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    folder = train(settings("train.steps=4")).folder
+    monkeypatch.setattr("unite_fast.training.checkpoint_files.save_file", fail)
+    with pytest.raises(UserError, match=r"could not save .*step_00000006: No space left on device; checkpoints saved"):
+        train(settings("train.checkpoint_every=6"), resume=True)
+    assert steps(folder) == [4]
+    assert [row["step"] for row in read_rows(folder / "metrics.jsonl")][-1] <= 12, "it stops at the next save"
 
 
 def test_truncated_pictures_are_skipped_counted_and_named(settings, pictures, capfd, caplog):
@@ -335,7 +357,7 @@ def test_the_summary_says_where_everything_is_whatever_the_names(settings, capfd
     out = capfd.readouterr().out.splitlines()
     assert f" run folder       {folder}" in out
     for label, file in {
-        "checkpoint": "checkpoints/latest.safetensors",
+        "checkpoint": "checkpoints/latest",
         "samples": "samples.png",
         "reconstructions": "reconstructions.png",
         "curves": "curves.png",

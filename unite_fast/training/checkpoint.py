@@ -91,7 +91,8 @@ class Team:
 class Checkpoints:
     """A run's checkpoints. In a process group every call is made by all ranks.
 
-    A save copies the tensors and returns; a thread writes them. Its error is raised by the next call.
+    A save copies the tensors and returns; a thread writes them. The next call waits for it, and raises its error. The
+    folder must be one that all ranks see.
     """
 
     def __init__(self, folder: Path, keep_every: int):
@@ -141,6 +142,7 @@ class Checkpoints:
         Raises:
             UserError: it has some, all of them damaged.
         """
+        self.wait()
         if not self.team.first(lambda: files.step_folders(self.folder)):
             return None
         return find_good(self.folder, self.team)
@@ -151,10 +153,12 @@ class Checkpoints:
         Raises:
             UserError: names a tensor that is missing, that `tensors` has no place for, or of another shape or dtype.
         """
+        self.wait()
         _load(found.path, tensors, _StrictPlanner(), self.team)
 
     def all_finite(self, tensors: dict[str, Tensor]) -> bool:
         """Whether every value of every rank is a number."""
+        self.wait()
         finite = torch.stack([local(tensor).isfinite().all() for tensor in tensors.values()]).all()
         return all(self.team.together(lambda: bool(finite)))
 

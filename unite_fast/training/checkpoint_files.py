@@ -241,10 +241,12 @@ def point_latest(path: Path) -> None:
 
 
 def repair(folder: Path) -> None:
-    """Put back what a process moved away, that was killed before it had put the new one in its place."""
+    """Put back what `commit` moved away, if it was killed before the new one had its place."""
     for replaced in folder.glob("step_*" + REPLACED):
         path = replaced.with_suffix("")
-        if not path.exists():
+        if path.exists():
+            shutil.rmtree(replaced)
+        else:
             os.replace(replaced, path)
 
 

@@ -57,7 +57,7 @@ def load_model(path: str | Path) -> SavedModel:
             for kind in ("model.", "ema.")
         )
         for name in weights.keys() - averages.keys():
-            trained = name in dict(_empty_network(found.config).named_parameters())
+            trained = name in dict(empty_network(found.config).named_parameters())
             require(not trained, f"{path} lacks the average of {name}")
         model = SavedModel(found.path, found.config, found.step, weights | averages, weights)
     _check_tensors(model)
@@ -111,7 +111,7 @@ def _read_file(path: Path) -> tuple[Config, int, dict[str, Tensor]]:
 
 
 def _check_tensors(model: SavedModel) -> None:
-    expected = _empty_network(model.config).state_dict()
+    expected = empty_network(model.config).state_dict()
     start = f"the weights in {model.path} do not fit its settings"
     for held in (model.weights, model.averages):
         for name in expected.keys() ^ held.keys():
@@ -122,7 +122,7 @@ def _check_tensors(model: SavedModel) -> None:
             require(there == here, f"{start}: {name} is {list(there)}, not {list(here)}")
 
 
-def _empty_network(config: Config) -> UNITE:
+def empty_network(config: Config) -> UNITE:
     """Names and shapes without memory."""
     with torch.device("meta"):
         return UNITE(config.model)
