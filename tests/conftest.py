@@ -78,7 +78,7 @@ TINY_RUN = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tests/test_torchrun.py")
-    group.addoption("--kills", type=int, default=3, help="how often a process of a run is killed (default 3)")
+    group.addoption("--kills", type=int, default=2, help="how often a process of a run is killed (default 2)")
     group.addoption("--torchrun", action="store_true", help="start runs by the command, not by its agent alone")
 
 

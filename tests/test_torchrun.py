@@ -1,10 +1,10 @@
 """Runs of four processes under torchrun, whose processes are killed, frozen and asked to stop.
 
-Importing PyTorch takes five processes on two cores longer than all that they do here. So torchrun's agent, which starts,
-watches and restarts processes, is a fork of this process, and they are forks of it. With `--torchrun` it is the command.
+Importing PyTorch takes five processes on two cores longer than all that they do here. So torchrun's agent, which
+starts, watches and restarts processes, is a fork of this process, and they are forks of it. With `--torchrun` it is the
+command.
 """
 
-import contextlib
 import os
 import random
 import re
@@ -22,7 +22,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from unite_fast.cli import main
 from unite_fast.training import trainer  # noqa: F401, before the processes are forked, and so once
 from unite_fast.training.checkpoint import load_checkpoint
-from unite_fast.training.endurance import HUNG, TEMPORARY, read_status
+from unite_fast.training.endurance import read_status
 from unite_fast.training.metrics import read_rows
 
 WORLD = 4
@@ -105,6 +105,8 @@ def run_agent(arguments: tuple[str, ...], restarts: int) -> None:
 
 
 def worker(*arguments: str) -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # the agent has handlers
+        signal.signal(number, signal.SIG_DFL)
     sys.argv = ["unite-fast", "train", *arguments]
     try:
         main()
@@ -171,7 +173,7 @@ def test_kill_9_of_any_rank_at_any_moment(torchrun, undisturbed, wait_until, ass
     running = torchrun("train.out=run", restarts=kills)
     workers: list[int] = []
     for kill in range(kills):
-        wait_until(lambda: len(running.workers()) == WORLD and not set(running.workers()) & set(workers))
+        wait_until(lambda old=workers: len(running.workers()) == WORLD and not set(running.workers()) & set(old))
         workers = running.workers()
         at = logged(folder)
         # Every fourth one dies while it starts, the others somewhere in a step, a log or a save.

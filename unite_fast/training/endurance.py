@@ -146,13 +146,17 @@ class Stop:
 
 @contextmanager
 def stop_on_signals(peers: Peers) -> Iterator[Stop]:
-    """Inside, SIGTERM, SIGINT and SIGUSR1 are remembered, so that the loop can end between two steps. A second one of
-    the same kind acts as it would without us."""
+    """Inside, SIGTERM, SIGINT and SIGUSR1 are remembered, so that the loop can end between two steps.
+
+    A second one of the same kind acts as it would without us. Not under torchrun: its processes get what is sent to all
+    of a job a second time from torchrun, which kills them by itself after a while (--shutdown-timeout).
+    """
     stop = Stop(peers)
 
     def remember(number, _frame):
         stop.received.append(number)
-        signal.signal(number, before[number])
+        if not under_torchrun():
+            signal.signal(number, before[number])
 
     before = {number: signal.signal(number, remember) for number in SIGNALS}
     try:

@@ -169,7 +169,8 @@ class Trainer:
         begun = time.perf_counter()
         self.logged_step, stopped_by = self.first_step, 0
         self.speed.clock.start()
-        with stop_on_signals(self.peers) as stop, self.report.progress_bar():
+        # `contact` within: torchrun sends the survivors SIGTERM while they find out who is missing.
+        with stop_on_signals(self.peers) as stop, contact(self.watchdog), self.report.progress_bar():
             while state.step < config.steps and not (stopped_by := self.stopped(stop)):
                 if self.profiler:
                     self.profiler.before(state.step + 1)
