@@ -13,7 +13,6 @@ from unite_fast.model.unite import UNITE
 from unite_fast.recipes import load_config
 from unite_fast.sharding import copy_whole, local, whole
 from unite_fast.training.parallel import Ranks, build_model, choose_strategy, joined, placement, state_bytes
-from unite_fast.training.state import TrainState
 from unite_fast.training.trainer import Trainer
 
 TOLERANCE = 1e-5
@@ -39,12 +38,12 @@ def settings(tiny_run, tmp_path_factory):
 class Run:
     """A trainer of this process among others."""
 
-    def __init__(self, config):
+    def __init__(self, config, resume: bool = False):
         self.joined = joined("cpu", 60)
-        self.config = config
+        self.config, self.resume = config, resume
 
     def __enter__(self) -> Trainer:
-        self.trainer = Trainer(self.config, False, *self.joined.__enter__())
+        self.trainer = Trainer(self.config, self.resume, *self.joined.__enter__())
         return self.trainer
 
     def __exit__(self, *error) -> None:
@@ -53,11 +52,12 @@ class Run:
 
 
 def take_steps(trainer: Trainer, count: int) -> list[list[float]]:
-    """Total, L1 and flow loss and gradient norm of each step."""
+    """Total, L1 and flow loss and gradient norm of each step, as they are logged."""
     seen = []
-    for _ in range(count):
-        losses, norm = trainer.step(next(trainer.loader))
-        seen.append([losses.total.item(), losses.l1.item(), losses.flow.item(), norm.item()])
+    for step in range(count):
+        trainer.averages.add(step, *trainer.step(next(trainer.loader)))
+        means = trainer.averages.take()
+        seen.append([means[name] for name in ("total", "l1", "flow", "grad_norm")])
     return seen
 
 
@@ -316,7 +316,7 @@ def test_one_process_joins_nobody(monkeypatch):
     with joined("cpu", 1) as (ranks, device):
         assert (ranks, device) == (Ranks(), torch.device("cpu"))
         assert ranks.main and not torch.distributed.is_initialized()
-        assert torch.equal(ranks.mean(torch.ones(2)), torch.ones(2))
+        assert ranks.gather("all") == ["all"]
 
 
 def train_and_save(config) -> int:
@@ -336,15 +336,27 @@ def test_a_whole_run_leaves_what_one_process_would(settings, ranks, capfd, train
     assert left == {path.name for path in trained_folder.iterdir()}
 
 
-def test_a_state_of_shards_loads_what_a_plain_one_holds(settings, ranks):
-    config = settings("parallel.strategy=fsdp", "train.batch_size=15")
-    plain = TrainState(UNITE.create(config.model, 3), config)
-    generator = torch.Generator().manual_seed(0)
-    held = {name: torch.randn(x.shape, generator=generator) for name, x in plain.tensors().items()}
+def save_and_go_on(config) -> list[list[float]]:
+    with Run(config) as trainer:
+        take_steps(trainer, 3)
+        trainer.save()
+        trainer.checkpoints.wait()
+        return take_steps(trainer, 5)
 
-    def load() -> list[str]:
-        with Run(config) as trainer:
-            trainer.state.load_tensors(held, 7)
-            return [name for name, x in trainer.state.tensors().items() if not torch.equal(whole(x), held[name])]
 
-    assert ranks(3, load) == [[], [], []]
+def go_on(config) -> list[list[float]]:
+    with Run(config, resume=True) as trainer:
+        assert trainer.state.step == 3
+        return take_steps(trainer, 5)
+
+
+@pytest.mark.parametrize("saved_by", ["fsdp", "ddp"])
+def test_any_number_of_processes_goes_on_from_any_others_checkpoint(saved_by, settings, ranks):
+    config = settings(f"parallel.strategy={saved_by}")
+    want = torch.tensor(ranks(4, save_and_go_on, config)[0], dtype=torch.float64)
+    again = f"train.out={config.train.out}"
+    for world, nodes, strategy in ((1, 1, "auto"), (2, 1, "ddp"), (4, 2, "hsdp"), (8, 1, "fsdp")):
+        found = ranks(world, go_on, settings(again, f"parallel.strategy={strategy}"), nodes=nodes)
+        for losses in found:
+            difference = (torch.tensor(losses, dtype=torch.float64) - want).abs()
+            assert (difference <= TOLERANCE * want)[:, :3].all(), (world, strategy)

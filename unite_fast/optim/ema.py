@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from unite_fast.sharding import copy_whole, local
+from unite_fast.sharding import local
 
 
 class EMA:
@@ -58,11 +58,3 @@ class EMA:
 
     def _local(self, tensors: dict[str, Tensor]) -> list[Tensor]:
         return [local(tensor.detach()) for tensor in tensors.values()]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.averages
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, average in self.averages.items():
-            copy_whole(average, state[name])

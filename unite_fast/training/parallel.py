@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard
@@ -66,11 +66,12 @@ class Ranks:
         )
         return slice(self.rank * share, (self.rank + 1) * share), micro
 
-    def mean(self, values: Tensor) -> Tensor:
-        """Mean of a tensor over all processes, the same on each."""
+    def gather(self, value: object) -> list:
+        """What each process gives, rank 0 first."""
+        values = [value]
         if self.world > 1:
-            distributed.all_reduce(values)
-            values /= self.world
+            values *= self.world
+            distributed.all_gather_object(values, value)
         return values
 
     def wait(self) -> None:

@@ -10,7 +10,7 @@ from unite_fast.optim.ema import EMA
 from unite_fast.optim.groups import split_parameters
 from unite_fast.optim.muon import Muon
 from unite_fast.optim.schedule import learning_rate
-from unite_fast.sharding import copy_whole, local, shard_group
+from unite_fast.sharding import local, shard_group
 
 ADAMW_TENSORS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "FusedAdam": ("exp_avg", "exp_avg_sq")}
 """What torch's and apex's AdamW keep of a parameter; step is a scalar, the others have the parameter's shape. Apex's
@@ -99,30 +99,12 @@ class TrainState:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that a checkpoint holds, by name; sharded ones are DTensors. They can be written in place."""
         named = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        named |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
+        named |= {f"ema.{name}": value for name, value in self.ema.averages.items()}
         for optimizer, parameters in self._optimizers():
             for name, parameter in parameters.items():
                 for key, value in optimizer.state[parameter].items():
                     named[f"optim.{name}.{key}"] = value
         return named
-
-    @torch.no_grad()
-    def load_tensors(self, named: dict[str, Tensor], step: int = 0) -> None:
-        """Take up what `tensors` gave after `step` steps, whole tensors, on this or another number of processes.
-
-        Raises:
-            KeyError, RuntimeError: a tensor is missing or of another shape.
-        """
-        held = self.tensors()
-        for name, tensor in held.items():
-            if named[name].shape != tensor.shape:
-                raise RuntimeError(f"{name} has size {list(named[name].shape)}, not {list(tensor.shape)}")
-        for name, tensor in held.items():
-            copy_whole(tensor, named[name])
-        if self.config.optim.adamw == "apex":
-            for group in self.adamw.param_groups:
-                group["step"] = step
-        self.step = step
 
     def resume_at(self, step: int) -> None:
         """Count on from a step whose values are in `tensors()` already."""

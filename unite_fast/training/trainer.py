@@ -197,7 +197,7 @@ class Trainer:
         outcome = Outcome(self.folder, state.step, stopped_by, seconds, speed)
         if self.ranks.main:
             write_status(self.folder, ended(outcome.steps, outcome.stopped_by))
-        self.report.summary(outcome, self.loader.skipped)
+        self.report.summary(outcome, dict(self.broken_samples()))
         return outcome
 
     def stopped(self, stop: Stop) -> int:
@@ -213,14 +213,14 @@ class Trainer:
         """One optimizer step on this process's places of the global batch.
 
         Returns:
-            Mean losses of the global batch and gradient norm before clipping, on the device, the same on all processes.
+            Mean losses of this process's images, and the norm of all gradients before clipping; on the device.
         """
         parts = len(batch.labels) // self.micro
         sums = torch.zeros(4, device=self.device)
         for part in range(parts):
             sums += self.micro_step(batch, part, parts) / parts
         with self.speed.clock.part("optimizer"):
-            return Losses(*self.ranks.mean(sums).unbind()), self.state.apply_gradients()
+            return Losses(*sums.unbind()), self.state.apply_gradients()
 
     def micro_step(self, batch: Batch, part: int, parts: int) -> Tensor:
         """Add to the gradients what one of `parts` micro-batches gives: of the tokenizer and decoder first, whose
@@ -297,8 +297,11 @@ class Trainer:
     def save(self) -> None:
         self.watchdog.beat(self.state.step, "saving a checkpoint", patient=True)
         self.check_finite()
-        progress = {"averages": self.averages.state_dict(), "loader": self.loader.state_dict()}
-        progress["decoder"] = self.choice.decoder
+        progress = {
+            "averages": self.averages.state_dict(),
+            "loader": {**self.loader.state_dict(), "skipped": self.broken_samples()},
+            "decoder": self.choice.decoder,
+        }
         tensors = self.state.tensors()
         # A loss of this step can be finite although its update was not.
         if not self.checkpoints.all_finite(tensors):
@@ -306,6 +309,11 @@ class Trainer:
         if self.log:
             self.log.flush()
         self.checkpoints.save(self.state.step, self.config, progress, tensors)
+
+    def broken_samples(self) -> list[list[str]]:
+        """Name and reason of each that was met so far: a process meets only those of its own places."""
+        met = {name: reason for skipped in self.ranks.gather(self.loader.skipped) for name, reason in skipped.items()}
+        return [list(item) for item in met.items()]
 
     def check_finite(self) -> None:
         if self.config.optim.nonfinite == "skip":
