@@ -175,7 +175,7 @@ def test_features_that_cannot_be_had(model, inception_file, digits_npz, tmp_path
     ("wrong", "message"),
     [
         ({"features": "clip"}, "features is 'clip'; it must be one of auto, inception, pixels"),
-        ({"count": -1}, "the count is -1 images"),
+        ({"count": 0}, "the count is 0 images"),
         ({"batch": 0}, "the batch is 0 images"),
         ({"guidance": (float("nan"),)}, "guidance must be finite"),
         ({"inception_sha256": "67"}, "8 to 64 hex digits"),

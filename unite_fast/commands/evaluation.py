@@ -28,8 +28,8 @@ def evaluate(
     ] = "",
     data: Annotated[str, typer.Option(help="folder of the data, if not the one trained on")] = "",
     count: Annotated[
-        int, typer.Option(min=0, help="generated images a guidance scale; 0: 50,000 with Inception, else 1,000")
-    ] = 0,
+        int | None, typer.Option(help="generated images a guidance scale [default: 50,000; with pixels 1,000]")
+    ] = None,
     guidance: Annotated[
         str, typer.Option(metavar="SCALE[,SCALE...]", help="[default: 1, which is unguided, and the recipe's]")
     ] = "",

@@ -23,8 +23,8 @@ class EvaluationSettings:
     """A .npz with the statistics of real images; empty, with pixels: the training images."""
     data: str = ""
     """Folder of the data; empty: the one trained on."""
-    count: int = 0
-    """Generated images for each guidance scale; 0: 50,000 with Inception, 1,000 with pixels."""
+    count: int | None = None
+    """Generated images for each guidance scale; None: 50,000 with Inception, 1,000 with pixels."""
     guidance: tuple[float, ...] = ()
     """Guidance scales to evaluate; empty: unguided, and the recipe's."""
     sampling: dict = field(default_factory=dict)
@@ -38,7 +38,7 @@ class EvaluationSettings:
     def __post_init__(self):
         require_choice("features", self.features, FEATURES)
         require(is_digest(self.inception_sha256), f"{INCEPTION_FILE.sha256_key} must be 8 to 64 hex digits")
-        require(self.count >= 0, f"the count is {self.count} images; it must be positive")
+        require(self.count is None or self.count > 0, f"the count is {self.count} images; it must be positive")
         require(self.batch > 0, f"the batch is {self.batch} images; it must be positive")
         require(self.reconstructions >= 0, "the number of reconstructions must not be negative")
         require(all(math.isfinite(scale) for scale in self.guidance), "guidance must be finite")
