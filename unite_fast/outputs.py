@@ -93,12 +93,6 @@ def read_images(paths: list[Path], size: int) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
-def psnr(originals: Tensor, copies: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image, dB: both uint8 [n, 3, S, S] -> float64 [n]; equal images give inf."""
-    error = (originals.double() - copies.double()).square().mean(dim=(1, 2, 3))
-    return 10 * torch.log10(255**2 / error)
-
-
 def describe(checkpoint: Path) -> str:
     """Step, parameters and settings of a checkpoint, for a person to read."""
     import yaml

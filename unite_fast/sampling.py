@@ -140,16 +140,16 @@ def check_classes(labels: Iterable[int], num_classes: int) -> None:
 
 
 @torch.no_grad()
-def reconstruct(model: UNITE, images: Tensor, seed: int = 0, batch: int = 64) -> Tensor:
+def reconstruct(model: UNITE, images: Tensor, seed: int = 0, batch: int = 64, first: int = 0) -> Tensor:
     """Images through tokenizer and decoder: uint8 [n, 3, S, S] -> uint8 [n, 3, S, S] on the CPU.
 
-    The registers are drawn as in training, image i's from (seed, i); the tokenizer's time is 0.
+    The registers are drawn as in training, image i's from (seed, first + i); the tokenizer's time is 0.
     """
     shape = (model.config.latent_tokens, model.config.latent_channels)
     out = []
     for start in range(0, len(images), batch):
         part = images[start : start + batch].to(model.device).float() / 255
-        positions = torch.arange(start, start + len(part), device=model.device)
+        positions = torch.arange(first + start, first + start + len(part), device=model.device)
         registers = Philox(seed, 0, positions).normal(Stream.REGISTERS, shape)
         z = model.tokenize(part, registers, part.new_zeros(len(part)))
         out.append(to_uint8(model.decode(z)))

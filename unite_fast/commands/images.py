@@ -1,4 +1,4 @@
-"""Pictures from a trained model, and how good they are."""
+"""Pictures from a trained model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -115,33 +115,13 @@ def reconstruct(
     Example: `unite-fast reconstruct runs/imagenet cat.jpg dog.png --out pets.png`
     """
     from unite_fast import outputs
+    from unite_fast.evaluation.scores import psnr
 
     outputs.check_target(out, (".png",))
     model = load(checkpoint, device)
     originals = outputs.read_images(images, model.config.model.image_size)
     copies = model.reconstruct(originals)
-    for path, decibels in zip(images, outputs.psnr(originals, copies), strict=True):
+    for path, decibels in zip(images, psnr(originals, copies), strict=True):
         typer.echo(f"{path}: {decibels:.2f} dB")
     outputs.save_pairs(originals, copies, out)
     typer.echo(f"{len(images)} pairs in {out}")
-
-
-@app.command()
-def evaluate(
-    checkpoint: Checkpoint,
-    data: Annotated[str, typer.Option(help="folder of the data, if not the one trained on")] = "",
-    count: Annotated[int, typer.Option(min=1, help="generated images")] = 1000,
-    guidance: Annotated[float, typer.Option(help="scale of the guided samples")] = 2.0,
-    steps: Steps = None,
-    device: Device = "auto",
-) -> None:
-    """For small images: PSNR of held-out ones, and how many generated ones a classifier names as they were asked for.
-
-    The classifier is a support vector machine on the real pixels.
-
-    Example: `unite-fast evaluate runs/digits`
-    """
-    from unite_fast.evaluation.small_images import evaluate as run
-
-    for line in run(load(checkpoint, device), data, count, guidance, given(steps=steps)):
-        typer.echo(line)
