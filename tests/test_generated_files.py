@@ -83,6 +83,16 @@ def test_a_mistake_is_told_by_every_process_and_none_waits(trained_folder, made,
         ranks(2, on_a_rank, trained_folder, tmp_path / "a.npz", made, timeout=60)
 
 
+def test_torchrun_leaves_the_options_alone(command):
+    """It reads them all for abbreviations of its own, and did so with --num."""
+    from torch.distributed.run import parse_args
+
+    options = set(re.findall(r"--[a-z-]+", command("generate", "--help").out)) - {"--num", "--help", "--nproc-per-node"}
+    assert {"--count", "--out", "--seed", "--batch", "--steps", "--compile", "--eager"} <= options
+    arguments = ["generate", "run", *sorted(options)]
+    assert parse_args(["-m", "unite_fast", *arguments]).training_script_args == arguments
+
+
 @pytest.mark.parametrize("name", ["samples.npz", "pictures"])
 def test_kill_9_at_any_moment_five_times_in_a_row(trained_folder, process, wait_until, name, tmp_path):
     """Each time the finished batches stay, and in the end there is what a generation that nobody killed leaves."""
@@ -204,7 +214,7 @@ def test_a_full_disk_is_told_in_a_line_and_nothing_is_lost(model, made, stopped)
     parts = stopped.with_name("a.npz.parts")
     for name in ("batch_00000003.uint8.partial", "a.npz.partial"):
         (parts / name).symlink_to("/dev/full")
-        with pytest.raises(UserError, match="cannot write .*: No space left on device"):
+        with pytest.raises(UserError, match=r"cannot write .*: No space left on device"):
             generate_files(model, made, stopped)
         assert not stopped.exists()
         (parts / name).unlink()
