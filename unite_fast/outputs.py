@@ -13,7 +13,7 @@ from torch import Tensor
 from unite_fast.config import require
 from unite_fast.data_pipeline import UnreadableSample, read_image
 from unite_fast.errors import UserError, writing
-from unite_fast.pictures import grid, pairs
+from unite_fast.pictures import grid, pairs, picture_name
 from unite_fast.sampling import check_classes
 from unite_fast.trained import TrainedUNITE, check_drawing
 from unite_fast.training.model_file import empty_network, load_model
@@ -69,7 +69,7 @@ def save_images(images: Tensor, labels: Tensor, out: Path, columns: int) -> None
         else:
             out.mkdir(exist_ok=True)
             for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-                Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / f"{i:06d}_class{int(label)}.png")
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / picture_name(i, int(label)))
 
 
 def save_pairs(originals: Tensor, copies: Tensor, out: Path) -> None:
@@ -91,12 +91,6 @@ def read_images(paths: list[Path], size: int) -> Tensor:
     except UnreadableSample as error:
         raise UserError(f"cannot read {error.name}: {error.reason}") from error
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-
-
-def psnr(originals: Tensor, copies: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image, dB: both uint8 [n, 3, S, S] -> float64 [n]; equal images give inf."""
-    error = (originals.double() - copies.double()).square().mean(dim=(1, 2, 3))
-    return 10 * torch.log10(255**2 / error)
 
 
 def describe(checkpoint: Path) -> str:

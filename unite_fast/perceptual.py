@@ -11,20 +11,16 @@ x_l and y_l are the features after relu1_2, relu2_2, relu3_3, relu4_3 and relu5_
 The weights come from two files that the user names; nothing is downloaded. torchvision itself is not needed.
 """
 
-import hashlib
 import math
-import os
-import re
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from unite_fast.errors import UserError
 from unite_fast.randomness import Philox, Stream
+from unite_fast.weight_file import WeightFile, is_digest
 
 # The convolutions before each tap: (index in torchvision's `features`, channels in, channels out).
 _BLOCKS = (
@@ -35,7 +31,7 @@ _BLOCKS = (
     ((24, 512, 512), (26, 512, 512), (28, 512, 512)),
 )
 _TAP_CHANNELS = tuple(block[-1][2] for block in _BLOCKS)
-_SMALLEST_SIDE = 2 ** (len(_BLOCKS) - 1)  # four poolings leave one pixel
+SMALLEST_SIDE = 2 ** (len(_BLOCKS) - 1)  # four poolings leave one pixel
 
 # ImageNet's mean and deviation for pixels in [-1, 1], as LPIPS 0.1 rounds them.
 _SHIFT = (-0.030, -0.088, -0.188)
@@ -59,29 +55,23 @@ LINEAR_SHAPES: dict[str, tuple[int, ...]] = {
 """The tensors that `LPIPS` reads from the file of linear weights, name -> shape."""
 
 
-@dataclass(frozen=True)
-class _WeightFile:
-    """A published file of weights: how the settings call it, what it is, and how to know it."""
-
-    setting: str
-    variable: str
-    source: str
-    size: int
-    sha256: str
-
-
 # Size and digest of vgg.pth were taken from the lpips 0.1.4 wheel; those of VGG16 are the published ones (its name
 # carries the first 8 hex digits).
-_VGG_FILE = _WeightFile(
-    setting="vgg",
+_NEEDED_BY = "LPIPS (perceptual.weight above 0, or asked for by an evaluation)"
+_VGG_FILE = WeightFile(
+    key="perceptual.vgg_path",
+    sha256_key="perceptual.vgg_sha256",
     variable="UNITE_FAST_VGG16",
+    needed_by=_NEEDED_BY,
     source="torchvision's vgg16-397923af.pth",
     size=553_433_881,
     sha256="397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
 )
-_LPIPS_FILE = _WeightFile(
-    setting="lpips",
+_LPIPS_FILE = WeightFile(
+    key="perceptual.lpips_path",
+    sha256_key="perceptual.lpips_sha256",
     variable="UNITE_FAST_LPIPS",
+    needed_by=_NEEDED_BY,
     source="vgg.pth from weights/v0.1 of the lpips package",
     size=7_289,
     sha256="a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
@@ -115,7 +105,7 @@ class PerceptualConfig:
         if not 0 <= self.weight < math.inf:
             raise UserError(f"perceptual.weight must be a finite number, 0 or more, got {self.weight}")
         for name in ("vgg_sha256", "lpips_sha256"):
-            if not re.fullmatch("[0-9a-fA-F]{8,64}", getattr(self, name)):
+            if not is_digest(getattr(self, name)):
                 raise UserError(f"perceptual.{name} must be 8 to 64 hex digits, got {getattr(self, name)!r}")
         if self.input_range not in ("unit", "signed"):
             raise UserError(f"perceptual.input_range must be 'unit' or 'signed', got {self.input_range!r}")
@@ -167,8 +157,8 @@ class LPIPS(nn.Module):
         """
         if image.shape != recon.shape or image.dim() != 4 or image.shape[1] != 3:
             raise ValueError(f"image and recon must both be [B, 3, H, W], got {image.shape} and {recon.shape}")
-        if min(image.shape[2:]) < _SMALLEST_SIDE:
-            raise ValueError(f"VGG16 needs sides of {_SMALLEST_SIDE} pixels or more, got {tuple(image.shape[2:])}")
+        if min(image.shape[2:]) < SMALLEST_SIDE:
+            raise ValueError(f"VGG16 needs sides of {SMALLEST_SIDE} pixels or more, got {tuple(image.shape[2:])}")
         masks = (None,) * len(_BLOCKS) if dropout_masks is None else dropout_masks
         if len(masks) != len(_BLOCKS):
             raise ValueError(f"dropout_masks must hold {len(_BLOCKS)} tensors, got {len(masks)}")
@@ -234,8 +224,8 @@ def load_lpips(config: PerceptualConfig) -> LPIPS:
         UserError: a path is not set, or its file is missing, of another size or SHA-256 than expected, no file of
             `torch.save`, or without the tensors of VGG16 or LPIPS.
     """
-    vgg = _load(_VGG_FILE, config.vgg_path, config.vgg_sha256, VGG_SHAPES)
-    linear = _load(_LPIPS_FILE, config.lpips_path, config.lpips_sha256, LINEAR_SHAPES)
+    vgg = _VGG_FILE.load(config.vgg_path, config.vgg_sha256, VGG_SHAPES)
+    linear = _LPIPS_FILE.load(config.lpips_path, config.lpips_sha256, LINEAR_SHAPES)
     return LPIPS(vgg, linear, config.input_range)
 
 
@@ -275,60 +265,3 @@ def _unit(x: Tensor) -> Tensor:
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _load(file: _WeightFile, path: str, sha256: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors named in `shapes`, from a file that was checked first."""
-    key = f"perceptual.{file.setting}_path"
-    origin = key if path else file.variable
-    path = path or os.environ.get(file.variable, "")
-    if not path:
-        raise UserError(
-            f"{key} is not set: LPIPS (perceptual.weight above 0) needs {file.source}; "
-            f"fetch it and give its path there or in the environment variable {file.variable}"
-        )
-    resolved = Path(path).expanduser()
-    if not resolved.is_file():
-        raise UserError(f"{origin}: there is no file {path}; fetch {file.source} and give its path there")
-    try:
-        _check(file, resolved, sha256, origin)
-        # Only zip files can be mapped, and the published ones are older than that format; vgg.pth names a CUDA device.
-        tensors = torch.load(resolved, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(resolved))
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{origin}: {path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # torch.load has no exception of its own: pickle's, zip's, RuntimeError, EOFError, ...
-        raise UserError(
-            f"{origin}: {path} is no file of torch.save ({type(error).__name__}), not {file.source}"
-        ) from error
-
-    if not isinstance(tensors, dict):
-        raise UserError(f"{origin}: {path} holds a {type(tensors).__name__} and no tensors by name, not {file.source}")
-    for name, shape in shapes.items():
-        if not isinstance(tensors.get(name), Tensor):
-            raise UserError(f"{origin}: {path} has no tensor {name}; expected {file.source}")
-        found = tuple(tensors[name].shape)
-        if found != shape:
-            raise UserError(f"{origin}: {name} in {path} has shape {found}, expected {shape} as in {file.source}")
-    return {name: tensors[name] for name in shapes}
-
-
-def _check(file: _WeightFile, path: Path, sha256: str, origin: str) -> None:
-    """Compares size (known of the published file only) and SHA-256, or as many digits of it as `sha256` has."""
-    expected = sha256.lower()
-    size = path.stat().st_size
-    if file.sha256.startswith(expected) and size != file.size:
-        raise UserError(
-            f"{origin}: {path} has {size} bytes, {file.source} has {file.size}: a truncated download? "
-            f"To use another file on purpose, set perceptual.{file.setting}_sha256 to its digest"
-        )
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(2**20):
-            digest.update(chunk)
-    if not digest.hexdigest().startswith(expected):
-        raise UserError(
-            f"{origin}: {path} has SHA-256 {digest.hexdigest()}, expected {expected}: a broken or truncated download "
-            f"of {file.source}? To use another file on purpose, set perceptual.{file.setting}_sha256 to its digest"
-        )

@@ -63,8 +63,10 @@ class TrainedUNITE:
         check_drawing(seed, batch)
         return sampling.generate(self.network, labels, config, seed, batch, first)
 
-    def reconstruct(self, images: Tensor | np.ndarray, seed: int = 0, batch: int = 64) -> Tensor:
+    def reconstruct(self, images: Tensor | np.ndarray, seed: int = 0, batch: int = 64, first: int = 0) -> Tensor:
         """Images through tokenizer and decoder: uint8 [n, 3, S, S] -> uint8 [n, 3, S, S].
+
+        Image i's registers are drawn from (seed, first + i).
 
         Raises:
             UserError: images of another size or dtype, or none.
@@ -77,7 +79,7 @@ class TrainedUNITE:
             )
         require(len(images) > 0, "reconstruct wants at least one image")
         check_drawing(seed, batch)
-        return sampling.reconstruct(self.network, images, seed, batch)
+        return sampling.reconstruct(self.network, images, seed, batch, first)
 
 
 def check_drawing(seed: int, batch: int) -> None:

@@ -1,4 +1,4 @@
-"""Pictures from a trained model, and how good they are."""
+"""Pictures from a trained model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,9 +8,12 @@ import typer
 from unite_fast.commands.options import (
     Batch,
     Checkpoint,
+    Classes,
+    Compile,
     Device,
     Guidance,
     Interval,
+    Precision,
     Seed,
     Solver,
     Steps,
@@ -25,7 +28,7 @@ app = typer.Typer()
 @app.command()
 def sample(
     checkpoint: Checkpoint,
-    classes: Annotated[str, typer.Option(help="classes to draw in turn, e.g. 3,1,4; all by default")] = "",
+    classes: Classes = "",
     count: Annotated[int, typer.Option(min=1, help="how many images")] = 80,
     guidance: Guidance = None,
     interval: Interval = None,
@@ -54,6 +57,56 @@ def sample(
 
 
 @app.command()
+def generate(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(help="an .npz (arr_0 uint8 NHWC, arr_1 classes) or a folder of PNGs")],
+    # torchrun takes --num for an abbreviation of an option of its own.
+    num: Annotated[int, typer.Option("--num", "--count", help="how many images")] = 50_000,
+    classes: Classes = "",
+    guidance: Guidance = None,
+    interval: Interval = None,
+    solver: Solver = None,
+    steps: Steps = None,
+    seed: Seed = 0,
+    batch: Batch = 64,
+    precision: Precision = None,
+    compile: Compile = None,
+    device: Device = "auto",
+) -> None:
+    """Generate many images with the averaged weights, for evaluation: by one process, or by several under torchrun. The
+    same command goes on where a killed one stopped. Image i depends on the seed, i and its class, not on who draws it.
+
+    Examples:
+
+    `unite-fast generate runs/imagenet256_b --num 50000 --out samples.npz`
+
+    `torchrun --nproc-per-node 8 -m unite_fast generate runs/imagenet256_b --count 50000 --out samples.npz`
+    """
+    from dataclasses import replace
+
+    from unite_fast.evaluation.ranks import ranks_of_torchrun
+    from unite_fast.generated_files import generate_files
+    from unite_fast.generation import Generation
+    from unite_fast.outputs import choose_labels
+    from unite_fast.training.trainer import choose_device
+
+    settings = given(guidance=guidance, interval=parse_interval(interval), solver=solver, steps=steps)
+    with ranks_of_torchrun(choose_device(device)) as ranks:
+        model = load(checkpoint, device)
+        generation = Generation(
+            choose_labels(classes, num, model.config.model.num_classes),
+            replace(model.config.sampling, **settings),
+            seed,
+            batch,
+            precision or model.config.train.precision,
+            model.network.device.type == "cuda" if compile is None else compile,
+        )
+        generate_files(model, generation, out, ranks)
+    if ranks.first:
+        typer.echo(f"{num} images in {out}")
+
+
+@app.command()
 def reconstruct(
     checkpoint: Checkpoint,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="picture files")],
@@ -65,33 +118,13 @@ def reconstruct(
     Example: `unite-fast reconstruct runs/imagenet cat.jpg dog.png --out pets.png`
     """
     from unite_fast import outputs
+    from unite_fast.evaluation.scores import psnr
 
     outputs.check_target(out, (".png",))
     model = load(checkpoint, device)
     originals = outputs.read_images(images, model.config.model.image_size)
     copies = model.reconstruct(originals)
-    for path, decibels in zip(images, outputs.psnr(originals, copies), strict=True):
+    for path, decibels in zip(images, psnr(originals, copies), strict=True):
         typer.echo(f"{path}: {decibels:.2f} dB")
     outputs.save_pairs(originals, copies, out)
     typer.echo(f"{len(images)} pairs in {out}")
-
-
-@app.command()
-def evaluate(
-    checkpoint: Checkpoint,
-    data: Annotated[str, typer.Option(help="folder of the data, if not the one trained on")] = "",
-    count: Annotated[int, typer.Option(min=1, help="generated images")] = 1000,
-    guidance: Annotated[float, typer.Option(help="scale of the guided samples")] = 2.0,
-    steps: Steps = None,
-    device: Device = "auto",
-) -> None:
-    """For small images: PSNR of held-out ones, and how many generated ones a classifier names as they were asked for.
-
-    The classifier is a support vector machine on the real pixels.
-
-    Example: `unite-fast evaluate runs/digits`
-    """
-    from unite_fast.evaluation.small_images import evaluate as run
-
-    for line in run(load(checkpoint, device), data, count, guidance, given(steps=steps)):
-        typer.echo(line)

@@ -1,0 +1,145 @@
+"""How good a trained model is."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unite_fast.commands.options import (
+    Checkpoint,
+    Compile,
+    Device,
+    Interval,
+    Precision,
+    Seed,
+    Solver,
+    Steps,
+    given,
+    load,
+    parse_interval,
+)
+from unite_fast.errors import UserError
+
+app = typer.Typer()
+
+Features = Annotated[str, typer.Option(help="inception (FID), pixels (small images, no weights needed) or auto")]
+Inception = Annotated[
+    str, typer.Option(metavar="PATH", help="torch-fidelity's Inception weights [default: $UNITE_FAST_INCEPTION]")
+]
+InceptionSha256 = Annotated[str, typer.Option(help="what the SHA-256 of other weights starts with", show_default=False)]
+
+
+@app.command()
+def evaluate(
+    checkpoint: Checkpoint,
+    features: Features = "auto",
+    inception: Inception = "",
+    inception_sha256: InceptionSha256 = "6726825d",
+    reference: Annotated[
+        str, typer.Option(metavar="REF.npz", help="statistics of real images [default, pixels: the training images]")
+    ] = "",
+    data: Annotated[str, typer.Option(help="folder of the data, if not the one trained on")] = "",
+    count: Annotated[
+        int | None, typer.Option(help="generated images a guidance scale [default: 50,000; with pixels 1,000]")
+    ] = None,
+    guidance: Annotated[
+        str, typer.Option(metavar="SCALE[,SCALE...]", help="[default: 1, which is unguided, and the recipe's]")
+    ] = "",
+    interval: Interval = None,
+    solver: Solver = None,
+    steps: Steps = None,
+    reconstructions: Annotated[
+        int, typer.Option(min=0, help="held-out images to reconstruct, at most; 0: none")
+    ] = 50_000,
+    seed: Seed = 0,
+    batch: Annotated[int, typer.Option(min=1, help="images at a time")] = 128,
+    precision: Precision = None,
+    compile: Compile = None,
+    device: Device = "auto",
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="for JSON, table and grids [default: RUN/evaluation]")
+    ] = None,
+) -> None:
+    """Judge a model: generated images against real ones, and reconstructions of held-out images.
+
+    Under torchrun the processes share the work, and the result is the same.
+
+    Examples:
+
+    `unite-fast evaluate runs/digits`
+
+    `torchrun --nproc-per-node 8 -m unite_fast evaluate runs/imagenet256_b --reference in256.npz --guidance 3`
+    """
+    from unite_fast.evaluation.evaluate import evaluate as run
+    from unite_fast.evaluation.ranks import ranks_of_torchrun
+    from unite_fast.evaluation.report import default_folder, lines
+    from unite_fast.evaluation.settings import EvaluationSettings
+    from unite_fast.evaluation.terminal import shown
+    from unite_fast.training.trainer import choose_device
+
+    settings = EvaluationSettings(
+        features=features,
+        inception=inception,
+        inception_sha256=inception_sha256,
+        reference=reference,
+        data=data,
+        count=count,
+        guidance=parse_scales(guidance),
+        sampling=given(interval=parse_interval(interval), solver=solver, steps=steps),
+        seed=seed,
+        batch=batch,
+        precision=precision or "",
+        compile=compile,
+        reconstructions=reconstructions,
+    )
+    folder = out or default_folder(checkpoint)
+    with ranks_of_torchrun(choose_device(device)) as ranks:
+        model = load(checkpoint, device)
+        result = run(model, settings, folder, str(checkpoint), shown)
+    if ranks.first:
+        for line in lines(result):
+            typer.echo(line)
+        typer.echo(f"all of it in {folder}")
+
+
+@app.command()
+def stats(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="folder or address of data, or digits")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.npz", help="the statistics to write")],
+    features: Features = "auto",
+    inception: Inception = "",
+    inception_sha256: InceptionSha256 = "6726825d",
+    image_size: Annotated[int, typer.Option(help="side of the images; 0: what suits the data")] = 0,
+    split: Annotated[str, typer.Option(help="train or test")] = "train",
+    batch: Annotated[int, typer.Option(min=1, help="images at a time")] = 128,
+    workers: Annotated[int, typer.Option(min=0, help="threads that read images")] = 2,
+    device: Device = "auto",
+) -> None:
+    """Make reference statistics of real images, for `unite-fast evaluate --reference`.
+
+    Examples:
+
+    `unite-fast stats digits digits.npz`
+
+    `torchrun --nproc-per-node 8 -m unite_fast stats shards/train in256.npz --features inception`
+    """
+    from unite_fast.evaluation.ranks import ranks_of_torchrun
+    from unite_fast.evaluation.settings import EvaluationSettings
+    from unite_fast.evaluation.stats import save_statistics
+    from unite_fast.evaluation.terminal import shown
+    from unite_fast.training.trainer import choose_device
+
+    settings = EvaluationSettings(features, inception, inception_sha256, batch=batch)
+    with ranks_of_torchrun(choose_device(device)) as ranks:
+        made = save_statistics(data, image_size, split, settings, out, ranks, choose_device(device), workers, shown)
+    if ranks.first:
+        typer.echo(f"{made.count} images, {len(made.statistics.mean)} {made.features} features: {out}")
+        if made.about["unreadable"]:
+            typer.echo(f"{made.about['unreadable']} images could not be read and are left out")
+
+
+def parse_scales(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",") if part)
+    except ValueError as error:
+        raise UserError(f"--guidance is a scale or several, for example 1,2.5; got {text!r}") from error

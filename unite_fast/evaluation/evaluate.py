@@ -1,0 +1,167 @@
+"""The evaluation of a trained model: generated images against real ones, reconstructions against their originals."""
+
+import hashlib
+import platform
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import unite_fast
+from unite_fast.data_pipeline import open_source
+from unite_fast.evaluation import report
+from unite_fast.evaluation.judge import open_judge
+from unite_fast.evaluation.ranks import Ranks, current_ranks
+from unite_fast.evaluation.reading import Shown, unseen
+from unite_fast.evaluation.reconstruction import score_reconstructions
+from unite_fast.evaluation.settings import EvaluationSettings
+from unite_fast.generation import Drawn, Generation, generate_batches
+from unite_fast.trained import TrainedUNITE
+
+COUNTS = {"inception": 50_000, "pixels": 1_000}
+GRID = 80
+"""Generated images in the picture beside a result."""
+
+
+def evaluate(
+    model: TrainedUNITE,
+    settings: EvaluationSettings,
+    out: Path | None = None,
+    checkpoint: str = "",
+    shown: Shown = unseen,
+) -> dict:
+    """Reconstruct, score, generate, score. Processes of an initialised `torch.distributed` share the work.
+
+    Args:
+        model: on the device that shall do the work.
+        out: folder for evaluation.json, evaluation.md and the grids, written by rank 0; None: nothing is written.
+        checkpoint: where the model comes from, for the JSON.
+        shown: shows progress.
+
+    Returns:
+        What evaluation.json holds, the same on every process. `generated` is a list, one entry a guidance scale.
+
+    Raises:
+        UserError: data, weights or statistics that are missing or do not fit; settings out of range.
+    """
+    if out is not None:
+        report.check_folder(out)
+    begun, ranks = time.perf_counter(), current_ranks()
+    judge = open_judge(model.config, settings, ranks, model.network.device, shown)
+    count = settings.count or COUNTS[judge.features.name]
+    series = planned(model, settings, count)
+    opened = time.perf_counter() - begun
+    # First, since it is short and what may be missing for it should not show after hours of generating.
+    reconstruction, pairs = None, None
+    if settings.reconstructions:
+        data = model.config.data
+        source = open_source(data.source, settings.data or data.path, model.config.model.image_size, "test")
+        reconstruction, pairs = score_reconstructions(model, source, judge, settings, ranks, shown)
+    generated, pictures = [], {}
+    for generation in series:
+        begun_here, first, scale = time.perf_counter(), FirstImages(GRID), generation.sampling.guidance
+        batches = generate_batches(model.network, generation, ranks)
+        total = -(-generation.batches // ranks.world)
+        scores = judge.score(first.watch(shown(batches, total, f"generating with guidance {scale:g}")), count, ranks)
+        generated.append(
+            {
+                **asdict(generation.sampling),
+                **{name: getattr(generation, name) for name in ("seed", "batch", "compile")},
+                "network_precision": generation.precision,  # "precision" is a score
+                "count": count,
+                **scores,
+                "seconds": time.perf_counter() - begun_here,
+            }
+        )
+        pictures[f"samples_guidance_{scale:g}.png"] = first.gathered(ranks)
+    result = {
+        "checkpoint": {
+            "path": checkpoint,
+            "weights_sha256": weights_sha256(model),
+            "weights": "EMA",
+            "step": model.step,
+            "name": model.config.name,
+        },
+        "features": {
+            "name": judge.features.name,
+            "title": judge.features.title,
+            "dimension": judge.features.dimension,
+            **judge.features.source,
+        },
+        "reference": judge.reference.described(),
+        "generated": generated,
+        "reconstruction": reconstruction,
+        "notes": judge.notes(count) + (reconstruction["notes"] if reconstruction else []),
+        "seconds": {"opening": opened, "all": time.perf_counter() - begun},
+        "processes": ranks.world,
+        "device": device_name(model.network.device),
+        "versions": versions(),
+    }
+    if out is not None and ranks.first:
+        report.save(result, pictures, pairs, out)
+    return ranks.from_first(result)
+
+
+def planned(model: TrainedUNITE, settings: EvaluationSettings, count: int) -> list[Generation]:
+    """What is generated, once for each guidance scale, of the same noise: classes in turn, so as many of each."""
+    recipe = model.config.sampling
+    # In order and each once: a recipe may itself be unguided.
+    scales = settings.guidance or tuple(dict.fromkeys((1.0, recipe.guidance)))
+    on_gpu = model.network.device.type == "cuda"
+    return [
+        Generation(
+            torch.arange(count) % model.config.model.num_classes,
+            replace(recipe, **settings.sampling, guidance=scale),
+            settings.seed,
+            min(settings.batch, count),
+            settings.precision or model.config.train.precision,
+            on_gpu if settings.compile is None else settings.compile,
+        )
+        for scale in scales
+    ]
+
+
+class FirstImages:
+    """Keeps the first so many images of a series that several processes make."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self.kept: dict[int, Tensor] = {}
+
+    def watch(self, batches: Iterable[Drawn]) -> Iterator[Drawn]:
+        for batch in batches:
+            for number, image in zip(batch.indices.tolist(), batch.images, strict=True):
+                if number < self.most:
+                    self.kept[number] = image.clone()
+            yield batch
+
+    def gathered(self, ranks: Ranks) -> Tensor:
+        together = {number: image for part in ranks.gather(self.kept) for number, image in part.items()}
+        return torch.stack([image for _, image in sorted(together.items())])
+
+
+def weights_sha256(model: TrainedUNITE) -> str:
+    """SHA-256 of the averaged weights: names, shapes and float32 numbers, in the order of the names. It does not depend
+    on the kind of file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.network.state_dict().items()):
+        array = tensor.detach().cpu().contiguous().numpy()
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+
+
+def versions() -> dict[str, str]:
+    return {
+        "unite_fast": unite_fast.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }

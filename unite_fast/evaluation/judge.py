@@ -1,0 +1,200 @@
+"""Who judges generated images: features, the statistics of real images, and perhaps a classifier."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unite_fast.config import Config, require
+from unite_fast.data_pipeline import Source, open_source
+from unite_fast.evaluation import pixels, scores
+from unite_fast.evaluation.features import Features
+from unite_fast.evaluation.inception import DIMENSION, load_inception
+from unite_fast.evaluation.pixels import Classifier, PixelFeatures, fit_pixels, read_some
+from unite_fast.evaluation.ranks import Ranks
+from unite_fast.evaluation.reading import NumberedBatch, Shown, unseen
+from unite_fast.evaluation.reference import Kept, Mixed, make_reference
+from unite_fast.evaluation.settings import EvaluationSettings
+from unite_fast.evaluation.statistics import Moments, Reference, frechet_distance, load_reference
+
+SAMPLES_PER_DIMENSION = 10
+"""With fewer images than this times the dimension of the features, the bias of a Frechet distance is worth a word."""
+
+
+@dataclass
+class Judge:
+    features: Features
+    reference: Reference
+    classifier: Classifier | None = None
+
+    def score(self, batches: Iterable[NumberedBatch], count: int, ranks: Ranks) -> dict:
+        """Scores of generated images.
+
+        Args:
+            batches: this process's part of samples 0..count - 1, with the labels that were asked for; anything that has
+                the `indices`, `images` and `labels` of a `NumberedBatch`.
+            count: all processes together.
+
+        Returns:
+            The same on every process: `frechet_distance`, and where they could be computed `inception_score`,
+            `inception_score_deviation`, `kid`, `kid_deviation`, `precision`, `recall`, `class_agreement`.
+        """
+        device, mixed = self.features.device, Mixed(count)
+        moments, kept = Moments(self.features.dimension, device), Kept(mixed)
+        inception = scores.InceptionScore(self.features.classes, device=device) if self.features.classes else None
+        right = torch.zeros((), dtype=torch.float64)
+        for batch in batches:
+            if not len(batch.images):  # processes may come out even by empty ones
+                continue
+            found = self.features(batch.images.to(device))
+            moments.update(found.pool)
+            kept.update(batch.indices, found.pool)
+            if inception is not None:
+                inception.update(found.logits, mixed.splits(batch.indices))
+            if self.classifier is not None:
+                right += self.classifier.right(batch.images, batch.labels)
+        moments.all_reduce(ranks)
+        samples = kept.gathered(ranks)
+        result = {}
+        if inception is not None:
+            inception.all_reduce(ranks)
+            if count >= scores.SPLITS:
+                result["inception_score"], result["inception_score_deviation"] = inception.result()
+        if self.classifier is not None:
+            result["class_agreement"] = float(ranks.sum(right) / count)
+        # The eigenvalues and the distances are work for one process; all get the same numbers.
+        if ranks.first:
+            result["frechet_distance"] = frechet_distance(moments.statistics(), self.reference.statistics)
+            result |= self._compared_one_by_one(samples)
+        return ranks.from_first(result)
+
+    def _compared_one_by_one(self, samples: Tensor) -> dict:
+        real = self.reference.samples
+        if real is None or min(len(real), len(samples)) <= scores.NEIGHBOURS:
+            return {}
+        size = min(scores.KID_SUBSET_SIZE, len(real), len(samples))
+        real, samples = real.to(self.features.device), samples.to(self.features.device)
+        distance, deviation = scores.kid(samples, real, size=size)
+        precision, recall = scores.precision_recall(samples, real)
+        return {
+            "kid": distance,
+            "kid_deviation": deviation,
+            "kid_subset": size,
+            "precision": precision,
+            "recall": recall,
+        }
+
+    def notes(self, count: int) -> list[str]:
+        """What a reader must know before comparing the distance of `count` images with another."""
+        lines = [bias_warning(count, self.features.dimension, "generated")]
+        if self.reference.count:
+            lines.append(bias_warning(self.reference.count, self.features.dimension, "real"))
+        if self.features.classes and count < scores.SPLITS:
+            lines.append(f"no Inception Score: it takes {scores.SPLITS} splits, and {count} images are too few")
+        if self.reference.samples is None:
+            lines.append(
+                "no KID, precision and recall: the reference holds no features of single images; "
+                "unite-fast stats makes one that does"
+            )
+        return [line for line in lines if line]
+
+
+def bias_warning(count: int, dimension: int, kind: str) -> str:
+    """Why the Frechet distance of so few images is too large; empty if they are enough."""
+    if count <= dimension:
+        return (
+            f"{count} {kind} images are too few for {dimension} features: their covariance has rank {count - 1} at "
+            "most, which makes the Frechet distance too large by an amount that depends on their number; compare it "
+            "only with distances of as many"
+        )
+    if count < SAMPLES_PER_DIMENSION * dimension:
+        return (
+            f"{count} {kind} images for {dimension} features: the error of their covariance makes the Frechet distance "
+            "too large (the excess falls in proportion to 1 / images); compare it only with distances of as many"
+        )
+    return ""
+
+
+def open_judge(
+    config: Config, settings: EvaluationSettings, ranks: Ranks, device: torch.device | str, shown: Shown = unseen
+) -> Judge:
+    """Features, reference and classifier for the images of a model with this configuration.
+
+    Features "auto" are Inception's if its weights or a reference made with it are named or the images are too large for
+    pixels, else pixels. Without a reference, pixels are held against the model's training images.
+
+    Raises:
+        UserError: files that are missing or do not fit each other.
+    """
+    known = load_reference(settings.reference) if settings.reference else None
+    of_inception = known is not None and len(known.statistics.mean) == DIMENSION
+    if choose_features(settings, config.model.image_size, of_inception) == pixels.NAME:
+        return _pixel_judge(config, settings, known, ranks, device, shown)
+    require(
+        known is not None,
+        "the FID needs statistics of real images: name them with --reference REF.npz; "
+        "unite-fast stats DATA REF.npz --features inception makes them",
+    )
+    features = load_inception(settings.inception, settings.inception_sha256, device)
+    check_fit(known, features)
+    return Judge(features, known)
+
+
+def _pixel_judge(
+    config: Config,
+    settings: EvaluationSettings,
+    known: Reference | None,
+    ranks: Ranks,
+    device: torch.device | str,
+    shown: Shown,
+) -> Judge:
+    size = config.model.image_size
+    require(
+        size <= pixels.LARGEST,
+        f"this model makes {size} x {size} images; features pixels are for {pixels.LARGEST} x {pixels.LARGEST} at the "
+        "most: use --features inception",
+    )
+    if known is not None:
+        require(
+            bool(known.basis),
+            f"{known.path} holds no components of pixels: make it with unite-fast stats DATA OUT.npz --features pixels",
+        )
+        features = PixelFeatures(known.basis, known.about.get("features_source"), device)
+        require(
+            features.image_size == size,
+            f"{known.path} is of images of side {features.image_size}, this model makes {size} x {size}",
+        )
+        check_fit(known, features)
+    source = open_source(config.data.source, settings.data or config.data.path, size, "train")
+    if known is None:
+        features = fit_pixels_once(source, ranks, device)
+        known = make_reference(source, features, ranks, settings.batch, config.data.workers, shown)
+    classifier = Classifier(*read_some(source, pixels.CLASSIFIER_IMAGES)) if config.model.num_classes > 1 else None
+    return Judge(features, known, classifier)
+
+
+def fit_pixels_once(source: Source, ranks: Ranks, device: torch.device | str) -> PixelFeatures:
+    """Fitted by one process, so that all have the same components to the last bit."""
+    fitted = fit_pixels(read_some(source, pixels.FITTED_IMAGES)[0]) if ranks.first else None
+    basis, about = ranks.from_first((fitted.basis, fitted.source) if fitted else None)
+    return PixelFeatures(basis, about, device)
+
+
+def choose_features(settings: EvaluationSettings, image_size: int, of_inception: bool = False) -> str:
+    if settings.features != "auto":
+        return settings.features
+    return "inception" if settings.inception or of_inception or image_size > pixels.LARGEST else pixels.NAME
+
+
+def check_fit(reference: Reference, features: Features) -> None:
+    """
+    Raises:
+        UserError: statistics of other features.
+    """
+    d = len(reference.statistics.mean)
+    require(
+        d == features.dimension and reference.features in ("", features.name),
+        f"{reference.path} has statistics of {d} {reference.features or 'unnamed'} features, and {features.name} has "
+        f"{features.dimension}: they cannot be compared; make a reference with --features {features.name}",
+    )

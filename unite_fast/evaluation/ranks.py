@@ -1,0 +1,82 @@
+"""The processes of torchrun that share an evaluation, or the only one."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that work together. Of one process, every method gives back its input."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add up a tensor over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list:
+        """What each process holds, rank 0 first."""
+        if self.world == 1:
+            return [value]
+        values: list = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """What rank 0 holds."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def batches(self, count: int, batch: int) -> Iterator[range]:
+        """This process's part of `count` numbered samples. The batches are the same for any number of processes, so
+        every sample is computed among the same neighbours and comes out the same to the last bit."""
+        starts = range(0, count, batch)
+        return (range(start, min(start + batch, count)) for start in starts[self.rank :: self.world])
+
+
+def current_ranks() -> Ranks:
+    """Of the process group that is already there, if one is."""
+    if dist.is_available() and dist.is_initialized():
+        return Ranks(dist.get_rank(), dist.get_world_size())
+    return Ranks()
+
+
+@contextmanager
+def ranks_of_torchrun(device: torch.device) -> Iterator[Ranks]:
+    """Joins the processes that torchrun started, if it did, and leaves them at the end.
+
+    Args:
+        device: of kind "cpu" or "cuda"; the current CUDA device becomes this process's own.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield current_ranks()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # Both on CUDA, since counts and small sums live on the CPU.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # Processes meet seldom, with hours of work between; one that dies is torchrun's to notice.
+    dist.init_process_group(backend, timeout=timedelta(hours=12))
+    try:
+        yield current_ranks()
+    finally:
+        dist.destroy_process_group()

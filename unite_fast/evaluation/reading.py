@@ -1,0 +1,73 @@
+"""Images of a source in numbered batches, each process its own ones, read ahead by threads."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unite_fast.data_pipeline import Source, UnreadableSample
+
+Shown = Callable[[Iterable, int, str], Iterable]
+"""(batches, how many there are, what is done to them) -> the same batches; shows how far it is."""
+
+
+def unseen(batches: Iterable, total: int, title: str) -> Iterable:
+    """Shows nothing."""
+    return batches
+
+
+@dataclass(frozen=True)
+class NumberedBatch:
+    indices: Tensor
+    """int64 [b], the samples' indices in the source or in the series that is generated."""
+    images: Tensor
+    """uint8 [b, 3, S, S]."""
+    labels: Tensor
+    """int64 [b]."""
+    broken: tuple[str, ...] = ()
+    """Name and reason of each sample that could not be read and is left out."""
+
+
+def read_batches(source: Source, batches: Iterable[Sequence[int]], workers: int = 2) -> Iterator[NumberedBatch]:
+    """The samples of each batch of numbers, in order, without the broken ones; a batch may be empty."""
+    if source.workers == "none" or workers == 0:
+        yield from (_read(source, batch) for batch in batches)
+        return
+    # Decoding leaves the interpreter free, so threads do; and a window keeps the batches in memory few.
+    with ThreadPoolExecutor(workers) as pool:
+        window: deque = deque()
+        for batch in batches:
+            window.append(pool.submit(_read, source, batch))
+            if len(window) > 2 * workers:
+                yield window.popleft().result()
+        while window:
+            yield window.popleft().result()
+
+
+def _read(source: Source, batch: Sequence[int]) -> NumberedBatch:
+    try:
+        images, labels = source.read(batch)
+        return NumberedBatch(torch.tensor(batch), images, labels)
+    except UnreadableSample:
+        pass
+    indices, images, labels, broken = [], [], [], []
+    for number in batch:
+        try:
+            image, label = source.read([number])
+        except UnreadableSample as error:
+            broken.append(str(error))
+            continue
+        indices.append(number)
+        images.append(image)
+        labels.append(label)
+    size = source.image_size
+    none = torch.empty(0, 3, size, size, dtype=torch.uint8)
+    return NumberedBatch(
+        torch.tensor(indices, dtype=torch.int64),
+        torch.cat([none, *images]),
+        torch.cat([torch.empty(0, dtype=torch.int64), *labels]),
+        tuple(broken),
+    )

@@ -1,0 +1,168 @@
+"""The result of an evaluation as files (JSON, a Markdown table, grids) and as lines for a terminal."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from unite_fast.config import require
+from unite_fast.errors import writing
+from unite_fast.pictures import grid, pairs
+
+JSON, TABLE, PAIRS = "evaluation.json", "evaluation.md", "reconstructions.png"
+_COLUMNS = 10
+
+
+def default_folder(checkpoint: Path) -> Path:
+    """evaluation/ in the run's folder, or beside a checkpoint that is in none."""
+    if checkpoint.parent.name == "checkpoints":
+        return checkpoint.parent.parent / "evaluation"
+    return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "evaluation"
+
+
+def check_folder(out: Path) -> None:
+    """
+    Raises:
+        UserError: something that is no folder has this name.
+    """
+    require(not out.exists() or out.is_dir(), f"{out} is in the way: it is no folder; choose another --out")
+
+
+def save(result: dict, pictures: dict[str, Tensor], both: tuple[Tensor, Tensor] | None, out: Path) -> None:
+    """evaluation.json, evaluation.md, a grid of samples for each guidance scale and one of reconstructions; those of an
+    earlier evaluation in the same folder are replaced.
+
+    Raises:
+        UserError: no space left, or no permission.
+    """
+    check_folder(out)
+    images = {name: grid(images, _COLUMNS) for name, images in pictures.items()}
+    if both is not None:
+        images[PAIRS] = pairs(*both, min(_COLUMNS, len(both[0])))
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for stale in out.glob("samples_guidance_*.png"):
+            stale.unlink()
+        for name, image in images.items():
+            with _aside(out / name) as partial:
+                image.save(partial, format="png")
+        for name, text in ((TABLE, table(result)), (JSON, json.dumps(result, indent=1))):
+            with _aside(out / name) as partial:
+                partial.write_text(text)
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` when all went well."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def lines(result: dict) -> list[str]:
+    """The result in a few lines, what was not computed and what to beware of included."""
+    said, features = [], result["features"]
+    rebuilt = result["reconstruction"]
+    if rebuilt:
+        said.append(
+            f"reconstruction of {rebuilt['images']} held-out images: {rebuilt['psnr']:.2f} dB PSNR (mean over images; "
+            f"{rebuilt['psnr_of_mean_error']:.2f} dB of the mean error), L1 {rebuilt['l1']:.4f}"
+            f"{_named(rebuilt, 'ssim', 'SSIM')}{_named(rebuilt, 'lpips', 'LPIPS')}, "
+            f"{_distance(features, 'r')} {rebuilt['frechet_distance']:.4f}"
+        )
+        if rebuilt["unreadable"]:
+            said.append(f"{rebuilt['unreadable']} held-out images could not be read and are left out")
+        if rebuilt["real_class_agreement"] is not None:
+            said.append(
+                f"classifier (SVM on real pixels): {rebuilt['real_class_agreement']:.1%} right on held-out images, "
+                f"{rebuilt['class_agreement']:.1%} on their reconstructions"
+            )
+    for one in result["generated"]:
+        parts = [f"{_distance(features, 'g')} {one['frechet_distance']:.4f}"]
+        if "inception_score" in one:
+            parts.append(f"IS {one['inception_score']:.2f} +- {one['inception_score_deviation']:.2f}")
+        if "kid" in one:
+            parts.append(f"{_kernel(features)} {one['kid']:.5f} +- {one['kid_deviation']:.5f}")
+            parts.append(f"precision {one['precision']:.3f}, recall {one['recall']:.3f}")
+        if "class_agreement" in one:
+            parts.append(f"{one['class_agreement']:.1%} classified as asked for")
+        said.append(f"{one['count']} generated images, {_guidance(one)}: {', '.join(parts)}")
+    if result["reference"].get("unreadable"):
+        said.append(f"{result['reference']['unreadable']} images of the reference could not be read and are left out")
+    return said + [f"note: {note}" for note in result["notes"]]
+
+
+def table(result: dict) -> str:
+    """The result as Markdown."""
+    features, checkpoint, reference = result["features"], result["checkpoint"], result["reference"]
+    text = [
+        f"# Evaluation of {checkpoint['name']}, step {checkpoint['step']}",
+        "",
+        f"{checkpoint['weights']} weights, SHA-256 {checkpoint['weights_sha256']}. Features: {features['name']} "
+        f"({features['title']}, {features['dimension']} dimensions). Reference: "
+        f"{reference['path'] or 'the training images'}, {reference['images'] or 'unknown number of'} images"
+        f"{', SHA-256 ' + reference['sha256'] if reference['sha256'] else ''}. "
+        f"All of it is in {JSON}.",
+        "",
+    ]
+    columns = {
+        "guidance": lambda one: _guidance(one),
+        "interval": lambda one: "{:g} to {:g}".format(*one["interval"]),
+        "solver": lambda one: one["solver"],
+        "steps": lambda one: "own" if one["solver"] == "dopri5" else str(one["steps"]),
+        "numbers": lambda one: one["network_precision"],
+        "images": lambda one: str(one["count"]),
+        _distance(features, "g"): lambda one: f"{one['frechet_distance']:.4f}",
+        "IS": lambda one: f"{one['inception_score']:.2f}" if "inception_score" in one else "",
+        _kernel(features): lambda one: f"{one['kid']:.5f}" if "kid" in one else "",
+        "precision": lambda one: f"{one['precision']:.3f}" if "precision" in one else "",
+        "recall": lambda one: f"{one['recall']:.3f}" if "recall" in one else "",
+        "classified as asked for": lambda one: f"{one['class_agreement']:.1%}" if "class_agreement" in one else "",
+        "seconds": lambda one: f"{one['seconds']:.1f}",
+    }
+    rows = [{name: cell(one) for name, cell in columns.items()} for one in result["generated"]]
+    text += _markdown([name for name in columns if any(row[name] for row in rows)], rows)
+    rebuilt = result["reconstruction"]
+    if rebuilt:
+        cells = {
+            "held-out images": str(rebuilt["images"]),
+            _distance(features, "r"): f"{rebuilt['frechet_distance']:.4f}",
+            "PSNR, dB": f"{rebuilt['psnr']:.2f}",
+            "of the mean error": f"{rebuilt['psnr_of_mean_error']:.2f}",
+            "L1": f"{rebuilt['l1']:.4f}",
+            "SSIM": "" if rebuilt["ssim"] is None else f"{rebuilt['ssim']:.4f}",
+            "LPIPS": "" if rebuilt["lpips"] is None else f"{rebuilt['lpips']:.4f}",
+        }
+        text += ["", *_markdown([name for name in cells if cells[name]], [cells])]
+    text += ["", *(f"- {note}" for note in result["notes"])] if result["notes"] else []
+    return "\n".join(text) + "\n"
+
+
+def _markdown(columns: list[str], rows: list[dict[str, str]]) -> list[str]:
+    return [
+        f"| {' | '.join(columns)} |",
+        "|" + "---|" * len(columns),
+        *(f"| {' | '.join(row[name] for name in columns)} |" for row in rows),
+    ]
+
+
+def _distance(features: dict, prefix: str) -> str:
+    """What the Frechet distance is called: gFID and rFID are Inception's alone."""
+    return f"{prefix}FID" if features["name"] == "inception" else features["title"]
+
+
+def _kernel(features: dict) -> str:
+    return "KID" if features["name"] == "inception" else "kernel distance"
+
+
+def _guidance(one: dict) -> str:
+    return "unguided" if one["guidance"] == 1 else f"guidance {one['guidance']:g}"
+
+
+def _named(values: dict, key: str, name: str) -> str:
+    return "" if values[key] is None else f", {name} {values[key]:.4f}"
