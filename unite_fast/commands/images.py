@@ -9,9 +9,11 @@ from unite_fast.commands.options import (
     Batch,
     Checkpoint,
     Classes,
+    Compile,
     Device,
     Guidance,
     Interval,
+    Precision,
     Seed,
     Solver,
     Steps,
@@ -67,12 +69,8 @@ def generate(
     steps: Steps = None,
     seed: Seed = 0,
     batch: Batch = 64,
-    precision: Annotated[
-        str | None, typer.Option(help="bfloat16 or float32 [default: what the model was trained in]")
-    ] = None,
-    compile: Annotated[
-        bool | None, typer.Option("--compile/--eager", help="compile the network [default: on CUDA]")
-    ] = None,
+    precision: Precision = None,
+    compile: Compile = None,
     device: Device = "auto",
 ) -> None:
     """Generate many images with the averaged weights, for evaluation: by one process, or by several under torchrun. The

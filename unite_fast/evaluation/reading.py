@@ -1,7 +1,7 @@
 """Images of a source in numbered batches, each process its own ones, read ahead by threads."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -21,8 +21,8 @@ def unseen(batches: Iterable, total: int, title: str) -> Iterable:
 
 @dataclass(frozen=True)
 class NumberedBatch:
-    numbers: Tensor
-    """int64 [b], the samples' numbers in the source or in the series that is generated."""
+    indices: Tensor
+    """int64 [b], the samples' indices in the source or in the series that is generated."""
     images: Tensor
     """uint8 [b, 3, S, S]."""
     labels: Tensor
@@ -31,8 +31,8 @@ class NumberedBatch:
     """Name and reason of each sample that could not be read and is left out."""
 
 
-def read_batches(source: Source, batches: Iterable[range], workers: int = 2) -> Iterator[NumberedBatch]:
-    """The samples of each range, in order, without the broken ones; a batch may be empty."""
+def read_batches(source: Source, batches: Iterable[Sequence[int]], workers: int = 2) -> Iterator[NumberedBatch]:
+    """The samples of each batch of numbers, in order, without the broken ones; a batch may be empty."""
     if source.workers == "none" or workers == 0:
         yield from (_read(source, batch) for batch in batches)
         return
@@ -47,26 +47,26 @@ def read_batches(source: Source, batches: Iterable[range], workers: int = 2) -> 
             yield window.popleft().result()
 
 
-def _read(source: Source, batch: range) -> NumberedBatch:
+def _read(source: Source, batch: Sequence[int]) -> NumberedBatch:
     try:
         images, labels = source.read(batch)
         return NumberedBatch(torch.tensor(batch), images, labels)
     except UnreadableSample:
         pass
-    numbers, images, labels, broken = [], [], [], []
+    indices, images, labels, broken = [], [], [], []
     for number in batch:
         try:
             image, label = source.read([number])
         except UnreadableSample as error:
             broken.append(str(error))
             continue
-        numbers.append(number)
+        indices.append(number)
         images.append(image)
         labels.append(label)
     size = source.image_size
     none = torch.empty(0, 3, size, size, dtype=torch.uint8)
     return NumberedBatch(
-        torch.tensor(numbers, dtype=torch.int64),
+        torch.tensor(indices, dtype=torch.int64),
         torch.cat([none, *images]),
         torch.cat([torch.empty(0, dtype=torch.int64), *labels]),
         tuple(broken),
