@@ -197,6 +197,44 @@ def assert_uniform(value: Tensor, bound: float, name: str) -> None:
     assert abs(value.mean()) < 5 * bound / math.sqrt(3 * value.numel()), name
 
 
+def test_start_values_are_drawn_in_one_order_whatever_the_modules_are_called(tiny_config):
+    """A run's seed must give the same weights after the code is rearranged: the order is written down here again."""
+    encoder = GenerativeEncoder(tiny_config.model)
+    encoder.initialize(torch.Generator().manual_seed(7))
+    generator, found = torch.Generator().manual_seed(7), encoder.state_dict()
+    drawn = ["input_proj", "time_embed.fc1", "time_embed.fc2"]
+    for i in range(tiny_config.model.encoder.depth):
+        drawn += [f"blocks.{i}.{name}" for name in ("attn.qkv", "attn.proj", "mlp.fc_in", "mlp.fc_out")]
+        drawn.append(f"modulation.{i}")
+    values = {}
+    for name in (*drawn, "final_layer.modulation", "final_layer.linear"):
+        values[name] = torch.nn.init.xavier_uniform_(torch.empty(found[f"{name}.weight"].shape), generator=generator)
+    for name, value in values.items():
+        if "modulation" not in name and not name.startswith(("time_embed", "final_layer")):
+            assert torch.equal(found[f"{name}.weight"], value), name
+    bound = (3 * 4 * 4) ** -0.5
+    for name in ("patch_embed.weight", "patch_embed.bias"):
+        want = torch.empty(found[name].shape).uniform_(-bound, bound, generator=generator)
+        assert torch.equal(found[name], want), name
+    assert torch.equal(found["time_embed.frequencies"], torch.empty(256).normal_(generator=generator))
+    for name in ("time_embed.fc1.weight", "time_embed.fc2.weight", "label_embed.weight", "in_context_posemb"):
+        assert torch.equal(found[name], torch.empty(found[name].shape).normal_(std=0.02, generator=generator)), name
+
+
+def test_a_model_built_without_memory_is_the_same_once_filled(tiny_config):
+    with torch.device("meta"):
+        encoder = GenerativeEncoder(tiny_config.model)
+    encoder.to_empty(device="cpu")
+    other = GenerativeEncoder(tiny_config.model)
+    for one in (encoder, other):
+        one.initialize(torch.Generator().manual_seed(0))
+    assert all(
+        torch.equal(a, b)
+        for part in ("parameters", "buffers")
+        for a, b in zip(getattr(encoder, part)(), getattr(other, part)(), strict=True)
+    )
+
+
 def test_a_fresh_encoder_predicts_zero(tiny_config):
     encoder = GenerativeEncoder(tiny_config.model)
     encoder.initialize(torch.Generator().manual_seed(0))

@@ -44,6 +44,19 @@ def test_formula_against_float64():
         torch.testing.assert_close(average.double(), want[name], rtol=FLOAT32_ROUNDING, atol=FLOAT32_ROUNDING)
 
 
+def test_a_skipped_update_changes_no_bit_and_another_is_the_usual_one():
+    layer = norm_layer()
+    ema, usual = EMA(layer, 0.9978), EMA(layer, 0.9978)
+    move(layer, 1.0)
+    before = {name: average.clone() for name, average in ema.averages.items()}
+    ema.update(torch.ones(()))
+    assert all(torch.equal(average, before[name]) for name, average in ema.averages.items())
+    ema.update(torch.zeros(()))
+    usual.update()
+    for name, average in ema.averages.items():
+        torch.testing.assert_close(average, usual.averages[name], rtol=FLOAT32_ROUNDING, atol=FLOAT32_ROUNDING)
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_applied_swaps_and_restores_even_on_failure(fails):
     layer = norm_layer()

@@ -102,6 +102,46 @@ def test_one_step_by_hand(tiny_config):
         torch.testing.assert_close(state.ema.averages[name], want)
 
 
+@pytest.mark.parametrize("clip_norm", [0.5, 1e9])
+def test_clipping_is_torchs_bit_for_bit(clip_norm, tiny_config):
+    tiny_config.optim.clip_norm = clip_norm
+    state, twin = make_state(tiny_config), make_state(tiny_config).model
+    generator = torch.Generator().manual_seed(0)
+    for ours, theirs in zip(state.parameters, twin.parameters(), strict=True):
+        ours.grad = torch.randn(ours.shape, generator=generator)
+        theirs.grad = ours.grad.clone()
+    want = torch.nn.utils.clip_grad_norm_(twin.parameters(), clip_norm, foreach=True)
+    assert torch.equal(state.clip_gradients(), want)
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(state.parameters, twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_of_bad_gradients_changes_nothing_where_they_are_skipped(value, tiny_config):
+    tiny_config.optim.nonfinite = "skip"
+    state, undisturbed = make_state(tiny_config), make_state(tiny_config)
+    train(state, 2)
+    before = saved(state)
+    for parameter in state.parameters:
+        parameter.grad = torch.full_like(parameter, value)
+    assert not state.apply_gradients().isfinite()
+    assert [name for name, x in state.tensors().items() if not torch.equal(x, before[name])] == []
+    assert (int(state.skipped_steps), state.step) == (1, 3)
+    # The step after it is what it would have been: AdamW did not count the one left out.
+    train(undisturbed, 2)
+    undisturbed.step = 3
+    assert train(state, 1) == train(undisturbed, 1)
+    assert int(state.skipped_steps) == 1
+
+
+def test_optimizers_have_all_their_tensors_before_the_first_step(tiny_config):
+    state = make_state(tiny_config)
+    fresh = saved(state)
+    assert not any(x.any() for name, x in fresh.items() if name.startswith("optim."))
+    held = {name: x.data_ptr() for name, x in state.tensors().items()}
+    train(state, 1)
+    assert {name: x.data_ptr() for name, x in state.tensors().items()} == held
+
+
 def test_small_gradients_are_not_clipped(tiny_config):
     state = make_state(tiny_config)
     for parameter in state.model.parameters():

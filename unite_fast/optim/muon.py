@@ -71,7 +71,8 @@ class Muon(torch.optim.Optimizer):
     the update is what one process would have made, up to the rounding of sums.
 
     Args:
-        parameters: matrices, at their true shapes: the update's scale follows from it.
+        parameters: matrices, at their true shapes: the update's scale follows from it. Those without a gradient, the
+            same ones on all processes, are left alone.
         lr: learning rate of AdamW's scale.
         momentum: decay of the momentum.
         eps: floor of the norm that a gradient is divided by.
@@ -99,9 +100,10 @@ class Muon(torch.optim.Optimizer):
         parameters = [parameters[k] for k in used]
         if used not in self._exchanges:
             self._exchanges[used] = exchange(parameters)
-        updates = self._exchanges[used].apply(
-            lambda batch: newton_schulz(batch, self.eps), self._directions(parameters), self.dtype
-        )
+        way = self._exchanges[used]
+        directions = self._directions(parameters, way.supplied)
+        device = local(parameters[0]).device
+        updates = way.apply(lambda batch: newton_schulz(batch, self.eps), directions, self.dtype, device)
         if self.found_inf is not None:
             torch._foreach_mul_(updates, (1 - self.found_inf).to(self.dtype))
         self._move(dict(zip(parameters, updates, strict=True)))
@@ -109,8 +111,8 @@ class Muon(torch.optim.Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _directions(self, parameters: list[Tensor]) -> list[Tensor]:
-        """Follow the gradients with the momenta; what both together point at, as it is cut."""
+    def _directions(self, parameters: list[Tensor], wanted: list[int]) -> dict[int, Tensor]:
+        """Let all momenta follow the gradients. Where both together point, as it is cut, for the parameters wanted."""
         gradients = [local(p.grad) for p in parameters]
         momenta = [local(self.state[p]["momentum"]) for p in parameters]
         if self.found_inf is not None:
@@ -118,7 +120,10 @@ class Muon(torch.optim.Optimizer):
             skip = self.found_inf.bool()
             gradients = [torch.where(skip, m, g) for g, m in zip(gradients, momenta, strict=True)]
         torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
-        return list(torch._foreach_lerp(gradients, momenta, self.momentum))
+        if not wanted:
+            return {}
+        directions = torch._foreach_lerp([gradients[k] for k in wanted], [momenta[k] for k in wanted], self.momentum)
+        return dict(zip(wanted, directions, strict=True))
 
     def _move(self, updates: dict[Tensor, Tensor]) -> None:
         for group in self.param_groups:

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from unite_fast.config import Config, ParallelConfig, require
+from unite_fast.model.layers import RMSNorm
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.groups import split_parameters
 from unite_fast.training.endurance import PATIENCE, fresh_store
@@ -90,17 +91,22 @@ def joined(device: str, timeout: float) -> Iterator[tuple[Ranks, torch.device]]:
         timeout: seconds; see `ParallelConfig`.
 
     Raises:
-        LostContact: the others did not come.
+        UserError: more processes on a machine than it has CUDA devices; `LostContact`, the others did not come.
     """
     names = {"rank": "RANK", "world": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "per_node": "LOCAL_WORLD_SIZE"}
     ranks = Ranks(**{name: int(os.environ[key]) for name, key in names.items() if key in os.environ})
     if ranks.world == 1:
         yield ranks, torch.device(device)
         return
-    own = torch.device(device, ranks.local_rank) if device == "cuda" else torch.device(device)
-    if own.type == "cuda":
+    own, backend = torch.device(device), "gloo"
+    if device == "cuda":
+        devices = torch.cuda.device_count()
+        require(
+            ranks.per_node <= devices,  # wrong for all of the machine's processes, of which the first says so
+            f"{ranks.per_node} processes on this machine, but torch sees {devices} CUDA devices; start one for each",
+        )
+        own, backend = torch.device(device, ranks.local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(own)
-    backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
     # The watchdog comes first, and says more; this is for the case that it is stuck as well.
     longest = 1.1 * PATIENCE * timeout
     store, rank, world = fresh_store(longest)
@@ -119,10 +125,13 @@ class Strategy:
     mesh: tuple[int, int]
     """R and S: groups that hold the same, and the processes that each is divided among."""
     why: str
+    reshard: bool
+    """Whether a block lets go of its gathered weights after each pass; otherwise it keeps them until the step ends."""
 
 
 def choose_strategy(config: ParallelConfig, ranks: Ranks, state: int, memory: int) -> Strategy:
-    """
+    """How the processes share the training state, and why so.
+
     Replication is the cheaper way for as long as it fits. It sends each gradient once a step (8 bytes a parameter, a
     float32 all-reduce); sharding sends the weights too, in bfloat16 and in every micro-batch: forward and backward, for
     the tokenizer's pass and the flow's (4 + 8 m bytes for m micro-batches). A state of at most a quarter of the memory
@@ -131,9 +140,12 @@ def choose_strategy(config: ParallelConfig, ranks: Ranks, state: int, memory: in
     Args:
         state: bytes of the whole training state.
         memory: bytes of one process's device.
+
+    Raises:
+        UserError: hsdp on machines with different numbers of processes.
     """
     if ranks.world == 1:
-        return Strategy("none", (1, 1), "one process")
+        return Strategy("none", (1, 1), "one process", False)
     limit = REPLICATED_SHARE * memory
     size = f"the training state takes {state / 1e9:.2f} GB"
     name, why = config.strategy, "as set"
@@ -144,7 +156,13 @@ def choose_strategy(config: ParallelConfig, ranks: Ranks, state: int, memory: in
         where = "within each machine" if ranks.nodes > 1 else "over all processes"
         why = f"{size}, above {limit / 1e9:.1f} GB, a quarter of a device's memory: it is divided {where}"
     mesh = {"ddp": (ranks.world, 1), "fsdp": (1, ranks.world), "hsdp": (ranks.nodes, ranks.per_node)}[name]
-    return Strategy(name, mesh, why)
+    require(
+        mesh[0] * mesh[1] == ranks.world,
+        f"hsdp wants as many processes on each machine, but {ranks.world} are no multiple of the {ranks.per_node} "
+        "here; start as many on each, or set parallel.strategy=fsdp",
+    )
+    # What a process holds whole it would only copy again.
+    return Strategy(name, mesh, why, config.reshard_after_forward and mesh[1] > 1)
 
 
 def state_bytes(model: nn.Module) -> int:
@@ -170,7 +188,7 @@ def build_model(config: Config, ranks: Ranks, device: torch.device) -> tuple[UNI
         compile_blocks(model)
     if ranks.world > 1:
         mesh = init_device_mesh(device.type, strategy.mesh, mesh_dim_names=("replicate", "shard"))
-        shard(model, mesh, config)
+        shard(model, mesh, strategy.reshard, config.train.precision)
     model.to_empty(device=device)
     model.initialize(config.seed)
     if ranks.world > 1:
@@ -186,25 +204,26 @@ def compile_blocks(model: UNITE) -> None:
         block.compile(dynamic=False)
 
 
-def shard(model: UNITE, mesh: DeviceMesh, config: Config) -> None:
+def shard(model: UNITE, mesh: DeviceMesh, reshard: bool, precision: str) -> None:
     """Divide a model's parameters over a mesh, one group for each block and decoder layer, one for all adaLN Linears,
     and one for what else the encoder, the decoder and the model have.
 
-    Blocks, layers and adaLN Linears are gathered in bfloat16 where training is in bfloat16: their products are anyway.
-    The rest (time embedding, tables, outer norms) is small, and float32: in bfloat16 it would make the residual so.
-    Gradients are added up in float32, and the weights that the optimizers see are float32.
+    The Linears of blocks, layers and adaLN are gathered in bfloat16 where training is in bfloat16: their products are
+    anyway. The rest is small, and float32 as in one process: norms, whose weights near 1 bfloat16 would round to steps
+    larger than an update; time embedding and tables, which would make the residual bfloat16. Gradients are added up in
+    float32, and the weights that the optimizers see are float32.
     """
     groups, parts = mesh.shape
-    low = torch.bfloat16 if config.train.precision == "bfloat16" else None
+    low = torch.bfloat16 if precision == "bfloat16" else None
     # Inputs keep their precision: the residual is float32.
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     inner = dict(mesh=mesh, shard_placement_fn=placement(parts), mp_policy=policy)
     outer = dict(mesh=mesh, shard_placement_fn=placement(parts), reshard_after_forward=False)
-    # What one process holds whole would only be copied again.
-    again = config.parallel.reshard_after_forward and parts > 1
-    for block in (*model.encoder.blocks, *model.decoder.layers):
-        fully_shard(block, reshard_after_forward=again, **inner)
-    fully_shard(list(model.encoder.modulation), reshard_after_forward=again, **inner)
+    for part, layers in ((model.encoder, model.encoder.blocks), (model.decoder, model.decoder.layers)):
+        gather_with(part, fully_shard([norm for layer in layers for norm in norms(layer)], **outer))
+        for layer in layers:
+            fully_shard(layer, reshard_after_forward=reshard, **inner)
+    fully_shard(list(model.encoder.modulation), reshard_after_forward=reshard, **inner)
     for module in (model.encoder, model.decoder, model):
         fully_shard(module, **outer)
     # The model has no forward pass of its own. These use its LayerNorm; `decode` is the decoder's alone.
@@ -219,6 +238,16 @@ def shard(model: UNITE, mesh: DeviceMesh, config: Config) -> None:
                 module.set_force_sum_reduction_for_comms(True)
 
 
+def norms(layer: nn.Module) -> list[nn.Module]:
+    return [module for module in layer.modules() if isinstance(module, RMSNorm | nn.LayerNorm)]
+
+
+def gather_with(part: nn.Module, group: list[FSDPModule]) -> None:
+    """Gather a group whose modules are never called, only read, when `part` is called. FSDP lets go of it and adds its
+    gradients up at the end of the backward pass, as of all that it has not seen before."""
+    part.register_forward_pre_hook(lambda *_: group[0].unshard())
+
+
 def placement(parts: int):
     """Where `fully_shard` cuts a parameter: along its first dimension or, where that is shorter than the parts, along
     the first other one that can be divided evenly."""
@@ -231,11 +260,13 @@ def placement(parts: int):
     return place
 
 
-def reduce_gradients(model: UNITE, decoder: bool, rest: bool) -> None:
+def reduce_gradients(model: UNITE, strategy: Strategy, decoder: bool, rest: bool) -> None:
     """Whether the next backward pass adds the gradients up over the processes, those of the decoder and the others.
 
-    Else they stay where they are, and a later pass adds them up with its own.
+    Else they stay where they are, and a later pass adds them up with its own. `rest` marks a step's last pass.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(rest)
         model.decoder.set_requires_gradient_sync(decoder)
+        # After the last pass always: the optimizers change the parts, and what was gathered of them is of the past.
+        model.set_reshard_after_backward(strategy.reshard or rest)

@@ -66,7 +66,7 @@ class TrainState:
         Returns:
             Norm of all gradients before clipping, a scalar on the model's device, the same on all processes.
         """
-        norm = self._clip()
+        norm = self.clip_gradients()
         skipped = None
         if self.config.optim.nonfinite == "skip":
             skipped = (~norm.isfinite()).float()
@@ -83,7 +83,7 @@ class TrainState:
         return norm
 
     @torch.no_grad()
-    def _clip(self) -> Tensor:
+    def clip_gradients(self) -> Tensor:
         """Scale the gradients to a norm of at most `clip_norm`; gives the norm before. The processes of a shard group
         hold different parts, and their squares add up; other groups hold the same parts."""
         gradients = [local(p.grad) for p in self.parameters if p.grad is not None]

@@ -1,7 +1,7 @@
 """The training loop and what surrounds it: a run's folder, resuming, stopping."""
 
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,7 @@ FREE_ON_RESUME = {
     "parallel.strategy",
     "parallel.reshard_after_forward",
     "parallel.timeout",
+    "optim.nonfinite",
     *(
         f"train.{key}"
         for key in ("steps", "device", "log_every", "checkpoint_every", "keep_every", "picture_every", "out")
@@ -112,7 +113,7 @@ class Trainer:
 
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep_every)
         found = find_start(self.checkpoints, self.folder, config, resume or restarted(self.folder, self.peers))
-        model, strategy = build_model(config, ranks, self.device)
+        model, self.strategy = build_model(config, ranks, self.device)
         self.state = TrainState(model, config)
         self.averages = Averages(self.device)
         self.choice = choose_loader(config.data.loader, self.source, self.device)
@@ -132,7 +133,7 @@ class Trainer:
         self.report.say(f"data: {len(self.source)} images, {self.choice.name} loader ({self.choice.why})")
         if ranks.world > 1:
             each = config.train.batch_size // ranks.world
-            self.report.say(f"{ranks.world} processes of {each} images: {strategy.name}; {strategy.why}")
+            self.report.say(f"{ranks.world} processes of {each} images: {self.strategy.name}; {self.strategy.why}")
         # Only now, so that a mistake found above leaves no folder that counts as a run; in no process.
         ranks.wait()
         self.log = None
@@ -222,12 +223,12 @@ class Trainer:
         # Two contexts: autocast keeps weights it has cast, and with them the first pass's graph.
         with self.autocast():
             reconstruction = reconstruct(model, images, draws, config, self.lpips, masks)
-        reduce_gradients(model, decoder=last, rest=False)
+        reduce_gradients(model, self.strategy, decoder=last, rest=False)
         (reconstruction.loss / parts).backward()
         with self.autocast():
             flow = flow_losses(model, reconstruction.z, labels, draws)
         weighted = config.objective.flow_weight * flow
-        reduce_gradients(model, decoder=last, rest=last)
+        reduce_gradients(model, self.strategy, decoder=last, rest=last)
         (weighted / parts).backward()
         total = reconstruction.loss.detach() + weighted.detach()
         return torch.stack([total, reconstruction.l1, flow.detach(), reconstruction.lpips])
@@ -253,7 +254,9 @@ class Trainer:
     def save_pictures(self) -> None:
         """All processes draw them together, since each may hold a part of the weights; the main one writes."""
         self.watchdog.beat(self.state.step, "drawing pictures", patient=True)
-        self.report.save_pictures(self.log.rows if self.log else [])
+        # Sharded weights are gathered in the precision of training, and so must be what they meet.
+        with self.autocast() if self.ranks.world > 1 else nullcontext():
+            self.report.save_pictures(self.log.rows if self.log else [])
 
     def write_metrics(self) -> None:
         self.watchdog.beat(self.state.step, "writing metrics")

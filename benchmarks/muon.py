@@ -1,0 +1,196 @@
+"""Muon's share of a step: Newton-Schulz work and bytes sent on each rank, batches against single matrices, and
+agreement with torch.optim.Muon on the shapes of UNITE-B.
+
+    work        counted, not timed: what the busiest rank computes, and the most that one sends, for B, L and XL
+    times       process CPU seconds of one thread for all of B's matrices, one by one and batched by shape, in turn
+    agreement   one update of each of B's shapes on 2 x 2 gloo processes against torch.optim.Muon in this one: its
+                bfloat16 takes minutes on a CPU without such products
+"""
+
+import argparse
+import os
+import socket
+import statistics
+import time
+from collections import Counter
+from contextlib import nullcontext
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
+
+from unite_fast.model.unite import UNITE
+from unite_fast.optim.exchange import Exchange, Grid, Matrix
+from unite_fast.optim.groups import split_parameters
+from unite_fast.optim.muon import Muon, newton_schulz, newton_schulz_flops
+from unite_fast.recipes import load_config
+
+SIZES = ("b", "l", "xl")
+GRIDS = {
+    "1": (1, 1),
+    "8 ddp": (8, 1),
+    "8 fsdp": (1, 8),
+    "64 ddp": (64, 1),
+    "64 fsdp": (1, 64),
+    "64 hsdp 8 x 8": (8, 8),
+}
+EPS = 1e-6
+BF16_BYTES = 2
+
+
+def muon_shapes(size: str) -> list[torch.Size]:
+    """Shapes of the matrices that Muon trains in a recipe."""
+    config = load_config(f"imagenet256_{size}")
+    with torch.device("meta"):
+        model = UNITE(config.model)
+    return [parameter.shape for parameter in split_parameters(model)[0].values()]
+
+
+def work(shapes: list[torch.Size], copies: int, shards: int) -> dict:
+    """Of the busiest rank: Newton-Schulz GFLOP, batches, MB sent."""
+    matrices, costs = [Matrix(shape) for shape in shapes], [newton_schulz_flops(shape) for shape in shapes]
+    places = [Grid(copies, shards, copy, shard) for copy in range(copies) for shard in range(shards)]
+    exchanges = [Exchange(matrices, costs, grid) for grid in places]
+    loads = [0] * len(places)
+    for cost, owner in zip(costs, exchanges[0].owners, strict=True):
+        loads[owner] += cost
+    return {
+        "gflop": max(loads) / 1e9,
+        "everywhere": sum(costs) / 1e9,
+        "batches": max(sum(bool(bucket.own) for bucket in exchange.buckets) for exchange in exchanges),
+        "sent_mb": max(exchange.elements_sent() for exchange in exchanges) * BF16_BYTES / 1e6,
+    }
+
+
+def print_work() -> None:
+    print(
+        "Newton-Schulz GFLOP a step on the busiest rank; released: all matrices on every rank. MB (10^6) of bfloat16."
+    )
+    print(f"{'size':5}{'matrices':>9} {'ranks':14}{'released':>9}{'ours':>9}{'ratio':>8}{'batches':>9}{'MB sent':>9}")
+    for size in SIZES:
+        shapes = muon_shapes(size)
+        for name, grid in GRIDS.items():
+            row = work(shapes, *grid)
+            print(
+                f"{size.upper():5}{len(shapes):9} {name:14}{row['everywhere']:9.0f}{row['gflop']:9.0f}"
+                f"{row['everywhere'] / row['gflop']:8.2f}{row['batches']:9}{row['sent_mb']:9.1f}"
+            )
+
+
+def cpu_seconds(function, *arguments) -> float:
+    start = time.process_time()
+    function(*arguments)
+    return time.process_time() - start
+
+
+def one_by_one(batch: Tensor) -> None:
+    for matrix in batch:
+        newton_schulz(matrix[None], EPS)
+
+
+def print_times(repeats: int) -> None:
+    print(f"B's matrices through Newton-Schulz, one thread, bfloat16, CPU seconds (median of {repeats}):")
+    print(f"{'shape':>14}{'matrices':>9}{'one by one':>12}{'batched':>9}{'ratio':>7}")
+    sums = {one_by_one: 0.0, newton_schulz: 0.0}
+    for shape, count in Counter(muon_shapes("b")).items():
+        batch = torch.randn(count, *shape).bfloat16()
+        newton_schulz(batch[:1], EPS)
+        seconds = {one_by_one: [], newton_schulz: []}
+        for _ in range(repeats):
+            seconds[one_by_one].append(cpu_seconds(one_by_one, batch))
+            seconds[newton_schulz].append(cpu_seconds(newton_schulz, batch, EPS))
+        alone, batched = (statistics.median(seconds[way]) for way in sums)
+        sums[one_by_one] += alone
+        sums[newton_schulz] += batched
+        print(
+            f"{' x '.join(map(str, shape)):>14}{count:9}{alone:12.3f}{batched:9.3f}{alone / batched:7.2f}", flush=True
+        )
+    alone, batched = sums.values()
+    print(f"{'all':>14}{'':9}{alone:12.3f}{batched:9.3f}{alone / batched:7.2f}")
+
+
+def gradient(k: int, shape: torch.Size) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(k))
+
+
+def spread_update(rank: int, port: int, shapes: list[torch.Size], dtype: torch.dtype, results: list[Tensor]) -> None:
+    """One step from zero with rate 1, on one of four processes; rank 0 writes whole updates into results."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="4", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    model = nn.Module()
+    model.matrices = nn.ParameterList(torch.zeros(shape) for shape in shapes)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    for k, p in enumerate(model.parameters()):
+        p.grad = distribute_tensor(gradient(k, p.shape), p.device_mesh, p.placements, src_data_rank=None)
+    Muon(model.parameters(), lr=1.0, momentum=0.95, eps=EPS, dtype=dtype).step()
+    for result, p in zip(results, model.parameters(), strict=True):
+        whole = p.full_tensor().detach()
+        if rank == 0:
+            result.copy_(whole)
+    dist.destroy_process_group()
+
+
+def spread_updates(shapes: list[torch.Size], dtype: torch.dtype) -> list[Tensor]:
+    results = [torch.zeros(shape).share_memory_() for shape in shapes]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(spread_update, (port, shapes, dtype, results), nprocs=4)
+    return results
+
+
+def torch_update(g: Tensor, dtype: torch.dtype) -> Tensor:
+    parameter = nn.Parameter(torch.zeros_like(g))
+    parameter.grad = g
+    optimizer = torch.optim.Muon(
+        [parameter], lr=1.0, weight_decay=0.0, momentum=0.95, eps=EPS, adjust_lr_fn="match_rms_adamw"
+    )
+    # Its Newton-Schulz casts to bfloat16, always: in float32 is it only without that.
+    in_float32 = mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    with in_float32 if dtype == torch.float32 else nullcontext():
+        optimizer.step()
+    return parameter.detach()
+
+
+def agreement(got: Tensor, want: Tensor) -> tuple[float, float]:
+    """1 - cosine, and relative error."""
+    got, want = got.double(), want.double()
+    cosine = (got * want).sum() / (got.norm() * want.norm())
+    return 1 - float(cosine), float((got - want).norm() / want.norm())
+
+
+def print_agreement() -> None:
+    shapes = list(Counter(muon_shapes("b")))
+    dtypes = (torch.float32, torch.bfloat16)
+    ours = {dtype: spread_updates(shapes, dtype) for dtype in dtypes}
+    print(
+        "One update of each of B's shapes on 2 x 2 gloo processes against torch.optim.Muon: 1 - cosine, relative error"
+    )
+    print(f"{'shape':>14}{'float32':>20}{'bfloat16':>20}")
+    for k, shape in enumerate(shapes):
+        errors = [agreement(ours[dtype][k], torch_update(gradient(k, shape), dtype)) for dtype in dtypes]
+        columns = "".join("{:11.1e}{:9.1e}".format(*pair) for pair in errors)
+        print(f"{' x '.join(map(str, shape)):>14}{columns}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help="work, times or agreement; all if none is named")
+    parser.add_argument("--repeats", type=int, default=1, help="for times: runs of each shape (1 takes two minutes)")
+    given = parser.parse_args()
+    parts = {"work": print_work, "times": lambda: print_times(given.repeats), "agreement": print_agreement}
+    if unknown := set(given.parts) - parts.keys():
+        parser.error(f"{unknown.pop()} is no part: choose of {', '.join(parts)}")
+    torch.set_num_threads(1)
+    for part in given.parts or parts:
+        parts[part]()
+
+
+if __name__ == "__main__":
+    main()
