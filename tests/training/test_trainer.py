@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from unite_fast.recipes import load_config, to_tree
 from unite_fast.training.checkpoint import load_checkpoint
 from unite_fast.training.checkpoint_files import step_folders, step_of
 from unite_fast.training.metrics import of_training, read_rows
-from unite_fast.training.trainer import Trainer, check_same_settings, stop_on_signals, train
+from unite_fast.training.trainer import Trainer, check_same_settings, train
 
 
 @pytest.fixture
@@ -104,7 +103,7 @@ def test_micro_batches_are_one_large_batch(settings):
 def test_a_run_leaves_all_that_is_promised(trained_folder):
     names = sorted(os.listdir(trained_folder))
     pictures = ["curves.png", "reconstructions", "reconstructions.png", "samples", "samples.png"]
-    assert names == sorted(["checkpoints", "config.yaml", "metrics.jsonl", "tensorboard", *pictures])
+    assert names == sorted(["checkpoints", "config.yaml", "metrics.jsonl", "status", "tensorboard", *pictures])
     assert steps(trained_folder) == [10, 20]
     assert load_config(str(trained_folder / "config.yaml")) == load_checkpoint(trained_folder).config
 
@@ -371,17 +370,3 @@ def test_the_summary_says_where_everything_is_whatever_the_names(settings, capfd
         assert f" {label:<16} {folder / file}" in out
         assert (folder / file).exists()
     assert out[0].startswith("training [/b]: ")
-
-
-def test_signals_are_remembered_and_a_second_one_acts_as_ever():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with stop_on_signals() as stop:
-        assert not stop
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop == [signal.SIGTERM]
-        assert signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]
-        with pytest.raises(KeyboardInterrupt):
-            for _ in range(2):
-                os.kill(os.getpid(), signal.SIGINT)
-        assert stop == [signal.SIGTERM, signal.SIGINT]
-    assert {number: signal.getsignal(number) for number in before} == before

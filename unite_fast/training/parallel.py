@@ -92,8 +92,7 @@ def joined(device: str, timeout: float) -> Iterator[tuple[Ranks, torch.device]]:
         timeout: seconds; see `ParallelConfig`.
 
     Raises:
-        UserError: more processes on a machine than it has CUDA devices.
-        LostContact: the others did not come.
+        UserError: more processes on a machine than it has CUDA devices; `LostContact`, the others did not come.
     """
     names = {"rank": "RANK", "world": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "per_node": "LOCAL_WORLD_SIZE"}
     ranks = Ranks(**{name: int(os.environ[key]) for name, key in names.items() if key in os.environ})
@@ -104,7 +103,7 @@ def joined(device: str, timeout: float) -> Iterator[tuple[Ranks, torch.device]]:
     if device == "cuda":
         devices = torch.cuda.device_count()
         require(
-            ranks.local_rank < devices,
+            ranks.per_node <= devices,  # wrong for all of the machine's processes, of which the first says so
             f"{ranks.per_node} processes on this machine, but torch sees {devices} CUDA devices; start one for each",
         )
         own, backend = torch.device(device, ranks.local_rank), "cpu:gloo,cuda:nccl"
