@@ -38,3 +38,11 @@ def parse_interval(text: str | None) -> tuple[float, float] | None:
     except ValueError as error:
         raise UserError(f"--interval is LOW,HIGH, for example 0.1,1; got {text!r}") from error
     return low, high
+
+
+def parse_numbers(option: str, text: str, kind: type) -> list:
+    """The numbers of "1,2.5"."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"{option} is a list of numbers such as 1,3; got {text!r}") from error
