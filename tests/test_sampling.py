@@ -1,16 +1,26 @@
-"""Solvers on equations with known solutions, guidance on a model that tells what it was asked."""
+"""Guidance on a model that tells what it was asked; pictures of a small one."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
-from unite_fast import flow, sampling
 from unite_fast.config import SamplingConfig
 from unite_fast.errors import UserError
 from unite_fast.randomness import Philox, Stream
-from unite_fast.sampling import GuidedVelocity, dopri5, euler, generate, generate_latents, heun, reconstruct, to_uint8
+from unite_fast.sampling import (
+    GuidedPrediction,
+    Network,
+    generate,
+    generate_batch,
+    generate_latents,
+    reconstruct,
+    solve,
+    to_uint8,
+)
 
 NO_CLASS = 5
 
@@ -21,6 +31,7 @@ class Recorder:
     def __init__(self):
         self.config = SimpleNamespace(num_classes=NO_CLASS)
         self.calls: list[tuple[str, float, list[int]]] = []
+        self.decode = None
 
     def encoder(self, x, t, labels):
         return self._predict("raw", 1, x, t, labels)
@@ -35,47 +46,15 @@ class Recorder:
         return torch.zeros_like(x) + factor * (labels[:, None, None] + 1)
 
 
-def linear_equation(t, x):
-    """dx/dt = t (1 - 2 x), solved by x = 1/2 + (x0 - 1/2) exp(-t^2)."""
-    return t * (1 - 2 * x)
-
-
-def error_of(solver, steps: int) -> float:
-    x = torch.tensor([[2.0]], dtype=torch.float64)
-    times = flow.shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), 0.5)  # steps of unequal length
-    return abs(solver(linear_equation, x, times).item() - (0.5 + 1.5 * math.exp(-1)))
-
-
-@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
-def test_order_of_the_fixed_step_solvers(solver, order):
-    measured = math.log2(error_of(solver, 64) / error_of(solver, 128))
-    assert measured == pytest.approx(order, abs=0.1)
-
-
-def test_dopri5_keeps_its_tolerance_and_does_not_heed_the_grid():
-    assert error_of(dopri5, 2) < 2 * sampling.DOPRI5_RTOL
-    assert error_of(dopri5, 2) == error_of(dopri5, 50)
-
-
-def test_dopri5_spends_few_evaluations_on_a_smooth_equation():
-    calls = []
-
-    def counted(t, x):
-        calls.append(t)
-        return linear_equation(t, x)
-
-    dopri5(counted, torch.ones(1, 1), torch.linspace(0, 1, 51))
-    assert len(calls) < 100
-
-
 @pytest.mark.parametrize(
-    ("solver", "steps", "tolerance"), [("euler", 4000, 1e-3), ("heun", 400, 1e-4), ("dopri5", 50, 2e-3)]
+    ("solver", "steps", "tolerance"),
+    [("euler", 4000, 1e-3), ("heun", 400, 1e-4), ("multistep", 4, 1e-6), ("dopri5", 50, 2e-3)],
 )
 def test_a_known_answer_is_reached_along_a_straight_line(solver, steps, tolerance):
     """With the right prediction the path is straight until t = 0.95, where 1 - t meets its floor; from there the rest
     shrinks by exp(-1)."""
     noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
-    config = SamplingConfig(solver=solver, steps=steps)
+    config = SamplingConfig(solver=solver, steps=steps, guidance=1.0)
     got = generate_latents(Recorder(), torch.tensor([0, 3]), noise, config)
     z = torch.tensor([10.0, 40.0])[:, None, None]
     want = z + 0.05 * math.exp(-1) * (noise - z)
@@ -90,11 +69,10 @@ def test_the_time_grid_is_shifted_and_runs_from_0_to_1():
 
 
 def predicted(t: float, **settings) -> tuple[float, Recorder]:
-    """The guided prediction for label 2, found from the velocity at x = 0."""
-    model = Recorder()
-    t = torch.tensor(t)
-    velocity = GuidedVelocity(model, torch.tensor([2]), SamplingConfig(**settings))(t, torch.zeros(1, 1, 1))
-    return (velocity * flow.time_left(t)).item(), model
+    """The guided prediction for label 2."""
+    model, config = Recorder(), SamplingConfig(**settings)
+    predict = GuidedPrediction(Network.of(model, config.order).denoise, torch.tensor([2]), NO_CLASS, config)
+    return predict(t, torch.zeros(1, 1, 1)).item(), model
 
 
 def test_guidance_moves_away_from_the_prediction_without_label():
@@ -135,25 +113,25 @@ def test_guidance_acts_inside_its_interval_only(interval, t, guided):
     assert [labels for _, _, labels in model.calls] == [[2, NO_CLASS] if guided else [2]]
 
 
-def test_evaluations_count_a_pass_for_each_half():
-    times = flow.shift_time(torch.linspace(0, 1, 11), 0.5)
-    config = SamplingConfig(guidance=2.0, interval=(0.3, 0.7))
-    velocity = GuidedVelocity(Recorder(), torch.tensor([0, 1]), config)
-    euler(velocity, torch.zeros(2, 1, 1), times)
-    assert velocity.evaluations == sum(2 if 0.3 < t < 0.7 else 1 for t in times[:-1].tolist())
+@pytest.mark.parametrize("solver", ["euler", "multistep"])
+def test_evaluations_count_a_pass_for_each_half(solver):
+    model, config = Recorder(), SamplingConfig(solver=solver, steps=10, guidance=2.0, interval=(0.3, 0.7))
+    predict = GuidedPrediction(model.denoise, torch.tensor([0, 1]), NO_CLASS, config)
+    solve(predict, torch.zeros(2, 1, 1))
+    times = [t for _, t, _ in model.calls]
+    assert len(times) == 10
+    assert predict.evaluations == sum(2 if 0.3 < t < 0.7 else 1 for t in times)
 
 
 def test_guided_prediction_of_the_real_model(tiny_model):
-    x, labels, t = (
-        torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0)),
-        torch.tensor([1, 4]),
-        torch.tensor(0.4),
-    )
-    for order, predict in (("norm_first", tiny_model.denoise), ("cfg_first", tiny_model.encoder)):
+    x, labels = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 4])
+    t = torch.full((2,), 0.4)
+    for order, denoise in (("norm_first", tiny_model.denoise), ("cfg_first", tiny_model.encoder)):
+        config = SamplingConfig(guidance=3.0, order=order)
         with torch.no_grad():
-            conditional, without = predict(x, t.expand(2), labels), predict(x, t.expand(2), torch.tensor([5, 5]))
-            got = GuidedVelocity(tiny_model, labels, SamplingConfig(guidance=3.0, order=order))(t, x)
-        torch.testing.assert_close(got, (without + 3 * (conditional - without) - x) / 0.6, rtol=1e-4, atol=1e-4)
+            conditional, without = denoise(x, t, labels), denoise(x, t, torch.tensor([5, 5]))
+            got = GuidedPrediction(Network.of(tiny_model, order).denoise, labels, 5, config)(0.4, x)
+        torch.testing.assert_close(got, without + 3 * (conditional - without), rtol=1e-4, atol=1e-4)
 
 
 FAST = SamplingConfig(solver="euler", steps=3, guidance=2.0)
@@ -182,6 +160,38 @@ def test_an_image_depends_on_its_seed_place_and_label_alone(tiny_model):
 def test_a_class_that_does_not_exist_is_refused_by_its_number(wrong, tiny_model):
     with pytest.raises(UserError, match=rf"class {wrong} is out of range: this model has classes 0\.\.4"):
         generate(tiny_model, torch.tensor([0, wrong]), FAST)
+
+
+def test_the_compiled_network_is_whole_and_compiled_once_for_each_shape(tiny_model):
+    """No graph break in it (fullgraph), and no compilation after the first guided step, the first unguided one and the
+    first decoding: neither for other times, labels and noise, nor for a step of the solver that comes later."""
+    counter = CompileCounter()
+    network = Network.of(tiny_model, "norm_first").compiled(backend=counter, fullgraph=True)
+    config = replace(FAST, solver="multistep", steps=6, interval=(0.2, 0.8))
+    pictures = []
+    for positions in (torch.arange(3), torch.arange(3, 6)):
+        labels = positions % 5
+        pictures.append(generate_batch(tiny_model, network, labels, positions, config, seed=0))
+        eager = generate(tiny_model, labels, config, first=int(positions[0]))
+        assert (pictures[-1].int() - eager.int()).abs().max() <= 1
+        assert counter.frame_count == 3
+    assert not torch.equal(*pictures)
+
+
+def test_bfloat16_runs_the_network_in_it_and_nothing_else(tiny_model):
+    """Pictures stay near those of float32; what a pass gives and the decoder takes is float32."""
+    seen = []
+
+    def denoise(x, t, labels):
+        seen.append((x.dtype, t.dtype, torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")))
+        return tiny_model.denoise(x, t, labels)
+
+    labels, network = torch.tensor([0, 1]), Network(denoise, tiny_model.decode)
+    full = generate_batch(tiny_model, network, labels, torch.arange(2), FAST, seed=0)
+    half = generate_batch(tiny_model, network, labels, torch.arange(2), FAST, 0, "bfloat16")
+    assert seen[0] == (torch.float32, torch.float32, torch.bfloat16, False)
+    assert seen[-1] == (torch.float32, torch.float32, torch.bfloat16, True)
+    assert 0 < (full.int() - half.int()).abs().float().mean() < 8
 
 
 def test_generation_keeps_no_graph(tiny_model):

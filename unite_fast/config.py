@@ -269,7 +269,7 @@ class SamplingConfig:
     """The time grid is linspace(0, 1) pushed through this shift."""
 
     def __post_init__(self):
-        require_choice("sampling.solver", self.solver, ("euler", "heun", "dopri5"))
+        require_choice("sampling.solver", self.solver, ("euler", "heun", "multistep", "dopri5"))
         require_choice("sampling.order", self.order, ("norm_first", "cfg_first"))
         require(self.steps > 0, "sampling.steps must be positive")
         require(math.isfinite(self.guidance), "sampling.guidance must be finite")

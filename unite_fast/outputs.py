@@ -13,7 +13,7 @@ from torch import Tensor
 from unite_fast.config import require
 from unite_fast.data_pipeline import UnreadableSample, read_image
 from unite_fast.errors import UserError, writing
-from unite_fast.pictures import grid, pairs
+from unite_fast.pictures import grid, pairs, picture_name
 from unite_fast.sampling import check_classes
 from unite_fast.trained import TrainedUNITE, check_drawing
 from unite_fast.training.checkpoint import find_checkpoint, load_checkpoint
@@ -69,7 +69,7 @@ def save_images(images: Tensor, labels: Tensor, out: Path, columns: int) -> None
         else:
             out.mkdir(exist_ok=True)
             for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-                Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / f"{i:06d}_class{int(label)}.png")
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / picture_name(i, int(label)))
 
 
 def save_pairs(originals: Tensor, copies: Tensor, out: Path) -> None:

@@ -13,6 +13,11 @@ SMALLEST = 48
 """Images smaller than this are enlarged by a whole factor, so that a person can see them."""
 
 
+def picture_name(index: int, label: int) -> str:
+    """Of one generated image's file."""
+    return f"{index:06d}_class{label}.png"
+
+
 def grid(images: Tensor, columns: int) -> Image.Image:
     """uint8 [n, 3, S, S] -> one picture, row by row, on white."""
     n, _, size, _ = images.shape

@@ -1,95 +1,89 @@
-"""Generation: solve dx/dt = (x_hat - x) / (1 - t) from noise at t = 0 to latents at t = 1, then decode.
+"""Generation: guidance, the way from noise to pictures, and back through the tokenizer.
 
 B samples, N latent tokens, C latent channels, S image size.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
 from unite_fast import flow
 from unite_fast.config import SamplingConfig, require
+from unite_fast.kernels.common import upcast
 from unite_fast.model.unite import UNITE
 from unite_fast.randomness import Philox, Stream
+from unite_fast.solvers import SOLVERS
 
-DOPRI5_RTOL, DOPRI5_ATOL = 1e-3, 1e-6
-"""The released code's tolerances."""
-
-Velocity = Callable[[Tensor, Tensor], Tensor]
-"""(t, x [B, N, C]) -> dx/dt [B, N, C]."""
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_t [B, N, C], t float32 [B], labels int64 [B]) -> clean latents [B, N, C]."""
 
 
 @dataclass
-class GuidedVelocity:
-    """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598), active inside an interval of times (Kynkaanniemi et
-    al., arXiv 2404.07724)."""
+class Network:
+    """The two halves of a model that generation runs, as they are or compiled."""
 
-    model: UNITE
+    denoise: Denoiser
+    decode: Callable[[Tensor], Tensor]
+    """Latents [B, N, C] -> images [B, 3, S, S]."""
+
+    @classmethod
+    def of(cls, model: UNITE, order: str) -> "Network":
+        """`order` is that of `SamplingConfig`: cfg_first combines predictions that no LayerNorm has seen."""
+        return cls(model.encoder if order == "cfg_first" else model.denoise, model.decode)
+
+    def compiled(self, **options) -> "Network":
+        """For one batch size: a guided step, an unguided one and the decoder are compiled once each."""
+        return Network(*(torch.compile(part, dynamic=False, **options) for part in (self.denoise, self.decode)))
+
+
+@dataclass
+class GuidedPrediction:
+    """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598), active inside an interval of times (Kynkaanniemi et
+    al., arXiv 2404.07724). Where it does not act, there is no pass without label."""
+
+    denoise: Denoiser
     labels: Tensor
     """int64 [B]."""
+    no_class: int
     config: SamplingConfig
     evaluations: int = 0
     """Network passes so far, in units of one batch of B samples."""
 
-    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        return flow.velocity(x, self._prediction(t, x), t)
-
-    def _prediction(self, t: Tensor, x: Tensor) -> Tensor:
-        conditional = self.labels
-        if not self._guided_at(float(t)):
-            return self._predict(t, x, conditional)
-        unconditional = torch.full_like(conditional, self.model.config.num_classes)
-        both = self._predict(t, torch.cat((x, x)), torch.cat((conditional, unconditional)))
-        with_label, without = both.chunk(2)
-        return without + self.config.guidance * (with_label - without)
+    def __call__(self, t: float, x: Tensor) -> Tensor:
+        """x [B, N, C] -> x_hat [B, N, C], float32 or better."""
+        if not self._guided_at(t):
+            return self._predict(t, x, self.labels)
+        without_label = torch.full_like(self.labels, self.no_class)
+        both = self._predict(t, torch.cat((x, x)), torch.cat((self.labels, without_label)))
+        conditional, unconditional = both.chunk(2)
+        return unconditional + self.config.guidance * (conditional - unconditional)
 
     def _guided_at(self, t: float) -> bool:
         low, high = self.config.interval
         return self.config.guidance != 1.0 and t < high and (low == 0 or t > low)
 
-    def _predict(self, t: Tensor, x: Tensor, labels: Tensor) -> Tensor:
+    def _predict(self, t: float, x: Tensor, labels: Tensor) -> Tensor:
         self.evaluations += len(x) // len(self.labels)
-        times = t.to(torch.float32).expand(len(x))
-        if self.config.order == "cfg_first":
-            return self.model.encoder(x, times, labels)
-        return self.model.denoise(x, times, labels)
+        times = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
+        return upcast(self.denoise(x, times, labels))
 
 
-def euler(velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:
-    for t, following in pairwise(times):
-        x = x + (following - t) * velocity(t, x)
-    return x
-
-
-def heun(velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:
-    """The explicit trapezoid rule, second order."""
-    for t, following in pairwise(times):
-        step = following - t
-        slope = velocity(t, x)
-        x = x + step / 2 * (slope + velocity(following, x + step * slope))
-    return x
-
-
-def dopri5(velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:
-    """Adaptive Runge-Kutta 5(4) of torchdiffeq. The grid between its ends has no say in the result."""
-    return odeint(velocity, x, times[[0, -1]], rtol=DOPRI5_RTOL, atol=DOPRI5_ATOL, method="dopri5")[-1]
-
-
-SOLVERS = {"euler": euler, "heun": heun, "dopri5": dopri5}
+def solve(predict: GuidedPrediction, noise: Tensor) -> Tensor:
+    """noise ~ N(0, 1) float32 [B, N, C] -> latents float32 [B, N, C], by the solver and the steps of the settings."""
+    config = predict.config
+    times = flow.shift_time(torch.linspace(0, 1, config.steps + 1), config.time_shift)
+    return SOLVERS[config.solver](predict, noise, times.tolist())
 
 
 @torch.no_grad()
 def generate_latents(model: UNITE, labels: Tensor, noise: Tensor, config: SamplingConfig) -> Tensor:
     """labels int64 [B], noise ~ N(0, 1) float32 [B, N, C] -> latents float32 [B, N, C]."""
-    times = flow.shift_time(torch.linspace(0, 1, config.steps + 1, device=noise.device), config.time_shift)
-    return SOLVERS[config.solver](GuidedVelocity(model, labels, config), noise, times)
+    denoise = Network.of(model, config.order).denoise
+    return solve(GuidedPrediction(denoise, labels, model.config.num_classes, config), noise)
 
 
-@torch.no_grad()
 def generate(
     model: UNITE, labels: Tensor, config: SamplingConfig, seed: int = 0, batch: int = 64, first: int = 0
 ) -> Tensor:
@@ -107,14 +101,37 @@ def generate(
         UserError: a label that is no class.
     """
     check_classes(labels.tolist(), model.config.num_classes)
-    shape = (model.config.latent_tokens, model.config.latent_channels)
-    images = []
-    for start in range(0, len(labels), batch):
-        part = labels[start : start + batch].to(model.device)
-        positions = torch.arange(first + start, first + start + len(part), device=model.device)
-        noise = Philox(seed, 0, positions).normal(Stream.SAMPLE_NOISE, shape)
-        images.append(to_uint8(model.decode(generate_latents(model, part, noise, config))))
-    return torch.cat(images)
+    network = Network.of(model, config.order)
+    positions = torch.arange(first, first + len(labels))
+    parts = zip(labels.split(batch), positions.split(batch), strict=True)
+    return torch.cat([generate_batch(model, network, *part, config, seed) for part in parts])
+
+
+@torch.no_grad()
+def generate_batch(
+    model: UNITE,
+    network: Network,
+    labels: Tensor,
+    positions: Tensor,
+    config: SamplingConfig,
+    seed: int,
+    precision: str = "float32",
+) -> Tensor:
+    """One batch of images.
+
+    Args:
+        labels: int64 [B], classes of the model.
+        positions: int64 [B]; each image's noise is drawn from (seed, position).
+        precision: bfloat16 runs the network under autocast; the latents stay float32 between its passes.
+
+    Returns:
+        uint8 [B, 3, S, S] on the CPU.
+    """
+    device, shape = model.device, (model.config.latent_tokens, model.config.latent_channels)
+    noise = Philox(seed, 0, positions.to(device)).normal(Stream.SAMPLE_NOISE, shape)
+    predict = GuidedPrediction(network.denoise, labels.to(device), model.config.num_classes, config)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        return to_uint8(network.decode(solve(predict, noise)))
 
 
 def check_classes(labels: Iterable[int], num_classes: int) -> None:

@@ -8,6 +8,7 @@ import typer
 from unite_fast.commands.options import (
     Batch,
     Checkpoint,
+    Classes,
     Device,
     Guidance,
     Interval,
@@ -25,7 +26,7 @@ app = typer.Typer()
 @app.command()
 def sample(
     checkpoint: Checkpoint,
-    classes: Annotated[str, typer.Option(help="classes to draw in turn, e.g. 3,1,4; all by default")] = "",
+    classes: Classes = "",
     count: Annotated[int, typer.Option(min=1, help="how many images")] = 80,
     guidance: Guidance = None,
     interval: Interval = None,
@@ -51,6 +52,55 @@ def sample(
     images = outputs.generate_with_progress(model, labels, seed, batch, settings)
     outputs.save_images(images, labels, out, columns=10)
     typer.echo(f"{len(images)} images in {out}")
+
+
+@app.command()
+def generate(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(help="an .npz (arr_0 uint8 NHWC, arr_1 classes) or a folder of PNGs")],
+    num: Annotated[int, typer.Option(help="how many images")] = 50_000,
+    classes: Classes = "",
+    guidance: Guidance = None,
+    interval: Interval = None,
+    solver: Solver = None,
+    steps: Steps = None,
+    seed: Seed = 0,
+    batch: Batch = 64,
+    precision: Annotated[
+        str | None, typer.Option(help="bfloat16 or float32 [default: what the model was trained in]")
+    ] = None,
+    compile: Annotated[
+        bool | None, typer.Option("--compile/--eager", help="compile the network [default: on CUDA]")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Generate many images with the averaged weights, for evaluation: by one process, or by several under torchrun. The
+    same command goes on where a killed one stopped. Image i depends on the seed, i and its class, not on who draws it.
+
+    Examples:
+
+    `unite-fast generate runs/imagenet256_b --num 50000 --out samples.npz`
+
+    `torchrun --nproc-per-node 8 -m unite_fast generate runs/imagenet256_b --out samples.npz`
+    """
+    from dataclasses import replace
+
+    from unite_fast import generation, outputs
+
+    with generation.joined_processes() as (rank, world):
+        model = load(checkpoint, device)
+        settings = given(guidance=guidance, interval=parse_interval(interval), solver=solver, steps=steps)
+        wanted = generation.Generation(
+            outputs.choose_labels(classes, num, model.config.model.num_classes),
+            replace(model.config.sampling, **settings),
+            seed,
+            batch,
+            precision or model.config.train.precision,
+            model.network.device.type == "cuda" if compile is None else compile,
+        )
+        generation.generate_files(model, wanted, out, rank, world)
+    if rank == 0:
+        typer.echo(f"{num} images in {out}")
 
 
 @app.command()

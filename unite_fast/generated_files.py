@@ -1,0 +1,209 @@
+"""The files of a large generation: parts while it runs, one .npz or a folder of PNGs when it is done.
+
+While it runs, everything is in the folder OUT.parts: `generation.json`, which says what is generated, and the finished
+batches. A file is written aside and renamed, so whatever has its name is whole, and a generation that was killed goes
+on with the batches that are missing.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from unite_fast.config import require
+from unite_fast.errors import UserError, writing
+from unite_fast.pictures import picture_name
+
+MANIFEST = "generation.json"
+PARTIAL = ".partial"
+ZIP_TIME = (1980, 1, 1, 0, 0, 0)
+"""The earliest that a zip can say. The real time would make the bytes of equal samples differ."""
+
+
+class Parts:
+    """Shared by both kinds of output.
+
+    Attributes:
+        out: what is there in the end.
+        folder: what is there meanwhile.
+        manifest: the settings, as JSON has them; parts of other settings are refused.
+        labels: int64 [num], sample i's class.
+        batch: images a batch; batch b has the samples from b * batch on.
+        size: side of the images, pixels.
+    """
+
+    def __init__(self, out: Path, manifest: dict, labels: Tensor, batch: int, size: int):
+        self.out, self.folder = out, out.with_name(out.name + ".parts")
+        self.manifest = json.loads(json.dumps(manifest))
+        self.labels, self.batch, self.size = labels, batch, size
+
+    def open(self) -> None:
+        """Make the folder, or see that the one that is there belongs to this generation.
+
+        Raises:
+            UserError: `out` is there already, parts of other settings, no permission.
+        """
+        path = self.folder / MANIFEST
+        empty = self.out.is_dir() and not os.listdir(self.out)
+        free = not self.out.exists() or empty or self.killed_at_the_end()
+        require(free, f"{self.out} is there already; choose another --out or delete it")
+        if path.exists():
+            self.check(path)
+            return
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            strangers = [name for name in os.listdir(self.folder) if not name.endswith(PARTIAL)]
+            require(
+                not strangers, f"{self.folder} is in the way: it has no {MANIFEST}; move it or choose another --out"
+            )
+            write_aside(path, json.dumps(self.manifest, indent=1).encode())
+
+    def killed_at_the_end(self) -> bool:
+        """Whether `out` is this generation's own, complete, and only its parts are left to delete."""
+        return False
+
+    def check(self, path: Path) -> None:
+        try:
+            before = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {error}; delete {self.folder} to begin anew") from error
+        require(isinstance(before, dict), f"{path} is none of ours; delete {self.folder} to begin anew")
+        for key in self.manifest | before:
+            require(
+                before.get(key) == self.manifest.get(key),
+                f"{self.folder} holds a part of other samples: {key} was {before.get(key)} and is "
+                f"{self.manifest.get(key)} now; give the same settings as then, choose another --out, or delete it",
+            )
+
+    def samples(self, number: int) -> range:
+        return range(number * self.batch, min((number + 1) * self.batch, len(self.labels)))
+
+    def finished(self) -> set[int]:
+        """Numbers of the batches that are there, whole."""
+        raise NotImplementedError
+
+    def write(self, number: int, images: Tensor) -> None:
+        """Keep a batch: uint8 [n, 3, S, S].
+
+        Raises:
+            UserError: no space left, no permission.
+        """
+        raise NotImplementedError
+
+    def merge(self) -> None:
+        """Make `out` of the parts, all of which must be there, and leave nothing else behind.
+
+        Raises:
+            UserError: no space left, no permission; the parts stay.
+        """
+        raise NotImplementedError
+
+
+class NpzParts(Parts):
+    """For one .npz in the field's form: arr_0 uint8 [num, S, S, 3], arr_1 int64 [num], the classes.
+
+    A part is the bytes of its images. Parts and the .npz are there together for a while: it takes twice the space.
+    """
+
+    def killed_at_the_end(self) -> bool:
+        if not (self.out.is_file() and self.folder.is_dir()):
+            return False
+        left = os.listdir(self.folder)
+        return MANIFEST in left or not left
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"batch_{number:08d}.uint8"
+
+    def finished(self) -> set[int]:
+        batches = range(-(-len(self.labels) // self.batch))
+        if self.out.exists():
+            return set(batches)
+        image = self.size * self.size * 3
+        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder)}
+        # A power cut may leave a file whose bytes never reached the disk.
+        return {b for b in batches if sizes.get(self.path(b).name) == len(self.samples(b)) * image}
+
+    def write(self, number: int, images: Tensor) -> None:
+        write_aside(self.path(number), images.permute(0, 2, 3, 1).contiguous().numpy())
+
+    def merge(self) -> None:
+        numbers = range(-(-len(self.labels) // self.batch))
+        if not self.out.exists():
+            partial = self.folder / (self.out.name + PARTIAL)
+            with writing(self.out):
+                write_npz(
+                    partial,
+                    {
+                        "arr_0": (
+                            (len(self.labels), self.size, self.size, 3),
+                            np.uint8,
+                            (self.path(number).read_bytes() for number in numbers),
+                        ),
+                        "arr_1": ((len(self.labels),), np.int64, [self.labels.numpy()]),
+                    },
+                )
+                os.replace(partial, self.out)
+        with writing(self.folder):
+            # The manifest goes last: as long as it is there, a rerun knows whose `out` is.
+            for path in self.folder.iterdir():
+                if path.name != MANIFEST:
+                    path.unlink()
+            (self.folder / MANIFEST).unlink()
+            self.folder.rmdir()
+
+
+class PngParts(Parts):
+    """For a folder of PNGs: the parts are the pictures themselves, and in the end the folder is renamed."""
+
+    def path(self, index: int) -> Path:
+        return self.folder / picture_name(index, int(self.labels[index]))
+
+    def finished(self) -> set[int]:
+        there = {entry.name for entry in os.scandir(self.folder) if entry.stat().st_size}
+        batches = range(-(-len(self.labels) // self.batch))
+        return {b for b in batches if all(self.path(i).name in there for i in self.samples(b))}
+
+    def write(self, number: int, images: Tensor) -> None:
+        for index, image in zip(self.samples(number), images.permute(0, 2, 3, 1).numpy(), strict=True):
+            path = self.path(index)
+            partial = path.with_name(path.name + PARTIAL)
+            with writing(path):
+                Image.fromarray(image).save(partial, format="PNG")
+                os.replace(partial, path)
+
+    def merge(self) -> None:
+        with writing(self.out):
+            for left in self.folder.glob("*" + PARTIAL):
+                left.unlink()
+            os.replace(self.folder, self.out)
+
+
+def open_parts(out: Path, manifest: dict, labels: Tensor, batch: int, size: int) -> Parts:
+    """For a name that ends in .npz, or in nothing, which is a folder of PNGs."""
+    require(out.suffix in (".npz", ""), f"{out} ends in {out.suffix}; write a .npz, or a folder (no ending) of PNGs")
+    return (NpzParts if out.suffix else PngParts)(out, manifest, labels, batch, size)
+
+
+def write_aside(path: Path, content) -> None:
+    """Write bytes under another name and rename: `path` is absent or whole."""
+    partial = path.with_name(path.name + PARTIAL)
+    with writing(path):
+        partial.write_bytes(content)
+        os.replace(partial, path)
+
+
+def write_npz(path: Path, arrays: dict[str, tuple[tuple[int, ...], type, Iterable]]) -> None:
+    """What `numpy.savez` writes, for arrays that do not fit in memory: name -> shape, dtype and the C-ordered bytes, in
+    pieces. The same arrays give the same bytes."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, (shape, dtype, pieces) in arrays.items():
+            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+            with archive.open(zipfile.ZipInfo(f"{name}.npy", ZIP_TIME), "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                for piece in pieces:
+                    member.write(piece)
