@@ -15,7 +15,7 @@ import unite_fast
 from unite_fast.recipes import load_config, to_tree
 
 COMMANDS = (
-    *("train", "sample", "reconstruct", "evaluate", "info", "shards", "inspect"),
+    *("gallery", "train", "sample", "reconstruct", "evaluate", "info", "shards", "inspect"),
     *("import-official", "export-official", "parity"),
 )
 
