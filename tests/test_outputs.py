@@ -94,14 +94,6 @@ def test_a_file_where_a_folder_should_be_is_named(tmp_path, images):
         outputs.save_images(images, torch.zeros(4), tmp_path / "file" / "a.png", 3)
 
 
-def test_psnr_is_its_definition():
-    black, grey = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.full((1, 3, 4, 4), 51, dtype=torch.uint8)
-    assert outputs.psnr(black, grey).item() == pytest.approx(20 * np.log10(5))
-    assert outputs.psnr(black, black).item() == float("inf")
-    both = outputs.psnr(torch.cat((black, grey)), torch.cat((grey, grey)))
-    assert both.dtype == torch.float64 and both.isfinite().tolist() == [True, False]
-
-
 def test_pictures_are_read_in_order_and_cropped(tmp_path):
     for name, value in (("a.png", 10), ("b.jpg", 200)):
         Image.new("RGB", (20, 12), (value, value, value)).save(tmp_path / name)

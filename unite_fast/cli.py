@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from unite_fast.commands import checkpoints, data, evaluation, gallery, images, training
+from unite_fast.commands import checkpoints, data, evaluation, gallery, guidance, images, training
 from unite_fast.errors import UserError
 
 app = typer.Typer(
@@ -14,7 +14,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Train UNITE, one network that is image tokenizer and latent denoiser, and use it.",
 )
-for part in (training, images, evaluation, gallery, data, checkpoints):
+for part in (training, images, evaluation, guidance, gallery, data, checkpoints):
     app.add_typer(part.app)
 
 

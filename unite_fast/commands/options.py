@@ -47,3 +47,15 @@ def parse_numbers(option: str, text: str, kind: type) -> list:
         return [kind(part) for part in text.split(",")]
     except ValueError as error:
         raise UserError(f"{option} is a list of numbers such as 1,3; got {text!r}") from error
+
+
+def parse_range(option: str, text: str) -> list[float]:
+    """The numbers of "1:5:0.2", its ends included, or of a list."""
+    if ":" not in text:
+        return parse_numbers(option, text, float)
+    try:
+        start, stop, step = (float(part) for part in text.split(":"))
+        # Rounded, so that 1 + 2 * 0.2 is 1.4; half a step of grace, so that rounding does not lose the last one.
+        return [round(start + i * step, 10) for i in range(int((stop - start) / step + 0.5) + 1)]
+    except (ValueError, ZeroDivisionError, OverflowError) as error:
+        raise UserError(f"{option} is START:STOP:STEP, for example 1:5:0.2, or a list; got {text!r}") from error

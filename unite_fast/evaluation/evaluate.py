@@ -114,10 +114,10 @@ def generate_batches(
     model: TrainedUNITE, batches: Iterable[range], sampling: SamplingConfig, seed: int
 ) -> Iterator[NumberedBatch]:
     """Sample i has class i mod the number of classes, and noise from (seed, i) alone."""
-    for numbers in batches:
-        labels = torch.tensor(numbers) % model.config.model.num_classes
-        images = model.generate(labels, seed, len(numbers), first=numbers.start, **asdict(sampling))
-        yield NumberedBatch(torch.tensor(numbers), images, labels)
+    for indices in batches:
+        labels = torch.tensor(indices) % model.config.model.num_classes
+        images = model.generate(labels, seed, len(indices), first=indices.start, **asdict(sampling))
+        yield NumberedBatch(torch.tensor(indices), images, labels)
 
 
 class FirstImages:
@@ -129,7 +129,7 @@ class FirstImages:
 
     def watch(self, batches: Iterable[NumberedBatch]) -> Iterator[NumberedBatch]:
         for batch in batches:
-            for number, image in zip(batch.numbers.tolist(), batch.images, strict=True):
+            for number, image in zip(batch.indices.tolist(), batch.images, strict=True):
                 if number < self.most:
                     self.kept[number] = image.clone()
             yield batch

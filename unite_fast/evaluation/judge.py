@@ -32,7 +32,8 @@ class Judge:
         """Scores of generated images.
 
         Args:
-            batches: this process's part of samples 0..count - 1, with the labels that were asked for.
+            batches: this process's part of samples 0..count - 1, with the labels that were asked for; anything that has
+                the `indices`, `images` and `labels` of a `NumberedBatch`.
             count: all processes together.
 
         Returns:
@@ -44,11 +45,13 @@ class Judge:
         inception = scores.InceptionScore(self.features.classes, device=device) if self.features.classes else None
         right = torch.zeros((), dtype=torch.float64)
         for batch in batches:
+            if not len(batch.images):  # processes may come out even by empty ones
+                continue
             found = self.features(batch.images.to(device))
             moments.update(found.pool)
-            kept.update(batch.numbers, found.pool)
+            kept.update(batch.indices, found.pool)
             if inception is not None:
-                inception.update(found.logits, mixed.splits(batch.numbers))
+                inception.update(found.logits, mixed.splits(batch.indices))
             if self.classifier is not None:
                 right += self.classifier.right(batch.images, batch.labels)
         moments.all_reduce(ranks)
@@ -150,11 +153,7 @@ def _pixel_judge(
         f"this model makes {size} x {size} images; features pixels are for {pixels.LARGEST} x {pixels.LARGEST} at the "
         "most: use --features inception",
     )
-    source = open_source(config.data.source, settings.data or config.data.path, size, "train")
-    if known is None:
-        features = fit_pixels_once(source, ranks, device)
-        known = make_reference(source, features, ranks, settings.batch, config.data.workers, shown)
-    else:
+    if known is not None:
         require(
             bool(known.basis),
             f"{known.path} holds no components of pixels: make it with unite-fast stats DATA OUT.npz --features pixels",
@@ -165,6 +164,10 @@ def _pixel_judge(
             f"{known.path} is of images of side {features.image_size}, this model makes {size} x {size}",
         )
         check_fit(known, features)
+    source = open_source(config.data.source, settings.data or config.data.path, size, "train")
+    if known is None:
+        features = fit_pixels_once(source, ranks, device)
+        known = make_reference(source, features, ranks, settings.batch, config.data.workers, shown)
     classifier = Classifier(*read_some(source, pixels.CLASSIFIER_IMAGES)) if config.model.num_classes > 1 else None
     return Judge(features, known, classifier)
 

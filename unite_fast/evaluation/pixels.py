@@ -71,6 +71,7 @@ def fit_pixels(images: Tensor) -> PixelFeatures:
     Raises:
         UserError: images that are all the same.
     """
+    require(bool((images != images[0]).any()), "the pixel features have nothing to look at: all images are the same")
     pixels = images.double().flatten(1) / 255
     mean = pixels.mean(dim=0)
     centred = pixels - mean
@@ -79,7 +80,6 @@ def fit_pixels(images: Tensor) -> PixelFeatures:
     few = n < p
     values, vectors = torch.linalg.eigh(centred @ centred.T if few else centred.T @ centred)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    require(float(values[0]) > 0, "the pixel features have nothing to look at: all images are the same")
     k = int((values.cumsum(0) < SHARE_OF_VARIANCE * values.sum()).sum()) + 1
     vectors = vectors[:, : min(k, MOST_COMPONENTS)]
     components = torch.nn.functional.normalize(centred.T @ vectors, dim=0) if few else vectors

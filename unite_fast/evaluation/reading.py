@@ -21,8 +21,8 @@ def unseen(batches: Iterable, total: int, title: str) -> Iterable:
 
 @dataclass(frozen=True)
 class NumberedBatch:
-    numbers: Tensor
-    """int64 [b], the samples' numbers in the source or in the series that is generated."""
+    indices: Tensor
+    """int64 [b], the samples' indices in the source or in the series that is generated."""
     images: Tensor
     """uint8 [b, 3, S, S]."""
     labels: Tensor
@@ -53,20 +53,20 @@ def _read(source: Source, batch: range) -> NumberedBatch:
         return NumberedBatch(torch.tensor(batch), images, labels)
     except UnreadableSample:
         pass
-    numbers, images, labels, broken = [], [], [], []
+    indices, images, labels, broken = [], [], [], []
     for number in batch:
         try:
             image, label = source.read([number])
         except UnreadableSample as error:
             broken.append(str(error))
             continue
-        numbers.append(number)
+        indices.append(number)
         images.append(image)
         labels.append(label)
     size = source.image_size
     none = torch.empty(0, 3, size, size, dtype=torch.uint8)
     return NumberedBatch(
-        torch.tensor(numbers, dtype=torch.int64),
+        torch.tensor(indices, dtype=torch.int64),
         torch.cat([none, *images]),
         torch.cat([torch.empty(0, dtype=torch.int64), *labels]),
         tuple(broken),

@@ -28,11 +28,11 @@ class Mixed:
         self._places = torch.empty(count, dtype=torch.int64)
         self._places[permutation(0, 0, count)] = torch.arange(count)
 
-    def places(self, numbers: Tensor) -> Tensor:
-        return self._places[numbers]
+    def places(self, indices: Tensor) -> Tensor:
+        return self._places[indices]
 
-    def splits(self, numbers: Tensor) -> Tensor:
-        return self.places(numbers) * scores.SPLITS // self.count
+    def splits(self, indices: Tensor) -> Tensor:
+        return self.places(indices) * scores.SPLITS // self.count
 
 
 class Kept:
@@ -43,8 +43,8 @@ class Kept:
         self._places: list[Tensor] = []
         self._features: list[Tensor] = []
 
-    def update(self, numbers: Tensor, features: Tensor) -> None:
-        places = self.mixed.places(numbers)
+    def update(self, indices: Tensor, features: Tensor) -> None:
+        places = self.mixed.places(indices)
         chosen = places < self.most
         self._places.append(places[chosen])
         self._features.append(features[chosen.to(features.device)].cpu())
@@ -80,7 +80,7 @@ def make_reference(
             continue
         pool = features(read.images.to(features.device)).pool
         moments.update(pool)
-        kept.update(read.numbers, pool)
+        kept.update(read.indices, pool)
         fingerprint += fingerprint_of(read)
     moments.all_reduce(ranks)
     names = [name for part in ranks.gather(broken) for name in part]
@@ -101,7 +101,7 @@ def fingerprint_of(batch: NumberedBatch) -> int:
     """Sum over the samples of SHA-256(number, label, pixels) as a number: the same in any order."""
     digests = (
         hashlib.sha256(f"{number} {label} ".encode() + image.numpy().tobytes()).digest()
-        for number, label, image in zip(batch.numbers.tolist(), batch.labels.tolist(), batch.images, strict=True)
+        for number, label, image in zip(batch.indices.tolist(), batch.labels.tolist(), batch.images, strict=True)
     )
     return sum(int.from_bytes(digest, "big") for digest in digests)
 

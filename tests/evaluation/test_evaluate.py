@@ -1,0 +1,214 @@
+"""The whole evaluation: of models whose scores are known, by several processes, and of what a user gets wrong."""
+
+import hashlib
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import unite_fast
+from unite_fast.data_pipeline import open_source
+from unite_fast.errors import UserError
+from unite_fast.evaluation import evaluate as module
+from unite_fast.evaluation.evaluate import evaluate, weights_sha256
+from unite_fast.evaluation.inception import inception_shapes
+from unite_fast.evaluation.judge import bias_warning
+from unite_fast.evaluation.ranks import Ranks
+from unite_fast.evaluation.report import lines
+from unite_fast.evaluation.settings import EvaluationSettings
+from unite_fast.evaluation.stats import save_statistics
+
+
+def test_a_model_without_fault_and_one_of_a_single_class_get_what_they_deserve(perfect):
+    result = evaluate(perfect, EvaluationSettings(count=600, guidance=(1.0, 3.0), batch=100))
+    zeros, right = result["generated"]
+    # Without guidance it draws zeros only, right for one in ten.
+    assert zeros["class_agreement"] == pytest.approx(0.1)
+    assert right["class_agreement"] >= 0.95
+    # Measured: 15.2 for zeros, 0.30 for 600 of the 1,437 real images, 0.0009 for 1,430 of them.
+    assert right["frechet_distance"] < 1 < 10 < zeros["frechet_distance"]
+    assert right["precision"] == zeros["precision"] == 1
+    assert right["recall"] > 0.8 > 0.1 > zeros["recall"]
+    assert abs(right["kid"]) < 0.01 < zeros["kid"]
+    rebuilt = result["reconstruction"]
+    assert rebuilt["psnr"] == pytest.approx(48.13, abs=0.005) == rebuilt["psnr_of_mean_error"]
+    assert rebuilt["l1"] == pytest.approx(1 / 255)
+    assert rebuilt["images"] == 360 and rebuilt["frechet_distance"] < 0.01
+    assert rebuilt["real_class_agreement"] == pytest.approx(358 / 360) == rebuilt["class_agreement"]
+
+
+def test_a_result_says_what_it_rests_on(model, tmp_path):
+    settings = EvaluationSettings(count=30, sampling={"solver": "heun", "steps": 2}, seed=5, batch=20)
+    result = evaluate(model, settings, tmp_path / "new" / "here", "runs/x")
+    assert json.loads((tmp_path / "new" / "here" / "evaluation.json").read_text()) == json.loads(json.dumps(result))
+    checkpoint = result["checkpoint"]
+    assert checkpoint == {
+        **{"path": "runs/x", "weights": "EMA", "step": 20, "name": "digits"},
+        "weights_sha256": weights_sha256(model),
+    }
+    # The recipe is unguided here, so one scale is all.
+    (one,) = result["generated"]
+    said = {"guidance": 1, "interval": (0.0, 1.0), "solver": "heun", "steps": 2, "order": "norm_first"}
+    assert {name: one[name] for name in said} == said
+    assert (one["count"], one["seed"], result["precision"]) == (30, 5, "float32")
+    reference = result["reference"]
+    assert reference["images"] == 1437 and re.fullmatch("[0-9a-f]{64}", reference["data_sha256"])
+    assert result["features"]["title"] == "Frechet distance of PCA-reduced pixels"
+    assert one["seconds"] > 0 and result["versions"]["torch"] == torch.__version__
+    table = (tmp_path / "new" / "here" / "evaluation.md").read_text()
+    assert "| unguided | 0 to 1 | heun | 2 | 30 |" in table and checkpoint["weights_sha256"] in table
+    for name, rows in (("samples_guidance_1.png", 3), ("reconstructions.png", 4)):
+        with Image.open(tmp_path / "new" / "here" / name) as picture:
+            assert picture.size == ((10 * 9 + 1) * 6, (rows * 9 + 1) * 6)
+
+
+def test_the_digest_of_weights_is_theirs_alone(model, trained_folder):
+    same = unite_fast.load(trained_folder)
+    assert weights_sha256(same) == weights_sha256(model)
+    with torch.no_grad():
+        next(same.network.parameters()).view(-1)[0] += 1e-6
+    assert weights_sha256(same) != weights_sha256(model)
+
+
+def of_ranks(folder: str, settings: EvaluationSettings) -> dict:
+    torch.distributed.init_process_group("gloo")
+    return evaluate(unite_fast.load(folder), settings)
+
+
+NUMBERS = ("frechet_distance", "kid", "kid_deviation", "precision", "recall", "class_agreement")
+
+
+def test_processes_change_nothing(ranks, trained_folder):
+    settings = EvaluationSettings(count=150, batch=32, guidance=(2.0,), sampling={"steps": 1})
+    alone = evaluate(unite_fast.load(trained_folder), settings)
+    for world in (2, 4):
+        for shared in ranks(world, of_ranks, str(trained_folder), settings):
+            assert shared["processes"] == world
+            for name in NUMBERS:
+                a, b = shared["generated"][0][name], alone["generated"][0][name]
+                assert abs(a - b) <= 1e-9 * max(1, abs(b)), name
+            for name in ("images", "psnr", "psnr_of_mean_error", "l1", "frechet_distance", "class_agreement"):
+                a, b = shared["reconstruction"][name], alone["reconstruction"][name]
+                assert abs(a - b) <= 1e-9 * max(1, abs(b)), name
+            assert shared["reference"] == alone["reference"]
+
+
+@pytest.fixture(scope="module")
+def digits_npz(tmp_path_factory):
+    path = tmp_path_factory.mktemp("stats") / "digits.npz"
+    save_statistics("digits", 0, "train", EvaluationSettings(), path, Ranks(), "cpu")
+    return path
+
+
+def test_statistics_of_a_file_are_those_taken_on_the_way(model, digits_npz):
+    settings = EvaluationSettings(count=20, sampling={"steps": 1}, reconstructions=0)
+    fresh = evaluate(model, settings)
+    kept = evaluate(model, replace(settings, reference=str(digits_npz)))
+    assert kept["generated"][0]["frechet_distance"] == fresh["generated"][0]["frechet_distance"]
+    assert kept["reference"]["data_sha256"] == fresh["reference"]["data_sha256"]
+    assert kept["reference"]["sha256"] == hashlib.sha256(digits_npz.read_bytes()).hexdigest()
+    assert kept["reconstruction"] is None
+
+
+@pytest.fixture(scope="module")
+def inception_file(fidelity, tmp_path_factory):
+    """Random weights, and what the command line must be told to believe them."""
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(fidelity.random_weights(inception_shapes()), path)
+    return {"inception": str(path), "inception_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def test_with_inception_there_are_fid_and_inception_score(model, inception_file, tmp_path):
+    settings = EvaluationSettings("inception", **inception_file)
+    for i in range(4):
+        (tmp_path / "data" / "c").mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(i).integers(0, 256, (9, 8, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "data" / "c" / f"{i}.png")
+    reference = tmp_path / "ref.npz"
+    save_statistics(str(tmp_path / "data"), 8, "train", settings, reference, Ranks(), "cpu")
+    settings = replace(settings, reference=str(reference), count=10, sampling={"steps": 1}, reconstructions=0)
+    result = evaluate(model, settings)
+    (one,) = result["generated"]
+    assert one["frechet_distance"] > 0 and one["inception_score"] >= 1 and "class_agreement" not in one
+    assert result["features"]["sha256"] == inception_file["inception_sha256"]
+    said = "\n".join(lines(result))
+    assert "gFID" in said and "IS 1." in said and "KID" in said
+    assert "10 generated images are too few for 2048 features" in said
+
+
+def test_words_about_few_images():
+    assert "covariance has rank 99 at most, which makes the Frechet distance too large" in bias_warning(
+        100, 100, "real"
+    )
+    assert "falls in proportion to 1 / images" in bias_warning(999, 100, "generated")
+    assert bias_warning(1000, 100, "generated") == ""
+
+
+def test_features_that_cannot_be_had(model, inception_file, digits_npz, tmp_path):
+    def error(**settings) -> str:
+        with pytest.raises(UserError) as caught:
+            evaluate(model, EvaluationSettings(**settings))
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "--reference REF.npz" in error(features="inception", **inception_file)
+    theirs = tmp_path / "theirs.npz"
+    np.savez(theirs, mu=np.zeros(2048), sigma=np.eye(2048))
+    assert "weights-inception-2015-12-05-6726825d.pth" in error(reference=str(theirs))
+    assert "holds no components of pixels" in error(reference=str(theirs), features="pixels")
+    assert re.search(
+        r"digits.npz has statistics of \d+ pixels features, and inception has 2048: they cannot be compared",
+        error(reference=str(digits_npz), features="inception", **inception_file),
+    )
+    model.config.model.image_size = 16
+    assert "is of images of side 8, this model makes 16 x 16" in error(reference=str(digits_npz))
+    model.config.model.image_size = 128
+    assert "this model makes 128 x 128 images; features pixels are for 64 x 64" in error(features="pixels")
+    assert "--reference REF.npz" in error()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"features": "clip"}, "features is 'clip'; it must be one of auto, inception, pixels"),
+        ({"count": -1}, "the count is -1 images"),
+        ({"batch": 0}, "the batch is 0 images"),
+        ({"guidance": (float("nan"),)}, "guidance must be finite"),
+        ({"inception_sha256": "67"}, "8 to 64 hex digits"),
+    ],
+)
+def test_settings_out_of_range(wrong, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        EvaluationSettings(**wrong)
+
+
+def test_pictures_that_cannot_be_read_are_counted(model, tmp_path):
+    images, labels = open_source("digits", "", 8, "train").read(range(60))
+    for split in ("train", "val"):
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            folder = tmp_path / split / str(int(label))
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    for name in ("train/3/3.png", "val/4/4.png", "val/5/5.png"):
+        (tmp_path / name).write_bytes(b"no picture")
+    model.config.data.source, model.config.data.path = "folder", str(tmp_path)
+    result = evaluate(model, EvaluationSettings(count=20, sampling={"steps": 1}, batch=16))
+    assert (result["reference"]["images"], result["reference"]["unreadable"]) == (59, 1)
+    assert (result["reconstruction"]["images"], result["reconstruction"]["unreadable"]) == (58, 2)
+    assert "2 held-out images could not be read and are left out" in lines(result)
+    for path in (tmp_path / "val").rglob("*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(UserError, match="60 of 60 samples cannot be read"):
+        evaluate(model, EvaluationSettings(count=20, sampling={"steps": 1}))
+
+
+def test_what_is_in_the_way_is_found_before_the_work(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "open_judge", None)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="file is in the way: it is no folder"):
+        evaluate(model, EvaluationSettings(), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
