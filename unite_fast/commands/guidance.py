@@ -26,9 +26,9 @@ def search_guidance(
     scales: Annotated[str, typer.Option(help=f"guidance scales: {Range}")] = "1:5:0.2",
     lows: Annotated[str, typer.Option(help="lower ends of the interval, in the same form")] = "0:0.4:0.1",
     highs: Annotated[str, typer.Option(help="upper ends of the interval")] = "0.8:1:0.1",
-    count: Annotated[int, typer.Option(min=0, help="samples a candidate; 0: 5,000 with Inception, else 1,000")] = 0,
+    count: Annotated[int, typer.Option(min=0, help="samples a candidate; 0: 5,000 with Inception, else 500")] = 0,
     final_count: Annotated[
-        int, typer.Option(min=0, help="samples to confirm with; 0: 50,000 with Inception, else 5,000")
+        int, typer.Option(min=0, help="samples to confirm with; 0: 50,000 with Inception, else 2,000")
     ] = 0,
     confirm: Annotated[int, typer.Option(min=1, help="candidates to confirm")] = 3,
     solver: Solver = None,
@@ -68,7 +68,7 @@ def search_guidance(
     check_folder(folder)
     with ranks_of_torchrun(choose_device(device)) as ranks:
         model = load(checkpoint, device)
-        judge = open_judge(model.config, settings, ranks, model.network.device, shown)
+        judge = open_judge(model.config, settings, ranks, model.network.device, shown, classifier=False)
         few, many = COUNTS[judge.features.name]
         config = replace(model.config.sampling, **given(solver=solver, steps=steps))
         objective = Objective(

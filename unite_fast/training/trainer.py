@@ -4,16 +4,17 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 import yaml
 from torch import Tensor
 
-from unite_fast.config import Config, require, require_choice
+from unite_fast.config import Config, EvaluationConfig, require, require_choice
 from unite_fast.data_pipeline import Batch, Loader, Source, choose_loader, open_source
 from unite_fast.errors import UserError, writing
+from unite_fast.evaluation.during_training import DuringTraining
 from unite_fast.kernels import backend
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import Losses, draw_step, training_losses
@@ -34,6 +35,8 @@ FREE_ON_RESUME = {
         f"train.{key}"
         for key in ("steps", "device", "log_every", "checkpoint_every", "keep_every", "picture_every", "out")
     ),
+    "train.evaluate_every",
+    *(f"evaluation.{key.name}" for key in fields(EvaluationConfig)),
 }
 """Settings that a resumed run may change: they do not change what a step computes."""
 
@@ -91,6 +94,7 @@ class Trainer:
             self.restore(found)
         self.report = Report(self.folder, config, self.device, self.state, found is not None)
         self.report.say(f"data: {len(self.source)} images, {self.choice.name} loader ({self.choice.why})")
+        self.evaluation = DuringTraining(config, self.folder, self.device, self.state.step)
         # Only now, so that a mistake found above leaves no folder that counts as a run.
         write_config(self.folder, config)
         self.log = MetricsLog(self.folder, self.state.step)
@@ -125,6 +129,9 @@ class Trainer:
                 self.averages.add(state.step, losses, grad_norm)
                 if state.step % config.log_every == 0:
                     self.write_metrics()
+                # Before the checkpoint, so that none counts a step as done whose evaluation a killed run still owes.
+                if self.evaluation.due(state.step):
+                    self.report.say(self.evaluation.run(state, self.log))
                 if state.step % config.checkpoint_every == 0:
                     self.save()
                 if config.picture_every and state.step % config.picture_every == 0:
