@@ -16,6 +16,7 @@ from unite_fast import flow, sampling
 from unite_fast.config import SamplingConfig, require
 from unite_fast.data_pipeline import open_source
 from unite_fast.errors import UserError
+from unite_fast.evaluation.gallery_page import Chart, Figure, Row, Section
 from unite_fast.evaluation.pixels import read_some
 from unite_fast.evaluation.scores import psnr
 from unite_fast.randomness import Philox, Stream
@@ -25,39 +26,6 @@ from unite_fast.training.metrics import read_rows
 
 CURVES = (("l1", "L1 of the reconstruction"), ("lpips", "LPIPS"), ("flow", "flow loss"))
 """Columns of metrics.jsonl that are shown, where they are not zero throughout."""
-
-
-@dataclass
-class Figure:
-    """One image, or an original and its copy, above a caption."""
-
-    images: list[Tensor]
-    """Each uint8 [3, S, S]."""
-    alts: list[str]
-    caption: str = ""
-
-
-@dataclass
-class Row:
-    title: str
-    figures: list[Figure]
-
-
-@dataclass
-class Chart:
-    title: str
-    steps: list[int]
-    values: list[float]
-
-
-@dataclass
-class Section:
-    key: str
-    """Name of the anchor."""
-    title: str
-    text: str
-    rows: list[Row] = field(default_factory=list)
-    charts: list[Chart] = field(default_factory=list)
 
 
 @dataclass
@@ -189,13 +157,14 @@ def curves(checkpoint: Path) -> list[Section]:
     charts = [_chart(title, key, rows) for key, title in CURVES]
     distances = read_rows(runs[0] / "evaluation" / "curve.jsonl")
     charts.append(_chart(distances[-1]["title"] if distances else "", "distance", distances))
-    charts = [chart for chart in charts if len(chart.steps) > 1 and any(chart.values)]
+    charts = [chart for chart in charts if len(chart.steps) > 1]
     text = "Logarithmic, against the optimizer step, from the run's metrics.jsonl."
     return [Section("curves", "Training", text, charts=charts)] if charts else []
 
 
 def _chart(title: str, key: str, rows: list[dict]) -> Chart:
-    points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), (int, float)) and row[key] > 0]
+    # A run that fails logs NaN, and a logarithm has no place for 0.
+    points = [(row["step"], row[key]) for row in rows if 0 < row.get(key, 0) < math.inf]
     return Chart(title, [step for step, _ in points], [value for _, value in points])
 
 
@@ -213,10 +182,8 @@ def how(settings: SamplingConfig) -> str:
 
 @dataclass
 class Artist:
-    """Draws the sections of the page.
-
-    Every number of noise is drawn once from (seed, its place), so a page is the same for the same model and settings.
-    """
+    """Draws the sections of the page. All noise comes from (seed, number of the image): the same model and settings
+    give the same page."""
 
     model: TrainedUNITE
     settings: SamplingConfig

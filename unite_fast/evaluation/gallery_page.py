@@ -1,14 +1,47 @@
-"""The gallery as one HTML file: images and styles inside, nothing from outside, readable from 320 pixels' width on."""
+"""A gallery as one HTML file: images and styles inside, nothing from outside, readable from 320 pixels' width on."""
 
 import base64
 import html
 import io
 import math
+from dataclasses import dataclass, field
 
 from PIL import Image
 from torch import Tensor
 
-from unite_fast.evaluation.gallery import Chart, Figure, Row, Section
+
+@dataclass
+class Figure:
+    """One image, or an original and its copy, above a caption."""
+
+    images: list[Tensor]
+    """Each uint8 [3, S, S]."""
+    alts: list[str]
+    caption: str = ""
+
+
+@dataclass
+class Row:
+    title: str
+    figures: list[Figure]
+
+
+@dataclass
+class Chart:
+    title: str
+    steps: list[int]
+    values: list[float]
+
+
+@dataclass
+class Section:
+    key: str
+    """Name of the anchor."""
+    title: str
+    text: str
+    rows: list[Row] = field(default_factory=list)
+    charts: list[Chart] = field(default_factory=list)
+
 
 SMALL = 64
 """Images up to this side are enlarged with hard pixels; blurring them would show what the model did not draw."""
