@@ -5,10 +5,13 @@ batches. A file is written aside and renamed, so whatever has its name is whole,
 on with the batches that are missing.
 """
 
+import hashlib
 import json
 import os
 import zipfile
 from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +19,81 @@ from PIL import Image
 from torch import Tensor
 
 from unite_fast.config import require
+from unite_fast.data_pipeline.progress import progress
 from unite_fast.errors import UserError, writing
+from unite_fast.evaluation.evaluate import weights_sha256
+from unite_fast.evaluation.ranks import Ranks
+from unite_fast.generation import ALONE, Generation, generate_batches
 from unite_fast.pictures import picture_name
+from unite_fast.sampling import check_classes
+from unite_fast.trained import TrainedUNITE
 
 MANIFEST = "generation.json"
 PARTIAL = ".partial"
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 """The earliest that a zip can say. The real time would make the bytes of equal samples differ."""
+
+
+def generate_files(model: TrainedUNITE, generation: Generation, out: Path, ranks: Ranks = ALONE) -> None:
+    """Generate into an .npz (arr_0 uint8 [num, S, S, 3], arr_1 labels) or a folder of PNGs, all processes together.
+    What an earlier call with the same settings had finished when it was killed is kept.
+
+    Raises:
+        UserError: `out` is there already, or parts of it with other settings; a label that is no class; no space left.
+    """
+    total, size = len(generation.labels), model.config.model.image_size
+    check_classes(generation.labels.unique().tolist(), model.config.model.num_classes)
+    parts = make_parts(out, manifest(model, generation), generation.labels, generation.batch, size)
+    finished = _finished_before(parts, ranks)
+    shown = min(len(finished) * generation.batch, total)
+    bar = progress("generating", total, "images") if ranks.first else nullcontext(lambda done: None)
+    with bar as show:
+        show(shown)
+        for drawn in generate_batches(model.network, generation, ranks, finished):
+            if len(drawn.indices):
+                parts.write(int(drawn.indices[0]) // generation.batch, drawn.images)
+            shown = min(shown + ranks.world * generation.batch, total)
+            show(shown)
+    _wait_for_all(ranks)
+    if ranks.first:
+        parts.merge()
+
+
+def _finished_before(parts: "Parts", ranks: Ranks) -> set[int]:
+    """As rank 0 found it, and so its complaint, if it had one."""
+    found: set[int] | UserError = set()
+    if ranks.first:
+        try:
+            parts.open()
+            found = parts.finished()
+        except UserError as error:
+            found = error
+    found = ranks.from_first(found)
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+def _wait_for_all(ranks: Ranks) -> None:
+    try:
+        ranks.gather(None)
+    except RuntimeError as error:
+        raise UserError("another process of this generation ended early; its own message says why") from error
+
+
+def manifest(model: TrainedUNITE, generation: Generation) -> dict:
+    """All that the images depend on, as JSON has it."""
+    return {
+        "format": "unite_fast generation 1",
+        "weights": weights_sha256(model),
+        "images": len(generation.labels),
+        "labels": hashlib.sha256(generation.labels.numpy().tobytes()).hexdigest(),
+        "seed": generation.seed,
+        "batch": generation.batch,
+        "precision": generation.precision,
+        "compile": generation.compile,
+        **{f"sampling.{key}": value for key, value in asdict(generation.sampling).items()},
+    }
 
 
 class Parts:
@@ -183,7 +254,7 @@ class PngParts(Parts):
             os.replace(self.folder, self.out)
 
 
-def open_parts(out: Path, manifest: dict, labels: Tensor, batch: int, size: int) -> Parts:
+def make_parts(out: Path, manifest: dict, labels: Tensor, batch: int, size: int) -> Parts:
     """For a name that ends in .npz, or in nothing, which is a folder of PNGs."""
     require(out.suffix in (".npz", ""), f"{out} ends in {out.suffix}; write a .npz, or a folder (no ending) of PNGs")
     return (NpzParts if out.suffix else PngParts)(out, manifest, labels, batch, size)

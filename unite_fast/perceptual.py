@@ -31,7 +31,7 @@ _BLOCKS = (
     ((24, 512, 512), (26, 512, 512), (28, 512, 512)),
 )
 _TAP_CHANNELS = tuple(block[-1][2] for block in _BLOCKS)
-_SMALLEST_SIDE = 2 ** (len(_BLOCKS) - 1)  # four poolings leave one pixel
+SMALLEST_SIDE = 2 ** (len(_BLOCKS) - 1)  # four poolings leave one pixel
 
 # ImageNet's mean and deviation for pixels in [-1, 1], as LPIPS 0.1 rounds them.
 _SHIFT = (-0.030, -0.088, -0.188)
@@ -157,8 +157,8 @@ class LPIPS(nn.Module):
         """
         if image.shape != recon.shape or image.dim() != 4 or image.shape[1] != 3:
             raise ValueError(f"image and recon must both be [B, 3, H, W], got {image.shape} and {recon.shape}")
-        if min(image.shape[2:]) < _SMALLEST_SIDE:
-            raise ValueError(f"VGG16 needs sides of {_SMALLEST_SIDE} pixels or more, got {tuple(image.shape[2:])}")
+        if min(image.shape[2:]) < SMALLEST_SIDE:
+            raise ValueError(f"VGG16 needs sides of {SMALLEST_SIDE} pixels or more, got {tuple(image.shape[2:])}")
         masks = (None,) * len(_BLOCKS) if dropout_masks is None else dropout_masks
         if len(masks) != len(_BLOCKS):
             raise ValueError(f"dropout_masks must hold {len(_BLOCKS)} tensors, got {len(masks)}")

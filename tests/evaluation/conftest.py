@@ -10,7 +10,9 @@ import torch
 
 import unite_fast
 from unite_fast.data_pipeline import open_source
+from unite_fast.evaluation import evaluate
 from unite_fast.evaluation.inception import INCEPTION_FILE
+from unite_fast.generation import Drawn
 
 
 @pytest.fixture(scope="session")
@@ -47,14 +49,19 @@ class PerfectModel:
     def reconstruct(self, images, seed, batch, first):
         return torch.where(images < 128, images + 1, images - 1)
 
-    def generate(self, labels, seed, batch, first, guidance, **settings):
+    def generate_batches(self, network, generation, ranks):
         def example(i: int, label: int):
-            kind = self.examples[label if guidance > 1 else 0]
-            return kind[(first + i) // 10 % len(kind)]
+            kind = self.examples[label if generation.sampling.guidance > 1 else 0]
+            return kind[i // 10 % len(kind)]
 
-        return torch.stack([example(i, int(label)) for i, label in enumerate(labels)])
+        indices = torch.arange(len(generation.labels))
+        for i, labels in zip(indices.split(generation.batch), generation.labels.split(generation.batch), strict=True):
+            images = [example(int(index), int(label)) for index, label in zip(i, labels, strict=True)]
+            yield Drawn(i, torch.stack(images), labels)
 
 
 @pytest.fixture
-def perfect(model):
-    return PerfectModel(model)
+def perfect(model, monkeypatch):
+    made = PerfectModel(model)
+    monkeypatch.setattr(evaluate, "generate_batches", made.generate_batches)
+    return made

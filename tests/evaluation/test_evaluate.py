@@ -54,13 +54,13 @@ def test_a_result_says_what_it_rests_on(model, tmp_path):
     (one,) = result["generated"]
     said = {"guidance": 1, "interval": (0.0, 1.0), "solver": "heun", "steps": 2, "order": "norm_first"}
     assert {name: one[name] for name in said} == said
-    assert (one["count"], one["seed"], result["precision"]) == (30, 5, "float32")
+    assert (one["count"], one["seed"], one["batch"], one["network_precision"]) == (30, 5, 20, "float32")
     reference = result["reference"]
     assert reference["images"] == 1437 and re.fullmatch("[0-9a-f]{64}", reference["data_sha256"])
     assert result["features"]["title"] == "Frechet distance of PCA-reduced pixels"
     assert one["seconds"] > 0 and result["versions"]["torch"] == torch.__version__
     table = (tmp_path / "new" / "here" / "evaluation.md").read_text()
-    assert "| unguided | 0 to 1 | heun | 2 | 30 |" in table and checkpoint["weights_sha256"] in table
+    assert "| unguided | 0 to 1 | heun | 2 | float32 | 30 |" in table and checkpoint["weights_sha256"] in table
     for name, rows in (("samples_guidance_1.png", 3), ("reconstructions.png", 4)):
         with Image.open(tmp_path / "new" / "here" / name) as picture:
             assert picture.size == ((10 * 9 + 1) * 6, (rows * 9 + 1) * 6)
@@ -175,7 +175,7 @@ def test_features_that_cannot_be_had(model, inception_file, digits_npz, tmp_path
     ("wrong", "message"),
     [
         ({"features": "clip"}, "features is 'clip'; it must be one of auto, inception, pixels"),
-        ({"count": -1}, "the count is -1 images"),
+        ({"count": 0}, "the count is 0 images"),
         ({"batch": 0}, "the batch is 0 images"),
         ({"guidance": (float("nan"),)}, "guidance must be finite"),
         ({"inception_sha256": "67"}, "8 to 64 hex digits"),

@@ -5,7 +5,19 @@ from typing import Annotated
 
 import typer
 
-from unite_fast.commands.options import Checkpoint, Device, Interval, Seed, Solver, Steps, given, load, parse_interval
+from unite_fast.commands.options import (
+    Checkpoint,
+    Compile,
+    Device,
+    Interval,
+    Precision,
+    Seed,
+    Solver,
+    Steps,
+    given,
+    load,
+    parse_interval,
+)
 from unite_fast.errors import UserError
 
 app = typer.Typer()
@@ -28,8 +40,8 @@ def evaluate(
     ] = "",
     data: Annotated[str, typer.Option(help="folder of the data, if not the one trained on")] = "",
     count: Annotated[
-        int, typer.Option(min=0, help="generated images a guidance scale; 0: 50,000 with Inception, else 1,000")
-    ] = 0,
+        int | None, typer.Option(help="generated images a guidance scale [default: 50,000; with pixels 1,000]")
+    ] = None,
     guidance: Annotated[
         str, typer.Option(metavar="SCALE[,SCALE...]", help="[default: 1, which is unguided, and the recipe's]")
     ] = "",
@@ -39,6 +51,8 @@ def evaluate(
     reconstructions: Annotated[int, typer.Option(min=0, help="held-out images to reconstruct, at most")] = 50_000,
     seed: Seed = 0,
     batch: Annotated[int, typer.Option(min=1, help="images at a time")] = 128,
+    precision: Precision = None,
+    compile: Compile = None,
     device: Device = "auto",
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="for JSON, table and grids [default: RUN/evaluation]")
@@ -72,6 +86,8 @@ def evaluate(
         sampling=given(interval=parse_interval(interval), solver=solver, steps=steps),
         seed=seed,
         batch=batch,
+        precision=precision or "",
+        compile=compile,
         reconstructions=reconstructions,
     )
     folder = out or default_folder(checkpoint)

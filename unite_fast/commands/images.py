@@ -9,9 +9,11 @@ from unite_fast.commands.options import (
     Batch,
     Checkpoint,
     Classes,
+    Compile,
     Device,
     Guidance,
     Interval,
+    Precision,
     Seed,
     Solver,
     Steps,
@@ -66,12 +68,8 @@ def generate(
     steps: Steps = None,
     seed: Seed = 0,
     batch: Batch = 64,
-    precision: Annotated[
-        str | None, typer.Option(help="bfloat16 or float32 [default: what the model was trained in]")
-    ] = None,
-    compile: Annotated[
-        bool | None, typer.Option("--compile/--eager", help="compile the network [default: on CUDA]")
-    ] = None,
+    precision: Precision = None,
+    compile: Compile = None,
     device: Device = "auto",
 ) -> None:
     """Generate many images with the averaged weights, for evaluation: by one process, or by several under torchrun. The
@@ -85,21 +83,25 @@ def generate(
     """
     from dataclasses import replace
 
-    from unite_fast import generation, outputs
+    from unite_fast.evaluation.ranks import ranks_of_torchrun
+    from unite_fast.generated_files import generate_files
+    from unite_fast.generation import Generation
+    from unite_fast.outputs import choose_labels
+    from unite_fast.training.trainer import choose_device
 
-    with generation.joined_processes() as (rank, world):
+    settings = given(guidance=guidance, interval=parse_interval(interval), solver=solver, steps=steps)
+    with ranks_of_torchrun(choose_device(device)) as ranks:
         model = load(checkpoint, device)
-        settings = given(guidance=guidance, interval=parse_interval(interval), solver=solver, steps=steps)
-        wanted = generation.Generation(
-            outputs.choose_labels(classes, num, model.config.model.num_classes),
+        generation = Generation(
+            choose_labels(classes, num, model.config.model.num_classes),
             replace(model.config.sampling, **settings),
             seed,
             batch,
             precision or model.config.train.precision,
             model.network.device.type == "cuda" if compile is None else compile,
         )
-        generation.generate_files(model, wanted, out, rank, world)
-    if rank == 0:
+        generate_files(model, generation, out, ranks)
+    if ranks.first:
         typer.echo(f"{num} images in {out}")
 
 

@@ -15,6 +15,8 @@ Steps = Annotated[int | None, typer.Option(help="steps of euler, heun and multis
 Classes = Annotated[str, typer.Option(help="classes to draw in turn, e.g. 3,1,4; all by default")]
 Seed = Annotated[int, typer.Option(help="what the noise is drawn from")]
 Batch = Annotated[int, typer.Option(help="images at a time")]
+Precision = Annotated[str | None, typer.Option(help="bfloat16 or float32 [default: what the model was trained in]")]
+Compile = Annotated[bool | None, typer.Option("--compile/--eager", help="compile the network [default: on CUDA]")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto")]
 
 

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 import unite_fast
-from unite_fast.config import SamplingConfig
 from unite_fast.data_pipeline import open_source
 from unite_fast.evaluation import report
 from unite_fast.evaluation.judge import open_judge
 from unite_fast.evaluation.ranks import Ranks, current_ranks
-from unite_fast.evaluation.reading import NumberedBatch, Shown, unseen
+from unite_fast.evaluation.reading import Shown, unseen
 from unite_fast.evaluation.reconstruction import score_reconstructions
 from unite_fast.evaluation.settings import EvaluationSettings
-from unite_fast.trained import TrainedUNITE, check_drawing
+from unite_fast.generation import Drawn, Generation, generate_batches
+from unite_fast.trained import TrainedUNITE
 
 COUNTS = {"inception": 50_000, "pixels": 1_000}
 GRID = 80
@@ -48,25 +48,30 @@ def evaluate(
     Raises:
         UserError: data, weights or statistics that are missing or do not fit; settings out of range.
     """
-    check_drawing(settings.seed, settings.batch)
     if out is not None:
         report.check_folder(out)
     begun, ranks = time.perf_counter(), current_ranks()
     judge = open_judge(model.config, settings, ranks, model.network.device, shown)
     count = settings.count or COUNTS[judge.features.name]
-    samplings = guided_settings(model, settings)
+    series = planned(model, settings, count)
     opened = time.perf_counter() - begun
     generated, pictures = [], {}
-    for sampling in samplings:
-        begun_here, first = time.perf_counter(), FirstImages(GRID)
-        batches = ranks.batches(count, settings.batch)
-        total = -(-count // settings.batch // ranks.world)
-        title = f"generating with guidance {sampling.guidance:g}"
-        series = shown(generate_batches(model, batches, sampling, settings.seed), total, title)
-        scores = judge.score(first.watch(series), count, ranks)
-        seconds = time.perf_counter() - begun_here
-        generated.append({**asdict(sampling), "count": count, "seed": settings.seed, **scores, "seconds": seconds})
-        pictures[f"samples_guidance_{sampling.guidance:g}.png"] = first.gathered(ranks)
+    for generation in series:
+        begun_here, first, scale = time.perf_counter(), FirstImages(GRID), generation.sampling.guidance
+        batches = generate_batches(model.network, generation, ranks)
+        total = -(-generation.batches // ranks.world)
+        scores = judge.score(first.watch(shown(batches, total, f"generating with guidance {scale:g}")), count, ranks)
+        generated.append(
+            {
+                **asdict(generation.sampling),
+                **{name: getattr(generation, name) for name in ("seed", "batch", "compile")},
+                "network_precision": generation.precision,  # "precision" is a score
+                "count": count,
+                **scores,
+                "seconds": time.perf_counter() - begun_here,
+            }
+        )
+        pictures[f"samples_guidance_{scale:g}.png"] = first.gathered(ranks)
     reconstruction, pairs = None, None
     if settings.reconstructions:
         data = model.config.data
@@ -80,8 +85,6 @@ def evaluate(
             "step": model.step,
             "name": model.config.name,
         },
-        "precision": "float32",
-        "batch": settings.batch,
         "features": {
             "name": judge.features.name,
             "title": judge.features.title,
@@ -102,22 +105,23 @@ def evaluate(
     return result
 
 
-def guided_settings(model: TrainedUNITE, settings: EvaluationSettings) -> list[SamplingConfig]:
-    """How images are generated, once for each guidance scale."""
+def planned(model: TrainedUNITE, settings: EvaluationSettings, count: int) -> list[Generation]:
+    """What is generated, once for each guidance scale, of the same noise: classes in turn, so as many of each."""
     recipe = model.config.sampling
     # In order and each once: a recipe may itself be unguided.
     scales = settings.guidance or tuple(dict.fromkeys((1.0, recipe.guidance)))
-    return [replace(recipe, **settings.sampling, guidance=scale) for scale in scales]
-
-
-def generate_batches(
-    model: TrainedUNITE, batches: Iterable[range], sampling: SamplingConfig, seed: int
-) -> Iterator[NumberedBatch]:
-    """Sample i has class i mod the number of classes, and noise from (seed, i) alone."""
-    for indices in batches:
-        labels = torch.tensor(indices) % model.config.model.num_classes
-        images = model.generate(labels, seed, len(indices), first=indices.start, **asdict(sampling))
-        yield NumberedBatch(torch.tensor(indices), images, labels)
+    on_gpu = model.network.device.type == "cuda"
+    return [
+        Generation(
+            torch.arange(count) % model.config.model.num_classes,
+            replace(recipe, **settings.sampling, guidance=scale),
+            settings.seed,
+            min(settings.batch, count),
+            settings.precision or model.config.train.precision,
+            on_gpu if settings.compile is None else settings.compile,
+        )
+        for scale in scales
+    ]
 
 
 class FirstImages:
@@ -127,7 +131,7 @@ class FirstImages:
         self.most = most
         self.kept: dict[int, Tensor] = {}
 
-    def watch(self, batches: Iterable[NumberedBatch]) -> Iterator[NumberedBatch]:
+    def watch(self, batches: Iterable[Drawn]) -> Iterator[Drawn]:
         for batch in batches:
             for number, image in zip(batch.indices.tolist(), batch.images, strict=True):
                 if number < self.most:

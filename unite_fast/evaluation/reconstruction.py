@@ -15,7 +15,7 @@ from unite_fast.evaluation.reading import Shown, read_batches
 from unite_fast.evaluation.reference import check_broken
 from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.evaluation.statistics import Moments, frechet_distance
-from unite_fast.perceptual import LPIPS, PerceptualConfig, load_lpips
+from unite_fast.perceptual import LPIPS, SMALLEST_SIDE, PerceptualConfig, load_lpips
 from unite_fast.trained import TrainedUNITE
 
 PAIRS = 30
@@ -42,7 +42,7 @@ def score_reconstructions(
     """
     begun, size = time.perf_counter(), source.image_size
     count = min(len(source), settings.reconstructions)
-    lpips, why_no_lpips = _lpips(model.config.perceptual, model.network.device)
+    lpips, why_no_lpips = _lpips(model.config.perceptual, size, model.network.device)
     see_structure = size >= scores.SSIM_WINDOW
     sums = torch.zeros(len(_SUMS), dtype=torch.float64)
     device = judge.features.device
@@ -94,6 +94,7 @@ def score_reconstructions(
         "images": int(total["images"]),
         "unreadable": len(broken),
         "seed": settings.seed,
+        "network_precision": "float32",
         "frechet_distance": ranks.from_first(distance),
         "psnr": mean["psnr"],
         "psnr_of_mean_error": float(scores.decibels(torch.tensor(mean["mean_squared_error"]))),
@@ -109,8 +110,10 @@ def score_reconstructions(
     return result, next(part for part in ranks.gather(pairs) if part is not None)
 
 
-def _lpips(config: PerceptualConfig, device: torch.device) -> tuple[LPIPS | None, str]:
+def _lpips(config: PerceptualConfig, size: int, device: torch.device) -> tuple[LPIPS | None, str]:
     """LPIPS if its two files are there, or why not. Not the distance that trains: images go in as [-1, 1]."""
+    if size < SMALLEST_SIDE:
+        return None, f"no LPIPS: VGG16 needs images of {SMALLEST_SIDE} pixels or more"
     paths = {
         "UNITE_FAST_VGG16": os.environ.get("UNITE_FAST_VGG16") or config.vgg_path,
         "UNITE_FAST_LPIPS": os.environ.get("UNITE_FAST_LPIPS") or config.lpips_path,

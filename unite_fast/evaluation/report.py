@@ -1,6 +1,8 @@
 """The result of an evaluation as files (JSON, a Markdown table, grids) and as lines for a terminal."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -36,20 +38,28 @@ def save(result: dict, pictures: dict[str, Tensor], both: tuple[Tensor, Tensor] 
         UserError: no space left, or no permission.
     """
     check_folder(out)
+    images = {name: grid(images, _COLUMNS) for name, images in pictures.items()}
+    if both is not None:
+        images[PAIRS] = pairs(*both, min(_COLUMNS, len(both[0])))
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        _write(out / JSON, json.dumps(result, indent=1).encode())
-        _write(out / TABLE, table(result).encode())
-        for name, images in pictures.items():
-            grid(images, _COLUMNS).save(out / name)
-        if both is not None:
-            pairs(*both, min(_COLUMNS, len(both[0]))).save(out / PAIRS)
+        for name, image in images.items():
+            with _aside(out / name) as partial:
+                image.save(partial, format="png")
+        for name, text in ((TABLE, table(result)), (JSON, json.dumps(result, indent=1))):
+            with _aside(out / name) as partial:
+                partial.write_text(text)
 
 
-def _write(path: Path, content: bytes) -> None:
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` when all went well."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def lines(result: dict) -> list[str]:
@@ -80,6 +90,8 @@ def lines(result: dict) -> list[str]:
         if "class_agreement" in one:
             parts.append(f"{one['class_agreement']:.1%} classified as asked for")
         said.append(f"{one['count']} generated images, {_guidance(one)}: {', '.join(parts)}")
+    if result["reference"].get("unreadable"):
+        said.append(f"{result['reference']['unreadable']} images of the reference could not be read and are left out")
     return said + [f"note: {note}" for note in result["notes"]]
 
 
@@ -92,7 +104,7 @@ def table(result: dict) -> str:
         f"{checkpoint['weights']} weights, SHA-256 {checkpoint['weights_sha256']}. Features: {features['name']} "
         f"({features['title']}, {features['dimension']} dimensions). Reference: "
         f"{reference['path'] or 'the training images'}, {reference['images'] or 'unknown number of'} images"
-        f"{', SHA-256 ' + reference['sha256'] if reference['sha256'] else ''}. Precision {result['precision']}. "
+        f"{', SHA-256 ' + reference['sha256'] if reference['sha256'] else ''}. "
         f"All of it is in {JSON}.",
         "",
     ]
@@ -101,6 +113,7 @@ def table(result: dict) -> str:
         "interval": lambda one: "{:g} to {:g}".format(*one["interval"]),
         "solver": lambda one: one["solver"],
         "steps": lambda one: "own" if one["solver"] == "dopri5" else str(one["steps"]),
+        "numbers": lambda one: one["network_precision"],
         "images": lambda one: str(one["count"]),
         _distance(features, "g"): lambda one: f"{one['frechet_distance']:.4f}",
         "IS": lambda one: f"{one['inception_score']:.2f}" if "inception_score" in one else "",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from unite_fast.config import require, require_choice
 from unite_fast.errors import UserError
 from unite_fast.evaluation.inception import INCEPTION_FILE
+from unite_fast.trained import check_drawing
 from unite_fast.weight_file import is_digest
 
 FEATURES = ("auto", "inception", "pixels")
@@ -23,8 +24,8 @@ class EvaluationSettings:
     """A .npz with the statistics of real images; empty, with pixels: the training images."""
     data: str = ""
     """Folder of the data; empty: the one trained on."""
-    count: int = 0
-    """Generated images for each guidance scale; 0: 50,000 with Inception, 1,000 with pixels."""
+    count: int | None = None
+    """Generated images for each guidance scale; None: 50,000 with Inception, 1,000 with pixels."""
     guidance: tuple[float, ...] = ()
     """Guidance scales to evaluate; empty: unguided, and the recipe's."""
     sampling: dict = field(default_factory=dict)
@@ -32,14 +33,19 @@ class EvaluationSettings:
     seed: int = 0
     batch: int = 128
     """Images at a time; it is part of the definition of a result's last bits."""
+    precision: str = ""
+    """Of generating: float32 or bfloat16; empty: what the model was trained in. Reconstructions are float32."""
+    compile: bool | None = None
+    """Compile the network for generating; None: on CUDA."""
     reconstructions: int = 50_000
     """Held-out images to reconstruct, at most; 0: none."""
 
     def __post_init__(self):
         require_choice("features", self.features, FEATURES)
         require(is_digest(self.inception_sha256), f"{INCEPTION_FILE.sha256_key} must be 8 to 64 hex digits")
-        require(self.count >= 0, f"the count is {self.count} images; it must be positive")
-        require(self.batch > 0, f"the batch is {self.batch} images; it must be positive")
+        require(self.count is None or self.count > 0, f"the count is {self.count} images; it must be positive")
+        check_drawing(self.seed, self.batch)
+        require_choice("the precision", self.precision, ("", "float32", "bfloat16"))
         require(self.reconstructions >= 0, "the number of reconstructions must not be negative")
         require(all(math.isfinite(scale) for scale in self.guidance), "guidance must be finite")
         if "guidance" in self.sampling:

@@ -1,0 +1,87 @@
+"""Scores of reconstructions, of a model whose copies are known."""
+
+import hashlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import unite_fast
+from unite_fast.data_pipeline import open_source
+from unite_fast.data_pipeline.source import MemorySource
+from unite_fast.evaluation import scores
+from unite_fast.evaluation.judge import Judge
+from unite_fast.evaluation.pixels import fit_pixels
+from unite_fast.evaluation.ranks import Ranks
+from unite_fast.evaluation.reading import unseen
+from unite_fast.evaluation.reconstruction import score_reconstructions
+from unite_fast.evaluation.reference import make_reference
+from unite_fast.evaluation.settings import EvaluationSettings
+from unite_fast.perceptual import LINEAR_SHAPES, VGG_SHAPES, PerceptualConfig, load_lpips
+
+SIDE = 16
+
+
+@pytest.fixture(scope="module")
+def source() -> MemorySource:
+    images = torch.randint(0, 256, (10, SIDE, SIDE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return MemorySource("noise", images, torch.zeros(10, dtype=torch.int64), ["noise"])
+
+
+@pytest.fixture
+def judge(source) -> Judge:
+    features = fit_pixels(source.read(range(10))[0])
+    return Judge(features, make_reference(source, features, Ranks(), 4, 0))
+
+
+@pytest.fixture
+def lpips_files(tmp_path, monkeypatch) -> PerceptualConfig:
+    """Small files of one number for each tensor, under the names of the environment."""
+    digests = {}
+    for kind, variable, shapes in (("vgg", "VGG16", VGG_SHAPES), ("lpips", "LPIPS", LINEAR_SHAPES)):
+        path = tmp_path / f"{kind}.pth"
+        # 0.1: small enough that features do not grow from layer to layer without bound.
+        torch.save({name: torch.full((1,), 0.1).expand(shape) for name, shape in shapes.items()}, path)
+        monkeypatch.setenv(f"UNITE_FAST_{variable}", str(path))
+        digests[f"{kind}_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return PerceptualConfig(**digests)
+
+
+def copy(images: torch.Tensor) -> torch.Tensor:
+    """A little darker on the left; the first image is left as it is."""
+    copies = images.clone()
+    copies[1:, :, :, : SIDE // 2] = images[1:, :, :, : SIDE // 2] // 2
+    return copies
+
+
+def test_means_over_all_images_whatever_the_batch(source, judge, lpips_files):
+    model = SimpleNamespace(
+        config=SimpleNamespace(perceptual=lpips_files, data=SimpleNamespace(workers=0)),
+        network=SimpleNamespace(device=torch.device("cpu")),
+        reconstruct=lambda images, seed, batch, first: copy(whole)[first : first + len(images)],
+    )
+    whole = source.read(range(10))[0]
+    found, (originals, copies) = score_reconstructions(
+        model, source, judge, EvaluationSettings(batch=4), Ranks(), unseen
+    )
+    assert torch.equal(originals, whole[:4]) and torch.equal(copies, copy(whole)[:4])
+    pair = whole, copy(whole)
+    assert found["l1"] == pytest.approx(scores.l1(*pair).mean().item(), rel=1e-12)
+    assert found["ssim"] == pytest.approx(scores.ssim(*pair).mean().item(), rel=1e-12)
+    decibels = scores.psnr(*pair)
+    assert decibels[0] == float("inf")
+    # One level off in one of the 768 values.
+    decibels[0] = -10 * torch.log10(torch.tensor(1 / (255**2 * 3 * SIDE**2), dtype=torch.float64))
+    assert found["psnr"] == pytest.approx(decibels.mean().item(), rel=1e-12)
+    signed = PerceptualConfig(**{**vars(lpips_files), "input_range": "signed"})
+    distances = load_lpips(signed)(*(images.float() / 255 for images in pair))
+    assert found["lpips"] == pytest.approx(distances.mean().item(), rel=1e-5) and found["lpips"] > 0
+    assert found["notes"] == [] and found["class_agreement"] is None
+
+
+def test_the_registers_of_an_image_do_not_depend_on_where_the_batch_begins(trained_folder):
+    model = unite_fast.load(trained_folder)
+    images = open_source("digits", "", 8, "test").read(range(6))[0]
+    whole = model.reconstruct(images, seed=3)
+    assert torch.equal(model.reconstruct(images[2:], seed=3, first=2), whole[2:])
+    assert not torch.equal(model.reconstruct(images[2:], seed=3), whole[2:])
