@@ -204,7 +204,7 @@ def test_a_full_disk_is_told_in_a_line_and_nothing_is_lost(model, made, stopped)
     parts = stopped.with_name("a.npz.parts")
     for name in ("batch_00000003.uint8.partial", "a.npz.partial"):
         (parts / name).symlink_to("/dev/full")
-        with pytest.raises(UserError, match="cannot write .*: No space left on device"):
+        with pytest.raises(UserError, match=r"cannot write .*: No space left on device"):
             generate_files(model, made, stopped)
         assert not stopped.exists()
         (parts / name).unlink()

@@ -7,7 +7,7 @@ import torch
 
 from unite_fast import flow, solvers
 from unite_fast.flow import MIN_TIME_LEFT
-from unite_fast.solvers import dopri5, euler, heun, multistep, noise_left
+from unite_fast.solvers import dopri5, euler, follow_line, heun, multistep, noise_left
 
 
 def predict(t, x):
@@ -15,21 +15,33 @@ def predict(t, x):
     return x + max(1 - t, MIN_TIME_LEFT) * t * (1 - 2 * x)
 
 
-def grid(steps: int) -> list[float]:
+def grid(steps: int, end: float = 1.0) -> list[float]:
     """Steps of unequal length."""
-    return flow.shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), 0.5).tolist()
+    return (end * flow.shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), 0.5)).tolist()
 
 
-def error_of(solver, steps: int) -> float:
+def error_of(solver, times: list[float]) -> float:
     x = torch.tensor([[2.0]], dtype=torch.float64)
-    return abs(solver(predict, x, grid(steps)).item() - (0.5 + 1.5 * math.exp(-1)))
+    return abs(solver(predict, x, times).item() - (0.5 + 1.5 * math.exp(-(times[-1] ** 2))))
 
 
 @pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2), (multistep, 2)])
 def test_order_of_the_fixed_step_solvers(solver, order):
-    # Over four doublings: where the floor's kink falls in a step makes the error of multistep waver by a quarter.
-    measured = math.log2(error_of(solver, 128) / error_of(solver, 2048)) / 4
+    """Up to where the floor begins: there, this equation's prediction has a kink."""
+    measured = math.log2(error_of(solver, grid(64, 0.9)) / error_of(solver, grid(128, 0.9)))
     assert measured == pytest.approx(order, abs=0.1)
+
+
+@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2), (multistep, 2)])
+def test_the_floor_costs_no_order(solver, order):
+    """A prediction without a kink, through the floor to the end; the truth is heun's with four times the steps."""
+
+    def solved(solver, steps):
+        return solver(lambda t, x: math.cos(3 * t) + 0.5 * x, torch.tensor([2.0], dtype=torch.float64), grid(steps))
+
+    truth = solved(heun, 2000)
+    errors = [abs(solved(solver, steps) - truth).item() for steps in (100, 500)]
+    assert math.log(errors[0] / errors[1]) / math.log(5) > order - 0.1
 
 
 @pytest.mark.parametrize(("solver", "passes"), [(euler, 1), (heun, 2), (multistep, 1)])
@@ -46,8 +58,8 @@ def test_predictions_a_step(solver, passes):
 
 
 def test_dopri5_keeps_its_tolerance_and_does_not_heed_the_grid():
-    assert error_of(dopri5, 2) < 2 * solvers.DOPRI5_RTOL
-    assert error_of(dopri5, 2) == error_of(dopri5, 50)
+    assert error_of(dopri5, grid(2)) < 2 * solvers.DOPRI5_RTOL
+    assert error_of(dopri5, grid(2)) == error_of(dopri5, grid(50))
 
 
 def test_dopri5_spends_few_evaluations_on_a_smooth_equation():
@@ -73,17 +85,35 @@ def test_multistep_is_exact_for_a_prediction_that_stays(times):
     torch.testing.assert_close(multistep(lambda t, x: z, x, times), want, rtol=1e-12, atol=0)
 
 
-def test_multistep_takes_the_middle_of_a_prediction_that_moves():
-    """Two steps by hand, the second with the line through both predictions."""
-    predictions = {0.0: 1.0, 0.5: 2.0}
-    got = multistep(lambda t, x: torch.tensor(predictions[t]), torch.tensor(0.0), [0.0, 0.5, 0.8])
-    after_one = 0.5 * 1.0
-    assert got.item() == pytest.approx(0.4 * after_one + 0.6 * (2.0 + 0.3 / 0.5 / 2 * (2.0 - 1.0)))
+@pytest.mark.parametrize(("t0", "t1"), [(0.0, 0.6), (0.2, 0.97), (0.95, 1.0), (0.96, 1.0)])
+def test_a_line_is_followed_exactly(t0, t1):
+    """Against ten thousand steps of heun."""
+    x, prediction, slope = torch.tensor([[3.0], [-2.0], [0.7]], dtype=torch.float64)
+    times = torch.linspace(t0, t1, 10_001, dtype=torch.float64).tolist()
+    want = heun(lambda t, x: prediction + (t - t0) * slope, x, times)
+    torch.testing.assert_close(follow_line(x, prediction, slope, t0, t1), want, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("t", [0.0, 0.3, 0.94, 0.95, 0.97, 1.0])
+def test_multistep_corrects_a_step_when_it_sees_the_next_prediction():
+    """Two steps: the first is done again with the line through both predictions, the second goes on along it."""
+    predictions = {0.0: torch.tensor(1.0), 0.5: torch.tensor(2.0)}
+    seen = []
+
+    def predict(t, x):
+        seen.append((t, x.item()))
+        return predictions[t]
+
+    got = multistep(predict, torch.tensor(0.0), [0.0, 0.5, 0.8])
+    assert seen == [(0.0, 0.0), (0.5, 0.5)]
+    slope = torch.tensor(2.0)
+    middle = follow_line(torch.tensor(0.0), predictions[0.0], slope, 0.0, 0.5)
+    assert got.item() == pytest.approx(follow_line(middle, predictions[0.5], slope, 0.5, 0.8).item())
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 0.94, 0.97, 1.0])
 def test_noise_left_falls_by_its_share_of_the_time_left(t):
-    assert noise_left(0.0) == 1
-    h = 1e-7
-    slope = (noise_left(t + h) - noise_left(t - h)) / (2 * h)
-    assert slope / noise_left(t) == pytest.approx(-1 / max(1 - t, MIN_TIME_LEFT), rel=1e-5)
+    h = 1e-6
+    (n0, g0), (n, _), (n1, g1) = (noise_left(t + d) for d in (-h, 0.0, h))
+    assert noise_left(0.0) == (1, 0)
+    assert (n1 - n0) / (2 * h) / n == pytest.approx(-1 / max(1 - t, MIN_TIME_LEFT), rel=1e-5)
+    assert (g1 - g0) / (2 * h) == pytest.approx(1 / n, rel=1e-5)
