@@ -91,6 +91,7 @@ def test_without_effect_guidance_is_one_candidate():
 def test_ranges():
     assert parse_range("--x", "1:2:0.2") == [1.0, 1.2, 1.4, 1.6, 1.8, 2.0]
     assert parse_range("--x", "0:0.4:0.1") == [0.0, 0.1, 0.2, 0.3, 0.4]
+    assert parse_range("--x", "1:2:0.4") == [1.0, 1.4, 1.8]
     assert parse_range("--x", "3,1") == [3.0, 1.0]
     for wrong in ("1:2", "1:2:0", "a:b:c", "1,,2", ""):
         with pytest.raises(UserError, match="--x is"):
@@ -152,6 +153,14 @@ def test_a_search_end_to_end(searched, trained_folder):
         assert picture.width > 500
 
 
+def test_what_confirms_is_not_what_chose(command, trained_folder, tmp_path):
+    """Even at equal counts: other samples."""
+    few = ("--scales", "2", "--lows", "0", "--highs", "1", "--count", "40", "--final-count", "40")
+    assert command("search-guidance", trained_folder, *few, "--out", tmp_path / "out").status == 0
+    result = json.loads((tmp_path / "out" / "guidance.json").read_text())
+    assert result["searched"][0]["distance"] != result["confirmed"][0]["distance"]
+
+
 def test_a_killed_search_goes_on_where_it_was(command, searched, trained_folder, monkeypatch):
     out, printed = searched
     before = (out / "guidance.json").read_text()
@@ -166,7 +175,7 @@ def test_a_killed_search_goes_on_where_it_was(command, searched, trained_folder,
     )
     ended = command("search-guidance", trained_folder, *SMALL, "--out", out)
     assert ended.out == printed
-    assert sorted(generated) == [40, 40, 50, 50], "two candidates and two confirmations were left"
+    assert sorted(generated) == [40, 40, 50, 50], "two candidates and two confirmations were left, a batch each"
 
     def timeless(text: str):
         tree = json.loads(text)
@@ -205,6 +214,7 @@ def test_a_cache_that_is_none_is_a_mistake(command, trained_folder, tmp_path):
         (("--lows", "0.5,1"), "intervals need"),
         (("--highs", "1.5"), "intervals need"),
         (("--count", "1"), "at least 2 images"),
+        (("--precision", "int8"), "the precision is 'int8'"),
         (("--solver", "rk4"), "sampling.solver is 'rk4'"),
         (("--features", "inception"), "--reference"),
     ],
@@ -225,7 +235,7 @@ def distances_of_ranks(folder: str, out: str) -> list[float]:
     torch.distributed.init_process_group("gloo")
     ranks, model = current_ranks(), unite_fast.load(folder)
     judge = open_judge(model.config, EvaluationSettings(), ranks, "cpu", classifier=False)
-    objective = Objective(model, judge, model.config.sampling, (40, 50), 0, 8, out, ranks)
+    objective = Objective(model, judge, model.config.sampling, (40, 50), 0, 8, "float32", False, out, ranks)
     measured = [objective.confirm(Candidate(2.0, 0.0, 1.0)), objective.confirm(UNGUIDED)]
     return [(one.distance, one.evaluations) for one in measured]
 

@@ -6,7 +6,18 @@ from typing import Annotated
 import typer
 
 from unite_fast.commands.evaluation import Features, Inception, InceptionSha256
-from unite_fast.commands.options import Checkpoint, Device, Seed, Solver, Steps, given, load, parse_range
+from unite_fast.commands.options import (
+    Checkpoint,
+    Compile,
+    Device,
+    Precision,
+    Seed,
+    Solver,
+    Steps,
+    given,
+    load,
+    parse_range,
+)
 
 app = typer.Typer()
 
@@ -26,15 +37,17 @@ def search_guidance(
     scales: Annotated[str, typer.Option(help=f"guidance scales: {Range}")] = "1:5:0.2",
     lows: Annotated[str, typer.Option(help="lower ends of the interval, in the same form")] = "0:0.4:0.1",
     highs: Annotated[str, typer.Option(help="upper ends of the interval")] = "0.8:1:0.1",
-    count: Annotated[int, typer.Option(min=0, help="samples a candidate; 0: 5,000 with Inception, else 500")] = 0,
+    count: Annotated[int | None, typer.Option(help="samples a candidate [default: 5,000; with pixels 500]")] = None,
     final_count: Annotated[
-        int, typer.Option(min=0, help="samples to confirm with; 0: 50,000 with Inception, else 2,000")
-    ] = 0,
+        int | None, typer.Option(help="samples to confirm with [default: 50,000; with pixels 2,000]")
+    ] = None,
     confirm: Annotated[int, typer.Option(min=1, help="candidates to confirm")] = 3,
     solver: Solver = None,
     steps: Steps = None,
     seed: Seed = 0,
     batch: Annotated[int, typer.Option(min=1, help="images at a time")] = 128,
+    precision: Precision = None,
+    compile: Compile = None,
     device: Device = "auto",
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="for JSON, table and curves [default: RUN/guidance]")
@@ -72,7 +85,17 @@ def search_guidance(
         few, many = COUNTS[judge.features.name]
         config = replace(model.config.sampling, **given(solver=solver, steps=steps))
         objective = Objective(
-            model, judge, config, (count or few, final_count or many), seed, batch, folder, ranks, shown
+            model,
+            judge,
+            config,
+            (few if count is None else count, many if final_count is None else final_count),
+            seed,
+            batch,
+            precision or model.config.train.precision,
+            model.network.device.type == "cuda" if compile is None else compile,
+            folder,
+            ranks,
+            shown,
         )
         found = search(grid, objective, confirm)
         if ranks.first:

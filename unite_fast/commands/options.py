@@ -57,7 +57,7 @@ def parse_range(option: str, text: str) -> list[float]:
         return parse_numbers(option, text, float)
     try:
         start, stop, step = (float(part) for part in text.split(":"))
-        # Rounded, so that 1 + 2 * 0.2 is 1.4; half a step of grace, so that rounding does not lose the last one.
-        return [round(start + i * step, 10) for i in range(int((stop - start) / step + 0.5) + 1)]
+        # Rounding must neither make 1 + 2 * 0.2 another number than 1.4 nor lose the last one.
+        return [round(start + i * step, 10) for i in range(int((stop - start) / step + 1e-6) + 1)]
     except (ValueError, ZeroDivisionError, OverflowError) as error:
         raise UserError(f"{option} is START:STOP:STEP, for example 1:5:0.2, or a list; got {text!r}") from error

@@ -65,9 +65,9 @@ def table(found: Found, grid: Grid, objective: Objective) -> str:
             "# Guidance search",
             "",
             *(f"- {line}" for line in lines(found, grid, objective)),
-            f"- weights {settings['weights_sha256'][:16]} (EMA) after {settings['step']} steps; "
-            f"solver {settings['sampling.solver']}, {settings['sampling.steps']} steps, order "
-            f"{settings['sampling.order']}; seed {settings['seed']}, batch {settings['batch']}, float32",
+            f"- weights {settings['weights_sha256'][:16]} (EMA) after {settings['step']} steps; solver "
+            f"{settings['sampling.solver']}, {settings['sampling.steps']} steps, order {settings['sampling.order']}; "
+            f"seed {settings['seed']}, batch {settings['batch']}, {settings['precision']}",
             f"- reference: {settings['reference']['path'] or 'the training images'}, {settings['reference']['images']} "
             "images",
             "",

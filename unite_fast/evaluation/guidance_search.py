@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from unite_fast import sampling
-from unite_fast.config import SamplingConfig, require
+from unite_fast.config import SamplingConfig, require, require_choice
 from unite_fast.errors import UserError
 from unite_fast.evaluation.evaluate import weights_sha256
 from unite_fast.evaluation.judge import Judge
@@ -127,6 +127,8 @@ def _neighbours(point: tuple[int, ...], strides: list[int], shape: tuple[int, ..
 @dataclass
 class Measured:
     candidate: Candidate
+    first: int
+    """Number of the first sample."""
     count: int
     distance: float
     evaluations: int
@@ -164,6 +166,8 @@ class Objective:
         counts: tuple[int, int],
         seed: int,
         batch: int,
+        precision: str,
+        compile: bool,
         out: Path,
         ranks: Ranks,
         shown: Shown = unseen,
@@ -172,16 +176,23 @@ class Objective:
         Args:
             config: how samples are drawn; its guidance and interval are replaced.
             counts: samples a candidate in the search, and to confirm.
+            precision: of the network, float32 or bfloat16.
+            compile: compile the network, once for all candidates.
             out: folder of the cache; rank 0 reads and writes there.
 
         Raises:
             UserError: a folder with measurements of other settings.
         """
         check_drawing(seed, batch)
+        require_choice("the precision", precision, ("float32", "bfloat16"))
         require(min(counts) >= 2, f"a Frechet distance needs at least 2 images, got counts {counts[0]} and {counts[1]}")
         self.model, self.judge, self.config = model, judge, config
         self.count, self.final_count = counts
-        self.seed, self.batch, self.ranks, self.shown = seed, batch, ranks, shown
+        self.seed, self.batch, self.precision, self.ranks, self.shown = seed, batch, precision, ranks, shown
+        network = sampling.Network.of(model.network, config.order)
+        halves = network.compiled() if compile else network
+        self.passes = Counting(halves.denoise)
+        self.network = replace(halves, denoise=self.passes)
         how = {key: value for key, value in asdict(config).items() if key not in ("guidance", "interval")}
         self.settings = {
             "weights_sha256": weights_sha256(model),
@@ -194,37 +205,42 @@ class Objective:
             "final_count": self.final_count,
             "seed": seed,
             "batch": batch,
+            "precision": precision,
+            "compile": compile,
         }
         self.cache = Cache(out / CACHE, self.settings, ranks)
 
-    def distance(self, candidate: Candidate) -> float:
-        return self.measure(candidate, self.count, first=self.final_count).distance
+    def explore(self, candidate: Candidate) -> Measured:
+        return self.measure(candidate, self.final_count, self.count)
 
     def confirm(self, candidate: Candidate) -> Measured:
-        return self.measure(candidate, self.final_count, first=0)
+        return self.measure(candidate, 0, self.final_count)
 
-    def measure(self, candidate: Candidate, count: int, first: int) -> Measured:
-        known = self.cache.get(candidate, count)
+    def measure(self, candidate: Candidate, first: int, count: int) -> Measured:
+        known = self.cache.measured.get((candidate, first, count))
         if known is not None:
             return known
         begun = time.perf_counter()
         config = replace(self.config, guidance=candidate.scale, interval=(candidate.low, candidate.high))
-        network = self.model.network
-        passes = Counting(sampling.Network.of(network, config.order).denoise)
-        halves = sampling.Network(passes, network.decode)
-        device = self.judge.features.device
-        moments = Moments(self.judge.features.dimension, device)
-        batches = list(self.ranks.batches(count, self.batch))
+        model, features = self.model.network, self.judge.features
+        moments, evaluations = Moments(features.dimension, features.device), 0
+        batch = min(self.batch, count)
+        starts = list(range(0, count, batch))[self.ranks.rank :: self.ranks.world]
         title = f"{count} images, guidance {candidate.scale:g} in ({candidate.low:g}, {candidate.high:g})"
-        for numbers in self.shown(batches, len(batches), title):
-            positions = torch.tensor(numbers) + first
-            labels = positions % network.config.num_classes
-            images = sampling.generate_batch(network, halves, labels, positions, config, self.seed)
-            moments.update(self.judge.features(images.to(device)).pool)
+        for start in self.shown(starts, len(starts), title):
+            # Of the last batch, which is padded so that its shape is the others', only the real part counts.
+            numbers, real = torch.arange(start, start + batch), min(batch, count - start)
+            labels = (first + numbers.clamp_max(count - 1)) % model.config.num_classes
+            self.passes.images = 0
+            images = sampling.generate_batch(
+                model, self.network, labels, first + numbers, config, self.seed, self.precision
+            )
+            evaluations += self.passes.images // batch * real
+            moments.update(features(images[:real].to(features.device)).pool)
         moments.all_reduce(self.ranks)
-        evaluations = sum(self.ranks.gather(passes.images))
+        evaluations = sum(self.ranks.gather(evaluations))
         distance = frechet_distance(moments.statistics(), self.judge.reference.statistics) if self.ranks.first else 0.0
-        measured = Measured(candidate, count, distance, evaluations, time.perf_counter() - begun)
+        measured = Measured(candidate, first, count, distance, evaluations, time.perf_counter() - begun)
         measured = self.ranks.from_first(measured)
         self.cache.add(measured)
         return measured
@@ -250,7 +266,7 @@ class Cache:
         outcome = ranks.from_first(self._read() if ranks.first else None)
         if isinstance(outcome, UserError):
             raise outcome
-        self.measured = {(one.candidate, one.count): one for one in outcome}
+        self.measured = {(one.candidate, one.first, one.count): one for one in outcome}
 
     def _read(self) -> list[Measured] | UserError:
         if not self.path.exists():
@@ -269,11 +285,8 @@ class Cache:
                 )
         return measured
 
-    def get(self, candidate: Candidate, count: int) -> Measured | None:
-        return self.measured.get((candidate, count))
-
     def add(self, measured: Measured) -> None:
-        self.measured[measured.candidate, measured.count] = measured
+        self.measured[measured.candidate, measured.first, measured.count] = measured
         if self.ranks.first:
             rows = [asdict(one) for one in self.measured.values()]
             save_text(json.dumps({"settings": self.settings, "measured": rows}, indent=1) + "\n", self.path)
@@ -281,8 +294,8 @@ class Cache:
 
 def search(grid: Grid, objective: Objective, confirm: int = 3) -> Found:
     """Search the grid, then measure the best few candidates at the full count."""
-    ranked = coarse_to_fine(grid, objective.distance)
-    searched = [objective.cache.get(candidate, objective.count) for candidate in ranked]
+    ranked = coarse_to_fine(grid, lambda candidate: objective.explore(candidate).distance)
+    searched = [objective.explore(candidate) for candidate in ranked]  # all of them are in the cache
     confirmed = sorted(map(objective.confirm, ranked[:confirm]), key=lambda measured: measured.distance)
     passes = {one.candidate: one.evaluations / one.count for one in searched}
     mean = sum(passes.values()) / len(passes)
