@@ -13,6 +13,7 @@ import unite_fast
 from unite_fast.errors import UserError
 from unite_fast.evaluation.during_training import DuringTraining
 from unite_fast.evaluation.evaluate import evaluate
+from unite_fast.evaluation.gallery import curves
 from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.model.unite import UNITE
 from unite_fast.recipes import load_config
@@ -57,6 +58,14 @@ def test_what_is_written_says_how_it_was_measured(evaluated):
     assert events[-1].value == pytest.approx(measured, rel=1e-6)
     with Image.open(evaluated / "evaluation" / "curve.png") as picture:
         assert picture.width == 660
+
+
+def test_the_gallery_shows_the_curve(evaluated):
+    for checkpoint in (evaluated, evaluated / "checkpoints" / "latest.safetensors"):
+        (section,) = curves(checkpoint)
+        chart = {chart.title: chart for chart in section.charts}["Frechet distance of PCA-reduced pixels"]
+        assert chart.steps == [4, 8, 12, 16, 20]
+        assert chart.values == [row["distance"] for row in rows_of(evaluated)]
 
 
 def test_a_resumed_run_has_the_same_curve(evaluated, tiny_run, tmp_path, assert_same_run):
