@@ -15,7 +15,7 @@ import unite_fast
 from unite_fast.recipes import load_config, to_tree
 
 COMMANDS = (
-    *("train", "sample", "reconstruct", "evaluate", "stats", "info", "shards", "inspect"),
+    *("train", "sample", "generate", "reconstruct", "evaluate", "stats", "info", "shards", "inspect"),
     *("gallery", "search-guidance"),
     *("import-official", "export-official", "parity"),
 )
@@ -133,6 +133,7 @@ def test_every_option_of_sampling_counts(sample):
     assert sample("--count", 3, "--classes", "7,2")[1] == [7, 2, 7]
     for options in (
         ("--solver", "heun"),
+        ("--solver", "multistep"),
         ("--solver", "dopri5"),
         ("--steps", 5),
         ("--guidance", 8),

@@ -217,7 +217,7 @@ def test_a_real_process_prints_one_line_and_ends_with_2(tmp_path):
         (("--interval", "0.5"), "--interval is LOW,HIGH, for example 0.1,1; got '0.5'"),
         (("--interval", "0.9,0.1"), "sampling.interval must be LOW,HIGH with 0 <= LOW <= HIGH <= 1"),
         (("--interval", "nan,nan"), "sampling.interval must be LOW,HIGH with 0 <= LOW <= HIGH <= 1"),
-        (("--solver", "foo"), "sampling.solver is 'foo'; it must be one of euler, heun, dopri5"),
+        (("--solver", "foo"), "sampling.solver is 'foo'; it must be one of euler, heun, multistep, dopri5"),
         (("--steps", 0), "sampling.steps must be positive"),
         (("--guidance", "nan"), "sampling.guidance must be finite"),
         (("--guidance", "inf"), "sampling.guidance must be finite"),

@@ -83,6 +83,16 @@ def test_a_mistake_is_told_by_every_process_and_none_waits(trained_folder, made,
         ranks(2, on_a_rank, trained_folder, tmp_path / "a.npz", made, timeout=60)
 
 
+def test_torchrun_leaves_the_options_alone(command):
+    """It reads them all for abbreviations of its own, and did so with --num."""
+    from torch.distributed.run import parse_args
+
+    options = set(re.findall(r"--[a-z-]+", command("generate", "--help").out)) - {"--num", "--help", "--nproc-per-node"}
+    assert {"--count", "--out", "--seed", "--batch", "--steps", "--compile", "--eager"} <= options
+    arguments = ["generate", "run", *sorted(options)]
+    assert parse_args(["-m", "unite_fast", *arguments]).training_script_args == arguments
+
+
 @pytest.mark.parametrize("name", ["samples.npz", "pictures"])
 def test_kill_9_at_any_moment_five_times_in_a_row(trained_folder, process, wait_until, name, tmp_path):
     """Each time the finished batches stay, and in the end there is what a generation that nobody killed leaves."""

@@ -44,8 +44,8 @@ def test_the_floor_costs_no_order(solver, order):
     assert math.log(errors[0] / errors[1]) / math.log(5) > order - 0.1
 
 
-@pytest.mark.parametrize(("solver", "passes"), [(euler, 1), (heun, 2), (multistep, 1)])
-def test_predictions_a_step(solver, passes):
+@pytest.mark.parametrize(("solver", "predictions"), [(euler, 5), (heun, 10), (multistep, 6)])
+def test_predictions_of_five_steps(solver, predictions):
     times = []
 
     def counted(t, x):
@@ -53,7 +53,8 @@ def test_predictions_a_step(solver, passes):
         return predict(t, x)
 
     solver(counted, torch.ones(1, 1), grid(5))
-    assert len(times) == 5 * passes
+    assert len(times) == predictions
+    assert times[-1] == {euler: grid(5)[-2], heun: 1.0, multistep: 1 - MIN_TIME_LEFT}[solver]
     assert all(type(t) is float for t in times), "a tensor would make a GPU wait at each step"
 
 
@@ -87,11 +88,11 @@ def test_multistep_is_exact_for_a_prediction_that_stays(times):
 
 @pytest.mark.parametrize(("t0", "t1"), [(0.0, 0.6), (0.2, 0.97), (0.95, 1.0), (0.96, 1.0)])
 def test_a_line_is_followed_exactly(t0, t1):
-    """Against ten thousand steps of heun."""
+    """Against two thousand steps of heun."""
     x, prediction, slope = torch.tensor([[3.0], [-2.0], [0.7]], dtype=torch.float64)
-    times = torch.linspace(t0, t1, 10_001, dtype=torch.float64).tolist()
+    times = torch.linspace(t0, t1, 2001, dtype=torch.float64).tolist()
     want = heun(lambda t, x: prediction + (t - t0) * slope, x, times)
-    torch.testing.assert_close(follow_line(x, prediction, slope, t0, t1), want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(follow_line(x, prediction, slope, t0, t1), want, rtol=1e-5, atol=0)
 
 
 def test_multistep_corrects_a_step_when_it_sees_the_next_prediction():

@@ -16,6 +16,9 @@ from unite_fast.flow import MIN_TIME_LEFT
 DOPRI5_RTOL, DOPRI5_ATOL = 1e-3, 1e-6
 """The released code's tolerances."""
 
+FLOOR_FROM = 1 - MIN_TIME_LEFT
+"""The time from which m(t) is MIN_TIME_LEFT."""
+
 Prediction = Callable[[float, Tensor], Tensor]
 """(t, x [B, N, C]) -> x_hat [B, N, C]."""
 
@@ -61,8 +64,12 @@ def multistep(predict: Prediction, x: Tensor, times: list[float]) -> Tensor:
     t: the predictions hardly change any more towards the end, where lambda runs fastest.
 
     The floor of m is no approximation here: N goes on past it exactly, so the end point is that of the equation which
-    the other solvers integrate. It is not quite a prediction: N(1) = 0.05 / e = 1.8 % of the noise is left in it.
+    the other solvers integrate. It is not quite a prediction: N(1) = 0.05 / e = 1.8 % of the noise is left in it. A
+    last step that begins before the floor is divided there, which costs one more prediction: of 12 evaluations, to
+    spend one so took a quarter to a third off the distance to the exact solution.
     """
+    if times[-2] < FLOOR_FROM < times[-1]:
+        times = [*times[:-1], FLOOR_FROM, times[-1]]
     start, begun, left = 0.0, x, None
     for t, following in pairwise(times):
         prediction = predict(t, x)
@@ -87,10 +94,9 @@ def follow_line(x: Tensor, prediction: Tensor, slope: Tensor, t0: float, t1: flo
 def noise_left(t: float) -> tuple[float, float]:
     """N(t) = exp(-integral of 1/m from 0 to t) and G(t), the integral of 1/N: up to the floor N = 1 - t, from there on
     an exponential."""
-    kink = 1 - MIN_TIME_LEFT
-    if t < kink:
+    if t < FLOOR_FROM:
         return 1 - t, -math.log1p(-t)
-    grown = math.exp((t - kink) / MIN_TIME_LEFT)
+    grown = math.exp((t - FLOOR_FROM) / MIN_TIME_LEFT)
     return MIN_TIME_LEFT / grown, -math.log(MIN_TIME_LEFT) + grown - 1
 
 

@@ -21,7 +21,7 @@ def test_evaluate_says_and_keeps_what_it_found(command, trained_folder, tmp_path
     starts = ("reconstruction of 360 held-out images: ", "classifier (SVM on real pixels): 99.4% right on held-out")
     starts += tuple(f"20 generated images, {kind}: Frechet distance of PCA" for kind in ("unguided", "guidance 3"))
     # SSIM, LPIPS, and 20 images for 41 components.
-    starts += ("note: 20 generated images are too few", "note: no SSIM", "note: no LPIPS", f"all of it in {tmp_path}")
+    starts += ("note: 20 generated images are too few", "note: no LPIPS", "note: no SSIM", f"all of it in {tmp_path}")
     said = ended.out.splitlines()
     assert len(said) == len(starts)
     for line, start in zip(said, starts, strict=True):
@@ -31,6 +31,9 @@ def test_evaluate_says_and_keeps_what_it_found(command, trained_folder, tmp_path
         "reconstructions.png",
     }
     result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    # Another evaluation there leaves no picture of this one.
+    assert command("evaluate", trained_folder, *QUICK, "--guidance", "2", "--out", tmp_path / "out").status == 0
+    assert [path.name for path in (tmp_path / "out").glob("samples*")] == ["samples_guidance_2.png"]
     assert f"{result['reconstruction']['psnr']:.2f} dB PSNR" in said[0]
     assert f"{result['generated'][1]['class_agreement']:.1%} classified as asked for" in said[3]
 

@@ -77,6 +77,11 @@ def test_means_over_all_images_whatever_the_batch(source, judge, lpips_files):
     distances = load_lpips(signed)(*(images.float() / 255 for images in pair))
     assert found["lpips"] == pytest.approx(distances.mean().item(), rel=1e-5) and found["lpips"] > 0
     assert found["notes"] == [] and found["class_agreement"] is None
+    few, (originals, _) = score_reconstructions(
+        model, source, judge, EvaluationSettings(batch=4, reconstructions=4), Ranks(), unseen
+    )
+    # Spread over a source that may be sorted by class.
+    assert few["images"] == 4 and torch.equal(originals, whole[[0, 3, 6, 9]])
 
 
 def test_the_registers_of_an_image_do_not_depend_on_where_the_batch_begins(trained_folder):

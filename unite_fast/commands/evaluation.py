@@ -48,7 +48,9 @@ def evaluate(
     interval: Interval = None,
     solver: Solver = None,
     steps: Steps = None,
-    reconstructions: Annotated[int, typer.Option(min=0, help="held-out images to reconstruct, at most")] = 50_000,
+    reconstructions: Annotated[
+        int, typer.Option(min=0, help="held-out images to reconstruct, at most; 0: none")
+    ] = 50_000,
     seed: Seed = 0,
     batch: Annotated[int, typer.Option(min=1, help="images at a time")] = 128,
     precision: Precision = None,

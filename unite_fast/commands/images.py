@@ -60,7 +60,8 @@ def sample(
 def generate(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="an .npz (arr_0 uint8 NHWC, arr_1 classes) or a folder of PNGs")],
-    num: Annotated[int, typer.Option(help="how many images")] = 50_000,
+    # torchrun takes --num for an abbreviation of an option of its own.
+    num: Annotated[int, typer.Option("--num", "--count", help="how many images")] = 50_000,
     classes: Classes = "",
     guidance: Guidance = None,
     interval: Interval = None,
@@ -79,7 +80,7 @@ def generate(
 
     `unite-fast generate runs/imagenet256_b --num 50000 --out samples.npz`
 
-    `torchrun --nproc-per-node 8 -m unite_fast generate runs/imagenet256_b --out samples.npz`
+    `torchrun --nproc-per-node 8 -m unite_fast generate runs/imagenet256_b --count 50000 --out samples.npz`
     """
     from dataclasses import replace
 

@@ -34,7 +34,7 @@ def evaluate(
     checkpoint: str = "",
     shown: Shown = unseen,
 ) -> dict:
-    """Generate, score, reconstruct, score. Processes of an initialised `torch.distributed` share the work.
+    """Reconstruct, score, generate, score. Processes of an initialised `torch.distributed` share the work.
 
     Args:
         model: on the device that shall do the work.
@@ -55,6 +55,12 @@ def evaluate(
     count = settings.count or COUNTS[judge.features.name]
     series = planned(model, settings, count)
     opened = time.perf_counter() - begun
+    # First, since it is short and what may be missing for it should not show after hours of generating.
+    reconstruction, pairs = None, None
+    if settings.reconstructions:
+        data = model.config.data
+        source = open_source(data.source, settings.data or data.path, model.config.model.image_size, "test")
+        reconstruction, pairs = score_reconstructions(model, source, judge, settings, ranks, shown)
     generated, pictures = [], {}
     for generation in series:
         begun_here, first, scale = time.perf_counter(), FirstImages(GRID), generation.sampling.guidance
@@ -72,11 +78,6 @@ def evaluate(
             }
         )
         pictures[f"samples_guidance_{scale:g}.png"] = first.gathered(ranks)
-    reconstruction, pairs = None, None
-    if settings.reconstructions:
-        data = model.config.data
-        source = open_source(data.source, settings.data or data.path, model.config.model.image_size, "test")
-        reconstruction, pairs = score_reconstructions(model, source, judge, settings, ranks, shown)
     result = {
         "checkpoint": {
             "path": checkpoint,
@@ -102,7 +103,7 @@ def evaluate(
     }
     if out is not None and ranks.first:
         report.save(result, pictures, pairs, out)
-    return result
+    return ranks.from_first(result)
 
 
 def planned(model: TrainedUNITE, settings: EvaluationSettings, count: int) -> list[Generation]:

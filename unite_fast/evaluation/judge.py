@@ -90,6 +90,8 @@ class Judge:
         lines = [bias_warning(count, self.features.dimension, "generated")]
         if self.reference.count:
             lines.append(bias_warning(self.reference.count, self.features.dimension, "real"))
+        if self.features.classes and count < scores.SPLITS:
+            lines.append(f"no Inception Score: it takes {scores.SPLITS} splits, and {count} images are too few")
         if self.reference.samples is None:
             lines.append(
                 "no KID, precision and recall: the reference holds no features of single images; "

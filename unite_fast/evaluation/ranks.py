@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -72,7 +73,9 @@ def ranks_of_torchrun(device: torch.device) -> Iterator[Ranks]:
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # Both on CUDA, since counts and small sums live on the CPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # Processes meet seldom, with hours of work between; one that dies is torchrun's to notice.
+    dist.init_process_group(backend, timeout=timedelta(hours=12))
     try:
         yield current_ranks()
     finally:

@@ -1,7 +1,7 @@
 """Images of a source in numbered batches, each process its own ones, read ahead by threads."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -31,8 +31,8 @@ class NumberedBatch:
     """Name and reason of each sample that could not be read and is left out."""
 
 
-def read_batches(source: Source, batches: Iterable[range], workers: int = 2) -> Iterator[NumberedBatch]:
-    """The samples of each range, in order, without the broken ones; a batch may be empty."""
+def read_batches(source: Source, batches: Iterable[Sequence[int]], workers: int = 2) -> Iterator[NumberedBatch]:
+    """The samples of each batch of numbers, in order, without the broken ones; a batch may be empty."""
     if source.workers == "none" or workers == 0:
         yield from (_read(source, batch) for batch in batches)
         return
@@ -47,7 +47,7 @@ def read_batches(source: Source, batches: Iterable[range], workers: int = 2) -> 
             yield window.popleft().result()
 
 
-def _read(source: Source, batch: range) -> NumberedBatch:
+def _read(source: Source, batch: Sequence[int]) -> NumberedBatch:
     try:
         images, labels = source.read(batch)
         return NumberedBatch(torch.tensor(batch), images, labels)

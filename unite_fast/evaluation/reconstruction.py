@@ -4,6 +4,7 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,16 +21,15 @@ from unite_fast.trained import TrainedUNITE
 
 PAIRS = 30
 """Pairs in the picture beside a result."""
-_SUMS = ("images", "psnr", "mean_squared_error", "l1", "ssim", "lpips", "real_right", "right")
+_SCORES = ("psnr", "mean_squared_error", "l1", "ssim", "lpips")
 
 
 def score_reconstructions(
     model: TrainedUNITE, source: Source, judge: Judge, settings: EvaluationSettings, ranks: Ranks, shown: Shown
 ) -> tuple[dict, tuple[Tensor, Tensor]]:
-    """Scores of the reconstructions of a source's first `settings.reconstructions` images, and some pairs.
+    """Scores of the reconstructions of `settings.reconstructions` images, spread over the source, or of all there are.
 
-    Image i's registers are drawn from (seed, i). An image that comes back without error counts as one level off in one
-    value, since its PSNR is infinite.
+    Image i of them has its registers drawn from (seed, i).
 
     Returns:
         Means over the images: `psnr` and `psnr_of_mean_error` (dB), `l1`, `ssim`, `lpips`; `frechet_distance` between
@@ -40,58 +40,42 @@ def score_reconstructions(
     Raises:
         UserError: too many images that cannot be read.
     """
-    begun, size = time.perf_counter(), source.image_size
+    begun = time.perf_counter()
     count = min(len(source), settings.reconstructions)
-    lpips, why_no_lpips = _lpips(model.config.perceptual, size, model.network.device)
-    see_structure = size >= scores.SSIM_WINDOW
-    sums = torch.zeros(len(_SUMS), dtype=torch.float64)
-    device = judge.features.device
-    moments = [Moments(judge.features.dimension, device) for _ in range(2)]
+    chosen = np.linspace(0, len(source) - 1, count).round().astype(int).tolist()
+    lpips, notes = _lpips(model.config.perceptual, source.image_size, model.network.device)
+    if source.image_size < scores.SSIM_WINDOW:
+        notes.append(f"no SSIM: its window of {scores.SSIM_WINDOW} pixels is larger than the images")
+
+    real, rebuilt = (Moments(judge.features.dimension, judge.features.device) for _ in range(2))
+    sums = torch.zeros(len(_SCORES), dtype=torch.float64)
+    right = torch.zeros(2, dtype=torch.float64)
     broken: list[str] = []
     pairs: tuple[Tensor, Tensor] | None = None
     batches = list(ranks.batches(count, settings.batch))
-    reads = read_batches(source, batches, model.config.data.workers)
+    reads = read_batches(source, [chosen[batch.start : batch.stop] for batch in batches], model.config.data.workers)
     for batch, read in zip(batches, shown(reads, len(batches), "reconstructing"), strict=True):
         broken += read.broken
-        originals = read.images
-        if not len(originals):
+        if not len(read.images):
             continue
-        copies = model.reconstruct(originals, settings.seed, settings.batch, first=batch.start)
-        if pairs is None:
-            pairs = originals[:PAIRS].clone(), copies[:PAIRS].clone()
-        for total, images in zip(moments, (originals, copies), strict=True):
-            total.update(judge.features(images.to(device)).pool)
-        error = scores.mean_squared_error(originals, copies).clamp(min=1 / (3 * size * size * 255**2))
-        found = {
-            "images": torch.ones(len(originals), dtype=torch.float64),
-            "psnr": scores.decibels(error),
-            "mean_squared_error": error,
-            "l1": scores.l1(originals, copies),
-        }
-        if see_structure:
-            found["ssim"] = scores.ssim(originals, copies)
-        if lpips is not None:
-            on_device = (images.to(model.network.device).float() / 255 for images in (originals, copies))
-            with torch.no_grad():
-                found["lpips"] = lpips(*on_device).double().cpu()
-        for name, values in found.items():
-            sums[_SUMS.index(name)] += values.sum()
+        copies = model.reconstruct(read.images, settings.seed, settings.batch, first=batch.start)
+        on_device = read.images.to(judge.features.device), copies.to(judge.features.device)
+        real.update(judge.features(on_device[0]).pool)
+        rebuilt.update(judge.features(on_device[1]).pool)
+        sums += _sums(*on_device, lpips)
         if judge.classifier is not None:
-            sums[_SUMS.index("real_right")] += judge.classifier.right(originals, read.labels)
-            sums[_SUMS.index("right")] += judge.classifier.right(copies, read.labels)
-    ranks.sum(sums)
-    for total in moments:
-        total.all_reduce(ranks)
+            right += torch.tensor([judge.classifier.right(images, read.labels) for images in (read.images, copies)])
+        pairs = pairs or (read.images[:PAIRS].clone(), copies[:PAIRS].clone())
     broken = [name for part in ranks.gather(broken) for name in part]
     check_broken(broken, count)
-
-    total = dict(zip(_SUMS, sums.tolist(), strict=True))
-    mean = {name: total[name] / total["images"] for name in _SUMS}
-    distance = frechet_distance(*(one.statistics() for one in moments)) if ranks.first else None
-    notes = [] if see_structure else [f"no SSIM: its window of {scores.SSIM_WINDOW} pixels is larger than the images"]
-    judged = judge.classifier is not None
+    for moments in (real, rebuilt):
+        moments.all_reduce(ranks)
+    n = int(real.count)
+    mean = dict(zip(_SCORES, (ranks.sum(sums) / n).tolist(), strict=True))
+    real_right, rebuilt_right = (ranks.sum(right) / n).tolist() if judge.classifier is not None else (None, None)
+    distance = frechet_distance(rebuilt.statistics(), real.statistics()) if ranks.first else None
     result = {
-        "images": int(total["images"]),
+        "images": n,
         "unreadable": len(broken),
         "seed": settings.seed,
         "network_precision": "float32",
@@ -99,33 +83,43 @@ def score_reconstructions(
         "psnr": mean["psnr"],
         "psnr_of_mean_error": float(scores.decibels(torch.tensor(mean["mean_squared_error"]))),
         "l1": mean["l1"],
-        "ssim": mean["ssim"] if see_structure else None,
+        "ssim": mean["ssim"] if source.image_size >= scores.SSIM_WINDOW else None,
         "lpips": mean["lpips"] if lpips is not None else None,
         "lpips_input": "[-1, 1], as LPIPS is defined" if lpips is not None else None,
-        "real_class_agreement": mean["real_right"] if judged else None,
-        "class_agreement": mean["right"] if judged else None,
-        "notes": notes + ([why_no_lpips] if why_no_lpips else []),
+        "real_class_agreement": real_right,
+        "class_agreement": rebuilt_right,
+        "notes": notes,
         "seconds": time.perf_counter() - begun,
     }
     return result, next(part for part in ranks.gather(pairs) if part is not None)
 
 
-def _lpips(config: PerceptualConfig, size: int, device: torch.device) -> tuple[LPIPS | None, str]:
+def _sums(originals: Tensor, copies: Tensor, lpips: LPIPS | None) -> Tensor:
+    """Over the images of a batch, of each of `_SCORES`: float64 [5]; 0 for what is not computed."""
+    # An equal copy counts as one level off in one value, or its infinite PSNR would be the mean.
+    smallest = 1 / (255**2 * originals[0].numel())
+    error = scores.mean_squared_error(originals, copies).clamp(min=smallest)
+    none = torch.zeros_like(error)
+    each = (
+        scores.decibels(error),
+        error,
+        scores.l1(originals, copies),
+        scores.ssim(originals, copies) if originals.shape[-1] >= scores.SSIM_WINDOW else none,
+        lpips(originals.float() / 255, copies.float() / 255).double() if lpips is not None else none,
+    )
+    return torch.stack(each).sum(dim=1).cpu()
+
+
+def _lpips(config: PerceptualConfig, size: int, device: torch.device) -> tuple[LPIPS | None, list[str]]:
     """LPIPS if its two files are there, or why not. Not the distance that trains: images go in as [-1, 1]."""
     if size < SMALLEST_SIDE:
-        return None, f"no LPIPS: VGG16 needs images of {SMALLEST_SIDE} pixels or more"
+        return None, [f"no LPIPS: VGG16 needs images of {SMALLEST_SIDE} pixels or more"]
     paths = {
         "UNITE_FAST_VGG16": os.environ.get("UNITE_FAST_VGG16") or config.vgg_path,
         "UNITE_FAST_LPIPS": os.environ.get("UNITE_FAST_LPIPS") or config.lpips_path,
     }
     missing = [name for name, path in paths.items() if not path or not Path(path).expanduser().is_file()]
     if missing:
-        return None, f"no LPIPS: no file of its weights under {' and '.join(missing)} (environment variables)"
-    asked = PerceptualConfig(
-        1.0,
-        *paths.values(),
-        vgg_sha256=config.vgg_sha256,
-        lpips_sha256=config.lpips_sha256,
-        input_range="signed",
-    )
-    return load_lpips(asked).to(device), ""
+        return None, [f"no LPIPS: no file of its weights under {' and '.join(missing)} (environment variables)"]
+    digests = {"vgg_sha256": config.vgg_sha256, "lpips_sha256": config.lpips_sha256}
+    return load_lpips(PerceptualConfig(1.0, *paths.values(), **digests, input_range="signed")).to(device), []

@@ -43,6 +43,8 @@ def save(result: dict, pictures: dict[str, Tensor], both: tuple[Tensor, Tensor] 
         images[PAIRS] = pairs(*both, min(_COLUMNS, len(both[0])))
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
+        for stale in out.glob("samples_guidance_*.png"):
+            stale.unlink()
         for name, image in images.items():
             with _aside(out / name) as partial:
                 image.save(partial, format="png")

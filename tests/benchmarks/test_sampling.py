@@ -1,0 +1,61 @@
+"""Which solver the benchmark chooses, and what it compares it with."""
+
+import pytest
+import torch
+
+from benchmarks.sampling import STEPS, AlwaysBoth, choose
+from unite_fast.config import SamplingConfig
+from unite_fast.sampling import GuidedPrediction
+
+
+def result(**rows: tuple[float, float, float]) -> dict:
+    """rows: solver_steps = evaluations, distance against dopri5's, difference of the images. Others do not match."""
+    names = [("dopri5", 0), *((solver, steps) for solver, numbers in STEPS.items() for steps in numbers)]
+    return {
+        "rows": [
+            dict(
+                zip(
+                    ("solver", "steps", "evaluations", "against_dopri5", "image_difference"),
+                    (solver, steps, *rows.get(f"{solver}_{steps}", (150.0 if solver == "dopri5" else 20.0, 0.5, 0.5))),
+                    strict=True,
+                )
+            )
+            for solver, steps in names
+        ]
+    }
+
+
+GOOD = {"multistep_12": (24.0, 0.0, 0.009), "multistep_16": (32.0, -0.03, 0.006), "multistep_20": (40.0, 0.01, 0.004)}
+
+
+@pytest.mark.parametrize(
+    ("others", "want"),
+    [
+        ({}, ("multistep", 12)),
+        ({"multistep_5": (10.0, 0.0, 0.0)}, ("multistep", 12)),  # by luck: 8 steps are worse
+        ({"multistep_16": (32.0, 0.011, 0.006)}, ("multistep", 20)),
+        ({"multistep_12": (24.0, 0.0, 0.011)}, ("multistep", 16)),
+        ({"multistep_12": (51.0, 0.0, 0.009)}, ("multistep", 16)),  # not three times cheaper
+        ({"heun_20": (22.0, 0.0, 0.001)}, ("heun", 20)),
+        ({"multistep_20": (40.0, 0.5, 0.5)}, None),
+    ],
+)
+def test_the_cheapest_that_matches_with_all_its_larger_numbers_of_steps(others, want):
+    assert choose([result(**(GOOD | others))]) == want
+
+
+def test_it_has_to_match_on_every_run():
+    worse = GOOD | {"multistep_12": (24.0, 0.02, 0.009)}
+    assert choose([result(**GOOD), result(**worse)]) == ("multistep", 16)
+
+
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
+def test_the_released_procedure_predicts_the_same_with_a_pass_more(t):
+    def denoise(x, times, labels):
+        return x + labels[:, None, None]
+
+    x, labels = torch.ones(2, 1, 1), torch.tensor([1, 2])
+    config = SamplingConfig(guidance=3.0, interval=(0.2, 0.8))
+    ours, theirs = (kind(denoise, labels, 5, config) for kind in (GuidedPrediction, AlwaysBoth))
+    assert torch.equal(ours(t, x), theirs(t, x))
+    assert (ours.evaluations, theirs.evaluations) == (2 if t == 0.5 else 1, 2)
