@@ -49,7 +49,7 @@ def evaluate(
     solver: Solver = None,
     steps: Steps = None,
     reconstructions: Annotated[
-        int, typer.Option(min=0, help="held-out images to reconstruct, at most; 0: none, without data")
+        int, typer.Option(min=0, help="held-out images to reconstruct, at most; 0: none")
     ] = 50_000,
     seed: Seed = 0,
     batch: Annotated[int, typer.Option(min=1, help="images at a time")] = 128,
