@@ -54,8 +54,9 @@ def search_guidance(
     ] = None,
 ) -> None:
     """Find the guidance scale and interval with the smallest Frechet distance: coarse to fine on few samples, the same
-    noise for all, then the best few on many. The same command goes on where a killed one stopped; under torchrun the
-    processes share the work.
+    noise for all; then the best few, and no guidance, on many.
+
+    The same command goes on where a killed one stopped; under torchrun the processes share the work.
 
     Examples:
 

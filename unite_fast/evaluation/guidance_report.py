@@ -34,9 +34,6 @@ def save(found: Found, grid: Grid, objective: Objective, out: Path) -> None:
 def lines(found: Found, grid: Grid, objective: Objective) -> list[str]:
     best, title = found.confirmed[0], objective.judge.features.title
     said = [f"{title}, {best.count} samples: {best.distance:.4f} with {_named(best)}"]
-    unguided = next((one for one in (*found.confirmed, *found.searched) if one.candidate == UNGUIDED), None)
-    if unguided is not None and best.candidate != UNGUIDED:
-        said.append(f"unguided, {unguided.count} samples: {unguided.distance:.4f}")
     said += [f"next best, {one.count} samples: {one.distance:.4f} with {_named(one)}" for one in found.confirmed[1:]]
     said.append(
         f"{found.evaluations:,} network evaluations for {len(found.searched)} of {len(grid.all())} candidates with "

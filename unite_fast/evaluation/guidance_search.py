@@ -1,5 +1,5 @@
-"""The best guidance: scale and interval with the smallest Frechet distance, coarse to fine on few samples, confirmed on
-many.
+"""The best guidance: scale and interval with the smallest Frechet distance, coarse to fine on few samples, confirmed
+on many.
 
 Every candidate is measured on the same noise and labels (common random numbers), so that of the difference between two
 only the guidance is left: far fewer samples rank them than an exact distance takes.
@@ -293,10 +293,12 @@ class Cache:
 
 
 def search(grid: Grid, objective: Objective, confirm: int = 3) -> Found:
-    """Search the grid, then measure the best few candidates at the full count."""
+    """Search the grid, then measure the best `confirm` candidates at the full count; and the unguided one, if it is in
+    the grid: guidance has to be better than none."""
     ranked = coarse_to_fine(grid, lambda candidate: objective.explore(candidate).distance)
     searched = [objective.explore(candidate) for candidate in ranked]  # all of them are in the cache
-    confirmed = sorted(map(objective.confirm, ranked[:confirm]), key=lambda measured: measured.distance)
+    finalists = dict.fromkeys((*ranked[:confirm], *(one for one in ranked if one == UNGUIDED)))
+    confirmed = sorted(map(objective.confirm, finalists), key=lambda measured: measured.distance)
     passes = {one.candidate: one.evaluations / one.count for one in searched}
     mean = sum(passes.values()) / len(passes)
     full = sum(passes.get(candidate, mean) for candidate in grid.all()) * objective.final_count
