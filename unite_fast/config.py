@@ -244,6 +244,8 @@ class TrainConfig:
     """Checkpoints at multiples of this many steps are never pruned; 0: only the newest two are kept."""
     picture_every: int = 0
     """Steps between sample and reconstruction grids; 0: only at the end."""
+    evaluate_every: int = 0
+    """Steps between evaluations of the averaged weights (see `evaluation`); 0: none."""
     out: str = ""
     """Folder of the run; empty: runs/NAME."""
     wandb: str = ""
@@ -252,7 +254,7 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
             require(getattr(self, name) > 0, f"train.{name} must be positive")
-        for name in ("micro_batch", "keep_every", "picture_every", "threads"):
+        for name in ("micro_batch", "keep_every", "picture_every", "evaluate_every", "threads"):
             require(getattr(self, name) >= 0, f"train.{name} must not be negative")
         require(
             self.micro_batch == 0 or self.batch_size % self.micro_batch == 0,
@@ -331,6 +333,27 @@ class SamplingConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """How a run evaluates itself every `train.evaluate_every` steps, with the guidance of `sampling`."""
+
+    features: str = "auto"
+    """inception (FID), pixels (small images, no weights needed) or auto."""
+    inception: str = ""
+    """File of Inception's weights; empty: the environment variable UNITE_FAST_INCEPTION."""
+    reference: str = ""
+    """A .npz with the statistics of real images; empty, with pixels: the training images."""
+    count: int = 0
+    """Generated images; 0: 5,000 with Inception, 1,000 with pixels. Distances of other counts are not comparable."""
+    batch: int = 64
+    """Images a process generates at a time."""
+
+    def __post_init__(self):
+        require_choice("evaluation.features", self.features, ("auto", "inception", "pixels"))
+        require(self.count == 0 or self.count >= 2, "evaluation.count must be at least 2, or 0")
+        require(self.batch > 0, "evaluation.batch must be positive")
+
+
+@dataclass
 class Config:
     name: str = "digits"
     """Name of the recipe and, unless train.out says otherwise, of its run folder."""
@@ -349,6 +372,7 @@ class Config:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self):
         require(bool(self.name), "name must not be empty: the run's folder is called after it")

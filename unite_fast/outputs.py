@@ -84,6 +84,19 @@ def save_pairs(originals: Tensor, copies: Tensor, out: Path) -> None:
         pairs(originals, copies, min(10, len(originals))).save(out)
 
 
+def save_text(text: str, out: Path) -> None:
+    """A text file in UTF-8, written aside and renamed.
+
+    Raises:
+        UserError: no space left, or no permission.
+    """
+    partial = out.with_name(out.name + ".partial")
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(out)
+
+
 def read_images(paths: list[Path], size: int) -> Tensor:
     """Picture files, centre-cropped: uint8 [n, 3, size, size]."""
     try:

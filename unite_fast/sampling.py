@@ -141,7 +141,14 @@ def check_classes(labels: Iterable[int], num_classes: int) -> None:
 
 @torch.no_grad()
 def reconstruct(model: UNITE, images: Tensor, seed: int = 0, batch: int = 64, first: int = 0) -> Tensor:
-    """Images through tokenizer and decoder: uint8 [n, 3, S, S] -> uint8 [n, 3, S, S] on the CPU.
+    """Images through tokenizer and decoder: uint8 [n, 3, S, S] -> uint8 [n, 3, S, S] on the CPU; see `tokenize`."""
+    parts = tokenize(model, images, seed, batch, first).split(batch)
+    return torch.cat([to_uint8(model.decode(part)) for part in parts])
+
+
+@torch.no_grad()
+def tokenize(model: UNITE, images: Tensor, seed: int = 0, batch: int = 64, first: int = 0) -> Tensor:
+    """uint8 [n, 3, S, S] -> latents float32 [n, N, C] on the model's device.
 
     The registers are drawn as in training, image i's from (seed, first + i); the tokenizer's time is 0.
     """
@@ -151,8 +158,7 @@ def reconstruct(model: UNITE, images: Tensor, seed: int = 0, batch: int = 64, fi
         part = images[start : start + batch].to(model.device).float() / 255
         positions = torch.arange(first + start, first + start + len(part), device=model.device)
         registers = Philox(seed, 0, positions).normal(Stream.REGISTERS, shape)
-        z = model.tokenize(part, registers, part.new_zeros(len(part)))
-        out.append(to_uint8(model.decode(z)))
+        out.append(model.tokenize(part, registers, part.new_zeros(len(part))))
     return torch.cat(out)
 
 

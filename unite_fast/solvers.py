@@ -103,7 +103,7 @@ def noise_left(t: float) -> tuple[float, float]:
 def dopri5(predict: Prediction, x: Tensor, times: list[float]) -> Tensor:
     """Adaptive Runge-Kutta 5(4) of torchdiffeq. The grid between its ends has no say in the result. How long its steps
     are depends on the whole batch."""
-    from torchdiffeq import odeint
+    from torchdiffeq import odeint  # imports scipy, which no other solver needs
 
     ends = torch.tensor([times[0], times[-1]], device=x.device, dtype=x.dtype)
     path = odeint(

@@ -43,3 +43,23 @@ def parse_interval(text: str | None) -> tuple[float, float] | None:
     except ValueError as error:
         raise UserError(f"--interval is LOW,HIGH, for example 0.1,1; got {text!r}") from error
     return low, high
+
+
+def parse_numbers(option: str, text: str, kind: type) -> list:
+    """The numbers of "1,2.5"."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"{option} is a list of numbers such as 1,3; got {text!r}") from error
+
+
+def parse_range(option: str, text: str) -> list[float]:
+    """The numbers of "1:5:0.2", its ends included, or of a list."""
+    if ":" not in text:
+        return parse_numbers(option, text, float)
+    try:
+        start, stop, step = (float(part) for part in text.split(":"))
+        # Rounding must neither make 1 + 2 * 0.2 another number than 1.4 nor lose the last one.
+        return [round(start + i * step, 10) for i in range(int((stop - start) / step + 1e-6) + 1)]
+    except (ValueError, ZeroDivisionError, OverflowError) as error:
+        raise UserError(f"{option} is START:STOP:STEP, for example 1:5:0.2, or a list; got {text!r}") from error

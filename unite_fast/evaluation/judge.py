@@ -117,12 +117,20 @@ def bias_warning(count: int, dimension: int, kind: str) -> str:
 
 
 def open_judge(
-    config: Config, settings: EvaluationSettings, ranks: Ranks, device: torch.device | str, shown: Shown = unseen
+    config: Config,
+    settings: EvaluationSettings,
+    ranks: Ranks,
+    device: torch.device | str,
+    shown: Shown = unseen,
+    classifier: bool = True,
 ) -> Judge:
     """Features, reference and classifier for the images of a model with this configuration.
 
     Features "auto" are Inception's if its weights or a reference made with it are named or the images are too large for
     pixels, else pixels. Without a reference, pixels are held against the model's training images.
+
+    Args:
+        classifier: teach one too, where classes can be told from pixels; that takes seconds.
 
     Raises:
         UserError: files that are missing or do not fit each other.
@@ -130,7 +138,10 @@ def open_judge(
     known = load_reference(settings.reference) if settings.reference else None
     of_inception = known is not None and len(known.statistics.mean) == DIMENSION
     if choose_features(settings, config.model.image_size, of_inception) == pixels.NAME:
-        return _pixel_judge(config, settings, known, ranks, device, shown)
+        judge, source = _pixel_judge(config, settings, known, ranks, device, shown)
+        if classifier and config.model.num_classes > 1:
+            judge.classifier = Classifier(*read_some(source, pixels.CLASSIFIER_IMAGES))
+        return judge
     require(
         known is not None,
         "the FID needs statistics of real images: name them with --reference REF.npz; "
@@ -148,7 +159,7 @@ def _pixel_judge(
     ranks: Ranks,
     device: torch.device | str,
     shown: Shown,
-) -> Judge:
+) -> tuple[Judge, Source]:
     size = config.model.image_size
     require(
         size <= pixels.LARGEST,
@@ -170,8 +181,7 @@ def _pixel_judge(
     if known is None:
         features = fit_pixels_once(source, ranks, device)
         known = make_reference(source, features, ranks, settings.batch, config.data.workers, shown)
-    classifier = Classifier(*read_some(source, pixels.CLASSIFIER_IMAGES)) if config.model.num_classes > 1 else None
-    return Judge(features, known, classifier)
+    return Judge(features, known), source
 
 
 def fit_pixels_once(source: Source, ranks: Ranks, device: torch.device | str) -> PixelFeatures:

@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from unite_fast.config import Config, require, require_choice
 from unite_fast.data_pipeline import Batch, Loader, Source, choose_loader, open_source
-from unite_fast.errors import UserError, writing
+from unite_fast.errors import UserError
+from unite_fast.evaluation.during_training import DuringTraining
 from unite_fast.kernels import backend
 from unite_fast.objective import Losses, StepDraws, draw_step, flow_losses, reconstruct
 from unite_fast.perceptual import dropout_masks, load_lpips, tap_shapes
 from unite_fast.randomness import Philox, Stream
-from unite_fast.recipes import to_tree
 from unite_fast.training.checkpoint import Checkpoint, Checkpoints
 from unite_fast.training.checkpoint_files import step_folders, step_of
 from unite_fast.training.endurance import (
@@ -34,25 +33,9 @@ from unite_fast.training.metrics import Averages, MetricsLog, Speedometer, loss_
 from unite_fast.training.parallel import ALONE, Ranks, build_model, joined, reduce_gradients
 from unite_fast.training.profiling import StepProfiler
 from unite_fast.training.report import Report
+from unite_fast.training.run_folder import find_start, write_config
 from unite_fast.training.state import TrainState
 from unite_fast.training.wandb_log import WandbLog
-
-FREE_ON_RESUME = {
-    "name",
-    "data.path",
-    "data.loader",
-    "data.workers",
-    "profile.steps",
-    "parallel.strategy",
-    "parallel.reshard_after_forward",
-    "parallel.timeout",
-    "optim.nonfinite",
-    *(
-        f"train.{key}"
-        for key in ("steps", "device", "log_every", "checkpoint_every", "keep_every", "picture_every", "out", "wandb")
-    ),
-}
-"""Settings that a resumed run may change: they do not change what a step computes."""
 
 
 @dataclass
@@ -134,6 +117,7 @@ class Trainer:
         self.first_step = self.state.step
         self.report = Report(self.folder, config, self.device, self.state, found is not None, ranks.main)
         self.report.say(f"data: {len(self.source)} images, {self.choice.name} loader ({self.choice.why})")
+        self.evaluation = DuringTraining(config, self.folder, self.device, self.state.step)
         if ranks.world > 1:
             each = config.train.batch_size // ranks.world
             self.report.say(f"{ranks.world} processes of {each} images: {self.strategy.name}; {self.strategy.why}")
@@ -182,6 +166,10 @@ class Trainer:
                 self.averages.add(state.step, losses, grad_norm)
                 if state.step % config.log_every == 0:
                     self.write_metrics()
+                # Before the checkpoint, so that none counts a step as done whose evaluation a killed run still owes.
+                if self.evaluation.due(state.step):
+                    self.watchdog.beat(state.step, "evaluating", patient=True)
+                    self.report.say(self.evaluation.run(state, self.log))
                 if state.step % config.checkpoint_every == 0:
                     self.save()
                 if config.picture_every and state.step % config.picture_every == 0:
@@ -358,42 +346,6 @@ def check_data(source: Source, config: Config) -> None:
         classes == config.model.num_classes,
         f"the data have {classes} classes, but model.num_classes is {config.model.num_classes}",
     )
-
-
-def find_start(checkpoints: Checkpoints, folder: Path, config: Config, resume: bool) -> Checkpoint | None:
-    """The checkpoint to go on from, if there is one and it is asked for."""
-    if resume:
-        found = checkpoints.find()
-        if found:
-            check_same_settings(found.config, config)
-        return found
-    require(
-        not (step_folders(checkpoints.folder) or (folder / "config.yaml").exists()),
-        f"{folder} holds a run already; continue it with --resume or choose another folder with train.out=FOLDER",
-    )
-    return None
-
-
-def write_config(folder: Path, config: Config) -> None:
-    with writing(folder / "config.yaml"):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(to_tree(config), sort_keys=False))
-
-
-def check_same_settings(before: Config, now: Config) -> None:
-    old, new = flatten(to_tree(before)), flatten(to_tree(now))
-    for key, value in new.items():
-        require(
-            old[key] == value or key in FREE_ON_RESUME,
-            f"cannot resume: {key} is {value} now and was {old[key]} in the run; give the same settings as then",
-        )
-
-
-def flatten(tree: dict, path: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
-    return flat
 
 
 def random_flip(images: Tensor, philox: Philox) -> Tensor:

@@ -1,0 +1,233 @@
+"""The page as a browser reads it, and the interpolation against its geometry."""
+
+import base64
+import io
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import unite_fast
+from unite_fast.evaluation.gallery import Artist, Counts, Wishes, between_latents, make_gallery
+from unite_fast.evaluation.gallery_page import render
+
+VOID = {"meta", "img", "line", "polyline", "br"}
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order, and keeps what a test asks about."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.images, self.links, self.ids, self.rows, self.attributes = [], [], [], set(), {}, []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.attributes += attributes
+        if tag not in VOID:
+            self.open.append(tag)
+        if "id" in found:
+            self.ids.add(found["id"])
+            self.section = found["id"]
+        if tag == "a":
+            self.links.append(found["href"])
+        if tag == "img" and "src" in found:
+            self.images.append((self.section, found["alt"], found["src"]))
+
+    def handle_startendtag(self, tag, attributes):
+        self.attributes += attributes
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def count(self, section: str) -> int:
+        return sum(name == section for name, _, _ in self.images)
+
+
+def decode(source: str) -> np.ndarray:
+    head, _, data = source.partition(",")
+    assert head == "data:image/png;base64"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data, validate=True))))
+
+
+@pytest.fixture
+def trained(trained_folder):
+    return unite_fast.load(trained_folder)
+
+
+def test_the_page_is_whole_and_needs_no_network(command, trained_folder, tmp_path):
+    out = tmp_path / "new" / "page.html"
+    ended = command("gallery", trained_folder, "--out", out, "--per-class", 2, "--scales", "1,2.5")
+    assert (ended.status, ended.err) == (0, "")
+    text = out.read_text(encoding="utf-8")
+    assert re.fullmatch(rf"\d+ images, 0\.\d MiB, in {re.escape(str(out))}\n", ended.out)
+    page = Page(text)
+    assert f"{len(page.images)} images" in ended.out
+    # Ten classes; five of them on two scales; 20 pairs; four ways of nine stops, those of real images with their ends.
+    # Euler of two steps looks at two times, and the result makes three.
+    counts = {name: page.count(name) for name in page.ids if name != "curves"}
+    assert counts == {
+        "samples": 20,
+        "guidance": 10,
+        "reconstructions": 40,
+        "between-images": 44,
+        "between-noises": 36,
+        "denoising": 12,
+    }
+    assert page.links == [f"#{name}" for name in (*counts, "curves")] or set(page.links) == {
+        f"#{name}" for name in page.ids
+    }
+    for _, alt, source in page.images:
+        assert alt and decode(source).shape == (8, 8, 3)
+    addresses = [value for name, value in page.attributes if name in ("src", "href", "srcset", "data", "action")]
+    assert all(value.startswith(("data:image/png;base64,", "#")) for value in addresses)
+    assert not re.search(r"https?:|//[a-z]|@import|url\(", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
+    assert "default-src 'none'" in text
+    assert "prefers-color-scheme: dark" in text and "image-rendering: pixelated" in text
+    assert text.count("<polyline") == 2, "the curves of L1 and flow loss; there is no LPIPS in this run"
+
+
+def test_what_is_shown_is_what_the_model_makes(trained, trained_folder):
+    wishes = Wishes(classes=[7, 2], per_class=3, scales=(1.0, 4.0), seed=5, sampling={"steps": 3})
+    head, sections = make_gallery(trained, trained_folder, wishes)
+    by_key = {section.key: section for section in sections}
+    assert head["sampling"] == "euler, 3 steps, unguided" and head["seed"] == "5"
+    wanted = trained.generate([7, 7, 7, 2, 2, 2], seed=5, steps=3)
+    shown = [figure.images[0] for row in by_key["samples"].rows for figure in row.figures]
+    assert torch.equal(torch.stack(shown), wanted)
+    for column, scale in enumerate(wishes.scales):
+        ladder = [row.figures[column].images[0] for row in by_key["guidance"].rows]
+        assert torch.equal(torch.stack(ladder), trained.generate([7, 2], seed=5, steps=3, guidance=scale))
+    originals, copies = zip(*(figure.images for figure in by_key["reconstructions"].rows[0].figures), strict=True)
+    assert torch.equal(torch.stack(copies), trained.reconstruct(torch.stack(originals), seed=5))
+    # The ends of the ways are reconstructions of the two images and samples of the two noises; the denoising ends with
+    # the sample.
+    ways = [[figure.images[0] for figure in row.figures] for row in by_key["between-images"].rows]
+    ends = trained.reconstruct(torch.stack([way[0] for way in ways] + [way[-1] for way in ways]), seed=5)
+    for i, (_, first, *_, last, _) in enumerate(ways):
+        # The affine of LayerNorm taken off and put on again: a rounding, which can tip a truncated pixel.
+        assert (first.int() - ends[i].int()).abs().max() <= 1
+        assert (last.int() - ends[len(ways) + i].int()).abs().max() <= 1
+    both = trained.generate([7, 2, 7, 2], seed=5, steps=3)
+    for i, row in enumerate(by_key["between-noises"].rows):
+        assert torch.equal(row.figures[0].images[0], both[i])
+        assert (row.figures[-1].images[0].int() - both[2 + i].int()).abs().max() <= 1, "cos(pi / 2) is 6e-17"
+    for i, row in enumerate(by_key["denoising"].rows):
+        assert [figure.caption for figure in row.figures] == ["t = 0.00", "t = 0.20", "t = 0.50", "t = 1.00"]
+        assert torch.equal(row.figures[-1].images[0], both[i])
+
+
+def test_the_same_seed_gives_the_same_page(trained, trained_folder):
+    pages = [
+        render(*make_gallery(trained, trained_folder, Wishes(per_class=1, seed=seed, batch=batch)), "today")
+        for seed, batch in ((0, 64), (0, 64), (1, 64))
+    ]
+    assert pages[0] == pages[1]
+    assert pages[0] != pages[2]
+
+
+@pytest.mark.parametrize("solver", ["heun", "multistep", "dopri5"])
+def test_every_solver_leaves_a_path_from_noise_to_result(trained, solver):
+    settings = unite_fast.config.SamplingConfig(solver=solver, steps=4, guidance=2.0, interval=(0.0, 1.0))
+    names = [str(i) for i in range(10)]
+    artist = Artist(trained, settings, names, [3], [1.0], Counts.fitting(8), None, 0, 64)
+    row = artist.denoising().rows[0].figures
+    assert row[0].caption == "t = 0.00" and row[-1].caption == "t = 1.00"
+    wanted = trained.generate([3], solver=solver, steps=4, guidance=2.0, interval=(0.0, 1.0))
+    assert torch.equal(row[-1].images[0], wanted[0])
+
+
+def test_names_cannot_break_out_of_the_page(trained, trained_folder):
+    head, sections = make_gallery(trained, trained_folder, Wishes(per_class=1, data=None))
+    sections[0].rows[0].title = '<script>"&'
+    sections[0].rows[0].figures[0].alts[0] = '"><b>'
+    page = Page(render({**head, "recipe": "</title><h1>"}, sections, "today"))
+    assert page.images[0][1] == '"><b>'
+    assert {name for name, _, _ in page.images} == {"samples", "guidance", "between-noises", "denoising"}, (
+        "no real ones"
+    )
+
+
+def test_a_large_page_stays_small_enough(trained):
+    """84 photographs of 256 x 256, whose PNGs take some 112 kB: see the docstring of `Counts.fitting`."""
+    counts = Counts.fitting(256)
+    ladder = counts.ladder * len(Wishes().scales)
+    ways = counts.ways * (counts.stops + 2) + 2 * counts.ways * counts.stops
+    images = counts.classes * counts.per_class + ladder + 2 * counts.pairs + ways
+    assert images == 84
+    assert images * 112e3 * 4 / 3 < 15e6
+
+
+@pytest.mark.parametrize("s", [0.0, 0.25, 0.5, 1.0])
+def test_interpolated_latents_are_results_of_layer_norm(s):
+    generator = torch.Generator().manual_seed(0)
+    norm = nn.LayerNorm(16).double().requires_grad_(False)
+    norm.weight += 0.2 * torch.randn(16, generator=generator)
+    norm.bias += 0.2 * torch.randn(16, generator=generator)
+    a, b = norm(torch.randn(2, 5, 16, generator=generator).double())
+    b[4] = a[4]  # no great circle, and no NaN
+    between = between_latents(a, b, s, norm).double()
+
+    def angle(x, y):
+        x, y = ((z[:4] - norm.bias) / norm.weight for z in (x, y))
+        return torch.nn.functional.cosine_similarity(x, y, dim=-1).clamp(-1, 1).acos()
+
+    free = nn.functional.layer_norm((between - norm.bias) / norm.weight, (16,), eps=norm.eps)
+    # What LayerNorm gave, it leaves alone, up to its eps (1e-5 beside a variance of 1) and float32.
+    assert torch.allclose(free * norm.weight + norm.bias, between, atol=3e-5)
+    assert torch.allclose(between[4], a[4], atol=1e-6)
+    # The arc from a to b is divided as s : 1 - s. acos makes a rounding of 1e-7 an angle of 4e-4 near zero.
+    assert torch.allclose(angle(a, between), s * angle(a, b), atol=1e-3)
+    assert torch.allclose(angle(b, between), (1 - s) * angle(a, b), atol=1e-3)
+
+
+def test_a_channel_without_scale_stays_where_it_is():
+    norm = nn.LayerNorm(4).requires_grad_(False)
+    norm.weight[1], norm.bias[1] = 0, 0.7
+    a, b = norm(torch.tensor([[[1.0, 2, 3, 4]], [[2.0, -1, 5, 0]]]))
+    assert torch.equal(between_latents(a, b, 0.3, norm)[:, 1], torch.tensor([0.7]))
+
+
+def test_noises_between_are_noise_again(trained):
+    """cos a + sin b at the angle of each stop: mean 0 and variance 1 at every place, for independent a and b."""
+    artist = Artist(trained, trained.config.sampling, list("0123456789"), [1], [1.0], Counts.fitting(8), None, 0, 64)
+    seen = []
+    artist._latents = lambda labels, noise: seen.append(noise) or torch.zeros_like(noise)
+    artist.between_noises()
+    (a,), (b,) = artist._noise(2).split(1)
+    weights = [(math.cos(angle), math.sin(angle)) for angle in np.linspace(0, math.pi / 2, 9)]
+    assert torch.allclose(seen[0], torch.stack([u * a + v * b for u, v in weights]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--classes", "10"), "class 10 is out of range"),
+        (("--classes", "a"), "--classes is a list of numbers"),
+        (("--scales", "1,x"), "--scales is a list of numbers"),
+        (("--scales", "nan"), "scales must be finite"),
+        (("--steps", "0"), "sampling.steps must be positive"),
+        (("--interval", "1,0"), "interval must be"),
+        (("--seed", "-1"), "the seed is -1"),
+        (("--batch", "0"), "the batch is 0"),
+        (("--data", "/nowhere"), "--no-real"),
+        (("--out", "page.png"), "ends in .png"),
+    ],
+)
+def test_mistakes_are_said_in_a_line(command, trained_folder, tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in command("gallery", trained_folder, *options).error()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_the_place_of_the_page_is_a_mistake(command, trained_folder, tmp_path):
+    (tmp_path / "page.html").mkdir()
+    assert "is in the way" in command("gallery", trained_folder, "--out", tmp_path / "page.html").error()

@@ -1,0 +1,67 @@
+"""The folder of a run: whether it may be begun or gone on with, and the settings that it keeps."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import yaml
+
+from unite_fast.config import Config, EvaluationConfig, require
+from unite_fast.errors import writing
+from unite_fast.recipes import to_tree
+from unite_fast.training.checkpoint import Checkpoint, Checkpoints
+from unite_fast.training.checkpoint_files import step_folders
+
+FREE_ON_RESUME = {
+    "name",
+    "data.path",
+    "data.loader",
+    "data.workers",
+    "profile.steps",
+    "parallel.strategy",
+    "parallel.reshard_after_forward",
+    "parallel.timeout",
+    "optim.nonfinite",
+    *(
+        f"train.{key}"
+        for key in ("steps", "device", "log_every", "checkpoint_every", "keep_every", "picture_every", "out", "wandb")
+    ),
+    "train.evaluate_every",
+    *(f"evaluation.{key.name}" for key in fields(EvaluationConfig)),
+}
+"""Settings that a resumed run may change: they do not change what a step computes."""
+
+
+def find_start(checkpoints: Checkpoints, folder: Path, config: Config, resume: bool) -> Checkpoint | None:
+    """The checkpoint to go on from, if there is one and it is asked for."""
+    if resume:
+        found = checkpoints.find()
+        if found:
+            check_same_settings(found.config, config)
+        return found
+    require(
+        not (step_folders(checkpoints.folder) or (folder / "config.yaml").exists()),
+        f"{folder} holds a run already; continue it with --resume or choose another folder with train.out=FOLDER",
+    )
+    return None
+
+
+def write_config(folder: Path, config: Config) -> None:
+    with writing(folder / "config.yaml"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(to_tree(config), sort_keys=False))
+
+
+def check_same_settings(before: Config, now: Config) -> None:
+    old, new = flatten(to_tree(before)), flatten(to_tree(now))
+    for key, value in new.items():
+        require(
+            old[key] == value or key in FREE_ON_RESUME,
+            f"cannot resume: {key} is {value} now and was {old[key]} in the run; give the same settings as then",
+        )
+
+
+def flatten(tree: dict, path: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+    return flat
