@@ -20,7 +20,6 @@ import pytest
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from unite_fast.cli import main
-from unite_fast.training import trainer  # noqa: F401, before the processes are forked, and so once
 from unite_fast.training.checkpoint import load_checkpoint
 from unite_fast.training.endurance import read_status
 from unite_fast.training.metrics import read_rows
@@ -123,13 +122,14 @@ def wait_until() -> Callable[[Callable[[], bool]], None]:
         end = time.monotonic() + 240
         while not condition():
             assert time.monotonic() < end, "what was waited for did not happen within four minutes"
-            time.sleep(0.02)
+            time.sleep(0.1)
 
     return wait
 
 
 @pytest.fixture
-def torchrun(tiny_run, tmp_path, pytestconfig) -> Iterator[Callable[..., Torchrun]]:
+def torchrun(tiny_run, trained_folder, tmp_path, pytestconfig) -> Iterator[Callable[..., Torchrun]]:
+    # A run in this process, `trained_folder`, has imported what the processes forked from it would each import.
     started = []
 
     def start(*arguments: str, restarts: int = 0) -> Torchrun:
