@@ -28,10 +28,10 @@ from unite_fast.config import SamplingConfig
 from unite_fast.data_pipeline import open_source
 from unite_fast.evaluation.judge import fit_pixels_once
 from unite_fast.evaluation.pixels import PixelFeatures
-from unite_fast.evaluation.ranks import Ranks
 from unite_fast.evaluation.reference import make_reference
 from unite_fast.evaluation.statistics import Moments, Statistics, frechet_distance
 from unite_fast.randomness import Philox, Stream
+from unite_fast.ranks import Ranks
 from unite_fast.sampling import GuidedPrediction, solve, to_uint8
 from unite_fast.trained import TrainedUNITE
 

@@ -22,9 +22,9 @@ from unite_fast.config import require
 from unite_fast.data_pipeline.progress import progress
 from unite_fast.errors import UserError, writing
 from unite_fast.evaluation.evaluate import weights_sha256
-from unite_fast.evaluation.ranks import Ranks
 from unite_fast.generation import ALONE, Generation, generate_batches
 from unite_fast.pictures import picture_name
+from unite_fast.ranks import Ranks
 from unite_fast.sampling import check_classes
 from unite_fast.trained import TrainedUNITE
 
@@ -46,7 +46,7 @@ def generate_files(model: TrainedUNITE, generation: Generation, out: Path, ranks
     parts = make_parts(out, manifest(model, generation), generation.labels, generation.batch, size)
     finished = _finished_before(parts, ranks)
     shown = min(len(finished) * generation.batch, total)
-    bar = progress("generating", total, "images") if ranks.first else nullcontext(lambda done: None)
+    bar = progress("generating", total, "images") if ranks.main else nullcontext(lambda done: None)
     with bar as show:
         show(shown)
         for drawn in generate_batches(model.network, generation, ranks, finished):
@@ -55,14 +55,14 @@ def generate_files(model: TrainedUNITE, generation: Generation, out: Path, ranks
             shown = min(shown + ranks.world * generation.batch, total)
             show(shown)
     _wait_for_all(ranks)
-    if ranks.first:
+    if ranks.main:
         parts.merge()
 
 
 def _finished_before(parts: "Parts", ranks: Ranks) -> set[int]:
     """As rank 0 found it, and so its complaint, if it had one."""
     found: set[int] | UserError = set()
-    if ranks.first:
+    if ranks.main:
         try:
             parts.open()
             found = parts.finished()

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from unite_fast.config import SamplingConfig, require, require_choice
-from unite_fast.evaluation.ranks import Ranks
 from unite_fast.model.unite import UNITE
+from unite_fast.ranks import ALONE, Ranks
 from unite_fast.sampling import Network, check_classes, generate_batch
 from unite_fast.trained import check_drawing
-
-ALONE = Ranks()
 
 
 @dataclass(frozen=True)

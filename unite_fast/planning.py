@@ -11,6 +11,7 @@ from unite_fast import flops, memory
 from unite_fast.config import Config, require
 from unite_fast.errors import UserError
 from unite_fast.hardware import GPU
+from unite_fast.ranks import Ranks
 from unite_fast.training import parallel
 
 BLOCK_BYTES = 153
@@ -202,7 +203,7 @@ def shards(strategy: str, cluster: Cluster) -> int:
 
 def choose_strategy(config: Config, cluster: Cluster) -> tuple[str, str]:
     """(ddp, fsdp or hsdp, why), as a run would choose."""
-    ranks = parallel.Ranks(world=cluster.gpus, per_node=cluster.gpus_per_node)
+    ranks = Ranks(world=cluster.gpus, per_node=cluster.gpus_per_node)
     state = int(memory.training_state(config.model).total)
     chosen = parallel.choose_strategy(config.parallel, ranks, state, int(cluster.gpu.memory * 1e9))
     return "ddp" if cluster.gpus == 1 else chosen.name, chosen.why

@@ -17,10 +17,10 @@ from unite_fast.evaluation import evaluate as module
 from unite_fast.evaluation.evaluate import evaluate, weights_sha256
 from unite_fast.evaluation.inception import inception_shapes
 from unite_fast.evaluation.judge import bias_warning
-from unite_fast.evaluation.ranks import Ranks
 from unite_fast.evaluation.report import lines
 from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.evaluation.stats import save_statistics
+from unite_fast.ranks import Ranks
 
 
 def test_a_model_without_fault_and_one_of_a_single_class_get_what_they_deserve(perfect):

@@ -235,7 +235,7 @@ def distances_of_ranks(folder: str, out: str) -> list[float]:
 
     from unite_fast.evaluation.guidance_search import Objective
     from unite_fast.evaluation.judge import open_judge
-    from unite_fast.evaluation.ranks import current_ranks
+    from unite_fast.ranks import current_ranks
 
     torch.distributed.init_process_group("gloo")
     ranks, model = current_ranks(), unite_fast.load(folder)

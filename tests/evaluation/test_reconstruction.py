@@ -12,12 +12,12 @@ from unite_fast.data_pipeline.source import MemorySource
 from unite_fast.evaluation import scores
 from unite_fast.evaluation.judge import Judge
 from unite_fast.evaluation.pixels import fit_pixels
-from unite_fast.evaluation.ranks import Ranks
 from unite_fast.evaluation.reading import unseen
 from unite_fast.evaluation.reconstruction import score_reconstructions
 from unite_fast.evaluation.reference import make_reference
 from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.perceptual import LINEAR_SHAPES, VGG_SHAPES, PerceptualConfig, load_lpips
+from unite_fast.ranks import Ranks
 
 SIDE = 16
 

@@ -7,7 +7,7 @@ import torch
 
 from unite_fast.errors import UserError
 from unite_fast.evaluation import scores
-from unite_fast.evaluation.ranks import Ranks
+from unite_fast.ranks import Ranks
 
 
 @pytest.fixture(scope="module")

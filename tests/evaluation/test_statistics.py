@@ -8,7 +8,6 @@ import scipy.linalg
 import torch
 
 from unite_fast.errors import UserError
-from unite_fast.evaluation.ranks import Ranks, current_ranks
 from unite_fast.evaluation.statistics import (
     Moments,
     Reference,
@@ -17,6 +16,7 @@ from unite_fast.evaluation.statistics import (
     load_reference,
     save_reference,
 )
+from unite_fast.ranks import Ranks, current_ranks
 
 # What issue 6 asks for; measured: 4e-13 at full rank, 3e-8 where a covariance is singular. There scipy's own square
 # root of zero eigenvalues, which rounding leaves at 1e-16, is 1e-8.

@@ -10,9 +10,10 @@ from unite_fast import sampling
 from unite_fast.config import ParallelConfig
 from unite_fast.errors import UserError
 from unite_fast.model.unite import UNITE
+from unite_fast.ranks import Ranks
 from unite_fast.recipes import load_config
 from unite_fast.sharding import copy_whole, local, whole
-from unite_fast.training.parallel import Ranks, build_model, choose_strategy, joined, placement, state_bytes
+from unite_fast.training.parallel import build_model, choose_strategy, joined, placement, share, state_bytes
 from unite_fast.training.trainer import Trainer
 
 TOLERANCE = 1e-5
@@ -293,13 +294,13 @@ def test_more_processes_than_cuda_devices(monkeypatch):
 
 
 def test_each_process_has_its_places_and_a_micro_batch_that_is_no_larger():
-    assert Ranks(rank=2, world=4).share(64, 0) == (slice(32, 48), 16)
-    assert Ranks(rank=3, world=4).share(64, 8) == (slice(48, 64), 8)
-    assert Ranks(rank=1, world=64).share(1024, 64) == (slice(16, 32), 16)
+    assert share(Ranks(rank=2, world=4), 64, 0) == (slice(32, 48), 16)
+    assert share(Ranks(rank=3, world=4), 64, 8) == (slice(48, 64), 8)
+    assert share(Ranks(rank=1, world=64), 1024, 64) == (slice(16, 32), 16)
     with pytest.raises(UserError, match=r"train\.batch_size is 64; it must be a multiple of .* processes \(3\)"):
-        Ranks(world=3).share(64, 0)
+        share(Ranks(world=3), 64, 0)
     with pytest.raises(UserError, match=r"train\.micro_batch is 6; it must divide the 16 images of train\.batch_size"):
-        Ranks(world=4).share(64, 6)
+        share(Ranks(world=4), 64, 6)
 
 
 def test_a_parameter_too_short_to_cut_is_cut_along_another_dimension():

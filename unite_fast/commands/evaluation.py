@@ -71,10 +71,10 @@ def evaluate(
     `torchrun --nproc-per-node 8 -m unite_fast evaluate runs/imagenet256_b --reference in256.npz --guidance 3`
     """
     from unite_fast.evaluation.evaluate import evaluate as run
-    from unite_fast.evaluation.ranks import ranks_of_torchrun
     from unite_fast.evaluation.report import default_folder, lines
     from unite_fast.evaluation.settings import EvaluationSettings
     from unite_fast.evaluation.terminal import shown
+    from unite_fast.ranks import ranks_of_torchrun
     from unite_fast.training.trainer import choose_device
 
     settings = EvaluationSettings(
@@ -96,7 +96,7 @@ def evaluate(
     with ranks_of_torchrun(choose_device(device)) as ranks:
         model = load(checkpoint, device)
         result = run(model, settings, folder, str(checkpoint), shown)
-    if ranks.first:
+    if ranks.main:
         for line in lines(result):
             typer.echo(line)
         typer.echo(f"all of it in {folder}")
@@ -123,16 +123,16 @@ def stats(
 
     `torchrun --nproc-per-node 8 -m unite_fast stats shards/train in256.npz --features inception`
     """
-    from unite_fast.evaluation.ranks import ranks_of_torchrun
     from unite_fast.evaluation.settings import EvaluationSettings
     from unite_fast.evaluation.stats import save_statistics
     from unite_fast.evaluation.terminal import shown
+    from unite_fast.ranks import ranks_of_torchrun
     from unite_fast.training.trainer import choose_device
 
     settings = EvaluationSettings(features, inception, inception_sha256, batch=batch)
     with ranks_of_torchrun(choose_device(device)) as ranks:
         made = save_statistics(data, image_size, split, settings, out, ranks, choose_device(device), workers, shown)
-    if ranks.first:
+    if ranks.main:
         typer.echo(f"{made.count} images, {len(made.statistics.mean)} {made.features} features: {out}")
         if made.about["unreadable"]:
             typer.echo(f"{made.about['unreadable']} images could not be read and are left out")

@@ -69,10 +69,10 @@ def search_guidance(
     from unite_fast.evaluation import guidance_report
     from unite_fast.evaluation.guidance_search import COUNTS, Grid, Objective, search
     from unite_fast.evaluation.judge import open_judge
-    from unite_fast.evaluation.ranks import ranks_of_torchrun
     from unite_fast.evaluation.report import check_folder, default_folder
     from unite_fast.evaluation.settings import EvaluationSettings
     from unite_fast.evaluation.terminal import shown
+    from unite_fast.ranks import ranks_of_torchrun
     from unite_fast.training.trainer import choose_device
 
     settings = EvaluationSettings(features, inception, inception_sha256, reference, data, batch=batch)
@@ -99,7 +99,7 @@ def search_guidance(
             shown,
         )
         found = search(grid, objective, confirm)
-        if ranks.first:
+        if ranks.main:
             guidance_report.save(found, grid, objective, folder)
             for line in guidance_report.lines(found, grid, objective):
                 typer.echo(line)

@@ -84,10 +84,10 @@ def generate(
     """
     from dataclasses import replace
 
-    from unite_fast.evaluation.ranks import ranks_of_torchrun
     from unite_fast.generated_files import generate_files
     from unite_fast.generation import Generation
     from unite_fast.outputs import choose_labels
+    from unite_fast.ranks import ranks_of_torchrun
     from unite_fast.training.trainer import choose_device
 
     settings = given(guidance=guidance, interval=parse_interval(interval), solver=solver, steps=steps)
@@ -102,7 +102,7 @@ def generate(
             model.network.device.type == "cuda" if compile is None else compile,
         )
         generate_files(model, generation, out, ranks)
-    if ranks.first:
+    if ranks.main:
         typer.echo(f"{num} images in {out}")
 
 

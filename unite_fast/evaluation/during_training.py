@@ -16,9 +16,9 @@ from unite_fast import sampling
 from unite_fast.config import Config, require
 from unite_fast.errors import writing
 from unite_fast.evaluation.judge import open_judge
-from unite_fast.evaluation.ranks import current_ranks
 from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.evaluation.statistics import Moments, frechet_distance
+from unite_fast.ranks import current_ranks
 from unite_fast.training.metrics import MetricsLog, read_rows
 from unite_fast.training.state import TrainState
 
@@ -47,7 +47,7 @@ class DuringTraining:
         self.folder, self.ranks = folder / FOLDER, current_ranks()
         before = read_rows(self.folder / ROWS)
         self.rows = [row for row in before if row["step"] <= step]
-        if self.ranks.first and len(self.rows) < len(before):
+        if self.ranks.main and len(self.rows) < len(before):
             self.write()
         if not self.every:
             return
@@ -96,7 +96,7 @@ class DuringTraining:
             "seconds": time.perf_counter() - begun,
         }
         self.rows.append(row)
-        if self.ranks.first:
+        if self.ranks.main:
             self.write()
         if log is not None:
             with writing(log.events_path):
@@ -122,7 +122,7 @@ class DuringTraining:
             if mine < len(starts):
                 moments.update(self.judge.features(images.to(device)).pool)
         moments.all_reduce(self.ranks)
-        distance = frechet_distance(moments.statistics(), self.judge.reference.statistics) if self.ranks.first else 0.0
+        distance = frechet_distance(moments.statistics(), self.judge.reference.statistics) if self.ranks.main else 0.0
         return self.ranks.from_first(distance)
 
     def write(self) -> None:

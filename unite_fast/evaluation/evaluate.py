@@ -15,11 +15,11 @@ import unite_fast
 from unite_fast.data_pipeline import open_source
 from unite_fast.evaluation import report
 from unite_fast.evaluation.judge import open_judge
-from unite_fast.evaluation.ranks import Ranks, current_ranks
 from unite_fast.evaluation.reading import Shown, unseen
 from unite_fast.evaluation.reconstruction import score_reconstructions
 from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.generation import Drawn, Generation, generate_batches
+from unite_fast.ranks import Ranks, current_ranks
 from unite_fast.trained import TrainedUNITE
 
 COUNTS = {"inception": 50_000, "pixels": 1_000}
@@ -101,7 +101,7 @@ def evaluate(
         "device": device_name(model.network.device),
         "versions": versions(),
     }
-    if out is not None and ranks.first:
+    if out is not None and ranks.main:
         report.save(result, pictures, pairs, out)
     return ranks.from_first(result)
 

@@ -21,10 +21,10 @@ from unite_fast.config import SamplingConfig, require, require_choice
 from unite_fast.errors import UserError
 from unite_fast.evaluation.evaluate import weights_sha256
 from unite_fast.evaluation.judge import Judge
-from unite_fast.evaluation.ranks import Ranks
 from unite_fast.evaluation.reading import Shown, unseen
 from unite_fast.evaluation.statistics import Moments, frechet_distance
 from unite_fast.outputs import save_text
+from unite_fast.ranks import Ranks
 from unite_fast.trained import TrainedUNITE, check_drawing
 
 COUNTS = {"inception": (5_000, 50_000), "pixels": (500, 2_000)}
@@ -239,7 +239,7 @@ class Objective:
             moments.update(features(images[:real].to(features.device)).pool)
         moments.all_reduce(self.ranks)
         evaluations = sum(self.ranks.gather(evaluations))
-        distance = frechet_distance(moments.statistics(), self.judge.reference.statistics) if self.ranks.first else 0.0
+        distance = frechet_distance(moments.statistics(), self.judge.reference.statistics) if self.ranks.main else 0.0
         measured = Measured(candidate, first, count, distance, evaluations, time.perf_counter() - begun)
         measured = self.ranks.from_first(measured)
         self.cache.add(measured)
@@ -263,7 +263,7 @@ class Cache:
     def __init__(self, path: Path, settings: dict, ranks: Ranks):
         self.path, self.ranks = path, ranks
         self.settings = json.loads(json.dumps(settings))  # as it comes back from the file: tuples are lists
-        outcome = ranks.from_first(self._read() if ranks.first else None)
+        outcome = ranks.from_first(self._read() if ranks.main else None)
         if isinstance(outcome, UserError):
             raise outcome
         self.measured = {(one.candidate, one.first, one.count): one for one in outcome}
@@ -287,7 +287,7 @@ class Cache:
 
     def add(self, measured: Measured) -> None:
         self.measured[measured.candidate, measured.first, measured.count] = measured
-        if self.ranks.first:
+        if self.ranks.main:
             rows = [asdict(one) for one in self.measured.values()]
             save_text(json.dumps({"settings": self.settings, "measured": rows}, indent=1) + "\n", self.path)
 

@@ -12,11 +12,11 @@ from unite_fast.evaluation import pixels, scores
 from unite_fast.evaluation.features import Features
 from unite_fast.evaluation.inception import DIMENSION, load_inception
 from unite_fast.evaluation.pixels import Classifier, PixelFeatures, fit_pixels, read_some
-from unite_fast.evaluation.ranks import Ranks
 from unite_fast.evaluation.reading import NumberedBatch, Shown, unseen
 from unite_fast.evaluation.reference import Kept, Mixed, make_reference
 from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.evaluation.statistics import Moments, Reference, frechet_distance, load_reference
+from unite_fast.ranks import Ranks
 
 SAMPLES_PER_DIMENSION = 10
 """With fewer images than this times the dimension of the features, the bias of a Frechet distance is worth a word."""
@@ -64,7 +64,7 @@ class Judge:
         if self.classifier is not None:
             result["class_agreement"] = float(ranks.sum(right) / count)
         # The eigenvalues and the distances are work for one process; all get the same numbers.
-        if ranks.first:
+        if ranks.main:
             result["frechet_distance"] = frechet_distance(moments.statistics(), self.reference.statistics)
             result |= self._compared_one_by_one(samples)
         return ranks.from_first(result)
@@ -186,7 +186,7 @@ def _pixel_judge(
 
 def fit_pixels_once(source: Source, ranks: Ranks, device: torch.device | str) -> PixelFeatures:
     """Fitted by one process, so that all have the same components to the last bit."""
-    fitted = fit_pixels(read_some(source, pixels.FITTED_IMAGES)[0]) if ranks.first else None
+    fitted = fit_pixels(read_some(source, pixels.FITTED_IMAGES)[0]) if ranks.main else None
     basis, about = ranks.from_first((fitted.basis, fitted.source) if fitted else None)
     return PixelFeatures(basis, about, device)
 

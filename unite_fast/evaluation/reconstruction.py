@@ -11,12 +11,12 @@ from torch import Tensor
 from unite_fast.data_pipeline import Source
 from unite_fast.evaluation import scores
 from unite_fast.evaluation.judge import Judge
-from unite_fast.evaluation.ranks import Ranks
 from unite_fast.evaluation.reading import Shown, read_batches
 from unite_fast.evaluation.reference import check_broken
 from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.evaluation.statistics import Moments, frechet_distance
 from unite_fast.perceptual import LPIPS, SMALLEST_SIDE, PerceptualConfig, load_lpips
+from unite_fast.ranks import Ranks
 from unite_fast.trained import TrainedUNITE
 
 PAIRS = 30
@@ -73,7 +73,7 @@ def score_reconstructions(
     n = int(real.count)
     mean = dict(zip(_SCORES, (ranks.sum(sums) / n).tolist(), strict=True))
     real_right, rebuilt_right = (ranks.sum(right) / n).tolist() if judge.classifier is not None else (None, None)
-    distance = frechet_distance(rebuilt.statistics(), real.statistics()) if ranks.first else None
+    distance = frechet_distance(rebuilt.statistics(), real.statistics()) if ranks.main else None
     result = {
         "images": n,
         "unreadable": len(broken),

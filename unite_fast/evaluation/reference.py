@@ -10,10 +10,10 @@ from unite_fast.data_pipeline.readers import check_share
 from unite_fast.evaluation import scores
 from unite_fast.evaluation.features import Features
 from unite_fast.evaluation.pixels import PixelFeatures
-from unite_fast.evaluation.ranks import Ranks
 from unite_fast.evaluation.reading import NumberedBatch, Shown, read_batches, unseen
 from unite_fast.evaluation.statistics import Moments, Reference
 from unite_fast.randomness import permutation
+from unite_fast.ranks import Ranks
 
 KEPT = 10_000
 """Images of each side whose features are kept one by one, for KID, precision and recall; the others only enter sums."""

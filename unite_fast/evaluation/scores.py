@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unite_fast.config import require
-from unite_fast.evaluation.ranks import Ranks
+from unite_fast.ranks import Ranks
 
 SPLITS = 10
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unite_fast.config import require
 from unite_fast.errors import UserError, writing
-from unite_fast.evaluation.ranks import Ranks
+from unite_fast.ranks import Ranks
 from unite_fast.weight_file import file_sha256
 
 

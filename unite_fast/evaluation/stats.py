@@ -10,12 +10,12 @@ from unite_fast.evaluation import pixels
 from unite_fast.evaluation.features import Features
 from unite_fast.evaluation.inception import load_inception
 from unite_fast.evaluation.judge import choose_features, fit_pixels_once
-from unite_fast.evaluation.ranks import Ranks
 from unite_fast.evaluation.reading import Shown, unseen
 from unite_fast.evaluation.reference import make_reference
 from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.evaluation.statistics import Reference, save_reference
 from unite_fast.outputs import check_target
+from unite_fast.ranks import Ranks
 
 
 def save_statistics(
@@ -52,6 +52,6 @@ def save_statistics(
         features = load_inception(settings.inception, settings.inception_sha256, device)
     made = make_reference(source, features, ranks, settings.batch, workers, shown)
     made.about |= {"data": data, "source": kind, "split": split}
-    if ranks.first:
+    if ranks.main:
         save_reference(made, out)
     return made

@@ -22,65 +22,31 @@ from unite_fast.config import Config, ParallelConfig, require
 from unite_fast.model.layers import RMSNorm
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.groups import split_parameters
+from unite_fast.ranks import Ranks
 from unite_fast.training.endurance import PATIENCE, fresh_store
 
 REPLICATED_SHARE = 0.25
 """Of a device's memory: a training state up to this size is replicated (see `choose_strategy`)."""
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """This process among all of the run, as torchrun counts them."""
+def share(ranks: Ranks, batch_size: int, micro_batch: int) -> tuple[slice, int]:
+    """This process's places in the global batch, and how many of them go through the model at once.
 
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
-    per_node: int = 1
-    """Processes on each machine."""
-
-    @property
-    def main(self) -> bool:
-        """Whether this is the process that prints and writes."""
-        return self.rank == 0
-
-    @property
-    def nodes(self) -> int:
-        return self.world // self.per_node
-
-    def share(self, batch_size: int, micro_batch: int) -> tuple[slice, int]:
-        """This process's places in the global batch, and how many of them go through the model at once.
-
-        Raises:
-            UserError: the batch cannot be divided so.
-        """
-        share = batch_size // self.world
-        require(
-            batch_size % self.world == 0,
-            f"train.batch_size is {batch_size}; it must be a multiple of the number of processes ({self.world})",
-        )
-        micro = min(micro_batch or share, share)
-        require(
-            share % micro == 0,
-            f"train.micro_batch is {micro_batch}; it must divide the {share} images of train.batch_size "
-            f"({batch_size}) that each of {self.world} processes has",
-        )
-        return slice(self.rank * share, (self.rank + 1) * share), micro
-
-    def gather(self, value: object) -> list:
-        """What each process gives, rank 0 first."""
-        values = [value]
-        if self.world > 1:
-            values *= self.world
-            distributed.all_gather_object(values, value)
-        return values
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.world > 1:
-            distributed.barrier()
-
-
-ALONE = Ranks()
+    Raises:
+        UserError: the batch cannot be divided so.
+    """
+    own = batch_size // ranks.world
+    require(
+        batch_size % ranks.world == 0,
+        f"train.batch_size is {batch_size}; it must be a multiple of the number of processes ({ranks.world})",
+    )
+    micro = min(micro_batch or own, own)
+    require(
+        own % micro == 0,
+        f"train.micro_batch is {micro_batch}; it must divide the {own} images of train.batch_size "
+        f"({batch_size}) that each of {ranks.world} processes has",
+    )
+    return slice(ranks.rank * own, (ranks.rank + 1) * own), micro
 
 
 @contextmanager
@@ -94,8 +60,7 @@ def joined(device: str, timeout: float) -> Iterator[tuple[Ranks, torch.device]]:
     Raises:
         UserError: more processes on a machine than it has CUDA devices; `LostContact`, the others did not come.
     """
-    names = {"rank": "RANK", "world": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "per_node": "LOCAL_WORLD_SIZE"}
-    ranks = Ranks(**{name: int(os.environ[key]) for name, key in names.items() if key in os.environ})
+    ranks = Ranks.of_environment()
     if ranks.world == 1:
         yield ranks, torch.device(device)
         return

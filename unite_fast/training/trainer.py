@@ -16,6 +16,7 @@ from unite_fast.kernels import backend
 from unite_fast.objective import Losses, StepDraws, draw_step, flow_losses, reconstruct
 from unite_fast.perceptual import dropout_masks, load_lpips, tap_shapes
 from unite_fast.randomness import Philox, Stream
+from unite_fast.ranks import ALONE, Ranks
 from unite_fast.training.checkpoint import Checkpoint, Checkpoints
 from unite_fast.training.checkpoint_files import step_folders, step_of
 from unite_fast.training.endurance import (
@@ -30,7 +31,7 @@ from unite_fast.training.endurance import (
     write_status,
 )
 from unite_fast.training.metrics import Averages, MetricsLog, Speedometer, loss_spike
-from unite_fast.training.parallel import ALONE, Ranks, build_model, joined, reduce_gradients
+from unite_fast.training.parallel import build_model, joined, reduce_gradients, share
 from unite_fast.training.profiling import StepProfiler
 from unite_fast.training.report import Report
 from unite_fast.training.run_folder import find_start, write_config
@@ -94,7 +95,7 @@ class Trainer:
         backend.use_attention(config.attention)
         self.source = open_source(config.data.source, config.data.path, config.model.image_size, "train")
         check_data(self.source, config)
-        self.places, self.micro = ranks.share(config.train.batch_size, config.train.micro_batch)
+        self.places, self.micro = share(ranks, config.train.batch_size, config.train.micro_batch)
         self.lpips = load_lpips(config.perceptual).to(self.device) if config.perceptual.weight else None
 
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep_every)

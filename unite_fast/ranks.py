@@ -1,4 +1,4 @@
-"""The processes of torchrun that share an evaluation, or the only one."""
+"""The processes that torchrun started to work together, or the only one."""
 
 import os
 from collections.abc import Iterator
@@ -14,15 +14,34 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that work together. Of one process, every method gives back its input."""
+    """This process among those that work together, as torchrun counts them. Of one process, every method gives back its
+    input."""
 
     rank: int = 0
     world: int = 1
+    local_rank: int = 0
+    per_node: int = 1
+    """Processes on each machine."""
+
+    @classmethod
+    def of_environment(cls) -> "Ranks":
+        """By the variables that torchrun sets; alone where there are none."""
+        names = {"rank": "RANK", "world": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "per_node": "LOCAL_WORLD_SIZE"}
+        return cls(**{name: int(os.environ[key]) for name, key in names.items() if key in os.environ})
 
     @property
-    def first(self) -> bool:
-        """Whether this process writes files and speaks."""
+    def main(self) -> bool:
+        """Whether this is the process that prints and writes."""
         return self.rank == 0
+
+    @property
+    def nodes(self) -> int:
+        return self.world // self.per_node
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            dist.barrier()
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over all processes, in place."""
@@ -53,6 +72,9 @@ class Ranks:
         return (range(start, min(start + batch, count)) for start in starts[self.rank :: self.world])
 
 
+ALONE = Ranks()
+
+
 def current_ranks() -> Ranks:
     """Of the process group that is already there, if one is."""
     if dist.is_available() and dist.is_initialized():
@@ -67,11 +89,11 @@ def ranks_of_torchrun(device: torch.device) -> Iterator[Ranks]:
     Args:
         device: of kind "cpu" or "cuda"; the current CUDA device becomes this process's own.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if Ranks.of_environment().world == 1 or dist.is_initialized():
         yield current_ranks()
         return
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(Ranks.of_environment().local_rank)
     # Both on CUDA, since counts and small sums live on the CPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # Processes meet seldom, with hours of work between; one that dies is torchrun's to notice.
