@@ -42,7 +42,9 @@ def _leave(message: str, status: int) -> None:
     # What is wrong before the processes met is wrong for all of a machine; the first of them says it.
     if _among_others() or os.environ.get("LOCAL_RANK", "0") == "0":
         text = message if status == 1 else " ".join(message.splitlines())
-        print(f"error: {rank}{text}", file=sys.stderr, flush=True)
+        # In one piece, or it would mix with what other processes write.
+        sys.stderr.write(f"error: {rank}{text.rstrip()}\n")
+        sys.stderr.flush()
     if _among_others():
         # At once: what Python and PyTorch tidy up at the end may wait for processes that are gone.
         sys.stdout.flush()

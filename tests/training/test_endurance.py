@@ -247,13 +247,14 @@ def test_a_rank_that_dies_ends_the_others_even_if_they_are_stuck(ranks, capfd):
 
 
 def test_a_rank_that_hangs_ends_with_its_line_and_where(ranks, capfd):
-    assert ranks(3, in_child, a_loop, sleep, 1.0) == [HUNG] * 3
+    """The others end by themselves, too, or because it has ended, whichever is first."""
+    ended = ranks(3, in_child, a_loop, sleep, 1.0)
+    assert ended[1] == HUNG and {ended[0], ended[2]} <= {HUNG, TEMPORARY}
     lines, printed = errors(capfd)
     assert lines[1] == "error: rank 1: step 5: no progress for 1 s while reading images"
     for rank in (0, 2):
-        assert re.fullmatch(
-            rf"error: rank {rank}: step [567]: no progress for 1 s while waiting for the other processes", lines[rank]
-        )
+        what = "(no progress for 1 s|lost contact with another process|lost contact with rank 1)"
+        assert re.match(rf"error: rank {rank}: step [567]: {what} while waiting for the other processes", lines[rank])
     assert "in sleep\n    time.sleep(100)\n" in printed
 
 

@@ -245,7 +245,9 @@ class Watchdog:
     def _end(self, what: str, status: int) -> None:
         if not self.ended.is_set():
             rank = f"rank {self.peers.rank}: " if self.peers.world > 1 else ""
-            print(f"error: {rank}step {self.step}: {what.rstrip()}", file=sys.stderr, flush=True)
+            # In one piece, or it would mix with what other processes write.
+            sys.stderr.write(f"error: {rank}step {self.step}: {what.rstrip()}\n")
+            sys.stderr.flush()
             os._exit(status)
 
 
