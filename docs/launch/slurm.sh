@@ -27,19 +27,19 @@ HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 PORT=$((20000 + SLURM_JOB_ID % 20000))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 
-# Slurm signals all processes of the step. torchrun itself must not act on it: it would end the others after 30 seconds,
-# and pass the signal on, so that they got it twice. What a shell ignores, the programs that it becomes ignore.
+# torchrun passes the warning on to its processes, and gives them nearly the whole five minutes to save.
 launch() {
-    trap '' USR1 TERM
     exec "$VENV/bin/torchrun" \
         --nnodes "$SLURM_NNODES" --nproc-per-node "$GPUS_PER_NODE" \
         --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" --rdzv-endpoint "$HEAD:$PORT" \
-        --max-restarts 20 --signals-to-handle SIGINT,SIGHUP,SIGQUIT \
+        --max-restarts 20 --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 270 \
         -m unite_fast train "$@" "train.out=$RUN" --resume
 }
 export -f launch
 export VENV RUN GPUS_PER_NODE HEAD PORT
 
+# A job that fails before it trains must not be taken for the one that was stopped before.
+rm -f "$RUN/status"
 ended=0
 srun --kill-on-bad-exit=0 --wait=120 bash -c 'launch "$@"' launch "$@" || ended=$?
 

@@ -146,6 +146,7 @@ class Trainer:
         try:
             self.averages.load_state_dict(found.progress["averages"])
             self.loader.load_state_dict(found.progress["loader"])
+            self.state.skipped_steps.fill_(found.progress["skipped_steps"])
         except KeyError as error:
             raise UserError(f"cannot resume from {found.path}: it lacks {error}") from error
 
@@ -290,6 +291,7 @@ class Trainer:
             "averages": self.averages.state_dict(),
             "loader": {**self.loader.state_dict(), "skipped": self.broken_samples()},
             "decoder": self.choice.decoder,
+            "skipped_steps": int(self.state.skipped_steps),
         }
         tensors = self.state.tensors()
         # A loss of this step can be finite although its update was not.
