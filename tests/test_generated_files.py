@@ -205,7 +205,7 @@ def test_parts_of_other_settings_are_refused_and_kept(model, made, stopped, chan
 
 
 def test_parts_of_other_weights_are_refused(trained_folder, made, stopped):
-    other = unite_fast.load(trained_folder / "checkpoints" / "step_00000010.safetensors")
+    other = unite_fast.load(trained_folder / "checkpoints" / "step_00000010")
     with pytest.raises(UserError, match="weights was"):
         generate_files(other, made, stopped)
 

@@ -85,7 +85,13 @@ def generate_latents(model: UNITE, labels: Tensor, noise: Tensor, config: Sampli
 
 
 def generate(
-    model: UNITE, labels: Tensor, config: SamplingConfig, seed: int = 0, batch: int = 64, first: int = 0
+    model: UNITE,
+    labels: Tensor,
+    config: SamplingConfig,
+    seed: int = 0,
+    batch: int = 64,
+    first: int = 0,
+    precision: str = "float32",
 ) -> Tensor:
     """Images of the given classes.
 
@@ -93,6 +99,7 @@ def generate(
 
     Args:
         labels: int64 [n], in 0..num_classes - 1.
+        precision: see `generate_batch`.
 
     Returns:
         uint8 [n, 3, S, S] on the CPU.
@@ -104,7 +111,7 @@ def generate(
     network = Network.of(model, config.order)
     positions = torch.arange(first, first + len(labels))
     parts = zip(labels.split(batch), positions.split(batch), strict=True)
-    return torch.cat([generate_batch(model, network, *part, config, seed) for part in parts])
+    return torch.cat([generate_batch(model, network, *part, config, seed, precision) for part in parts])
 
 
 @torch.no_grad()

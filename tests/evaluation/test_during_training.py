@@ -17,7 +17,7 @@ from unite_fast.evaluation.gallery import curves
 from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.model.unite import UNITE
 from unite_fast.recipes import load_config
-from unite_fast.training.checkpoint import load_checkpoint
+from unite_fast.training.checkpoint import Checkpoints
 from unite_fast.training.state import TrainState
 from unite_fast.training.trainer import Trainer, train
 
@@ -61,7 +61,7 @@ def test_what_is_written_says_how_it_was_measured(evaluated):
 
 
 def test_the_gallery_shows_the_curve(evaluated):
-    for checkpoint in (evaluated, evaluated / "checkpoints" / "latest.safetensors"):
+    for checkpoint in (evaluated, evaluated / "checkpoints" / "latest"):
         (section,) = curves(checkpoint)
         chart = {chart.title: chart for chart in section.charts}["Frechet distance of PCA-reduced pixels"]
         assert chart.steps == [4, 8, 12, 16, 20]
@@ -73,8 +73,8 @@ def test_a_resumed_run_has_the_same_curve(evaluated, tiny_run, tmp_path, assert_
     killed = tmp_path / "killed"
     shutil.copytree(evaluated, killed, symlinks=True)
     checkpoints = killed / "checkpoints"
-    (checkpoints / "step_00000020.safetensors").unlink()
-    (checkpoints / "latest.safetensors").unlink()
+    shutil.rmtree(checkpoints / "step_00000020")
+    (checkpoints / "latest").unlink()
     curve = killed / "evaluation" / "curve.jsonl"
     curve.write_text("".join(curve.read_text().splitlines(keepends=True)[:3]) + '{"step": 16, "dist')
     settings = (*tiny_run, *EVALUATED, f"train.out={killed}")
@@ -123,8 +123,10 @@ def run_in_ranks(folder: Path, out: Path, settings: tuple[str, ...]) -> tuple[st
     torch.distributed.init_process_group("gloo")
     config = load_config("digits", settings)
     state = TrainState(UNITE(config.model), config)
-    saved = load_checkpoint(folder)
-    state.load_tensors(saved.tensors, saved.step)
+    checkpoints = Checkpoints(folder / "checkpoints", 0)
+    found = checkpoints.find()
+    checkpoints.load_into(found, state.tensors())
+    state.resume_at(found.step)
     evaluation = DuringTraining(config, out, torch.device("cpu"), 0)
     return evaluation.run(state, None), evaluation.rows
 

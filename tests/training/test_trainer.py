@@ -16,7 +16,8 @@ from unite_fast.recipes import load_config, to_tree
 from unite_fast.training.checkpoint import load_checkpoint
 from unite_fast.training.checkpoint_files import step_folders, step_of
 from unite_fast.training.metrics import of_training, read_rows
-from unite_fast.training.trainer import Trainer, check_same_settings, train
+from unite_fast.training.run_folder import check_same_settings
+from unite_fast.training.trainer import Trainer, train
 
 
 @pytest.fixture

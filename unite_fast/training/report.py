@@ -85,7 +85,7 @@ class Report:
         labels = torch.arange(PICTURE_ROWS * PICTURE_COLUMNS) % min(config.model.num_classes, PICTURE_COLUMNS)
         # Sampling meets shapes of its own; compiling for them would take longer than drawing.
         with self.state.ema.applied(), torch.compiler.set_stance("force_eager"):
-            samples = sampling.generate(model, labels, config.sampling, config.seed)
+            samples = sampling.generate(model, labels, config.sampling, config.seed, precision=config.train.precision)
             reconstructions = sampling.reconstruct(model, self.held_out, config.seed)
         if not self.main:
             return

@@ -1,7 +1,7 @@
 """The training loop and what surrounds it: a run's folder, resuming, stopping."""
 
 import time
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -261,7 +261,7 @@ class Trainer:
         """All processes draw them together, since each may hold a part of the weights; the main one writes."""
         self.watchdog.beat(self.state.step, "drawing pictures", patient=True)
         # Sharded weights are gathered in the precision of training, and so must be what they meet.
-        with self.autocast() if self.ranks.world > 1 else nullcontext():
+        with self.autocast():
             self.report.save_pictures(self.log.rows if self.log else [])
 
     def write_metrics(self) -> None:
