@@ -80,6 +80,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tests/test_torchrun.py")
     group.addoption("--kills", type=int, default=2, help="how often a process of a run is killed (default 2)")
     group.addoption("--torchrun", action="store_true", help="start runs by the command, not by its agent alone")
+    group = parser.getgroup("tests/training/test_parallel.py")
+    group.addoption("--every-strategy", action="store_true", help="compare the losses of all ways to share the work")
 
 
 def pytest_configure() -> None:
