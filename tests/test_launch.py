@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,8 @@ def test_the_kubernetes_example_is_of_one_piece():
     spec = job["spec"]
     pod = spec["template"]["spec"]
     container = pod["containers"][0]
-    program, *arguments = container["command"]
+    shell, flag, _, program, *arguments = container["command"]
+    assert (shell, flag) == ("bash", "-c") and "train.out=/runs/imagenet256_b" in arguments
     options = get_args_parser().parse_args(arguments)
     assert program == "torchrun" and (options.module, options.training_script) == (True, "unite_fast")
     assert spec["completionMode"] == "Indexed"
@@ -93,3 +95,26 @@ def test_the_recipes_keep_their_batch_on_one_machine_and_on_many(recipe, nodes):
 def test_the_page_names_files_that_exist():
     for name in set(re.findall(r"(?:docs|unite_fast)/[\w/.-]+\.(?:md|sh|yaml|py)", PAGE)):
         assert (DOCS.parent / name).is_file(), name
+
+
+@pytest.mark.parametrize(("ends", "signalled", "succeeds"), [("finished", False, True), ("stopped", True, False)])
+def test_a_pod_succeeds_only_when_the_run_has_finished(ends, signalled, succeeds, tmp_path):
+    """With a program in torchrun's place, which writes the status that a run would."""
+    *_, job = yaml.safe_load_all(KUBERNETES.read_text())
+    script = job["spec"]["template"]["spec"]["containers"][0]["command"][2]
+    status = tmp_path / "status"
+    script = script.replace("/runs/imagenet256_b/status", str(status))
+    program = tmp_path / "torchrun"
+    wait = "trap 'echo stopped > $1; exit 0' TERM; touch $1.began; while :; do sleep 0.05; done"
+    program.write_text(f"#!/bin/bash\n{wait if signalled else 'echo finished at step 3 > $1'}\n")
+    program.chmod(0o755)
+    path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    pod = subprocess.Popen(["bash", "-c", script, "torchrun", str(status)], env=path)
+    if signalled:
+        end = time.monotonic() + 30
+        while not status.with_name("status.began").exists():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        pod.terminate()
+    assert (pod.wait(30) == 0) == succeeds
+    assert status.read_text().startswith(ends)

@@ -38,7 +38,7 @@ def main() -> None:
 
 def _leave(message: str, status: int) -> None:
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    rank = f"rank {os.environ['RANK']}: " if several else ""
+    rank = f"rank {os.environ.get('RANK', '?')}: " if several else ""
     # What is wrong before the processes met is wrong for all of a machine; the first of them says it.
     if _among_others() or os.environ.get("LOCAL_RANK", "0") == "0":
         text = message if status == 1 else " ".join(message.splitlines())

@@ -297,7 +297,7 @@ class ParallelConfig:
     """Let go of a block's gathered weights between forward and backward pass: less memory, one more gathering."""
     timeout: float = 600.0
     """Seconds without progress after which a process ends itself: the images of a batch, a forward and backward pass,
-    another process. Ten times that for the start, the first step, a checkpoint, pictures."""
+    another process. Ten times that for the start, the first step, a checkpoint, pictures, an evaluation."""
 
     def __post_init__(self):
         require_choice("parallel.strategy", self.strategy, ("auto", "ddp", "fsdp", "hsdp"))

@@ -183,13 +183,3 @@ def backward_workspace(config: Config, images: int) -> float:
     channels, height, width = tap_shapes(model.image_size, model.image_size)[0]
     tap = 4 * FLOAT * channels * height * width if config.perceptual.weight else 0
     return images * max(block, tap)
-
-
-def optimizer_workspace(model: ModelConfig) -> float:
-    """Bytes that Muon needs while it works on all matrices of its largest shape: the direction in float32, it in
-    bfloat16, and two iterates."""
-    sizes: dict[tuple[int, ...], int] = {}
-    for shape in parameter_shapes(model):
-        if shape.muon:
-            sizes[shape.shape] = sizes.get(shape.shape, 0) + shape.numbers
-    return (FLOAT + 3 * HALF) * max(sizes.values())

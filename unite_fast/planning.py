@@ -137,9 +137,11 @@ def exchanges(config: Config, cluster: Cluster, strategy: str, micro_steps: int)
             Exchange("all-gather of Muon's updates", memory.HALF * muon, 1, cluster.gpus, False),
         ]
     scope = cluster.gpus if strategy == "fsdp" else min(cluster.gpus, cluster.gpus_per_node)
-    passes = 2 if config.parallel.reshard_after_forward else 1
+    gathered, times = memory.HALF * (every + encoder), 2 * micro_steps
+    if not config.parallel.reshard_after_forward:
+        gathered, times = memory.HALF * every, 1  # kept until the step ends
     found = [
-        Exchange("all-gather of parameters", memory.HALF * (every + encoder), passes * micro_steps, scope, True),
+        Exchange("all-gather of parameters", gathered, times, scope, True),
         Exchange("reduce-scatter of gradients", memory.FLOAT * every, 1, scope, True),
         Exchange("all-to-all of Muon's matrices", 2 * memory.HALF * muon / scope, 1, scope, False),
     ]
@@ -301,8 +303,7 @@ def make_plan(config: Config, cluster: Cluster, data: str = "") -> Plan:
         raise UserError(f"--data is {data!r}; it must be one of {', '.join(CPU_SECONDS)}")
     strategy, why = choose_strategy(config, cluster)
     share = batch // gpus
-    asked = min(config.train.micro_batch or share, share)
-    micro = next(size for size in micro_batches(share) if size <= asked)
+    _, micro = parallel.share(Ranks(world=gpus), batch, config.train.micro_batch)
     fast, slow = (predict_speed(config, cluster, strategy, share // micro, assumed) for assumed in (FAST, SLOW))
     return Plan(
         config,

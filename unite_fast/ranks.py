@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from unite_fast.errors import UserError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -82,6 +84,28 @@ def current_ranks() -> Ranks:
     return Ranks()
 
 
+def own_device(kind: str, ranks: Ranks) -> tuple[torch.device, str]:
+    """The device that this process works on, and the backend for its process group: on CUDA gloo too, since counts and
+    small sums live on the CPU.
+
+    Args:
+        kind: cpu or cuda; of several CUDA devices, this process takes the one of its number on the machine.
+
+    Raises:
+        UserError: more processes on a machine than it has CUDA devices.
+    """
+    if kind != "cuda":
+        return torch.device(kind), "gloo"
+    devices = torch.cuda.device_count()
+    # Not by the rank, so that all processes of a machine say it, rank 0 among them.
+    if ranks.per_node > devices:
+        raise UserError(
+            f"{ranks.per_node} processes on this machine, but torch sees {devices} CUDA devices; start one for each"
+        )
+    torch.cuda.set_device(ranks.local_rank)
+    return torch.device(kind, ranks.local_rank), "cpu:gloo,cuda:nccl"
+
+
 @contextmanager
 def ranks_of_torchrun(device: torch.device) -> Iterator[Ranks]:
     """Joins the processes that torchrun started, if it did, and leaves them at the end.
@@ -89,16 +113,12 @@ def ranks_of_torchrun(device: torch.device) -> Iterator[Ranks]:
     Args:
         device: of kind "cpu" or "cuda"; the current CUDA device becomes this process's own.
     """
-    if Ranks.of_environment().world == 1 or dist.is_initialized():
+    ranks = Ranks.of_environment()
+    if ranks.world == 1 or dist.is_initialized():
         yield current_ranks()
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(Ranks.of_environment().local_rank)
-    # Both on CUDA, since counts and small sums live on the CPU.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # Processes meet seldom, with hours of work between; one that dies is torchrun's to notice.
-    dist.init_process_group(backend, timeout=timedelta(hours=12))
-    try:
-        yield current_ranks()
-    finally:
-        dist.destroy_process_group()
+    dist.init_process_group(own_device(device.type, ranks)[1], timeout=timedelta(hours=12))
+    yield current_ranks()
+    # Not after an error: it could wait for processes that are gone.
+    dist.destroy_process_group()

@@ -158,7 +158,8 @@ def in_child(function: Callable, *arguments: object) -> int:
         try:
             function(*arguments)
         except UserError as error:
-            print(f"error: rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"error: rank {os.environ['RANK']}: {error}\n")  # in one piece, as cli.py does
+            sys.stderr.flush()
             os._exit(error.status)
         except BaseException:
             traceback.print_exc()

@@ -68,6 +68,14 @@ def test_the_first_step_that_is_not_finite_is_remembered(bad, where):
     assert (means["total"], means["flow"], means["grad_norm"]) == (1.0, 3.0, 1.0)
 
 
+def test_means_of_no_finite_step_are_nan_and_no_good_loss():
+    averages = Averages(torch.device("cpu"))
+    averages.add(1, losses(math.inf), torch.tensor(1.0))
+    assert all(math.isnan(mean) for mean in averages.take().values())
+    assert loss_spike(rows_of([2.0, 2.1] * 5 + [math.nan])) is None
+    assert loss_spike(rows_of([2.0, 2.1] * 5 + [math.nan, 9.0])) is not None
+
+
 def averaged_by(rank: int) -> Averages:
     """What a rank of two has summed after three steps; rank 1 met a bad number in the second."""
     averages = Averages(torch.device("cpu"))

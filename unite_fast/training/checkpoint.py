@@ -72,8 +72,11 @@ class Team:
         """
         try:
             outcome = (True, work())
-        except Exception as error:
+        except (UserError, OSError) as error:
             outcome = (False, error)
+        except Exception as error:
+            # Whatever it is, it can be sent: an error that cannot would leave the others waiting.
+            outcome = (False, RuntimeError(f"{type(error).__name__}: {error}"))
         outcomes = [outcome]
         if not self.alone:
             outcomes = [None] * self.size

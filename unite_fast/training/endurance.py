@@ -30,7 +30,7 @@ TEMPORARY = 75
 HUNG = 124
 """Exit status of a process that made no progress: that of timeout(1)."""
 PATIENCE = 10
-"""How many times the ordinary limit a start, a compilation, a checkpoint or drawing may take."""
+"""How many times the ordinary limit a start, a compilation, a checkpoint, drawing or an evaluation may take."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Ask a run to save and end; Slurm sends the last one before a job's time is over."""
 ROLL_CALL = 3.0

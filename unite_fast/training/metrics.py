@@ -18,6 +18,7 @@ from unite_fast.errors import writing
 from unite_fast.flops import image_flops
 from unite_fast.hardware import recognise
 from unite_fast.objective import Losses
+from unite_fast.ranks import current_ranks
 from unite_fast.training.clock import StepClock
 from unite_fast.training.wandb_log import WandbLog
 
@@ -55,15 +56,15 @@ class Averages:
 
     def bad_step(self) -> int | None:
         """The first step whose losses or gradients were not finite, on any process; waits for the device."""
-        if processes() > 1:
+        if current_ranks().world > 1:
             distributed.all_reduce(self.first_bad_step, distributed.ReduceOp.MIN)
         step = int(self.first_bad_step)
         return step if step < NEVER else None
 
     def take(self) -> dict[str, float]:
-        """The means over steps and processes, and start anew; waits for the device."""
+        """The means over steps and processes, nan if no step was finite, and start anew; waits for the device."""
         self._share()
-        means = (self.sums / self.count.clamp(min=1)).tolist()
+        means = (self.sums / self.count).tolist()
         self.sums.zero_()
         self.count.zero_()
         return dict(zip(AVERAGED, means, strict=True))
@@ -79,13 +80,9 @@ class Averages:
 
     def _share(self) -> None:
         """Give each process the mean of all sums. A run that goes on has then the same bits as one that resumes."""
-        if processes() > 1:
+        if current_ranks().world > 1:
             distributed.all_reduce(self.sums)
-            self.sums /= processes()
-
-
-def processes() -> int:
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+            self.sums /= current_ranks().world
 
 
 class Speedometer:
@@ -115,7 +112,7 @@ class Speedometer:
         processes must call it together."""
         seconds, parts = self.clock.take()
         rate = steps * self.batch_size / seconds
-        row = {"images_per_s": rate, "images_per_s_per_gpu": rate / processes()}
+        row = {"images_per_s": rate, "images_per_s_per_gpu": rate / current_ranks().world}
         if self.peak:
             row["mfu"] = row["images_per_s_per_gpu"] * self.image_flops / self.peak
         row |= {f"seconds_{part}": spent / steps for part, spent in parts.items()}
@@ -129,7 +126,7 @@ class Speedometer:
             # Kilobytes, but bytes on macOS.
             unit = 1 if sys.platform == "darwin" else 1024
             most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        if processes() > 1:
+        if current_ranks().world > 1:
             shared = torch.tensor(float(most), dtype=torch.float64, device=self.device)
             distributed.all_reduce(shared, distributed.ReduceOp.MAX)
             most = shared.item()
@@ -146,9 +143,11 @@ def loss_spike(rows: Sequence[dict]) -> str | None:
     if len(rows) <= SPIKE_LEAST_ROWS:
         return None
     *before, last = rows[-SPIKE_ROWS - 1 :]
-    totals = [row["total"] for row in before]
+    totals = [row["total"] for row in before if math.isfinite(row["total"])]
+    if len(totals) < SPIKE_LEAST_ROWS:
+        return None
     mean, deviation = statistics.fmean(totals), statistics.stdev(totals)
-    if not last["total"] > mean + SPIKE_DEVIATIONS * deviation or not math.isfinite(mean):
+    if not last["total"] > mean + SPIKE_DEVIATIONS * deviation:
         return None
     return (
         f"loss spike: {last['total']:.4f} in the steps up to {last['step']}; the {len(before)} rows before have "

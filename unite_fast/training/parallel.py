@@ -5,11 +5,12 @@ whole training state, cut into S parts: ddp is N x 1, fsdp 1 x N, hsdp nodes x p
 shards nothing and has plain tensors.
 """
 
+import math
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -22,7 +23,7 @@ from unite_fast.config import Config, ParallelConfig, require
 from unite_fast.model.layers import RMSNorm
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.groups import split_parameters
-from unite_fast.ranks import Ranks
+from unite_fast.ranks import Ranks, own_device
 from unite_fast.training.endurance import PATIENCE, fresh_store
 
 REPLICATED_SHARE = 0.25
@@ -64,15 +65,7 @@ def joined(device: str, timeout: float) -> Iterator[tuple[Ranks, torch.device]]:
     if ranks.world == 1:
         yield ranks, torch.device(device)
         return
-    own, backend = torch.device(device), "gloo"
-    if device == "cuda":
-        devices = torch.cuda.device_count()
-        require(
-            ranks.per_node <= devices,  # wrong for all of the machine's processes, of which the first says so
-            f"{ranks.per_node} processes on this machine, but torch sees {devices} CUDA devices; start one for each",
-        )
-        own, backend = torch.device(device, ranks.local_rank), "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(own)
+    own, backend = own_device(device, ranks)
     # The watchdog comes first, and says more; this is for the case that it is stuck as well.
     longest = 1.1 * PATIENCE * timeout
     store, rank, world = fresh_store(longest)
@@ -149,7 +142,10 @@ def build_model(config: Config, ranks: Ranks, device: torch.device) -> tuple[UNI
     it is built without memory, divided, and filled one parameter at a time."""
     with torch.device("meta"):
         model = UNITE(config.model)
-    strategy = choose_strategy(config.parallel, ranks, state_bytes(model), device_memory(device, ranks))
+    # Machines may differ, and all must choose the same: by the least memory, and groups that fit into each machine.
+    per_node, free = zip(*ranks.gather((ranks.per_node, device_memory(device, ranks))), strict=True)
+    alike = replace(ranks, per_node=math.gcd(*per_node))
+    strategy = choose_strategy(config.parallel, alike, state_bytes(model), min(free))
     if config.train.compile:
         compile_blocks(model)
     if ranks.world > 1:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from unite_fast.config import Config, EvaluationConfig, require
+from unite_fast.config import Config, EvaluationConfig, ParallelConfig, SamplingConfig, require
 from unite_fast.errors import writing
 from unite_fast.recipes import to_tree
 from unite_fast.training.checkpoint import Checkpoint, Checkpoints
@@ -17,15 +17,16 @@ FREE_ON_RESUME = {
     "data.loader",
     "data.workers",
     "profile.steps",
-    "parallel.strategy",
-    "parallel.reshard_after_forward",
-    "parallel.timeout",
+    "perceptual.vgg_path",
+    "perceptual.lpips_path",
     "optim.nonfinite",
     *(
         f"train.{key}"
-        for key in ("steps", "device", "log_every", "checkpoint_every", "keep_every", "picture_every", "out", "wandb")
+        for key in ("steps", "device", "log_every", "checkpoint_every", "keep_every", "picture_every", "evaluate_every")
     ),
-    "train.evaluate_every",
+    *("train.out", "train.wandb"),
+    *(f"parallel.{key.name}" for key in fields(ParallelConfig)),
+    *(f"sampling.{key.name}" for key in fields(SamplingConfig)),
     *(f"evaluation.{key.name}" for key in fields(EvaluationConfig)),
 }
 """Settings that a resumed run may change: they do not change what a step computes."""

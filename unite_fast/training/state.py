@@ -19,7 +19,8 @@ counts its steps once for all parameters."""
 
 class TrainState:
     """
-    Of a sharded model each process holds its part of everything: parameters, gradients, optimizers, averages.
+    Of a sharded model each process holds its part of everything: parameters, optimizers, averages, and gradients once
+    they are added up; before that, from the first backward pass of a step on, it gathers whole ones.
 
     Attributes:
         model: the weights that train.

@@ -2,7 +2,7 @@
 
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -181,7 +181,7 @@ class Trainer:
                 self.save()
             self.checkpoints.wait()
         seconds = time.perf_counter() - begun
-        if not stopped_by:
+        if not stopped_by and not (config.picture_every and state.step % config.picture_every == 0):
             self.save_pictures()
         speed = (state.step - self.first_step) * config.batch_size / seconds
         outcome = Outcome(self.folder, state.step, stopped_by, seconds, speed)
@@ -197,7 +197,11 @@ class Trainer:
 
     def read(self) -> Batch:
         self.watchdog.beat(self.state.step + 1, "reading images")
-        return next(self.loader)
+        batch = next(self.loader)
+        if self.device.type == "cuda" and not batch.images.is_cuda:
+            # From other memory a copy to the GPU would wait for what the GPU has yet to do.
+            batch = replace(batch, images=batch.images.pin_memory(), labels=batch.labels.pin_memory())
+        return batch
 
     def step(self, batch: Batch) -> tuple[Losses, Tensor]:
         """One optimizer step on this process's places of the global batch.
@@ -279,6 +283,9 @@ class Trainer:
             "skipped_steps": int(self.state.skipped_steps),
             **speed,
         }
+        skipped = row["skipped_steps"] - (self.log.rows[-1]["skipped_steps"] if self.log.rows else 0)
+        if skipped:
+            self.report.say(f"{skipped} of the last steps left out: gradients not finite (optim.nonfinite=skip)")
         self.log.write(row)
         self.report.show(row)
         if spike := loss_spike(self.log.rows):
