@@ -206,6 +206,21 @@ def test_pictures_that_cannot_be_read_are_counted(model, tmp_path):
         evaluate(model, EvaluationSettings(count=20, sampling={"steps": 1}))
 
 
+def test_named_data_may_be_of_another_kind_than_those_trained_on(model, tmp_path):
+    images, labels = open_source("digits", "", 8, "test").read(range(60))
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        for split in ("train", "val"):
+            folder = tmp_path / "data" / split / str(int(label))
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    settings = EvaluationSettings(count=20, sampling={"steps": 1}, data=str(tmp_path / "data"))
+    of_pictures = evaluate(model, settings)
+    assert (of_pictures["reference"]["images"], of_pictures["reconstruction"]["images"]) == (60, 60)
+    # A model that was imported knows that it wants a folder, and not which.
+    model.config.data.source = "folder"
+    assert evaluate(model, settings)["reconstruction"]["psnr"] == of_pictures["reconstruction"]["psnr"]
+
+
 def test_what_is_in_the_way_is_found_before_the_work(model, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "open_judge", None)
     (tmp_path / "file").write_text("mine")

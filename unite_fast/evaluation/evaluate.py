@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import unite_fast
-from unite_fast.data_pipeline import open_source
+from unite_fast.errors import UserError
 from unite_fast.evaluation import report
 from unite_fast.evaluation.judge import open_judge
-from unite_fast.evaluation.reading import Shown, unseen
+from unite_fast.evaluation.reading import Shown, open_named, unseen
 from unite_fast.evaluation.reconstruction import score_reconstructions
 from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.generation import Drawn, Generation, generate_batches
@@ -58,8 +58,12 @@ def evaluate(
     # First, since it is short and what may be missing for it should not show after hours of generating.
     reconstruction, pairs = None, None
     if settings.reconstructions:
-        data = model.config.data
-        source = open_source(data.source, settings.data or data.path, model.config.model.image_size, "test")
+        try:
+            source = open_named(model.config, settings.data, "test")
+        except UserError as error:
+            raise UserError(
+                f"{error}; name held-out images with --data FOLDER, or give --reconstructions 0 to do without"
+            ) from error
         reconstruction, pairs = score_reconstructions(model, source, judge, settings, ranks, shown)
     generated, pictures = [], {}
     for generation in series:

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from unite_fast.config import Config, require
-from unite_fast.data_pipeline import Source, open_source
+from unite_fast.data_pipeline import Source
 from unite_fast.evaluation import pixels, scores
 from unite_fast.evaluation.features import Features
 from unite_fast.evaluation.inception import DIMENSION, load_inception
 from unite_fast.evaluation.pixels import Classifier, PixelFeatures, fit_pixels, read_some
-from unite_fast.evaluation.reading import NumberedBatch, Shown, unseen
+from unite_fast.evaluation.reading import NumberedBatch, Shown, open_named, unseen
 from unite_fast.evaluation.reference import Kept, Mixed, make_reference
 from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.evaluation.statistics import Moments, Reference, frechet_distance, load_reference
@@ -177,7 +177,7 @@ def _pixel_judge(
             f"{known.path} is of images of side {features.image_size}, this model makes {size} x {size}",
         )
         check_fit(known, features)
-    source = open_source(config.data.source, settings.data or config.data.path, size, "train")
+    source = open_named(config, settings.data, "train")
     if known is None:
         features = fit_pixels_once(source, ranks, device)
         known = make_reference(source, features, ranks, settings.batch, config.data.workers, shown)

@@ -23,7 +23,7 @@ class EvaluationSettings:
     reference: str = ""
     """A .npz with the statistics of real images; empty, with pixels: the training images."""
     data: str = ""
-    """Folder of the data; empty: the one trained on."""
+    """Folder or address of the data, of whatever kind; empty: those trained on."""
     count: int | None = None
     """Generated images for each guidance scale; None: 50,000 with Inception, 1,000 with pixels."""
     guidance: tuple[float, ...] = ()
