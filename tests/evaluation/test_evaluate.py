@@ -219,6 +219,16 @@ def test_named_data_may_be_of_another_kind_than_those_trained_on(model, tmp_path
     # A model that was imported knows that it wants a folder, and not which.
     model.config.data.source = "folder"
     assert evaluate(model, settings)["reconstruction"]["psnr"] == of_pictures["reconstruction"]["psnr"]
+    with pytest.raises(UserError, match=r"needs data\.path.*; name the training images with --data FOLDER"):
+        evaluate(model, replace(settings, data=""))
+    model.config.model.num_classes = 11
+    with pytest.raises(UserError, match="the data have 10 classes and the model has 11"):
+        evaluate(model, settings)
+    reference = tmp_path / "ref.npz"
+    save_statistics(str(tmp_path / "data"), 8, "train", settings, reference, Ranks(), "cpu")
+    model.config.model.num_classes = 1  # so no classifier is taught, which would read them
+    with pytest.raises(UserError, match=r"needs data\.path.*--data FOLDER, or give --reconstructions 0"):
+        evaluate(model, replace(settings, data="", reference=str(reference)))
 
 
 def test_what_is_in_the_way_is_found_before_the_work(model, tmp_path, monkeypatch):
