@@ -176,6 +176,9 @@ def test_features_that_cannot_be_had(model, inception_file, digits_npz, tmp_path
     [
         ({"features": "clip"}, "features is 'clip'; it must be one of auto, inception, pixels"),
         ({"count": 0}, "the count is 0 images"),
+        ({"count": 1}, "the count is 1 images; a covariance needs at least 2"),
+        ({"reconstructions": -1}, "the number of reconstructions is -1"),
+        ({"reconstructions": 1}, "the number of reconstructions is 1; a covariance needs at least 2, or give 0"),
         ({"batch": 0}, "the batch is 0 images"),
         ({"guidance": (float("nan"),)}, "guidance must be finite"),
         ({"inception_sha256": "67"}, "8 to 64 hex digits"),
@@ -237,3 +240,6 @@ def test_what_is_in_the_way_is_found_before_the_work(model, tmp_path, monkeypatc
     with pytest.raises(UserError, match="file is in the way: it is no folder"):
         evaluate(model, EvaluationSettings(), tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+    for wrong in ({"solver": "magic"}, {"steps": 0}, {"interval": (1.0, 0.0)}):
+        with pytest.raises(UserError, match=f"sampling.{next(iter(wrong))}"):
+            evaluate(model, EvaluationSettings(sampling=wrong))
