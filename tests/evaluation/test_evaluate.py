@@ -240,6 +240,6 @@ def test_what_is_in_the_way_is_found_before_the_work(model, tmp_path, monkeypatc
     with pytest.raises(UserError, match="file is in the way: it is no folder"):
         evaluate(model, EvaluationSettings(), tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
-    for wrong in ({"solver": "magic"}, {"steps": 0}, {"interval": (1.0, 0.0)}):
+    for wrong in ({"foo": 1}, {"solver": "magic"}, {"steps": 0}, {"interval": (1.0, 0.0)}):
         with pytest.raises(UserError, match=f"sampling.{next(iter(wrong))}"):
             evaluate(model, EvaluationSettings(sampling=wrong))

@@ -4,7 +4,7 @@ import hashlib
 import platform
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +117,7 @@ def samplings(model: TrainedUNITE, settings: EvaluationSettings) -> list[Samplin
     recipe = model.config.sampling
     # In order and each once: a recipe may itself be unguided.
     scales = settings.guidance or tuple(dict.fromkeys((1.0, recipe.guidance)))
-    return [replace(recipe, **settings.sampling, guidance=scale) for scale in scales]
+    return [recipe.changed(**settings.sampling, guidance=scale) for scale in scales]
 
 
 def planned(

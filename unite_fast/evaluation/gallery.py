@@ -92,7 +92,7 @@ def make_gallery(model: TrainedUNITE, checkpoint: Path, wishes: Wishes) -> tuple
         UserError: a class or setting that is out of range, or data that are missing.
     """
     config = model.config
-    settings = replace(config.sampling, **wishes.sampling)
+    settings = config.sampling.changed(**wishes.sampling)
     counts = Counts.fitting(config.model.image_size)
     if wishes.per_class:
         counts.per_class = wishes.per_class
