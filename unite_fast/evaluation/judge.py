@@ -39,7 +39,8 @@ class Judge:
 
         Returns:
             The same on every process: `frechet_distance`, and where they could be computed `inception_score`,
-            `inception_score_deviation`, `kid`, `kid_deviation`, `precision`, `recall`, `class_agreement`.
+            `inception_score_deviation`, `kid`, `kid_deviation`, `kid_subset`, `precision`, `recall`, `compared` (how
+            many generated and real images the last five looked at), `class_agreement`.
         """
         device, mixed = self.features.device, Mixed(count)
         moments, kept = Moments(self.features.dimension, device), Kept(mixed)
@@ -74,6 +75,7 @@ class Judge:
         real = self.reference.samples
         if real is None or min(len(real), len(samples)) <= scores.NEIGHBOURS:
             return {}
+        compared = [len(samples), len(real)]
         size = min(scores.KID_SUBSET_SIZE, len(real), len(samples))
         real, samples = real.to(self.features.device), samples.to(self.features.device)
         distance, deviation = scores.kid(samples, real, size=size)
@@ -84,6 +86,7 @@ class Judge:
             "kid_subset": size,
             "precision": precision,
             "recall": recall,
+            "compared": compared,
         }
 
     def notes(self, count: int) -> list[str]:
