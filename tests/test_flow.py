@@ -56,20 +56,3 @@ def test_a_shut_gate_lets_no_noise_pass():
     z, noise = normal(2, 3, 4), torch.full((1, 2, 3, 4), math.inf)
     x = flow.interpolate(z, noise, torch.full((1, 2), 0.5), torch.tensor([True, False]))
     assert x[0, 0].isinf().all() and torch.equal(x[0, 1], z[1])
-
-
-@pytest.mark.parametrize(("t", "left"), [(0.0, 1.0), (0.9, 0.1), (0.95, 0.05), (0.99, 0.05), (1.0, 0.05)])
-def test_time_left_has_a_floor(t, left):
-    assert flow.time_left(torch.tensor(t)).item() == pytest.approx(left, rel=FLOAT32_ROUNDING)
-
-
-def test_a_right_prediction_gives_the_paths_own_velocity():
-    z, noise = normal(3, 2, 4).double(), normal(3, 2, 4, seed=1).double()
-    t = torch.tensor(0.7, dtype=torch.float64)
-    x = flow.interpolate(z, noise, t.expand(1, 3))[0]
-    torch.testing.assert_close(flow.velocity(x, z, t), z - noise)
-
-
-def test_near_the_end_velocity_is_bounded_by_the_floor():
-    x, z = normal(1, 2, 4), normal(1, 2, 4, seed=1)
-    torch.testing.assert_close(flow.velocity(x, z, torch.tensor(1.0)), (z - x) / 0.05)

@@ -224,17 +224,84 @@ def test_a_full_disk_is_told_in_a_line_and_nothing_is_lost(model, made, stopped)
     assert stopped.read_bytes() == stopped.with_name("undisturbed.npz").read_bytes()
 
 
-@pytest.mark.parametrize("left", [("generation.json", "batch_00000005.uint8"), ("generation.json",), ()])
-def test_killed_while_the_parts_were_deleted(model, made, stopped, left):
-    parts, told = stopped.with_name("a.npz.parts"), (stopped.with_name("a.npz.parts") / "generation.json").read_text()
-    generate_files(model, made, stopped)
+@pytest.fixture
+def killed(model, made, stopped, monkeypatch):
+    """Goes on with the stopped generation, and dies just before or just after the result gets its name."""
+    rename = os.replace
+
+    def kill(renamed: bool) -> Path:
+        def dying(source, target):
+            if Path(target) != stopped:
+                return rename(source, target)
+            if renamed:
+                rename(source, target)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("unite_fast.generated_files.os.replace", dying)
+            generate_files(model, made, stopped)
+        return stopped.with_name("a.npz.parts")
+
+    return kill
+
+
+@pytest.mark.parametrize("kept", [7, 3, 1])
+def test_killed_while_the_parts_were_deleted(model, made, stopped, killed, kept):
+    parts = killed(renamed=True)
     content = stopped.read_bytes()
-    parts.mkdir()
-    for name in left:
-        (parts / name).write_text(told if name.endswith("json") else "")
+    left = sorted(parts.iterdir())
+    assert [path.name for path in left] == [*(f"batch_{n:08d}.uint8" for n in range(6)), "generation.json"]
+    for path in left[:-kept]:
+        path.unlink()
+    with pytest.raises(UserError, match="seed was 5 and is 6 now"):
+        generate_files(model, replace(made, seed=6), stopped)
     generate_files(model, made, stopped)
     assert stopped.read_bytes() == content
     assert not parts.exists()
+
+
+def test_killed_before_the_result_had_its_name(model, made, stopped, killed):
+    parts = killed(renamed=False)
+    stopped.write_text("mine")
+    with pytest.raises(UserError, match=r"a\.npz is there already"):
+        generate_files(model, made, stopped)
+    assert stopped.read_text() == "mine" and len(whole(parts)) == 6
+    stopped.unlink()
+    generate_files(model, made, stopped)
+    assert stopped.stat().st_size > 23 * 8 * 8 * 3 and not parts.exists()
+
+
+def test_a_file_of_somebody_else_is_not_the_result(model, made, stopped, monkeypatch):
+    parts = stopped.with_name("a.npz.parts")
+    stopped.write_text("mine")
+    with pytest.raises(UserError, match=r"a\.npz is there already; choose another --out or delete it"):
+        generate_files(model, made, stopped)
+    assert len(whole(parts)) == 2
+    # Nor is one that appears meanwhile.
+    stopped.unlink()
+    draw = generation.generate_batch
+
+    def disturbed(*arguments):
+        stopped.write_text("mine")
+        return draw(*arguments)
+
+    monkeypatch.setattr(generation, "generate_batch", disturbed)
+    with pytest.raises(UserError, match=r"a\.npz is there already"):
+        generate_files(model, made, stopped)
+    assert stopped.read_text() == "mine" and len(whole(parts)) == 6
+    # An empty folder tells nothing about the file beside it.
+    for path in parts.iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match=r"a\.npz is there already"):
+        generate_files(model, made, stopped)
+
+
+@pytest.mark.parametrize("key", ["device", "torch"])
+def test_parts_of_another_machine_are_refused(model, made, stopped, key):
+    path = stopped.with_name("a.npz.parts") / "generation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: "other"}))
+    with pytest.raises(UserError, match=f"{key} was other and is"):
+        generate_files(model, made, stopped)
 
 
 def test_what_is_in_the_way_is_left_alone(model, made, tmp_path):

@@ -7,12 +7,24 @@ import torch
 
 from unite_fast import flow, solvers
 from unite_fast.flow import MIN_TIME_LEFT
-from unite_fast.solvers import dopri5, euler, follow_line, heun, multistep, noise_left
+from unite_fast.solvers import dopri5, euler, follow_line, heun, multistep, noise_left, velocity
 
 
 def predict(t, x):
     """What makes dx/dt = t (1 - 2 x), solved by x = 1/2 + (x0 - 1/2) exp(-t^2)."""
     return x + max(1 - t, MIN_TIME_LEFT) * t * (1 - 2 * x)
+
+
+def test_a_right_prediction_gives_the_paths_own_velocity():
+    z, noise = torch.randn(2, 3, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.tensor(0.7, dtype=torch.float64)
+    x = flow.interpolate(z, noise[None], t.expand(1, 3))[0]
+    torch.testing.assert_close(velocity(lambda t, x: z, 0.7, x), z - noise)
+
+
+def test_near_the_end_velocity_is_bounded_by_the_floor():
+    x, z = torch.randn(2, 2, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(velocity(lambda t, x: z, 1.0, x), (z - x) / 0.05)
 
 
 def grid(steps: int, end: float = 1.0) -> list[float]:

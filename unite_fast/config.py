@@ -4,7 +4,7 @@ Values that make no sense are `UserError`s that name the dotted key.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 from unite_fast.data_pipeline.choice import LOADERS
 from unite_fast.errors import UserError
@@ -330,6 +330,17 @@ class SamplingConfig:
         require(self.time_shift > 0, "sampling.time_shift must be positive")
         low, high = self.interval
         require(0 <= low <= high <= 1, "sampling.interval must be LOW,HIGH with 0 <= LOW <= HIGH <= 1")
+
+    def changed(self, **settings) -> "SamplingConfig":
+        """The same but for these settings.
+
+        Raises:
+            UserError: a setting that there is not, or one out of range.
+        """
+        known = [field.name for field in fields(self)]
+        unknown = [name for name in settings if name not in known]
+        require(not unknown, f"unknown setting sampling.{unknown[0]}; known: {', '.join(known)}" if unknown else "")
+        return replace(self, **settings)
 
 
 @dataclass

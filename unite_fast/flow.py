@@ -18,10 +18,6 @@ def shift_time(s: Tensor, shift: float) -> Tensor:
     return shift * s / (1 + (shift - 1) * s)
 
 
-def time_left(t: Tensor) -> Tensor:
-    return (1 - t).clamp_min(MIN_TIME_LEFT)
-
-
 def interpolate(z: Tensor, noise: Tensor | NoiseKeys, t: Tensor, gate: Tensor | None = None) -> Tensor:
     """x_t of latents [B, N, C] at F times each, t [F, B] -> [F, B, N, C].
 
@@ -32,8 +28,3 @@ def interpolate(z: Tensor, noise: Tensor | NoiseKeys, t: Tensor, gate: Tensor | 
     if isinstance(noise, NoiseKeys):
         return kernels.noise_injection(z, t, noise.philox, noise.stream, gate)
     return mix(z, t, noise, gate)
-
-
-def velocity(x: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
-    """dx/dt at x [B, N, C], a scalar time t, for the predicted clean latents."""
-    return (prediction - x) / time_left(t)

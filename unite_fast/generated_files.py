@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -22,13 +23,15 @@ from unite_fast.config import require
 from unite_fast.data_pipeline.progress import progress
 from unite_fast.errors import UserError, writing
 from unite_fast.evaluation.evaluate import weights_sha256
-from unite_fast.generation import ALONE, Generation, generate_batches
+from unite_fast.generation import Generation, generate_batches
 from unite_fast.pictures import picture_name
-from unite_fast.ranks import Ranks
+from unite_fast.ranks import ALONE, Ranks
 from unite_fast.sampling import check_classes
 from unite_fast.trained import TrainedUNITE
 
 MANIFEST = "generation.json"
+MERGED = "merged"
+"""Key of the manifest: the result is written, and has only to be renamed or its parts deleted."""
 PARTIAL = ".partial"
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 """The earliest that a zip can say. The real time would make the bytes of equal samples differ."""
@@ -92,6 +95,9 @@ def manifest(model: TrainedUNITE, generation: Generation) -> dict:
         "batch": generation.batch,
         "precision": generation.precision,
         "compile": generation.compile,
+        # Another kind of device or another torch rounds otherwise.
+        "device": model.network.device.type,
+        "torch": str(torch.__version__),
         **{f"sampling.{key}": value for key, value in asdict(generation.sampling).items()},
     }
 
@@ -122,7 +128,7 @@ class Parts:
         path = self.folder / MANIFEST
         empty = self.out.is_dir() and not os.listdir(self.out)
         free = not self.out.exists() or empty or self.killed_at_the_end()
-        require(free, f"{self.out} is there already; choose another --out or delete it")
+        require(free, self.in_the_way())
         if path.exists():
             self.check(path)
             return
@@ -132,18 +138,26 @@ class Parts:
             require(
                 not strangers, f"{self.folder} is in the way: it has no {MANIFEST}; move it or choose another --out"
             )
-            write_aside(path, json.dumps(self.manifest, indent=1).encode())
+            write_manifest(path, self.manifest)
+
+    def in_the_way(self) -> str:
+        return f"{self.out} is there already; choose another --out or delete it"
 
     def killed_at_the_end(self) -> bool:
         """Whether `out` is this generation's own, complete, and only its parts are left to delete."""
         return False
 
-    def check(self, path: Path) -> None:
+    def read(self, path: Path) -> dict:
         try:
             before = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read: {error}; delete {self.folder} to begin anew") from error
         require(isinstance(before, dict), f"{path} is none of ours; delete {self.folder} to begin anew")
+        return before
+
+    def check(self, path: Path) -> None:
+        before = self.read(path)
+        before.pop(MERGED, None)
         for key in self.manifest | before:
             require(
                 before.get(key) == self.manifest.get(key),
@@ -181,11 +195,17 @@ class NpzParts(Parts):
     A part is the bytes of its images. Parts and the .npz are there together for a while: it takes twice the space.
     """
 
+    @property
+    def whole(self) -> Path:
+        """The result before it is renamed."""
+        return self.folder / (self.out.name + PARTIAL)
+
     def killed_at_the_end(self) -> bool:
-        if not (self.out.is_file() and self.folder.is_dir()):
+        manifest = self.folder / MANIFEST
+        if not (self.out.is_file() and manifest.is_file()):
             return False
-        left = os.listdir(self.folder)
-        return MANIFEST in left or not left
+        # As long as the result has its other name, `out` is another file.
+        return self.read(manifest).get(MERGED) is True and not self.whole.exists()
 
     def path(self, number: int) -> Path:
         return self.folder / f"batch_{number:08d}.uint8"
@@ -204,11 +224,11 @@ class NpzParts(Parts):
 
     def merge(self) -> None:
         numbers = range(-(-len(self.labels) // self.batch))
-        if not self.out.exists():
-            partial = self.folder / (self.out.name + PARTIAL)
+        if not self.killed_at_the_end():
+            require(not self.out.exists(), self.in_the_way())
             with writing(self.out):
                 write_npz(
-                    partial,
+                    self.whole,
                     {
                         "arr_0": (
                             (len(self.labels), self.size, self.size, 3),
@@ -218,7 +238,10 @@ class NpzParts(Parts):
                         "arr_1": ((len(self.labels),), np.int64, [self.labels.numpy()]),
                     },
                 )
-                os.replace(partial, self.out)
+            # Before the renaming, so that `out` is never there without a word of whose it is.
+            write_manifest(self.folder / MANIFEST, self.manifest | {MERGED: True})
+            with writing(self.out):
+                os.replace(self.whole, self.out)
         with writing(self.folder):
             # The manifest goes last: as long as it is there, a rerun knows whose `out` is.
             for path in self.folder.iterdir():
@@ -258,6 +281,10 @@ def make_parts(out: Path, manifest: dict, labels: Tensor, batch: int, size: int)
     """For a name that ends in .npz, or in nothing, which is a folder of PNGs."""
     require(out.suffix in (".npz", ""), f"{out} ends in {out.suffix}; write a .npz, or a folder (no ending) of PNGs")
     return (NpzParts if out.suffix else PngParts)(out, manifest, labels, batch, size)
+
+
+def write_manifest(path: Path, manifest: dict) -> None:
+    write_aside(path, json.dumps(manifest, indent=1).encode())
 
 
 def write_aside(path: Path, content) -> None:

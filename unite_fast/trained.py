@@ -1,7 +1,6 @@
 """A trained model, ready for use: generate and reconstruct."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +56,7 @@ class TrainedUNITE:
         Raises:
             UserError: a class or a setting that is out of range.
         """
-        config = replace(self.config.sampling, **settings)
+        config = self.config.sampling.changed(**settings)
         labels = torch.as_tensor(labels, dtype=torch.int64)
         require(labels.dim() == 1 and len(labels) > 0, f"labels must be a list of classes, got {labels.tolist()}")
         check_drawing(seed, batch)

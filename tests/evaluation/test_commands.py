@@ -103,7 +103,7 @@ def test_torchrun_shares_the_work(command, ranks, trained_folder, tmp_path):
     ("arguments", "message"),
     [
         (("evaluate", "RUN", "--guidance", "2,x"), "--guidance is a scale or several, for example 1,2.5; got '2,x'"),
-        (("evaluate", "RUN", "--count", "0"), "the count is 0 images; it must be positive"),
+        (("evaluate", "RUN", "--count", "0"), "the count is 0 images; a covariance needs at least 2"),
         (("evaluate", "RUN", "--features", "clip"), "features is 'clip'"),
         (("evaluate", "RUN", "--reference", "absent.npz"), "there is no file of statistics absent.npz"),
         (("evaluate", "RUN", "--features", "inception"), "the FID needs statistics of real images"),

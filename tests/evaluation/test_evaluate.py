@@ -176,6 +176,9 @@ def test_features_that_cannot_be_had(model, inception_file, digits_npz, tmp_path
     [
         ({"features": "clip"}, "features is 'clip'; it must be one of auto, inception, pixels"),
         ({"count": 0}, "the count is 0 images"),
+        ({"count": 1}, "the count is 1 images; a covariance needs at least 2"),
+        ({"reconstructions": -1}, "the number of reconstructions is -1"),
+        ({"reconstructions": 1}, "the number of reconstructions is 1; a covariance needs at least 2, or give 0"),
         ({"batch": 0}, "the batch is 0 images"),
         ({"guidance": (float("nan"),)}, "guidance must be finite"),
         ({"inception_sha256": "67"}, "8 to 64 hex digits"),
@@ -206,9 +209,37 @@ def test_pictures_that_cannot_be_read_are_counted(model, tmp_path):
         evaluate(model, EvaluationSettings(count=20, sampling={"steps": 1}))
 
 
+def test_named_data_may_be_of_another_kind_than_those_trained_on(model, tmp_path):
+    images, labels = open_source("digits", "", 8, "test").read(range(60))
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        for split in ("train", "val"):
+            folder = tmp_path / "data" / split / str(int(label))
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    settings = EvaluationSettings(count=20, sampling={"steps": 1}, data=str(tmp_path / "data"))
+    of_pictures = evaluate(model, settings)
+    assert (of_pictures["reference"]["images"], of_pictures["reconstruction"]["images"]) == (60, 60)
+    # A model that was imported knows that it wants a folder, and not which.
+    model.config.data.source = "folder"
+    assert evaluate(model, settings)["reconstruction"]["psnr"] == of_pictures["reconstruction"]["psnr"]
+    with pytest.raises(UserError, match=r"needs data\.path.*; name the training images with --data FOLDER"):
+        evaluate(model, replace(settings, data=""))
+    model.config.model.num_classes = 11
+    with pytest.raises(UserError, match="the data have 10 classes and the model has 11"):
+        evaluate(model, settings)
+    reference = tmp_path / "ref.npz"
+    save_statistics(str(tmp_path / "data"), 8, "train", settings, reference, Ranks(), "cpu")
+    model.config.model.num_classes = 1  # so no classifier is taught, which would read them
+    with pytest.raises(UserError, match=r"needs data\.path.*--data FOLDER, or give --reconstructions 0"):
+        evaluate(model, replace(settings, data="", reference=str(reference)))
+
+
 def test_what_is_in_the_way_is_found_before_the_work(model, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "open_judge", None)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="file is in the way: it is no folder"):
         evaluate(model, EvaluationSettings(), tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+    for wrong in ({"foo": 1}, {"solver": "magic"}, {"steps": 0}, {"interval": (1.0, 0.0)}):
+        with pytest.raises(UserError, match=f"sampling.{next(iter(wrong))}"):
+            evaluate(model, EvaluationSettings(sampling=wrong))

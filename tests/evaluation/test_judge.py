@@ -60,7 +60,7 @@ def test_scores_are_those_of_all_features_at_once():
     assert (found["inception_score"], found["inception_score_deviation"]) == pytest.approx(score, rel=1e-12)
     assert (found["kid"], found["kid_deviation"]) == scores.kid(generated.pool[order], real.pool, size=COUNT)
     assert (found["precision"], found["recall"]) == scores.precision_recall(generated.pool, real.pool)
-    assert found["kid_subset"] == COUNT and "class_agreement" not in found
+    assert found["kid_subset"] == COUNT and found["compared"] == [COUNT, COUNT] and "class_agreement" not in found
 
 
 def test_processes_change_nothing(ranks):
@@ -68,8 +68,9 @@ def test_processes_change_nothing(ranks):
     for world in (2, 4):
         for shared in ranks(world, judged_together):
             assert shared.keys() == alone.keys()
-            for name, value in alone.items():
-                assert abs(shared[name] - value) <= 1e-9 * max(1, abs(value)), name
+            assert shared.pop("compared") == [COUNT, COUNT]
+            for name, value in shared.items():
+                assert abs(alone[name] - value) <= 1e-9 * max(1, abs(value)), name
 
 
 def test_places_are_a_permutation_and_splits_are_even():

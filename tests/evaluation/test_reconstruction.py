@@ -1,6 +1,7 @@
 """Scores of reconstructions, of a model whose copies are known."""
 
 import hashlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import unite_fast
 from unite_fast.data_pipeline import open_source
 from unite_fast.data_pipeline.source import MemorySource
-from unite_fast.evaluation import scores
+from unite_fast.evaluation import reconstruction, scores
 from unite_fast.evaluation.judge import Judge
 from unite_fast.evaluation.pixels import fit_pixels
 from unite_fast.evaluation.reading import unseen
@@ -54,7 +55,8 @@ def copy(images: torch.Tensor) -> torch.Tensor:
     return copies
 
 
-def test_means_over_all_images_whatever_the_batch(source, judge, lpips_files):
+def test_means_over_all_images_whatever_the_batch(source, judge, lpips_files, monkeypatch):
+    monkeypatch.setattr(reconstruction, "LPIPS_BATCH", 3)
     model = SimpleNamespace(
         config=SimpleNamespace(perceptual=lpips_files, data=SimpleNamespace(workers=0)),
         network=SimpleNamespace(device=torch.device("cpu")),
@@ -82,6 +84,15 @@ def test_means_over_all_images_whatever_the_batch(source, judge, lpips_files):
     )
     # Spread over a source that may be sorted by class.
     assert few["images"] == 4 and torch.equal(originals, whole[[0, 3, 6, 9]])
+
+
+def test_the_setting_wins_over_the_environment(lpips_files, tmp_path, monkeypatch):
+    paths = {"vgg_path": str(tmp_path / "vgg.pth"), "lpips_path": str(tmp_path / "lpips.pth")}
+    for variable in ("UNITE_FAST_VGG16", "UNITE_FAST_LPIPS"):
+        monkeypatch.setenv(variable, "/nowhere")
+    assert reconstruction._lpips(lpips_files, SIDE, torch.device("cpu"))[0] is None
+    found, notes = reconstruction._lpips(replace(lpips_files, **paths), SIDE, torch.device("cpu"))
+    assert found is not None and notes == []
 
 
 def test_the_registers_of_an_image_do_not_depend_on_where_the_batch_begins(trained_folder):

@@ -100,6 +100,9 @@ def test_an_imported_model_holds_the_weights_alone(theirs, save, tmp_path):
     import_official(save(theirs), tmp_path / "ours.safetensors", **OPTIONS)
     saved = load_model(tmp_path / "ours.safetensors")
     assert (saved.step, saved.config.name) == (0, "theirs")
+    assert (saved.config.data.source, saved.config.data.path) == ("folder", "")
+    sampling = saved.config.sampling
+    assert (sampling.solver, sampling.guidance, sampling.interval) == ("dopri5", 3.0, (0.1, 1.0))
     weights = our_state(theirs)
     assert saved.weights is saved.averages
     assert saved.weights.keys() == weights.keys()

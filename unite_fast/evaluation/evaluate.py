@@ -4,7 +4,7 @@ import hashlib
 import platform
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 import unite_fast
-from unite_fast.data_pipeline import open_source
+from unite_fast.config import SamplingConfig
+from unite_fast.errors import UserError
 from unite_fast.evaluation import report
 from unite_fast.evaluation.judge import open_judge
-from unite_fast.evaluation.reading import Shown, unseen
+from unite_fast.evaluation.reading import Shown, open_named, unseen
 from unite_fast.evaluation.reconstruction import score_reconstructions
 from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.generation import Drawn, Generation, generate_batches
@@ -51,15 +52,20 @@ def evaluate(
     if out is not None:
         report.check_folder(out)
     begun, ranks = time.perf_counter(), current_ranks()
+    wanted = samplings(model, settings)  # first, since it costs nothing and may be refused
     judge = open_judge(model.config, settings, ranks, model.network.device, shown)
     count = settings.count or COUNTS[judge.features.name]
-    series = planned(model, settings, count)
+    series = planned(model, wanted, settings, count)
     opened = time.perf_counter() - begun
     # First, since it is short and what may be missing for it should not show after hours of generating.
     reconstruction, pairs = None, None
     if settings.reconstructions:
-        data = model.config.data
-        source = open_source(data.source, settings.data or data.path, model.config.model.image_size, "test")
+        try:
+            source = open_named(model.config, settings.data, "test")
+        except UserError as error:
+            raise UserError(
+                f"{error}; name held-out images with --data FOLDER, or give --reconstructions 0 to do without"
+            ) from error
         reconstruction, pairs = score_reconstructions(model, source, judge, settings, ranks, shown)
     generated, pictures = [], {}
     for generation in series:
@@ -106,22 +112,29 @@ def evaluate(
     return ranks.from_first(result)
 
 
-def planned(model: TrainedUNITE, settings: EvaluationSettings, count: int) -> list[Generation]:
-    """What is generated, once for each guidance scale, of the same noise: classes in turn, so as many of each."""
+def samplings(model: TrainedUNITE, settings: EvaluationSettings) -> list[SamplingConfig]:
+    """One for each guidance scale."""
     recipe = model.config.sampling
     # In order and each once: a recipe may itself be unguided.
     scales = settings.guidance or tuple(dict.fromkeys((1.0, recipe.guidance)))
+    return [recipe.changed(**settings.sampling, guidance=scale) for scale in scales]
+
+
+def planned(
+    model: TrainedUNITE, wanted: list[SamplingConfig], settings: EvaluationSettings, count: int
+) -> list[Generation]:
+    """What is generated, each time of the same noise: classes in turn, so as many of each."""
     on_gpu = model.network.device.type == "cuda"
     return [
         Generation(
             torch.arange(count) % model.config.model.num_classes,
-            replace(recipe, **settings.sampling, guidance=scale),
+            sampling,
             settings.seed,
             min(settings.batch, count),
             settings.precision or model.config.train.precision,
             on_gpu if settings.compile is None else settings.compile,
         )
-        for scale in scales
+        for sampling in wanted
     ]
 
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from unite_fast import flow, sampling
 from unite_fast.config import SamplingConfig, require
-from unite_fast.data_pipeline import open_source
 from unite_fast.errors import UserError
 from unite_fast.evaluation.gallery_page import Chart, Figure, Row, Section
 from unite_fast.evaluation.pixels import read_some
+from unite_fast.evaluation.reading import open_named
 from unite_fast.evaluation.scores import psnr
 from unite_fast.randomness import Philox, Stream
 from unite_fast.solvers import SOLVERS
@@ -92,7 +92,7 @@ def make_gallery(model: TrainedUNITE, checkpoint: Path, wishes: Wishes) -> tuple
         UserError: a class or setting that is out of range, or data that are missing.
     """
     config = model.config
-    settings = replace(config.sampling, **wishes.sampling)
+    settings = config.sampling.changed(**wishes.sampling)
     counts = Counts.fitting(config.model.image_size)
     if wishes.per_class:
         counts.per_class = wishes.per_class
@@ -132,12 +132,12 @@ def about(model: TrainedUNITE, settings: SamplingConfig, seed: int, checkpoint: 
 
 def real_images(model: TrainedUNITE, path: str, count: int) -> tuple[HeldOut, list[str]]:
     """Images of the test split, or of the training data where there is no test split, and the names of the classes."""
-    data, size, classes = model.config.data, model.config.model.image_size, model.config.model.num_classes
+    classes = model.config.model.num_classes
     try:
-        source, kind = open_source(data.source, path or data.path, size, "test"), "held-out images"
+        source, kind = open_named(model.config, path, "test"), "held-out images"
     except UserError:
         try:
-            source, kind = open_source(data.source, path or data.path, size, "train"), "training images"
+            source, kind = open_named(model.config, path, "train"), "training images"
         except UserError as error:
             raise UserError(f"{error}; name the data with --data FOLDER, or give --no-real to do without") from error
     require(

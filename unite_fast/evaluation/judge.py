@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from unite_fast.config import Config, require
-from unite_fast.data_pipeline import Source, open_source
+from unite_fast.data_pipeline import Source
+from unite_fast.errors import UserError
 from unite_fast.evaluation import pixels, scores
 from unite_fast.evaluation.features import Features
 from unite_fast.evaluation.inception import DIMENSION, load_inception
 from unite_fast.evaluation.pixels import Classifier, PixelFeatures, fit_pixels, read_some
-from unite_fast.evaluation.reading import NumberedBatch, Shown, unseen
+from unite_fast.evaluation.reading import NumberedBatch, Shown, open_named, unseen
 from unite_fast.evaluation.reference import Kept, Mixed, make_reference
 from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.evaluation.statistics import Moments, Reference, frechet_distance, load_reference
@@ -38,7 +39,8 @@ class Judge:
 
         Returns:
             The same on every process: `frechet_distance`, and where they could be computed `inception_score`,
-            `inception_score_deviation`, `kid`, `kid_deviation`, `precision`, `recall`, `class_agreement`.
+            `inception_score_deviation`, `kid`, `kid_deviation`, `kid_subset`, `precision`, `recall`, `compared` (how
+            many generated and real images the last five looked at), `class_agreement`.
         """
         device, mixed = self.features.device, Mixed(count)
         moments, kept = Moments(self.features.dimension, device), Kept(mixed)
@@ -73,6 +75,7 @@ class Judge:
         real = self.reference.samples
         if real is None or min(len(real), len(samples)) <= scores.NEIGHBOURS:
             return {}
+        compared = [len(samples), len(real)]
         size = min(scores.KID_SUBSET_SIZE, len(real), len(samples))
         real, samples = real.to(self.features.device), samples.to(self.features.device)
         distance, deviation = scores.kid(samples, real, size=size)
@@ -83,6 +86,7 @@ class Judge:
             "kid_subset": size,
             "precision": precision,
             "recall": recall,
+            "compared": compared,
         }
 
     def notes(self, count: int) -> list[str]:
@@ -138,10 +142,8 @@ def open_judge(
     known = load_reference(settings.reference) if settings.reference else None
     of_inception = known is not None and len(known.statistics.mean) == DIMENSION
     if choose_features(settings, config.model.image_size, of_inception) == pixels.NAME:
-        judge, source = _pixel_judge(config, settings, known, ranks, device, shown)
-        if classifier and config.model.num_classes > 1:
-            judge.classifier = Classifier(*read_some(source, pixels.CLASSIFIER_IMAGES))
-        return judge
+        classifier = classifier and config.model.num_classes > 1
+        return _pixel_judge(config, settings, known, ranks, device, shown, classifier)
     require(
         known is not None,
         "the FID needs statistics of real images: name them with --reference REF.npz; "
@@ -159,7 +161,8 @@ def _pixel_judge(
     ranks: Ranks,
     device: torch.device | str,
     shown: Shown,
-) -> tuple[Judge, Source]:
+    classifier: bool,
+) -> Judge:
     size = config.model.image_size
     require(
         size <= pixels.LARGEST,
@@ -177,11 +180,22 @@ def _pixel_judge(
             f"{known.path} is of images of side {features.image_size}, this model makes {size} x {size}",
         )
         check_fit(known, features)
-    source = open_source(config.data.source, settings.data or config.data.path, size, "train")
+        if not classifier:
+            return Judge(features, known)
+    try:
+        source = open_named(config, settings.data, "train")
+    except UserError as error:
+        raise UserError(f"{error}; name the training images with --data FOLDER") from error
+    classes = config.model.num_classes
+    require(
+        not classifier or len(source.class_names) == classes,
+        f"the data have {len(source.class_names)} classes and the model has {classes}, so they cannot teach the "
+        "classifier: name the data that it was trained on with --data FOLDER",
+    )
     if known is None:
         features = fit_pixels_once(source, ranks, device)
         known = make_reference(source, features, ranks, settings.batch, config.data.workers, shown)
-    return Judge(features, known), source
+    return Judge(features, known, Classifier(*read_some(source, pixels.CLASSIFIER_IMAGES)) if classifier else None)
 
 
 def fit_pixels_once(source: Source, ranks: Ranks, device: torch.device | str) -> PixelFeatures:

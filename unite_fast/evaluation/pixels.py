@@ -102,12 +102,9 @@ class Classifier:
         labels: int64 [n], of at least two classes.
     """
 
-    name = "SVM on real pixels"
-
     def __init__(self, images: Tensor, labels: Tensor):
         from sklearn.svm import SVC
 
-        self.learned_from = len(images)
         self._machine = SVC(C=10.0).fit(_grey(images), labels.numpy())
 
     def right(self, images: Tensor, labels: Tensor) -> int:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unite_fast.data_pipeline import Source, UnreadableSample
+from unite_fast.config import Config
+from unite_fast.data_pipeline import Source, UnreadableSample, open_source
+from unite_fast.data_pipeline.inspection import open_data
 
 Shown = Callable[[Iterable, int, str], Iterable]
 """(batches, how many there are, what is done to them) -> the same batches; shows how far it is."""
@@ -17,6 +19,18 @@ Shown = Callable[[Iterable, int, str], Iterable]
 def unseen(batches: Iterable, total: int, title: str) -> Iterable:
     """Shows nothing."""
     return batches
+
+
+def open_named(config: Config, data: str, split: str) -> Source:
+    """Images of the model's size: of the data that were named, of whatever kind they are, or of those trained on.
+
+    Raises:
+        UserError: whatever is wrong with the data.
+    """
+    size = config.model.image_size
+    if data:
+        return open_data(data, size, split)[1]
+    return open_source(config.data.source, config.data.path, size, split)
 
 
 @dataclass(frozen=True)

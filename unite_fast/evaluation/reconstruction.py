@@ -19,6 +19,8 @@ from unite_fast.perceptual import LPIPS, SMALLEST_SIDE, PerceptualConfig, load_l
 from unite_fast.ranks import Ranks
 from unite_fast.trained import TrainedUNITE
 
+LPIPS_BATCH = 16
+"""Images at a time: VGG16's features of 256 x 256 pixels are the largest thing here."""
 PAIRS = 30
 """Pairs in the picture beside a result."""
 _SCORES = ("psnr", "mean_squared_error", "l1", "ssim", "lpips")
@@ -58,11 +60,13 @@ def score_reconstructions(
         broken += read.broken
         if not len(read.images):
             continue
-        copies = model.reconstruct(read.images, settings.seed, settings.batch, first=batch.start)
-        on_device = read.images.to(judge.features.device), copies.to(judge.features.device)
+        # PyTorch lets convolutions on CUDA drop to TF32, and the result says float32.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            copies = model.reconstruct(read.images, settings.seed, settings.batch, first=batch.start)
+            on_device = read.images.to(judge.features.device), copies.to(judge.features.device)
+            sums += _sums(*on_device, lpips)
         real.update(judge.features(on_device[0]).pool)
         rebuilt.update(judge.features(on_device[1]).pool)
-        sums += _sums(*on_device, lpips)
         if judge.classifier is not None:
             right += torch.tensor([judge.classifier.right(images, read.labels) for images in (read.images, copies)])
         pairs = pairs or (read.images[:PAIRS].clone(), copies[:PAIRS].clone())
@@ -105,9 +109,15 @@ def _sums(originals: Tensor, copies: Tensor, lpips: LPIPS | None) -> Tensor:
         error,
         scores.l1(originals, copies),
         scores.ssim(originals, copies) if originals.shape[-1] >= scores.SSIM_WINDOW else none,
-        lpips(originals.float() / 255, copies.float() / 255).double() if lpips is not None else none,
+        _lpips_of(lpips, originals, copies) if lpips is not None else none,
     )
     return torch.stack(each).sum(dim=1).cpu()
+
+
+def _lpips_of(lpips: LPIPS, originals: Tensor, copies: Tensor) -> Tensor:
+    """uint8 [n, 3, S, S] each -> float64 [n]."""
+    parts = zip(originals.split(LPIPS_BATCH), copies.split(LPIPS_BATCH), strict=True)
+    return torch.cat([lpips(*(images.float() / 255 for images in pair)).double() for pair in parts])
 
 
 def _lpips(config: PerceptualConfig, size: int, device: torch.device) -> tuple[LPIPS | None, list[str]]:
@@ -115,8 +125,8 @@ def _lpips(config: PerceptualConfig, size: int, device: torch.device) -> tuple[L
     if size < SMALLEST_SIDE:
         return None, [f"no LPIPS: VGG16 needs images of {SMALLEST_SIDE} pixels or more"]
     paths = {
-        "UNITE_FAST_VGG16": os.environ.get("UNITE_FAST_VGG16") or config.vgg_path,
-        "UNITE_FAST_LPIPS": os.environ.get("UNITE_FAST_LPIPS") or config.lpips_path,
+        "UNITE_FAST_VGG16": config.vgg_path or os.environ.get("UNITE_FAST_VGG16"),
+        "UNITE_FAST_LPIPS": config.lpips_path or os.environ.get("UNITE_FAST_LPIPS"),
     }
     missing = [name for name, path in paths.items() if not path or not Path(path).expanduser().is_file()]
     if missing:

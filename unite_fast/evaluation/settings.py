@@ -23,7 +23,7 @@ class EvaluationSettings:
     reference: str = ""
     """A .npz with the statistics of real images; empty, with pixels: the training images."""
     data: str = ""
-    """Folder of the data; empty: the one trained on."""
+    """Folder or address of the data, of whatever kind; empty: those trained on."""
     count: int | None = None
     """Generated images for each guidance scale; None: 50,000 with Inception, 1,000 with pixels."""
     guidance: tuple[float, ...] = ()
@@ -43,10 +43,14 @@ class EvaluationSettings:
     def __post_init__(self):
         require_choice("features", self.features, FEATURES)
         require(is_digest(self.inception_sha256), f"{INCEPTION_FILE.sha256_key} must be 8 to 64 hex digits")
-        require(self.count is None or self.count > 0, f"the count is {self.count} images; it must be positive")
+        enough = "a covariance needs at least 2"
+        require(self.count is None or self.count >= 2, f"the count is {self.count} images; {enough}")
         check_drawing(self.seed, self.batch)
         require_choice("the precision", self.precision, ("", "float32", "bfloat16"))
-        require(self.reconstructions >= 0, "the number of reconstructions must not be negative")
+        require(
+            self.reconstructions == 0 or self.reconstructions >= 2,
+            f"the number of reconstructions is {self.reconstructions}; {enough}, or give 0 for none",
+        )
         require(all(math.isfinite(scale) for scale in self.guidance), "guidance must be finite")
         if "guidance" in self.sampling:
             raise UserError("guidance scales are given by guidance, not among the other settings of sampling")

@@ -161,7 +161,9 @@ def load_reference(path: str | Path) -> Reference:
                 not isinstance(file, np.ndarray) and {"mu", "sigma"} <= set(file.files),
                 f"{path} holds no statistics (arrays mu and sigma)",
             )
-            arrays = {name: file[name] for name in file.files}
+            # Others may keep all their images in the same file.
+            wanted = {"mu", "sigma", "samples", "meta_json"}
+            arrays = {name: file[name] for name in file.files if name in wanted or name.startswith("basis/")}
         meta = json.loads(bytes(arrays.pop("meta_json", np.frombuffer(b"{}", np.uint8))))
         return _reference(arrays, meta, path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile) as error:

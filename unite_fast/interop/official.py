@@ -14,12 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unite_fast.config import Config, DecoderConfig, EncoderConfig, ModelConfig, require
+from unite_fast.config import Config, DataConfig, DecoderConfig, EncoderConfig, ModelConfig, require
 from unite_fast.errors import UserError
 from unite_fast.interop.names import FIXED_DRAWS, UNREAD, our_name, plain_name, their_name
 from unite_fast.model.layers import sincos_2d
 from unite_fast.model.unite import UNITE
+from unite_fast.recipes import load_config
 from unite_fast.training.model_file import load_model, save_model
+
+RECIPE = "imagenet256_b"
+"""Whose sampling an imported model gets, as a checkpoint says nothing of it; all three of ImageNet sample alike."""
 
 DECODER_HEAD_DIM = 64
 """Of every published decoder; a checkpoint does not say it."""
@@ -132,7 +136,8 @@ def import_official(
 ) -> None:
     """Write one of the authors' .pt files as a model file of ours.
 
-    It is for sampling, reconstruction and export. Training cannot resume from it: it has no optimizer state.
+    It is for sampling, as the published recipe does, reconstruction, evaluation on a folder of images, and export.
+    Training cannot resume from it: it has no optimizer state.
 
     Args:
         weights: which weights of a file that holds several; a file that is a plain state dict has no choice.
@@ -144,7 +149,12 @@ def import_official(
     """
     source, out = Path(source), Path(out)
     theirs = choose_weights(read_torch(source), weights, source)
-    config = Config(name=source.stem, model=model_config(theirs, source, decoder_heads, in_context_start))
+    config = Config(
+        name=source.stem,
+        data=DataConfig(source="folder"),
+        model=model_config(theirs, source, decoder_heads, in_context_start),
+        sampling=load_config(RECIPE).sampling,
+    )
     model = UNITE(config.model)
     load_released(model, theirs, str(source))
     save_model(out, config, 0, model.state_dict())
