@@ -198,5 +198,5 @@ def test_there_and_back_through_the_authors_format(command, trained_folder, tmp_
     assert command("export-official", trained_folder, theirs).status == 0
     assert command("import-official", theirs, ours, "--decoder-heads", 1, "--in-context-start", 1).status == 0
     one, other = unite_fast.load(trained_folder), unite_fast.load(ours)
-    settings = dict(solver="euler", steps=2, interval=(0.0, 1.0))
+    settings = dict(solver="euler", steps=2, guidance=2.0, interval=(0.0, 1.0))
     assert torch.equal(one.generate([1, 2, 3], **settings), other.generate([1, 2, 3], **settings))

@@ -308,6 +308,9 @@ def test_what_is_in_the_way_is_left_alone(model, made, tmp_path):
     (tmp_path / "a.npz").write_text("mine")
     with pytest.raises(UserError, match=r"a\.npz is there already; choose another --out or delete it"):
         generate_files(model, made, tmp_path / "a.npz")
+    (tmp_path / "folder.npz").mkdir()
+    with pytest.raises(UserError, match=r"folder\.npz is there already"):
+        generate_files(model, made, tmp_path / "folder.npz")
     (tmp_path / "b.parts").mkdir()
     (tmp_path / "b.parts" / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match=r"b\.parts is in the way: it has no generation\.json"):

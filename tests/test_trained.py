@@ -89,7 +89,7 @@ def test_settings_of_sampling_are_used(trained_folder, model):
         ([3], {"seed": 2**64}, "the seed is 18446744073709551616"),
         ([3], {"batch": 0}, "the batch is 0 images"),
         ([3], {"solver": "rk4"}, "sampling.solver is 'rk4'"),
-        ([3], {"guidence": 2.0}, "unknown setting sampling.guidence; known: solver, steps, guidance, interval"),
+        ([3], {"guidence": 2.0}, "unknown setting sampling.guidence; known here: solver, steps, guidance, interval"),
         ([3], {"steps": 0}, "sampling.steps must be positive"),
         ([3], {"guidance": float("nan")}, "sampling.guidance must be finite"),
         ([3], {"interval": (0.9, 0.1)}, "sampling.interval must be LOW,HIGH"),

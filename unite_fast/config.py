@@ -339,7 +339,8 @@ class SamplingConfig:
         """
         known = [field.name for field in fields(self)]
         unknown = [name for name in settings if name not in known]
-        require(not unknown, f"unknown setting sampling.{unknown[0]}; known: {', '.join(known)}" if unknown else "")
+        if unknown:
+            raise UserError(f"unknown setting sampling.{unknown[0]}; known here: {', '.join(known)}")
         return replace(self, **settings)
 
 

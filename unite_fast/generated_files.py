@@ -126,7 +126,7 @@ class Parts:
             UserError: `out` is there already, parts of other settings, no permission.
         """
         path = self.folder / MANIFEST
-        empty = self.out.is_dir() and not os.listdir(self.out)
+        empty = not self.out.suffix and self.out.is_dir() and not os.listdir(self.out)
         free = not self.out.exists() or empty or self.killed_at_the_end()
         require(free, self.in_the_way())
         if path.exists():
