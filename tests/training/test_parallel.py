@@ -17,7 +17,7 @@ from unite_fast.training.parallel import build_model, choose_strategy, joined, p
 from unite_fast.training.trainer import Trainer
 
 TOLERANCE = 1e-5
-"""Relative, of losses in float32: sums over the batch in another order. Measured with --every-strategy: up to 5.3e-6."""
+"""Relative, of losses in float32: sums over the batch in another order. By --every-strategy: at most 5.3e-6."""
 
 
 @pytest.fixture(scope="module")
