@@ -1,5 +1,6 @@
 """The one exception that stands for a user's mistake."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,3 +24,19 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def writing_aside(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` when all went well: until then, what stood there stays whole.
+
+    Raises:
+        UserError: see `writing`.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with writing(path):
+        try:
+            yield partial
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)

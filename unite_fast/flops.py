@@ -12,6 +12,7 @@ from math import prod
 from typing import NamedTuple
 
 from unite_fast.config import Config, DecoderConfig, EncoderConfig, ModelConfig
+from unite_fast.model.layers import hidden_width
 from unite_fast.optim.muon import newton_schulz_flops
 from unite_fast.perceptual import VGG_SHAPES
 
@@ -44,11 +45,6 @@ def product(rows: int, inputs: int, outputs: int, from_data: bool = False) -> Fl
 def attention(queries: int, keys: int, width: int) -> Flops:
     forward = 4 * queries * keys * width
     return Flops(forward, 2 * forward)
-
-
-def hidden_width(width: int) -> int:
-    """Of SwiGLU."""
-    return int(2 / 3 * 4 * width)
 
 
 def sequence_lengths(size: EncoderConfig, tokens: int) -> list[int]:

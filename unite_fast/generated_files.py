@@ -21,7 +21,7 @@ from torch import Tensor
 
 from unite_fast.config import require
 from unite_fast.data_pipeline.progress import progress
-from unite_fast.errors import UserError, writing
+from unite_fast.errors import UserError, writing, writing_aside
 from unite_fast.evaluation.evaluate import weights_sha256
 from unite_fast.generation import Generation, generate_batches
 from unite_fast.pictures import picture_name
@@ -220,7 +220,8 @@ class NpzParts(Parts):
         return {b for b in batches if sizes.get(self.path(b).name) == len(self.samples(b)) * image}
 
     def write(self, number: int, images: Tensor) -> None:
-        write_aside(self.path(number), images.permute(0, 2, 3, 1).contiguous().numpy())
+        with writing_aside(self.path(number)) as partial:
+            partial.write_bytes(images.permute(0, 2, 3, 1).contiguous().numpy())
 
     def merge(self) -> None:
         numbers = range(-(-len(self.labels) // self.batch))
@@ -264,11 +265,8 @@ class PngParts(Parts):
 
     def write(self, number: int, images: Tensor) -> None:
         for index, image in zip(self.samples(number), images.permute(0, 2, 3, 1).numpy(), strict=True):
-            path = self.path(index)
-            partial = path.with_name(path.name + PARTIAL)
-            with writing(path):
+            with writing_aside(self.path(index)) as partial:
                 Image.fromarray(image).save(partial, format="PNG")
-                os.replace(partial, path)
 
     def merge(self) -> None:
         with writing(self.out):
@@ -284,15 +282,8 @@ def make_parts(out: Path, manifest: dict, labels: Tensor, batch: int, size: int)
 
 
 def write_manifest(path: Path, manifest: dict) -> None:
-    write_aside(path, json.dumps(manifest, indent=1).encode())
-
-
-def write_aside(path: Path, content) -> None:
-    """Write bytes under another name and rename: `path` is absent or whole."""
-    partial = path.with_name(path.name + PARTIAL)
-    with writing(path):
-        partial.write_bytes(content)
-        os.replace(partial, path)
+    with writing_aside(path) as partial:
+        partial.write_text(json.dumps(manifest, indent=1))
 
 
 def write_npz(path: Path, arrays: dict[str, tuple[tuple[int, ...], type, Iterable]]) -> None:

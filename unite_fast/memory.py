@@ -12,7 +12,8 @@ from math import prod
 from operator import mul
 
 from unite_fast.config import Config, ModelConfig
-from unite_fast.flops import TIME_FEATURES, VGG_CONVOLUTIONS, Matrix, hidden_width, parameter_shapes, wanted_tokens
+from unite_fast.flops import TIME_FEATURES, VGG_CONVOLUTIONS, Matrix, parameter_shapes, wanted_tokens
+from unite_fast.model.layers import hidden_width
 from unite_fast.perceptual import VGG_SHAPES, tap_shapes
 
 FLOAT, HALF = 4, 2

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unite_fast.config import require
 from unite_fast.data_pipeline import UnreadableSample, read_image
-from unite_fast.errors import UserError, writing
+from unite_fast.errors import UserError, writing, writing_aside
 from unite_fast.pictures import grid, pairs, picture_name
 from unite_fast.sampling import check_classes
 from unite_fast.trained import TrainedUNITE, check_drawing
@@ -90,11 +90,10 @@ def save_text(text: str, out: Path) -> None:
     Raises:
         UserError: no space left, or no permission.
     """
-    partial = out.with_name(out.name + ".partial")
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
+    with writing_aside(out) as partial:
         partial.write_text(text, encoding="utf-8")
-        partial.replace(out)
 
 
 def read_images(paths: list[Path], size: int) -> Tensor:

@@ -72,9 +72,12 @@ class GuidedPrediction:
 
 def solve(predict: GuidedPrediction, noise: Tensor) -> Tensor:
     """noise ~ N(0, 1) float32 [B, N, C] -> latents float32 [B, N, C], by the solver and the steps of the settings."""
-    config = predict.config
-    times = flow.shift_time(torch.linspace(0, 1, config.steps + 1), config.time_shift)
-    return SOLVERS[config.solver](predict, noise, times.tolist())
+    return SOLVERS[predict.config.solver](predict, noise, time_grid(predict.config))
+
+
+def time_grid(config: SamplingConfig) -> list[float]:
+    """The steps' ends, from 0 to 1, as Python numbers."""
+    return flow.shift_time(torch.linspace(0, 1, config.steps + 1), config.time_shift).tolist()
 
 
 @torch.no_grad()

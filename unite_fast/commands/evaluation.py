@@ -8,9 +8,14 @@ import typer
 from unite_fast.commands.options import (
     Checkpoint,
     Compile,
+    Data,
     Device,
+    Features,
+    Inception,
+    InceptionSha256,
     Interval,
     Precision,
+    Reference,
     Seed,
     Solver,
     Steps,
@@ -22,12 +27,6 @@ from unite_fast.errors import UserError
 
 app = typer.Typer()
 
-Features = Annotated[str, typer.Option(help="inception (FID), pixels (small images, no weights needed) or auto")]
-Inception = Annotated[
-    str, typer.Option(metavar="PATH", help="torch-fidelity's Inception weights [default: $UNITE_FAST_INCEPTION]")
-]
-InceptionSha256 = Annotated[str, typer.Option(help="what the SHA-256 of other weights starts with", show_default=False)]
-
 
 @app.command()
 def evaluate(
@@ -35,10 +34,8 @@ def evaluate(
     features: Features = "auto",
     inception: Inception = "",
     inception_sha256: InceptionSha256 = "6726825d",
-    reference: Annotated[
-        str, typer.Option(metavar="REF.npz", help="statistics of real images [default, pixels: the training images]")
-    ] = "",
-    data: Annotated[str, typer.Option(help="folder of the data, if not the one trained on")] = "",
+    reference: Reference = "",
+    data: Data = "",
     count: Annotated[
         int | None, typer.Option(help="generated images a guidance scale [default: 50,000; with pixels 1,000]")
     ] = None,

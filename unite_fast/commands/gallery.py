@@ -9,6 +9,7 @@ import typer
 from unite_fast.commands.options import (
     Batch,
     Checkpoint,
+    Data,
     Device,
     Guidance,
     Interval,
@@ -28,7 +29,7 @@ app = typer.Typer()
 def gallery(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="the .html to write")] = Path("gallery.html"),
-    data: Annotated[str, typer.Option(help="folder of the data, if not the one trained on")] = "",
+    data: Data = "",
     real: Annotated[bool, typer.Option(help="show real images, their reconstructions and what lies between")] = True,
     classes: Annotated[str, typer.Option(help="classes to show, e.g. 3,1,4; by default some, evenly spread")] = "",
     per_class: Annotated[int | None, typer.Option(min=1, help="samples a class [default: by image size]")] = None,

@@ -5,12 +5,16 @@ from typing import Annotated
 
 import typer
 
-from unite_fast.commands.evaluation import Features, Inception, InceptionSha256
 from unite_fast.commands.options import (
     Checkpoint,
     Compile,
+    Data,
     Device,
+    Features,
+    Inception,
+    InceptionSha256,
     Precision,
+    Reference,
     Seed,
     Solver,
     Steps,
@@ -30,10 +34,8 @@ def search_guidance(
     features: Features = "auto",
     inception: Inception = "",
     inception_sha256: InceptionSha256 = "6726825d",
-    reference: Annotated[
-        str, typer.Option(metavar="REF.npz", help="statistics of real images [default, pixels: the training images]")
-    ] = "",
-    data: Annotated[str, typer.Option(help="folder of the data, if not the one trained on")] = "",
+    reference: Reference = "",
+    data: Data = "",
     scales: Annotated[str, typer.Option(help=f"guidance scales: {Range}")] = "1:5:0.2",
     lows: Annotated[str, typer.Option(help="lower ends of the interval, in the same form")] = "0:0.4:0.1",
     highs: Annotated[str, typer.Option(help="upper ends of the interval")] = "0.8:1:0.1",

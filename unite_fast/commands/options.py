@@ -19,6 +19,15 @@ Seed = Annotated[int, typer.Option(help="what the noise is drawn from")]
 Batch = Annotated[int, typer.Option(help="images at a time")]
 Precision = Annotated[str | None, typer.Option(help="bfloat16 or float32 [default: what the model was trained in]")]
 Compile = Annotated[bool | None, typer.Option("--compile/--eager", help="compile the network [default: on CUDA]")]
+Features = Annotated[str, typer.Option(help="inception (FID), pixels (small images, no weights needed) or auto")]
+Inception = Annotated[
+    str, typer.Option(metavar="PATH", help="torch-fidelity's Inception weights [default: $UNITE_FAST_INCEPTION]")
+]
+InceptionSha256 = Annotated[str, typer.Option(help="what the SHA-256 of other weights starts with", show_default=False)]
+Reference = Annotated[
+    str, typer.Option(metavar="REF.npz", help="statistics of real images [default, pixels: the training images]")
+]
+Data = Annotated[str, typer.Option(help="folder of the data, if not the one trained on")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto")]
 
 

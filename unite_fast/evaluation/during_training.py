@@ -5,7 +5,6 @@ noise is a function of (seed, number of the sample), and the network runs eagerl
 """
 
 import json
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 
 from unite_fast import sampling
 from unite_fast.config import Config, require
-from unite_fast.errors import writing
+from unite_fast.errors import writing, writing_aside
 from unite_fast.evaluation.judge import open_judge
 from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.evaluation.statistics import Moments, frechet_distance
@@ -131,9 +130,8 @@ class DuringTraining:
             self.folder.mkdir(parents=True, exist_ok=True)
             rows = "".join(json.dumps(row) + "\n" for row in self.rows)
             for name, save in ((ROWS, lambda path: path.write_text(rows)), (CURVE, self.save_curve)):
-                partial = self.folder / f"{name}.partial"
-                save(partial)
-                os.replace(partial, self.folder / name)
+                with writing_aside(self.folder / name) as partial:
+                    save(partial)
 
     def save_curve(self, path: Path) -> None:
         from matplotlib.figure import Figure  # slow to import

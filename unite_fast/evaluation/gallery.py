@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from unite_fast import flow, sampling
+from unite_fast import sampling
 from unite_fast.config import SamplingConfig, require
 from unite_fast.errors import UserError
 from unite_fast.evaluation.gallery_page import Chart, Figure, Row, Section
@@ -309,9 +309,8 @@ class Artist:
                 seen.setdefault(t, prediction)
             return prediction
 
-        times = flow.shift_time(torch.linspace(0, 1, self.settings.steps + 1), self.settings.time_shift).tolist()
         with torch.no_grad():
-            result = SOLVERS[self.settings.solver](watched, noise, times)
+            result = SOLVERS[self.settings.solver](watched, noise, sampling.time_grid(self.settings))
         return {**seen, 1.0: result}
 
     def _generate(self, labels: Tensor, **changes) -> Tensor:

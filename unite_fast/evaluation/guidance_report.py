@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from unite_fast.errors import writing
+from unite_fast.errors import writing_aside
 from unite_fast.evaluation.guidance_search import UNGUIDED, Found, Grid, Measured, Objective
 from unite_fast.outputs import save_text
 
@@ -102,7 +102,5 @@ def save_curves(found: Found, title: str, path: Path) -> None:
     axes.set(xlabel="guidance scale", ylabel=f"{title}, {found.searched[0].count} samples", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend(title="interval", fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    partial = path.with_name(path.name + ".partial")
-    with writing(path):
+    with writing_aside(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
-        partial.replace(path)

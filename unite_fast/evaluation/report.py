@@ -1,14 +1,12 @@
 """The result of an evaluation as files (JSON, a Markdown table, grids) and as lines for a terminal."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
 from unite_fast.config import require
-from unite_fast.errors import writing
+from unite_fast.errors import writing, writing_aside
 from unite_fast.pictures import grid, pairs
 
 JSON, TABLE, PAIRS = "evaluation.json", "evaluation.md", "reconstructions.png"
@@ -46,22 +44,11 @@ def save(result: dict, pictures: dict[str, Tensor], both: tuple[Tensor, Tensor] 
         for stale in out.glob("samples_guidance_*.png"):
             stale.unlink()
         for name, image in images.items():
-            with _aside(out / name) as partial:
+            with writing_aside(out / name) as partial:
                 image.save(partial, format="png")
         for name, text in ((TABLE, table(result)), (JSON, json.dumps(result, indent=1))):
-            with _aside(out / name) as partial:
+            with writing_aside(out / name) as partial:
                 partial.write_text(text)
-
-
-@contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `path` when all went well."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def lines(result: dict) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unite_fast.config import require
-from unite_fast.errors import UserError, writing
+from unite_fast.errors import UserError, writing, writing_aside
 from unite_fast.ranks import Ranks
 from unite_fast.weight_file import file_sha256
 
@@ -132,16 +132,11 @@ def save_reference(reference: Reference, path: Path) -> None:
         **{f"basis/{name}": tensor for name, tensor in reference.basis.items()},
     }
     about = {"features": reference.features, "count": reference.count, "about": reference.about}
-    partial = path.with_name(path.name + ".partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                text = np.frombuffer(json.dumps(about).encode(), np.uint8)
-                np.savez(file, meta_json=text, **{name: tensor.numpy() for name, tensor in arrays.items()})
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    with writing_aside(path) as partial, partial.open("wb") as file:
+        text = np.frombuffer(json.dumps(about).encode(), np.uint8)
+        np.savez(file, meta_json=text, **{name: tensor.numpy() for name, tensor in arrays.items()})
 
 
 def load_reference(path: str | Path) -> Reference:

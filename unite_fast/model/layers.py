@@ -65,12 +65,17 @@ class Attention(nn.Module):
         return self.proj(kernels.attention(qkv, self.heads, q_weight, k_weight, cos, sin, wanted))
 
 
+def hidden_width(width: int) -> int:
+    """Of a SwiGLU of this width (spec: Sizes)."""
+    return int(2 / 3 * 4 * width)
+
+
 class SwiGLU(nn.Module):
     """Linear, SiLU(u) * w, Linear. The hidden width is int(2/3 * 4 D)."""
 
     def __init__(self, width: int):
         super().__init__()
-        hidden = int(2 / 3 * 4 * width)
+        hidden = hidden_width(width)
         self.fc_in = nn.Linear(width, 2 * hidden)
         self.fc_out = nn.Linear(hidden, width)
 

@@ -23,7 +23,7 @@ import torch
 from torch import distributed
 from torch.distributed import distributed_c10d
 
-from unite_fast.errors import UserError, writing
+from unite_fast.errors import UserError, writing_aside
 
 TEMPORARY = 75
 """Exit status of a process that lost contact with another: sysexits.h's "try again later"."""
@@ -370,8 +370,5 @@ def read_status(folder: Path) -> str:
 
 
 def write_status(folder: Path, status: str) -> None:
-    path = folder / "status"
-    with writing(path):
-        partial = path.with_name(path.name + ".partial")
+    with writing_aside(folder / "status") as partial:
         partial.write_text(status + "\n")
-        os.replace(partial, path)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import resource
 import statistics
 import sys
@@ -14,7 +13,7 @@ from torch import Tensor, distributed
 from torch.utils.tensorboard import SummaryWriter
 
 from unite_fast.config import Config
-from unite_fast.errors import writing
+from unite_fast.errors import writing, writing_aside
 from unite_fast.flops import image_flops
 from unite_fast.hardware import recognise
 from unite_fast.objective import Losses
@@ -165,10 +164,8 @@ class MetricsLog:
         self.path = folder / "metrics.jsonl"
         self.events_path = folder / "tensorboard"
         self.rows = [row for row in read_rows(self.path) if row["step"] <= step]
-        partial = self.path.with_name(self.path.name + ".partial")
-        with writing(self.path):
+        with writing_aside(self.path) as partial:
             partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-            os.replace(partial, self.path)
         with writing(self.events_path):
             self.events = SummaryWriter(str(self.events_path), purge_step=step + 1)
 

@@ -56,9 +56,9 @@ def load_model(path: str | Path) -> SavedModel:
             {name.removeprefix(kind): t for name, t in found.tensors.items() if name.startswith(kind)}
             for kind in ("model.", "ema.")
         )
+        trained = dict(empty_network(found.config).named_parameters())
         for name in weights.keys() - averages.keys():
-            trained = name in dict(empty_network(found.config).named_parameters())
-            require(not trained, f"{path} lacks the average of {name}")
+            require(name not in trained, f"{path} lacks the average of {name}")
         model = SavedModel(found.path, found.config, found.step, weights | averages, weights)
     _check_tensors(model)
     return model
