@@ -4,12 +4,13 @@
 
 For each run of small images, every solver and number of steps generates the same samples: the same classes, each
 from the same noise. An evaluation is one pass of one image through the network, so a guided step has two. All settings
-of sampling but solver and steps are the run's recipe's. Distances are to all training images; the difference of the
-images is the root of the mean squared one to dopri5's, of pixels in [0, 1]. The same with another seed, for dopri5,
-says how far a distance moves when only the noise does.
+of sampling but solver and steps are the run's recipe's, or those given. Distances are to all training images. The
+difference of the images is the root of the mean squared one to the exact solution's, of pixels in [0, 1]; multistep
+with 100 steps stands for the exact solution. The same with another seed, for dopri5, says how far a distance moves
+when only the noise does.
 
 Then, in the same process and turn by turn, the time of the released procedure (dopri5, both passes at every time,
-eager, the same kernels) and of the chosen solver.
+PyTorch's own operators, eager), of the same with our kernels, and of the chosen solver.
 
 Writes sampling.json, sampling.md and sampling.png into the folder --out.
 """
@@ -30,36 +31,37 @@ from unite_fast.evaluation.judge import fit_pixels_once
 from unite_fast.evaluation.pixels import PixelFeatures
 from unite_fast.evaluation.reference import make_reference
 from unite_fast.evaluation.statistics import Moments, Statistics, frechet_distance
+from unite_fast.kernels import backend
 from unite_fast.randomness import Philox, Stream
 from unite_fast.ranks import Ranks
 from unite_fast.sampling import GuidedPrediction, solve, to_uint8
 from unite_fast.trained import TrainedUNITE
 
-REFERENCE = "dopri5"
-STEPS = {"euler": (10, 20, 40), "heun": (5, 10, 20), "multistep": (5, 8, 12, 16, 20)}
-WITHIN, CHEAPER, SAME = 0.01, 3, 0.01
-"""A solver can take dopri5's place if its distance is at most this share above dopri5's, at that many times fewer
-evaluations, and if its images are dopri5's: this root of the mean squared difference, of pixels in [0, 1]."""
+REFERENCE, EXACT = "dopri5", ("multistep", 100)
+STEPS = {"euler": (10, 20, 40), "heun": (5, 10, 20), "multistep": (8, 12, 16, 20, 24)}
+WITHIN, CHEAPER = 0.01, 3
+"""A solver can take dopri5's place if its distance is dopri5's within this share, on either side, at that many times
+fewer evaluations."""
 
 
 class AlwaysBoth(GuidedPrediction):
     """The released procedure: the pass without label runs at every time, and counts inside the interval only."""
 
-    def __call__(self, t: float, x: Tensor) -> Tensor:
+    def __call__(self, t: float, x: Tensor, guided: bool | None = None) -> Tensor:
         without_label = torch.full_like(self.labels, self.no_class)
         both = self._predict(t, torch.cat((x, x)), torch.cat((self.labels, without_label)))
         conditional, unconditional = both.chunk(2)
-        weight = self.config.guidance if self._guided_at(t) else 1.0
+        weight = self.config.guidance if self.guided_at(t) else 1.0
         return unconditional + weight * (conditional - unconditional)
 
 
 class Run:
     """A trained model, and what its pictures are compared with."""
 
-    def __init__(self, path: Path, data: str, batch: int):
+    def __init__(self, path: Path, data: str, batch: int, **settings):
         self.model: TrainedUNITE = unite_fast.load(path)
         config = self.model.config
-        self.name, self.recipe, self.batch = config.name, config.sampling, batch
+        self.name, self.recipe, self.batch = config.name, config.sampling.changed(**settings), batch
         torch.set_num_threads(config.train.threads or torch.get_num_threads())
         source = open_source(config.data.source, data or config.data.path, config.model.image_size, "train")
         self.features: PixelFeatures = fit_pixels_once(source, Ranks(), "cpu")
@@ -96,24 +98,18 @@ class Run:
 
 
 def measure_quality(run: Run, count: int) -> dict:
-    """Rows of solver, steps, evaluations and distance, dopri5 first, and dopri5's distance with another seed."""
+    """Rows of solver, steps, evaluations and distance, dopri5 first, then the exact solution, and dopri5's distance
+    with another seed."""
     variants = [(REFERENCE, 0), *((solver, n) for solver, steps in STEPS.items() for n in steps)]
-    rows, first = [], None
+    exact = run.generate(replace(run.recipe, solver=EXACT[0], steps=EXACT[1]), count)
+    rows = []
     for solver, steps in variants:
         config = replace(run.recipe, solver=solver, steps=steps or run.recipe.steps)
-        images, evaluations, distance = run.generate(config, count)
-        first = images if first is None else first
-        rows.append(
-            {
-                "solver": solver,
-                "steps": steps,
-                "evaluations": evaluations,
-                "distance": distance,
-                "against_dopri5": distance / rows[0]["distance"] - 1 if rows else 0.0,
-                "image_difference": rms(images, first),
-            }
-        )
-        print(run.name, *(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+        rows.append(measured(solver, steps, run.generate(config, count), exact[0], rows))
+        if solver == REFERENCE:
+            rows.append(measured("exact", 0, exact, exact[0], rows))
+    for row in rows:
+        print(run.name, *(f"{key} {value}" for key, value in row.items()), flush=True)
     other = run.generate(replace(run.recipe, solver=REFERENCE), count, seed=1)[2]
     return {
         "run": run.name,
@@ -122,6 +118,19 @@ def measure_quality(run: Run, count: int) -> dict:
         "dimension": run.features.dimension,
         "rows": rows,
         "other_seed": {"distance": other, "against_dopri5": other / rows[0]["distance"] - 1},
+    }
+
+
+def measured(solver: str, steps: int, made: tuple[Tensor, float, float], exact: Tensor, rows: list[dict]) -> dict:
+    """A row after `rows`, of what `Run.generate` made."""
+    images, evaluations, distance = made
+    return {
+        "solver": solver,
+        "steps": steps,
+        "evaluations": evaluations,
+        "distance": distance,
+        "against_dopri5": distance / rows[0]["distance"] - 1 if rows else 0.0,
+        "image_difference": rms(images, exact),
     }
 
 
@@ -142,7 +151,7 @@ def choose(results: list[dict]) -> tuple[str, int] | None:
                 for row in result["rows"]
                 if row["solver"] == solver and row["steps"] >= steps
             ]
-            near = all(row["against_dopri5"] <= WITHIN and row["image_difference"] <= SAME for row, _ in rows)
+            near = all(abs(row["against_dopri5"]) <= WITHIN for row, _ in rows)
             cheap = all(
                 CHEAPER * row["evaluations"] <= dopri5["evaluations"] for row, dopri5 in rows if row["steps"] == steps
             )
@@ -153,28 +162,33 @@ def choose(results: list[dict]) -> tuple[str, int] | None:
 
 
 def measure_time(run: Run, chosen: tuple[str, int], count: int) -> dict:
-    """Seconds for `count` images by either procedure, batch by batch in turn, and the distances of these images."""
+    """Seconds for `count` images by each procedure, batch by batch in turn, and the distances of these images."""
+    ours = backend.current()
+    released, fast = (replace(run.recipe, solver=solver, steps=n) for solver, n in ((REFERENCE, 1), chosen))
     procedures = {
-        "released": (replace(run.recipe, solver=REFERENCE), AlwaysBoth),
-        "chosen": (replace(run.recipe, solver=chosen[0], steps=chosen[1]), GuidedPrediction),
+        "released": (released, AlwaysBoth, "reference"),
+        "released, our kernels": (released, AlwaysBoth, ours),
+        "chosen": (fast, GuidedPrediction, ours),
     }
     found = {
         name: {"cpu_seconds": 0.0, "wall_seconds": 0.0, "moments": Moments(run.features.dimension)}
         for name in procedures
     }
-    run.draw(procedures["chosen"][0], range(run.batch))  # the first call of a process pays for all later ones
+    run.draw(fast, range(run.batch))  # the first call of a process pays for all later ones
     for start in range(0, count, run.batch):
-        for name, (config, predictor) in procedures.items():
+        for name, (config, predictor, kernels) in procedures.items():
             cpu, wall = time.process_time(), time.perf_counter()
-            images, _ = run.draw(config, range(start, min(start + run.batch, count)), predictor=predictor)
+            with backend.using(kernels):
+                images, _ = run.draw(config, range(start, min(start + run.batch, count)), predictor=predictor)
             found[name]["cpu_seconds"] += time.process_time() - cpu
             found[name]["wall_seconds"] += time.perf_counter() - wall
             found[name]["moments"].update(run.features(images).pool)
     for part in found.values():
         part["distance"] = run.distance(part.pop("moments").statistics())
-    released, ours = found["released"], found["chosen"]
-    ratios = {f"{kind}_ratio": released[f"{kind}_seconds"] / ours[f"{kind}_seconds"] for kind in ("cpu", "wall")}
-    return {"images": count, "batch": run.batch, **found, **ratios}
+        part["cpu_ratio"], part["wall_ratio"] = (
+            part[f"{kind}_seconds"] / found["chosen"][f"{kind}_seconds"] for kind in ("cpu", "wall")
+        )
+    return {"images": count, "batch": run.batch, "procedures": found}
 
 
 def write(results: list[dict], chosen: tuple[str, int] | None, out: Path) -> None:
@@ -194,7 +208,7 @@ def table(results: list[dict], chosen: tuple[str, int] | None) -> list[str]:
             f"## {result['run']}: {result['images']} images, guidance {sampling['guidance']:g} for t in "
             f"({sampling['interval'][0]:g}, {sampling['interval'][1]:g}), {result['dimension']} components",
             "",
-            "| solver | steps | evaluations an image | Frechet distance | against dopri5 | difference of the images |",
+            "| solver | steps | evaluations an image | Frechet distance | against dopri5 | difference to exact |",
             "|---|---|---|---|---|---|",
         ]
         for row in result["rows"]:
@@ -206,12 +220,17 @@ def table(results: list[dict], chosen: tuple[str, int] | None) -> list[str]:
         if "time" in result:
             spent = result["time"]
             lines += [
-                f"{spent['images']} images, batch {spent['batch']}: released procedure "
-                f"{spent['released']['cpu_seconds']:.1f} s of CPU (distance {spent['released']['distance']:.4f}), "
-                f"chosen {spent['chosen']['cpu_seconds']:.1f} s ({spent['chosen']['distance']:.4f}): "
-                f"{spent['cpu_ratio']:.1f} times by CPU, {spent['wall_ratio']:.1f} times by the clock.",
+                f"{spent['images']} images, batch {spent['batch']}, in turns:",
                 "",
+                "| procedure | seconds of CPU | times the chosen one's | by the clock | Frechet distance |",
+                "|---|---|---|---|---|",
             ]
+            for name, part in spent["procedures"].items():
+                lines.append(
+                    f"| {name} | {part['cpu_seconds']:.1f} | {part['cpu_ratio']:.2f} | {part['wall_ratio']:.2f} "
+                    f"| {part['distance']:.4f} |"
+                )
+            lines.append("")
     return [*lines, f"Chosen: {chosen[0]}, {chosen[1]} steps." if chosen else "No solver matches dopri5."]
 
 
@@ -243,8 +262,12 @@ def main() -> None:
     parser.add_argument("--timed", type=int, default=1000, help="images that are timed [1000]; 0: no timing")
     parser.add_argument("--batch", type=int, default=250, help="images at a time [250]")
     parser.add_argument("--data", default="", help="folder of the data, if not the one trained on")
+    parser.add_argument("--guidance", type=float, help="guidance scale, if not the recipe's")
+    parser.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="of guidance, likewise")
     options = parser.parse_args()
-    runs = [Run(path, options.data, options.batch) for path in options.runs]
+    settings = {"guidance": options.guidance, "interval": options.interval and tuple(options.interval)}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    runs = [Run(path, options.data, options.batch, **settings) for path in options.runs]
     results = [measure_quality(run, options.count) for run in runs]
     chosen = choose(results)
     if chosen and options.timed:

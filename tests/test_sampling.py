@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from unite_fast.sampling import (
     generate_batch,
     generate_latents,
     reconstruct,
+    smooth_stretches,
     solve,
     to_uint8,
 )
@@ -113,14 +115,46 @@ def test_guidance_acts_inside_its_interval_only(interval, t, guided):
     assert [labels for _, _, labels in model.calls] == [[2, NO_CLASS] if guided else [2]]
 
 
-@pytest.mark.parametrize("solver", ["euler", "multistep"])
-def test_evaluations_count_a_pass_for_each_half(solver):
-    model, config = Recorder(), SamplingConfig(solver=solver, steps=10, guidance=2.0, interval=(0.3, 0.7))
+def solved(solver: str, **settings) -> tuple[GuidedPrediction, list[tuple[float, bool]]]:
+    """After a solution for two samples: each call's time, and whether it was guided."""
+    model, config = Recorder(), SamplingConfig(solver=solver, guidance=2.0, **settings)
     predict = GuidedPrediction(model.denoise, torch.tensor([0, 1]), NO_CLASS, config)
     solve(predict, torch.zeros(2, 1, 1))
-    times = [t for _, t, _ in model.calls]
-    assert len(times) == (11 if solver == "multistep" else 10)
-    assert predict.evaluations == sum(2 if 0.3 < t < 0.7 else 1 for t in times)
+    return predict, [(pytest.approx(t), len(labels) == 4) for _, t, labels in model.calls]
+
+
+def test_evaluations_count_a_pass_for_each_half():
+    predict, calls = solved("euler", steps=10, interval=(0.3, 0.7))
+    assert len(calls) == 10
+    assert predict.evaluations == sum(2 if 0.3 < t.expected < 0.7 else 1 for t, _ in calls)
+
+
+def test_multistep_looks_at_a_jump_of_guidance_from_either_side():
+    predict, calls = solved("multistep", steps=4, interval=(0.3, 0.7))
+    assert len(calls) == predict.evaluations - sum(guided for _, guided in calls)
+    assert [guided for t, guided in calls if t == 0.3] == [False, True]
+    assert [guided for t, guided in calls if t == 0.7] == [True, False]
+    assert all(guided == (0.3 < t.expected < 0.7) for t, guided in calls if t not in (0.3, 0.7))
+
+
+@pytest.mark.parametrize("interval", [(0.1, 1.0), (0.3, 0.7), (0.0, 0.4), (0.501, 0.502)])
+def test_multistep_is_exact_where_the_prediction_does_nothing_but_jump(interval):
+    """Recorder's predictions stay: 30 without guidance, 0 with 2 of it."""
+    low, high = interval
+    noise = torch.tensor([[[3.0]]], dtype=torch.float64)
+    config = SamplingConfig(steps=6, guidance=2.0, interval=interval)
+    got = generate_latents(Recorder(), torch.tensor([2]), noise, config)
+    want, left = 3.0, {0.0: 1.0, low: 1 - low, high: 1 - high} | {1.0: 0.05 / math.e}
+    for start, end in pairwise(sorted({0.0, low, high, 1.0})):
+        z = 0.0 if low <= start < high else 30.0
+        want = z + left[end] / left[start] * (want - z)
+    assert got.item() == pytest.approx(want, rel=1e-6)
+
+
+def test_without_guidance_or_jump_there_is_one_stretch():
+    assert len(smooth_stretches(SamplingConfig(guidance=1.0, interval=(0.1, 0.9)))) == 1
+    assert len(smooth_stretches(SamplingConfig(guidance=2.0, interval=(0.0, 1.0)))) == 1
+    assert [times[0] for times in smooth_stretches(SamplingConfig(guidance=2.0, interval=(0.1, 0.9)))] == [0, 0.1, 0.9]
 
 
 def test_guided_prediction_of_the_real_model(tiny_model):

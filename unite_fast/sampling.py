@@ -5,6 +5,8 @@ B samples, N latent tokens, C latent channels, S image size.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from unite_fast.config import SamplingConfig, require
 from unite_fast.kernels.common import upcast
 from unite_fast.model.unite import UNITE
 from unite_fast.randomness import Philox, Stream
-from unite_fast.solvers import SOLVERS
+from unite_fast.solvers import SOLVERS, multistep, multistep_times
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_t [B, N, C], t float32 [B], labels int64 [B]) -> clean latents [B, N, C]."""
@@ -51,16 +53,16 @@ class GuidedPrediction:
     evaluations: int = 0
     """Network passes so far, in units of one batch of B samples."""
 
-    def __call__(self, t: float, x: Tensor) -> Tensor:
-        """x [B, N, C] -> x_hat [B, N, C], float32 or better."""
-        if not self._guided_at(t):
+    def __call__(self, t: float, x: Tensor, guided: bool | None = None) -> Tensor:
+        """x [B, N, C] -> x_hat [B, N, C], float32 or better; `guided`, if not given, is what it is at t."""
+        if not (self.guided_at(t) if guided is None else guided):
             return self._predict(t, x, self.labels)
         without_label = torch.full_like(self.labels, self.no_class)
         both = self._predict(t, torch.cat((x, x)), torch.cat((self.labels, without_label)))
         conditional, unconditional = both.chunk(2)
         return unconditional + self.config.guidance * (conditional - unconditional)
 
-    def _guided_at(self, t: float) -> bool:
+    def guided_at(self, t: float) -> bool:
         low, high = self.config.interval
         return self.config.guidance != 1.0 and t < high and (low == 0 or t > low)
 
@@ -72,12 +74,29 @@ class GuidedPrediction:
 
 def solve(predict: GuidedPrediction, noise: Tensor) -> Tensor:
     """noise ~ N(0, 1) float32 [B, N, C] -> latents float32 [B, N, C], by the solver and the steps of the settings."""
-    return SOLVERS[predict.config.solver](predict, noise, time_grid(predict.config))
+    config = predict.config
+    if config.solver != "multistep":
+        return SOLVERS[config.solver](predict, noise, time_grid(config))
+    x = noise
+    for times in smooth_stretches(config):
+        guided = predict.guided_at((times[0] + times[-1]) / 2)
+        x = multistep(partial(predict, guided=guided), x, times)
+    return x
 
 
 def time_grid(config: SamplingConfig) -> list[float]:
-    """The steps' ends, from 0 to 1, as Python numbers."""
+    """The ends of euler's and heun's steps, from 0 to 1, as Python numbers."""
     return flow.shift_time(torch.linspace(0, 1, config.steps + 1), config.time_shift).tolist()
+
+
+def smooth_stretches(config: SamplingConfig) -> list[list[float]]:
+    """The ends of multistep's steps from 0 to 1, parted where guidance sets in or ends.
+
+    There x_hat jumps, and a line through predictions of both sides belongs to neither: on the digits, guided for t in
+    (0.1, 1), 20 unparted steps were 5 % off in Frechet distance, and so parted 0.4 % (docs/LOG.md).
+    """
+    jumps = config.interval if config.guidance != 1 else ()
+    return [multistep_times(config.steps, start, end) for start, end in pairwise(sorted({0.0, *jumps, 1.0}))]
 
 
 @torch.no_grad()

@@ -8,36 +8,29 @@ from unite_fast.config import SamplingConfig
 from unite_fast.sampling import GuidedPrediction
 
 
-def result(**rows: tuple[float, float, float]) -> dict:
-    """rows: solver_steps = evaluations, distance against dopri5's, difference of the images. Others do not match."""
+def result(**rows: tuple[float, float]) -> dict:
+    """rows: solver_steps = evaluations, distance against dopri5's. Others do not match."""
     names = [("dopri5", 0), *((solver, steps) for solver, numbers in STEPS.items() for steps in numbers)]
-    return {
-        "rows": [
-            dict(
-                zip(
-                    ("solver", "steps", "evaluations", "against_dopri5", "image_difference"),
-                    (solver, steps, *rows.get(f"{solver}_{steps}", (150.0 if solver == "dopri5" else 20.0, 0.5, 0.5))),
-                    strict=True,
-                )
-            )
-            for solver, steps in names
-        ]
-    }
+    found = []
+    for solver, steps in names:
+        evaluations, against = rows.get(f"{solver}_{steps}", (150.0 if solver == "dopri5" else 20.0, 0.5))
+        found.append({"solver": solver, "steps": steps, "evaluations": evaluations, "against_dopri5": against})
+    return {"rows": found}
 
 
-GOOD = {"multistep_12": (24.0, 0.0, 0.009), "multistep_16": (32.0, -0.03, 0.006), "multistep_20": (40.0, 0.01, 0.004)}
+GOOD = {f"multistep_{n}": (2.0 * n, against) for n, against in ((12, 0.0), (16, -0.01), (20, 0.01), (24, 0.003))}
 
 
 @pytest.mark.parametrize(
     ("others", "want"),
     [
         ({}, ("multistep", 12)),
-        ({"multistep_5": (10.0, 0.0, 0.0)}, ("multistep", 12)),  # by luck: 8 steps are worse
-        ({"multistep_16": (32.0, 0.011, 0.006)}, ("multistep", 20)),
-        ({"multistep_12": (24.0, 0.0, 0.011)}, ("multistep", 16)),
-        ({"multistep_12": (51.0, 0.0, 0.009)}, ("multistep", 16)),  # not three times cheaper
-        ({"heun_20": (22.0, 0.0, 0.001)}, ("heun", 20)),
-        ({"multistep_20": (40.0, 0.5, 0.5)}, None),
+        ({"euler_10": (10.0, 0.0)}, ("multistep", 12)),  # by luck: 20 steps are worse
+        ({"multistep_16": (32.0, 0.011)}, ("multistep", 20)),
+        ({"multistep_16": (32.0, -0.011)}, ("multistep", 20)),  # nearer the data than dopri5 is no match either
+        ({"multistep_12": (51.0, 0.0)}, ("multistep", 16)),  # not three times cheaper
+        ({"heun_20": (22.0, 0.0)}, ("heun", 20)),
+        ({"multistep_24": (48.0, 0.5)}, None),
     ],
 )
 def test_the_cheapest_that_matches_with_all_its_larger_numbers_of_steps(others, want):
@@ -45,7 +38,7 @@ def test_the_cheapest_that_matches_with_all_its_larger_numbers_of_steps(others, 
 
 
 def test_it_has_to_match_on_every_run():
-    worse = GOOD | {"multistep_12": (24.0, 0.02, 0.009)}
+    worse = GOOD | {"multistep_12": (24.0, 0.02)}
     assert choose([result(**GOOD), result(**worse)]) == ("multistep", 16)
 
 

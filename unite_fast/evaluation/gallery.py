@@ -20,7 +20,6 @@ from unite_fast.evaluation.pixels import read_some
 from unite_fast.evaluation.reading import open_named
 from unite_fast.evaluation.scores import psnr
 from unite_fast.randomness import Philox, Stream
-from unite_fast.solvers import SOLVERS
 from unite_fast.trained import TrainedUNITE, check_drawing
 from unite_fast.training.metrics import read_rows
 
@@ -297,20 +296,11 @@ class Artist:
         """x_hat [B, N, C] at each time the solver looked at, and the result at t = 1."""
         network = self.model.network
         denoise = sampling.Network.of(network, self.settings.order).denoise
-        predict = sampling.GuidedPrediction(
-            denoise, labels.to(network.device), network.config.num_classes, self.settings
-        )
-        seen: dict[float, Tensor] = {}
-
-        def watched(t: float, x: Tensor) -> Tensor:
-            prediction = predict(t, x)
-            # Heun's last look is at t = 1, and dopri5's last step goes past it: neither lies on the way.
-            if t < 1:
-                seen.setdefault(t, prediction)
-            return prediction
-
+        predict = Watched(denoise, labels.to(network.device), network.config.num_classes, self.settings)
         with torch.no_grad():
-            result = SOLVERS[self.settings.solver](watched, noise, sampling.time_grid(self.settings))
+            result = sampling.solve(predict, noise)
+        # Heun's last look is at t = 1, and dopri5's last step goes past it: neither lies on the way.
+        seen = {t: prediction for t, prediction in predict.seen.items() if t < 1}
         return {**seen, 1.0: result}
 
     def _generate(self, labels: Tensor, **changes) -> Tensor:
@@ -353,6 +343,17 @@ class Artist:
 
     def _named(self, labels: Tensor) -> list[str]:
         return [self.names[label] for label in labels.tolist()]
+
+
+@dataclass
+class Watched(sampling.GuidedPrediction):
+    seen: dict[float, Tensor] = field(default_factory=dict)
+    """The first prediction at each time."""
+
+    def __call__(self, t: float, x: Tensor, guided: bool | None = None) -> Tensor:
+        prediction = super().__call__(t, x, guided)
+        self.seen.setdefault(t, prediction)
+        return prediction
 
 
 def between_latents(a: Tensor, b: Tensor, s: float, norm: nn.LayerNorm) -> Tensor:

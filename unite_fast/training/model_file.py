@@ -57,7 +57,7 @@ def load_model(path: str | Path) -> SavedModel:
             for kind in ("model.", "ema.")
         )
         trained = dict(empty_network(found.config).named_parameters())
-        for name in weights.keys() - averages.keys():
+        for name in sorted(weights.keys() - averages.keys()):
             require(name not in trained, f"{path} lacks the average of {name}")
         model = SavedModel(found.path, found.config, found.step, weights | averages, weights)
     _check_tensors(model)
@@ -114,7 +114,7 @@ def _check_tensors(model: SavedModel) -> None:
     expected = empty_network(model.config).state_dict()
     start = f"the weights in {model.path} do not fit its settings"
     for held in (model.weights, model.averages):
-        for name in expected.keys() ^ held.keys():
+        for name in sorted(expected.keys() ^ held.keys()):
             require(name in held, f"{start}: {name} is missing")
             require(name in expected, f"{start}: {name} has no place in the model")
         for name, tensor in held.items():
