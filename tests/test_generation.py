@@ -27,7 +27,8 @@ def made() -> Generation:
 def test_a_batch_is_what_generate_gives_for_its_places(model, made):
     drawn = list(generate_batches(model.network, made))
     assert [len(part.indices) for part in drawn] == [4, 4, 4, 4, 4, 3]
-    indices, images, labels = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    assert {part.evaluations for part in drawn} == {2 + 2 * 3 + 1}, "before, inside and after guidance's interval"
+    indices, images, labels = (torch.cat(parts) for parts in list(zip(*drawn, strict=True))[:3])
     assert torch.equal(indices, torch.arange(23)) and torch.equal(labels, made.labels)
     want = model.generate(made.labels, 5, 4, solver="multistep", steps=3, guidance=2.0, interval=(0.2, 0.9))
     assert torch.equal(images, want)

@@ -205,7 +205,7 @@ def test_the_compiled_network_is_whole_and_compiled_once_for_each_shape(tiny_mod
     pictures = []
     for positions in (torch.arange(3), torch.arange(3, 6)):
         labels = positions % 5
-        pictures.append(generate_batch(tiny_model, network, labels, positions, config, seed=0))
+        pictures.append(generate_batch(tiny_model, network, labels, positions, config, seed=0)[0])
         eager = generate(tiny_model, labels, config, first=int(positions[0]))
         assert (pictures[-1].int() - eager.int()).abs().max() <= 1
         assert counter.frame_count == 3
@@ -221,8 +221,8 @@ def test_bfloat16_runs_the_network_in_it_and_nothing_else(tiny_model):
         return tiny_model.denoise(x, t, labels)
 
     labels, network = torch.tensor([0, 1]), Network(denoise, tiny_model.decode)
-    full = generate_batch(tiny_model, network, labels, torch.arange(2), FAST, seed=0)
-    half = generate_batch(tiny_model, network, labels, torch.arange(2), FAST, 0, "bfloat16")
+    full, _ = generate_batch(tiny_model, network, labels, torch.arange(2), FAST, seed=0)
+    half, _ = generate_batch(tiny_model, network, labels, torch.arange(2), FAST, 0, "bfloat16")
     assert seen[0] == (torch.float32, torch.float32, torch.bfloat16, False)
     assert seen[-1] == (torch.float32, torch.float32, torch.bfloat16, True)
     assert 0 < (full.int() - half.int()).abs().float().mean() < 8

@@ -21,7 +21,7 @@ from unite_fast.trained import check_drawing
 
 @dataclass(frozen=True)
 class Generation:
-    """What is generated. Sample i has label labels[i] and noise drawn from (seed, i)."""
+    """What is generated. Sample i has label labels[i] and noise drawn from (seed, first + i)."""
 
     labels: Tensor
     """int64 [num]."""
@@ -33,6 +33,7 @@ class Generation:
     """Of the network: float32, or bfloat16 (autocast)."""
     compile: bool = False
     """Compile the network, for two shapes: worth it for many images on a GPU, minutes on a CPU."""
+    first: int = 0
 
     def __post_init__(self):
         require(len(self.labels) > 0, "there is nothing to generate: the number of images is 0")
@@ -53,24 +54,31 @@ class Drawn(NamedTuple):
     """uint8 [n, 3, S, S], on the CPU."""
     labels: Tensor
     """int64 [n]."""
+    evaluations: int
+    """Network evaluations that each image took."""
 
 
 def generate_batches(
-    model: UNITE, generation: Generation, ranks: Ranks = ALONE, done: Collection[int] = ()
+    model: UNITE,
+    generation: Generation,
+    ranks: Ranks = ALONE,
+    done: Collection[int] = (),
+    network: Network | None = None,
 ) -> Iterator[Drawn]:
     """This process's share of the batches that are not `done`, dealt round robin.
 
     Every process gets the same number of items, so that it may join the others in a collective for each; in the last
     round some can be empty (n = 0).
 
+    Args:
+        network: the model's, if it is there already: more generations than one can share what was compiled.
+
     Raises:
         UserError: a label that is no class of the model.
     """
     check_classes(generation.labels.unique().tolist(), model.config.num_classes)
     left = [number for number in range(generation.batches) if number not in done]
-    network = Network.of(model, generation.sampling.order)
-    if generation.compile:
-        network = network.compiled()
+    network = network or Network.of(model, generation.sampling.order, generation.compile)
     return (
         _draw(model, network, generation, left[at]) if at < len(left) else _nothing(model)
         for at in range(ranks.rank, -(-len(left) // ranks.world) * ranks.world, ranks.world)
@@ -82,13 +90,19 @@ def _draw(model: UNITE, network: Network, generation: Generation, number: int) -
     # The padding is more samples of the last class: static shapes for the compiler, and for dopri5, whose steps depend
     # on the whole batch, something that no process or resume changes.
     labels = generation.labels[positions.clamp_max(len(generation.labels) - 1)]
-    images = generate_batch(
-        model, network, labels, positions, generation.sampling, generation.seed, generation.precision
+    images, evaluations = generate_batch(
+        model,
+        network,
+        labels,
+        generation.first + positions,
+        generation.sampling,
+        generation.seed,
+        generation.precision,
     )
     real = min(len(generation.labels) - number * generation.batch, generation.batch)
-    return Drawn(positions[:real], images[:real], labels[:real])
+    return Drawn(positions[:real], images[:real], labels[:real], evaluations)
 
 
 def _nothing(model: UNITE) -> Drawn:
     none, size = torch.empty(0, dtype=torch.int64), model.config.image_size
-    return Drawn(none, torch.empty(0, 3, size, size, dtype=torch.uint8), none)
+    return Drawn(none, torch.empty(0, 3, size, size, dtype=torch.uint8), none, 0)

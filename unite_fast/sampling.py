@@ -31,9 +31,10 @@ class Network:
     """Latents [B, N, C] -> images [B, 3, S, S]."""
 
     @classmethod
-    def of(cls, model: UNITE, order: str) -> "Network":
+    def of(cls, model: UNITE, order: str, compiled: bool = False) -> "Network":
         """`order` is that of `SamplingConfig`: cfg_first combines predictions that no LayerNorm has seen."""
-        return cls(model.encoder if order == "cfg_first" else model.denoise, model.decode)
+        network = cls(model.encoder if order == "cfg_first" else model.denoise, model.decode)
+        return network.compiled() if compiled else network
 
     def compiled(self, **options) -> "Network":
         """For one batch size: a guided step, an unguided one and the decoder are compiled once each."""
@@ -133,7 +134,7 @@ def generate(
     network = Network.of(model, config.order)
     positions = torch.arange(first, first + len(labels))
     parts = zip(labels.split(batch), positions.split(batch), strict=True)
-    return torch.cat([generate_batch(model, network, *part, config, seed, precision) for part in parts])
+    return torch.cat([generate_batch(model, network, *part, config, seed, precision)[0] for part in parts])
 
 
 @torch.no_grad()
@@ -145,7 +146,7 @@ def generate_batch(
     config: SamplingConfig,
     seed: int,
     precision: str = "float32",
-) -> Tensor:
+) -> tuple[Tensor, int]:
     """One batch of images.
 
     Args:
@@ -154,13 +155,13 @@ def generate_batch(
         precision: bfloat16 runs the network under autocast; the latents stay float32 between its passes.
 
     Returns:
-        uint8 [B, 3, S, S] on the CPU.
+        uint8 [B, 3, S, S] on the CPU, and the network evaluations that each image took.
     """
     device, shape = model.device, (model.config.latent_tokens, model.config.latent_channels)
     noise = Philox(seed, 0, positions.to(device)).normal(Stream.SAMPLE_NOISE, shape)
     predict = GuidedPrediction(network.denoise, labels.to(device), model.config.num_classes, config)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        return to_uint8(network.decode(solve(predict, noise)))
+        return to_uint8(network.decode(solve(predict, noise))), predict.evaluations
 
 
 def check_classes(labels: Iterable[int], num_classes: int) -> None:

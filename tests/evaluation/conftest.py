@@ -57,7 +57,7 @@ class PerfectModel:
         indices = torch.arange(len(generation.labels))
         for i, labels in zip(indices.split(generation.batch), generation.labels.split(generation.batch), strict=True):
             images = [example(int(index), int(label)) for index, label in zip(i, labels, strict=True)]
-            yield Drawn(i, torch.stack(images), labels)
+            yield Drawn(i, torch.stack(images), labels, 1)
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 import unite_fast
+from unite_fast import generation
 from unite_fast.commands.options import parse_range
 from unite_fast.errors import UserError
-from unite_fast.evaluation import guidance_search
 from unite_fast.evaluation.evaluate import evaluate
 from unite_fast.evaluation.guidance_search import UNGUIDED, Candidate, Grid, coarse_to_fine
 from unite_fast.evaluation.settings import EvaluationSettings
@@ -173,10 +173,8 @@ def test_a_killed_search_goes_on_where_it_was(command, searched, trained_folder,
     (out / "measured.json").write_text(json.dumps(cache))
     (out / "guidance.json").unlink()
     generated = []
-    original = guidance_search.sampling.generate_batch
-    monkeypatch.setattr(
-        guidance_search.sampling, "generate_batch", lambda *a: generated.append(len(a[2])) or original(*a)
-    )
+    original = generation.generate_batch
+    monkeypatch.setattr(generation, "generate_batch", lambda *a: generated.append(len(a[2])) or original(*a))
     ended = command("search-guidance", trained_folder, *SMALL, "--out", out)
     assert ended.out == printed
     confirmed = len(json.loads(before)["confirmed"])

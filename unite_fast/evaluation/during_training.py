@@ -115,7 +115,7 @@ class DuringTraining:
             start = starts[min(mine, len(starts) - 1)]
             positions = torch.arange(start, min(start + config.evaluation.batch, self.count))
             labels = positions % config.model.num_classes
-            images = sampling.generate_batch(
+            images, _ = sampling.generate_batch(
                 model, network, labels, positions, config.sampling, config.seed, config.train.precision
             )
             if mine < len(starts):

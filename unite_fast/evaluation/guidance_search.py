@@ -8,23 +8,23 @@ only the guidance is left: far fewer samples rank them than an exact distance ta
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from unite_fast import sampling
 from unite_fast.config import SamplingConfig, require, require_choice
 from unite_fast.errors import UserError
 from unite_fast.evaluation.evaluate import weights_sha256
 from unite_fast.evaluation.judge import Judge
 from unite_fast.evaluation.reading import Shown, unseen
 from unite_fast.evaluation.statistics import Moments, frechet_distance
+from unite_fast.generation import Drawn, Generation, generate_batches
 from unite_fast.outputs import save_text
 from unite_fast.ranks import Ranks
+from unite_fast.sampling import Network
 from unite_fast.trained import TrainedUNITE, check_drawing
 
 COUNTS = {"inception": (5_000, 50_000), "pixels": (500, 2_000)}
@@ -189,10 +189,7 @@ class Objective:
         self.model, self.judge, self.config = model, judge, config
         self.count, self.final_count = counts
         self.seed, self.batch, self.precision, self.ranks, self.shown = seed, batch, precision, ranks, shown
-        network = sampling.Network.of(model.network, config.order)
-        halves = network.compiled() if compile else network
-        self.passes = Counting(halves.denoise)
-        self.network = replace(halves, denoise=self.passes)
+        self.compile, self.network = compile, Network.of(model.network, config.order, compile)
         how = {key: value for key, value in asdict(config).items() if key not in ("guidance", "interval")}
         self.settings = {
             "weights_sha256": weights_sha256(model),
@@ -221,22 +218,12 @@ class Objective:
         if known is not None:
             return known
         begun = time.perf_counter()
-        config = replace(self.config, guidance=candidate.scale, interval=(candidate.low, candidate.high))
-        model, features = self.model.network, self.judge.features
+        features = self.judge.features
         moments, evaluations = Moments(features.dimension, features.device), 0
-        batch = min(self.batch, count)
-        starts = list(range(0, count, batch))[self.ranks.rank :: self.ranks.world]
-        title = f"{count} images, guidance {candidate.scale:g} in ({candidate.low:g}, {candidate.high:g})"
-        for start in self.shown(starts, len(starts), title):
-            # Of the last batch, which is padded so that its shape is the others', only the real part counts.
-            numbers, real = torch.arange(start, start + batch), min(batch, count - start)
-            labels = (first + numbers.clamp_max(count - 1)) % model.config.num_classes
-            self.passes.images = 0
-            images = sampling.generate_batch(
-                model, self.network, labels, first + numbers, config, self.seed, self.precision
-            )
-            evaluations += self.passes.images // batch * real
-            moments.update(features(images[:real].to(features.device)).pool)
+        for drawn in self._draw(candidate, first, count):
+            if len(drawn.images):  # processes may come out even by empty ones
+                moments.update(features(drawn.images.to(features.device)).pool)
+                evaluations += drawn.evaluations * len(drawn.images)
         moments.all_reduce(self.ranks)
         evaluations = sum(self.ranks.gather(evaluations))
         distance = frechet_distance(moments.statistics(), self.judge.reference.statistics) if self.ranks.main else 0.0
@@ -245,16 +232,21 @@ class Objective:
         self.cache.add(measured)
         return measured
 
-
-class Counting:
-    """A denoiser that counts the images it is given."""
-
-    def __init__(self, denoise: sampling.Denoiser):
-        self.denoise, self.images = denoise, 0
-
-    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        self.images += len(x_t)
-        return self.denoise(x_t, t, labels)
+    def _draw(self, candidate: Candidate, first: int, count: int) -> Iterable[Drawn]:
+        """This process's share of samples first..first + count - 1."""
+        generation = Generation(
+            (first + torch.arange(count)) % self.model.config.model.num_classes,
+            replace(self.config, guidance=candidate.scale, interval=(candidate.low, candidate.high)),
+            self.seed,
+            min(self.batch, count),
+            self.precision,
+            self.compile,
+            first,
+        )
+        batches = generate_batches(self.model.network, generation, self.ranks, network=self.network)
+        rounds = -(-generation.batches // self.ranks.world)
+        title = f"{count} images, guidance {candidate.scale:g} in ({candidate.low:g}, {candidate.high:g})"
+        return self.shown(batches, rounds, title)
 
 
 class Cache:
