@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from unite_fast.training.checkpoint import load_checkpoint
 from unite_fast.training.checkpoint_files import step_folders
 from unite_fast.training.model_file import load_model, save_model
+from unite_fast.training.trainer import Trainer
 
 TRACE = Path(__file__).parent / "data" / "official_tiny_a.npz"
 
@@ -275,6 +277,20 @@ def test_weights_of_nan_draw_nothing(refused, trained_folder, tmp_path):
     assert refused("sample", "nan.safetensors").startswith("the weights in nan.safetensors are not finite: ")
 
 
+def test_more_memory_than_there_is(refused, tiny_run, monkeypatch):
+    width = 2**24
+    message = refused("train", *tiny_run, f"model.encoder.width={width}", "train.out=run")
+    assert re.fullmatch(
+        r"out of memory: can't allocate memory: you tried to allocate \d+ bytes\. .*; "
+        r"a smaller batch \(train\.micro_batch, --batch\) or model takes less",
+        message,
+    )
+    # A GPU's, in the words of PyTorch.
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB"
+    monkeypatch.setattr(Trainer, "run", mock.Mock(side_effect=torch.OutOfMemoryError(said)))
+    assert refused("train", *tiny_run, "train.out=run").startswith(f"out of memory: {said}; a smaller batch ")
+
+
 def test_a_run_that_is_there_and_one_that_diverges(refused, tiny_run, trained_folder):
     message = refused("train", *tiny_run, f"train.out={trained_folder}")
     assert message.startswith(f"{trained_folder} holds a run already; continue it with --resume")
@@ -288,7 +304,7 @@ def test_a_run_that_is_there_and_one_that_diverges(refused, tiny_run, trained_fo
 def test_a_run_folder_that_cannot_be_made(refused, tiny_run, tmp_path):
     (tmp_path / "file").touch()
     message = refused("train", *tiny_run, "train.out=file/run")
-    assert message == "cannot write file/run/config.yaml: Not a directory"
+    assert message == "cannot write file/run: Not a directory"
 
 
 def test_a_run_folder_on_a_read_only_disk(tiny_run, tmp_path):
@@ -302,7 +318,7 @@ def test_a_run_folder_on_a_read_only_disk(tiny_run, tmp_path):
     if ended.returncode in (1, 99) and "disk/run" not in ended.stderr:
         pytest.skip(f"may not mount a disk of its own: {ended.stderr.strip()}")
     assert ended.returncode == 2
-    assert ended.stderr == "error: cannot write disk/run/config.yaml: Read-only file system\n"
+    assert ended.stderr == "error: cannot write disk/run: Read-only file system\n"
 
 
 def test_checkpoints_on_a_disk_that_became_read_only(tiny_run, trained_folder, tmp_path):

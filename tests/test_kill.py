@@ -100,6 +100,17 @@ def test_sigterm_and_sigint_save_and_resume_goes_on(
     assert_same_run(folder, tmp_path / "undisturbed")
 
 
+def test_two_processes_do_not_train_in_one_folder(tiny_run, process, wait_until, command, tmp_path):
+    folder = tmp_path / "run"
+    running = process("train", *tiny_run, FOR_EVER, "train.log_every=1", f"train.out={folder}")
+    wait_until(lambda: rows_in(folder))
+    message = command("train", *tiny_run, FOR_EVER, f"train.out={folder}", "--resume").error()
+    holder = re.fullmatch(rf"{folder} is being trained by process (\d+) on \S+; stop that one, .*", message)
+    assert int(holder[1]) == running.pid
+    at = max(rows_in(folder))
+    wait_until(lambda: max(rows_in(folder)) > at)  # it was not disturbed
+
+
 def test_a_second_signal_ends_a_run_at_once(tiny_run, process, wait_until, tmp_path):
     """Where the first is not heeded, because a step takes minutes."""
     running = process("train", *tiny_run, FOR_EVER, "train.log_every=1", "train.batch_size=1400", "train.out=run")

@@ -30,7 +30,13 @@ def main() -> None:
     except OSError as error:
         # A file of the user's that the system refuses: a folder in its place, no permission, a full disk.
         _leave(f"{error.filename or 'a file'}: {error.strerror or error}", UserError.status)
-    except Exception:
+    except Exception as error:
+        if _out_of_memory(error):
+            said = str(error).split("DefaultCPUAllocator: ")[-1].splitlines()[0]
+            _leave(
+                f"out of memory: {said[:200]}; a smaller batch (train.micro_batch, --batch) or model takes less",
+                UserError.status,
+            )
         if not _among_others():
             raise
         _leave(traceback.format_exc(), 1)
@@ -50,6 +56,13 @@ def _leave(message: str, status: int) -> None:
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Of a GPU, or as PyTorch says it of a CPU, or numpy."""
+    torch = sys.modules.get("torch")  # which the commands import that need it
+    of_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return of_gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
 
 
 def _among_others() -> bool:

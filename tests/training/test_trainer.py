@@ -104,7 +104,7 @@ def test_micro_batches_are_one_large_batch(settings):
 def test_a_run_leaves_all_that_is_promised(trained_folder):
     names = sorted(os.listdir(trained_folder))
     pictures = ["curves.png", "reconstructions", "reconstructions.png", "samples", "samples.png"]
-    assert names == sorted(["checkpoints", "config.yaml", "metrics.jsonl", "status", "tensorboard", *pictures])
+    assert names == sorted([".lock", "checkpoints", "config.yaml", "metrics.jsonl", "status", "tensorboard", *pictures])
     assert steps(trained_folder) == [10, 20]
     assert load_config(str(trained_folder / "config.yaml")) == load_checkpoint(trained_folder).config
 

@@ -34,7 +34,7 @@ from unite_fast.training.metrics import Averages, MetricsLog, Speedometer, loss_
 from unite_fast.training.parallel import build_model, joined, reduce_gradients, share
 from unite_fast.training.profiling import StepProfiler
 from unite_fast.training.report import Report
-from unite_fast.training.run_folder import find_start, write_config
+from unite_fast.training.run_folder import find_start, hold, write_config
 from unite_fast.training.state import TrainState
 from unite_fast.training.wandb_log import WandbLog
 
@@ -125,8 +125,9 @@ class Trainer:
         wandb = WandbLog(config, self.folder) if config.train.wandb and ranks.main else None
         # Only now, so that a mistake found above leaves no folder that counts as a run; in no process.
         ranks.wait()
-        self.log = self.profiler = None
+        self.lock = self.log = self.profiler = None
         if ranks.main:
+            self.lock = hold(self.folder)
             write_config(self.folder, config)
             write_status(self.folder, running())
             self.log = MetricsLog(self.folder, self.state.step, wandb)
@@ -335,6 +336,8 @@ class Trainer:
                 self.profiler.close()
             if self.log:
                 self.log.close()
+            if self.lock:
+                self.lock.close()
 
 
 def use_threads(threads: int) -> None:
