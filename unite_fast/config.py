@@ -246,6 +246,8 @@ class TrainConfig:
     """Steps between sample and reconstruction grids; 0: only at the end."""
     evaluate_every: int = 0
     """Steps between evaluations of the averaged weights (see `evaluation`); 0: none."""
+    evaluate_epochs: float = 0.0
+    """The same in passes over the training images, of which it may be a part; give one of the two."""
     out: str = ""
     """Folder of the run; empty: runs/NAME."""
     wandb: str = ""
@@ -254,8 +256,12 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
             require(getattr(self, name) > 0, f"train.{name} must be positive")
-        for name in ("micro_batch", "keep_every", "picture_every", "evaluate_every", "threads"):
+        for name in ("micro_batch", "keep_every", "picture_every", "evaluate_every", "evaluate_epochs", "threads"):
             require(getattr(self, name) >= 0, f"train.{name} must not be negative")
+        require(
+            not (self.evaluate_every and self.evaluate_epochs),
+            "train.evaluate_every and train.evaluate_epochs are two ways to say when; give one of them",
+        )
         require(
             self.micro_batch == 0 or self.batch_size % self.micro_batch == 0,
             f"train.batch_size is {self.batch_size}; it must be a multiple of train.micro_batch ({self.micro_batch})",
@@ -346,7 +352,8 @@ class SamplingConfig:
 
 @dataclass
 class EvaluationConfig:
-    """How a run evaluates itself every `train.evaluate_every` steps, with the guidance of `sampling`."""
+    """How a run evaluates itself (when: `train.evaluate_every`, `train.evaluate_epochs`), with the guidance of
+    `sampling`."""
 
     features: str = "auto"
     """inception (FID), pixels (small images, no weights needed) or auto."""

@@ -96,10 +96,18 @@ def test_a_resumed_run_may_evaluate_otherwise(evaluated, tiny_run, tmp_path):
 
 def test_it_is_due_at_multiples_of_its_steps(tiny_run):
     config = load_config("digits", (*tiny_run, "train.evaluate_every=10"))
-    evaluation = DuringTraining(config, Path("nowhere"), torch.device("cpu"), 0)
-    assert evaluation.count == 1000
+    evaluation = DuringTraining(config, Path("nowhere"), torch.device("cpu"), 0, 1437)
+    assert evaluation.count == 1000 and not evaluation.warning
     assert [step for step in range(1, 31) if evaluation.due(step)] == [10, 20, 30]
     assert not Path("nowhere").exists()
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, [90, 180, 270]), (0.5, [45, 90, 135, 180, 225, 270]), (2.5, [225])])
+def test_it_is_due_at_the_first_step_after_its_epochs(epochs, steps, tiny_run):
+    """1,437 images in batches of 16: an epoch is 89.8 steps."""
+    config = load_config("digits", (*tiny_run, "train.batch_size=16", f"train.evaluate_epochs={epochs}"))
+    evaluation = DuringTraining(config, Path("nowhere"), torch.device("cpu"), 0, 1437)
+    assert [step for step in range(1, 301) if evaluation.due(step)] == steps
 
 
 @pytest.mark.parametrize(
@@ -111,6 +119,8 @@ def test_it_is_due_at_multiples_of_its_steps(tiny_run):
         ("evaluation.count=1", "evaluation.count must be at least 2"),
         ("evaluation.batch=0", "evaluation.batch must be positive"),
         ("train.evaluate_every=-1", "train.evaluate_every must not be negative"),
+        ("train.evaluate_epochs=-1", "train.evaluate_epochs must not be negative"),
+        ("train.evaluate_epochs=1", "are two ways to say when"),
     ],
 )
 def test_mistakes_are_found_before_the_run_begins(tiny_run, tmp_path, setting, words):
@@ -127,7 +137,7 @@ def run_in_ranks(folder: Path, out: Path, settings: tuple[str, ...]) -> tuple[st
     found = checkpoints.find()
     checkpoints.load_into(found, state.tensors())
     state.resume_at(found.step)
-    evaluation = DuringTraining(config, out, torch.device("cpu"), 0)
+    evaluation = DuringTraining(config, out, torch.device("cpu"), 0, 1437)
     return evaluation.run(state, None), evaluation.rows
 
 
@@ -143,5 +153,5 @@ def test_processes_share_the_work(ranks, evaluated, tiny_run, tmp_path, world):
 
 
 def test_several_processes_need_a_solver_of_fixed_steps(ranks, evaluated, tiny_run, tmp_path):
-    with pytest.raises(AssertionError, match=r"UserError: train\.evaluate_every on several processes needs a solver"):
+    with pytest.raises(AssertionError, match="UserError: evaluating a run on several processes needs a solver"):
         ranks(2, run_in_ranks, evaluated, tmp_path, (*tiny_run, *EVALUATED, "sampling.solver=dopri5"))

@@ -14,7 +14,7 @@ import torch
 from unite_fast import sampling
 from unite_fast.config import Config, require
 from unite_fast.errors import writing, writing_aside
-from unite_fast.evaluation.judge import open_judge
+from unite_fast.evaluation.judge import bias_warning, open_judge
 from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.evaluation.statistics import Moments, frechet_distance
 from unite_fast.ranks import current_ranks
@@ -28,21 +28,25 @@ FOLDER, ROWS, CURVE = "evaluation", "curve.jsonl", "curve.png"
 class DuringTraining:
     """
     Attributes:
+        every: steps between evaluations, perhaps with a fraction; 0: none.
+        warning: why its distances are compared with care; empty if they need none.
         rows: of curve.jsonl, up to the step; each holds step, distance and how it was measured.
     """
 
-    def __init__(self, config: Config, folder: Path, device: torch.device, step: int):
+    def __init__(self, config: Config, folder: Path, device: torch.device, step: int, images: int):
         """Reads the reference, or takes it of the training images; all processes must call it together.
 
         Args:
             folder: of the run; results go to its subfolder evaluation.
             step: the one the run goes on from. Rows after it are dropped: a killed run wrote them after its last
                 checkpoint and writes them again.
+            images: of one epoch.
 
         Raises:
             UserError: data, weights or statistics that are missing or do not fit; dopri5 on several processes.
         """
-        self.config, self.every = config, config.train.evaluate_every
+        self.config, self.warning = config, ""
+        self.every = config.train.evaluate_every or config.train.evaluate_epochs * images / config.train.batch_size
         self.folder, self.ranks = folder / FOLDER, current_ranks()
         before = read_rows(self.folder / ROWS)
         self.rows = [row for row in before if row["step"] <= step]
@@ -53,15 +57,16 @@ class DuringTraining:
         # Of a sharded model all processes run each pass together, and dopri5 takes as many as its samples ask for.
         require(
             self.ranks.world == 1 or config.sampling.solver != "dopri5",
-            "train.evaluate_every on several processes needs a solver of fixed steps: set sampling.solver=multistep",
+            "evaluating a run on several processes needs a solver of fixed steps: set sampling.solver=multistep",
         )
         wanted = config.evaluation
         settings = EvaluationSettings(wanted.features, wanted.inception, reference=wanted.reference)
         self.judge = open_judge(config, settings, self.ranks, device, classifier=False)
         self.count = wanted.count or COUNTS[self.judge.features.name]
+        self.warning = bias_warning(self.count, self.judge.features.dimension, "generated")
 
     def due(self, step: int) -> bool:
-        return self.every > 0 and step % self.every == 0
+        return self.every > 0 and int(step / self.every) > int((step - 1) / self.every)
 
     def run(self, state: TrainState, log: MetricsLog | None) -> str:
         """Evaluate; all processes must call it together.

@@ -26,9 +26,9 @@ FREE_ON_RESUME = {
     "optim.nonfinite",
     *(
         f"train.{key}"
-        for key in ("steps", "device", "log_every", "checkpoint_every", "keep_every", "picture_every", "evaluate_every")
+        for key in ("steps", "device", "log_every", "checkpoint_every", "keep_every", "picture_every", "out", "wandb")
     ),
-    *("train.out", "train.wandb"),
+    *("train.evaluate_every", "train.evaluate_epochs"),
     *(f"parallel.{key.name}" for key in fields(ParallelConfig)),
     *(f"sampling.{key.name}" for key in fields(SamplingConfig)),
     *(f"evaluation.{key.name}" for key in fields(EvaluationConfig)),

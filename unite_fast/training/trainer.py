@@ -118,7 +118,9 @@ class Trainer:
         self.first_step = self.state.step
         self.report = Report(self.folder, config, self.device, self.state, found is not None, ranks.main)
         self.report.say(f"data: {len(self.source)} images, {self.choice.name} loader ({self.choice.why})")
-        self.evaluation = DuringTraining(config, self.folder, self.device, self.state.step)
+        self.evaluation = DuringTraining(config, self.folder, self.device, self.state.step, len(self.source))
+        if self.evaluation.warning:
+            self.report.say(f"evaluation: {self.evaluation.warning}")
         if ranks.world > 1:
             each = config.train.batch_size // ranks.world
             self.report.say(f"{ranks.world} processes of {each} images: {self.strategy.name}; {self.strategy.why}")
