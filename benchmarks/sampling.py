@@ -27,6 +27,7 @@ from torch import Tensor
 import unite_fast
 from unite_fast.config import SamplingConfig
 from unite_fast.data_pipeline import open_source
+from unite_fast.evaluation.evaluate import device_name, versions, weights_sha256
 from unite_fast.evaluation.judge import fit_pixels_once
 from unite_fast.evaluation.pixels import PixelFeatures
 from unite_fast.evaluation.reference import make_reference
@@ -34,7 +35,7 @@ from unite_fast.evaluation.statistics import Moments, Statistics, frechet_distan
 from unite_fast.kernels import backend
 from unite_fast.randomness import Philox, Stream
 from unite_fast.ranks import Ranks
-from unite_fast.sampling import GuidedPrediction, solve, to_uint8
+from unite_fast.sampling import GuidedPrediction, Network, solve, to_uint8
 from unite_fast.trained import TrainedUNITE
 
 REFERENCE, EXACT = "dopri5", ("multistep", 100)
@@ -87,11 +88,12 @@ class Run:
     ) -> tuple[Tensor, int]:
         """Images uint8 [n, 3, S, S] and evaluations for each of them."""
         network, positions = self.model.network, torch.tensor(numbers)
+        halves = Network.of(network, config.order)
         shape = network.config.latent_tokens, network.config.latent_channels
         noise = Philox(seed, 0, positions).normal(Stream.SAMPLE_NOISE, shape)
         classes = network.config.num_classes
-        predict = predictor(network.denoise, positions % classes, classes, config)
-        return to_uint8(network.decode(solve(predict, noise))), predict.evaluations
+        predict = predictor(halves.denoise, positions % classes, classes, config)
+        return to_uint8(halves.decode(solve(predict, noise))), predict.evaluations
 
     def distance(self, statistics: Statistics) -> float:
         return frechet_distance(statistics, self.real)
@@ -113,7 +115,10 @@ def measure_quality(run: Run, count: int) -> dict:
     other = run.generate(replace(run.recipe, solver=REFERENCE), count, seed=1)[2]
     return {
         "run": run.name,
+        "weights_sha256": weights_sha256(run.model),
         "sampling": asdict(run.recipe) | {"solver": "each", "steps": "each"},
+        "precision": "float32",
+        "seed": 0,
         "images": count,
         "dimension": run.features.dimension,
         "rows": rows,
@@ -194,7 +199,10 @@ def measure_time(run: Run, chosen: tuple[str, int], count: int) -> dict:
 def write(results: list[dict], chosen: tuple[str, int] | None, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "sampling.json").write_text(
-        json.dumps({"runs": results, "chosen": chosen, "torch": torch.__version__}, indent=1)
+        json.dumps(
+            {"runs": results, "chosen": chosen, "device": device_name(torch.device("cpu")), "versions": versions()},
+            indent=1,
+        )
     )
     (out / "sampling.md").write_text("\n".join(table(results, chosen)) + "\n")
     plot(results, out / "sampling.png")

@@ -154,6 +154,7 @@ def test_multistep_is_exact_where_the_prediction_does_nothing_but_jump(interval)
 def test_without_guidance_or_jump_there_is_one_stretch():
     assert len(smooth_stretches(SamplingConfig(guidance=1.0, interval=(0.1, 0.9)))) == 1
     assert len(smooth_stretches(SamplingConfig(guidance=2.0, interval=(0.0, 1.0)))) == 1
+    assert len(smooth_stretches(SamplingConfig(guidance=2.0, interval=(0.5, 0.5)))) == 1
     assert [times[0] for times in smooth_stretches(SamplingConfig(guidance=2.0, interval=(0.1, 0.9)))] == [0, 0.1, 0.9]
 
 

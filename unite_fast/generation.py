@@ -34,6 +34,7 @@ class Generation:
     compile: bool = False
     """Compile the network, for two shapes: worth it for many images on a GPU, minutes on a CPU."""
     first: int = 0
+    """Number of sample 0 among all that the seed can draw."""
 
     def __post_init__(self):
         require(len(self.labels) > 0, "there is nothing to generate: the number of images is 0")
