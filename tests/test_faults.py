@@ -232,7 +232,7 @@ def test_a_real_process_prints_one_line_and_ends_with_2(tmp_path):
         (("--steps", 0), "sampling.steps must be positive"),
         (("--guidance", "nan"), "sampling.guidance must be finite"),
         (("--guidance", "inf"), "sampling.guidance must be finite"),
-        (("--classes", "x"), "--classes is a list of numbers such as 3,1,4; got 'x'"),
+        (("--classes", "x"), "--classes is a list of numbers such as 1,3; got 'x'"),
         (("--batch", 0), "the batch is 0 images; it must be positive"),
         (("--seed", -1), "the seed is -1; it must be in [0, 2**64)"),
         (("--seed", 2**64), "the seed is 18446744073709551616; it must be in [0, 2**64)"),

@@ -19,23 +19,16 @@ def images():
 
 @pytest.mark.parametrize(
     ("classes", "count", "labels"),
-    [("", 7, [0, 1, 2, 3, 4, 0, 1]), ("3", 2, [3, 3]), ("3,1,4", 5, [3, 1, 4, 3, 1]), ("0, 2", 1, [0])],
+    [([], 7, [0, 1, 2, 3, 4, 0, 1]), ([3], 2, [3, 3]), ([3, 1, 4], 5, [3, 1, 4, 3, 1]), ([0, 2], 1, [0])],
 )
 def test_classes_are_taken_in_turn(classes, count, labels):
     chosen = outputs.choose_labels(classes, count, num_classes=5)
     assert chosen.tolist() == labels and chosen.dtype == torch.int64
 
 
-@pytest.mark.parametrize("classes", ["x", "1,,2", "1;2", "1.5", "1,"])
-def test_classes_that_are_no_numbers_are_refused(classes):
-    with pytest.raises(UserError, match="--classes is a list of numbers such as 3,1,4"):
-        outputs.choose_labels(classes, 3, 5)
-
-
-@pytest.mark.parametrize("classes", ["5", "0,-1", "99999999999999999999"])
+@pytest.mark.parametrize("classes", [[5], [0, -1], [99999999999999999999]])
 def test_classes_out_of_range_are_refused(classes):
-    wrong = classes.split(",")[-1]
-    with pytest.raises(UserError, match=rf"class {wrong} is out of range: this model has classes 0\.\.4"):
+    with pytest.raises(UserError, match=rf"class {classes[-1]} is out of range: this model has classes 0\.\.4"):
         outputs.choose_labels(classes, 3, 5)
 
 

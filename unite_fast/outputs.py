@@ -1,30 +1,27 @@
 """What the commands read and write: labels, pictures, descriptions."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from unite_fast.config import require
 from unite_fast.data_pipeline import UnreadableSample, read_image
 from unite_fast.errors import UserError, writing, writing_aside
+from unite_fast.evaluation.terminal import shown
 from unite_fast.pictures import grid, pairs, picture_name
 from unite_fast.sampling import check_classes
 from unite_fast.trained import TrainedUNITE, check_drawing
 from unite_fast.training.model_file import empty_network, load_model
 
 
-def choose_labels(classes: str, count: int, num_classes: int) -> Tensor:
-    """`count` labels that go through the given classes ("3,1,4"; empty: all) in turn: int64 [count]."""
-    try:
-        wanted = [int(part) for part in classes.split(",")] if classes else range(num_classes)
-    except ValueError as error:
-        raise UserError(f"--classes is a list of numbers such as 3,1,4; got {classes!r}") from error
+def choose_labels(classes: Sequence[int], count: int, num_classes: int) -> Tensor:
+    """`count` labels that go through the given classes (none: all) in turn: int64 [count]."""
+    wanted = classes or range(num_classes)
     check_classes(wanted, num_classes)  # before the tensor, which holds no number of 20 digits
     return torch.tensor([wanted[i % len(wanted)] for i in range(count)])
 
@@ -32,12 +29,10 @@ def choose_labels(classes: str, count: int, num_classes: int) -> Tensor:
 def generate_with_progress(model: TrainedUNITE, labels: Tensor, seed: int, batch: int, settings: dict) -> Tensor:
     """As `TrainedUNITE.generate`, a bar showing how far it is."""
     check_drawing(seed, batch)
-    starts, console = range(0, len(labels), batch), Console(stderr=True)
+    starts = range(0, len(labels), batch)
     parts = [
         model.generate(labels[start : start + batch], seed, batch, first=start, **settings)
-        for start in track(
-            starts, description="generating", console=console, transient=True, disable=not console.is_terminal
-        )
+        for start in shown(starts, len(starts), "generating")
     ]
     return torch.cat(parts)
 

@@ -20,8 +20,9 @@ def test_evaluate_says_and_keeps_what_it_found(command, trained_folder, tmp_path
     assert (ended.status, ended.err) == (0, "")
     starts = ("reconstruction of 360 held-out images: ", "classifier (SVM on real pixels): 99.4% right on held-out")
     starts += tuple(f"20 generated images, {kind}: Frechet distance of PCA" for kind in ("unguided", "guidance 3"))
-    # SSIM, LPIPS, and 20 images for 41 components.
-    starts += ("note: 20 generated images are too few", "note: no LPIPS", "note: no SSIM", f"all of it in {tmp_path}")
+    # 20 images for 41 components, and 360.
+    starts += ("note: 20 generated images are too few", "note: no LPIPS", "note: no SSIM")
+    starts += ("note: 360 held-out images for 41 features", f"all of it in {tmp_path}")
     said = ended.out.splitlines()
     assert len(said) == len(starts)
     for line, start in zip(said, starts, strict=True):
@@ -102,7 +103,8 @@ def test_torchrun_shares_the_work(command, ranks, trained_folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("evaluate", "RUN", "--guidance", "2,x"), "--guidance is a scale or several, for example 1,2.5; got '2,x'"),
+        (("evaluate", "RUN", "--guidance", "2,x"), "--guidance is a list of numbers such as 1,3; got '2,x'"),
+        (("evaluate", "RUN", "--guidance", ","), "--guidance is a list of numbers such as 1,3; got ','"),
         (("evaluate", "RUN", "--count", "0"), "the count is 0 images; a covariance needs at least 2"),
         (("evaluate", "RUN", "--features", "clip"), "features is 'clip'"),
         (("evaluate", "RUN", "--reference", "absent.npz"), "there is no file of statistics absent.npz"),

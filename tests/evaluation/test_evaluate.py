@@ -14,7 +14,7 @@ import unite_fast
 from unite_fast.data_pipeline import open_source
 from unite_fast.errors import UserError
 from unite_fast.evaluation import evaluate as module
-from unite_fast.evaluation.evaluate import evaluate, weights_sha256
+from unite_fast.evaluation.evaluate import evaluate, samplings, weights_sha256
 from unite_fast.evaluation.inception import inception_shapes
 from unite_fast.evaluation.judge import bias_warning
 from unite_fast.evaluation.report import lines
@@ -64,6 +64,31 @@ def test_a_result_says_what_it_rests_on(model, tmp_path):
     for name, rows in (("samples_guidance_1.png", 3), ("reconstructions.png", 4)):
         with Image.open(tmp_path / "new" / "here" / name) as picture:
             assert picture.size == ((10 * 9 + 1) * 6, (rows * 9 + 1) * 6)
+
+
+@pytest.mark.parametrize(
+    ("solver", "steps", "time_shift"),
+    [("euler", 1, 0.5), ("heun", 1, 0.5), ("multistep", 1, None), ("dopri5", None, None)],
+)
+def test_settings_that_the_solver_does_not_use_are_null(model, tmp_path, solver, steps, time_shift):
+    # Of weights that are zero, so that dopri5 takes few steps.
+    for parameter in model.network.parameters():
+        parameter.zero_()
+    settings = EvaluationSettings(count=10, sampling={"solver": solver, "steps": 1}, reconstructions=0)
+    evaluate(model, settings, tmp_path)
+    (one,) = json.loads((tmp_path / "evaluation.json").read_text())["generated"]
+    assert (one["solver"], one["steps"], one["time_shift"]) == (solver, steps, time_shift)
+    assert f"| {solver} | {steps or 'own'} | float32 |" in (tmp_path / "evaluation.md").read_text()
+
+
+def test_each_guidance_scale_is_evaluated_once(model):
+    def scales(*guidance: float) -> list[float]:
+        return [one.guidance for one in samplings(model, EvaluationSettings(guidance=guidance))]
+
+    assert scales(3.0, 1.0, 3.0) == [3.0, 1.0]
+    assert scales() == [1.0], "the recipe is unguided itself"
+    model.config.sampling = model.config.sampling.changed(guidance=2.0)
+    assert scales() == [1.0, 2.0]
 
 
 def test_the_digest_of_weights_is_theirs_alone(model, trained_folder):

@@ -12,9 +12,10 @@ import unite_fast
 from unite_fast import generation
 from unite_fast.commands.options import parse_range
 from unite_fast.errors import UserError
-from unite_fast.evaluation.evaluate import evaluate
+from unite_fast.evaluation.evaluate import described_machine, evaluate, weights_sha256
 from unite_fast.evaluation.guidance_search import UNGUIDED, Candidate, Grid, coarse_to_fine
 from unite_fast.evaluation.settings import EvaluationSettings
+from unite_fast.ranks import Ranks
 
 SCALES, LOWS, HIGHS = (parse_range("", text) for text in ("1:5:0.2", "0:0.4:0.1", "0.8:1:0.1"))
 
@@ -151,10 +152,32 @@ def test_a_search_end_to_end(searched, trained_folder):
     assert result["best"]["distance"] == pytest.approx(evaluated["frechet_distance"], rel=1e-9)
     assert f"{result['best']['distance']:.4f}" in printed.splitlines()[0]
     assert f"{result['evaluations']:,} network evaluations for 5 of 5 candidates" in printed
+    # 10 samples a dimension would do.
+    kinds = ("40 generated images are too few for 41 features", "50 generated images for 41 features")
+    assert [note.split(":")[0] for note in result["notes"]] == list(kinds)
+    assert [line for line in printed.splitlines() if line.startswith("note: ")] == [
+        f"note: {note}" for note in result["notes"]
+    ]
     text = (out / "guidance.md").read_text()
     assert text.count("\n| guidance ") + text.count("\n| no guidance ") == 1 + 5 + len(confirmed)
     with Image.open(out / "guidance.png") as picture:
         assert picture.width > 500
+
+
+def test_a_search_says_what_it_rests_on(searched, trained_folder):
+    out, printed = searched
+    result = json.loads((out / "guidance.json").read_text())
+    model = unite_fast.load(trained_folder)
+    assert result["checkpoint"] == {
+        **{"path": str(trained_folder), "weights": "EMA", "step": 20, "name": "digits"},
+        "weights_sha256": weights_sha256(model),
+    }
+    machine = described_machine(model.network.device, Ranks())
+    assert machine["processes"] == 1 and {name: result[name] for name in machine} == machine
+    assert result["seconds"] == pytest.approx(sum(one["seconds"] for one in result["searched"] + result["confirmed"]))
+    # Fewer evaluations than the search of so small a grid, and not "1 times as many".
+    ratio = result["full_grid_evaluations"] / result["evaluations"]
+    assert 0.1 < ratio < 1 and f": {ratio:.1f} times as many" in printed
 
 
 def test_what_confirms_is_not_what_chose(command, trained_folder, tmp_path):
@@ -182,6 +205,7 @@ def test_a_killed_search_goes_on_where_it_was(command, searched, trained_folder,
 
     def timeless(text: str):
         tree = json.loads(text)
+        del tree["seconds"]
         for one in (tree["best"], *tree["searched"], *tree["confirmed"]):
             del one["seconds"]
         return tree

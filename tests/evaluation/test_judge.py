@@ -45,6 +45,15 @@ def judged(ranks: Ranks) -> dict:
     return judge.score(batches, COUNT, ranks)
 
 
+def distances_together() -> float:
+    """Of uneven shares: the first two thirds, and the rest."""
+    torch.distributed.init_process_group("gloo")
+    ranks = current_ranks()
+    judge = Judge(FirstPixels(), Reference(moments_of(noise(0)).statistics()))
+    share = noise(1).split(100)[ranks.rank]
+    return judge.distance(moments_of(share), ranks)
+
+
 def judged_together() -> dict:
     torch.distributed.init_process_group("gloo")
     return judged(current_ranks())
@@ -71,6 +80,12 @@ def test_processes_change_nothing(ranks):
             assert shared.pop("compared") == [COUNT, COUNT]
             for name, value in shared.items():
                 assert abs(alone[name] - value) <= 1e-9 * max(1, abs(value)), name
+
+
+def test_the_distance_is_of_what_all_processes_saw(ranks):
+    expected = frechet_distance(moments_of(noise(1)).statistics(), moments_of(noise(0)).statistics())
+    first, second = ranks(2, distances_together)
+    assert first == second == pytest.approx(expected, rel=1e-9)
 
 
 def test_places_are_a_permutation_and_splits_are_even():
@@ -102,3 +117,16 @@ def test_a_reference_of_others_allows_the_frechet_distance_alone():
     notes = " ".join(judge.notes(5))
     for part in ("5 generated images are too few for 6 features", "no Inception Score", "no KID, precision and recall"):
         assert part in notes
+
+
+def test_each_number_of_images_that_is_too_small_gets_a_word():
+    def starts(count: int, *counts: int) -> list[str]:
+        judge = Judge(FirstPixels(), Reference(moments_of(noise(0)).statistics(), count=count))
+        return [note.split(":")[0] for note in judge.bias_notes(*counts)]
+
+    assert starts(60, 60, 100) == []
+    assert starts(59, 60, 100) == ["59 real images for 6 features"]
+    assert starts(0, 6, 6, 60, 59) == [
+        "6 generated images are too few for 6 features",
+        "59 generated images for 6 features",
+    ]

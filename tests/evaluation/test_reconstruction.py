@@ -1,6 +1,7 @@
 """Scores of reconstructions, of a model whose copies are known."""
 
 import hashlib
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -75,10 +76,15 @@ def test_means_over_all_images_whatever_the_batch(source, judge, lpips_files, mo
     # One level off in one of the 768 values.
     decibels[0] = -10 * torch.log10(torch.tensor(1 / (255**2 * 3 * SIDE**2), dtype=torch.float64))
     assert found["psnr"] == pytest.approx(decibels.mean().item(), rel=1e-12)
+    errors = (10 ** (-decibels / 10)).numpy()
+    assert found["psnr_of_mean_error"] == pytest.approx(-10 * math.log10(errors.mean()), rel=1e-12)
     signed = PerceptualConfig(**{**vars(lpips_files), "input_range": "signed"})
     distances = load_lpips(signed)(*(images.float() / 255 for images in pair))
     assert found["lpips"] == pytest.approx(distances.mean().item(), rel=1e-5) and found["lpips"] > 0
-    assert found["notes"] == [] and found["class_agreement"] is None
+    assert found["class_agreement"] is None
+    # Ten images have nine components.
+    (note,) = found["notes"]
+    assert note.startswith("10 held-out images for 9 features: ")
     few, (originals, _) = score_reconstructions(
         model, source, judge, EvaluationSettings(batch=4, reconstructions=4), Ranks(), unseen
     )

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from unite_fast.commands.options import (
+    INCEPTION_SHA256,
     Checkpoint,
     Compile,
     Data,
@@ -22,8 +23,8 @@ from unite_fast.commands.options import (
     given,
     load,
     parse_interval,
+    parse_numbers,
 )
-from unite_fast.errors import UserError
 
 app = typer.Typer()
 
@@ -33,7 +34,7 @@ def evaluate(
     checkpoint: Checkpoint,
     features: Features = "auto",
     inception: Inception = "",
-    inception_sha256: InceptionSha256 = "6726825d",
+    inception_sha256: InceptionSha256 = INCEPTION_SHA256,
     reference: Reference = "",
     data: Data = "",
     count: Annotated[
@@ -46,8 +47,8 @@ def evaluate(
     solver: Solver = None,
     steps: Steps = None,
     reconstructions: Annotated[
-        int, typer.Option(min=0, help="held-out images to reconstruct, at most; 0: none")
-    ] = 50_000,
+        int | None, typer.Option(min=0, help="held-out images to reconstruct, at most; 0: none [default: 50,000]")
+    ] = None,
     seed: Seed = 0,
     batch: Annotated[int, typer.Option(min=1, help="images at a time")] = 128,
     precision: Precision = None,
@@ -81,13 +82,13 @@ def evaluate(
         reference=reference,
         data=data,
         count=count,
-        guidance=parse_scales(guidance),
+        guidance=tuple(parse_numbers("--guidance", guidance, float)) if guidance else (),
         sampling=given(interval=parse_interval(interval), solver=solver, steps=steps),
         seed=seed,
         batch=batch,
         precision=precision or "",
         compile=compile,
-        reconstructions=reconstructions,
+        **given(reconstructions=reconstructions),
     )
     folder = out or default_folder(checkpoint)
     with ranks_of_torchrun(choose_device(device)) as ranks:
@@ -105,7 +106,7 @@ def stats(
     out: Annotated[Path, typer.Argument(metavar="OUT.npz", help="the statistics to write")],
     features: Features = "auto",
     inception: Inception = "",
-    inception_sha256: InceptionSha256 = "6726825d",
+    inception_sha256: InceptionSha256 = INCEPTION_SHA256,
     image_size: Annotated[int, typer.Option(help="side of the images; 0: what suits the data")] = 0,
     split: Annotated[str, typer.Option(help="train or test")] = "train",
     batch: Annotated[int, typer.Option(min=1, help="images at a time")] = 128,
@@ -133,10 +134,3 @@ def stats(
         typer.echo(f"{made.count} images, {len(made.statistics.mean)} {made.features} features: {out}")
         if made.about["unreadable"]:
             typer.echo(f"{made.about['unreadable']} images could not be read and are left out")
-
-
-def parse_scales(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(",") if part)
-    except ValueError as error:
-        raise UserError(f"--guidance is a scale or several, for example 1,2.5; got {text!r}") from error

@@ -18,6 +18,7 @@ from unite_fast.commands.options import (
     Steps,
     given,
     load,
+    parse_classes,
     parse_interval,
     parse_numbers,
 )
@@ -53,7 +54,7 @@ def gallery(
 
     outputs.check_target(out, (".html",))
     wishes = Wishes(
-        classes=parse_numbers("--classes", classes, int) if classes else None,
+        classes=parse_classes(classes),
         per_class=per_class,
         scales=tuple(parse_numbers("--scales", scales, float)),
         data=data if real else None,

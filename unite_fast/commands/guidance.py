@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from unite_fast.commands.options import (
+    INCEPTION_SHA256,
     Checkpoint,
     Compile,
     Data,
@@ -33,7 +34,7 @@ def search_guidance(
     checkpoint: Checkpoint,
     features: Features = "auto",
     inception: Inception = "",
-    inception_sha256: InceptionSha256 = "6726825d",
+    inception_sha256: InceptionSha256 = INCEPTION_SHA256,
     reference: Reference = "",
     data: Data = "",
     scales: Annotated[str, typer.Option(help=f"guidance scales: {Range}")] = "1:5:0.2",
@@ -66,8 +67,6 @@ def search_guidance(
 
     `torchrun --nproc-per-node 8 -m unite_fast search-guidance runs/imagenet256_b --reference in256.npz`
     """
-    from dataclasses import replace
-
     from unite_fast.evaluation import guidance_report
     from unite_fast.evaluation.guidance_search import COUNTS, Grid, Objective, search
     from unite_fast.evaluation.judge import open_judge
@@ -86,7 +85,7 @@ def search_guidance(
         model = load(checkpoint, device)
         judge = open_judge(model.config, settings, ranks, model.network.device, shown, classifier=False)
         few, many = COUNTS[judge.features.name]
-        config = replace(model.config.sampling, **given(solver=solver, steps=steps))
+        config = model.config.sampling.changed(**given(solver=solver, steps=steps))
         objective = Objective(
             model,
             judge,
@@ -99,6 +98,7 @@ def search_guidance(
             folder,
             ranks,
             shown,
+            str(checkpoint),
         )
         found = search(grid, objective, confirm)
         if ranks.main:

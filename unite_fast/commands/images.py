@@ -19,6 +19,7 @@ from unite_fast.commands.options import (
     Steps,
     given,
     load,
+    parse_classes,
     parse_interval,
 )
 
@@ -48,8 +49,9 @@ def sample(
     from unite_fast import outputs
 
     outputs.check_target(out)
+    wanted = parse_classes(classes)
     model = load(checkpoint, device)
-    labels = outputs.choose_labels(classes, count, model.config.model.num_classes)
+    labels = outputs.choose_labels(wanted, count, model.config.model.num_classes)
     settings = given(guidance=guidance, interval=parse_interval(interval), solver=solver, steps=steps)
     images = outputs.generate_with_progress(model, labels, seed, batch, settings)
     outputs.save_images(images, labels, out, columns=10)
@@ -82,8 +84,6 @@ def generate(
 
     `torchrun --nproc-per-node 8 -m unite_fast generate runs/imagenet256_b --count 50000 --out samples.npz`
     """
-    from dataclasses import replace
-
     from unite_fast.generated_files import generate_files
     from unite_fast.generation import Generation
     from unite_fast.outputs import choose_labels
@@ -91,11 +91,12 @@ def generate(
     from unite_fast.training.trainer import choose_device
 
     settings = given(guidance=guidance, interval=parse_interval(interval), solver=solver, steps=steps)
+    wanted = parse_classes(classes)
     with ranks_of_torchrun(choose_device(device)) as ranks:
         model = load(checkpoint, device)
         generation = Generation(
-            choose_labels(classes, num, model.config.model.num_classes),
-            replace(model.config.sampling, **settings),
+            choose_labels(wanted, num, model.config.model.num_classes),
+            model.config.sampling.changed(**settings),
             seed,
             batch,
             precision or model.config.train.precision,

@@ -24,6 +24,8 @@ Inception = Annotated[
     str, typer.Option(metavar="PATH", help="torch-fidelity's Inception weights [default: $UNITE_FAST_INCEPTION]")
 ]
 InceptionSha256 = Annotated[str, typer.Option(help="what the SHA-256 of other weights starts with", show_default=False)]
+# As evaluation.inception.INCEPTION_FILE has it, whose import takes torch's time from every --help.
+INCEPTION_SHA256 = "6726825d"
 Reference = Annotated[
     str, typer.Option(metavar="REF.npz", help="statistics of real images [default, pixels: the training images]")
 ]
@@ -60,6 +62,11 @@ def parse_numbers(option: str, text: str, kind: type) -> list:
         return [kind(part) for part in text.split(",")]
     except ValueError as error:
         raise UserError(f"{option} is a list of numbers such as 1,3; got {text!r}") from error
+
+
+def parse_classes(text: str) -> list[int]:
+    """The classes of "3,1,4"; empty: all, an empty list."""
+    return parse_numbers("--classes", text, int) if text else []
 
 
 def parse_range(option: str, text: str) -> list[float]:

@@ -75,7 +75,7 @@ def evaluate(
         scores = judge.score(first.watch(shown(batches, total, f"generating with guidance {scale:g}")), count, ranks)
         generated.append(
             {
-                **asdict(generation.sampling),
+                **described_sampling(generation.sampling),
                 **{name: getattr(generation, name) for name in ("seed", "batch", "compile")},
                 "network_precision": generation.precision,  # "precision" is a score
                 "count": count,
@@ -85,13 +85,7 @@ def evaluate(
         )
         pictures[f"samples_guidance_{scale:g}.png"] = first.gathered(ranks)
     result = {
-        "checkpoint": {
-            "path": checkpoint,
-            "weights_sha256": weights_sha256(model),
-            "weights": "EMA",
-            "step": model.step,
-            "name": model.config.name,
-        },
+        "checkpoint": described_checkpoint(model, checkpoint),
         "features": {
             "name": judge.features.name,
             "title": judge.features.title,
@@ -103,9 +97,7 @@ def evaluate(
         "reconstruction": reconstruction,
         "notes": judge.notes(count) + (reconstruction["notes"] if reconstruction else []),
         "seconds": {"opening": opened, "all": time.perf_counter() - begun},
-        "processes": ranks.world,
-        "device": device_name(model.network.device),
-        "versions": versions(),
+        **described_machine(model.network.device, ranks),
     }
     if out is not None and ranks.main:
         report.save(result, pictures, pairs, out)
@@ -116,7 +108,7 @@ def samplings(model: TrainedUNITE, settings: EvaluationSettings) -> list[Samplin
     """One for each guidance scale."""
     recipe = model.config.sampling
     # In order and each once: a recipe may itself be unguided.
-    scales = settings.guidance or tuple(dict.fromkeys((1.0, recipe.guidance)))
+    scales = dict.fromkeys(settings.guidance or (1.0, recipe.guidance))
     return [recipe.changed(**settings.sampling, guidance=scale) for scale in scales]
 
 
@@ -155,6 +147,32 @@ class FirstImages:
     def gathered(self, ranks: Ranks) -> Tensor:
         together = {number: image for part in ranks.gather(self.kept) for number, image in part.items()}
         return torch.stack([image for _, image in sorted(together.items())])
+
+
+def described_checkpoint(model: TrainedUNITE, path: str) -> dict:
+    """For the JSON of a result: which weights it is of."""
+    return {
+        "path": path,
+        "weights_sha256": weights_sha256(model),
+        "weights": "EMA",
+        "step": model.step,
+        "name": model.config.name,
+    }
+
+
+def described_sampling(config: SamplingConfig) -> dict:
+    """For the JSON of a result: the settings, None for those that the solver does not use."""
+    settings = asdict(config)
+    if config.solver == "dopri5":
+        settings["steps"] = None
+    if config.solver not in ("euler", "heun"):
+        settings["time_shift"] = None
+    return settings
+
+
+def described_machine(device: torch.device, ranks: Ranks) -> dict:
+    """For the JSON of a result: what computed it."""
+    return {"processes": ranks.world, "device": device_name(device), "versions": versions()}
 
 
 def weights_sha256(model: TrainedUNITE) -> str:

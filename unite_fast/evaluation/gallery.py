@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from unite_fast import sampling
@@ -19,6 +17,7 @@ from unite_fast.evaluation.gallery_page import Chart, Figure, Row, Section
 from unite_fast.evaluation.pixels import read_some
 from unite_fast.evaluation.reading import open_named
 from unite_fast.evaluation.scores import psnr
+from unite_fast.evaluation.terminal import shown
 from unite_fast.randomness import Philox, Stream
 from unite_fast.trained import TrainedUNITE, check_drawing
 from unite_fast.training.metrics import read_rows
@@ -103,10 +102,7 @@ def make_gallery(model: TrainedUNITE, checkpoint: Path, wishes: Wishes) -> tuple
     artist = Artist(model, settings, names, classes, list(wishes.scales), counts, held_out, wishes.seed, wishes.batch)
     of_real = [artist.reconstructions, artist.between_images] if held_out else []
     drawn = [artist.samples, artist.guidance, *of_real, artist.between_noises, artist.denoising]
-    console = Console(stderr=True)
-    sections = [
-        draw() for draw in track(drawn, "drawing", console=console, transient=True, disable=not console.is_terminal)
-    ]
+    sections = [draw() for draw in shown(drawn, len(drawn), "drawing")]
     return about(model, settings, wishes.seed, checkpoint), sections + curves(checkpoint)
 
 

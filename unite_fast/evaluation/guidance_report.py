@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from unite_fast.errors import writing_aside
+from unite_fast.evaluation.evaluate import described_machine
 from unite_fast.evaluation.guidance_search import UNGUIDED, Found, Grid, Measured, Objective
 from unite_fast.outputs import save_text
 
@@ -24,7 +25,11 @@ def save(found: Found, grid: Grid, objective: Objective, out: Path) -> None:
         "grid": asdict(grid),
         "evaluations": found.evaluations,
         "full_grid_evaluations": found.full_grid_evaluations,
+        "checkpoint": objective.checkpoint,
         "settings": objective.settings,
+        "notes": objective.notes,
+        "seconds": found.seconds,
+        **described_machine(objective.model.network.device, objective.ranks),
     }
     save_text(json.dumps(result, indent=1) + "\n", out / JSON)
     save_text(table(found, grid, objective), out / TABLE)
@@ -35,13 +40,14 @@ def lines(found: Found, grid: Grid, objective: Objective) -> list[str]:
     best, title = found.confirmed[0], objective.judge.features.title
     said = [f"{title}, {best.count} samples: {best.distance:.4f} with {_named(best)}"]
     said += [f"next best, {one.count} samples: {one.distance:.4f} with {_named(one)}" for one in found.confirmed[1:]]
+    ratio = found.full_grid_evaluations / found.evaluations
     said.append(
         f"{found.evaluations:,} network evaluations for {len(found.searched)} of {len(grid.all())} candidates with "
         f"{objective.count} samples each and {len(found.confirmed)} with {objective.final_count}; all with "
         f"{objective.final_count} would take about {found.full_grid_evaluations:,.0f}: "
-        f"{found.full_grid_evaluations / found.evaluations:.0f} times as many"
+        f"{ratio:.{0 if ratio >= 10 else 1}f} times as many"
     )
-    return said
+    return said + [f"note: {note}" for note in objective.notes]
 
 
 def _named(measured: Measured) -> str:
@@ -52,7 +58,8 @@ def _named(measured: Measured) -> str:
 
 
 def table(found: Found, grid: Grid, objective: Objective) -> str:
-    settings = objective.settings
+    settings, weights = objective.settings, objective.checkpoint
+    steps = settings["sampling.steps"] or "its own"
     rows = [
         f"| {_named(one)} | {one.count} | {one.distance:.4f} | {one.evaluations / one.count:.1f} |"
         for one in (*found.confirmed, *found.searched)
@@ -62,9 +69,10 @@ def table(found: Found, grid: Grid, objective: Objective) -> str:
             "# Guidance search",
             "",
             *(f"- {line}" for line in lines(found, grid, objective)),
-            f"- weights {settings['weights_sha256'][:16]} (EMA) after {settings['step']} steps; solver "
-            f"{settings['sampling.solver']}, {settings['sampling.steps']} steps, order {settings['sampling.order']}; "
-            f"seed {settings['seed']}, batch {settings['batch']}, {settings['precision']}",
+            f"- weights {weights['weights_sha256'][:16]} ({weights['weights']}) of {weights['name']} after "
+            f"{weights['step']} steps; solver {settings['sampling.solver']}, {steps} steps, order "
+            f"{settings['sampling.order']}; seed {settings['seed']}, batch {settings['batch']}, "
+            f"{settings['precision']}",
             f"- reference: {settings['reference']['path'] or 'the training images'}, {settings['reference']['images']} "
             "images",
             "",

@@ -17,10 +17,10 @@ import torch
 
 from unite_fast.config import SamplingConfig, require, require_choice
 from unite_fast.errors import UserError
-from unite_fast.evaluation.evaluate import weights_sha256
+from unite_fast.evaluation.evaluate import described_checkpoint, described_sampling
 from unite_fast.evaluation.judge import Judge
 from unite_fast.evaluation.reading import Shown, unseen
-from unite_fast.evaluation.statistics import Moments, frechet_distance
+from unite_fast.evaluation.statistics import Moments
 from unite_fast.generation import Drawn, Generation, generate_batches
 from unite_fast.outputs import save_text
 from unite_fast.ranks import Ranks
@@ -134,6 +134,7 @@ class Measured:
     evaluations: int
     """Network passes, each of one image."""
     seconds: float
+    """Each process has its own; the file holds rank 0's."""
 
 
 @dataclass
@@ -149,6 +150,11 @@ class Found:
     @property
     def evaluations(self) -> int:
         return sum(measured.evaluations for measured in (*self.searched, *self.confirmed))
+
+    @property
+    def seconds(self) -> float:
+        """Of all measurements, also those that were read from the file."""
+        return sum(measured.seconds for measured in (*self.searched, *self.confirmed))
 
 
 class Objective:
@@ -171,6 +177,7 @@ class Objective:
         out: Path,
         ranks: Ranks,
         shown: Shown = unseen,
+        checkpoint: str = "",
     ):
         """
         Args:
@@ -179,6 +186,7 @@ class Objective:
             precision: of the network, float32 or bfloat16.
             compile: compile the network, once for all candidates.
             out: folder of the cache; rank 0 reads and writes there.
+            checkpoint: where the model comes from, for the JSON.
 
         Raises:
             UserError: a folder with measurements of other settings.
@@ -190,9 +198,10 @@ class Objective:
         self.count, self.final_count = counts
         self.seed, self.batch, self.precision, self.ranks, self.shown = seed, batch, precision, ranks, shown
         self.compile, self.network = compile, Network.of(model.network, config.order, compile)
-        how = {key: value for key, value in asdict(config).items() if key not in ("guidance", "interval")}
+        self.checkpoint = described_checkpoint(model, checkpoint)
+        how = {key: value for key, value in described_sampling(config).items() if key not in ("guidance", "interval")}
         self.settings = {
-            "weights_sha256": weights_sha256(model),
+            "weights_sha256": self.checkpoint["weights_sha256"],
             "step": model.step,
             **{f"sampling.{key}": value for key, value in how.items()},
             "features": judge.features.name,
@@ -205,6 +214,7 @@ class Objective:
             "precision": precision,
             "compile": compile,
         }
+        self.notes = judge.bias_notes(*counts)
         self.cache = Cache(out / CACHE, self.settings, ranks)
 
     def explore(self, candidate: Candidate) -> Measured:
@@ -224,11 +234,9 @@ class Objective:
             if len(drawn.images):  # processes may come out even by empty ones
                 moments.update(features(drawn.images.to(features.device)).pool)
                 evaluations += drawn.evaluations * len(drawn.images)
-        moments.all_reduce(self.ranks)
+        distance = self.judge.distance(moments, self.ranks)
         evaluations = sum(self.ranks.gather(evaluations))
-        distance = frechet_distance(moments.statistics(), self.judge.reference.statistics) if self.ranks.main else 0.0
         measured = Measured(candidate, first, count, distance, evaluations, time.perf_counter() - begun)
-        measured = self.ranks.from_first(measured)
         self.cache.add(measured)
         return measured
 

@@ -56,20 +56,29 @@ class Judge:
                 inception.update(found.logits, mixed.splits(batch.indices))
             if self.classifier is not None:
                 right += self.classifier.right(batch.images, batch.labels)
-        moments.all_reduce(ranks)
         samples = kept.gathered(ranks)
-        result = {}
+        result = {"frechet_distance": self.distance(moments, ranks)}
         if inception is not None:
             inception.all_reduce(ranks)
             if count >= scores.SPLITS:
                 result["inception_score"], result["inception_score_deviation"] = inception.result()
         if self.classifier is not None:
             result["class_agreement"] = float(ranks.sum(right) / count)
-        # The eigenvalues and the distances are work for one process; all get the same numbers.
+        # Comparing one by one is work for one process; all get the same numbers.
         if ranks.main:
-            result["frechet_distance"] = frechet_distance(moments.statistics(), self.reference.statistics)
             result |= self._compared_one_by_one(samples)
         return ranks.from_first(result)
+
+    def distance(self, moments: Moments, ranks: Ranks) -> float:
+        """Frechet distance to the real images, the same on every process.
+
+        Args:
+            moments: of what this process saw of the generated images; afterwards, of what all saw.
+        """
+        moments.all_reduce(ranks)
+        # The eigenvalues are work for one process.
+        distance = frechet_distance(moments.statistics(), self.reference.statistics) if ranks.main else None
+        return ranks.from_first(distance)
 
     def _compared_one_by_one(self, samples: Tensor) -> dict:
         real = self.reference.samples
@@ -90,10 +99,8 @@ class Judge:
         }
 
     def notes(self, count: int) -> list[str]:
-        """What a reader must know before comparing the distance of `count` images with another."""
-        lines = [bias_warning(count, self.features.dimension, "generated")]
-        if self.reference.count:
-            lines.append(bias_warning(self.reference.count, self.features.dimension, "real"))
+        """What a reader must know of the scores of `count` images: their bias, and which there are not."""
+        lines = self.bias_notes(count)
         if self.features.classes and count < scores.SPLITS:
             lines.append(f"no Inception Score: it takes {scores.SPLITS} splits, and {count} images are too few")
         if self.reference.samples is None:
@@ -101,7 +108,15 @@ class Judge:
                 "no KID, precision and recall: the reference holds no features of single images; "
                 "unite-fast stats makes one that does"
             )
-        return [line for line in lines if line]
+        return lines
+
+    def bias_notes(self, *counts: int) -> list[str]:
+        """What a reader must know before comparing a distance of so many generated images with another."""
+        kinds = [(count, "generated") for count in dict.fromkeys(counts)]
+        if self.reference.count:
+            kinds.append((self.reference.count, "real"))
+        warnings = (bias_warning(count, self.features.dimension, kind) for count, kind in kinds)
+        return [warning for warning in warnings if warning]
 
 
 def bias_warning(count: int, dimension: int, kind: str) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unite_fast.data_pipeline import Source
 from unite_fast.evaluation import scores
-from unite_fast.evaluation.judge import Judge
+from unite_fast.evaluation.judge import Judge, bias_warning
 from unite_fast.evaluation.reading import Shown, read_batches
 from unite_fast.evaluation.reference import check_broken
 from unite_fast.evaluation.settings import EvaluationSettings
@@ -36,8 +36,9 @@ def score_reconstructions(
     Returns:
         Means over the images: `psnr` and `psnr_of_mean_error` (dB), `l1`, `ssim`, `lpips`; `frechet_distance` between
         originals and reconstructions in the judge's features (rFID with Inception); `real_class_agreement` and
-        `class_agreement`, of originals and of reconstructions. None where something could not be computed, and
-        `notes` says why. Then originals and reconstructions, uint8 [p, 3, S, S] each.
+        `class_agreement`, of originals and of reconstructions. None where something could not be computed; `notes`
+        says why, and whether the images are too few for the distance. Then originals and reconstructions,
+        uint8 [p, 3, S, S] each.
 
     Raises:
         UserError: too many images that cannot be read.
@@ -75,6 +76,8 @@ def score_reconstructions(
     for moments in (real, rebuilt):
         moments.all_reduce(ranks)
     n = int(real.count)
+    too_few = bias_warning(n, judge.features.dimension, "held-out")
+    notes += [too_few] if too_few else []
     mean = dict(zip(_SCORES, (ranks.sum(sums) / n).tolist(), strict=True))
     real_right, rebuilt_right = (ranks.sum(right) / n).tolist() if judge.classifier is not None else (None, None)
     distance = frechet_distance(rebuilt.statistics(), real.statistics()) if ranks.main else None
@@ -85,7 +88,7 @@ def score_reconstructions(
         "network_precision": "float32",
         "frechet_distance": ranks.from_first(distance),
         "psnr": mean["psnr"],
-        "psnr_of_mean_error": float(scores.decibels(torch.tensor(mean["mean_squared_error"]))),
+        "psnr_of_mean_error": float(scores.decibels(torch.tensor(mean["mean_squared_error"], dtype=torch.float64))),
         "l1": mean["l1"],
         "ssim": mean["ssim"] if source.image_size >= scores.SSIM_WINDOW else None,
         "lpips": mean["lpips"] if lpips is not None else None,

@@ -101,7 +101,7 @@ def table(result: dict) -> str:
         "guidance": lambda one: _guidance(one),
         "interval": lambda one: "{:g} to {:g}".format(*one["interval"]),
         "solver": lambda one: one["solver"],
-        "steps": lambda one: "own" if one["solver"] == "dopri5" else str(one["steps"]),
+        "steps": lambda one: str(one["steps"] or "own"),
         "numbers": lambda one: one["network_precision"],
         "images": lambda one: str(one["count"]),
         _distance(features, "g"): lambda one: f"{one['frechet_distance']:.4f}",

@@ -1,4 +1,4 @@
-"""Progress of an evaluation, for a person who waits."""
+"""Progress of long work, for a person who waits."""
 
 from collections.abc import Iterable
 
