@@ -16,7 +16,7 @@ from unite_fast.config import Config, require
 from unite_fast.errors import writing, writing_aside
 from unite_fast.evaluation.judge import bias_warning, open_judge
 from unite_fast.evaluation.settings import EvaluationSettings
-from unite_fast.evaluation.statistics import Moments, frechet_distance
+from unite_fast.evaluation.statistics import Moments
 from unite_fast.ranks import current_ranks
 from unite_fast.training.metrics import MetricsLog, read_rows
 from unite_fast.training.state import TrainState
@@ -125,9 +125,7 @@ class DuringTraining:
             )
             if mine < len(starts):
                 moments.update(self.judge.features(images.to(device)).pool)
-        moments.all_reduce(self.ranks)
-        distance = frechet_distance(moments.statistics(), self.judge.reference.statistics) if self.ranks.main else 0.0
-        return self.ranks.from_first(distance)
+        return self.judge.distance(moments, self.ranks)
 
     def write(self) -> None:
         """curve.jsonl and curve.png, written aside and renamed."""
