@@ -296,6 +296,17 @@ def test_a_file_of_somebody_else_is_not_the_result(model, made, stopped, monkeyp
         generate_files(model, made, stopped)
 
 
+@pytest.mark.parametrize("number", [1, 3])
+def test_parts_of_a_version_that_draws_otherwise_are_refused_and_kept(model, made, stopped, number):
+    path = stopped.with_name("a.npz.parts") / "generation.json"
+    assert json.loads(path.read_text())["format"] == "unite_fast generation 2"
+    path.write_text(path.read_text().replace("generation 2", f"generation {number}"))
+    message = rf"a version of unite_fast that draws other images .*generation {number}, not .*; choose another --out"
+    with pytest.raises(UserError, match=message):
+        generate_files(model, made, stopped)
+    assert len(whole(path.parent)) == 2
+
+
 @pytest.mark.parametrize("key", ["device", "torch"])
 def test_parts_of_another_machine_are_refused(model, made, stopped, key):
     path = stopped.with_name("a.npz.parts") / "generation.json"

@@ -32,6 +32,9 @@ from unite_fast.trained import TrainedUNITE
 MANIFEST = "generation.json"
 MERGED = "merged"
 """Key of the manifest: the result is written, and has only to be renamed or its parts deleted."""
+FORMAT = "unite_fast generation 2"
+"""Raise the number whenever a version of this code draws other images from the same settings (a solver's steps, the
+noise, the order of the samples): parts of an earlier version are then refused, where they would be gone on with."""
 PARTIAL = ".partial"
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 """The earliest that a zip can say. The real time would make the bytes of equal samples differ."""
@@ -87,7 +90,7 @@ def _wait_for_all(ranks: Ranks) -> None:
 def manifest(model: TrainedUNITE, generation: Generation) -> dict:
     """All that the images depend on, as JSON has it."""
     return {
-        "format": "unite_fast generation 1",
+        "format": FORMAT,
         "weights": weights_sha256(model),
         "images": len(generation.labels),
         "labels": hashlib.sha256(generation.labels.numpy().tobytes()).hexdigest(),
@@ -158,6 +161,11 @@ class Parts:
     def check(self, path: Path) -> None:
         before = self.read(path)
         before.pop(MERGED, None)
+        require(
+            before.get("format") == FORMAT,
+            f"{self.folder} was begun by a version of unite_fast that draws other images (its format is "
+            f"{before.get('format')}, not {FORMAT}); choose another --out, or delete it",
+        )
         for key in self.manifest | before:
             require(
                 before.get(key) == self.manifest.get(key),
