@@ -19,6 +19,7 @@ import unite_fast
 from unite_fast import generation
 from unite_fast.config import SamplingConfig
 from unite_fast.errors import UserError
+from unite_fast.evaluation.evaluate import weights_sha256
 from unite_fast.generated_files import generate_files, write_npz
 from unite_fast.generation import Generation
 from unite_fast.ranks import ranks_of_torchrun
@@ -38,7 +39,9 @@ def made() -> Generation:
 def test_an_npz_as_the_field_reads_it(command, trained_folder, model, tmp_path):
     out = tmp_path / "new" / "samples.npz"
     ended = command("generate", trained_folder, "--num", 23, "--batch", 4, "--seed", 5, "--steps", 3, "--out", out)
-    assert (ended.status, ended.err, ended.out) == (0, "", f"23 images in {out}\n")
+    about = out.with_name("samples.json")
+    assert (ended.status, ended.err) == (0, "")
+    assert ended.out == f"23 images in {out}, what they were made from in {about}\n"
     with np.load(out) as file:
         assert file.files == ["arr_0", "arr_1"]
         images, labels = file["arr_0"], file["arr_1"]
@@ -46,7 +49,10 @@ def test_an_npz_as_the_field_reads_it(command, trained_folder, model, tmp_path):
     assert labels.tolist() == [i % 10 for i in range(23)] and labels.dtype == np.int64
     want = model.generate(labels, seed=5, batch=4, steps=3)
     assert np.array_equal(images, want.permute(0, 2, 3, 1).numpy())
-    assert os.listdir(out.parent) == ["samples.npz"]
+    assert sorted(os.listdir(out.parent)) == ["samples.json", "samples.npz"]
+    said = json.loads(about.read_text())
+    assert (said["weights"], said["images"], said["seed"]) == (weights_sha256(model), 23, 5)
+    assert (said["sampling.steps"], said["torch"]) == (3, torch.__version__)
 
 
 def test_a_folder_of_pngs(command, trained_folder, model, tmp_path):
@@ -74,7 +80,8 @@ def test_real_processes_write_the_same_file(trained_folder, model, made, ranks, 
         out = tmp_path / f"{world}.npz"
         ranks(world, on_a_rank, trained_folder, out, made)
         assert out.read_bytes() == (tmp_path / "1.npz").read_bytes()
-    assert len(os.listdir(tmp_path)) == 3
+        assert (tmp_path / f"{world}.json").read_bytes() == (tmp_path / "1.json").read_bytes()
+    assert len(os.listdir(tmp_path)) == 6
 
 
 def test_a_mistake_is_told_by_every_process_and_none_waits(trained_folder, made, ranks, tmp_path):
@@ -113,12 +120,34 @@ def test_kill_9_at_any_moment_five_times_in_a_row(trained_folder, process, wait_
     assert process(*arguments, "--out", name).wait() == 0
     assert process(*arguments, "--out", f"undisturbed_{name}").wait() == 0
     assert contents(tmp_path / name) == contents(tmp_path / f"undisturbed_{name}")
-    assert sorted(os.listdir(tmp_path)) == sorted([name, f"undisturbed_{name}", "output.txt"])
+    about = {"samples.npz": ["samples.json", "undisturbed_samples.json"]}.get(name, [])
+    assert sorted(os.listdir(tmp_path)) == sorted([name, f"undisturbed_{name}", "output.txt", *about])
+    assert len({(tmp_path / other).read_bytes() for other in about}) <= 1
+
+
+@pytest.mark.parametrize("name", ["samples.npz", "pictures"])
+def test_two_processes_do_not_write_the_same_files(trained_folder, process, wait_until, command, name, tmp_path):
+    arguments = ("generate", trained_folder, "--num", 60, "--batch", 3, "--solver", "heun", "--steps", 20)
+    out, folder = tmp_path / name, tmp_path / f"{name}.parts"
+    running = process(*arguments, "--out", out)
+    wait_until(lambda: whole(folder))
+    # So that it is still there when the other one comes, however busy the machine is.
+    running.signal(signal.SIGSTOP)
+    message = command(*arguments, "--out", out).error()
+    holder = re.fullmatch(
+        rf"{folder} is being written by process (\d+) on \S+; stop that one, or choose another --out \(.*\)", message
+    )
+    assert int(holder[1]) == running.pid
+    running.signal(signal.SIGCONT)
+    assert running.wait() == 0, running.printed()
+    assert not folder.exists()
+    assert ".lock" not in contents(out)
+    assert command(*arguments, "--out", out).error() == f"{out} is there already; choose another --out or delete it"
 
 
 def whole(folder: Path) -> set[str]:
     names = os.listdir(folder) if folder.exists() else []
-    return {name for name in names if not name.endswith((".partial", ".json"))}
+    return {name for name in names if not name.endswith((".partial", ".json", ".lock"))}
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -250,18 +279,21 @@ def test_killed_while_the_parts_were_deleted(model, made, stopped, killed, kept)
     parts = killed(renamed=True)
     content = stopped.read_bytes()
     left = sorted(parts.iterdir())
-    assert [path.name for path in left] == [*(f"batch_{n:08d}.uint8" for n in range(6)), "generation.json"]
+    assert [path.name for path in left] == [".lock", *(f"batch_{n:08d}.uint8" for n in range(6)), "generation.json"]
     for path in left[:-kept]:
         path.unlink()
     with pytest.raises(UserError, match="seed was 5 and is 6 now"):
         generate_files(model, replace(made, seed=6), stopped)
     generate_files(model, made, stopped)
     assert stopped.read_bytes() == content
+    assert json.loads(stopped.with_suffix(".json").read_text())["seed"] == 5
     assert not parts.exists()
 
 
 def test_killed_before_the_result_had_its_name(model, made, stopped, killed):
     parts = killed(renamed=False)
+    # An .npz of ours is never there without what it was made from.
+    assert json.loads(stopped.with_suffix(".json").read_text())["seed"] == 5
     stopped.write_text("mine")
     with pytest.raises(UserError, match=r"a\.npz is there already"):
         generate_files(model, made, stopped)
@@ -269,6 +301,33 @@ def test_killed_before_the_result_had_its_name(model, made, stopped, killed):
     stopped.unlink()
     generate_files(model, made, stopped)
     assert stopped.stat().st_size > 23 * 8 * 8 * 3 and not parts.exists()
+
+
+def test_the_manifest_beside_an_npz_takes_no_place_but_its_own(model, made, stopped, monkeypatch):
+    about, parts = stopped.with_suffix(".json"), stopped.with_name("a.npz.parts")
+    refused = pytest.raises(UserError, match=r"a\.json is in the way: .*; move it or choose another --out")
+    for other in ('{"mine": 1}', "[1]", "text"):
+        about.write_text(other)
+        with refused:
+            generate_files(model, made, stopped)
+        assert about.read_text() == other and len(whole(parts)) == 2
+    about.unlink()
+    draw = generation.generate_batch
+
+    def disturbed(*arguments):
+        about.write_text("mine")
+        return draw(*arguments)
+
+    with monkeypatch.context() as patch, refused:
+        patch.setattr(generation, "generate_batch", disturbed)
+        generate_files(model, made, stopped)
+    assert about.read_text() == "mine" and len(whole(parts)) == 6 and not stopped.exists()
+    about.unlink()
+    assert generate_files(model, made, stopped) == about
+    # That of an .npz which was deleted is written over.
+    stopped.unlink()
+    generate_files(model, replace(made, seed=6), stopped)
+    assert json.loads(about.read_text())["seed"] == 6
 
 
 def test_a_file_of_somebody_else_is_not_the_result(model, made, stopped, monkeypatch):
@@ -326,6 +385,7 @@ def test_what_is_in_the_way_is_left_alone(model, made, tmp_path):
     (tmp_path / "b.parts" / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match=r"b\.parts is in the way: it has no generation\.json"):
         generate_files(model, made, tmp_path / "b")
+    assert os.listdir(tmp_path / "b.parts") == ["thesis.tex"]
     (tmp_path / "c.parts").mkdir()
     for wrong, message in (("{", "cannot be read"), ("[]", "is none of ours")):
         (tmp_path / "c.parts" / "generation.json").write_text(wrong)

@@ -2,7 +2,8 @@
 
 While it runs, everything is in the folder OUT.parts: `generation.json`, which says what is generated, and the finished
 batches. A file is written aside and renamed, so whatever has its name is whole, and a generation that was killed goes
-on with the batches that are missing.
+on with the batches that are missing. In the end `generation.json` is in the folder of PNGs, or beside the .npz by its
+name: samples.json for samples.npz.
 """
 
 import hashlib
@@ -10,9 +11,10 @@ import json
 import os
 import zipfile
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from unite_fast.data_pipeline.progress import progress
 from unite_fast.errors import UserError, writing, writing_aside
 from unite_fast.evaluation.evaluate import weights_sha256
 from unite_fast.generation import Generation, generate_batches
+from unite_fast.lock import LOCK, hold
 from unite_fast.pictures import picture_name
 from unite_fast.ranks import ALONE, Ranks
 from unite_fast.sampling import check_classes
@@ -40,29 +43,35 @@ ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 """The earliest that a zip can say. The real time would make the bytes of equal samples differ."""
 
 
-def generate_files(model: TrainedUNITE, generation: Generation, out: Path, ranks: Ranks = ALONE) -> None:
+def generate_files(model: TrainedUNITE, generation: Generation, out: Path, ranks: Ranks = ALONE) -> Path:
     """Generate into an .npz (arr_0 uint8 [num, S, S, 3], arr_1 labels) or a folder of PNGs, all processes together.
     What an earlier call with the same settings had finished when it was killed is kept.
 
+    Returns:
+        The file that says what was generated: settings, weights, versions.
+
     Raises:
-        UserError: `out` is there already, or parts of it with other settings; a label that is no class; no space left.
+        UserError: `out` is there already, or parts of it with other settings, or another process writes them; a label
+            that is no class; no space left.
     """
     total, size = len(generation.labels), model.config.model.image_size
     check_classes(generation.labels.unique().tolist(), model.config.model.num_classes)
     parts = make_parts(out, manifest(model, generation), generation.labels, generation.batch, size)
-    finished = _finished_before(parts, ranks)
-    shown = min(len(finished) * generation.batch, total)
-    bar = progress("generating", total, "images") if ranks.main else nullcontext(lambda done: None)
-    with bar as show:
-        show(shown)
-        for drawn in generate_batches(model.network, generation, ranks, finished):
-            if len(drawn.indices):
-                parts.write(int(drawn.indices[0]) // generation.batch, drawn.images)
-            shown = min(shown + ranks.world * generation.batch, total)
+    with closing(parts):
+        finished = _finished_before(parts, ranks)
+        shown = min(len(finished) * generation.batch, total)
+        bar = progress("generating", total, "images") if ranks.main else nullcontext(lambda done: None)
+        with bar as show:
             show(shown)
-    _wait_for_all(ranks)
-    if ranks.main:
-        parts.merge()
+            for drawn in generate_batches(model.network, generation, ranks, finished):
+                if len(drawn.indices):
+                    parts.write(int(drawn.indices[0]) // generation.batch, drawn.images)
+                shown = min(shown + ranks.world * generation.batch, total)
+                show(shown)
+        _wait_for_all(ranks)
+        if ranks.main:
+            parts.merge()
+    return parts.about
 
 
 def _finished_before(parts: "Parts", ranks: Ranks) -> set[int]:
@@ -110,6 +119,7 @@ class Parts:
 
     Attributes:
         out: what is there in the end.
+        about: the manifest that is there in the end.
         folder: what is there meanwhile.
         manifest: the settings, as JSON has them; parts of other settings are refused.
         labels: int64 [num], sample i's class.
@@ -117,31 +127,45 @@ class Parts:
         size: side of the images, pixels.
     """
 
+    about: Path
+
     def __init__(self, out: Path, manifest: dict, labels: Tensor, batch: int, size: int):
         self.out, self.folder = out, out.with_name(out.name + ".parts")
         self.manifest = json.loads(json.dumps(manifest))
         self.labels, self.batch, self.size = labels, batch, size
+        self.lock: TextIO | None = None
 
     def open(self) -> None:
-        """Make the folder, or see that the one that is there belongs to this generation.
+        """Make the folder, or see that the one that is there belongs to this generation; hold it until `close`.
 
         Raises:
-            UserError: `out` is there already, parts of other settings, no permission.
+            UserError: `out` is there already, parts of other settings, another process writes them, no permission.
         """
+        self.check_free()
+        self.lock = hold(self.folder, "being written", "choose another --out")
+        self.check_free()  # the process that held it may just have finished
         path = self.folder / MANIFEST
-        empty = not self.out.suffix and self.out.is_dir() and not os.listdir(self.out)
-        free = not self.out.exists() or empty or self.killed_at_the_end()
-        require(free, self.in_the_way())
         if path.exists():
             self.check(path)
-            return
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            strangers = [name for name in os.listdir(self.folder) if not name.endswith(PARTIAL)]
-            require(
-                not strangers, f"{self.folder} is in the way: it has no {MANIFEST}; move it or choose another --out"
-            )
+        else:
             write_manifest(path, self.manifest)
+
+    def close(self) -> None:
+        if self.lock:
+            self.lock.close()
+
+    def check_free(self) -> None:
+        """
+        Raises:
+            UserError: something that is not this generation's has a name that it needs.
+        """
+        empty = not self.out.suffix and self.out.is_dir() and not os.listdir(self.out)
+        require(not self.out.exists() or empty or self.killed_at_the_end(), self.in_the_way())
+        names = os.listdir(self.folder) if self.folder.is_dir() else []
+        require(
+            MANIFEST in names or all(name == LOCK or name.endswith(PARTIAL) for name in names),
+            f"{self.folder} is in the way: it has no {MANIFEST}; move it or choose another --out",
+        )
 
     def in_the_way(self) -> str:
         return f"{self.out} is there already; choose another --out or delete it"
@@ -204,6 +228,10 @@ class NpzParts(Parts):
     """
 
     @property
+    def about(self) -> Path:
+        return self.out.with_suffix(".json")
+
+    @property
     def whole(self) -> Path:
         """The result before it is renamed."""
         return self.folder / (self.out.name + PARTIAL)
@@ -214,6 +242,15 @@ class NpzParts(Parts):
             return False
         # As long as the result has its other name, `out` is another file.
         return self.read(manifest).get(MERGED) is True and not self.whole.exists()
+
+    def check_free(self) -> None:
+        super().check_free()
+        # An earlier generation's is written over: the .npz that it belonged to is gone.
+        require(
+            self.out.exists() or not self.about.exists() or is_manifest(self.about),
+            f"{self.about} is in the way: what is known of {self.out.name} is to be kept there; move it or choose "
+            "another --out",
+        )
 
     def path(self, number: int) -> Path:
         return self.folder / f"batch_{number:08d}.uint8"
@@ -234,7 +271,7 @@ class NpzParts(Parts):
     def merge(self) -> None:
         numbers = range(-(-len(self.labels) // self.batch))
         if not self.killed_at_the_end():
-            require(not self.out.exists(), self.in_the_way())
+            self.check_free()
             with writing(self.out):
                 write_npz(
                     self.whole,
@@ -249,19 +286,26 @@ class NpzParts(Parts):
                 )
             # Before the renaming, so that `out` is never there without a word of whose it is.
             write_manifest(self.folder / MANIFEST, self.manifest | {MERGED: True})
+            write_manifest(self.about, self.manifest)
             with writing(self.out):
                 os.replace(self.whole, self.out)
         with writing(self.folder):
-            # The manifest goes last: as long as it is there, a rerun knows whose `out` is.
+            # The manifest goes after them: as long as it is there, a rerun knows whose `out` is.
             for path in self.folder.iterdir():
-                if path.name != MANIFEST:
+                if path.name not in (MANIFEST, LOCK):
                     path.unlink()
             (self.folder / MANIFEST).unlink()
+            self.close()  # NFS keeps the name of a file that is open
+            (self.folder / LOCK).unlink(missing_ok=True)
             self.folder.rmdir()
 
 
 class PngParts(Parts):
     """For a folder of PNGs: the parts are the pictures themselves, and in the end the folder is renamed."""
+
+    @property
+    def about(self) -> Path:
+        return self.out / MANIFEST
 
     def path(self, index: int) -> Path:
         return self.folder / picture_name(index, int(self.labels[index]))
@@ -280,7 +324,10 @@ class PngParts(Parts):
         with writing(self.out):
             for left in self.folder.glob("*" + PARTIAL):
                 left.unlink()
+            # With its lock, so that at no moment another process could begin in it.
             os.replace(self.folder, self.out)
+            self.close()
+            (self.out / LOCK).unlink(missing_ok=True)
 
 
 def make_parts(out: Path, manifest: dict, labels: Tensor, batch: int, size: int) -> Parts:
@@ -292,6 +339,15 @@ def make_parts(out: Path, manifest: dict, labels: Tensor, batch: int, size: int)
 def write_manifest(path: Path, manifest: dict) -> None:
     with writing_aside(path) as partial:
         partial.write_text(json.dumps(manifest, indent=1))
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether a file is the manifest of a generation, of any version."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and str(found.get("format")).startswith(FORMAT.rstrip("0123456789"))
 
 
 def write_npz(path: Path, arrays: dict[str, tuple[tuple[int, ...], type, Iterable]]) -> None:

@@ -102,9 +102,9 @@ def generate(
             precision or model.config.train.precision,
             model.network.device.type == "cuda" if compile is None else compile,
         )
-        generate_files(model, generation, out, ranks)
+        about = generate_files(model, generation, out, ranks)
     if ranks.main:
-        typer.echo(f"{num} images in {out}")
+        typer.echo(f"{num} images in {out}, what they were made from in {about}")
 
 
 @app.command()

@@ -1,16 +1,14 @@
 """The folder of a run: whether it may be begun or gone on with, and the settings that it keeps."""
 
-import fcntl
-import os
-import socket
 from dataclasses import fields
 from pathlib import Path
 from typing import TextIO
 
 import yaml
 
+from unite_fast import lock
 from unite_fast.config import Config, EvaluationConfig, ParallelConfig, SamplingConfig, require
-from unite_fast.errors import UserError, writing
+from unite_fast.errors import writing
 from unite_fast.recipes import to_tree
 from unite_fast.training.checkpoint import Checkpoint, Checkpoints
 from unite_fast.training.checkpoint_files import step_folders
@@ -51,33 +49,12 @@ def find_start(checkpoints: Checkpoints, folder: Path, config: Config, resume: b
 
 
 def hold(folder: Path) -> TextIO:
-    """Make a run's folder this process's own, until the file that is returned is closed or the process ends, however it
-    does.
-
-    By a POSIX record lock: a killed process leaves none, and readers that were forked do not inherit it. Where the file
-    system knows no locks, nothing is held.
+    """Make a run's folder this process's own, see `unite_fast.lock.hold`.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process trains in it; no permission.
     """
-    path = folder / ".lock"
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        file.seek(0)
-        raise UserError(
-            f"{folder} is being trained by {file.read() or 'another process'}; stop that one, or choose another folder "
-            f"with train.out=FOLDER (if its machine is gone for good, delete {path})"
-        ) from error
-    except OSError:
-        pass
-    with writing(path):
-        file.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
-    return file
+    return lock.hold(folder, "being trained", "choose another folder with train.out=FOLDER")
 
 
 def write_config(folder: Path, config: Config) -> None:
