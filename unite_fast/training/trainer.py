@@ -13,6 +13,7 @@ from unite_fast.data_pipeline import Batch, Loader, Source, choose_loader, open_
 from unite_fast.errors import UserError
 from unite_fast.evaluation.during_training import DuringTraining
 from unite_fast.kernels import backend
+from unite_fast.lock import LOCK
 from unite_fast.objective import Losses, StepDraws, draw_step, flow_losses, reconstruct
 from unite_fast.perceptual import dropout_masks, load_lpips, tap_shapes
 from unite_fast.randomness import Philox, Stream
@@ -98,8 +99,11 @@ class Trainer:
         self.places, self.micro = share(ranks, config.train.batch_size, config.train.micro_batch)
         self.lpips = load_lpips(config.perceptual).to(self.device) if config.perceptual.weight else None
 
+        resume = resume or restarted(self.folder, self.peers)
+        # Before anything is read, if another process may train here: its checkpoints come and go meanwhile.
+        self.lock = hold(self.folder) if resume and ranks.main and (self.folder / LOCK).exists() else None
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep_every)
-        found = find_start(self.checkpoints, self.folder, config, resume or restarted(self.folder, self.peers))
+        found = find_start(self.checkpoints, self.folder, config, resume)
         model, self.strategy = build_model(config, ranks, self.device)
         self.state = TrainState(model, config)
         self.averages = Averages(self.device)
@@ -127,9 +131,9 @@ class Trainer:
         wandb = WandbLog(config, self.folder) if config.train.wandb and ranks.main else None
         # Only now, so that a mistake found above leaves no folder that counts as a run; in no process.
         ranks.wait()
-        self.lock = self.log = self.profiler = None
+        self.log = self.profiler = None
         if ranks.main:
-            self.lock = hold(self.folder)
+            self.lock = self.lock or hold(self.folder)
             write_config(self.folder, config)
             write_status(self.folder, running())
             self.log = MetricsLog(self.folder, self.state.step, wandb)
