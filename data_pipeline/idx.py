@@ -84,7 +84,7 @@ def _find(folder: Path, name: str) -> Path:
     for file in (folder / name, folder / f"{name}.gz"):
         if file.is_file():
             return file
-    raise UserError(f"no {name} and no {name}.gz in {folder}: put the file there or point data.path at its folder")
+    raise UserError(f"no {name} and no {name}.gz in {folder}: put the file there, or name the folder that it is in")
 
 
 def _contents(path: Path) -> bytes:

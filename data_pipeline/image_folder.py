@@ -106,7 +106,7 @@ def open_picture(file: str | Path | BinaryIO, name: str) -> Iterator[Image.Image
 
 def _split_folder(path: Path, split: str) -> Path:
     if not path.is_dir():
-        raise UserError(f"no folder {path}: set data.path to a folder with one subfolder per class")
+        raise UserError(f"no folder {path}: name one that has a subfolder per class (for training, data.path=FOLDER)")
     found = set(_subfolders(path))
     names = set().union(*SPLIT_FOLDERS.values())
     # A class may be called "train", so one such name among others does not make a split.

@@ -76,7 +76,7 @@ FOLDER_DATA = ("data.source=folder", "model.num_classes=2")
 
 def test_3_a_missing_data_folder(refused):
     message = refused("train", *FOLDER_DATA, "data.path=nowhere")
-    assert message == "no folder nowhere: set data.path to a folder with one subfolder per class"
+    assert message == "no folder nowhere: name one that has a subfolder per class (for training, data.path=FOLDER)"
     message = refused("train", "data.source=idx", "data.path=nowhere")
     assert re.match(r"no train-images-idx3-ubyte .* in nowhere", message)
     assert os.listdir() == [], "nothing that counts as a run is left behind"

@@ -43,7 +43,7 @@ class RemoteShardSource(ShardSource):
             UserError: as ShardSource, or something cannot be fetched.
         """
         if address.startswith("pipe:") and "{}" not in address:
-            raise UserError(f"data.path {address} has no {{}}: write it where the name of a shard's file shall stand")
+            raise UserError(f"the address {address} has no {{}}: write it where the name of a shard's file shall stand")
         self.address = address
         self._fetcher: threading.Thread | None = None
         cache = Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/unite_fast").expanduser()

@@ -70,7 +70,12 @@ def test_stats_of_digits_and_of_a_folder_with_a_broken_picture(command, trained_
         Image.fromarray(np.full((9, 9, 3), 40 * i, np.uint8)).save(tmp_path / "data" / "a" / f"{i}.png")
     (tmp_path / "data" / "a" / "3.png").write_bytes(b"no picture")
     ended = command("stats", tmp_path / "data", tmp_path / "data.npz", "--image-size", 8)
-    assert ended.out.splitlines()[1] == "1 images could not be read and are left out"
+    assert ended.out.splitlines()[1] == (
+        "1 images could not be read and are left out, the first: a/3.png: not an image of a known format"
+    )
+    with np.load(tmp_path / "data.npz", allow_pickle=False) as file:
+        about = json.loads(bytes(file["meta_json"]))["about"]
+    assert about["unreadable_first"] == ["a/3.png: not an image of a known format"]
 
 
 def run_main(arguments: list[str]) -> None:
@@ -113,7 +118,8 @@ def test_torchrun_shares_the_work(command, ranks, trained_folder, tmp_path):
         (("evaluate", "RUN", "--solver", "magic", "--out", "new"), "sampling.solver"),
         (("stats", "digits", "x.txt"), "x.txt ends in .txt; what is written here is: .npz"),
         (("stats", "digits", "x.npz", "--features", "inception"), "--inception is not set"),
-        (("stats", "absent", "x.npz"), "absent"),
+        (("stats", "absent", "x.npz"), "no folder absent: name one that has a subfolder per class"),
+        (("evaluate", "RUN", "--data", "absent"), "no folder absent: name one that has a subfolder per class"),
     ],
 )
 def test_mistakes_are_one_line(command, trained_folder, tmp_path, monkeypatch, arguments, message):

@@ -227,7 +227,11 @@ def test_pictures_that_cannot_be_read_are_counted(model, tmp_path):
     result = evaluate(model, EvaluationSettings(count=20, sampling={"steps": 1}, batch=16))
     assert (result["reference"]["images"], result["reference"]["unreadable"]) == (59, 1)
     assert (result["reconstruction"]["images"], result["reconstruction"]["unreadable"]) == (58, 2)
-    assert "2 held-out images could not be read and are left out" in lines(result)
+    reason = "not an image of a known format"
+    assert result["reconstruction"]["unreadable_first"] == [f"4/4.png: {reason}", f"5/5.png: {reason}"]
+    said = lines(result)
+    assert f"2 held-out images could not be read and are left out, the first: 4/4.png: {reason}" in said
+    assert f"1 images of the reference could not be read and are left out, the first: 3/3.png: {reason}" in said
     for path in (tmp_path / "val").rglob("*.png"):
         path.write_bytes(b"no picture")
     with pytest.raises(UserError, match="60 of 60 samples cannot be read"):

@@ -1,6 +1,7 @@
 """The Frechet distance against scipy, running sums against the definition, files of statistics."""
 
 import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -161,8 +162,15 @@ def test_files_that_are_no_statistics(tmp_path):
         load_reference(tmp_path)
     for content in (b"", b"PK\x03\x04 torn", b"text"):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"not a readable \.npz of statistics"):
+        with pytest.raises(UserError, match=r"not a readable \.npz of statistics.*fetch it again") as caught:
             load_reference(path)
+        assert "pickle" not in str(caught.value)
+    with zipfile.ZipFile(path, "w") as archive:  # whose compressed bytes are damaged
+        for name in ("mu.npy", "sigma.npy"):
+            archive.writestr(name, b"\xff" * 50)
+            archive.getinfo(name).compress_type = zipfile.ZIP_DEFLATED
+    with pytest.raises(UserError, match=r"not a readable \.npz of statistics"):
+        load_reference(path)
     np.savez(path, mu=np.zeros(3))
     with pytest.raises(UserError, match="holds no statistics"):
         load_reference(path)

@@ -121,6 +121,7 @@ def stats(
 
     `torchrun --nproc-per-node 8 -m unite_fast stats shards/train in256.npz --features inception`
     """
+    from unite_fast.evaluation.reading import unreadable_lines
     from unite_fast.evaluation.settings import EvaluationSettings
     from unite_fast.evaluation.stats import save_statistics
     from unite_fast.evaluation.terminal import shown
@@ -132,5 +133,5 @@ def stats(
         made = save_statistics(data, image_size, split, settings, out, ranks, choose_device(device), workers, shown)
     if ranks.main:
         typer.echo(f"{made.count} images, {len(made.statistics.mean)} {made.features} features: {out}")
-        if made.about["unreadable"]:
-            typer.echo(f"{made.about['unreadable']} images could not be read and are left out")
+        for line in unreadable_lines(made.about, "images"):
+            typer.echo(line)

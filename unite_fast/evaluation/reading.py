@@ -1,7 +1,7 @@
 """Images of a source in numbered batches, each process its own ones, read ahead by threads."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -12,6 +12,8 @@ from unite_fast.config import Config
 from unite_fast.data_pipeline import Source, UnreadableSample, open_source
 from unite_fast.data_pipeline.inspection import open_data
 
+NAMED = 5
+"""Of how many samples that cannot be read a result keeps name and reason; the others are only counted."""
 Shown = Callable[[Iterable, int, str], Iterable]
 """(batches, how many there are, what is done to them) -> the same batches; shows how far it is."""
 
@@ -59,6 +61,31 @@ def read_batches(source: Source, batches: Iterable[Sequence[int]], workers: int 
                 yield window.popleft().result()
         while window:
             yield window.popleft().result()
+
+
+def unreadable(broken: list[str]) -> dict:
+    """For the JSON of a result: how many samples were left out, and name and reason of the first, whatever order they
+    came in.
+
+    Args:
+        broken: see `NumberedBatch`, those of all processes.
+    """
+    return {"unreadable": len(broken), "unreadable_first": sorted(broken)[:NAMED]}
+
+
+def unreadable_lines(result: Mapping, what: str) -> list[str]:
+    """For a terminal: a line if samples were left out. Statistics of others, or of an earlier version, may lack names
+    or count.
+
+    Args:
+        result: holds what `unreadable` gives.
+        what: what the samples are: "images of the reference".
+    """
+    if not result.get("unreadable"):
+        return []
+    names = result.get("unreadable_first")
+    first = f", the first: {names[0]}" if names else ""
+    return [f"{result['unreadable']} {what} could not be read and are left out{first}"]
 
 
 def _read(source: Source, batch: Sequence[int]) -> NumberedBatch:

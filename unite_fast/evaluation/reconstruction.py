@@ -11,7 +11,7 @@ from torch import Tensor
 from unite_fast.data_pipeline import Source
 from unite_fast.evaluation import scores
 from unite_fast.evaluation.judge import Judge, bias_warning
-from unite_fast.evaluation.reading import Shown, read_batches
+from unite_fast.evaluation.reading import Shown, read_batches, unreadable
 from unite_fast.evaluation.reference import check_broken
 from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.evaluation.statistics import Moments, frechet_distance
@@ -83,7 +83,7 @@ def score_reconstructions(
     distance = frechet_distance(rebuilt.statistics(), real.statistics()) if ranks.main else None
     result = {
         "images": n,
-        "unreadable": len(broken),
+        **unreadable(broken),
         "seed": settings.seed,
         "network_precision": "float32",
         "frechet_distance": ranks.from_first(distance),

@@ -10,7 +10,7 @@ from unite_fast.data_pipeline.readers import check_share
 from unite_fast.evaluation import scores
 from unite_fast.evaluation.features import Features
 from unite_fast.evaluation.pixels import PixelFeatures
-from unite_fast.evaluation.reading import NumberedBatch, Shown, read_batches, unseen
+from unite_fast.evaluation.reading import NumberedBatch, Shown, read_batches, unreadable, unseen
 from unite_fast.evaluation.statistics import Moments, Reference
 from unite_fast.randomness import permutation
 from unite_fast.ranks import Ranks
@@ -88,7 +88,7 @@ def make_reference(
     count = int(moments.count)
     about = {
         "data_sha256": f"{sum(ranks.gather(fingerprint)) % 2**256:064x}",
-        "unreadable": len(names),
+        **unreadable(names),
         "image_size": source.image_size,
         "classes": len(source.class_names),
         "features_source": features.source,

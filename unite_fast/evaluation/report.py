@@ -7,6 +7,7 @@ from torch import Tensor
 
 from unite_fast.config import require
 from unite_fast.errors import writing, writing_aside
+from unite_fast.evaluation.reading import unreadable_lines
 from unite_fast.pictures import grid, pairs
 
 JSON, TABLE, PAIRS = "evaluation.json", "evaluation.md", "reconstructions.png"
@@ -62,8 +63,7 @@ def lines(result: dict) -> list[str]:
             f"{_named(rebuilt, 'ssim', 'SSIM')}{_named(rebuilt, 'lpips', 'LPIPS')}, "
             f"{_distance(features, 'r')} {rebuilt['frechet_distance']:.4f}"
         )
-        if rebuilt["unreadable"]:
-            said.append(f"{rebuilt['unreadable']} held-out images could not be read and are left out")
+        said += unreadable_lines(rebuilt, "held-out images")
         if rebuilt["real_class_agreement"] is not None:
             said.append(
                 f"classifier (SVM on real pixels): {rebuilt['real_class_agreement']:.1%} right on held-out images, "
@@ -79,8 +79,7 @@ def lines(result: dict) -> list[str]:
         if "class_agreement" in one:
             parts.append(f"{one['class_agreement']:.1%} classified as asked for")
         said.append(f"{one['count']} generated images, {_guidance(one)}: {', '.join(parts)}")
-    if result["reference"].get("unreadable"):
-        said.append(f"{result['reference']['unreadable']} images of the reference could not be read and are left out")
+    said += unreadable_lines(result["reference"], "images of the reference")
     return said + [f"note: {note}" for note in result["notes"]]
 
 

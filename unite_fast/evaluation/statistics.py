@@ -4,6 +4,7 @@ n samples, D dimensions.
 """
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,8 +162,14 @@ def load_reference(path: str | Path) -> Reference:
             arrays = {name: file[name] for name in file.files if name in wanted or name.startswith("basis/")}
         meta = json.loads(bytes(arrays.pop("meta_json", np.frombuffer(b"{}", np.uint8))))
         return _reference(arrays, meta, path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile) as error:
-        raise UserError(f"{path} is not a readable .npz of statistics: {str(error).splitlines()[0]}") from error
+    except PermissionError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; make it readable") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile, zlib.error) as error:
+        # Their own words are no help: numpy's of what is no .npz advise to unpickle it.
+        raise UserError(
+            f"{path} is not a readable .npz of statistics: it is another kind of file, or damaged; fetch it again, or "
+            "make one with unite-fast stats DATA OUT.npz"
+        ) from error
 
 
 def _reference(arrays: dict[str, np.ndarray], meta: dict, path: Path) -> Reference:
