@@ -161,7 +161,8 @@ class Parts:
         """
         empty = not self.out.suffix and self.out.is_dir() and not os.listdir(self.out)
         require(not self.out.exists() or empty or self.killed_at_the_end(), self.in_the_way())
-        names = os.listdir(self.folder) if self.folder.is_dir() else []
+        with writing(self.folder):
+            names = os.listdir(self.folder) if self.folder.is_dir() else []
         require(
             MANIFEST in names or all(name == LOCK or name.endswith(PARTIAL) for name in names),
             f"{self.folder} is in the way: it has no {MANIFEST}; move it or choose another --out",
