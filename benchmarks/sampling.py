@@ -149,7 +149,7 @@ def choose(results: list[dict]) -> tuple[str, int] | None:
     one alone can match by luck."""
     found = []
     for solver, all_steps in STEPS.items():
-        for steps in all_steps[:-1]:
+        for steps in all_steps:
             rows = [
                 (row, result["rows"][0])
                 for result in results
