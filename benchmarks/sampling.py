@@ -33,9 +33,8 @@ from unite_fast.evaluation.pixels import PixelFeatures
 from unite_fast.evaluation.reference import make_reference
 from unite_fast.evaluation.statistics import Moments, Statistics, frechet_distance
 from unite_fast.kernels import backend
-from unite_fast.randomness import Philox, Stream
 from unite_fast.ranks import Ranks
-from unite_fast.sampling import GuidedPrediction, Network, solve, to_uint8
+from unite_fast.sampling import GuidedPrediction, Network, generate_batch
 from unite_fast.trained import TrainedUNITE
 
 REFERENCE, EXACT = "dopri5", ("multistep", 100)
@@ -78,7 +77,6 @@ class Run:
             parts.append(images)
         return torch.cat(parts), evaluations / count, self.distance(moments.statistics())
 
-    @torch.no_grad()
     def draw(
         self,
         config: SamplingConfig,
@@ -87,13 +85,9 @@ class Run:
         predictor: type[GuidedPrediction] = GuidedPrediction,
     ) -> tuple[Tensor, int]:
         """Images uint8 [n, 3, S, S] and evaluations for each of them."""
-        network, positions = self.model.network, torch.tensor(numbers)
-        halves = Network.of(network, config.order)
-        shape = network.config.latent_tokens, network.config.latent_channels
-        noise = Philox(seed, 0, positions).normal(Stream.SAMPLE_NOISE, shape)
-        classes = network.config.num_classes
-        predict = predictor(halves.denoise, positions % classes, classes, config)
-        return to_uint8(halves.decode(solve(predict, noise))), predict.evaluations
+        model, positions = self.model.network, torch.tensor(numbers)
+        network, labels = Network.of(model, config.order), positions % model.config.num_classes
+        return generate_batch(model, network, labels, positions, config, seed, predictor=predictor)
 
     def distance(self, statistics: Statistics) -> float:
         return frechet_distance(statistics, self.real)

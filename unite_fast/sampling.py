@@ -147,6 +147,7 @@ def generate_batch(
     config: SamplingConfig,
     seed: int,
     precision: str = "float32",
+    predictor: type[GuidedPrediction] = GuidedPrediction,
 ) -> tuple[Tensor, int]:
     """One batch of images.
 
@@ -154,13 +155,14 @@ def generate_batch(
         labels: int64 [B], classes of the model.
         positions: int64 [B]; each image's noise is drawn from (seed, position).
         precision: bfloat16 runs the network under autocast; the latents stay float32 between its passes.
+        predictor: how guidance is computed; benchmarks/sampling.py compares ways.
 
     Returns:
         uint8 [B, 3, S, S] on the CPU, and the network evaluations that each image took.
     """
     device, shape = model.device, (model.config.latent_tokens, model.config.latent_channels)
     noise = Philox(seed, 0, positions.to(device)).normal(Stream.SAMPLE_NOISE, shape)
-    predict = GuidedPrediction(network.denoise, labels.to(device), model.config.num_classes, config)
+    predict = predictor(network.denoise, labels.to(device), model.config.num_classes, config)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         return to_uint8(network.decode(solve(predict, noise))), predict.evaluations
 

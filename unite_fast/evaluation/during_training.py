@@ -6,7 +6,6 @@ noise is a function of (seed, number of the sample), and the network runs eagerl
 
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ import torch
 from unite_fast import sampling
 from unite_fast.config import Config, require
 from unite_fast.errors import writing, writing_aside
+from unite_fast.evaluation.evaluate import described_sampling
 from unite_fast.evaluation.judge import bias_warning, open_judge
 from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.evaluation.statistics import Moments
@@ -96,7 +96,7 @@ class DuringTraining:
             "weights": "EMA",
             "precision": self.config.train.precision,
             "seed": self.config.seed,
-            **{f"sampling.{key}": value for key, value in asdict(self.config.sampling).items()},
+            **{f"sampling.{key}": value for key, value in described_sampling(self.config.sampling).items()},
             "seconds": time.perf_counter() - begun,
         }
         self.rows.append(row)
