@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from unite_fast.config import Config
 from unite_fast.kernels import backend
 from unite_fast.model.unite import UNITE
-from unite_fast.objective import draw_step, training_losses
+from unite_fast.objective import draw_step, flow_losses, reconstruct
 from unite_fast.randomness import Philox
 from unite_fast.recipes import from_tree
 from unite_fast.training.parallel import compile_blocks
@@ -86,7 +86,8 @@ class Step:
         latents = self.config.model.latent_tokens, self.config.model.latent_channels
         draws = draw_step(self.config.objective, philox, latents)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
-            return training_losses(self.state.model, self.images, self.labels, draws, self.config).total
+            found = reconstruct(self.state.model, self.images, draws, self.config)
+            return found.loss + flow_losses(self.state.model, found.z, self.labels, draws)
 
     def __call__(self) -> None:
         with backend.using(self.body):

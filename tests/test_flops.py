@@ -11,7 +11,7 @@ from unite_fast import flops
 from unite_fast.config import PRESETS, Config, DecoderConfig, EncoderConfig, ModelConfig
 from unite_fast.kernels import backend
 from unite_fast.model.unite import UNITE
-from unite_fast.objective import draw_step, training_losses
+from unite_fast.objective import draw_step, flow_losses, reconstruct
 from unite_fast.optim import muon
 from unite_fast.optim.groups import split_parameters
 from unite_fast.perceptual import LINEAR_SHAPES, LPIPS, VGG_SHAPES
@@ -114,7 +114,8 @@ def test_a_step_has_the_flops_that_torch_counts(tiny_config, encoder):
     # The reference bodies show their products; attention written out shows its own.
     with backend.using("reference"), sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward:
-            loss = training_losses(model, torch.rand(images, 3, size, size), labels, draws, config).total
+            found = reconstruct(model, torch.rand(images, 3, size, size), draws, config)
+            loss = found.loss + flow_losses(model, found.z, labels, draws)
         with FlopCounterMode(display=False) as backward:
             loss.backward()
     parts = flops.parts(config).values()

@@ -7,7 +7,7 @@ from unite_fast import memory
 from unite_fast.config import Config
 from unite_fast.kernels import backend
 from unite_fast.model.unite import UNITE
-from unite_fast.objective import draw_step, flow_losses, training_losses
+from unite_fast.objective import draw_step, flow_losses, reconstruct
 from unite_fast.perceptual import LINEAR_SHAPES, LPIPS, VGG_SHAPES, dropout_masks, tap_shapes
 from unite_fast.randomness import Philox
 from unite_fast.recipes import from_tree
@@ -55,7 +55,7 @@ def kept_bytes(forward, own: list[torch.Tensor]) -> int:
 
 
 def measured(config: Config, images: int, body: str) -> tuple[int, int]:
-    """Bytes kept by both losses in one, and by the flow loss alone."""
+    """Bytes kept by the reconstruction and by the flow loss."""
     model = UNITE.create(config.model, seed=0)
     size, latents = config.model.image_size, (config.model.latent_tokens, config.model.latent_channels)
     pictures, labels = torch.rand(images, 3, size, size), torch.zeros(images, dtype=torch.int64)
@@ -64,7 +64,7 @@ def measured(config: Config, images: int, body: str) -> tuple[int, int]:
     with backend.using(body), torch.autocast("cpu", torch.bfloat16):
         z = torch.randn(images, *latents)
         flow = kept_bytes(lambda: flow_losses(model, z, labels, draws), own)
-        return kept_bytes(lambda: training_losses(model, pictures, labels, draws, config), own), flow
+        return kept_bytes(lambda: reconstruct(model, pictures, draws, config), own), flow
 
 
 @pytest.mark.parametrize("size, images", [("bench", 1), ("small", 3), ("one block", 2)])
@@ -72,12 +72,12 @@ def test_activations_of_the_native_bodies(size, images):
     if missing := backend.why_missing("native"):
         pytest.skip(missing)
     config = from_tree(Config, SIZES[size])
-    joint, flow = measured(config, images, "native")
+    reconstruction, flow = measured(config, images, "native")
     predicted = memory.activations(config, "native")
-    assert predicted.joint(images) == pytest.approx(joint, rel=MARGIN)
+    assert images * predicted.reconstruction + predicted.patch_weight == pytest.approx(reconstruction, rel=MARGIN)
     assert images * predicted.flow == pytest.approx(flow, rel=MARGIN)
     # With a backward pass after each, the larger of the two is what counts.
-    assert predicted.peak(images) == pytest.approx(max(joint - flow, flow), rel=2 * MARGIN)
+    assert predicted.peak(images) == pytest.approx(max(reconstruction, flow), rel=MARGIN)
 
 
 def test_activations_of_the_triton_bodies():
@@ -92,11 +92,11 @@ def test_activations_of_the_triton_bodies():
         }
     }
     config = from_tree(Config, tree | {"objective": {"flow_draws": 1}})
-    joint, flow = measured(config, 1, "triton")
+    reconstruction, flow = measured(config, 1, "triton")
     predicted = memory.activations(config, "triton")
     assert predicted.padding == 0
     # Vectors of a sample weigh more where a sequence has four tokens: 1.0 % and 2.5 % measured.
-    assert predicted.joint(1) == pytest.approx(joint, rel=2 * MARGIN)
+    assert predicted.reconstruction + predicted.patch_weight == pytest.approx(reconstruction, rel=2 * MARGIN)
     assert predicted.flow == pytest.approx(flow, rel=5 * MARGIN)
 
 

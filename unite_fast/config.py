@@ -12,6 +12,9 @@ from unite_fast.kernels import backend
 from unite_fast.optim import adamw
 from unite_fast.perceptual import PerceptualConfig
 
+NONDETERMINISTIC = ("sdpa_cudnn", "flash_attn")
+"""Kinds of attention whose backward pass adds up in an order that changes from run to run."""
+
 
 def require(condition: bool, message: str) -> None:
     if not condition:
@@ -238,6 +241,9 @@ class TrainConfig:
     """Threads of torch on a CPU; 0: torch's choice. Tiny models gain little from two and may lose much."""
     compile: bool = True
     """Compile the transformer blocks."""
+    deterministic: bool = False
+    """The same seed gives the same bits on a GPU too. Slower: attention's backward pass adds up in a fixed order. On a
+    CPU this holds without it."""
     log_every: int = 50
     checkpoint_every: int = 1000
     keep_every: int = 0
@@ -399,3 +405,8 @@ class Config:
         require(0 <= self.seed < 2**64, "seed must be in [0, 2**64)")
         require_choice("kernels", self.kernels, backend.NAMES)
         require_choice("attention", self.attention, backend.ATTENTION_NAMES)
+        require(
+            not self.train.deterministic or self.attention not in NONDETERMINISTIC,
+            f"train.deterministic is set, but the backward pass of attention={self.attention} is not deterministic; "
+            "set attention=sdpa",
+        )

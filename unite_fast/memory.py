@@ -104,10 +104,6 @@ class Activations:
         """Of a micro-batch, as training takes it: the reconstruction's are freed before the flow draws begin."""
         return max(images * self.reconstruction + self.patch_weight, images * self.flow) + self.padding
 
-    def joint(self, images: int) -> float:
-        """Where one loss of both parts goes back at once, as `objective.training_losses` gives it."""
-        return images * (self.reconstruction + self.flow) + 2 * self.padding + self.patch_weight
-
 
 def activations(config: Config, body: str = "triton") -> Activations:
     """Bytes an image."""

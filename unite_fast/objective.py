@@ -1,4 +1,4 @@
-"""The joint loss of one training step (spec: "One training step").
+"""The two losses of a training step (spec: "One training step"); training/train_step.py puts them together.
 
 B images of a micro-batch, N latent tokens, C latent channels, F flow draws an image.
 """
@@ -80,26 +80,6 @@ class Reconstruction:
     lpips: Tensor
     z: Tensor
     """The clean latents [B, N, C], without a gradient."""
-
-
-def training_losses(
-    model: UNITE,
-    images: Tensor,
-    labels: Tensor,
-    draws: StepDraws,
-    config: Config,
-    lpips: LPIPS | None = None,
-    lpips_dropout: list[Tensor] | None = None,
-) -> Losses:
-    """images float32 [B, 3, S, S] in [0, 1], labels int64 [B]. Gradient flows from `Losses.total`.
-
-    Training takes the two parts one after the other, each with a backward pass of its own: they share no activations
-    (z has no gradient), so the first part's need not be kept for the second.
-    """
-    reconstruction = reconstruct(model, images, draws, config, lpips, lpips_dropout)
-    flow_sum = flow_losses(model, reconstruction.z, labels, draws)
-    total = reconstruction.loss + config.objective.flow_weight * flow_sum
-    return Losses(total, reconstruction.l1, flow_sum.detach(), reconstruction.lpips)
 
 
 def reconstruct(

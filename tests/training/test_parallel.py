@@ -121,7 +121,7 @@ def test_start_values_do_not_depend_on_the_number_of_processes(world, nodes, str
 def held_bytes(config) -> dict[str, int]:
     """What this process holds of the training state after a backward pass, memory and not sizes."""
     with Run(config) as trainer:
-        trainer.micro_step(next(trainer.loader), 0, 1)
+        trainer.train_step.accumulate(next(trainer.loader))
         state = trainer.state
         kinds = {
             "parameters": state.parameters,
@@ -174,7 +174,7 @@ def bfloat16_step(config) -> tuple[list[float], set[torch.dtype], set[torch.dtyp
         for block in state.model.encoder.blocks:
             block.register_forward_pre_hook(lambda _, inputs: residuals.add(inputs[0].dtype))
         seen = take_steps(trainer, 1)[0]
-        trainer.micro_step(next(trainer.loader), 0, 1)
+        trainer.train_step.accumulate(next(trainer.loader))
         return seen, residuals, {x.dtype for p in state.parameters for x in (p, p.grad)}
 
 
@@ -247,7 +247,7 @@ def skip_one(config) -> tuple[list[str], int, bool]:
         state = trainer.state
         take_steps(trainer, 2)
         before = {name: local(x).clone() for name, x in state.tensors().items()}
-        trainer.micro_step(next(trainer.loader), 0, 1)
+        trainer.train_step.accumulate(next(trainer.loader))
         if trainer.ranks.main:
             local(state.parameters[0].grad)[0] = float("nan")
         state.apply_gradients()

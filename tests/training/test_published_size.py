@@ -5,11 +5,11 @@ import os
 import pytest
 import torch
 
+from unite_fast.data_pipeline import Batch
 from unite_fast.model.unite import UNITE
-from unite_fast.objective import draw_step, training_losses
-from unite_fast.randomness import Philox
 from unite_fast.recipes import load_config
 from unite_fast.training.state import TrainState
+from unite_fast.training.train_step import TrainStep
 
 
 @pytest.fixture
@@ -28,11 +28,9 @@ def test_a_training_step_of_unite_b():
     config = load_config("imagenet256_b", (*overrides, "schedule.warmup_steps=0"))
     state = TrainState(UNITE.create(config.model, seed=0), config)
     before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
-    images = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
-    draws = draw_step(config.objective, Philox(0, 0, torch.arange(1)), (256, 32))
-    losses = training_losses(state.model, images, torch.tensor([207]), draws, config)
-    losses.total.backward()
-    norm = state.apply_gradients()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (1, 3, 256, 256), generator=generator, dtype=torch.uint8)
+    losses, norm = TrainStep(state, config)(Batch(images, torch.tensor([207]), torch.tensor([0])))
     assert losses.total.isfinite() and norm.isfinite() and norm > 0
     moved = {name for name, p in state.model.named_parameters() if not torch.equal(p, before[name])}
     # The zero-started final layer blocks what lies behind it at the first step, so only what lies ahead must move.

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from unite_fast.model.unite import UNITE
-from unite_fast.objective import draw_step, training_losses
+from unite_fast.objective import draw_step
 from unite_fast.optim.schedule import learning_rate
 from unite_fast.randomness import Philox
 from unite_fast.training.state import TrainState
+from unite_fast.training.train_step import MicroBatch, accumulate_gradients
 
 
 def make_state(config) -> TrainState:
@@ -23,8 +24,7 @@ def train(state: TrainState, steps: int) -> list[float]:
         generator = torch.Generator().manual_seed(state.step)
         images = torch.rand(config.train.batch_size, 3, 8, 8, generator=generator)
         labels = torch.randint(config.model.num_classes, (config.train.batch_size,), generator=generator)
-        losses = training_losses(state.model, images, labels, draws, config)
-        losses.total.backward()
+        losses = accumulate_gradients(state.model, [MicroBatch(images, labels, draws)], 1, config)
         seen += [losses.total.item(), state.apply_gradients().item()]
     return seen
 
@@ -168,8 +168,7 @@ def test_training_lowers_the_loss(tiny_config):
     totals = []
     tiny_config.schedule.decay_until = 0
     for _ in range(40):
-        losses = training_losses(state.model, images, labels, draws, tiny_config)
-        losses.total.backward()
+        losses = accumulate_gradients(state.model, [MicroBatch(images, labels, draws)], 1, tiny_config)
         state.apply_gradients()
         totals.append(losses.l1.item())
     assert totals[-1] < 0.7 * totals[0]

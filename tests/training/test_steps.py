@@ -10,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unite_fast.config import Config
 from unite_fast.errors import UserError
 from unite_fast.kernels import native
+from unite_fast.ranks import current_ranks
 from unite_fast.recipes import load_config
+from unite_fast.training import train_step
 from unite_fast.training.checkpoint import load_checkpoint
 from unite_fast.training.metrics import Averages
 from unite_fast.training.trainer import Trainer, train
@@ -27,19 +29,19 @@ def config(tiny_run, tmp_path) -> Callable[..., Config]:
 
 def _with_a_nan(config: Config) -> tuple[str, int]:
     """Trains; in step 5, one pixel of rank 1's images is not a number."""
-    inputs, close, skipped = Trainer.inputs, Trainer.close, []
+    make, close, skipped = train_step.make_micro_batch, Trainer.close, []
 
-    def spoilt(self, batch, start):
-        images, *others = inputs(self, batch, start)
-        if self.state.step == 4 and self.ranks.rank == 1:
-            images[0, 0, 0, 0] = float("nan")
-        return images, *others
+    def spoilt(images, labels, philox, config):
+        batch = make(images, labels, philox, config)
+        if philox.step == 4 and current_ranks().rank == 1:
+            batch.images[0, 0, 0, 0] = float("nan")
+        return batch
 
     def counted(self):
         skipped.append(int(self.state.skipped_steps))
         close(self)
 
-    Trainer.inputs, Trainer.close = spoilt, counted
+    train_step.make_micro_batch, Trainer.close = spoilt, counted
     try:
         end = f"finished at step {train(config).steps}"
     except UserError as error:

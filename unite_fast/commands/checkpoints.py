@@ -75,12 +75,18 @@ def export_official(
 def parity(
     trace: Annotated[Path, typer.Argument(metavar="TRACE.npz", help="numbers that the released code produced")],
     backend: Annotated[str, typer.Option(help="which body of the kernels computes ours")] = "reference",
+    device: Annotated[str, typer.Option(help="where: cpu, cuda or auto")] = "cpu",
 ) -> None:
     """Compare every quantity of a trace with this implementation; exits with 1 past a tolerance.
 
-    Example: `unite-fast parity tests/data/official_tiny_a.npz`
+    Examples:
+
+    `unite-fast parity tests/data/official_tiny_a.npz`
+
+    `unite-fast parity tests/data/official_tiny_a.npz --device cuda --backend triton`
     """
     from unite_fast.interop.parity import run
+    from unite_fast.utils.device import choose_device
 
-    if not run(trace, backend):
+    if not run(trace, backend, choose_device(device)):
         raise typer.Exit(1)

@@ -73,7 +73,7 @@ def evaluate(
     from unite_fast.evaluation.settings import EvaluationSettings
     from unite_fast.evaluation.terminal import shown
     from unite_fast.ranks import ranks_of_torchrun
-    from unite_fast.training.trainer import choose_device
+    from unite_fast.utils.device import choose_device
 
     settings = EvaluationSettings(
         features=features,
@@ -126,7 +126,7 @@ def stats(
     from unite_fast.evaluation.stats import save_statistics
     from unite_fast.evaluation.terminal import shown
     from unite_fast.ranks import ranks_of_torchrun
-    from unite_fast.training.trainer import choose_device
+    from unite_fast.utils.device import choose_device
 
     settings = EvaluationSettings(features, inception, inception_sha256, batch=batch)
     with ranks_of_torchrun(choose_device(device)) as ranks:

@@ -74,7 +74,7 @@ def search_guidance(
     from unite_fast.evaluation.settings import EvaluationSettings
     from unite_fast.evaluation.terminal import shown
     from unite_fast.ranks import ranks_of_torchrun
-    from unite_fast.training.trainer import choose_device
+    from unite_fast.utils.device import choose_device
 
     settings = EvaluationSettings(features, inception, inception_sha256, reference, data, batch=batch)
     ranges = (("--scales", scales), ("--lows", lows), ("--highs", highs))

@@ -88,7 +88,7 @@ def generate(
     from unite_fast.generation import Generation
     from unite_fast.outputs import choose_labels
     from unite_fast.ranks import ranks_of_torchrun
-    from unite_fast.training.trainer import choose_device
+    from unite_fast.utils.device import choose_device
 
     settings = given(guidance=guidance, interval=parse_interval(interval), solver=solver, steps=steps)
     wanted = parse_classes(classes)

@@ -35,7 +35,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or auto")]
 
 def load(checkpoint: Path, device: str):
     from unite_fast import load
-    from unite_fast.training.trainer import choose_device, use_threads
+    from unite_fast.utils.device import choose_device, use_threads
 
     model = load(checkpoint, choose_device(device))
     use_threads(model.config.train.threads)

@@ -26,8 +26,9 @@ from unite_fast.interop.names import our_name
 from unite_fast.interop.trace import Trace
 from unite_fast.kernels import backend as bodies
 from unite_fast.model.unite import UNITE
-from unite_fast.objective import training_losses
 from unite_fast.training.state import TrainState
+from unite_fast.training.train_step import MicroBatch, accumulate_gradients
+from unite_fast.utils.device import exact_float32
 
 FORWARD, SAMPLED, LOSS, GRADIENT, FINAL, RATE = 1e-4, 1e-3, 1e-4, 1e-3, 1e-2, 1e-12
 """Largest relative error that passes, by kind of quantity, where rounding is not amplified. RATE allows for the order
@@ -99,11 +100,12 @@ class Group:
         return self.failed == 0
 
 
-def run(path: str | Path, backend: str = "reference") -> bool:
+def run(path: str | Path, backend: str = "reference", device: str | torch.device = "cpu") -> bool:
     """Compare a trace file and print what came of it, by kind and each failure.
 
     Args:
         backend: which body of the kernels computes ours.
+        device: where.
 
     Returns:
         Whether everything agrees.
@@ -112,9 +114,9 @@ def run(path: str | Path, backend: str = "reference") -> bool:
         UserError: no such backend, or not a trace that we can compare with.
     """
     with bodies.using(backend):
-        trace = Trace(path)
+        trace = Trace(path, device)
         rows = compare(trace)
-    print(f"{path}: {len(rows)} quantities, {backend} kernels, float32 on the CPU")
+    print(f"{path}: {len(rows)} quantities, {backend} kernels, float32 on {trace.device}")
     print(f"{'':18}{'count':>6}{'error':>10}{'allowed':>10}  nearest to its tolerance")
     for group in summarise(rows):
         worst, verdict = group.worst, "" if group.passed else f"  {group.failed} FAILED"
@@ -132,13 +134,13 @@ def run(path: str | Path, backend: str = "reference") -> bool:
 
 
 def compare(trace: Trace) -> list[Row]:
-    """Every quantity of the trace against ours, float32 on the CPU.
+    """Every quantity of the trace against ours, float32 on the trace's device.
 
     Raises:
         UserError: the trace is incomplete, contradicts itself or asks for what we do not have.
     """
     config = trace.config()
-    with _threads_for(config):
+    with _threads_for(config), exact_float32():
         model = trace.model(config)
         return [
             *_forward_rows(trace, model, config),
@@ -244,7 +246,7 @@ def _sample_rows(trace: Trace, model: UNITE, config: Config) -> list[Row]:
     if config.sampling.solver not in ADAPTIVE or all(row.passed for row in rows):
         return rows
     for towards in (math.inf, -math.inf, 0.0):
-        nudged = sample(torch.nextafter(noise, torch.tensor(towards)))
+        nudged = sample(torch.nextafter(noise, torch.full_like(noise, towards)))
         for row in rows:
             row.tolerance = max(row.tolerance, SLACK * relative_error(nudged[row.name], ours[row.name]))
     return rows
@@ -267,12 +269,12 @@ def _train(trace: Trace, model: UNITE, config: Config) -> _Training:
     gradients, steps = {}, []
     for step in range(config.train.steps):
         rate = state.learning_rate
-        losses = training_losses(model, images, labels, trace.draws(step, config), config)
-        losses.total.backward()
+        batch = MicroBatch(images, labels, trace.draws(step, config))
+        losses = accumulate_gradients(model, [batch], 1, config)
         if step == 0:
             gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
         norm = state.apply_gradients()
-        values = {"l1": losses.l1, "flow": losses.flow, "total": losses.total.detach(), "grad_norm": norm}
+        values = {"l1": losses.l1, "flow": losses.flow, "total": losses.total, "grad_norm": norm}
         steps.append({"lr": rate} | {name: value.item() for name, value in values.items()})
     return _Training(state, gradients, steps)
 

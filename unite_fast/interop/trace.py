@@ -39,6 +39,9 @@ DRAWS = {
 class Trace:
     """A trace file, opened and checked.
 
+    Args:
+        device: where its tensors shall be.
+
     Attributes:
         arrays: every array by name.
         meta: the settings and losses.
@@ -47,8 +50,8 @@ class Trace:
         UserError: not a trace, or one that lacks something.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, device: str | torch.device = "cpu"):
+        self.path, self.device = Path(path), torch.device(device)
         require(self.path.is_file(), f"there is no trace {path}")
         require(zipfile.is_zipfile(self.path), f"{path} is not a trace: it is not an .npz file, or is incomplete")
         try:
@@ -67,7 +70,7 @@ class Trace:
 
     def tensor(self, name: str) -> Tensor:
         try:
-            return torch.from_numpy(self[name])
+            return torch.from_numpy(self[name]).to(self.device)
         except (TypeError, ValueError) as error:
             raise UserError(f"{self.path}: {name} is not an array of numbers that torch knows") from error
 
@@ -116,7 +119,7 @@ class Trace:
         """The network with the weights from before the first step."""
         model = UNITE(config.model)
         load_released(model, self.below("state/"), str(self.path))
-        return model
+        return model.to(self.device)
 
     def config(self) -> Config:
         """The settings of the trace as ours.

@@ -88,6 +88,9 @@ class Strategy:
     """Whether a block lets go of its gathered weights after each pass; otherwise it keeps them until the step ends."""
 
 
+UNSHARDED = Strategy("none", (1, 1), "one process", False)
+
+
 def choose_strategy(config: ParallelConfig, ranks: Ranks, state: int, memory: int) -> Strategy:
     """How the processes share the training state, and why so.
 
@@ -104,7 +107,7 @@ def choose_strategy(config: ParallelConfig, ranks: Ranks, state: int, memory: in
         UserError: hsdp on machines with different numbers of processes.
     """
     if ranks.world == 1:
-        return Strategy("none", (1, 1), "one process", False)
+        return UNSHARDED
     limit = REPLICATED_SHARE * memory
     size = f"the training state takes {state / 1e9:.2f} GB"
     name, why = config.strategy, "as set"

@@ -24,9 +24,19 @@ FREE_ON_RESUME = {
     "optim.nonfinite",
     *(
         f"train.{key}"
-        for key in ("steps", "device", "log_every", "checkpoint_every", "keep_every", "picture_every", "out", "wandb")
+        for key in (
+            "steps",
+            "device",
+            "log_every",
+            "checkpoint_every",
+            "keep_every",
+            "picture_every",
+            "out",
+            "wandb",
+            "deterministic",
+        )
     ),
-    *("train.evaluate_every", "train.evaluate_epochs"),
+    *("train.evaluate_every", "train.evaluate_epochs", "train.deterministic"),
     *(f"parallel.{key.name}" for key in fields(ParallelConfig)),
     *(f"sampling.{key.name}" for key in fields(SamplingConfig)),
     *(f"evaluation.{key.name}" for key in fields(EvaluationConfig)),

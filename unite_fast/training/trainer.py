@@ -8,15 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unite_fast.config import Config, require, require_choice
+from unite_fast.config import Config, require
 from unite_fast.data_pipeline import Batch, Loader, Source, choose_loader, open_source
 from unite_fast.errors import UserError
 from unite_fast.evaluation.during_training import DuringTraining
 from unite_fast.kernels import backend
 from unite_fast.lock import LOCK
-from unite_fast.objective import Losses, StepDraws, draw_step, flow_losses, reconstruct
-from unite_fast.perceptual import dropout_masks, load_lpips, tap_shapes
-from unite_fast.randomness import Philox, Stream
+from unite_fast.objective import Losses
+from unite_fast.perceptual import load_lpips
 from unite_fast.ranks import ALONE, Ranks
 from unite_fast.training.checkpoint import Checkpoint, Checkpoints
 from unite_fast.training.checkpoint_files import step_folders, step_of
@@ -32,12 +31,14 @@ from unite_fast.training.endurance import (
     write_status,
 )
 from unite_fast.training.metrics import Averages, MetricsLog, Speedometer, loss_spike
-from unite_fast.training.parallel import build_model, joined, reduce_gradients, share
+from unite_fast.training.parallel import build_model, joined, share
 from unite_fast.training.profiling import StepProfiler
 from unite_fast.training.report import Report
 from unite_fast.training.run_folder import find_start, hold, write_config
 from unite_fast.training.state import TrainState
+from unite_fast.training.train_step import TrainStep, autocast
 from unite_fast.training.wandb_log import WandbLog
+from unite_fast.utils.device import choose_device, use_numerics, use_threads
 
 
 @dataclass
@@ -92,12 +93,13 @@ class Trainer:
         self.folder = Path(config.train.out or f"runs/{config.name}")
         self.device = device or choose_device(config.train.device)
         use_threads(config.train.threads)
+        use_numerics(config.train.precision, config.train.deterministic)
         backend.use(config.kernels)
         backend.use_attention(config.attention)
         self.source = open_source(config.data.source, config.data.path, config.model.image_size, "train")
         check_data(self.source, config)
-        self.places, self.micro = share(ranks, config.train.batch_size, config.train.micro_batch)
-        self.lpips = load_lpips(config.perceptual).to(self.device) if config.perceptual.weight else None
+        places, micro_batch = share(ranks, config.train.batch_size, config.train.micro_batch)
+        lpips = load_lpips(config.perceptual).to(self.device) if config.perceptual.weight else None
 
         resume = resume or restarted(self.folder, self.peers)
         # Before anything is read, if another process may train here: its checkpoints come and go meanwhile.
@@ -139,6 +141,9 @@ class Trainer:
             self.log = MetricsLog(self.folder, self.state.step, wandb)
             self.profiler = StepProfiler(config.profile, self.folder, self.device, self.report.say)
         self.speed = Speedometer(config, self.device)
+        self.train_step = TrainStep(
+            self.state, config, places, micro_batch, lpips, self.strategy, self.speed.clock, self.computing
+        )
         self.report.say(self.speed.about)
 
     def restore(self, found: Checkpoint) -> None:
@@ -211,68 +216,18 @@ class Trainer:
         return batch
 
     def step(self, batch: Batch) -> tuple[Losses, Tensor]:
-        """One optimizer step on this process's places of the global batch.
+        """One optimizer step; see `TrainStep`."""
+        return self.train_step(batch)
 
-        Returns:
-            Mean losses of this process's images, and the norm of all gradients before clipping; on the device.
-        """
-        parts = len(batch.labels) // self.micro
-        sums = torch.zeros(4, device=self.device)
-        for part in range(parts):
-            sums += self.micro_step(batch, part, parts) / parts
-        with self.speed.clock.part("optimizer"):
-            return Losses(*sums.unbind()), self.state.apply_gradients()
-
-    def micro_step(self, batch: Batch, part: int, parts: int) -> Tensor:
-        """Add to the gradients what one of `parts` micro-batches gives: of the tokenizer and decoder first, whose
-        activations are then free, of the flow after it. Gradients are added up over the processes in the last
-        micro-batch, the decoder's as soon as they are complete.
-
-        Returns:
-            Its losses [4], in the order of `Losses`.
-        """
-        config, model, last, clock = self.config, self.state.model, part == parts - 1, self.speed.clock
-        # The first one compiles.
+    def computing(self) -> None:
+        # The first step compiles.
         self.watchdog.beat(self.state.step + 1, "computing", patient=self.state.step == self.first_step)
-        images, labels, draws, masks = self.inputs(batch, part * self.micro)
-        # Two contexts: autocast keeps weights it has cast, and with them the first pass's graph.
-        with clock.part("forward"), self.autocast():
-            reconstruction = reconstruct(model, images, draws, config, self.lpips, masks)
-        reduce_gradients(model, self.strategy, decoder=last, rest=False)
-        with clock.part("backward"):
-            (reconstruction.loss / parts).backward()
-        with clock.part("forward"), self.autocast():
-            flow = flow_losses(model, reconstruction.z, labels, draws)
-        weighted = config.objective.flow_weight * flow
-        reduce_gradients(model, self.strategy, decoder=last, rest=last)
-        with clock.part("backward"):
-            (weighted / parts).backward()
-        total = reconstruction.loss.detach() + weighted.detach()
-        return torch.stack([total, reconstruction.l1, flow.detach(), reconstruction.lpips])
-
-    def inputs(self, batch: Batch, start: int) -> tuple[Tensor, Tensor, StepDraws, list[Tensor] | None]:
-        """Images, labels and random draws of the micro-batch that begins at place `start` of this process's."""
-        config, here = self.config, slice(start, start + self.micro)
-        places = self.places.start + torch.arange(here.start, here.stop, device=self.device)
-        philox = Philox(config.seed, self.state.step, places)
-        images = batch.images[here].to(self.device, non_blocking=True).float() / 255
-        labels = batch.labels[here].to(self.device, non_blocking=True)
-        if config.data.flip:
-            images = random_flip(images, philox)
-        draws = draw_step(config.objective, philox, (config.model.latent_tokens, config.model.latent_channels))
-        masks = None
-        if self.lpips is not None and config.perceptual.dropout:
-            masks = dropout_masks(philox, tap_shapes(*images.shape[2:]))
-        return images, labels, draws, masks
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bfloat16")
 
     def save_pictures(self) -> None:
         """All processes draw them together, since each may hold a part of the weights; the main one writes."""
         self.watchdog.beat(self.state.step, "drawing pictures", patient=True)
         # Sharded weights are gathered in the precision of training, and so must be what they meet.
-        with self.autocast():
+        with autocast(self.device, self.config.train.precision):
             self.report.save_pictures(self.log.rows if self.log else [])
 
     def write_metrics(self) -> None:
@@ -346,28 +301,9 @@ class Trainer:
                 self.lock.close()
 
 
-def use_threads(threads: int) -> None:
-    if threads:
-        torch.set_num_threads(threads)
-
-
-def choose_device(name: str) -> torch.device:
-    require_choice("the device", name, ("auto", "cpu", "cuda"))
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    require(name != "cuda" or torch.cuda.is_available(), "the device is cuda, but torch sees no CUDA device here")
-    return torch.device(name)
-
-
 def check_data(source: Source, config: Config) -> None:
     classes = len(source.class_names)
     require(
         classes == config.model.num_classes,
         f"the data have {classes} classes, but model.num_classes is {config.model.num_classes}",
     )
-
-
-def random_flip(images: Tensor, philox: Philox) -> Tensor:
-    """Mirror half of the images [B, 3, S, S], chosen by their places in the global batch."""
-    flipped = philox.uniform(Stream.FLIP) < 0.5
-    return torch.where(flipped[:, None, None, None], images.flip(-1), images)
