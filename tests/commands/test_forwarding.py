@@ -1,0 +1,324 @@
+"""Every option of every command reaches what it is for: the work is replaced by a recorder, the options are set to
+values that are no default."""
+
+import inspect
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from unite_fast.commands import options as options_module
+
+
+class Recorder:
+    """Stands for a function; remembers the arguments of its last call by name."""
+
+    def __init__(self, function, result=None):
+        self.signature, self.result, self.calls = inspect.signature(function), result, 0
+
+    def __call__(self, *arguments, **named):
+        bound = self.signature.bind(*arguments, **named)
+        bound.apply_defaults()
+        self.calls += 1
+        self.arguments = bound.arguments
+        return self.result
+
+
+@pytest.fixture
+def record(monkeypatch):
+    def replace(target: str, result=None) -> Recorder:
+        module, _, name = target.rpartition(".")
+        owner = __import__(module, fromlist=[name])
+        recorder = Recorder(getattr(owner, name), result)
+        monkeypatch.setattr(owner, name, recorder)
+        return recorder
+
+    return replace
+
+
+@pytest.fixture
+def model(monkeypatch):
+    """Loading gives a stand-in; what was asked for is remembered."""
+    from unite_fast.recipes import load_config
+
+    config = load_config("digits", ("train.precision=float32",))
+    loaded = SimpleNamespace(config=config, network=SimpleNamespace(device=SimpleNamespace(type="cpu")))
+
+    def load(checkpoint, device):
+        loaded.asked = checkpoint, device
+        return loaded
+
+    for module in ("images", "evaluation", "guidance", "gallery"):
+        monkeypatch.setattr(f"unite_fast.commands.{module}.load", load)
+    return loaded
+
+
+SAMPLING = ("--guidance", 2.5, "--interval", "0.2,0.9", "--solver", "heun", "--steps", 7)
+SAMPLED = {"guidance": 2.5, "interval": (0.2, 0.9), "solver": "heun", "steps": 7}
+
+
+def test_sample(command, record, model, tmp_path):
+    drawn = record("unite_fast.outputs.generate_with_progress", result=[0, 0, 0])
+    saved = record("unite_fast.outputs.save_images")
+    out = tmp_path / "s.npz"
+    ended = command(
+        *("sample", "run", "--classes", "7,2", "--count", 3, "--seed", 11, "--batch", 5, "--device", "cpu"),
+        *("--out", out, *SAMPLING),
+    )
+    assert (ended.status, ended.out) == (0, f"3 images in {out}\n")
+    assert model.asked == (Path("run"), "cpu")
+    asked = drawn.arguments
+    assert list(asked["labels"]) == [7, 2, 7]
+    assert (asked["seed"], asked["batch"], asked["settings"]) == (11, 5, SAMPLED)
+    assert saved.arguments["images"] == [0, 0, 0] and saved.arguments["out"] == out
+    assert list(saved.arguments["labels"]) == [7, 2, 7]
+
+
+@pytest.mark.parametrize(
+    ("extra", "precision", "compiled"),
+    [
+        ((), "float32", False),
+        (("--precision", "bfloat16", "--compile"), "bfloat16", True),
+        (("--eager",), "float32", False),
+    ],
+)
+def test_generate(command, record, model, tmp_path, extra, precision, compiled):
+    written = record("unite_fast.generated_files.generate_files", result="about.json")
+    out = tmp_path / "g.npz"
+    ended = command(
+        *("generate", "run", "--num", 4, "--classes", "3,1", "--seed", 12, "--batch", 6, "--device", "cpu"),
+        *("--out", out, *SAMPLING, *extra),
+    )
+    assert ended.status == 0, ended.err
+    assert model.asked == (Path("run"), "cpu")
+    generation = written.arguments["generation"]
+    assert written.arguments["out"] == out and written.arguments["model"] is model
+    assert list(generation.labels) == [3, 1, 3, 1]
+    assert generation.sampling == model.config.sampling.changed(**SAMPLED)
+    assert (generation.seed, generation.batch, generation.precision, generation.compile) == (12, 6, precision, compiled)
+    assert f"4 images in {out}" in ended.out and "about.json" in ended.out
+
+
+def test_reconstruct(command, record, model, tmp_path):
+    import torch
+
+    originals, copies = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.full((2, 3, 8, 8), 9, dtype=torch.uint8)
+    read = record("unite_fast.outputs.read_images", result=originals)
+    saved = record("unite_fast.outputs.save_pairs")
+    model.reconstruct = lambda images: copies if images is originals else None
+    out = tmp_path / "pairs.png"
+    ended = command("reconstruct", "run", "a.png", "b.png", "--device", "cpu", "--out", out)
+    assert ended.status == 0, ended.err
+    assert list(read.arguments.values()) == [[Path("a.png"), Path("b.png")], 8]
+    assert list(saved.arguments.values())[:3] == [originals, copies, out]
+
+
+EVALUATED = (
+    *("--features", "pixels", "--inception", "i.pt", "--inception-sha256", "abcdef12", "--reference", "r.npz"),
+    *("--data", "somewhere", "--batch", 9),
+)
+
+
+def test_evaluate(command, record, model, tmp_path):
+    ran = record("unite_fast.evaluation.evaluate.evaluate", result="result")
+    record("unite_fast.evaluation.report.lines", result=["a line"])
+    out = tmp_path / "e"
+    ended = command(
+        *("evaluate", "run", *EVALUATED, "--count", 33, "--guidance", "1,2.5", "--interval", "0.2,0.9"),
+        *("--solver", "heun", "--steps", 7, "--reconstructions", 44, "--seed", 13, "--precision", "bfloat16"),
+        *("--compile", "--device", "cpu", "--out", out),
+    )
+    assert ended.status == 0, ended.err
+    assert ended.out.splitlines() == ["a line", f"all of it in {out}"]
+    assert model.asked == (Path("run"), "cpu")
+    asked = ran.arguments
+    settings = asked["settings"]
+    assert (settings.features, settings.inception, settings.inception_sha256) == ("pixels", "i.pt", "abcdef12")
+    assert (settings.reference, settings.data, settings.batch, settings.seed) == ("r.npz", "somewhere", 9, 13)
+    assert (settings.count, settings.guidance, settings.reconstructions) == (33, (1.0, 2.5), 44)
+    assert settings.sampling == {name: value for name, value in SAMPLED.items() if name != "guidance"}
+    assert (settings.precision, settings.compile) == ("bfloat16", True)
+    assert out in asked.values() and "run" in asked.values() and model in asked.values()
+
+
+def test_evaluate_by_default_leaves_the_choices_to_the_evaluation(command, record, model):
+    ran = record("unite_fast.evaluation.evaluate.evaluate", result="result")
+    record("unite_fast.evaluation.report.lines", result=[])
+    ended = command("evaluate", "run", "--device", "cpu")
+    settings = ran.arguments["settings"]
+    assert (settings.features, settings.count, settings.guidance, settings.precision) == ("auto", None, (), "")
+    assert (settings.compile, settings.sampling, settings.reconstructions) == (None, {}, 50_000)
+    assert ended.out == "all of it in evaluation\n"
+
+
+def test_stats(command, record, tmp_path):
+    statistics = SimpleNamespace(mean=[0.0] * 5)
+    made = SimpleNamespace(count=77, statistics=statistics, features="pixels", about={})
+    saved = record("unite_fast.evaluation.stats.save_statistics", result=made)
+    out = tmp_path / "s.npz"
+    ended = command(
+        *("stats", "data", out, "--features", "pixels", "--inception", "i.pt", "--inception-sha256", "abcdef12"),
+        *("--image-size", 32, "--split", "test", "--batch", 9, "--workers", 3, "--device", "cpu"),
+    )
+    assert ended.status == 0, ended.err
+    asked = list(saved.arguments.values())
+    settings = asked[3]
+    assert asked[:3] == ["data", 32, "test"] and asked[4] == out and asked[7] == 3
+    assert (settings.features, settings.inception, settings.inception_sha256) == ("pixels", "i.pt", "abcdef12")
+    assert settings.batch == 9
+    assert ended.out == f"77 images, 5 pixels features: {out}\n"
+
+
+@pytest.mark.parametrize(("counts", "expected"), [((), (500, 2000)), (("--count", 21, "--final-count", 22), (21, 22))])
+def test_search_guidance(command, record, model, tmp_path, counts, expected):
+    judge = SimpleNamespace(features=SimpleNamespace(name="pixels"))
+    opened = record("unite_fast.evaluation.judge.open_judge", result=judge)
+    judged = record("unite_fast.evaluation.guidance_search.Objective", result="objective")
+    searched = record("unite_fast.evaluation.guidance_search.search", result="found")
+    saved = record("unite_fast.evaluation.guidance_report.save")
+    record("unite_fast.evaluation.guidance_report.lines", result=["best"])
+    out = tmp_path / "guidance"
+    ended = command(
+        *("search-guidance", "run", *EVALUATED, "--scales", "1:2:0.5", "--lows", "0,0.1", "--highs", "0.9:1:0.1"),
+        *(*counts, "--confirm", 2, "--solver", "heun", "--steps", 7, "--seed", 14, "--precision", "bfloat16"),
+        *("--compile", "--device", "cpu", "--out", out),
+    )
+    assert ended.status == 0, ended.err
+    settings = opened.arguments["settings"]
+    assert (settings.features, settings.inception, settings.inception_sha256) == ("pixels", "i.pt", "abcdef12")
+    assert (settings.reference, settings.data, settings.batch) == ("r.npz", "somewhere", 9)
+    grid, objective, confirm = searched.arguments.values()
+    assert (list(grid.scales), list(grid.lows), list(grid.highs)) == ([1.0, 1.5, 2.0], [0.0, 0.1], [0.9, 1.0])
+    assert (objective, confirm) == ("objective", 2)
+    asked = judged.arguments
+    assert asked["model"] is model and asked["judge"] is judge
+    assert asked["config"] == model.config.sampling.changed(solver="heun", steps=7)
+    assert asked["counts"] == expected
+    assert (asked["seed"], asked["batch"], asked["precision"], asked["compile"]) == (14, 9, "bfloat16", True)
+    assert asked["out"] == out and saved.calls == 1
+    assert ended.out.splitlines() == ["best", f"all of it in {out}"]
+
+
+@pytest.mark.parametrize(("real", "data"), [("--real", "somewhere"), ("--no-real", None)])
+def test_gallery(command, record, model, tmp_path, real, data):
+    made = record("unite_fast.evaluation.gallery.make_gallery", result=("head", []))
+    record("unite_fast.evaluation.gallery_page.render", result="<html>")
+    out = tmp_path / "g.html"
+    ended = command(
+        *("gallery", "run", "--out", out, "--data", "somewhere", real, "--classes", "3,1", "--per-class", 4),
+        *("--scales", "1,2", "--seed", 15, "--batch", 6, "--device", "cpu", *SAMPLING),
+    )
+    assert ended.status == 0, ended.err
+    asked, checkpoint, wishes = made.arguments.values()
+    assert asked is model and checkpoint == Path("run") and model.asked == (Path("run"), "cpu")
+    assert (wishes.classes, wishes.per_class, wishes.scales) == ([3, 1], 4, (1.0, 2.0))
+    assert (wishes.data, wishes.seed, wishes.batch, wishes.sampling) == (data, 15, 6, SAMPLED)
+    assert out.read_text() == "<html>"
+
+
+def test_train(command, record):
+    outcome = SimpleNamespace(stopped_by=0)
+    ran = record("unite_fast.training.trainer.train", result=outcome)
+    assert command("train", "fashion_mnist", "train.steps=7", "seed=4", "--resume").status == 0
+    assert (ran.arguments["config"].name, ran.arguments["config"].train.steps) == ("fashion_mnist", 7)
+    assert ran.arguments["config"].seed == 4 and ran.arguments["resume"] is True
+    assert command("train", "train.steps=8").status == 0
+    assert (ran.arguments["config"].name, ran.arguments["config"].train.steps) == ("digits", 8)
+    assert ran.arguments["resume"] is False
+    outcome.stopped_by = 15
+    assert command("train").status == 143
+
+
+def test_plan(command, record):
+    made = record("unite_fast.planning.make_plan", result="plan")
+    said = record("unite_fast.planning_report.lines", result=["a plan"])
+    ended = command(
+        *("plan", "imagenet256_l", "train.micro_batch=16", "--gpu", "h200", "--nodes", 3, "--gpus-per-node", 4),
+        *("--price", 2.5, "--data", "raw"),
+    )
+    assert (ended.status, ended.out) == (0, "a plan\n")
+    config, cluster, data = made.arguments.values()
+    assert (config.name, config.train.micro_batch, data) == ("imagenet256_l", 16, "raw")
+    assert (cluster.gpu.key, cluster.nodes, cluster.gpus_per_node) == ("h200", 3, 4)
+    assert list(said.arguments.values()) == ["plan", 2.5]
+
+
+def test_shards(command, record, tmp_path):
+    from unite_fast.data_pipeline.shards.write import Settings
+
+    manifest = SimpleNamespace(samples=9, shards=[1, 2], format="cropped-jpeg", skipped=1)
+    made = record("unite_fast.data_pipeline.shards.write.make_shards", result=manifest)
+    ended = command(
+        *("shards", "make", "source", tmp_path, "--format", "cropped-jpeg", "--image-size", 64, "--quality", 97),
+        *("--seed", 5, "--per-shard", 6, "--split", "test", "--labels", "l.txt", "--workers", 3),
+    )
+    assert ended.status == 0, ended.err
+    source, out, settings, workers, split, labels = made.arguments.values()
+    assert (source, out, workers, split, labels) == (Path("source"), tmp_path, 3, "test", Path("l.txt"))
+    assert tuple(vars(settings).values()) == tuple(vars(Settings("cropped-jpeg", 64, 97, 5, 6)).values())
+    assert "9 images in 2 shards of format cropped-jpeg" in ended.out and "1 broken" in ended.out
+
+
+def test_verify(command, record):
+    checked = record("unite_fast.data_pipeline.shards.verify.verify_shards", result=[])
+    assert command("shards", "verify", "folder", "--workers", 3).status == 0
+    assert list(checked.arguments.values()) == [Path("folder"), 3]
+    checked.result = ["a fault"]
+    ended = command("shards", "verify", "folder")
+    assert (ended.status, ended.out) == (1, "a fault\n")
+
+
+def test_inspect(command, record, tmp_path):
+    looked = record("unite_fast.data_pipeline.inspection.inspect_data", result=["a line"])
+    out = tmp_path / "i.png"
+    ended = command(
+        *("inspect", "data", "--image-size", 32, "--split", "test", "--workers", 3, "--seconds", 0.5, "--seed", 6),
+        *("--out", out),
+    )
+    assert (ended.status, ended.out) == (0, "a line\n")
+    assert list(looked.arguments.values()) == ["data", 32, "test", 3, 0.5, 6, out]
+
+
+def test_export_and_info(command, record):
+    exported = record("unite_fast.training.model_file.export_model")
+    assert command("export", "run", "out.safetensors").status == 0
+    assert list(exported.arguments.values())[:2] == [Path("run"), Path("out.safetensors")]
+    described = record("unite_fast.outputs.describe", result="what it is")
+    assert command("info", "run").out == "what it is\n"
+    assert described.arguments["checkpoint"] == Path("run")
+
+
+def test_the_authors_checkpoints(command, record):
+    read = record("unite_fast.interop.official.import_official")
+    ended = command(
+        *("import-official", "f.pt", "o.safetensors", "--weights", "model", "--decoder-heads", 3),
+        *("--in-context-start", 2),
+    )
+    assert ended.status == 0, ended.err
+    asked = read.arguments
+    assert list(asked.values())[:2] == [Path("f.pt"), Path("o.safetensors")]
+    assert (asked["weights"], asked["decoder_heads"], asked["in_context_start"]) == ("model", 3, 2)
+    written = record("unite_fast.interop.official.export_official")
+    assert command("export-official", "run", "o.pt").status == 0
+    assert list(written.arguments.values())[:2] == [Path("run"), Path("o.pt")]
+
+
+def test_parity(command, record):
+    ran = record("unite_fast.interop.parity.run", result=True)
+    assert command("parity", "t.npz", "--backend", "native", "--device", "cpu").status == 0
+    path, backend, device = ran.arguments.values()
+    assert (path, backend, device.type) == (Path("t.npz"), "native", "cpu")
+    ran.result = False
+    assert command("parity", "t.npz").status == 1
+    assert ran.arguments["backend"] == "reference"
+
+
+def test_a_loaded_model_has_the_threads_of_its_run(monkeypatch):
+    seen = []
+    config = SimpleNamespace(train=SimpleNamespace(threads=3))
+    monkeypatch.setattr(
+        "unite_fast.load", lambda path, device: seen.append((path, str(device))) or SimpleNamespace(config=config)
+    )
+    monkeypatch.setattr("unite_fast.utils.device.use_threads", seen.append)
+    options_module.load(Path("run"), "cpu")
+    assert seen == [(Path("run"), "cpu"), 3]
