@@ -1,0 +1,158 @@
+"""Break the code in a hundred small ways, one at a time, and see which the tests find.
+
+    python tests/mutants/run.py                       # all, two at a time: about half an hour on two cores
+    python tests/mutants/run.py --only train_step     # those of files whose path holds this
+    python tests/mutants/run.py --list
+    python tests/mutants/run.py --table docs          # and print the table of docs/LOG.md
+
+A mutant replaces one piece of text in one file. It is dead when one of the test files named beside it fails, and it
+survives when all pass; the exit status is 1 then. The package is put together in a folder of its own for each worker,
+so the checkout stays as it is. Run by hand, after changes of what is tested: not part of the suite.
+"""
+
+import argparse
+import importlib.util
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = {"unite_fast": "", "kernels": "kernels", "data_pipeline": "data_pipeline", "configs": "configs"}
+"""Folders of the repository and where they install inside the package."""
+LIMIT = 600
+"""Seconds after which a mutant that makes the tests hang counts as found."""
+WITHOUT_THE_CHECKOUT = """import sys
+# An editable install would lead back to the checkout.
+sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("_unite_fast")]
+"""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    path: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def __str__(self) -> str:
+        old, new = (" ".join(text.split())[:60] for text in (self.old, self.new))
+        return f"{self.path}: {old} -> {new}"
+
+    def source(self) -> str:
+        """The file with the change; the piece of text must be there once."""
+        text = (ROOT / self.path).read_text()
+        if text.count(self.old) != 1:
+            raise SystemExit(f"{self}: the text is there {text.count(self.old)} times; mend tests/mutants/mutants.py")
+        return text.replace(self.old, self.new)
+
+    def installed(self) -> Path:
+        folder, _, rest = self.path.partition("/")
+        return Path("unite_fast", PARTS[folder], rest)
+
+
+def load_mutants() -> list[Mutant]:
+    spec = importlib.util.spec_from_file_location("mutants", Path(__file__).with_name("mutants.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return [Mutant(*entry) for entry in module.MUTANTS]
+
+
+def assemble(folder: Path) -> None:
+    """The package as it installs, C++ parts from where they are installed, in `folder`."""
+    for source, inside in PARTS.items():
+        target = folder / "unite_fast" / inside
+        shutil.copytree(ROOT / source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("unite_fast.kernels", "unite_fast.data_pipeline"):
+        for found in importlib.util.find_spec(name).submodule_search_locations:
+            for library in Path(found).glob("*.so"):
+                shutil.copy(library, folder / name.replace(".", "/"))
+    (folder / "sitecustomize.py").write_text(WITHOUT_THE_CHECKOUT)
+    (folder / "start.py").write_text("import sys, pytest\nsys.exit(pytest.main(sys.argv[1:]))\n")
+
+
+def passes(folder: Path, tests: tuple[str, ...]) -> tuple[bool, str]:
+    """Whether these tests pass with the package in `folder`, and what failed first."""
+    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(folder / "start.py"), "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
+    # A session of its own, so that what a test started ends with it.
+    process = subprocess.Popen(
+        [*command, "--show-capture=no", *tests],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, _ = process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        return False, f"took longer than {LIMIT} s"
+    failed = [line for line in out.splitlines() if line.startswith(("FAILED", "ERROR", "E  "))]
+    if process.returncode not in (0, 1) and not failed:
+        failed = out.splitlines()[-1:]
+    return process.returncode == 0, (failed or [""])[-1][:110]
+
+
+def work(folder: Path, waiting: queue.Queue, results: dict[Mutant, bool], total: int) -> None:
+    while True:
+        try:
+            mutant = waiting.get_nowait()
+        except queue.Empty:
+            return
+        target = folder / mutant.installed()
+        before = target.read_text()
+        target.write_text(mutant.source())
+        begun = time.monotonic()
+        survives, why = passes(folder, mutant.tests)
+        target.write_text(before)
+        results[mutant] = survives
+        word = "SURVIVES" if survives else "dead"
+        print(f"{len(results):3}/{total} {word:8} {time.monotonic() - begun:4.0f} s  {mutant}  {why}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="only files whose path holds this")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time [2]")
+    parser.add_argument("--list", action="store_true", help="name them and run nothing")
+    parser.add_argument("--table", action="store_true", help="print a table by file at the end")
+    options = parser.parse_args()
+    mutants = [mutant for mutant in load_mutants() if options.only in mutant.path]
+    for mutant in mutants:
+        mutant.source()
+    if options.list:
+        print(*mutants, f"{len(mutants)} mutants", sep="\n")
+        return
+    results: dict[Mutant, bool] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [Path(scratch, str(job)) for job in range(options.jobs)]
+        for folder in folders:
+            assemble(folder)
+        tests = tuple(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
+        ok, why = passes(folders[0], tests)
+        if not ok:
+            raise SystemExit(f"the tests fail without any change: {why}")
+        waiting: queue.Queue = queue.Queue()
+        for mutant in mutants:
+            waiting.put(mutant)
+        workers = [threading.Thread(target=work, args=(f, waiting, results, len(mutants))) for f in folders]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    if options.table:
+        count, alive = Counter(m.path for m in mutants), Counter(m.path for m, survives in results.items() if survives)
+        print("| file | mutants | survive |", "|---|---|---|", sep="\n")
+        print(*(f"| {path} | {n} | {alive[path]} |" for path, n in sorted(count.items())), sep="\n")
+    survivors = [mutant for mutant, survives in results.items() if survives]
+    print(f"{len(mutants)} mutants, {len(survivors)} survive")
+    sys.exit(bool(survivors))
+
+
+if __name__ == "__main__":
+    main()
