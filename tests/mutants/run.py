@@ -31,7 +31,7 @@ LIMIT = 600
 """Seconds after which a mutant that makes the tests hang counts as found."""
 WITHOUT_THE_CHECKOUT = """import sys
 # An editable install would lead back to the checkout.
-sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("_unite_fast")]
+sys.meta_path[:] = [finder for finder in sys.meta_path if "unite_fast" not in type(finder).__module__]
 """
 
 
@@ -76,6 +76,11 @@ def assemble(folder: Path) -> None:
                 shutil.copy(library, folder / name.replace(".", "/"))
     (folder / "sitecustomize.py").write_text(WITHOUT_THE_CHECKOUT)
     (folder / "start.py").write_text("import sys, pytest\nsys.exit(pytest.main(sys.argv[1:]))\n")
+    command = [sys.executable, "-c", "import unite_fast.kernels as k; print(*k.__path__)"]
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    found = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
+    if Path(found.strip()) != folder / "unite_fast" / "kernels":
+        raise SystemExit(f"the tests would import {found.strip()} and not the copy that is changed")
 
 
 def passes(folder: Path, tests: tuple[str, ...], limit: float | None = LIMIT) -> tuple[bool, str]:
