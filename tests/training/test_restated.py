@@ -38,6 +38,7 @@ NEAREST = 2e-6
 SETTINGS = (
     "data.source=folder",
     "data.workers=0",
+    "data.flip=true",
     "model.image_size=16",
     "model.patch_size=4",
     "model.latent_channels=6",
