@@ -118,8 +118,8 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     source: str = "digits"
-    """digits (built into scikit-learn), folder (one folder a class), idx (MNIST's file format) or shards (made by
-    unite-fast shards)."""
+    """digits (built into scikit-learn), folder (one folder a class), idx (MNIST's file format), shards (made by
+    unite-fast shards) or synthetic (noise, to time a machine with)."""
     path: str = ""
     """Folder of the data; for shards also https://HOST/FOLDER or pipe:COMMAND with {} for a file's name."""
     loader: str = "auto"

@@ -2,7 +2,7 @@
 
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -96,7 +96,9 @@ class Trainer:
         use_numerics(config.train.precision, config.train.deterministic)
         backend.use(config.kernels)
         backend.use_attention(config.attention)
-        self.source = open_source(config.data.source, config.data.path, config.model.image_size, "train")
+        self.source = open_source(
+            config.data.source, config.data.path, config.model.image_size, "train", config.model.num_classes
+        )
         check_data(self.source, config)
         places, micro_batch = share(ranks, config.train.batch_size, config.train.micro_batch)
         lpips = load_lpips(config.perceptual).to(self.device) if config.perceptual.weight else None
@@ -209,11 +211,7 @@ class Trainer:
 
     def read(self) -> Batch:
         self.watchdog.beat(self.state.step + 1, "reading images")
-        batch = next(self.loader)
-        if self.device.type == "cuda" and not batch.images.is_cuda:
-            # From other memory a copy to the GPU would wait for what the GPU has yet to do.
-            batch = replace(batch, images=batch.images.pin_memory(), labels=batch.labels.pin_memory())
-        return batch
+        return next(self.loader)
 
     def step(self, batch: Batch) -> tuple[Losses, Tensor]:
         """One optimizer step; see `TrainStep`."""
