@@ -22,8 +22,8 @@ def open_source(kind: str, path: str | None, image_size: int, split: str, num_cl
         kind: "digits" (scikit-learn's), "folder" (one subfolder a class), "idx" (MNIST's file format), "shards" (made
             by unite-fast shards) or "synthetic" (noise, for timing).
         path: the folder of the data, where a leading ~ is the home folder; None or "" for the digits and synthetic
-            images. For shards also an address, which then names one set, its own test split: https://..., or pipe:COMMAND with {} in the
-            place of a file's name.
+            images. For shards also an address, which then names one set, its own test split: https://..., or
+            pipe:COMMAND with {} in the place of a file's name.
         image_size: side in pixels of the images handed out.
         split: "train" or "test".
         num_classes: of synthetic images; other data have the classes that they have.
