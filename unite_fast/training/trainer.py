@@ -15,7 +15,7 @@ from unite_fast.evaluation.during_training import DuringTraining
 from unite_fast.kernels import backend
 from unite_fast.lock import LOCK
 from unite_fast.objective import Losses
-from unite_fast.perceptual import load_lpips
+from unite_fast.perceptual import LPIPS, load_lpips
 from unite_fast.ranks import ALONE, Ranks
 from unite_fast.training.checkpoint import Checkpoint, Checkpoints
 from unite_fast.training.checkpoint_files import step_folders, step_of
@@ -86,7 +86,9 @@ class Trainer:
         ranks: Ranks = ALONE,
         device: torch.device | None = None,
         watchdog: Watchdog | None = None,
+        lpips: LPIPS | None = None,
     ):
+        """`lpips`: instead of the one whose weights `perceptual` names."""
         self.config, self.ranks = config, ranks
         self.watchdog = watchdog or Watchdog(Peers(ranks.rank, ranks.world), config.parallel.timeout)
         self.peers = self.watchdog.peers
@@ -101,7 +103,8 @@ class Trainer:
         )
         check_data(self.source, config)
         places, micro_batch = share(ranks, config.train.batch_size, config.train.micro_batch)
-        lpips = load_lpips(config.perceptual).to(self.device) if config.perceptual.weight else None
+        if config.perceptual.weight:
+            lpips = (lpips or load_lpips(config.perceptual)).to(self.device)
 
         resume = resume or restarted(self.folder, self.peers)
         # Before anything is read, if another process may train here: its checkpoints come and go meanwhile.
