@@ -1,16 +1,24 @@
-"""`unite-fast bench`: reads its recipe, measures, says and notes what was found."""
+"""`unite-fast bench` and `tune`: read the recipe, measure, say and note what was found."""
 
 import json
+import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 
-from unite_fast.benchmarking import csv_file, figures, plot
-from unite_fast.benchmarking.measure import Window, measure
+import torch
+
+from unite_fast.benchmarking import candidate, csv_file, figures, plot, tuned_file
+from unite_fast.benchmarking.measure import Window, measure, sigterm_unwinds
+from unite_fast.benchmarking.tune import axes, lines, search
 from unite_fast.config import Config
 from unite_fast.data_pipeline.inspection import open_data
 from unite_fast.errors import UserError
-from unite_fast.ranks import Ranks
+from unite_fast.ranks import Ranks, ranks_of_torchrun
 from unite_fast.recipes import load_config
+from unite_fast.training.trainer import choose_device
+
+DATA_KEYS = ("data.source=", "data.path=")
 
 
 def read_recipe(words: list[str], tuned: str, data: str) -> tuple[Config, tuple[str, ...]]:
@@ -28,7 +36,7 @@ def read_recipe(words: list[str], tuned: str, data: str) -> tuple[Config, tuple[
     if "=" in recipe and not Path(recipe).is_file():
         raise UserError(f"say which recipe to time before the settings: unite-fast bench RECIPE {recipe}")
     for override in overrides:
-        if override.startswith(("data.source=", "data.path=")):
+        if override.startswith(DATA_KEYS):
             raise UserError(f"{override}: bench makes its images up, or reads those of --data PATH; leave this out")
     config = load_config(recipe, overrides, tuned)
     kind = open_data(data, config.model.image_size, "train")[0] if data else "synthetic"
@@ -72,3 +80,30 @@ def draw(table: Path, out: Path) -> None:
     if Ranks.of_environment().main:
         count = plot.draw(table, out)
         print(f"{count} measurements of {table} in {out}")
+
+
+def tune(recipe: str, overrides: tuple[str, ...], budget: float, out: Path) -> None:
+    """Search; the main process says what was found and writes it to `out`."""
+    words = (recipe, *overrides)
+    config, _ = read_recipe(list(words), "", "")
+    tuned_file.check(out)
+    cuda = choose_device(config.train.device).type == "cuda"
+    fixed = {override.partition("=")[0] for override in overrides}
+    # The processes of this search meet on the CPU: the GPUs are the candidates'.
+    with sigterm_unwinds(), ranks_of_torchrun(torch.device("cpu")) as ranks:
+
+        def say(line: str) -> None:
+            if ranks.main:
+                print(line, file=sys.stderr, flush=True)
+
+        found = search(
+            axes(config, cuda, ranks.world, fixed),
+            lambda settings, limit: candidate.run(words, settings, limit, ranks),
+            budget,
+            ranks,
+            say,
+        )
+    if ranks.main:
+        print(*lines(found), sep="\n")
+        tuned_file.write(out, found, shlex.join(("unite-fast", "tune", *words)))
+        print(f"{out}: try unite-fast train {shlex.join(words)} --tuned {out}")
