@@ -26,7 +26,8 @@ from unite_fast.perceptual import has_weights, random_lpips
 from unite_fast.ranks import Ranks
 from unite_fast.training.endurance import Peers, Watchdog, contact
 from unite_fast.training.parallel import joined
-from unite_fast.training.trainer import Trainer, choose_device
+from unite_fast.training.trainer import Trainer
+from unite_fast.utils.device import choose_device
 
 LEAST_STEPS = 3
 """Timed steps, however little time they may take."""
@@ -111,7 +112,7 @@ def measure(config: Config, window: Window) -> Measured:
 
 def gathered(trainer: Trainer, first_step: float, whole: float, step_seconds: list, parts: dict, top) -> Measured:
     """The figures of all processes as one."""
-    cuda = trainer.device.type == "cuda"
+    cuda, perceptual = trainer.device.type == "cuda", trainer.config.perceptual
     memory, reserved = trainer.speed.memory(), torch.cuda.max_memory_reserved(trainer.device) if cuda else 0
     bad_step = trainer.averages.bad_step()
     everyone = trainer.ranks.gather((first_step, whole, step_seconds, parts, product_rate(trainer.device), reserved))
@@ -128,7 +129,7 @@ def gathered(trainer: Trainer, first_step: float, whole: float, step_seconds: li
         reserved=max(all_reserved),
         bad_step=bad_step,
         strategy=trainer.strategy.name,
-        random_lpips=trainer.lpips is not None and not has_weights(trainer.config.perceptual),
+        random_lpips=bool(perceptual.weight) and not has_weights(perceptual),
         top=top,
     )
 

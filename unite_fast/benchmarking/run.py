@@ -16,7 +16,7 @@ from unite_fast.data_pipeline.inspection import open_data
 from unite_fast.errors import UserError
 from unite_fast.ranks import Ranks, ranks_of_torchrun
 from unite_fast.recipes import load_config
-from unite_fast.training.trainer import choose_device
+from unite_fast.utils.device import choose_device
 
 DATA_KEYS = ("data.source=", "data.path=")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from unite_fast.benchmarking.candidate import OK, OUT_OF_MEMORY, OUT_OF_TIME, Trial
 from unite_fast.benchmarking.machine import usable_cores
-from unite_fast.config import Config
+from unite_fast.config import NONDETERMINISTIC, Config
 from unite_fast.errors import UserError
 from unite_fast.kernels import backend, flash
 from unite_fast.planning import micro_batches
@@ -76,7 +76,7 @@ def axes(config: Config, cuda: bool, world: int, fixed: set[str]) -> list[Axis]:
         found += [
             Axis("train.micro_batch", larger, climbs=True),
             Axis("train.micro_batch", smaller, climbs=True),
-            Axis("attention", tuple(name for name in attentions() if name != config.attention)),
+            Axis("attention", tuple(name for name in attentions(train.deterministic) if name != config.attention)),
         ]
     else:
         cores = usable_cores()
@@ -87,9 +87,14 @@ def axes(config: Config, cuda: bool, world: int, fixed: set[str]) -> list[Axis]:
     return [axis for axis in found if axis.values and axis.key not in fixed]
 
 
-def attentions() -> list[str]:
+def attentions(deterministic: bool) -> list[str]:
     """Those that may run here; a candidate that cannot after all says why."""
-    return [name for name in backend.ATTENTION_NAMES if name != "flash_attn" or not flash.why_missing()]
+    out = NONDETERMINISTIC if deterministic else ()
+    return [
+        name
+        for name in backend.ATTENTION_NAMES
+        if name not in out and (name != "flash_attn" or not flash.why_missing())
+    ]
 
 
 def search(every: list[Axis], run: Run, budget: float, ranks: Ranks, say: Callable[[str], None]) -> Found:

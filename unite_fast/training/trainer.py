@@ -97,7 +97,8 @@ class Trainer:
         use_threads(config.train.threads)
         use_numerics(config.train.precision, config.train.deterministic)
         backend.use(config.kernels)
-        backend.use_attention(config.attention)
+        heads = {part.width // part.heads for part in (config.model.encoder, config.model.decoder)}
+        backend.use_attention(config.attention, self.device, getattr(torch, config.train.precision), heads)
         self.source = open_source(
             config.data.source, config.data.path, config.model.image_size, "train", config.model.num_classes
         )
