@@ -25,10 +25,11 @@ def row(config: Config, measured: Measured, window: Window, data: str, overrides
     batch, world = config.train.batch_size, measured.ranks.world
     fast, median, slow = quantiles(measured.step_seconds)
     flops, rate = image_flops(config), batch / median
-    gpu = recognise(describe(measured.device)["card"]) if measured.device.type == "cuda" else None
+    about = describe(measured.device)
+    gpu = recognise(about["card"]) if measured.device.type == "cuda" else None
     found = {
         "recipe": config.name,
-        **describe(measured.device),
+        **about,
         "version": __version__,
         "settings": " ".join(overrides),
         "gpus": world,

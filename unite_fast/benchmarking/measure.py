@@ -29,9 +29,6 @@ from unite_fast.training.parallel import joined
 from unite_fast.training.trainer import Trainer
 from unite_fast.utils.device import choose_device
 
-LEAST_STEPS = 3
-"""Timed steps, however little time they may take."""
-
 
 @dataclass(frozen=True)
 class Window:
@@ -40,7 +37,7 @@ class Window:
     Attributes:
         warmup: steps before, of which the first compiles.
         steps: timed steps.
-        seconds: as many steps as fit into this time, at most `steps` and at least `LEAST_STEPS`; 0: `steps`.
+        seconds: as many steps as fit into this time, at most `steps` and at least one; 0: `steps`.
         profile: whether the kernels of two more steps are listed.
     """
 
@@ -101,7 +98,7 @@ def measure(config: Config, window: Window) -> Measured:
             first_step = first_step or seconds
         steps = window.steps
         if window.seconds:
-            steps = trainer.ranks.from_first(max(LEAST_STEPS, min(steps, int(window.seconds / max(seconds, 1e-6)))))
+            steps = trainer.ranks.from_first(max(1, min(steps, int(window.seconds / max(seconds, 1e-6)))))
         whole, step_seconds, parts = timed_steps(trainer, steps, line)
         line.show("profiling" if window.profile else "measuring the product rate", steps, force=True)
         top = top_kernels(lambda: take_step(trainer), trainer.device) if window.profile else None

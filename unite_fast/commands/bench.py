@@ -21,7 +21,7 @@ def bench(
     warmup: Annotated[int, typer.Option(min=1, help="steps before, the first of which compiles")] = 5,
     steps: Annotated[int, typer.Option(min=1, help="timed steps")] = 20,
     seconds: Annotated[
-        float, typer.Option(min=0, help="as many of those steps as fit into this time, but 3; 0: all of them")
+        float, typer.Option(min=0, help="as many of those steps as fit into this time, at least one; 0: all")
     ] = 0.0,
     profile: Annotated[bool, typer.Option("--profile", help="list the kernels that take most time")] = False,
     tuned: Annotated[str, typer.Option(metavar="FILE", help="settings that unite-fast tune found")] = "",
