@@ -29,14 +29,21 @@ def test_rows_of_differing_columns(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["bench.csv"]
 
 
-def write(path, writer, count):
+def column(writer, number):
+    """Every other row has a column of its own, for which the table is written anew."""
+    return f"column_{writer}_{number}" if number % 2 else "column"
+
+
+def write(path, writer, count, everyone):
+    everyone.wait()
     for number in range(count):
-        csv_file.append(path, {"images_per_s": number, f"column_{number % 3}": "x" * 3000, "writer": writer})
+        csv_file.append(path, {"images_per_s": number, column(writer, number): "x" * 3000, "writer": writer})
 
 
 def test_several_processes_write_at_once(tmp_path):
     path, fork = tmp_path / "bench.csv", multiprocessing.get_context("fork")
-    writers = [fork.Process(target=write, args=(path, writer, 20)) for writer in range(4)]
+    everyone = fork.Barrier(4)
+    writers = [fork.Process(target=write, args=(path, writer, 20, everyone)) for writer in range(4)]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -45,7 +52,7 @@ def test_several_processes_write_at_once(tmp_path):
     assert sorted((row["writer"], int(row["images_per_s"])) for row in found) == [
         (str(writer), number) for writer in range(4) for number in range(20)
     ]
-    assert all(row[f"column_{int(row['images_per_s']) % 3}"] == "x" * 3000 for row in found)
+    assert all(row[column(row["writer"], int(row["images_per_s"]))] == "x" * 3000 for row in found)
 
 
 def test_what_is_no_table(tmp_path):
