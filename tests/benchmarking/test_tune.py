@@ -134,6 +134,11 @@ def test_what_is_tried_on_each_kind_of_machine(monkeypatch):
     assert ("train.micro_batch", (32, 16, 8, 4, 2, 1)) in names and ("kernels", ("reference",)) in names
     assert "train.threads" not in dict(names)
     assert {key for key, _ in names} <= set(TUNABLE)
+    assert {"sdpa_cudnn", "sdpa_flash", "sdpa_efficient"} == set(dict(names)["attention"])
+    exact = load_config("imagenet256_b", ("train.deterministic=true", "attention=sdpa_flash"))
+    assert {"sdpa", "sdpa_efficient"} == set(
+        next(axis.values for axis in tune.axes(exact, cuda=True, world=1, fixed=set()) if axis.key == "attention")
+    )
     cpu = dict((axis.key, axis.values) for axis in tune.axes(config, cuda=False, world=1, fixed={"kernels"}))
     assert cpu == {"train.compile": (False,), "train.threads": (8, 4, 1)}
 

@@ -224,6 +224,29 @@ def test_a_card_of_the_table_has_a_prediction(tiny_run, monkeypatch):
     assert found["released_images_per_s_per_gpu"] is None and "bfloat16" in found["why_no_prediction"]
 
 
+def test_marks_on_a_gpu_wait_for_nothing(monkeypatch):
+    class Event:
+        """Stands in the device's queue at a moment of its clock."""
+
+        now = 0.0
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            Event.now += 250.0
+            self.at = Event.now
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    marks = measure.Marks(torch.device("cuda"))
+    for _ in range(4):
+        marks.add()
+    assert marks.seconds() == [0.25, 0.25, 0.25]
+
+
 def as_torchrun_does(folder: str, arguments: tuple[str, ...]) -> int:
     """The command in one of several processes; what it prints goes to a file of its rank's."""
     os.chdir(folder)

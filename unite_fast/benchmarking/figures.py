@@ -1,11 +1,11 @@
 """The figures of a measurement as one flat row, and in words."""
 
-import math
 import statistics
 
 from unite_fast import __version__, planning
 from unite_fast.benchmarking.machine import describe
 from unite_fast.benchmarking.measure import Measured, Window
+from unite_fast.benchmarking.progress import number
 from unite_fast.config import Config
 from unite_fast.errors import UserError
 from unite_fast.flops import image_flops, parameters
@@ -17,7 +17,7 @@ PARTS = ("data", "forward", "backward", "optimizer", "other")
 
 
 def row(config: Config, measured: Measured, window: Window, data: str, overrides: tuple[str, ...]) -> dict:
-    """All figures by name; a name tells its unit (ms, s, gb). None: there is no such figure, see `why_not`.
+    """All figures by name; a name tells its unit (ms, s, gb). None: there is no such figure.
 
     Args:
         data: what the images were: "synthetic", or the path.
@@ -69,7 +69,7 @@ def row(config: Config, measured: Measured, window: Window, data: str, overrides
         "bad_step": measured.bad_step,
     }
     found |= prediction(config, measured, gpu)
-    released = planning.of_released_speed(config)
+    released = gpu is not None and planning.of_released_speed(config)
     return found | {"released_images_per_s_per_gpu": planning.RELEASED_IMAGES_PER_S if released else None}
 
 
@@ -115,7 +115,7 @@ def lines(found: dict, top: list[dict] | None = None) -> list[str]:
         f"step           {number(found['step_ms'])} ms: "
         + ", ".join(f"{part} {number(found[f'{part}_ms'])}" for part in PARTS),
         f"data wait      {found['data_wait_share']:.1%} of the time",
-        f"first step     {found['first_step_s']:.1f} s, which compiles; {found['warmup']} steps are left out",
+        f"first step     {found['first_step_s']:.1f} s, which compiles; steps left out: {found['warmup']}",
         f"MFU            {found['mfu_of_product']:.1%} of {number(found['product_tflops'])} TFLOP/s, as measured here "
         f"of bfloat16 products; {number(found['gflop_per_image'])} GFLOP an image",
     ]
@@ -151,9 +151,3 @@ def _beside(found: dict) -> list[str]:
             f"released code  {released} images/s a GPU of 8 H200 (its authors' 26 minutes an epoch): here {times:.2f} x"
         )
     return said
-
-
-def number(value: float) -> str:
-    """Three digits, and all before the point."""
-    digits = 2 - math.floor(math.log10(value)) if value > 0 else 1
-    return f"{value:.{min(max(digits, 0), 6)}f}"

@@ -1,5 +1,6 @@
 """One line on stderr while steps are timed: on a terminal it is written over, in a pipe there is one now and then."""
 
+import math
 import sys
 import time
 
@@ -32,7 +33,7 @@ class ProgressLine:
         self.said = now
         if done and left is not None:
             seconds = (now - self.begun) / done
-            what += f"  {self.batch_size / seconds:.1f} images/s  {seconds * left:.0f} s left"
+            what += f"  {number(self.batch_size / seconds)} images/s  {seconds * left:.0f} s left"
         sys.stderr.write(f"\r{what:<70}" if self.terminal else what + "\n")
         sys.stderr.flush()
 
@@ -41,3 +42,9 @@ class ProgressLine:
         if self.speaks and self.terminal:
             sys.stderr.write(f"\r{'':<70}\r")
             sys.stderr.flush()
+
+
+def number(value: float) -> str:
+    """Three digits, and all before the point."""
+    digits = 2 - math.floor(math.log10(value)) if value > 0 else 1
+    return f"{value:.{min(max(digits, 0), 6)}f}"
