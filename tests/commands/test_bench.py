@@ -111,6 +111,10 @@ def test_seconds_bound_the_steps(bench):
     assert bench("--steps", 4, "--seconds", 1000)["steps"] == 4
 
 
+def test_the_digits_by_name(bench):
+    assert bench("--data", "digits")["data"] == "digits"
+
+
 def test_a_folder_of_pictures(bench, tmp_path):
     for name in ("a/0.png", "a/1.png", "b/2.png"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)

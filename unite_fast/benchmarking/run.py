@@ -40,9 +40,10 @@ def read_recipe(words: list[str], tuned: str, data: str) -> tuple[Config, tuple[
             raise UserError(f"{override}: bench makes its images up, or reads those of --data PATH; leave this out")
     config = load_config(recipe, overrides, tuned)
     kind = open_data(data, config.model.image_size, "train")[0] if data else "synthetic"
+    path = "" if kind == "digits" else data  # they are a name, not a place
     # Another source may want another loader, so the recipe's holds for its own alone.
     loader = config.data.loader if data else "auto"
-    return replace(config, data=replace(config.data, source=kind, path=data, loader=loader)), overrides
+    return replace(config, data=replace(config.data, source=kind, path=path, loader=loader)), overrides
 
 
 def bench(
