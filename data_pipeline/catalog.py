@@ -8,23 +8,25 @@ from unite_fast.data_pipeline.image_folder import FolderSource
 from unite_fast.data_pipeline.shards.remote import RemoteShardSource, is_remote
 from unite_fast.data_pipeline.shards.source import ShardSource, split_folder
 from unite_fast.data_pipeline.source import Source
+from unite_fast.data_pipeline.synthetic import SyntheticSource
 from unite_fast.errors import UserError
 
-KINDS = ("digits", "folder", "idx", "shards")
+KINDS = ("digits", "folder", "idx", "shards", "synthetic")
 SPLITS = ("train", "test")
 
 
-def open_source(kind: str, path: str | None, image_size: int, split: str) -> Source:
+def open_source(kind: str, path: str | None, image_size: int, split: str, num_classes: int = 1000) -> Source:
     """Open data by its kind.
 
     Args:
-        kind: "digits" (scikit-learn's), "folder" (one subfolder a class), "idx" (MNIST's file format) or "shards" (made
-            by unite-fast shards).
-        path: the folder of the data, where a leading ~ is the home folder; None or "" for the digits. For shards also
-            an address, which then names one set, its own test split: https://..., or pipe:COMMAND with {} in the
-            place of a file's name.
+        kind: "digits" (scikit-learn's), "folder" (one subfolder a class), "idx" (MNIST's file format), "shards" (made
+            by unite-fast shards) or "synthetic" (noise, for timing).
+        path: the folder of the data, where a leading ~ is the home folder; None or "" for the digits and synthetic
+            images. For shards also an address, which then names one set, its own test split: https://..., or
+            pipe:COMMAND with {} in the place of a file's name.
         image_size: side in pixels of the images handed out.
         split: "train" or "test".
+        num_classes: of synthetic images; other data have the classes that they have.
 
     Raises:
         UserError: an unknown kind or split, a path that is missing or not wanted, or whatever is wrong with the data.
@@ -39,6 +41,12 @@ def open_source(kind: str, path: str | None, image_size: int, split: str) -> Sou
                 f"the digits have no data.path (it is {path}): leave it out, or set data.source to what is there"
             )
         return open_digits(image_size, split)
+    if kind == "synthetic":
+        if path:
+            raise UserError(
+                f"synthetic images have no data.path (it is {path}): leave it out, or set data.source to what is there"
+            )
+        return SyntheticSource(image_size, split, num_classes)
     if not path:
         raise UserError(f"data.source {kind} needs data.path: the folder that holds the data")
     if kind == "shards" and is_remote(path):

@@ -6,6 +6,7 @@ import torch
 
 from unite_fast.data_pipeline import dali
 from unite_fast.data_pipeline.image_folder import FolderSource
+from unite_fast.data_pipeline.pinning import pinned
 from unite_fast.data_pipeline.readers import OpenReader, open_reader
 from unite_fast.data_pipeline.shards.source import ShardSource
 from unite_fast.data_pipeline.source import Source
@@ -45,7 +46,7 @@ def choose_loader(name: str, source: Source, device: torch.device) -> Choice:
         raise UserError(f"data.loader {name} cannot read these data: choose auto or {' or '.join(fitting)}")
     if name == "dali":
         return Choice(name, why, "dali", dali.dali_reader(device))
-    return Choice(name, why, "pillow", open_reader)
+    return Choice(name, why, "pillow", pinned(open_reader, device) if device.type == "cuda" else open_reader)
 
 
 def fitting_loaders(source: Source) -> tuple[str, ...]:

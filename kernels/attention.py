@@ -5,7 +5,7 @@
 
 Shapes: qkv [B, T, 3 H K], q_weight and k_weight [K] or None (no norm), cos and sin [T, K / 2] or None (no norm, no
 rotation) -> [B, T, H K]. `wanted` = (first, last) asks for the rows of these queries alone: [B, last - first, H K].
-Source: FlashAttention (Dao et al., arXiv 2205.14135), as PyTorch or the flash-attn package has it.
+Source: FlashAttention (Dao et al., arXiv 2205.14135), as attention_backends.py has it.
 
 In bfloat16, the native body keeps qkv and the result for the backward pass, and makes q and k again there.
 """
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unite_fast.kernels import backend, flash, layout
+from unite_fast.kernels import backend, layout
+from unite_fast.kernels.attention_backends import ATTEND
 from unite_fast.kernels.common import EPS
 from unite_fast.kernels.op import Body, FusedOp
 from unite_fast.kernels.product import in_float32
@@ -26,7 +27,7 @@ def attention_ref(qkv, heads, q_weight, k_weight, cos, sin, wanted=None):
     q, k, v = split(qkv, heads) if cos is None else qk_norm_rope(qkv, heads, q_weight, k_weight, cos, sin, EPS)
     if wanted is not None:
         q = q[:, :, slice(*wanted)]
-    attend = flash.attend if backend.attention_on(qkv.device) == "flash_attn" else F.scaled_dot_product_attention
+    attend = ATTEND[backend.attention_on(qkv.device)]
     return attend(q, k, v).transpose(1, 2).flatten(2)
 
 

@@ -8,18 +8,18 @@ the reference body, which is exact in it: it is what tests hold the others again
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from unite_fast.errors import UserError
-from unite_fast.kernels import flash, layout, native
+from unite_fast.kernels import attention_backends, layout, native
 
 NAMES = ("auto", "reference", "native", "triton")
 
-ATTENTION_NAMES = ("sdpa", "flash_attn")
+ATTENTION_NAMES = tuple(attention_backends.ATTEND)
 
 _current = "auto"
 _attention = "sdpa"
@@ -116,21 +116,28 @@ def choose(x: Tensor, out_dtype: torch.dtype | None = None) -> str:
     return _current
 
 
-def use_attention(name: str) -> None:
-    """Choose who computes attention on a CUDA device: PyTorch (`sdpa`) or a flash-attn package (`flash_attn`), which
-    takes bfloat16 alone.
+def use_attention(
+    name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, head_widths: Iterable[int] = (64,)
+) -> None:
+    """Choose who computes attention, for the whole process: PyTorch as it sees fit (`sdpa`), PyTorch's cuDNN, flash or
+    memory-efficient attention, or a flash-attn package (`flash_attn`). All but `sdpa` are for CUDA alone.
+
+    Args:
+        device: where it will be computed.
+        dtype: of q, k and v.
+        head_widths: channels of a head, K, in all attention that there will be.
 
     Raises:
-        UserError: no such choice, or it is missing here.
+        UserError: no such choice, or it cannot compute that here.
     """
     global _attention
     if name not in ATTENTION_NAMES:
         raise UserError(f"attention: there is no {name!r}; choose one of {', '.join(ATTENTION_NAMES)}")
-    if name == "flash_attn" and (missing := flash.why_missing()):
-        raise UserError(f"attention: flash_attn is missing: {missing}")
+    if missing := attention_backends.why_missing(name, device, dtype, head_widths):
+        raise UserError(f"attention: {name} cannot run here: {missing}, or choose attention=sdpa")
     _attention = name
 
 
 def attention_on(device: torch.device) -> str:
-    """Who computes attention on this device: sdpa or flash_attn."""
+    """Who computes attention on this device, one of `ATTENTION_NAMES`."""
     return _attention if device.type == "cuda" else "sdpa"

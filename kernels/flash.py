@@ -30,15 +30,22 @@ def find() -> tuple[int, Callable] | None:
 
 
 def why_missing() -> str:
-    """Why `attend` cannot run on this machine; empty if it can."""
+    """Why `attend` cannot run on this machine; empty if it can, from then on."""
+    global _function
     if not torch.cuda.is_available():
         return "torch sees no CUDA device here"
-    return "" if find() else "no flash-attn package is installed that fits this GPU; `pip install 'unite-fast[flash]'`"
+    if not (found := find()):
+        return "no flash-attn package is installed that fits this GPU; `pip install 'unite-fast[flash]'`"
+    _function = found[1]
+    return ""
+
+
+_function: Callable | None = None
+"""What `attend` calls, found by `why_missing` and not here: torch.compile cannot trace an import."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(K)) v: q, k and v [B, H, T, K], bfloat16, dense in K -> [B, H, T, K]."""
-    _, function = find()
     # They take [B, T, H, K], at any strides but that of K; FlashAttention 4 gives the logarithm of the sums too.
-    out = function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    out = _function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)

@@ -6,7 +6,18 @@ import traceback
 
 import typer
 
-from unite_fast.commands import checkpoints, data, evaluation, gallery, guidance, images, planning, training
+from unite_fast.commands import (
+    bench,
+    checkpoints,
+    data,
+    evaluation,
+    gallery,
+    guidance,
+    images,
+    planning,
+    training,
+    tune,
+)
 from unite_fast.errors import UserError
 
 app = typer.Typer(
@@ -16,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Train UNITE, one network that is image tokenizer and latent denoiser, and use it.",
 )
-for part in (training, planning, images, evaluation, guidance, gallery, data, checkpoints):
+for part in (training, bench, tune, planning, images, evaluation, guidance, gallery, data, checkpoints):
     app.add_typer(part.app)
 
 

@@ -118,8 +118,8 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     source: str = "digits"
-    """digits (built into scikit-learn), folder (one folder a class), idx (MNIST's file format) or shards (made by
-    unite-fast shards)."""
+    """digits (built into scikit-learn), folder (one folder a class), idx (MNIST's file format), shards (made by
+    unite-fast shards) or synthetic (noise, to time a machine with)."""
     path: str = ""
     """Folder of the data; for shards also https://HOST/FOLDER or pipe:COMMAND with {} for a file's name."""
     loader: str = "auto"
@@ -387,7 +387,8 @@ class Config:
     kernels: str = "auto"
     """Which body of the kernels runs: auto (triton on CUDA, native on a CPU), reference, native or triton."""
     attention: str = "sdpa"
-    """Who computes attention on CUDA: sdpa (PyTorch) or flash_attn (that package, 2 to 4)."""
+    """Who computes attention: sdpa (as PyTorch chooses); on CUDA also sdpa_cudnn, sdpa_flash or sdpa_efficient, which
+    are PyTorch's, or flash_attn (that package, 2 to 4)."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

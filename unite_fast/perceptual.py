@@ -229,6 +229,22 @@ def load_lpips(config: PerceptualConfig) -> LPIPS:
     return LPIPS(vgg, linear, config.input_range)
 
 
+def has_weights(config: PerceptualConfig) -> bool:
+    """Whether `config` or the environment names a file of weights, right or wrong."""
+    return _VGG_FILE.named(config.vgg_path) or _LPIPS_FILE.named(config.lpips_path)
+
+
+def random_lpips(config: PerceptualConfig) -> LPIPS:
+    """LPIPS with random weights: as much work, and no distance that means anything. To time a training step with."""
+    position = torch.zeros(1, dtype=torch.int64)
+    tensors = {}
+    for draw, (name, shape) in enumerate((VGG_SHAPES | LINEAR_SHAPES).items()):
+        # He initialisation: features neither grow nor vanish over the 13 layers.
+        scale = math.sqrt(2 / math.prod(shape[1:])) if len(shape) == 4 else 0.0
+        tensors[name] = scale * Philox(0, 0, position).normal(Stream.SYNTHETIC, shape, draw)[0]
+    return LPIPS(tensors, {name: tensors[name].abs() for name in LINEAR_SHAPES}, config.input_range)
+
+
 def _block(vgg: dict[str, Tensor], layer: int) -> nn.Sequential:
     """What lies between two taps: pooling (but not before the first), then convolutions, each with its ReLU."""
     modules: list[nn.Module] = [nn.MaxPool2d(2)] if layer > 0 else []

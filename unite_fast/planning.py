@@ -8,7 +8,7 @@ the published peaks, in two sets of assumptions: the fast and the slow end of th
 from dataclasses import dataclass
 
 from unite_fast import flops, memory
-from unite_fast.config import Config, require
+from unite_fast.config import PRESETS, Config, DecoderConfig, EncoderConfig, ModelConfig, require
 from unite_fast.errors import UserError
 from unite_fast.hardware import GPU
 from unite_fast.ranks import Ranks
@@ -254,6 +254,14 @@ def fitting_micro_batch(config: Config, cluster: Cluster, strategy: str) -> int:
     share = config.train.batch_size // cluster.gpus
     fitting = (n for n in micro_batches(share) if sum(memory_parts(config, cluster, strategy, n).values()) <= room)
     return next(fitting, 0)
+
+
+def of_released_speed(config: Config) -> bool:
+    """Whether `RELEASED_IMAGES_PER_S` is of this model and number of flow draws."""
+    sizes = ModelConfig(
+        encoder=EncoderConfig(**PRESETS[EncoderConfig]["B"]), decoder=DecoderConfig(**PRESETS[DecoderConfig]["B"])
+    )
+    return config.model == sizes and config.objective.flow_draws == 3
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """A plan in words: what `unite-fast plan` prints."""
 
 from unite_fast import flops, memory
-from unite_fast.config import PRESETS, DecoderConfig, EncoderConfig, ModelConfig
 from unite_fast.planning import (
     CPU_SECONDS,
     FAST,
@@ -12,6 +11,7 @@ from unite_fast.planning import (
     Plan,
     exchange_seconds,
     image_work,
+    of_released_speed,
 )
 
 
@@ -105,11 +105,7 @@ def _run(plan: Plan, price: float) -> list[str]:
 
 def _released(plan: Plan) -> list[str]:
     """What its authors measured of the released code, beside a plan for the same."""
-    sizes = ModelConfig(
-        encoder=EncoderConfig(**PRESETS[EncoderConfig]["B"]), decoder=DecoderConfig(**PRESETS[DecoderConfig]["B"])
-    )
-    same = plan.config.model == sizes and plan.config.objective.flow_draws == 3
-    if not same or (plan.cluster.gpu.key, plan.cluster.gpus) != ("h200", 8):
+    if not of_released_speed(plan.config) or (plan.cluster.gpu.key, plan.cluster.gpus) != ("h200", 8):
         return []
     return [
         f"measured   the released code on 8 H200: {RELEASED_IMAGES_PER_S} images/s a GPU (its authors' 26 minutes an "

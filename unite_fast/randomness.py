@@ -43,6 +43,7 @@ class Stream(enum.IntEnum):
     LPIPS_DROPOUT = 9
     SAMPLE_NOISE = 10
     EPOCH_ORDER = 11
+    SYNTHETIC = 12
 
 
 def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:

@@ -17,6 +17,17 @@ import yaml
 from unite_fast.config import PRESETS, Config, require
 from unite_fast.errors import UserError
 
+TUNABLE = (
+    "kernels",
+    "attention",
+    "train.compile",
+    "train.micro_batch",
+    "train.threads",
+    "parallel.reshard_after_forward",
+)
+"""Settings that `unite-fast tune` chooses. They decide how a step is computed, and what it computes up to rounding
+alone."""
+
 
 class _Loader(yaml.SafeLoader):
     """YAML without YAML 1.1's numbers to the base 60: 10:13 is text, a range of steps, and not 613."""
@@ -27,17 +38,20 @@ class _Loader(yaml.SafeLoader):
         return super().resolve(kind, value, implicit)
 
 
-def load_config(recipe: str | None = None, overrides: tuple[str, ...] = ()) -> Config:
-    """The settings of a recipe with `key=value` overrides applied.
+def load_config(recipe: str | None = None, overrides: tuple[str, ...] = (), tuned: str = "") -> Config:
+    """The settings of a recipe, over them those of a tuned file, over both the `key=value` overrides.
 
     Args:
         recipe: a YAML file, or the name of a recipe that ships with the package; None is `digits`.
         overrides: for example `("train.steps=100", "model.encoder.preset=L")`.
+        tuned: a file that `unite-fast tune` wrote; empty: none.
 
     Raises:
         UserError: no such recipe, not YAML, an unknown key, a wrong type or an impossible value.
     """
     tree = read_recipe(recipe or "digits")
+    for key, value in read_tuned(tuned).items() if tuned else ():
+        _assign(tree, key.split("."), value)
     for override in overrides:
         key, equals, text = override.partition("=")
         require(bool(equals) and bool(key), f"{override!r} is not an override; write key=value, e.g. train.steps=100")
@@ -60,6 +74,26 @@ def read_recipe(recipe: str) -> dict:
         raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
     require(isinstance(tree, dict), f"{path} must be a mapping of settings")
     return tree
+
+
+def read_tuned(path: str) -> dict:
+    """The settings of a file that `unite-fast tune` wrote, by dotted key.
+
+    Raises:
+        UserError: no such file, not YAML, or another setting than those that tuning chooses.
+    """
+    require(Path(path).is_file(), f"there is no tuned file {path}; unite-fast tune RECIPE --out {path} writes one")
+    try:
+        tree = yaml.load(Path(path).read_text(), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    require(isinstance(tree, dict), f"{path} must be a mapping of settings")
+    found = {}
+    for key, value in tree.items():
+        found |= {f"{key}.{inner}": part for inner, part in value.items()} if isinstance(value, dict) else {key: value}
+    for key in found:
+        require(key in TUNABLE, f"{path} sets {key}; a tuned file may hold only {', '.join(TUNABLE)}")
+    return found
 
 
 def shipped_recipes() -> list[str]:

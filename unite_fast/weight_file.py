@@ -33,6 +33,10 @@ class WeightFile:
     size: int | None = None
     """Bytes, where known."""
 
+    def named(self, path: str) -> bool:
+        """Whether `path`, or the environment variable if that is empty, names a file, there or not."""
+        return bool(path or os.environ.get(self.variable))
+
     def path(self, path: str) -> Path:
         """The file that `path` names, or the environment variable if `path` is empty.
 

@@ -216,7 +216,7 @@ def test_gallery(command, record, model, tmp_path, real, data):
     assert out.read_text() == "<html>"
 
 
-def test_train(command, record):
+def test_train(command, record, tmp_path):
     outcome = SimpleNamespace(stopped_by=0)
     ran = record("unite_fast.training.trainer.train", result=outcome)
     assert command("train", "fashion_mnist", "train.steps=7", "seed=4", "--resume").status == 0
@@ -225,6 +225,9 @@ def test_train(command, record):
     assert command("train", "train.steps=8").status == 0
     assert (ran.arguments["config"].name, ran.arguments["config"].train.steps) == ("digits", 8)
     assert ran.arguments["resume"] is False
+    (tmp_path / "tuned.yaml").write_text("kernels: reference")
+    assert command("train", "train.steps=8", "--tuned", tmp_path / "tuned.yaml").status == 0
+    assert (ran.arguments["config"].kernels, ran.arguments["config"].train.steps) == ("reference", 8)
     outcome.stopped_by = 15
     assert command("train").status == 143
 
@@ -322,3 +325,32 @@ def test_a_loaded_model_has_the_threads_of_its_run(monkeypatch):
     monkeypatch.setattr("unite_fast.utils.device.use_threads", seen.append)
     options_module.load(Path("run"), "cpu")
     assert seen == [(Path("run"), "cpu"), 3]
+
+
+def test_bench(command, record, tmp_path):
+    read = record("unite_fast.benchmarking.run.read_recipe", result=("config", ("a=1",)))
+    ran, drawn = record("unite_fast.benchmarking.run.bench"), record("unite_fast.benchmarking.run.draw")
+    ended = command(
+        *("bench", "digits", "a=1", "--data", "photos", "--warmup", 3, "--steps", 7, "--seconds", 2.5, "--profile"),
+        *("--tuned", "t.yaml", "--json", "--csv", "b.csv", "--plot", "p.png"),
+    )
+    assert (ended.status, ended.err) == (0, "")
+    assert read.arguments == {"words": ["digits", "a=1"], "tuned": "t.yaml", "data": "photos"}
+    assert ran.arguments == {
+        "config": "config",
+        "overrides": ("a=1",),
+        "data": "photos",
+        "warmup": 3,
+        "steps": 7,
+        "seconds": 2.5,
+        "profile": True,
+        "table": Path("b.csv"),
+        "as_json": True,
+    }
+    assert drawn.arguments == {"table": Path("b.csv"), "out": Path("p.png")}
+
+
+def test_tune(command, record):
+    ran = record("unite_fast.benchmarking.run.tune")
+    assert command("tune", "digits", "a=1", "--budget", 33, "--out", "t.yaml").status == 0
+    assert ran.arguments == {"recipe": "digits", "overrides": ("a=1",), "budget": 33.0, "out": Path("t.yaml")}

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from unite_fast import kernels
-from unite_fast.errors import UserError
 from unite_fast.kernels import backend, native, product
 from unite_fast.kernels.attention import attention_ref
 from unite_fast.kernels.gated_residual_adaln import gated_residual_adaln_ref
@@ -249,11 +248,3 @@ def test_what_is_kept(case, inputs):
 def test_shapes_that_do_not_fit(shapes, message, draw):
     with pytest.raises(ValueError, match=message):
         kernels.linear(*(draw(*shape) for shape in shapes))
-
-
-def test_flash_attention_that_is_missing_is_an_error():
-    with pytest.raises(UserError, match="attention: flash_attn is missing: torch sees no CUDA device here"):
-        backend.use_attention("flash_attn")
-    with pytest.raises(UserError, match="there is no 'fast'; choose one of sdpa, flash_attn"):
-        backend.use_attention("fast")
-    assert backend.attention_on(torch.device("cuda")) == "sdpa"

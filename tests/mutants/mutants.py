@@ -5,14 +5,26 @@ STATE = ("tests/training/test_state.py", "tests/training/test_restated.py")
 TRAINER = ("tests/training/test_restated.py", "tests/training/test_trainer.py", "tests/training/test_steps.py")
 REPORT = ("tests/training/test_report.py", "tests/training/test_trainer.py")
 METRICS = ("tests/training/test_metrics.py", "tests/training/test_restated.py")
-COMMANDS = ("tests/commands",)
+COMMANDS = ("tests/commands/test_forwarding.py", "tests/commands/test_options.py")
 EVALUATION = ("tests/evaluation/test_scores.py", "tests/evaluation/test_statistics.py")
+
+PINNING = ("tests/data_pipeline/test_pinning.py",)
+SYNTHETIC = ("tests/data_pipeline/test_synthetic.py",)
+BENCH = ("tests/commands/test_bench.py",)
+CSV = ("tests/benchmarking/test_csv_file.py",)
+TUNE = ("tests/benchmarking/test_tune.py",)
+ATTENTION = ("tests/kernels/test_attention_backends.py",)
 
 _STEP = "unite_fast/training/train_step.py"
 _STATE = "unite_fast/training/state.py"
 _TRAINER = "unite_fast/training/trainer.py"
 _REPORT = "unite_fast/training/report.py"
 _METRICS = "unite_fast/training/metrics.py"
+_PINNING = "data_pipeline/pinning.py"
+_MEASURE = "unite_fast/benchmarking/measure.py"
+_FIGURES = "unite_fast/benchmarking/figures.py"
+_CSV = "unite_fast/benchmarking/csv_file.py"
+_TUNE = "unite_fast/benchmarking/tune.py"
 
 MUTANTS = [
     # The step -----------------------------------------------------------------------------------------------------
@@ -277,8 +289,8 @@ MUTANTS = [
     ),
     (
         _REPORT,
-        'source = open_source(kind, path, size, "test")',
-        'source = open_source(kind, path, size, "train")',
+        'source = open_source(*data, "test", config.model.num_classes)',
+        'source = open_source(*data, "train", config.model.num_classes)',
         REPORT,
     ),
     (_REPORT, "l1 {row['l1']:.4f}", "l1 {row['flow']:.4f}", REPORT),
@@ -374,8 +386,8 @@ MUTANTS = [
     ("unite_fast/commands/gallery.py", "data=data if real else None", "data=data", COMMANDS),
     (
         "unite_fast/commands/training.py",
-        "load_config(recipe, tuple(words[1:] if recipe else words))",
-        "load_config(recipe, tuple(words[1:]))",
+        "load_config(recipe, tuple(words[1:] if recipe else words), tuned)",
+        "load_config(recipe, tuple(words[1:]), tuned)",
         COMMANDS,
     ),
     ("unite_fast/commands/training.py", "exit_status(outcome.stopped_by)", "0", COMMANDS),
@@ -468,5 +480,67 @@ MUTANTS = [
         "files.check_sizes(partial, manifest.shards)",
         "pass",
         ("tests/training/test_checkpoint.py", "tests/training/test_checkpoint_files.py"),
+    ),
+    # Throughput: data for it, bench and tune ----------------------------------------------------------------------
+    (_PINNING, "self.ahead = max(1, inner.ahead)", "self.ahead = 0", PINNING),
+    (_PINNING, "while self.wanted and self.begun <= self.inner.ahead:", "while self.wanted:", PINNING),
+    (_PINNING, "        self.inner.close()\n", "", PINNING),
+    (_PINNING, "return self.pin(batch), bad", "return self.pin(batch), []", PINNING),
+    (_PINNING, "with torch.cuda.device(device):", "if True:", PINNING),
+    (
+        "data_pipeline/choice.py",
+        'pinned(open_reader, device) if device.type == "cuda"',
+        "pinned(open_reader, device) if True",
+        PINNING,
+    ),
+    (
+        "data_pipeline/synthetic.py",
+        "torch.from_numpy(images), indices % len",
+        "torch.from_numpy(images), indices // len",
+        SYNTHETIC,
+    ),
+    ("data_pipeline/synthetic.py", "self.noise[index : index + image.size]", "self.noise[: image.size]", SYNTHETIC),
+    ("data_pipeline/synthetic.py", "Philox(seed, 0,", "Philox(0, 0,", SYNTHETIC),
+    (_MEASURE, "shutil.rmtree(folder, ignore_errors=True)", "pass", BENCH),
+    (_MEASURE, "first_step = first_step or seconds", "first_step = seconds if step else 0.0", BENCH),
+    (_MEASURE, "max(1, min(", "max(2, min(", BENCH),
+    (_MEASURE, "trainer.speed.clock.start()\n", "pass\n", BENCH),
+    (_MEASURE, '"evaluate_every": 0, "evaluate_epochs": 0.0, "picture_every": 0, ', "", BENCH),
+    (
+        _FIGURES,
+        "rate / world * flops / measured.product_rate",
+        "rate * flops / measured.product_rate / world / 2",
+        BENCH,
+    ),
+    (_FIGURES, '"images_per_s_slow": batch / slow', '"images_per_s_slow": batch / fast', BENCH),
+    (_FIGURES, '"images_per_s_per_gpu": rate / world', '"images_per_s_per_gpu": rate', BENCH),
+    (
+        "unite_fast/planning.py",
+        "config.model == sizes and config.objective.flow_draws == 3",
+        "config.model == sizes",
+        BENCH,
+    ),
+    (_CSV, "fcntl.lockf(file, fcntl.LOCK_EX)", "pass", CSV),
+    (_CSV, "if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):", "if True:", CSV),
+    (_CSV, "if not missing:", "if True:", CSV),
+    ("unite_fast/recipes.py", "require(key in TUNABLE,", "require(True,", BENCH),
+    (_TUNE, "> MARGIN * found.best.images_per_s", "> found.best.images_per_s", TUNE),
+    (_TUNE, "attempt(found.best.settings | {axis.key: value})", "attempt({axis.key: value})", TUNE),
+    (_TUNE, "climbed.add(axis.key)", "pass", TUNE),
+    (_TUNE, "if walls and seconds < min(walls):", "if seconds < 0:", TUNE),
+    (_TUNE, "every = climbing[-1:] + ", "every = climbing[:1] + ", TUNE),
+    ("unite_fast/benchmarking/candidate.py", "return OUT_OF_MEMORY, ", "return FAILED, ", TUNE),
+    (
+        "kernels/attention_backends.py",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_efficient_attention",
+        ATTENTION,
+    ),
+    ("kernels/attention_backends.py", 'if device.type != "cuda":', "if False:", ATTENTION),
+    (
+        "kernels/attention_backends.py",
+        "if dtype == torch.float32 and name not in TAKES_FLOAT32:",
+        "if False:",
+        ATTENTION,
     ),
 ]

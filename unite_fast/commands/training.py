@@ -14,6 +14,7 @@ def train(
         list[str] | None, typer.Argument(metavar="[RECIPE] [key=value ...]", help="a recipe and settings that differ")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the run folder's latest checkpoint")] = False,
+    tuned: Annotated[str, typer.Option(metavar="FILE", help="settings that unite-fast tune found")] = "",
 ) -> None:
     """Train a recipe: a YAML file, or the name of one that ships with the package (default: digits).
 
@@ -31,5 +32,5 @@ def train(
 
     words = arguments or []
     recipe = words[0] if words and ("=" not in words[0] or Path(words[0]).is_file()) else None
-    outcome = run(load_config(recipe, tuple(words[1:] if recipe else words)), resume)
+    outcome = run(load_config(recipe, tuple(words[1:] if recipe else words), tuned), resume)
     raise typer.Exit(exit_status(outcome.stopped_by))

@@ -32,7 +32,7 @@ def open_named(config: Config, data: str, split: str) -> Source:
     size = config.model.image_size
     if data:
         return open_data(data, size, split)[1]
-    return open_source(config.data.source, config.data.path, size, split)
+    return open_source(config.data.source, config.data.path, size, split, config.model.num_classes)
 
 
 @dataclass(frozen=True)

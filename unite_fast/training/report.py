@@ -130,9 +130,9 @@ class Report:
 
 def held_out_images(config: Config) -> torch.Tensor:
     """Some images of the test split, or of the training data where there is no test split: uint8 [n, 3, S, S]."""
-    kind, path, size = config.data.source, config.data.path, config.model.image_size
+    data = (config.data.source, config.data.path, config.model.image_size)
     try:
-        source = open_source(kind, path, size, "test")
+        source = open_source(*data, "test", config.model.num_classes)
     except UserError:
-        source = open_source(kind, path, size, "train")
+        source = open_source(*data, "train", config.model.num_classes)
     return read_readable(source, range(len(source)), most=PICTURE_ROWS * PICTURE_COLUMNS // 2)[0]

@@ -2,7 +2,7 @@
 
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from unite_fast.evaluation.during_training import DuringTraining
 from unite_fast.kernels import backend
 from unite_fast.lock import LOCK
 from unite_fast.objective import Losses
-from unite_fast.perceptual import load_lpips
+from unite_fast.perceptual import LPIPS, load_lpips
 from unite_fast.ranks import ALONE, Ranks
 from unite_fast.training.checkpoint import Checkpoint, Checkpoints
 from unite_fast.training.checkpoint_files import step_folders, step_of
@@ -86,7 +86,9 @@ class Trainer:
         ranks: Ranks = ALONE,
         device: torch.device | None = None,
         watchdog: Watchdog | None = None,
+        lpips: LPIPS | None = None,
     ):
+        """`lpips`: instead of the one whose weights `perceptual` names."""
         self.config, self.ranks = config, ranks
         self.watchdog = watchdog or Watchdog(Peers(ranks.rank, ranks.world), config.parallel.timeout)
         self.peers = self.watchdog.peers
@@ -95,11 +97,15 @@ class Trainer:
         use_threads(config.train.threads)
         use_numerics(config.train.precision, config.train.deterministic)
         backend.use(config.kernels)
-        backend.use_attention(config.attention)
-        self.source = open_source(config.data.source, config.data.path, config.model.image_size, "train")
+        heads = {part.width // part.heads for part in (config.model.encoder, config.model.decoder)}
+        backend.use_attention(config.attention, self.device, getattr(torch, config.train.precision), heads)
+        self.source = open_source(
+            config.data.source, config.data.path, config.model.image_size, "train", config.model.num_classes
+        )
         check_data(self.source, config)
         places, micro_batch = share(ranks, config.train.batch_size, config.train.micro_batch)
-        lpips = load_lpips(config.perceptual).to(self.device) if config.perceptual.weight else None
+        if config.perceptual.weight:
+            lpips = (lpips or load_lpips(config.perceptual)).to(self.device)
 
         resume = resume or restarted(self.folder, self.peers)
         # Before anything is read, if another process may train here: its checkpoints come and go meanwhile.
@@ -209,11 +215,7 @@ class Trainer:
 
     def read(self) -> Batch:
         self.watchdog.beat(self.state.step + 1, "reading images")
-        batch = next(self.loader)
-        if self.device.type == "cuda" and not batch.images.is_cuda:
-            # From other memory a copy to the GPU would wait for what the GPU has yet to do.
-            batch = replace(batch, images=batch.images.pin_memory(), labels=batch.labels.pin_memory())
-        return batch
+        return next(self.loader)
 
     def step(self, batch: Batch) -> tuple[Losses, Tensor]:
         """One optimizer step; see `TrainStep`."""

@@ -1,0 +1,55 @@
+"""Made-up images, for timing: as many as ImageNet has, no disk, no memory of their own."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unite_fast.data_pipeline.source import Source
+from unite_fast.randomness import Philox, Stream
+
+COUNTS = {"train": 1_281_167, "test": 50_000}
+"""Images of ImageNet's splits."""
+
+
+class SyntheticSource(Source):
+    """Image i is the bytes from place i on of one long noise: all differ, and handing one out is copying memory. Its
+    label is i modulo the number of classes."""
+
+    workers = "none"
+
+    def __init__(self, image_size: int, split: str, num_classes: int):
+        """
+        Args:
+            image_size: side of the images, pixels.
+            split: a key of `COUNTS`; each has a noise of its own.
+            num_classes: labels are in [0, num_classes).
+        """
+        self.image_size, self.split = image_size, split
+        self.class_names = [str(label) for label in range(num_classes)]
+        length = COUNTS[split] + 3 * image_size**2
+        seed = list(COUNTS).index(split)
+        words = Philox(seed, 0, torch.zeros(1, dtype=torch.int64)).words(Stream.SYNTHETIC, (-(-length // 4),))
+        self.noise = words.numpy().astype("<u4").view(np.uint8).reshape(-1)[:length]
+
+    def __len__(self) -> int:
+        return COUNTS[self.split]
+
+    def class_counts(self) -> list[int]:
+        classes = len(self.class_names)
+        return [len(range(label, len(self), classes)) for label in range(classes)]
+
+    def name(self, index: int) -> str:
+        return f"synthetic image {index} of split {self.split}"
+
+    def read_into(self, index: int, image: np.ndarray) -> int:
+        image[:] = self.noise[index : index + image.size].reshape(image.shape)
+        return index % len(self.class_names)
+
+    def read(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+        indices = torch.as_tensor(indices, dtype=torch.int64)
+        images = np.empty((len(indices), 3, self.image_size, self.image_size), np.uint8)
+        for index, image in zip(indices.tolist(), images, strict=True):
+            self.read_into(index, image)
+        return torch.from_numpy(images), indices % len(self.class_names)

@@ -1,0 +1,61 @@
+"""Who computes attention on a CUDA device: `ATTEND` has them by name.
+
+PyTorch chooses for itself (sdpa), or one of its three is called by its own operator. Not by the flags of
+`torch.nn.attention.sdpa_kernel`: PyTorch 2.10 to 2.13 leave those out of the keys of their compilation caches, so that
+a process could get what another one compiled with other flags (https://github.com/pytorch/pytorch/pull/185511), and
+flags that allow no backend fall back to another where an operator says why it cannot run.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unite_fast.kernels import flash
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""softmax(q k^T / sqrt(K)) v: q [B, H, Q, K], k and v [B, H, T, K] -> [B, H, Q, K]."""
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[0]
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+
+def _efficient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[0]
+
+
+ATTEND: dict[str, Attend] = {
+    "sdpa": F.scaled_dot_product_attention,
+    "sdpa_cudnn": _cudnn,
+    "sdpa_flash": _flash,
+    "sdpa_efficient": _efficient,
+    "flash_attn": flash.attend,
+}
+TAKES_FLOAT32 = ("sdpa", "sdpa_efficient")
+
+
+def why_missing(name: str, device: torch.device, dtype: torch.dtype, head_widths: Iterable[int]) -> str:
+    """Why an entry of `ATTEND` cannot compute such attention on this device, in one line; empty if it can, which is
+    tried out, forward and backward."""
+    if name == "sdpa":
+        return ""
+    if device.type != "cuda":
+        return f"it is for CUDA, and the device is {device.type}"
+    if dtype == torch.float32 and name not in TAKES_FLOAT32:
+        return "it takes no float32; set train.precision=bfloat16"
+    if name == "flash_attn" and (missing := flash.why_missing()):
+        return missing
+    for width in sorted(set(head_widths)):
+        q, k, v = (torch.zeros(1, 1, 64, width, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
+        try:
+            ATTEND[name](q, k, v).sum().backward()
+        except Exception as error:  # of each package its own
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return f"with heads of width {width}: {first}"
+    return ""

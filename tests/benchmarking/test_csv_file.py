@@ -1,0 +1,67 @@
+"""The table of measurements: one header, rows of differing columns, several writers at once."""
+
+import csv
+import multiprocessing
+
+import pytest
+
+from unite_fast.benchmarking import csv_file
+from unite_fast.errors import UserError
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_rows_of_differing_columns(tmp_path):
+    path = tmp_path / "new" / "bench.csv"
+    csv_file.append(path, {"recipe": "a, b", "images_per_s": 1.5})
+    csv_file.append(path, {"images_per_s": 2.5, "recipe": 'say "c"', "mfu": None})
+    csv_file.append(path, {"recipe": "d"})
+    assert rows(path) == [
+        {"recipe": "a, b", "images_per_s": "1.5", "mfu": ""},
+        {"recipe": 'say "c"', "images_per_s": "2.5", "mfu": ""},
+        {"recipe": "d", "images_per_s": "", "mfu": ""},
+    ]
+    assert path.read_text().splitlines()[0] == "recipe,images_per_s,mfu"
+    assert csv_file.read(path) == rows(path)
+    assert [file.name for file in path.parent.iterdir()] == ["bench.csv"]
+
+
+def column(writer, number):
+    """Every other row has a column of its own, for which the table is written anew."""
+    return f"column_{writer}_{number}" if number % 2 else "column"
+
+
+def write(path, writer, count, everyone):
+    everyone.wait()
+    for number in range(count):
+        csv_file.append(path, {"images_per_s": number, column(writer, number): "x" * 3000, "writer": writer})
+
+
+def test_several_processes_write_at_once(tmp_path):
+    path, fork = tmp_path / "bench.csv", multiprocessing.get_context("fork")
+    everyone = fork.Barrier(4)
+    writers = [fork.Process(target=write, args=(path, writer, 20, everyone)) for writer in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    found = rows(path)
+    assert sorted((row["writer"], int(row["images_per_s"])) for row in found) == [
+        (str(writer), number) for writer in range(4) for number in range(20)
+    ]
+    assert all(row[column(row["writer"], int(row["images_per_s"]))] == "x" * 3000 for row in found)
+
+
+def test_what_is_no_table(tmp_path):
+    path = tmp_path / "notes.csv"
+    path.write_text("day,weather\nmonday,rain\n")
+    with pytest.raises(UserError, match="is no table of unite-fast bench"):
+        csv_file.append(path, {"images_per_s": 1})
+    assert path.read_text() == "day,weather\nmonday,rain\n"
+    with pytest.raises(UserError, match=f"cannot write {tmp_path}"):
+        csv_file.append(tmp_path, {"images_per_s": 1})
+    with pytest.raises(UserError, match="there is no table"):
+        csv_file.read(tmp_path / "none.csv")

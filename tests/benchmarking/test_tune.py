@@ -1,0 +1,173 @@
+"""The search: what is tried, what wins, what is left out when time is short or memory too small."""
+
+from dataclasses import replace
+
+import pytest
+
+from unite_fast.benchmarking import candidate, tune, tuned_file
+from unite_fast.benchmarking.candidate import FAILED, OK, OUT_OF_MEMORY, OUT_OF_TIME, Trial
+from unite_fast.benchmarking.tune import Axis
+from unite_fast.errors import UserError
+from unite_fast.ranks import ALONE
+from unite_fast.recipes import TUNABLE, load_config
+
+
+class Machine:
+    """Times settings by a rule; a second of its clock is none of ours."""
+
+    def __init__(self, monkeypatch, speed, seconds=10.0):
+        self.speed, self.seconds, self.now, self.tried, self.limits = speed, seconds, 0.0, [], []
+        monkeypatch.setattr(tune.time, "monotonic", lambda: self.now)
+
+    def __call__(self, settings, limit):
+        self.tried.append(settings)
+        self.limits.append(limit)
+        self.now += self.seconds
+        rate = self.speed(settings)
+        if isinstance(rate, str):
+            return Trial(settings, rate, self.seconds, None, "it broke" if rate == FAILED else "")
+        row = {"images_per_s": rate, "step_ms": 1e3 / rate, "memory_gb": 1.0}
+        return Trial(settings, OK, self.seconds, row)
+
+
+def search(machine, axes, budget=1000.0):
+    said = []
+    found = tune.search(axes, machine, budget, ALONE, said.append)
+    assert len(said) == len(found.trials)
+    return found
+
+
+AXES = [
+    Axis("kernels", ("reference",)),
+    Axis("train.micro_batch", (128, 256, 512), climbs=True),
+    Axis("train.micro_batch", (32, 16), climbs=True),
+    Axis("attention", ("sdpa_flash", "sdpa_cudnn")),
+]
+
+
+def test_each_setting_is_tried_with_the_best_before_it(monkeypatch):
+    def speed(settings):
+        rate = 100.0
+        rate *= 0.5 if settings.get("kernels") == "reference" else 1
+        rate *= {128: 1.1, 256: 1.2, 512: OUT_OF_MEMORY}.get(settings.get("train.micro_batch"), 1)
+        return rate * {"sdpa_flash": 1.005, "sdpa_cudnn": 1.05}.get(settings.get("attention"), 1)
+
+    def rule(settings):
+        return OUT_OF_MEMORY if settings.get("train.micro_batch") == 512 else speed(settings)
+
+    machine = Machine(monkeypatch, rule)
+    found = search(machine, AXES)
+    assert machine.tried == [
+        {},
+        {"kernels": "reference"},
+        {"train.micro_batch": 128},
+        {"train.micro_batch": 256},
+        {"train.micro_batch": 512},
+        {"train.micro_batch": 256, "attention": "sdpa_flash"},
+        {"train.micro_batch": 256, "attention": "sdpa_cudnn"},
+    ]
+    assert found.best.settings == {"train.micro_batch": 256, "attention": "sdpa_cudnn"}
+    text = "\n".join(tune.lines(found))
+    assert "1 of 7 candidates ran out of memory" in text and "26.0% more images/s" in text
+    assert "39.7%" in text, "the reference body, of the best"
+
+
+def test_smaller_micro_batches_where_larger_ones_do_not_help(monkeypatch):
+    machine = Machine(monkeypatch, lambda settings: 100.0 + (settings.get("train.micro_batch", 64) == 32))
+    search(machine, AXES[1:3])
+    assert machine.tried == [{}, {"train.micro_batch": 128}, {"train.micro_batch": 32}], "1 % is no gain"
+    machine = Machine(monkeypatch, lambda settings: 6400.0 / settings.get("train.micro_batch", 64))
+    assert search(machine, AXES[1:3]).best.settings == {"train.micro_batch": 16}
+
+
+def test_a_recipe_that_does_not_fit_gets_the_first_micro_batch_that_does(monkeypatch):
+    def rule(settings):
+        if settings.get("train.micro_batch", 64) > 16:
+            return OUT_OF_MEMORY
+        return 50.0 if "kernels" in settings else 60.0
+
+    machine = Machine(monkeypatch, rule)
+    found = search(machine, AXES)
+    assert machine.tried[:4] == [
+        {},
+        {"train.micro_batch": 32},
+        {"train.micro_batch": 16},
+        {"train.micro_batch": 16, "kernels": "reference"},
+    ]
+    assert found.best.settings == {"train.micro_batch": 16}
+    assert "2 of 6 candidates ran out of memory" in "\n".join(tune.lines(found))
+    with pytest.raises(UserError, match="every candidate ran out of memory"):
+        search(Machine(monkeypatch, lambda settings: OUT_OF_MEMORY), AXES)
+
+
+def test_what_there_is_no_time_for_is_named(monkeypatch):
+    machine = Machine(monkeypatch, lambda settings: 100.0)
+    found = search(machine, AXES, budget=25.0)
+    assert machine.tried == [{}, {"kernels": "reference"}]
+    assert machine.limits == [25.0, 15.0]
+    assert {"train.micro_batch": 128} in found.untried and {"attention": "sdpa_flash"} in found.untried
+    assert "not tried, for want of time: attention=sdpa_flash" in "\n".join(tune.lines(found))
+    # No candidate may eat the others' time.
+    machine = Machine(monkeypatch, lambda settings: 100.0)
+    search(machine, AXES, budget=1000.0)
+    assert machine.limits[0] == 1000.0 and set(machine.limits[1:]) == {tune.PATIENCE * 10}
+
+
+def test_failures_are_told_and_do_not_end_the_search(monkeypatch):
+    rule = {"sdpa_flash": FAILED, "sdpa_cudnn": OUT_OF_TIME}
+    machine = Machine(monkeypatch, lambda settings: rule.get(settings.get("attention"), 100.0))
+    found = search(machine, AXES[3:])
+    assert found.best is found.recipe
+    text = "\n".join(tune.lines(found))
+    assert "failed: it broke" in text and "out of time" in text and "the recipe as it is was the fastest" in text
+    with pytest.raises(UserError, match="the recipe does not run: it broke"):
+        search(Machine(monkeypatch, lambda settings: FAILED), AXES)
+    with pytest.raises(UserError, match="more than --budget 9 seconds"):
+        search(Machine(monkeypatch, lambda settings: OUT_OF_TIME), AXES, budget=9.0)
+
+
+def test_what_is_tried_on_each_kind_of_machine(monkeypatch):
+    monkeypatch.setattr(tune, "usable_cores", lambda: 8)
+    config = load_config("imagenet256_b")
+    names = [(axis.key, axis.values) for axis in tune.axes(config, cuda=True, world=8, fixed=set())]
+    assert ("train.micro_batch", (128,)) in names and ("parallel.reshard_after_forward", (False,)) in names
+    assert ("train.micro_batch", (32, 16, 8, 4, 2, 1)) in names and ("kernels", ("reference",)) in names
+    assert "train.threads" not in dict(names)
+    assert {key for key, _ in names} <= set(TUNABLE)
+    assert {"sdpa_cudnn", "sdpa_flash", "sdpa_efficient"} == set(dict(names)["attention"])
+    exact = load_config("imagenet256_b", ("train.deterministic=true", "attention=sdpa_flash"))
+    assert {"sdpa", "sdpa_efficient"} == set(
+        next(axis.values for axis in tune.axes(exact, cuda=True, world=1, fixed=set()) if axis.key == "attention")
+    )
+    cpu = dict((axis.key, axis.values) for axis in tune.axes(config, cuda=False, world=1, fixed={"kernels"}))
+    assert cpu == {"train.compile": (False,), "train.threads": (8, 4, 1)}
+
+
+def test_the_file_is_read_back(tmp_path):
+    settings = {"kernels": "reference", "train.compile": False, "train.micro_batch": 32, "train.threads": 2}
+    row = {"date": "d", "gpus": 1, "card": "c: #1", "torch": "t", "cuda": "", "triton": "", "commit": "1", "step_ms": 1}
+    trial = Trial(settings, OK, 1.0, row | {"images_per_s": 5.0, "memory_gb": 1.0})
+    path = tmp_path / "new" / "tuned.yaml"
+    tuned_file.check(path)
+    tuned_file.write(path, tune.Found([trial, replace(trial, settings={})], trial), "unite-fast tune 'a: b'")
+    assert path.read_text().startswith("# unite-fast tune")
+    config = load_config("digits", ("train.threads=3",), str(path))
+    assert (config.kernels, config.train.compile, config.train.micro_batch) == ("reference", False, 32)
+    assert config.train.threads == 3
+    with pytest.raises(UserError, match="a folder"):
+        tuned_file.check(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("status", "err", "expected"),
+    [
+        (2, "step 3\nerror: out of memory: CUDA out of memory. Tried to; a smaller batch", (OUT_OF_MEMORY, "")),
+        (1, "Traceback\ntorch.OutOfMemoryError: CUDA out of memory.\n", (OUT_OF_MEMORY, "")),
+        (2, "first step\nerror: attention: no such\n", (FAILED, "attention: no such")),
+        (1, "Traceback\nValueError: odd\n", (FAILED, "ValueError: odd")),
+        (-9, "", (FAILED, "killed by SIGKILL, perhaps for want of memory")),
+        (3, "", (FAILED, "exit status 3")),
+    ],
+)
+def test_how_a_process_ended(status, err, expected):
+    assert candidate.explain(status, err) == expected

@@ -1,0 +1,57 @@
+"""What benchmarks/step.py counts, against counts by hand, at the trainer's own step."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from unite_fast.kernels import backend, native
+from unite_fast.training.train_step import TrainStep
+
+CPU = torch.device("cpu")
+needs_native = pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
+
+
+@pytest.fixture
+def step(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    return importlib.import_module("step")
+
+
+def test_operators_and_their_bytes(step):
+    x, weight = torch.ones(4, 8), torch.ones(8, 16)
+    with step.Traffic() as traffic:
+        y = (x @ weight).t().detach()  # a product, a view, and nothing
+        torch.empty(100)
+        y + 1
+    product, addition = 4 * (32 + 128 + 64), 4 * (64 + 64)
+    assert (traffic.ops, traffic.bytes) == (2, product + addition)
+
+
+def test_what_passes_keep(step):
+    layer = torch.nn.Linear(8, 16)
+    x = torch.ones(4, 8)
+    saved = step.Saved(layer)
+    with saved:
+        layer(x).square().sum().backward()  # x, and the layer's result once, whoever keeps it; no weights
+        layer(x).sum().backward()  # x
+    assert saved.passes == [4 * (32 + 64), 4 * 32]
+
+
+@needs_native
+def test_the_trainers_step_is_counted(step, monkeypatch):
+    taken = []
+    take = TrainStep.__call__
+    monkeypatch.setattr(TrainStep, "__call__", lambda self, batch: taken.append(batch) or take(self, batch))
+    found = {}
+    for body in ("native", "reference"):
+        with backend.using(body):
+            found[body] = step.count(*step.make_step("tiny", 2, False, CPU))
+    assert len(taken) == 4 and taken[0].images.dtype == torch.uint8
+    fast, reference = found["native"], found["reference"]
+    for name in ("saved_reconstruction_mb_per_image", "saved_flow_mb_per_image", "moved_mb_per_image", "ops_per_step"):
+        assert 0 < fast[name] < 0.7 * reference[name], name
+    assert fast["gflop_per_image"] == reference["gflop_per_image"]
+    total = fast["saved_reconstruction_mb_per_image"] + fast["saved_flow_mb_per_image"]
+    assert fast["saved_mb_per_image"] == pytest.approx(total)

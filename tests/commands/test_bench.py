@@ -1,0 +1,279 @@
+"""`unite-fast bench`: the real trainer, timed, and nothing left behind but a row of a table."""
+
+import csv
+import json
+import os
+import sys
+import tempfile
+
+import pytest
+import torch
+from PIL import Image
+
+from unite_fast import flops, planning
+from unite_fast.benchmarking import figures, measure, product_rate
+from unite_fast.cli import main
+from unite_fast.hardware import find_gpu
+from unite_fast.planning import RELEASED_IMAGES_PER_S
+from unite_fast.recipes import load_config
+from unite_fast.training.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path, monkeypatch):
+    """The current folder, and one for temporary files, which must be empty in the end."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(product_rate.product_rate, "__defaults__", (torch.bfloat16, 0.01))
+    for variable in ("UNITE_FAST_VGG16", "UNITE_FAST_LPIPS"):
+        monkeypatch.delenv(variable, raising=False)
+    yield
+    assert list(scratch.glob("unite_fast*")) == []
+
+
+@pytest.fixture
+def bench(command, tiny_run):
+    """Runs it on the tiny recipe and gives the object that it prints."""
+
+    def run(*arguments: object) -> dict:
+        ended = command("bench", "digits", *tiny_run, "--json", "--warmup", 2, "--steps", 5, *arguments)
+        assert ended.status == 0, ended.err
+        return json.loads(ended.out)
+
+    return run
+
+
+def rows(path="runs/bench.csv"):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_what_it_tells(bench, monkeypatch):
+    steps = []
+    take = Trainer.step
+
+    def counted(trainer, batch):
+        steps.append((batch.images.shape, trainer.config.data.source, trainer.config.train.out))
+        return take(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "step", counted)
+    found = bench("train.micro_batch=4")
+    assert len(steps) == 7 and {step[:2] for step in steps} == {((8, 3, 8, 8), "synthetic")}
+    assert steps[0][2].startswith(tempfile.tempdir)
+    assert (found["batch_size"], found["micro_batch"], found["steps"], found["gpus"]) == (8, 4, 5, 1)
+    assert found["images_per_s"] == pytest.approx(8e3 / found["step_ms"])
+    assert found["images_per_s_slow"] <= found["images_per_s"] <= found["images_per_s_fast"]
+    parts = sum(found[f"{part}_ms"] for part in figures.PARTS)
+    assert parts == pytest.approx(8e3 / found["images_per_s_mean"], rel=1e-6), "parts are the whole"
+    assert found["forward_ms"] > 0 and found["backward_ms"] > 0 and found["optimizer_ms"] > 0
+    each = flops.image_flops(load_config("digits", tuple(found["settings"].split()))) / 1e9
+    assert found["gflop_per_image"] == pytest.approx(each)
+    share = each * found["images_per_s"] / (found["product_tflops"] * 1e3)
+    assert found["mfu_of_product"] == pytest.approx(share)
+    assert found["datasheet_tflops"] is found["mfu_of_datasheet"] is found["predicted_images_per_s_fast"] is None
+    assert "not in the table" in found["why_no_prediction"]
+    assert found["released_images_per_s_per_gpu"] is None and found["bad_step"] is None
+    assert found["memory_gb"] > 0.05 and found["first_step_s"] > 0 and found["data_wait_share"] < 0.5
+    assert found["torch"] == torch.__version__ and found["lpips"] == "off" and found["strategy"] == "none"
+    assert found["card"] and found["commit"] and found["date"].endswith("Z")
+    # The same in the table, and nothing else in this folder.
+    assert [row["images_per_s"] for row in rows()] == [str(found["images_per_s"])]
+    assert os.listdir() == ["runs"] and os.listdir("runs") == ["bench.csv"]
+
+
+def test_words_a_second_row_and_a_picture(command, tiny_run):
+    for arguments in (("--steps", 3), ("--steps", 3, "--profile", "--plot", "plot.png")):
+        ended = command("bench", "digits", *tiny_run, "--warmup", 1, *arguments)
+        assert ended.status == 0, ended.err
+    assert "images/s" in ended.out and "aten::" in ended.out and "MFU" in ended.out
+    assert "first step" in ended.err, "progress, in a pipe too"
+    assert len(rows()) == 2
+    with Image.open("plot.png") as picture:
+        assert picture.size[0] > 100
+    os.remove("plot.png")
+    assert "2 measurements" in command("bench", "--plot", "plot.png").out
+    assert os.path.exists("plot.png")
+
+
+def test_profile_lists_what_takes_most_time(bench):
+    top = bench("--profile", "--csv", "")["top_kernels"]
+    assert {"aten::mm", "aten::addmm"} & {one["name"] for one in top}
+    assert [one["ms"] for one in top] == sorted((one["ms"] for one in top), reverse=True)
+    assert all(one["ms"] > 0 and one["calls"] > 0 and 0 < one["share"] < 1 for one in top)
+    assert os.listdir() == []
+
+
+def test_seconds_bound_the_steps(bench):
+    assert bench("--steps", 1000, "--seconds", 0.001)["steps"] == 1
+    assert bench("--steps", 4, "--seconds", 1000)["steps"] == 4
+
+
+def test_the_digits_by_name(bench):
+    assert bench("--data", "digits")["data"] == "digits"
+
+
+def test_a_folder_of_pictures(bench, tmp_path):
+    for name in ("a/0.png", "a/1.png", "b/2.png"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), (int(name[2]) * 90, 5, 5)).save(tmp_path / "data" / name)
+    found = bench("--data", tmp_path / "data", "model.num_classes=2", "data.workers=1")
+    assert found["data"] == str(tmp_path / "data") and found["data_ms"] > 0
+
+
+def test_lpips_without_weights_is_random_and_says_so(bench):
+    found = bench("model.image_size=16", "perceptual.weight=1", "train.batch_size=2", "--steps", 3)
+    assert found["lpips"] == "random weights" and found["bad_step"] is None
+
+
+def test_random_weights_are_for_bench_alone(command, tiny_run):
+    assert "perceptual.vgg_path is not set" in command("train", *tiny_run, "perceptual.weight=1").error()
+
+
+def test_named_weights_that_are_missing_are_an_error(command, tiny_run):
+    ended = command("bench", "digits", *tiny_run, "perceptual.weight=1", "perceptual.vgg_path=nowhere.pth")
+    assert "there is no file nowhere.pth" in ended.error()
+
+
+def test_tuned_settings_stand_between_recipe_and_command(bench, command, tiny_run, tmp_path):
+    tuned = tmp_path / "tuned.yaml"
+    tuned.write_text("# card\nkernels: reference\ntrain: {micro_batch: 2, threads: 1}\n")
+    found = bench("--tuned", tuned)
+    assert (found["kernels"], found["micro_batch"]) == ("reference", 2)
+    assert bench("--tuned", tuned, "train.micro_batch=4")["micro_batch"] == 4
+    tuned.write_text("kernels: reference\noptim: {muon_dtype: float32}\n")
+    for name in ("bench", "train"):
+        error = command(name, "digits", *tiny_run, "--tuned", tuned).error()
+        assert "sets optim.muon_dtype; a tuned file may hold only kernels, attention," in error
+    assert "there is no tuned file none.yaml" in command("train", "--tuned", "none.yaml").error()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "say which recipe to time"),
+        (("train.steps=3",), "say which recipe to time before the settings"),
+        (("nowhere",), "there is no recipe nowhere"),
+        (("digits", "train.bacth_size=3"), "did you mean batch_size?"),
+        (("digits", "data.path=x"), "--data PATH"),
+        (("digits", "--data", "nowhere"), "nowhere"),
+        (("digits", "--plot", "plot.pdf"), "it must be a .png"),
+        (("--plot", "plot.png"), "there is no table runs/bench.csv"),
+        (("digits", "attention=sdpa_flash"), "attention"),
+    ],
+)
+def test_mistakes(command, arguments, message):
+    assert message in command("bench", *arguments).error()
+
+
+def test_a_table_that_cannot_be_written_costs_no_figures(command, tiny_run):
+    ended = command("bench", "digits", *tiny_run, "--steps", 1, "--csv", "/proc/bench.csv", "--json")
+    assert ended.status == 2 and json.loads(ended.out)["images_per_s"] > 0
+    assert ended.err.splitlines()[-1].startswith("error: cannot write /proc")
+
+
+def test_an_error_in_a_step_leaves_nothing(command, tiny_run, monkeypatch):
+    def broken(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(Trainer, "step", broken)
+    assert "out of memory" in command("bench", "digits", *tiny_run).err
+    assert not os.path.exists("runs")
+
+
+def test_a_loss_that_is_not_finite_is_told(bench, command, tiny_run, monkeypatch):
+    take = Trainer.step
+
+    def spoilt(trainer, batch):
+        losses, norm = take(trainer, batch)
+        return losses, norm * float("nan") if trainer.state.step == 3 else norm
+
+    monkeypatch.setattr(Trainer, "step", spoilt)
+    assert bench()["bad_step"] == 3
+    assert "NOT FINITE" in command("bench", "digits", *tiny_run, "--steps", 3).out
+
+
+def test_a_card_of_the_table_has_a_prediction(tiny_run, monkeypatch):
+    config = load_config("imagenet256_b", ("train.batch_size=64",))
+    measured = measure.Measured(
+        ranks=measure.Ranks(world=1),
+        device=torch.device("cuda"),
+        first_step=1.0,
+        whole=0.6,
+        step_seconds=[0.3, 0.3],
+        parts=dict.fromkeys(figures.PARTS, 0.06),
+        product_rate=700e12,
+        memory=30e9,
+        reserved=33e9,
+        bad_step=None,
+        strategy="none",
+        random_lpips=True,
+        top=None,
+    )
+    about = {"date": "", "commit": "c", "card": "NVIDIA H100 80GB HBM3", "torch": "2", "cuda": "13.0", "triton": "3.6"}
+    monkeypatch.setattr(figures, "describe", lambda device: about)
+    found = figures.row(config, measured, measure.Window(), "synthetic", ())
+    plan = planning.make_plan(config, planning.Cluster(find_gpu("h100"), 1, 1))
+    assert found["datasheet_tflops"] == 989
+    assert found["mfu_of_datasheet"] == pytest.approx(64 / 0.3 * flops.image_flops(config) / 989e12)
+    assert found["predicted_images_per_s_slow"] == plan.slow.images_per_s < plan.fast.images_per_s
+    assert found["predicted_images_per_s_fast"] == plan.fast.images_per_s
+    assert found["released_images_per_s_per_gpu"] == RELEASED_IMAGES_PER_S
+    text = "\n".join(figures.lines(found))
+    assert "989 TFLOP/s" in text and "2.08 x" in text and "random weights" in text
+    other = load_config("imagenet256_b", ("objective.flow_draws=2", "train.precision=float32"))
+    found = figures.row(other, measured, measure.Window(), "synthetic", ())
+    assert found["released_images_per_s_per_gpu"] is None and "bfloat16" in found["why_no_prediction"]
+
+
+def test_marks_on_a_gpu_wait_for_nothing(monkeypatch):
+    class Event:
+        """Stands in the device's queue at a moment of its clock."""
+
+        now = 0.0
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            Event.now += 250.0
+            self.at = Event.now
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    marks = measure.Marks(torch.device("cuda"))
+    for _ in range(4):
+        marks.add()
+    assert marks.seconds() == [0.25, 0.25, 0.25]
+
+
+def as_torchrun_does(folder: str, arguments: tuple[str, ...]) -> int:
+    """The command in one of several processes; what it prints goes to a file of its rank's."""
+    os.chdir(folder)
+    output = os.open(f"rank{os.environ['RANK']}.txt", os.O_WRONLY | os.O_CREAT, 0o600)
+    os.dup2(output, 1)
+    sys.stdout = os.fdopen(1, "w")
+    sys.argv = ["unite-fast", "bench", *arguments]
+    try:
+        main()
+    except SystemExit as ending:
+        return ending.code or 0
+    finally:
+        sys.stdout.flush()
+    return 0
+
+
+def test_two_processes(ranks, tiny_run, tmp_path):
+    here = str(tmp_path / "here")
+    arguments = ("digits", *tiny_run, "--json", "--warmup", "2", "--steps", "4", "--seconds", "60", "--profile")
+    assert ranks(2, as_torchrun_does, here, arguments) == [0, 0]
+    assert (tmp_path / "here" / "rank1.txt").read_text() == ""
+    found = json.loads((tmp_path / "here" / "rank0.txt").read_text())
+    assert (found["gpus"], found["nodes"], found["strategy"]) == (2, 1, "ddp")
+    assert (found["batch_size"], found["micro_batch"], found["steps"]) == (8, 4, 4)
+    assert found["images_per_s_per_gpu"] == pytest.approx(found["images_per_s"] / 2)
+    assert len(rows()) == 1 and found["top_kernels"]

@@ -1,0 +1,91 @@
+"""`unite-fast tune` with real candidates, each a process of its own."""
+
+import os
+import sys
+import tempfile
+import time
+
+import pytest
+import yaml
+
+from unite_fast.benchmarking import candidate
+from unite_fast.benchmarking.candidate import FAILED, OUT_OF_MEMORY, OUT_OF_TIME
+from unite_fast.cli import main
+from unite_fast.ranks import ALONE
+from unite_fast.recipes import load_config, read_tuned, to_tree
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path, monkeypatch):
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert list((tmp_path / "scratch").glob("unite_fast*")) == []
+
+
+def test_the_fastest_of_the_table_is_written_and_trains(command, tiny_run, tmp_path):
+    path, fixed = tmp_path / "recipe.yaml", ("train.compile=false", "train.threads=1")
+    path.write_text(yaml.safe_dump(to_tree(load_config("digits", (*tiny_run, "kernels=reference")))))
+    ended = command("tune", path, *fixed, "--budget", 120, "--out", "new/tuned.yaml")
+    assert ended.status == 0, ended.err
+    fastest = [line for line in ended.out.splitlines() if line.endswith("<- fastest")]
+    assert len(fastest) == 1 and "kernels=auto" in ended.out
+    # Which one it is, a busy machine may decide.
+    expected = {"kernels": "auto"} if fastest[0].startswith("kernels=auto") else {}
+    assert ended.err.splitlines()[0].startswith("the recipe as it is: ")
+    assert read_tuned("new/tuned.yaml") == expected
+    ended = command("train", path, *fixed, "train.steps=1", "train.out=run", "--tuned", "new/tuned.yaml")
+    assert ended.status == 0, ended.err
+    assert load_config("run/config.yaml").kernels == expected.get("kernels", "reference")
+
+
+def test_candidates_that_do_not_run(tiny_run, monkeypatch):
+    words = ("digits", *tiny_run)
+    # A table of class tokens that no memory holds.
+    trial = candidate.run(words, {"model.encoder.in_context_tokens": 10**13}, 120.0, ALONE)
+    assert (trial.status, trial.row) == (OUT_OF_MEMORY, None)
+    trial = candidate.run(words, {"attention": "sdpa_flash"}, 120.0, ALONE)
+    assert trial.status == FAILED and trial.why.startswith("attention")
+    begun = time.monotonic()
+    assert candidate.run(words, {"train.steps": 5}, 0.5, ALONE).status == OUT_OF_TIME
+    assert time.monotonic() - begun < 0.5 + candidate.GRACE + 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere",), "there is no recipe nowhere"),
+        (("digits", "data.path=x"), "data.path=x"),
+        (("digits", "--out", "."), "a folder"),
+        (("digits", "train.device=cuda"), "no CUDA device"),
+    ],
+)
+def test_mistakes(command, arguments, message):
+    assert message in command("tune", *arguments).error()
+
+
+def as_torchrun_does(folder: str, arguments: tuple[str, ...]) -> str:
+    """What the command prints in one of several processes."""
+    os.chdir(folder)
+    output = os.open(f"rank{os.environ['RANK']}.txt", os.O_WRONLY | os.O_CREAT, 0o600)
+    os.dup2(output, 1)
+    sys.stdout = os.fdopen(1, "w")
+    sys.argv = ["unite-fast", "tune", *arguments]
+    try:
+        main()
+    except SystemExit as ending:
+        assert not ending.code
+    sys.stdout.flush()
+    with open(f"rank{os.environ['RANK']}.txt") as file:
+        return file.read()
+
+
+def test_two_processes(ranks, tiny_run, tmp_path):
+    fixed = ("train.compile=false", "kernels=auto", "train.threads=1", "parallel.strategy=fsdp")
+    arguments = ("digits", *tiny_run, *fixed, "--budget", "200")
+    first, second = ranks(2, as_torchrun_does, str(tmp_path), arguments, timeout=250)
+    assert "parallel.reshard_after_forward=False" in first and "<- fastest" in first and second == ""
+    assert "failed" not in first
+    assert set(read_tuned("tuned.yaml")) <= {"parallel.reshard_after_forward"}

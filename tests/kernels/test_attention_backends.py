@@ -1,0 +1,157 @@
+"""Who computes attention: what is asked for runs, in one graph, or says in a line why not."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from unite_fast.errors import UserError
+from unite_fast.kernels import attention_backends, backend, flash
+from unite_fast.kernels.attention import attention_ref
+from unite_fast.kernels.attention_backends import ATTEND
+from unite_fast.recipes import load_config
+from unite_fast.training.trainer import train
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+OPERATORS = {
+    "sdpa_cudnn": "_scaled_dot_product_cudnn_attention",
+    "sdpa_flash": "_scaled_dot_product_flash_attention",
+    "sdpa_efficient": "_scaled_dot_product_efficient_attention",
+}
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    yield
+    backend.use_attention("sdpa", CPU)
+
+
+class Operators(TorchDispatchMode):
+    """The names of what runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def packed(b=2, tokens=5, heads=3, width=8):
+    """q, k and v of no values: what an operator makes of their shapes is known without a GPU."""
+    return torch.empty(b, tokens, 3 * heads * width, device="meta", dtype=torch.bfloat16, requires_grad=True)
+
+
+def test_the_names():
+    assert ("sdpa", *OPERATORS, "flash_attn") == backend.ATTENTION_NAMES
+    with pytest.raises(UserError, match="there is no 'fast'; choose one of sdpa, sdpa_cudnn"):
+        backend.use_attention("fast", CPU)
+
+
+@pytest.mark.parametrize("name", [*OPERATORS, "flash_attn"])
+def test_what_is_for_cuda_is_an_error_on_a_cpu(name, tiny_run, tmp_path):
+    settings = (*tiny_run, f"attention={name}", f"train.out={tmp_path / 'run'}")
+    with pytest.raises(UserError, match=f"attention: {name} cannot run here: it is for CUDA, and the device is cpu"):
+        train(load_config("digits", settings))
+    assert backend.attention_on(CUDA) == "sdpa", "as before"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("name", "operator"), OPERATORS.items())
+@pytest.mark.parametrize("wanted", [None, (1, 4)])
+def test_each_calls_its_operator_forward_and_backward_in_one_graph(name, operator, wanted, monkeypatch):
+    monkeypatch.setattr(backend, "attention_on", lambda device: name)
+    qkv = packed()
+
+    def attend(qkv):
+        return attention_ref(qkv, 3, None, None, None, None, wanted)
+
+    with Operators() as run:
+        out = attend(qkv)
+        out.sum().backward()
+    assert out.shape == (2, 3 if wanted else 5, 24) and qkv.grad.shape == qkv.shape
+    assert [one for one in run.names if "attention" in one] == [operator, f"{operator}_backward"]
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(attend, backend=keep, fullgraph=True)
+    assert compiled(packed()).shape == out.shape
+    assert len(graphs) == 1 and operator in graphs[0].code
+
+
+def test_a_change_of_mind_is_compiled_anew(monkeypatch):
+    """A compiled block must not go on with what was asked for before."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph.code)
+        return graph.forward
+
+    monkeypatch.setattr(backend, "attention_on", lambda device: backend._attention)
+    compiled = torch.compile(lambda qkv: attention_ref(qkv, 3, None, None, None, None), backend=keep, fullgraph=True)
+    for name in OPERATORS:
+        monkeypatch.setattr(backend, "_attention", name)
+        compiled(packed())
+    assert [operator in code for operator, code in zip(OPERATORS.values(), graphs, strict=True)] == [True] * 3
+
+
+def test_what_the_device_refuses_is_one_line(monkeypatch):
+    def refuse(q, k, v):
+        raise RuntimeError("No kernel for heads of this width\nException raised from somewhere")
+
+    monkeypatch.setitem(ATTEND, "sdpa_flash", refuse)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device, **rest: torch.ones(*shape, **rest))
+    with pytest.raises(UserError, match="cannot run here: with heads of width 12: No kernel") as caught:
+        backend.use_attention("sdpa_flash", CUDA, torch.bfloat16, (72, 12))
+    assert "\n" not in str(caught.value)
+    for name in ("sdpa_cudnn", "sdpa_flash", "flash_attn"):
+        with pytest.raises(UserError, match=r"takes no float32; set train\.precision=bfloat16"):
+            backend.use_attention(name, CUDA, torch.float32)
+    monkeypatch.setitem(ATTEND, "sdpa_efficient", torch.nn.functional.scaled_dot_product_attention)
+    backend.use_attention("sdpa_efficient", CUDA, torch.float32, (12,))
+    assert backend.attention_on(CUDA) == "sdpa_efficient" and backend.attention_on(CPU) == "sdpa"
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one result", "with the sums"])
+def test_a_package_that_is_there_is_called_in_its_own_layout(monkeypatch, several):
+    def function(q, k, v):
+        out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        return (out, None) if several else out
+
+    monkeypatch.setattr(flash, "_function", None)
+    with monkeypatch.context() as here:
+        here.setattr(torch.cuda, "is_available", lambda: True)
+        here.setattr(flash, "find", lambda: (4, function))
+        assert flash.why_missing() == ""
+    q, k, v = torch.randn(3, 2, 3, 5, 8).unbind()
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert torch.equal(ATTEND["flash_attn"](q, k, v), expected)
+    compiled = torch.compile(ATTEND["flash_attn"], backend="eager", fullgraph=True)
+    assert torch.equal(compiled(q, k, v), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ATTEND)
+@pytest.mark.parametrize("width", [64, 72])
+def test_against_float64(name, width):
+    if missing := attention_backends.why_missing(name, CUDA, torch.bfloat16, (width,)):
+        pytest.skip(missing)
+    generator = torch.Generator(CUDA).manual_seed(0)
+    q, k, v, d_out = (torch.randn(2, 4, 257, width, generator=generator, device=CUDA) for _ in range(4))
+
+    def run(attend, dtype):
+        inputs = [x.to(dtype).requires_grad_() for x in (q.bfloat16(), k.bfloat16(), v.bfloat16())]
+        out = attend(*inputs)
+        out.backward(d_out.bfloat16().to(dtype))
+        return [out.detach(), *(x.grad for x in inputs)]
+
+    def plain(q, k, v):
+        return (q @ k.transpose(2, 3) / width**0.5).softmax(-1) @ v
+
+    exact, reference = run(plain, torch.float64), run(plain, torch.bfloat16)
+    for found, eager, truth in zip(run(ATTEND[name], torch.bfloat16), reference, exact, strict=True):
+        # Fused attention keeps its scores in float32, so it is at least as close as products in bfloat16.
+        assert (found - truth).abs().max() <= 2 * (eager - truth).abs().max()

@@ -1,0 +1,119 @@
+"""One candidate of `unite-fast tune`: a short `unite-fast bench` in a process of its own, which may fail or hang."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+from unite_fast.ranks import Ranks
+
+WARMUP, STEPS, SECONDS = 2, 10, 5.0
+"""Of each: steps before, and timed ones, as many as fit into this time."""
+GRACE = 10.0
+"""Seconds that a process which ran out of time has to tidy up."""
+
+OK, OUT_OF_MEMORY, OUT_OF_TIME, FAILED = "ok", "out of memory", "out of time", "failed"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How a candidate did.
+
+    Attributes:
+        settings: what differs from the recipe, by dotted key.
+        status: OK, OUT_OF_MEMORY, OUT_OF_TIME or FAILED.
+        wall: seconds it took, start and compilation included.
+        row: the figures of `unite-fast bench`, where it is OK.
+        why: one line, where it FAILED.
+    """
+
+    settings: dict[str, object]
+    status: str
+    wall: float
+    row: dict | None = None
+    why: str = ""
+
+    @property
+    def images_per_s(self) -> float:
+        """0 where it is not OK."""
+        return self.row["images_per_s"] if self.row else 0.0
+
+
+def run(words: tuple[str, ...], tuned: dict[str, object], limit: float, ranks: Ranks) -> Trial:
+    """Time the recipe `words` with `tuned` settings, for at most `limit` seconds. All processes of torchrun call it
+    together, each starts one that finds the others, and all get the same answer."""
+    begun = time.monotonic()
+    own = _run(words, tuned, limit, _environment(ranks))
+    trials = ranks.gather(own)
+    wall = max(ranks.gather(time.monotonic() - begun))
+    bad = [trial for trial in trials if trial.status != OK]
+    # Whose neighbour ran out of memory, lost contact: that is not the cause.
+    cause = min(bad, key=lambda trial: (OUT_OF_MEMORY, FAILED, OUT_OF_TIME).index(trial.status), default=trials[0])
+    return Trial(tuned, cause.status, wall, None if bad else cause.row, cause.why)
+
+
+def _run(words: tuple[str, ...], tuned: dict, limit: float, environment: dict[str, str]) -> Trial:
+    command = [sys.executable, "-m", "unite_fast", "bench", *words, *map(as_override, tuned.items())]
+    command += ["--json", "--csv", "", "--warmup", str(WARMUP), "--steps", str(STEPS), "--seconds", str(SECONDS)]
+    # A group of its own, that ends with it.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        return Trial(tuned, OUT_OF_TIME, limit)
+    finally:
+        _end(process)
+    if process.returncode == 0:
+        # Under torchrun the main process alone prints.
+        return Trial(tuned, OK, 0.0, json.loads(out) if out.strip() else None)
+    status, why = explain(process.returncode, err)
+    return Trial(tuned, status, 0.0, None, why)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Whatever is left of a process and its children."""
+    for number, seconds in ((signal.SIGTERM, GRACE), (signal.SIGKILL, None)):
+        if process.poll() is not None:
+            return
+        os.killpg(process.pid, number)
+        try:
+            process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def explain(returncode: int, err: str) -> tuple[str, str]:
+    """Status and reason of a process that did not end well, from its exit status and stderr."""
+    if returncode < 0:
+        name = signal.Signals(-returncode).name
+        hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
+        return FAILED, f"killed by {name}{hint}"
+    said = [line.strip() for line in err.splitlines() if line.strip()]
+    errors = [line for line in said if line.startswith("error: ")]
+    why = (errors or said or [f"exit status {returncode}"])[-1].removeprefix("error: ")
+    if "out of memory" in why.lower() or "outofmemory" in err.lower().replace(" ", ""):
+        return OUT_OF_MEMORY, ""
+    return FAILED, why
+
+
+def as_override(setting: tuple[str, object]) -> str:
+    key, value = setting
+    return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+
+
+def _environment(ranks: Ranks) -> dict[str, str]:
+    """The variables by which the candidates of all processes find each other, at a port of their own."""
+    if ranks.world == 1:
+        return dict(os.environ)
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = ranks.from_first(free.getsockname()[1])
+    # torchrun's own store stays that of these processes.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
+    return kept | {"MASTER_PORT": str(port)}

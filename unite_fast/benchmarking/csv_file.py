@@ -1,0 +1,75 @@
+"""A growing table of measurements, a row each, to which several processes may write."""
+
+import csv
+import fcntl
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from unite_fast.errors import UserError, writing, writing_aside
+
+
+def append(path: Path, row: dict) -> None:
+    """Add a row. Columns that the table lacks are added to it, what the row lacks stays empty.
+
+    Raises:
+        UserError: no such table, no permission, a full disk.
+    """
+    row = {name: "" if value is None else value for name, value in row.items()}
+    with held(path) as file:
+        columns, rows = parse(path, file.read())
+        missing = [name for name in row if name not in columns]
+        if not missing:
+            with writing(path):
+                file.write(table(columns, [row], header=False))
+            return
+        with writing_aside(path) as partial:
+            partial.write_text(table([*columns, *missing], [*rows, row], header=True))
+
+
+@contextmanager
+def held(path: Path) -> Iterator[TextIO]:
+    """The file, made if it is not there, open to read and append; no other process adds to it meanwhile."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            file = path.open("a+", newline="")
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            # Who held it before may have put another file in its place.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+            file.close()
+    with file:
+        file.seek(0)
+        yield file
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """
+    Raises:
+        UserError: no such file, or no table of measurements.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no table {path}; unite-fast bench RECIPE writes one, or name another with --csv")
+    return parse(path, path.read_text())[1]
+
+
+def parse(path: Path, text: str) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and rows; none of an empty file."""
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    columns = list(reader.fieldnames or [])
+    if columns and "images_per_s" not in columns:
+        raise UserError(f"{path} is no table of unite-fast bench; name another file with --csv")
+    return columns, list(reader)
+
+
+def table(columns: list[str], rows: list[dict], header: bool) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,47 @@
+"""images/s over time, from the table of measurements."""
+
+from pathlib import Path
+
+from unite_fast.benchmarking import csv_file
+from unite_fast.errors import UserError, writing_aside
+
+
+def draw(table: Path, out: Path) -> int:
+    """A panel for each recipe, card and number of GPUs: images/s of its measurements in their order, each marked with
+    date and commit; bars from the slow to the fast steps.
+
+    Returns:
+        How many measurements there are.
+
+    Raises:
+        UserError: no table, or none in it.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = sorted(csv_file.read(table), key=lambda row: row["date"])
+    if not rows:
+        raise UserError(f"{table} holds no measurement; unite-fast bench RECIPE adds one")
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(f"{row['recipe']}, {row['gpus']} x {row['card']}", []).append(row)
+    width = max(6, 0.5 * max(map(len, groups.values())))
+    figure, panels = pyplot.subplots(len(groups), squeeze=False, figsize=(width, 3 * len(groups)), layout="constrained")
+    for axes, (title, group) in zip(panels.flat, groups.items(), strict=True):
+        rates, slow, fast = (
+            [float(row[key]) for row in group] for key in ("images_per_s", "images_per_s_slow", "images_per_s_fast")
+        )
+        below = [max(0.0, rate - low) for rate, low in zip(rates, slow, strict=True)]
+        above = [max(0.0, high - rate) for rate, high in zip(rates, fast, strict=True)]
+        axes.errorbar(range(len(group)), rates, yerr=(below, above), marker="o", capsize=3)
+        marks = [f"{row['date'][:10]}\n{row['commit']}" for row in group]
+        axes.set_xticks(range(len(group)), marks, rotation=90, fontsize=7)
+        axes.set_ylabel("images/s")
+        axes.set_ylim(0, 1.1 * max(rates + fast))
+        axes.set_title(title, fontsize=9)
+    with writing_aside(out) as partial:
+        figure.savefig(partial, format="png", dpi=150)
+    pyplot.close(figure)
+    return len(rows)

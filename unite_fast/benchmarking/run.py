@@ -1,0 +1,110 @@
+"""`unite-fast bench` and `tune`: read the recipe, measure, say and note what was found."""
+
+import json
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from unite_fast.benchmarking import candidate, csv_file, figures, plot, tuned_file
+from unite_fast.benchmarking.measure import Window, measure, sigterm_unwinds
+from unite_fast.benchmarking.tune import axes, lines, search
+from unite_fast.config import Config
+from unite_fast.data_pipeline.inspection import open_data
+from unite_fast.errors import UserError
+from unite_fast.ranks import Ranks, ranks_of_torchrun
+from unite_fast.recipes import load_config
+from unite_fast.utils.device import choose_device
+
+DATA_KEYS = ("data.source=", "data.path=")
+
+
+def read_recipe(words: list[str], tuned: str, data: str) -> tuple[Config, tuple[str, ...]]:
+    """The recipe with what its images are replaced, and the settings that were given with it.
+
+    Args:
+        words: recipe, then key=value.
+        tuned: a file of `unite-fast tune`, or empty.
+        data: path of the images; empty: made-up ones.
+
+    Raises:
+        UserError: no such recipe, setting or data.
+    """
+    recipe, overrides = words[0], tuple(words[1:])
+    if "=" in recipe and not Path(recipe).is_file():
+        raise UserError(f"say which recipe to time before the settings: unite-fast bench RECIPE {recipe}")
+    for override in overrides:
+        if override.startswith(DATA_KEYS):
+            raise UserError(f"{override}: bench makes its images up, or reads those of --data PATH; leave this out")
+    config = load_config(recipe, overrides, tuned)
+    kind = open_data(data, config.model.image_size, "train")[0] if data else "synthetic"
+    path = "" if kind == "digits" else data  # they are a name, not a place
+    # Another source may want another loader, so the recipe's holds for its own alone.
+    loader = config.data.loader if data else "auto"
+    return replace(config, data=replace(config.data, source=kind, path=path, loader=loader)), overrides
+
+
+def bench(
+    config: Config,
+    overrides: tuple[str, ...],
+    data: str,
+    warmup: int,
+    steps: int,
+    seconds: float,
+    profile: bool,
+    table: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure; the main process prints the figures and adds them to the table."""
+    window = Window(warmup, steps, seconds, profile)
+    if table is not None and table.exists():
+        csv_file.read(table)  # what is wrong with it, before minutes are spent
+    measured = measure(config, window)
+    if not measured.ranks.main:
+        return
+    row = figures.row(config, measured, window, data or "synthetic", overrides)
+    if as_json:
+        top = {"top_kernels": measured.top} if profile else {}
+        print(json.dumps(row | top, indent=1))
+    else:
+        print(*figures.lines(row, measured.top), sep="\n")
+    # After they were printed: a full disk must not take them along.
+    if table is not None:
+        csv_file.append(table, row)
+        if not as_json:
+            print(f"row added      {table}")
+
+
+def draw(table: Path, out: Path) -> None:
+    if Ranks.of_environment().main:
+        count = plot.draw(table, out)
+        print(f"{count} measurements of {table} in {out}")
+
+
+def tune(recipe: str, overrides: tuple[str, ...], budget: float, out: Path) -> None:
+    """Search; the main process says what was found and writes it to `out`."""
+    words = (recipe, *overrides)
+    config, _ = read_recipe(list(words), "", "")
+    tuned_file.check(out)
+    cuda = choose_device(config.train.device).type == "cuda"
+    fixed = {override.partition("=")[0] for override in overrides}
+    # The processes of this search meet on the CPU: the GPUs are the candidates'.
+    with sigterm_unwinds(), ranks_of_torchrun(torch.device("cpu")) as ranks:
+
+        def say(line: str) -> None:
+            if ranks.main:
+                print(line, file=sys.stderr, flush=True)
+
+        found = search(
+            axes(config, cuda, ranks.world, fixed),
+            lambda settings, limit: candidate.run(words, settings, limit, ranks),
+            budget,
+            ranks,
+            say,
+        )
+    if ranks.main:
+        print(*lines(found), sep="\n")
+        tuned_file.write(out, found, shlex.join(("unite-fast", "tune", *words)))
+        print(f"{out}: try unite-fast train {shlex.join(words)} --tuned {out}")
