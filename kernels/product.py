@@ -18,6 +18,11 @@ def in_float32(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.is_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def sums_in_float32(x: Tensor) -> bool:
+    """Whether this device gives the float32 sums of a bfloat16 product without a pass that casts them."""
+    return x.is_cuda and x.dtype == torch.bfloat16
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x [..., K], weight [N, K], bias [N] -> [..., N] in x's dtype; weight and bias are rounded to it."""
     weight, bias = weight.to(x.dtype), bias.to(x.dtype)
@@ -33,7 +38,7 @@ def product_backward(d_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Te
     if in_float32(x):
         d_y, x, weight = d_y.float(), x.float(), weight.float()
         d_x, d_weight = (d_y @ weight).to(torch.bfloat16), d_y.mT @ x
-    elif x.is_cuda and x.dtype == torch.bfloat16:
+    elif sums_in_float32(x):
         d_x, d_weight = d_y @ weight, torch.mm(d_y.mT, x, out_dtype=torch.float32)
     else:
         d_x, d_weight = d_y @ weight, (d_y.mT @ x).float()
