@@ -20,7 +20,7 @@ GPU has; the output says which. The optimizer's step is shown apart, and is not 
 
 import argparse
 import contextlib
-import importlib
+import itertools
 import json
 import math
 import os
@@ -111,9 +111,8 @@ class Launches(TorchDispatchMode):
 
     @contextmanager
     def within(self, part: str) -> Iterator[None]:
-        """Count as `part`, unless a part is counted already."""
-        before = self.part
-        self.part = part if before == "the rest" else before
+        """Count as `part`."""
+        before, self.part = self.part, part
         try:
             yield
         finally:
@@ -174,22 +173,23 @@ def as_on_a_gpu(device: str) -> Iterator[None]:
 def parts_of_the_step(launches: Launches, model: UNITE, lpips: LPIPS | None) -> Iterator[None]:
     """What is called within counts as its part."""
 
-    def counted(part: str | Callable[[], str], function: Callable) -> Callable:
+    def counted(part: str | Iterator[str], function: Callable) -> Callable:
         def call(*args, **kwargs):
-            with launches.within(part if isinstance(part, str) else part()):
+            if launches.part != "the rest":  # torch calls some a second time inside
+                return function(*args, **kwargs)
+            with launches.within(part if isinstance(part, str) else next(part)):
                 return function(*args, **kwargs)
 
         return call
 
-    backward = ("reconstruction backward", "flow backward")
-    calls = iter(range(10**9))
+    backward = itertools.cycle(("reconstruction backward", "flow backward"))
     targets = [
         (train_step, "draw_step", "draws"),
         (train_step, "dropout_masks", "LPIPS masks"),
         (model, "tokenize", "tokenizer forward"),
         (model, "decode", "decoder forward"),
         (train_step, "flow_losses", "flow forward"),
-        (torch.Tensor, "backward", lambda: backward[next(calls) % 2]),
+        (torch.Tensor, "backward", backward),
     ]
     if lpips is not None:
         targets.append((lpips, "forward", "LPIPS forward"))

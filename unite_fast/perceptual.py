@@ -202,19 +202,27 @@ def dropout_masks(philox: Philox, shapes: Sequence[tuple[int, int, int]]) -> lis
     Raises:
         ValueError: if C is no multiple of 32.
     """
-    device = philox.positions.device
-    byte_shifts = torch.arange(0, 32, 8, device=device)
-    bit_shifts = torch.arange(8, dtype=torch.uint8, device=device)
     masks = []
     for layer, (c, h, w) in enumerate(shapes):
         if c % 32 != 0:
             raise ValueError(f"dropout_masks needs a multiple of 32 channels, got {c}")
-        words = philox.words(Stream.LPIPS_DROPOUT, (h, w, c // 32), draw=layer)
-        # By way of bytes, since 32 int64 a word would take eight times the memory of the mask.
-        octets = ((words[..., None] >> byte_shifts) & 0xFF).to(torch.uint8)
-        keep = (octets[..., None] >> bit_shifts) & 1
-        masks.append((2 * keep).flatten(-3).permute(0, 3, 1, 2))
+        words = h * w * c // 32
+        masks.append(_mask(philox, layer, words).view(-1, h, w, c).permute(0, 3, 1, 2))
     return masks
+
+
+def _mask(philox: Philox, draw: int, words: int) -> Tensor:
+    """uint8 [b, 32 words], 0 or 2: the bits of each word, the lowest first."""
+    if philox.on_triton:
+        from unite_fast.kernels.triton_bodies.philox import philox_dropout
+
+        return philox_dropout(philox.seed, philox.step, Stream.LPIPS_DROPOUT, draw, philox.positions, words)
+    device = philox.positions.device
+    # By way of bytes, since 32 int64 a word would take eight times the memory of the mask.
+    drawn = philox.words(Stream.LPIPS_DROPOUT, (words,), draw)
+    octets = ((drawn[..., None] >> torch.arange(0, 32, 8, device=device)) & 0xFF).to(torch.uint8)
+    keep = (octets[..., None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
+    return (2 * keep).flatten(1)
 
 
 def load_lpips(config: PerceptualConfig) -> LPIPS:
