@@ -113,6 +113,9 @@ def latent_inputs(op: str) -> tuple:
 
 def cases(op: str) -> Iterator[tuple[dict, tuple]]:
     """What to call a launch in the table, and its arguments."""
+    if op == "draws":
+        yield {"shape": f"images {BATCH}x256x256", "dtypes": "float32"}, ()
+        return
     if op in ("noise_injection", "flow_loss"):
         yield {"shape": "latents {}x{}x{}x{}".format(DRAWS, BATCH, *LATENT), "dtypes": "bfloat16"}, latent_inputs(op)
         return
@@ -131,9 +134,10 @@ def triton_modules() -> dict:
 
 
 def ops() -> dict[str, str]:
-    """The module of kernels/triton_bodies for each op that has a Triton body."""
+    """The module of kernels/triton_bodies for each op that has a Triton body, and for the draws."""
     functions = ((function, name) for name, module in triton_modules().items() for function in vars(module))
-    return {f.removesuffix("_forward"): name for f, name in functions if f.endswith("_forward") and f[0] != "_"}
+    found = {f.removesuffix("_forward"): name for f, name in functions if f.endswith("_forward") and f[0] != "_"}
+    return found | {"draws": "philox"}
 
 
 def all_kernels() -> set[str]:
@@ -145,12 +149,19 @@ def all_kernels() -> set[str]:
 
 
 def launch(op: str, given: tuple) -> None:
-    """Run the Triton body of an op, forward and backward."""
+    """Run the Triton body of an op, forward and backward, or those of a micro-batch's draws."""
+    if op == "draws":
+        philox, positions = triton_modules()["philox"], empty(BATCH, dtype=torch.int64)
+        keys = 1, 3, 4, range(1), positions
+        for elements in (LATENT[0] * LATENT[1], 1):
+            philox.philox_uniforms(*keys, elements)
+            philox.philox_normals(*keys, elements)
+            philox.philox_words(*keys, elements)
+        philox.philox_dropout(1, 3, 4, 0, positions, 256 * 256 * 64 // 32)
+        return
     fused, body = importlib.import_module(f"unite_fast.kernels.{op}")._fused, triton_modules()[ops()[op]]
     outputs = getattr(body, f"{op}_forward")(*given)
     getattr(body, f"{op}_backward")(*outputs[: fused.results], *fused.saved(given, outputs))
-    if op == "noise_injection":
-        body.philox_normals(1, 3, 4, 0, empty(BATCH, dtype=torch.int64), LATENT[0] * LATENT[1])
 
 
 class StandIn:

@@ -44,7 +44,8 @@ from unite_fast.config import Config
 from unite_fast.data_pipeline import Batch
 from unite_fast.errors import UserError
 from unite_fast.kernels import backend, op, product
-from unite_fast.model.layers import SwiGLU
+from unite_fast.kernels.casts import cast_once
+from unite_fast.model.layers import SwiGLU, product_weights
 from unite_fast.model.unite import UNITE
 from unite_fast.optim import muon
 from unite_fast.perceptual import LINEAR_SHAPES, LPIPS, VGG_SHAPES
@@ -219,7 +220,12 @@ def count(config: Config, micro_batch: int, micro_batches: int = 1) -> dict:
         step = train_step.TrainStep(state, config, slice(0, images), micro_batch, lpips)
         batch = Batch(torch.empty(images, 3, side, side, dtype=torch.uint8), torch.zeros(images, dtype=torch.int64), [])
         with Launches() as launches, triton_stubbed(launches), parts_of_the_step(launches, model, lpips):
-            step.accumulate(batch)
+            with contextlib.ExitStack() as stack:
+                if config.train.precision == "bfloat16":
+                    weights = [*product_weights(model), *(lpips.product_weights() if lpips else ())]
+                    with launches.within("casts of weights"):
+                        stack.enter_context(cast_once(weights))
+                step.accumulate(batch)
         with Launches() as optimizer, triton_stubbed(optimizer):
             state.apply_gradients()
     by_part = {part: {} for part in PARTS}

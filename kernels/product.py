@@ -12,6 +12,8 @@ operands are multiplied in float32: products of two bfloat16 numbers are exact i
 import torch
 from torch import Tensor
 
+from unite_fast.kernels.casts import cast
+
 
 def in_float32(x: Tensor) -> bool:
     """Whether products of tensors like x are taken in float32 after a cast, which is exact."""
@@ -25,7 +27,7 @@ def sums_in_float32(x: Tensor) -> bool:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x [..., K], weight [N, K], bias [N] -> [..., N] in x's dtype; weight and bias are rounded to it."""
-    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    weight, bias = cast(weight, x.dtype), cast(bias, x.dtype)
     if in_float32(x):
         return torch.nn.functional.linear(x.float(), weight.float(), bias.float()).to(x.dtype)
     return torch.nn.functional.linear(x, weight, bias)
@@ -33,7 +35,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def product_backward(d_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """d_y [..., N], x [..., K], weight [N, K] -> d_x [..., K] in x's dtype, d_weight and d_bias in float32."""
-    shape, weight = x.shape, weight.to(x.dtype)
+    shape, weight = x.shape, cast(weight, x.dtype)
     d_y, x = d_y.reshape(-1, d_y.shape[-1]), x.reshape(-1, shape[-1])
     if in_float32(x):
         d_y, x, weight = d_y.float(), x.float(), weight.float()

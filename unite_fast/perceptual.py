@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from unite_fast.errors import UserError
+from unite_fast.kernels.casts import cast
+from unite_fast.kernels.common import matmul_dtype
 from unite_fast.randomness import Philox, Stream
 from unite_fast.weight_file import WeightFile, is_digest
 
@@ -111,6 +113,15 @@ class PerceptualConfig:
             raise UserError(f"perceptual.input_range must be 'unit' or 'signed', got {self.input_range!r}")
 
 
+class Convolution(nn.Conv2d):
+    """nn.Conv2d in the autocast dtype of the caller, its weights rounded by `kernels.casts.cast`: autocast itself would
+    round frozen ones at each use."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = matmul_dtype(x)
+        return self._conv_forward(x.to(dtype), cast(self.weight, dtype), cast(self.bias, dtype))
+
+
 class LPIPS(nn.Module):
     """LPIPS 0.1 on VGG16, frozen.
 
@@ -139,6 +150,10 @@ class LPIPS(nn.Module):
     def train(self, mode: bool = True) -> "LPIPS":
         """Does nothing: the module stays in evaluation mode when a parent is switched to training."""
         return super().train(False)
+
+    def product_weights(self) -> list[nn.Parameter]:
+        """What `kernels.casts.cast_once` is for."""
+        return list(self.blocks.parameters())
 
     def forward(self, image: Tensor, recon: Tensor, dropout_masks: Sequence[Tensor] | None = None) -> Tensor:
         """The distance of each reconstruction from its image.
@@ -242,7 +257,7 @@ def _block(vgg: dict[str, Tensor], layer: int) -> nn.Sequential:
     modules: list[nn.Module] = [nn.MaxPool2d(2)] if layer > 0 else []
     for index, inputs, outputs in _BLOCKS[layer]:
         # On "meta", so that no start values are drawn for weights that are replaced at once.
-        conv = nn.Conv2d(inputs, outputs, 3, padding=1, device="meta")
+        conv = Convolution(inputs, outputs, 3, padding=1, device="meta")
         conv.weight = _frozen(vgg[f"features.{index}.weight"], torch.channels_last)
         conv.bias = _frozen(vgg[f"features.{index}.bias"])
         # In place: no backward reads the convolution's output, only the ReLU's.
