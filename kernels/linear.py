@@ -24,7 +24,7 @@ from unite_fast.kernels.adaln_modulate import check_modulation
 from unite_fast.kernels.common import EPS, matmul_dtype, mistake
 from unite_fast.kernels.gated_residual_adaln import _fused as gated_op
 from unite_fast.kernels.gated_residual_adaln import check_branch, gated_residual_adaln
-from unite_fast.kernels.op import Body, FusedOp, Results
+from unite_fast.kernels.op import Body, FusedOp, Results, triton_body
 from unite_fast.kernels.product import product, product_backward
 from unite_fast.kernels.swiglu import _fused as swiglu_op
 from unite_fast.kernels.swiglu import swiglu
@@ -34,8 +34,9 @@ def _like_product(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype or x.dtype)
 
 
-def _like_gradients(*inputs: Tensor) -> Results:
-    return tuple(layout.room(x) for x in inputs)
+def _like_product_gradients(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of weight and bias: float32 whatever they are, as `product_backward` gives them."""
+    return layout.room(weight, torch.float32), weight.new_empty(weight.shape[0], dtype=torch.float32)
 
 
 def _activation_linear(name: str, activation: dict[str, Body]) -> FusedOp:
@@ -59,7 +60,7 @@ def _activation_linear(name: str, activation: dict[str, Body]) -> FusedOp:
         like_forward=lambda x, weight, bias: (_like_product(x, weight),),
         backward_inputs="Tensor d_y, Tensor x, Tensor weight",
         backward_outputs="Tensor, Tensor, Tensor",
-        like_backward=lambda d_y, x, weight: (*_like_gradients(x, weight), weight.new_empty(weight.shape[0])),
+        like_backward=lambda d_y, x, weight: (layout.room(x), *_like_product_gradients(weight)),
         saved=lambda inputs, outputs: inputs[:2],
         bodies={name: body(f) for name, f in activation.items()},
     )
@@ -77,18 +78,39 @@ _gelu_linear = _activation_linear(
 )
 
 
-def _layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps, out_dtype):
-    normed, mean, inverse = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
-    return product(normed.to(out_dtype), weight, bias), mean, inverse
+def _layer_norm_forward(x, norm_weight, norm_bias, eps, out_dtype):
+    weights = layout.floats(norm_weight), layout.floats(norm_bias)
+    normed, mean, inverse = torch.native_layer_norm(x.float(), x.shape[-1:], *weights, eps)
+    return normed.to(out_dtype), mean, inverse
 
 
-def _layer_norm_linear_backward(d_y, x, norm_weight, norm_bias, weight, mean, inverse):
-    normed = torch.addcmul(norm_bias, (x - mean) * inverse, norm_weight)
-    d_normed, d_weight, d_bias = product_backward(d_y, normed.to(d_y.dtype), weight)
-    d_x, d_norm_weight, d_norm_bias = torch.ops.aten.native_layer_norm_backward(
-        d_normed.to(x.dtype), x, x.shape[-1:], mean, inverse, norm_weight, norm_bias, (True, True, True)
+def _layer_norm_backward(d_normed, x, norm_weight, mean, inverse):
+    weight = layout.floats(norm_weight)
+    d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
+        d_normed.float(), x.float(), x.shape[-1:], mean, inverse, weight, weight, (True, True, True)
     )
-    return d_x, d_norm_weight, d_norm_bias, d_weight, d_bias
+    return d_x.to(x.dtype), d_weight, d_bias
+
+
+_LAYER_NORM = {
+    "native": Body(_layer_norm_forward, _layer_norm_backward),
+    "triton": triton_body("layer_norm", "layer_norm"),
+}
+"""(x, weight, bias, eps, out_dtype) -> out, mean and inverse deviation; (d_out, x, weight, the last two) -> the
+gradients of x, weight and bias."""
+
+
+def _layer_norm_linear_body(norm: Body) -> Body:
+    def forward(x, norm_weight, norm_bias, weight, bias, eps, out_dtype):
+        normed, mean, inverse = norm.forward(x, norm_weight, norm_bias, eps, out_dtype)
+        return product(normed, weight, bias), mean, inverse
+
+    def backward(d_y, x, norm_weight, norm_bias, weight, mean, inverse, eps):
+        normed, _, _ = norm.forward(x, norm_weight, norm_bias, eps, d_y.dtype)
+        d_normed, d_weight, d_bias = product_backward(d_y, normed, weight)
+        return *norm.backward(d_normed, x, norm_weight, mean, inverse), d_weight, d_bias
+
+    return Body(forward, backward)
 
 
 _layer_norm_linear = FusedOp(
@@ -99,17 +121,19 @@ _layer_norm_linear = FusedOp(
     results=1,
     like_forward=lambda x, norm_weight, norm_bias, weight, bias, eps, out_dtype: (
         _like_product(x, weight, out_dtype),
-        *(x.new_empty((*x.shape[:-1], 1)) for _ in range(2)),
+        *(x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(2)),
     ),
     backward_inputs="Tensor d_y, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor mean, "
-    "Tensor inverse",
+    "Tensor inverse, float eps",
     backward_outputs="Tensor, Tensor, Tensor, Tensor, Tensor",
-    like_backward=lambda d_y, x, norm_weight, norm_bias, weight, mean, inverse: (
-        *_like_gradients(x, norm_weight, norm_bias, weight),
-        weight.new_empty(weight.shape[0]),
+    like_backward=lambda d_y, x, norm_weight, norm_bias, weight, mean, inverse, eps: (
+        layout.room(x),
+        layout.room_floats(norm_weight, x),
+        layout.room_floats(norm_bias, x),
+        *_like_product_gradients(weight),
     ),
-    saved=lambda inputs, outputs: (*inputs[:4], *outputs[1:]),
-    bodies=_everywhere(_layer_norm_linear_forward, _layer_norm_linear_backward),
+    saved=lambda inputs, outputs: (*inputs[:4], *outputs[1:], inputs[5]),
+    bodies={name: _layer_norm_linear_body(norm) for name, norm in _LAYER_NORM.items()},
 )
 
 
@@ -135,7 +159,7 @@ def _like_gated_linear_backward(d_x_out, d_y, x_out, branch, gate, norm_weight, 
     d_gate, d_shift, d_scale = (layout.room_typed(v) for v in (gate, scale, scale))
     d_norm_weight = layout.room_floats(norm_weight, x_out)
     gradients = layout.room(x_out), layout.room_typed(branch), d_gate, d_norm_weight, d_shift, d_scale
-    return *gradients, layout.room(weight), weight.new_empty(weight.shape[0])
+    return *gradients, *_like_product_gradients(weight)
 
 
 _gated_residual_adaln_linear = FusedOp(
