@@ -161,7 +161,7 @@ def as_on_a_gpu(device: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(backend.using("triton"))
         # Else each op is one operator, whose body does not run.
-        stack.enter_context(mock.patch.object(op, "_seen_by_dispatcher", lambda x: False))
+        stack.enter_context(mock.patch.object(op, "seen_by_dispatcher", lambda x: False))
         stack.enter_context(mock.patch.object(muon, "_operator", muon._newton_schulz))
         if device == "cpu":
             stack.enter_context(mock.patch.object(product, "in_float32", lambda x: False))

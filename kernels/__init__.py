@@ -14,6 +14,7 @@ from unite_fast.kernels.linear import (
     gelu_linear,
     layer_norm_linear,
     linear,
+    linears,
     swiglu_linear,
 )
 from unite_fast.kernels.noise_injection import noise_injection
@@ -30,6 +31,7 @@ __all__ = [
     "gelu_linear",
     "layer_norm_linear",
     "linear",
+    "linears",
     "noise_injection",
     "qk_norm_rope",
     "swiglu",

@@ -6,21 +6,24 @@
     layer_norm_linear(x, w, v, W, b)              linear(layer_norm(x; w, v), W, b)      keeps x and two numbers a token
     gated_residual_adaln_linear(x, branch, ..)    x_out, linear(h, W, b)                 keeps x_out and branch
                                                   of x_out, h = gated_residual_adaln(x, branch, ..)
+    linears(x, Ws, bs)                            linear(x, W, b) of each, side by side         keeps x
 
 Shapes: x, uw and u [B, T, K] or [B, T, 2 K] (uw), W [N, K], b [N] -> [B, T, N]. Products are taken in bfloat16 under
 autocast to it and in the input's precision otherwise; sums are float32. See product.py. In float32 the parts run one by
 one and keep what they keep: small models on a CPU are trained so, for which more calls cost more than memory is worth.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from unite_fast.kernels import backend, layout
+from unite_fast.kernels import backend, layout, op
 from unite_fast.kernels.adaln_modulate import _fused as adaln_op
 from unite_fast.kernels.adaln_modulate import check_modulation
+from unite_fast.kernels.casts import joined
 from unite_fast.kernels.common import EPS, matmul_dtype, mistake
 from unite_fast.kernels.gated_residual_adaln import _fused as gated_op
 from unite_fast.kernels.gated_residual_adaln import check_branch, gated_residual_adaln
@@ -195,6 +198,34 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _run(_linear, lambda x: x, x, weight, bias)
 
 
+def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """Linears of one input x [B, K] by one product: weights [N_i, K], biases [N_i] -> [B, sum of N_i]. Errors as
+    `linear`."""
+    for weight, bias in zip(weights, biases, strict=True):
+        _check("linears", x.shape[-1], weight, bias)
+    # For a compiler and for fake tensors each is an operator of its own.
+    if not body_for(x) or torch.compiler.is_compiling() or op.seen_by_dispatcher(x):
+        return torch.cat([linear(x, *each) for each in zip(weights, biases, strict=True)], dim=-1)
+    return _Linears.apply(x.to(torch.bfloat16), *weights, *biases)
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *parameters):
+        half = len(parameters) // 2
+        ctx.save_for_backward(x, *parameters[:half])
+        with torch.autocast(x.device.type, enabled=False):
+            return product(x, joined(parameters[:half], x.dtype), joined(parameters[half:], x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y):
+        x, *weights = ctx.saved_tensors
+        d_x, d_weights, d_biases = product_backward(d_y, x, joined(weights, x.dtype))
+        sizes = [len(weight) for weight in weights]
+        return d_x, *d_weights.split(sizes), *d_biases.split(sizes)
+
+
 def swiglu_linear(uw: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The second half of a SwiGLU; see the module's docstring. Errors as `linear`."""
     _check("swiglu_linear", uw.shape[-1] / 2, weight, bias)
@@ -207,9 +238,9 @@ def gelu_linear(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _run(_gelu_linear, F.gelu, u, weight, bias)
 
 
-def _run(op: FusedOp, activation: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _run(fused: FusedOp, activation: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     body = body_for(x)
-    return op(body, x.to(torch.bfloat16), weight, bias) if body else F.linear(activation(x), weight, bias)
+    return fused(body, x.to(torch.bfloat16), weight, bias) if body else F.linear(activation(x), weight, bias)
 
 
 def layer_norm_linear(
@@ -234,10 +265,10 @@ def gated_residual_adaln_linear(
     bias: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Add a branch, normalise, modulate and multiply; see the module's docstring. Errors as `linear`."""
-    op = "gated_residual_adaln_linear"
-    check_modulation(op, x, norm_weight, shift, scale)
-    check_branch(op, x, branch, gate)
-    _check(op, x.shape[-1], weight, bias)
+    name = "gated_residual_adaln_linear"
+    check_modulation(name, x, norm_weight, shift, scale)
+    check_branch(name, x, branch, gate)
+    _check(name, x.shape[-1], weight, bias)
     inputs, body = (x, branch, gate, norm_weight, shift, scale), body_for(x)
     if not body:
         x, h = gated_residual_adaln(*inputs, EPS, matmul_dtype(x))
@@ -245,8 +276,8 @@ def gated_residual_adaln_linear(
     return _gated_residual_adaln_linear(body, *inputs, weight, bias, torch.bfloat16)
 
 
-def _check(op: str, width: float, weight: Tensor, bias: Tensor) -> None:
+def _check(name: str, width: float, weight: Tensor, bias: Tensor) -> None:
     if weight.dim() != 2 or weight.shape[1] != width:
-        raise mistake(op, f"weight must be [N, {width:g}], got {list(weight.shape)}")
+        raise mistake(name, f"weight must be [N, {width:g}], got {list(weight.shape)}")
     if bias.shape != weight.shape[:1]:
-        raise mistake(op, f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+        raise mistake(name, f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")

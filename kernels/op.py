@@ -124,13 +124,13 @@ class FusedOp:
 
     def __call__(self, body: str, *inputs):
         """Run a body that `backend.choose` gave for the inputs."""
-        if torch.compiler.is_compiling() or _seen_by_dispatcher(inputs[0]):
+        if torch.compiler.is_compiling() or seen_by_dispatcher(inputs[0]):
             outputs = _as_tuple(self.op(*inputs))
             return outputs[: self.results] if self.results > 1 else outputs[0]
         return self.functions[body].apply(*inputs)
 
 
-def _seen_by_dispatcher(x: Tensor) -> bool:
+def seen_by_dispatcher(x: Tensor) -> bool:
     """Whether x is no plain tensor but fake or under trace, where an address means nothing, or a mode looks on."""
     return type(x) not in _PLAIN or bool(torch._C._len_torch_dispatch_stack())
 

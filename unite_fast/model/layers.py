@@ -115,7 +115,8 @@ def product_weights(model: nn.Module) -> list[nn.Parameter]:
         elif isinstance(module, SwiGLU) and module.fc_out.weight.is_cuda and module.missing:
             others.add(module.fc_in)
     linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module not in others]
-    return [parameter for linear in linears for parameter in linear.parameters()]
+    # Weights beside weights: `kernels.linears` takes several as one.
+    return [linear.weight for linear in linears] + [linear.bias for linear in linears]
 
 
 def fill(tensor: Tensor, draw: Callable[..., object], *arguments, **options) -> None:
