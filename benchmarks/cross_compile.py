@@ -31,6 +31,8 @@ from pathlib import Path
 
 import torch
 
+from unite_fast.perceptual import tap_shapes
+
 BATCH = 64
 TOKENS = (544, 288)
 """Of the tokenizer pass and of a flow draw, in-context tokens included."""
@@ -116,6 +118,17 @@ def cases(op: str) -> Iterator[tuple[dict, tuple]]:
     if op == "draws":
         yield {"shape": f"images {BATCH}x256x256", "dtypes": "float32"}, ()
         return
+    if op == "tap_distance":
+        for layer, (channels, height, width) in enumerate(tap_shapes(256, 256)):
+            features = empty(BATCH, channels, height, width).to(memory_format=torch.channels_last)
+            mask = features.to(torch.uint8)
+            given = features, features, empty(channels, dtype=torch.float32), mask
+            yield {"shape": f"tap{layer} {BATCH}x{channels}x{height}x{width}", "dtypes": "bfloat16"}, given
+        return
+    if op == "layer_norm":
+        given = empty(BATCH, 257, 768, dtype=torch.float32), *[empty(768, dtype=torch.float32)] * 2
+        yield {"shape": f"decoder {BATCH}x257", "dtypes": "float32"}, (*given, 1e-12, torch.bfloat16)
+        return
     if op in ("noise_injection", "flow_loss"):
         yield {"shape": "latents {}x{}x{}x{}".format(DRAWS, BATCH, *LATENT), "dtypes": "bfloat16"}, latent_inputs(op)
         return
@@ -159,8 +172,12 @@ def launch(op: str, given: tuple) -> None:
             philox.philox_words(*keys, elements)
         philox.philox_dropout(1, 3, 4, 0, positions, 256 * 256 * 64 // 32)
         return
-    fused, body = importlib.import_module(f"unite_fast.kernels.{op}")._fused, triton_modules()[ops()[op]]
+    body = triton_modules()[ops()[op]]
     outputs = getattr(body, f"{op}_forward")(*given)
+    if op == "layer_norm":  # a part of layer_norm_linear
+        body.layer_norm_backward(outputs[0], *given[:2], *outputs[1:])
+        return
+    fused = importlib.import_module(f"unite_fast.kernels.{op}")._fused
     getattr(body, f"{op}_backward")(*outputs[: fused.results], *fused.saved(given, outputs))
 
 

@@ -20,6 +20,7 @@ from unite_fast.kernels.linear import (
 from unite_fast.kernels.noise_injection import noise_injection
 from unite_fast.kernels.qk_norm_rope import qk_norm_rope
 from unite_fast.kernels.swiglu import swiglu
+from unite_fast.kernels.tap_distance import tap_distance
 
 __all__ = [
     "adaln_modulate",
@@ -36,4 +37,5 @@ __all__ = [
     "qk_norm_rope",
     "swiglu",
     "swiglu_linear",
+    "tap_distance",
 ]

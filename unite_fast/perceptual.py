@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from unite_fast import kernels
 from unite_fast.errors import UserError
 from unite_fast.kernels.casts import cast
 from unite_fast.kernels.common import matmul_dtype
@@ -38,7 +39,6 @@ SMALLEST_SIDE = 2 ** (len(_BLOCKS) - 1)  # four poolings leave one pixel
 # ImageNet's mean and deviation for pixels in [-1, 1], as LPIPS 0.1 rounds them.
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
-_NORM_EPS = 1e-10
 
 VGG_SHAPES: dict[str, tuple[int, ...]] = {
     name: shape
@@ -185,7 +185,7 @@ class LPIPS(nn.Module):
             with torch.no_grad():
                 x = block(x)
             y = block(y)
-            distances.append(_tap_distance(x, y, weight, mask))
+            distances.append(kernels.tap_distance(y, x, weight.flatten(), mask))
         return torch.stack(distances).sum(dim=0)
 
     def _scaled(self, image: Tensor) -> Tensor:
@@ -269,21 +269,6 @@ def _frozen(weight: Tensor, memory_format: torch.memory_format = torch.contiguou
     # A copy, since the tensor may be a view of a mapped file.
     copy = weight.detach().to(torch.float32, copy=True).contiguous(memory_format=memory_format)
     return nn.Parameter(copy, requires_grad=False)
-
-
-def _tap_distance(x: Tensor, y: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
-    """One term of the sum over l: x, y [B, C, H, W], weight [C, 1, 1] -> [B]."""
-    difference = (_unit(x) - _unit(y)).square()
-    if mask is not None:
-        difference = difference * mask
-    return (difference * weight).sum(dim=1).mean(dim=(1, 2))
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Each pixel's channels divided by their norm, in float32 at least."""
-    x = _wide(x)
-    # vector_norm takes 0 as its gradient where all channels are 0; that of sqrt(sum(x^2)) would be NaN.
-    return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + _NORM_EPS)
 
 
 def _wide(x: Tensor) -> Tensor:
