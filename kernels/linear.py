@@ -28,7 +28,7 @@ from unite_fast.kernels.common import EPS, matmul_dtype, mistake
 from unite_fast.kernels.gated_residual_adaln import _fused as gated_op
 from unite_fast.kernels.gated_residual_adaln import check_branch, gated_residual_adaln
 from unite_fast.kernels.op import Body, FusedOp, Results, triton_body
-from unite_fast.kernels.product import product, product_backward
+from unite_fast.kernels.product import input_gradient, product, product_backward, weight_gradients
 from unite_fast.kernels.swiglu import _fused as swiglu_op
 from unite_fast.kernels.swiglu import swiglu
 
@@ -49,9 +49,12 @@ def _activation_linear(name: str, activation: dict[str, Body]) -> FusedOp:
         def forward(x, weight, bias):
             return (product(f.forward(x)[0], weight, bias),)
 
+        def apart(d_activated, x):
+            return f.backward(d_activated, x)[0], f.forward(x)[0]
+
         def backward(d_y, x, weight):
-            d_activated, d_weight, d_bias = product_backward(d_y, f.forward(x)[0], weight)
-            return f.backward(d_activated, x)[0], d_weight, d_bias
+            d_x, activated = (f.backward_again or apart)(input_gradient(d_y, weight), x)
+            return d_x, *weight_gradients(d_y, activated)
 
         return Body(forward, backward)
 
@@ -97,7 +100,7 @@ def _layer_norm_backward(d_normed, x, norm_weight, mean, inverse):
 
 _LAYER_NORM = {
     "native": Body(_layer_norm_forward, _layer_norm_backward),
-    "triton": triton_body("layer_norm", "layer_norm"),
+    "triton": triton_body("layer_norm", "layer_norm", again=True),
 }
 """(x, weight, bias, eps, out_dtype) -> out, mean and inverse deviation; (d_out, x, weight, the last two) -> the
 gradients of x, weight and bias."""
@@ -108,10 +111,15 @@ def _layer_norm_linear_body(norm: Body) -> Body:
         normed, mean, inverse = norm.forward(x, norm_weight, norm_bias, eps, out_dtype)
         return product(normed, weight, bias), mean, inverse
 
-    def backward(d_y, x, norm_weight, norm_bias, weight, mean, inverse, eps):
-        normed, _, _ = norm.forward(x, norm_weight, norm_bias, eps, d_y.dtype)
-        d_normed, d_weight, d_bias = product_backward(d_y, normed, weight)
-        return *norm.backward(d_normed, x, norm_weight, mean, inverse), d_weight, d_bias
+    def apart(d_normed, x, norm_weight, norm_bias, mean, inverse):
+        normed = torch.addcmul(layout.floats(norm_bias), (x - mean) * inverse, layout.floats(norm_weight))
+        return *norm.backward(d_normed, x, norm_weight, mean, inverse), normed.to(d_normed.dtype)
+
+    def backward(d_y, x, norm_weight, norm_bias, weight, mean, inverse):
+        *gradients, normed = (norm.backward_again or apart)(
+            input_gradient(d_y, weight), x, norm_weight, norm_bias, mean, inverse
+        )
+        return *gradients, *weight_gradients(d_y, normed)
 
     return Body(forward, backward)
 
@@ -127,15 +135,15 @@ _layer_norm_linear = FusedOp(
         *(x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(2)),
     ),
     backward_inputs="Tensor d_y, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor mean, "
-    "Tensor inverse, float eps",
+    "Tensor inverse",
     backward_outputs="Tensor, Tensor, Tensor, Tensor, Tensor",
-    like_backward=lambda d_y, x, norm_weight, norm_bias, weight, mean, inverse, eps: (
+    like_backward=lambda d_y, x, norm_weight, norm_bias, weight, mean, inverse: (
         layout.room(x),
         layout.room_floats(norm_weight, x),
         layout.room_floats(norm_bias, x),
         *_like_product_gradients(weight),
     ),
-    saved=lambda inputs, outputs: (*inputs[:4], *outputs[1:], inputs[5]),
+    saved=lambda inputs, outputs: (*inputs[:4], *outputs[1:]),
     bodies={name: _layer_norm_linear_body(norm) for name, norm in _LAYER_NORM.items()},
 )
 
@@ -145,10 +153,15 @@ def _gated_linear_body(gated: Body, adaln: Body) -> Body:
         x_out, h, inverse = gated.forward(x, branch, gate, norm_weight, shift, scale, EPS, out_dtype)
         return x_out, product(h, weight, bias), inverse
 
+    def apart(d_x_out, d_h, x_out, branch, gate, norm_weight, shift, scale, inverse):
+        gradients = gated.backward(d_x_out, d_h, x_out, branch, gate, norm_weight, scale, inverse)
+        return *gradients, adaln.forward(x_out, norm_weight, shift, scale, EPS, d_h.dtype)[0]
+
     def backward(d_x_out, d_y, x_out, branch, gate, norm_weight, shift, scale, weight, inverse):
-        h, _ = adaln.forward(x_out, norm_weight, shift, scale, EPS, d_y.dtype)
-        d_h, d_weight, d_bias = product_backward(d_y, h, weight)
-        return *gated.backward(d_x_out, d_h, x_out, branch, gate, norm_weight, scale, inverse), d_weight, d_bias
+        *gradients, h = (gated.backward_again or apart)(
+            d_x_out, input_gradient(d_y, weight), x_out, branch, gate, norm_weight, shift, scale, inverse
+        )
+        return *gradients, *weight_gradients(d_y, h)
 
     return Body(forward, backward)
 

@@ -31,11 +31,13 @@ class Body(NamedTuple):
     """Takes the gradient of each result that the caller sees, None for one that was not used, and what was saved."""
     eager_forward: Callable[..., Results] | None = None
     """Takes the place of `forward` in eager mode, where an output may be a view of an input."""
+    backward_again: Callable[..., Results] | None = None
+    """For an op that makes its result again: takes the place of both, and gives the gradients, then the result."""
 
 
-def triton_body(module: str, name: str) -> Body:
-    """The body made of NAME_forward and NAME_backward in kernels/triton_bodies/MODULE.py, which is imported when it
-    first runs: Triton is not on every machine."""
+def triton_body(module: str, name: str, again: bool = False) -> Body:
+    """The body made of NAME_forward and NAME_backward, and with `again` NAME_backward_again, in
+    kernels/triton_bodies/MODULE.py, which is imported when it first runs: Triton is not on every machine."""
 
     def run(way: str) -> Callable[..., Results]:
         def call(*inputs):
@@ -45,7 +47,7 @@ def triton_body(module: str, name: str) -> Body:
 
         return call
 
-    return Body(run("forward"), run("backward"))
+    return Body(run("forward"), run("backward"), backward_again=run("backward_again") if again else None)
 
 
 class FusedOp:

@@ -34,14 +34,26 @@ def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def product_backward(d_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """d_y [..., N], x [..., K], weight [N, K] -> d_x [..., K] in x's dtype, d_weight and d_bias in float32."""
-    shape, weight = x.shape, cast(weight, x.dtype)
-    d_y, x = d_y.reshape(-1, d_y.shape[-1]), x.reshape(-1, shape[-1])
+    """d_y [..., N], x [..., K], weight [N, K] -> d_x [..., K] in d_y's dtype, d_weight and d_bias in float32."""
+    return input_gradient(d_y, weight), *weight_gradients(d_y, x)
+
+
+def input_gradient(d_y: Tensor, weight: Tensor) -> Tensor:
+    """d_y [..., N], weight [N, K] -> d_x [..., K] in d_y's dtype."""
+    weight = cast(weight, d_y.dtype)
+    if in_float32(d_y):
+        return (d_y.float() @ weight.float()).to(d_y.dtype)
+    return d_y @ weight
+
+
+def weight_gradients(d_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """d_y [..., N], x [..., K] -> d_weight [N, K] and d_bias [N] in float32."""
+    d_y, x = d_y.reshape(-1, d_y.shape[-1]), x.reshape(-1, x.shape[-1])
     if in_float32(x):
-        d_y, x, weight = d_y.float(), x.float(), weight.float()
-        d_x, d_weight = (d_y @ weight).to(torch.bfloat16), d_y.mT @ x
+        d_y = d_y.float()
+        d_weight = d_y.mT @ x.float()
     elif sums_in_float32(x):
-        d_x, d_weight = d_y @ weight, torch.mm(d_y.mT, x, out_dtype=torch.float32)
+        d_weight = torch.mm(d_y.mT, x, out_dtype=torch.float32)
     else:
-        d_x, d_weight = d_y @ weight, (d_y.mT @ x).float()
-    return d_x.view(shape), d_weight, d_y.sum(0, dtype=torch.float32)
+        d_weight = (d_y.mT @ x).float()
+    return d_weight, d_y.sum(0, dtype=torch.float32)

@@ -107,10 +107,12 @@ def _adaln_bwd_kernel(
     gate,
     norm_weight,
     weight,
+    shift,
     scale,
     inverse,
     d_x,
     d_branch,
+    h,
     partial,
     d_x_out_stride_b,
     d_x_out_stride_t,
@@ -121,6 +123,7 @@ def _adaln_bwd_kernel(
     branch_stride_b,
     branch_stride_t,
     gate_stride,
+    shift_stride,
     scale_stride,
     T,
     D: tl.constexpr,
@@ -133,6 +136,8 @@ def _adaln_bwd_kernel(
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     b_factor = _vector(weight, o_d, m_d) * (1 + _vector(scale + i_b * scale_stride * UNIT, o_d, m_d))
+    if h is not None:
+        b_shift = _vector(shift + i_b * shift_stride * UNIT, o_d, m_d)
     b_d_shift = tl.zeros((BD,), tl.float32)
     b_d_factor = tl.zeros((BD,), tl.float32)
     if branch is not None:
@@ -158,6 +163,8 @@ def _adaln_bwd_kernel(
             b_x = (b_y * b_norm_weight).to(x.dtype.element_ty).to(tl.float32)
         b_r = tl.load(p_inverse)
         b_n = b_x * b_r
+        if h is not None:
+            tl.store(h + i_row * D + o_d, (b_n * b_factor + b_shift).to(h.dtype.element_ty), mask=m_d)
         b_d_shift += b_d_h
         b_d_factor += b_d_h * b_n
         b_d_x = _norm_back(b_d_h * b_factor, b_n, b_r, D)
@@ -258,20 +265,23 @@ def _forward(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype)
     return x_out, h, inverse
 
 
-def _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, inverse):
-    """Gradients of x, branch, gate, norm_weight, weight, shift and scale; None where there is no such input."""
+def _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, inverse, shift=None):
+    """Gradients of x, branch, gate, norm_weight, weight, shift and scale, None where there is no such input; and h in
+    d_h's type where shift is given."""
     (b, t, d), x = x.shape, layout.dense(x)
     d_x, d_branch = layout.room(x), None if branch is None else layout.room_typed(branch)
+    h = None if shift is None else layout.room(d_h)
     d_h = layout.gradient(d_h, x.shape, x)
     if branch is not None:
         d_x_out = layout.gradient(d_x_out, x.shape, x)
-    own = norm_weight, weight, branch, gate, scale
+    own = norm_weight, weight, branch, gate, shift, scale
     sums = 2 + (branch is not None) + (norm_weight is not None)
     partial = x.new_empty((sums, b, triton.cdiv(t, TOKENS), d), dtype=torch.float32)
-    norm_weight, weight, branch, gate, scale = map(_vectors, own)
+    norm_weight, weight, branch, gate, shift, scale = map(_vectors, own)
     if d_x.numel():
-        strides = *_two(d_x_out), *_two(d_h), *_two(x), *_two(branch), _one(gate), _one(scale)
-        tensors = d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, inverse, d_x, d_branch, partial
+        strides = *_two(d_x_out), *_two(d_h), *_two(x), *_two(branch), _one(gate), _one(shift), _one(scale)
+        inputs = d_x_out, d_h, x, branch, gate, norm_weight, weight, shift, scale, inverse
+        tensors = *inputs, d_x, d_branch, h, partial
         _launch(_adaln_bwd_kernel, x, tensors, (), strides)
     d_shift, d_scale, d_gate = (None if v is None else layout.room(v) for v in (scale, scale, gate))
     over_samples = x.new_empty((1 + (norm_weight is not None), b, d), dtype=torch.float32)
@@ -285,7 +295,7 @@ def _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, inverse
             NORM=norm_weight is not None,
         )
     d_weight, *d_norm_weight = sum_rows(over_samples)
-    return d_x, d_branch, d_gate, d_norm_weight[0] if d_norm_weight else None, d_weight, d_shift, d_scale
+    return d_x, d_branch, d_gate, d_norm_weight[0] if d_norm_weight else None, d_weight, d_shift, d_scale, h
 
 
 def _vectors(x):
@@ -308,7 +318,7 @@ def adaln_modulate_forward(x, weight, shift, scale, eps, out_dtype):
 
 def adaln_modulate_backward(d_out, x, weight, scale, inverse):
     """-> gradients of x, weight, shift and scale."""
-    d_x, _, _, _, *others = _backward(None, d_out, x, None, None, None, weight, scale, inverse)
+    d_x, _, _, _, *others, _ = _backward(None, d_out, x, None, None, None, weight, scale, inverse)
     return d_x, *others
 
 
@@ -319,7 +329,14 @@ def gated_residual_adaln_forward(x, branch, gate, weight, shift, scale, eps, out
 
 def gated_residual_adaln_backward(d_x_out, d_h, x_out, branch, gate, weight, scale, inverse):
     """-> gradients of x, branch, gate, weight, shift and scale."""
-    d_x, d_branch, d_gate, _, *others = _backward(d_x_out, d_h, x_out, branch, gate, None, weight, scale, inverse)
+    return gated_residual_adaln_backward_again(d_x_out, d_h, x_out, branch, gate, weight, None, scale, inverse)[:-1]
+
+
+def gated_residual_adaln_backward_again(d_x_out, d_h, x_out, branch, gate, weight, shift, scale, inverse):
+    """As gated_residual_adaln_backward, and h once more in d_h's type, made by the same kernel -> gradients of x, branch,
+    gate, weight, shift and scale, and h."""
+    found = _backward(d_x_out, d_h, x_out, branch, gate, None, weight, scale, inverse, shift)
+    d_x, d_branch, d_gate, _, *others = found
     return d_x, d_branch, d_gate, *others
 
 
@@ -330,4 +347,4 @@ def gated_residual_norm_adaln_forward(x, branch, gate, norm_weight, weight, shif
 
 def gated_residual_norm_adaln_backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, inverses):
     """-> gradients of x, branch, gate, norm_weight, weight, shift and scale."""
-    return _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, inverses)
+    return _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, inverses)[:-1]

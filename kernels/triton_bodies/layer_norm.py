@@ -41,12 +41,26 @@ def _layer_norm_fwd_kernel(
 
 @triton.jit
 def _layer_norm_bwd_kernel(
-    d_out, x, weight, mean, inverse, d_x, partial, rows, D: tl.constexpr, BD: tl.constexpr, TOKENS: tl.constexpr
+    d_out,
+    x,
+    weight,
+    bias,
+    mean,
+    inverse,
+    d_x,
+    out,
+    partial,
+    rows,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
     i_first = tl.program_id(0).to(tl.int64) * TOKENS
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     b_weight = tl.load(weight + o_d, mask=m_d, other=0.0)
+    if out is not None:
+        b_bias = tl.load(bias + o_d, mask=m_d, other=0.0)
     b_d_weight = tl.zeros((BD,), tl.float32)
     b_d_bias = tl.zeros((BD,), tl.float32)
     for i_row in range(i_first, tl.minimum(i_first + TOKENS, rows)):
@@ -59,6 +73,8 @@ def _layer_norm_bwd_kernel(
         b_a = b_g * b_weight
         b_d_x = b_r * (b_a - tl.sum(b_a, axis=0) / D - b_n * (tl.sum(b_a * b_n, axis=0) / D))
         tl.store(d_x + i_row * D + o_d, b_d_x.to(d_x.dtype.element_ty), mask=m_d)
+        if out is not None:
+            tl.store(out + i_row * D + o_d, (b_n * b_weight + b_bias).to(out.dtype.element_ty), mask=m_d)
     p_partial = partial + tl.program_id(0).to(tl.int64) * D + o_d
     tl.store(p_partial, b_d_weight, mask=m_d)
     tl.store(p_partial + tl.num_programs(0).to(tl.int64) * D, b_d_bias, mask=m_d)
@@ -76,11 +92,23 @@ def layer_norm_forward(x, weight, bias, eps, out_dtype):
 
 def layer_norm_backward(d_out, x, weight, mean, inverse):
     """d_out [..., D] and what the forward pass took and gave -> d_x like x, d_weight and d_bias [D] float32."""
+    return _backward(d_out, x, weight, None, mean, inverse, None)
+
+
+def layer_norm_backward_again(d_out, x, weight, bias, mean, inverse):
+    """As layer_norm_backward, and the result of the forward pass in d_out's type, made by the same kernel -> d_x,
+    d_weight, d_bias, out."""
+    out = layout.room(d_out)
+    return *_backward(d_out, x, weight, bias, mean, inverse, out), out
+
+
+def _backward(d_out, x, weight, bias, mean, inverse, out):
     x, d_x = x.contiguous(), layout.room(x)
     partial = x.new_empty((2, *_grid(x), x.shape[-1]), dtype=torch.float32)
     if d_x.numel():
-        inputs = d_out.contiguous(), x, layout.floats(weight), mean, inverse, d_x, partial
-        _layer_norm_bwd_kernel[_grid(x)](*inputs, mean.numel(), **_sizes(x))
+        weights = map(layout.floats, (weight, bias))
+        tensors = d_out.contiguous(), x, *weights, mean, inverse, d_x, out, partial
+        _layer_norm_bwd_kernel[_grid(x)](*tensors, mean.numel(), **_sizes(x))
     return d_x, *sum_rows(partial)
 
 
