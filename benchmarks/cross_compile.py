@@ -125,9 +125,11 @@ def cases(op: str) -> Iterator[tuple[dict, tuple]]:
             given = features, features, empty(channels, dtype=torch.float32), mask
             yield {"shape": f"tap{layer} {BATCH}x{channels}x{height}x{width}", "dtypes": "bfloat16"}, given
         return
-    if op == "layer_norm":
-        given = empty(BATCH, 257, 768, dtype=torch.float32), *[empty(768, dtype=torch.float32)] * 2
-        yield {"shape": f"decoder {BATCH}x257", "dtypes": "float32"}, (*given, 1e-12, torch.bfloat16)
+    if op.endswith("layer_norm"):
+        x, weight = empty(BATCH, 257, 768, dtype=torch.float32), empty(768, dtype=torch.float32)
+        branch = (empty(BATCH, 257, 768),) if op.startswith("residual") else ()
+        given = x, *branch, weight, weight, 1e-12, torch.bfloat16
+        yield {"shape": f"decoder {BATCH}x257", "dtypes": "float32"}, given
         return
     if op in ("noise_injection", "flow_loss"):
         yield {"shape": "latents {}x{}x{}x{}".format(DRAWS, BATCH, *LATENT), "dtypes": "bfloat16"}, latent_inputs(op)
@@ -175,10 +177,20 @@ def launch(op: str, given: tuple) -> None:
     body = triton_modules()[ops()[op]]
     outputs = getattr(body, f"{op}_forward")(*given)
     if op == "layer_norm":  # a part of layer_norm_linear
-        body.layer_norm_backward(outputs[0], *given[:2], *outputs[1:])
+        body.layer_norm_backward_again(outputs[0], *given[:3], *outputs[1:])
+        return
+    if op == "residual_layer_norm":
+        x_out, out, *statistics = outputs
+        body.residual_layer_norm_backward_again(x_out, out, x_out, out.dtype, *given[2:4], *statistics)
         return
     fused = importlib.import_module(f"unite_fast.kernels.{op}")._fused
-    getattr(body, f"{op}_backward")(*outputs[: fused.results], *fused.saved(given, outputs))
+    into_backward = *outputs[: fused.results], *fused.saved(given, outputs)
+    getattr(body, f"{op}_backward")(*into_backward)
+    if op == "swiglu":
+        body.swiglu_backward_again(*into_backward)
+    if op == "gated_residual_adaln":
+        shift = given[4]
+        body.gated_residual_adaln_backward_again(*into_backward[:6], shift, *into_backward[6:])
 
 
 class StandIn:

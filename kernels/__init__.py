@@ -15,6 +15,7 @@ from unite_fast.kernels.linear import (
     layer_norm_linear,
     linear,
     linears,
+    residual_layer_norm_linear,
     swiglu_linear,
 )
 from unite_fast.kernels.noise_injection import noise_injection
@@ -35,6 +36,7 @@ __all__ = [
     "linears",
     "noise_injection",
     "qk_norm_rope",
+    "residual_layer_norm_linear",
     "swiglu",
     "swiglu_linear",
     "tap_distance",

@@ -4,6 +4,7 @@
     swiglu_linear(uw, W, b)                       linear(swiglu(uw), W, b)               keeps uw
     gelu_linear(u, W, b)                          linear(gelu(u), W, b)                  keeps u
     layer_norm_linear(x, w, v, W, b)              linear(layer_norm(x; w, v), W, b)      keeps x and two numbers a token
+    residual_layer_norm_linear(x, branch, ..)     x_out, layer_norm_linear(x_out, ..) of x_out = x + branch
     gated_residual_adaln_linear(x, branch, ..)    x_out, linear(h, W, b)                 keeps x_out and branch
                                                   of x_out, h = gated_residual_adaln(x, branch, ..)
     linears(x, Ws, bs)                            linear(x, W, b) of each, side by side         keeps x
@@ -148,6 +149,67 @@ _layer_norm_linear = FusedOp(
 )
 
 
+def _residual_forward(x, branch, norm_weight, norm_bias, eps, out_dtype):
+    x_out = (x + branch).to(x.dtype)
+    return x_out, *_layer_norm_forward(x_out, norm_weight, norm_bias, eps, out_dtype)
+
+
+def _residual_backward_again(d_x_out, d_normed, x_out, branch_dtype, norm_weight, norm_bias, mean, inverse):
+    d_x, d_norm_weight, d_norm_bias = _layer_norm_backward(d_normed, x_out, norm_weight, mean, inverse)
+    if d_x_out is not None:
+        d_x += d_x_out
+    normed = torch.addcmul(layout.floats(norm_bias), (x_out - mean) * inverse, layout.floats(norm_weight))
+    # A copy also where the types are the same: no two results share memory.
+    return d_x, d_x.to(branch_dtype, copy=True), d_norm_weight, d_norm_bias, normed.to(d_normed.dtype)
+
+
+def _residual_norm_linear_body(norm: Body) -> Body:
+    """From (x, branch, weight, bias, eps, out_dtype) -> x_out, out, mean and inverse deviation, and from (d_x_out, d_out,
+    x_out, type of the branch, weight, bias, the last two) -> the gradients of x, branch, weight and bias, and out."""
+
+    def forward(x, branch, norm_weight, norm_bias, weight, bias, eps, out_dtype):
+        x_out, normed, mean, inverse = norm.forward(x, branch, norm_weight, norm_bias, eps, out_dtype)
+        return x_out, product(normed, weight, bias), mean, inverse
+
+    def backward(d_x_out, d_y, x_out, norm_weight, norm_bias, weight, mean, inverse, branch_dtype):
+        d_normed = input_gradient(d_y, weight)
+        *gradients, normed = norm.backward_again(
+            d_x_out, d_normed, x_out, branch_dtype, norm_weight, norm_bias, mean, inverse
+        )
+        return *gradients, *weight_gradients(d_y, normed)
+
+    return Body(forward, backward)
+
+
+_residual_layer_norm_linear = FusedOp(
+    "residual_layer_norm_linear",
+    inputs="Tensor x, Tensor branch, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, float eps, "
+    "ScalarType out_dtype",
+    outputs="Tensor, Tensor, Tensor, Tensor",
+    results=2,
+    like_forward=lambda x, branch, norm_weight, norm_bias, weight, bias, eps, out_dtype: (
+        layout.room(x),
+        _like_product(x, weight, out_dtype),
+        *(x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(2)),
+    ),
+    backward_inputs="Tensor? d_x_out, Tensor d_y, Tensor x_out, Tensor norm_weight, Tensor norm_bias, Tensor weight, "
+    "Tensor mean, Tensor inverse, ScalarType branch_dtype",
+    backward_outputs="Tensor, Tensor, Tensor, Tensor, Tensor, Tensor",
+    like_backward=lambda d_x_out, d_y, x_out, norm_weight, norm_bias, weight, mean, inverse, branch_dtype: (
+        layout.room(x_out),
+        layout.room(x_out, branch_dtype),
+        layout.room_floats(norm_weight, x_out),
+        layout.room_floats(norm_bias, x_out),
+        *_like_product_gradients(weight),
+    ),
+    saved=lambda inputs, outputs: (outputs[0], *inputs[2:5], *outputs[2:], inputs[1].dtype),
+    bodies={
+        "native": _residual_norm_linear_body(Body(_residual_forward, None, backward_again=_residual_backward_again)),
+        "triton": _residual_norm_linear_body(triton_body("layer_norm", "residual_layer_norm", again=True)),
+    },
+)
+
+
 def _gated_linear_body(gated: Body, adaln: Body) -> Body:
     def forward(x, branch, gate, norm_weight, shift, scale, weight, bias, out_dtype):
         x_out, h, inverse = gated.forward(x, branch, gate, norm_weight, shift, scale, EPS, out_dtype)
@@ -265,6 +327,21 @@ def layer_norm_linear(
     if not body:
         return F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), weight, bias)
     return _layer_norm_linear(body, x, norm_weight, norm_bias, weight, bias, eps, torch.bfloat16)
+
+
+def residual_layer_norm_linear(
+    x: Tensor, branch: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Add a branch, then a Linear of a LayerNorm; see the module's docstring. Errors as `linear`."""
+    name = "residual_layer_norm_linear"
+    if branch.shape != x.shape:
+        raise mistake(name, f"branch must be {list(x.shape)}, got {list(branch.shape)}")
+    _check(name, x.shape[-1], weight, bias)
+    body = body_for(x)
+    if not body:
+        x = x + branch
+        return x, F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), weight, bias)
+    return _residual_layer_norm_linear(body, x, branch, norm_weight, norm_bias, weight, bias, eps, torch.bfloat16)
 
 
 def gated_residual_adaln_linear(

@@ -26,7 +26,8 @@ class Body(NamedTuple):
     """The two passes of an op. All bodies of an op save the same tensors for the backward pass."""
 
     forward: Callable[..., Results]
-    """Takes the inputs, gives the outputs, none of which is an input or shares its memory."""
+    """Takes the inputs, gives the outputs, none of which is an input or shares its memory. Small ones may be parts of one
+    piece of memory."""
     backward: Callable[..., Results]
     """Takes the gradient of each result that the caller sees, None for one that was not used, and what was saved."""
     eager_forward: Callable[..., Results] | None = None
@@ -85,7 +86,7 @@ class FusedOp:
             (f"{name}_backward", f"({backward_inputs}) -> ({backward_outputs})", "backward", like_backward),
         ):
             _library.define(op + schema)
-            passes = {body: _as_declared(getattr(both, way)) for body, both in bodies.items()}
+            passes = {body: _as_declared(_apart(getattr(both, way))) for body, both in bodies.items()}
             for device in ("cpu", "cuda"):
                 _library.impl(op, _choosing(passes, torch.device(device)), device.upper())
             torch.library.register_fake(f"unite_fast::{op}", _as_declared(like), lib=_library)
@@ -170,6 +171,11 @@ def _gradients(backward: Callable[..., Results], ctx, incoming: tuple[Tensor | N
 
 def _choosing(passes: dict[str, Callable], device: torch.device) -> Callable:
     return lambda *inputs: passes[backend.fused_body_on(device)](*inputs)
+
+
+def _apart(body: Callable[..., Results]) -> Callable[..., Results]:
+    """A body whose results share no memory with one another, as the dispatcher wants it."""
+    return lambda *inputs: tuple(r.clone() if r.untyped_storage().nbytes() > r.nbytes else r for r in body(*inputs))
 
 
 def _as_declared(body: Callable[..., Results]) -> Callable:

@@ -218,7 +218,7 @@ def qk_norm_rope_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, inve
         _qk_norm_rope_bwd_kernel[(programs,)](
             *incoming, qkv, *weights_and_angles, inverse, d_qkv, partial, *strides, t, **sizes, UNIT=unit, num_warps=1
         )
-    return d_qkv, partial[0].sum(0), partial[1].sum(0)
+    return d_qkv, *partial.sum(1)
 
 
 def _sizes(heads: int, head_dim: int) -> dict[str, int]:
