@@ -77,9 +77,9 @@ def counted(launches, function, *tensors):
     return {name: number for (_, name), number in found.counts.items()}
 
 
-def test_the_rules(launches, draw):
-    x, image = draw(4, 8), draw(2, 3, 8, 8).requires_grad_()
-    weight, bias = draw(5, 3, 3, 3).requires_grad_(), draw(5).requires_grad_()
+def test_the_rules(launches):
+    x, image = torch.randn(4, 8), torch.randn(2, 3, 8, 8, requires_grad=True)
+    weight, bias = torch.randn(5, 3, 3, 3, requires_grad=True), torch.randn(5, requires_grad=True)
     assert counted(launches, lambda x: x.view(8, 4).t().unsqueeze(0), x) == {}
     assert counted(launches, lambda x: torch.empty_like(x), x) == {}
     assert counted(launches, lambda x: x.mul(2).add_(1), x) == {"mul": 1, "add_": 1}
@@ -92,8 +92,8 @@ def test_the_rules(launches, draw):
     assert counted(launches, torch._foreach_add_, [torch.zeros(2**20)] * 40, 1) == {"_foreach_add_": 2}
 
 
-def test_an_operator_whose_body_did_not_run_is_a_mistake(launches, draw):
-    x = draw(2, 8)
+def test_an_operator_whose_body_did_not_run_is_a_mistake(launches):
+    x = torch.randn(2, 8)
     with pytest.raises(AssertionError, match="swiglu.default was counted as one"), launches.Launches():
         torch.ops.unite_fast.swiglu(x)
 
