@@ -31,6 +31,8 @@ from pathlib import Path
 
 import torch
 
+from unite_fast.perceptual import tap_shapes
+
 BATCH = 64
 TOKENS = (544, 288)
 """Of the tokenizer pass and of a flow draw, in-context tokens included."""
@@ -113,6 +115,22 @@ def latent_inputs(op: str) -> tuple:
 
 def cases(op: str) -> Iterator[tuple[dict, tuple]]:
     """What to call a launch in the table, and its arguments."""
+    if op == "draws":
+        yield {"shape": f"images {BATCH}x256x256", "dtypes": "float32"}, ()
+        return
+    if op == "tap_distance":
+        for layer, (channels, height, width) in enumerate(tap_shapes(256, 256)):
+            features = empty(BATCH, channels, height, width).to(memory_format=torch.channels_last)
+            mask = features.to(torch.uint8)
+            given = features, features, empty(channels, dtype=torch.float32), mask
+            yield {"shape": f"tap{layer} {BATCH}x{channels}x{height}x{width}", "dtypes": "bfloat16"}, given
+        return
+    if op.endswith("layer_norm"):
+        x, weight = empty(BATCH, 257, 768, dtype=torch.float32), empty(768, dtype=torch.float32)
+        branch = (empty(BATCH, 257, 768),) if op.startswith("residual") else ()
+        given = x, *branch, weight, weight, 1e-12, torch.bfloat16
+        yield {"shape": f"decoder {BATCH}x257", "dtypes": "float32"}, given
+        return
     if op in ("noise_injection", "flow_loss"):
         yield {"shape": "latents {}x{}x{}x{}".format(DRAWS, BATCH, *LATENT), "dtypes": "bfloat16"}, latent_inputs(op)
         return
@@ -131,9 +149,10 @@ def triton_modules() -> dict:
 
 
 def ops() -> dict[str, str]:
-    """The module of kernels/triton_bodies for each op that has a Triton body."""
+    """The module of kernels/triton_bodies for each op that has a Triton body, and for the draws."""
     functions = ((function, name) for name, module in triton_modules().items() for function in vars(module))
-    return {f.removesuffix("_forward"): name for f, name in functions if f.endswith("_forward") and f[0] != "_"}
+    found = {f.removesuffix("_forward"): name for f, name in functions if f.endswith("_forward") and f[0] != "_"}
+    return found | {"draws": "philox"}
 
 
 def all_kernels() -> set[str]:
@@ -145,12 +164,33 @@ def all_kernels() -> set[str]:
 
 
 def launch(op: str, given: tuple) -> None:
-    """Run the Triton body of an op, forward and backward."""
-    fused, body = importlib.import_module(f"unite_fast.kernels.{op}")._fused, triton_modules()[ops()[op]]
+    """Run the Triton body of an op, forward and backward, or those of a micro-batch's draws."""
+    if op == "draws":
+        philox, positions = triton_modules()["philox"], empty(BATCH, dtype=torch.int64)
+        keys = 1, 3, 4, range(1), positions
+        for elements in (LATENT[0] * LATENT[1], 1):
+            philox.philox_uniforms(*keys, elements)
+            philox.philox_normals(*keys, elements)
+            philox.philox_words(*keys, elements)
+        philox.philox_dropout(1, 3, 4, 0, positions, 256 * 256 * 64 // 32)
+        return
+    body = triton_modules()[ops()[op]]
     outputs = getattr(body, f"{op}_forward")(*given)
-    getattr(body, f"{op}_backward")(*outputs[: fused.results], *fused.saved(given, outputs))
-    if op == "noise_injection":
-        body.philox_normals(1, 3, 4, 0, empty(BATCH, dtype=torch.int64), LATENT[0] * LATENT[1])
+    if op == "layer_norm":  # a part of layer_norm_linear
+        body.layer_norm_backward_again(outputs[0], *given[:3], *outputs[1:])
+        return
+    if op == "residual_layer_norm":
+        x_out, out, *statistics = outputs
+        body.residual_layer_norm_backward_again(x_out, out, x_out, out.dtype, *given[2:4], *statistics)
+        return
+    fused = importlib.import_module(f"unite_fast.kernels.{op}")._fused
+    into_backward = *outputs[: fused.results], *fused.saved(given, outputs)
+    getattr(body, f"{op}_backward")(*into_backward)
+    if op == "swiglu":
+        body.swiglu_backward_again(*into_backward)
+    if op == "gated_residual_adaln":
+        shift = given[4]
+        body.gated_residual_adaln_backward_again(*into_backward[:6], shift, *into_backward[6:])
 
 
 class StandIn:

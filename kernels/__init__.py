@@ -14,11 +14,14 @@ from unite_fast.kernels.linear import (
     gelu_linear,
     layer_norm_linear,
     linear,
+    linears,
+    residual_layer_norm_linear,
     swiglu_linear,
 )
 from unite_fast.kernels.noise_injection import noise_injection
 from unite_fast.kernels.qk_norm_rope import qk_norm_rope
 from unite_fast.kernels.swiglu import swiglu
+from unite_fast.kernels.tap_distance import tap_distance
 
 __all__ = [
     "adaln_modulate",
@@ -30,8 +33,11 @@ __all__ = [
     "gelu_linear",
     "layer_norm_linear",
     "linear",
+    "linears",
     "noise_injection",
     "qk_norm_rope",
+    "residual_layer_norm_linear",
     "swiglu",
     "swiglu_linear",
+    "tap_distance",
 ]

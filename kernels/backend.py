@@ -21,6 +21,10 @@ NAMES = ("auto", "reference", "native", "triton")
 
 ATTENTION_NAMES = tuple(attention_backends.ATTEND)
 
+# Asked once: torch.compile can trace neither question, and a graph would break at every choice.
+_triton_installed = importlib.util.find_spec("triton") is not None
+_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+
 _current = "auto"
 _attention = "sdpa"
 
@@ -61,7 +65,7 @@ def why_missing(name: str) -> str:
         return native.reason()
     if name != "triton":
         return ""
-    if not _triton_installed():
+    if not _triton_installed:
         return "the package triton is not installed; `pip install triton` (Linux only)"
     if not (interpreted() or torch.cuda.is_available()):
         return "torch sees no CUDA device here"
@@ -69,12 +73,8 @@ def why_missing(name: str) -> str:
 
 
 def interpreted() -> bool:
-    """Whether Triton kernels run in Triton's interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """Whether Triton kernels run in Triton's interpreter, on the CPU, as the environment said at the first import."""
+    return _interpreted
 
 
 def available() -> list[str]:
@@ -87,7 +87,7 @@ def body_on(device: torch.device) -> str:
     if _current != "auto":
         return _current
     if device.type == "cuda":
-        return "triton" if _triton_installed() else "reference"
+        return "triton" if _triton_installed else "reference"
     return "native" if device.type == "cpu" and native.available() else "reference"
 
 

@@ -4,28 +4,32 @@
     swiglu_linear(uw, W, b)                       linear(swiglu(uw), W, b)               keeps uw
     gelu_linear(u, W, b)                          linear(gelu(u), W, b)                  keeps u
     layer_norm_linear(x, w, v, W, b)              linear(layer_norm(x; w, v), W, b)      keeps x and two numbers a token
+    residual_layer_norm_linear(x, branch, ..)     x_out, layer_norm_linear(x_out, ..) of x_out = x + branch
     gated_residual_adaln_linear(x, branch, ..)    x_out, linear(h, W, b)                 keeps x_out and branch
                                                   of x_out, h = gated_residual_adaln(x, branch, ..)
+    linears(x, Ws, bs)                            linear(x, W, b) of each, side by side         keeps x
 
 Shapes: x, uw and u [B, T, K] or [B, T, 2 K] (uw), W [N, K], b [N] -> [B, T, N]. Products are taken in bfloat16 under
 autocast to it and in the input's precision otherwise; sums are float32. See product.py. In float32 the parts run one by
 one and keep what they keep: small models on a CPU are trained so, for which more calls cost more than memory is worth.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from unite_fast.kernels import backend, layout
+from unite_fast.kernels import backend, layout, op
 from unite_fast.kernels.adaln_modulate import _fused as adaln_op
 from unite_fast.kernels.adaln_modulate import check_modulation
+from unite_fast.kernels.casts import joined
 from unite_fast.kernels.common import EPS, matmul_dtype, mistake
 from unite_fast.kernels.gated_residual_adaln import _fused as gated_op
 from unite_fast.kernels.gated_residual_adaln import check_branch, gated_residual_adaln
-from unite_fast.kernels.op import Body, FusedOp, Results
-from unite_fast.kernels.product import product, product_backward
+from unite_fast.kernels.op import Body, FusedOp, Results, triton_body
+from unite_fast.kernels.product import input_gradient, product, product_backward, weight_gradients
 from unite_fast.kernels.swiglu import _fused as swiglu_op
 from unite_fast.kernels.swiglu import swiglu
 
@@ -34,8 +38,9 @@ def _like_product(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype or x.dtype)
 
 
-def _like_gradients(*inputs: Tensor) -> Results:
-    return tuple(layout.room(x) for x in inputs)
+def _like_product_gradients(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of weight and bias: float32 whatever they are, as `product_backward` gives them."""
+    return layout.room(weight, torch.float32), weight.new_empty(weight.shape[0], dtype=torch.float32)
 
 
 def _activation_linear(name: str, activation: dict[str, Body]) -> FusedOp:
@@ -45,9 +50,12 @@ def _activation_linear(name: str, activation: dict[str, Body]) -> FusedOp:
         def forward(x, weight, bias):
             return (product(f.forward(x)[0], weight, bias),)
 
+        def apart(d_activated, x):
+            return f.backward(d_activated, x)[0], f.forward(x)[0]
+
         def backward(d_y, x, weight):
-            d_activated, d_weight, d_bias = product_backward(d_y, f.forward(x)[0], weight)
-            return f.backward(d_activated, x)[0], d_weight, d_bias
+            d_x, activated = (f.backward_again or apart)(input_gradient(d_y, weight), x)
+            return d_x, *weight_gradients(d_y, activated)
 
         return Body(forward, backward)
 
@@ -59,7 +67,7 @@ def _activation_linear(name: str, activation: dict[str, Body]) -> FusedOp:
         like_forward=lambda x, weight, bias: (_like_product(x, weight),),
         backward_inputs="Tensor d_y, Tensor x, Tensor weight",
         backward_outputs="Tensor, Tensor, Tensor",
-        like_backward=lambda d_y, x, weight: (*_like_gradients(x, weight), weight.new_empty(weight.shape[0])),
+        like_backward=lambda d_y, x, weight: (layout.room(x), *_like_product_gradients(weight)),
         saved=lambda inputs, outputs: inputs[:2],
         bodies={name: body(f) for name, f in activation.items()},
     )
@@ -77,18 +85,44 @@ _gelu_linear = _activation_linear(
 )
 
 
-def _layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps, out_dtype):
-    normed, mean, inverse = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
-    return product(normed.to(out_dtype), weight, bias), mean, inverse
+def _layer_norm_forward(x, norm_weight, norm_bias, eps, out_dtype):
+    weights = layout.floats(norm_weight), layout.floats(norm_bias)
+    normed, mean, inverse = torch.native_layer_norm(x.float(), x.shape[-1:], *weights, eps)
+    return normed.to(out_dtype), mean, inverse
 
 
-def _layer_norm_linear_backward(d_y, x, norm_weight, norm_bias, weight, mean, inverse):
-    normed = torch.addcmul(norm_bias, (x - mean) * inverse, norm_weight)
-    d_normed, d_weight, d_bias = product_backward(d_y, normed.to(d_y.dtype), weight)
-    d_x, d_norm_weight, d_norm_bias = torch.ops.aten.native_layer_norm_backward(
-        d_normed.to(x.dtype), x, x.shape[-1:], mean, inverse, norm_weight, norm_bias, (True, True, True)
+def _layer_norm_backward(d_normed, x, norm_weight, mean, inverse):
+    weight = layout.floats(norm_weight)
+    d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
+        d_normed.float(), x.float(), x.shape[-1:], mean, inverse, weight, weight, (True, True, True)
     )
-    return d_x, d_norm_weight, d_norm_bias, d_weight, d_bias
+    return d_x.to(x.dtype), d_weight, d_bias
+
+
+_LAYER_NORM = {
+    "native": Body(_layer_norm_forward, _layer_norm_backward),
+    "triton": triton_body("layer_norm", "layer_norm", again=True),
+}
+"""(x, weight, bias, eps, out_dtype) -> out, mean and inverse deviation; (d_out, x, weight, the last two) -> the
+gradients of x, weight and bias."""
+
+
+def _layer_norm_linear_body(norm: Body) -> Body:
+    def forward(x, norm_weight, norm_bias, weight, bias, eps, out_dtype):
+        normed, mean, inverse = norm.forward(x, norm_weight, norm_bias, eps, out_dtype)
+        return product(normed, weight, bias), mean, inverse
+
+    def apart(d_normed, x, norm_weight, norm_bias, mean, inverse):
+        normed = torch.addcmul(layout.floats(norm_bias), (x - mean) * inverse, layout.floats(norm_weight))
+        return *norm.backward(d_normed, x, norm_weight, mean, inverse), normed.to(d_normed.dtype)
+
+    def backward(d_y, x, norm_weight, norm_bias, weight, mean, inverse):
+        *gradients, normed = (norm.backward_again or apart)(
+            input_gradient(d_y, weight), x, norm_weight, norm_bias, mean, inverse
+        )
+        return *gradients, *weight_gradients(d_y, normed)
+
+    return Body(forward, backward)
 
 
 _layer_norm_linear = FusedOp(
@@ -99,17 +133,80 @@ _layer_norm_linear = FusedOp(
     results=1,
     like_forward=lambda x, norm_weight, norm_bias, weight, bias, eps, out_dtype: (
         _like_product(x, weight, out_dtype),
-        *(x.new_empty((*x.shape[:-1], 1)) for _ in range(2)),
+        *(x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(2)),
     ),
     backward_inputs="Tensor d_y, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor mean, "
     "Tensor inverse",
     backward_outputs="Tensor, Tensor, Tensor, Tensor, Tensor",
     like_backward=lambda d_y, x, norm_weight, norm_bias, weight, mean, inverse: (
-        *_like_gradients(x, norm_weight, norm_bias, weight),
-        weight.new_empty(weight.shape[0]),
+        layout.room(x),
+        layout.room_floats(norm_weight, x),
+        layout.room_floats(norm_bias, x),
+        *_like_product_gradients(weight),
     ),
     saved=lambda inputs, outputs: (*inputs[:4], *outputs[1:]),
-    bodies=_everywhere(_layer_norm_linear_forward, _layer_norm_linear_backward),
+    bodies={name: _layer_norm_linear_body(norm) for name, norm in _LAYER_NORM.items()},
+)
+
+
+def _residual_forward(x, branch, norm_weight, norm_bias, eps, out_dtype):
+    x_out = (x + branch).to(x.dtype)
+    return x_out, *_layer_norm_forward(x_out, norm_weight, norm_bias, eps, out_dtype)
+
+
+def _residual_backward_again(d_x_out, d_normed, x_out, branch_dtype, norm_weight, norm_bias, mean, inverse):
+    d_x, d_norm_weight, d_norm_bias = _layer_norm_backward(d_normed, x_out, norm_weight, mean, inverse)
+    if d_x_out is not None:
+        d_x += d_x_out
+    normed = torch.addcmul(layout.floats(norm_bias), (x_out - mean) * inverse, layout.floats(norm_weight))
+    # A copy also where the types are the same: no two results share memory.
+    return d_x, d_x.to(branch_dtype, copy=True), d_norm_weight, d_norm_bias, normed.to(d_normed.dtype)
+
+
+def _residual_norm_linear_body(norm: Body) -> Body:
+    """From (x, branch, weight, bias, eps, out_dtype) -> x_out, out, mean and inverse deviation, and from (d_x_out, d_out,
+    x_out, type of the branch, weight, bias, the last two) -> the gradients of x, branch, weight and bias, and out."""
+
+    def forward(x, branch, norm_weight, norm_bias, weight, bias, eps, out_dtype):
+        x_out, normed, mean, inverse = norm.forward(x, branch, norm_weight, norm_bias, eps, out_dtype)
+        return x_out, product(normed, weight, bias), mean, inverse
+
+    def backward(d_x_out, d_y, x_out, norm_weight, norm_bias, weight, mean, inverse, branch_dtype):
+        d_normed = input_gradient(d_y, weight)
+        *gradients, normed = norm.backward_again(
+            d_x_out, d_normed, x_out, branch_dtype, norm_weight, norm_bias, mean, inverse
+        )
+        return *gradients, *weight_gradients(d_y, normed)
+
+    return Body(forward, backward)
+
+
+_residual_layer_norm_linear = FusedOp(
+    "residual_layer_norm_linear",
+    inputs="Tensor x, Tensor branch, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, float eps, "
+    "ScalarType out_dtype",
+    outputs="Tensor, Tensor, Tensor, Tensor",
+    results=2,
+    like_forward=lambda x, branch, norm_weight, norm_bias, weight, bias, eps, out_dtype: (
+        layout.room(x),
+        _like_product(x, weight, out_dtype),
+        *(x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(2)),
+    ),
+    backward_inputs="Tensor? d_x_out, Tensor d_y, Tensor x_out, Tensor norm_weight, Tensor norm_bias, Tensor weight, "
+    "Tensor mean, Tensor inverse, ScalarType branch_dtype",
+    backward_outputs="Tensor, Tensor, Tensor, Tensor, Tensor, Tensor",
+    like_backward=lambda d_x_out, d_y, x_out, norm_weight, norm_bias, weight, mean, inverse, branch_dtype: (
+        layout.room(x_out),
+        layout.room(x_out, branch_dtype),
+        layout.room_floats(norm_weight, x_out),
+        layout.room_floats(norm_bias, x_out),
+        *_like_product_gradients(weight),
+    ),
+    saved=lambda inputs, outputs: (outputs[0], *inputs[2:5], *outputs[2:], inputs[1].dtype),
+    bodies={
+        "native": _residual_norm_linear_body(Body(_residual_forward, None, backward_again=_residual_backward_again)),
+        "triton": _residual_norm_linear_body(triton_body("layer_norm", "residual_layer_norm", again=True)),
+    },
 )
 
 
@@ -118,10 +215,15 @@ def _gated_linear_body(gated: Body, adaln: Body) -> Body:
         x_out, h, inverse = gated.forward(x, branch, gate, norm_weight, shift, scale, EPS, out_dtype)
         return x_out, product(h, weight, bias), inverse
 
+    def apart(d_x_out, d_h, x_out, branch, gate, norm_weight, shift, scale, inverse):
+        gradients = gated.backward(d_x_out, d_h, x_out, branch, gate, norm_weight, scale, inverse)
+        return *gradients, adaln.forward(x_out, norm_weight, shift, scale, EPS, d_h.dtype)[0]
+
     def backward(d_x_out, d_y, x_out, branch, gate, norm_weight, shift, scale, weight, inverse):
-        h, _ = adaln.forward(x_out, norm_weight, shift, scale, EPS, d_y.dtype)
-        d_h, d_weight, d_bias = product_backward(d_y, h, weight)
-        return *gated.backward(d_x_out, d_h, x_out, branch, gate, norm_weight, scale, inverse), d_weight, d_bias
+        *gradients, h = (gated.backward_again or apart)(
+            d_x_out, input_gradient(d_y, weight), x_out, branch, gate, norm_weight, shift, scale, inverse
+        )
+        return *gradients, *weight_gradients(d_y, h)
 
     return Body(forward, backward)
 
@@ -135,7 +237,7 @@ def _like_gated_linear_backward(d_x_out, d_y, x_out, branch, gate, norm_weight, 
     d_gate, d_shift, d_scale = (layout.room_typed(v) for v in (gate, scale, scale))
     d_norm_weight = layout.room_floats(norm_weight, x_out)
     gradients = layout.room(x_out), layout.room_typed(branch), d_gate, d_norm_weight, d_shift, d_scale
-    return *gradients, layout.room(weight), weight.new_empty(weight.shape[0])
+    return *gradients, *_like_product_gradients(weight)
 
 
 _gated_residual_adaln_linear = FusedOp(
@@ -171,6 +273,34 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _run(_linear, lambda x: x, x, weight, bias)
 
 
+def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """Linears of one input x [B, K] by one product: weights [N_i, K], biases [N_i] -> [B, sum of N_i]. Errors as
+    `linear`."""
+    for weight, bias in zip(weights, biases, strict=True):
+        _check("linears", x.shape[-1], weight, bias)
+    # For a compiler and for fake tensors each is an operator of its own.
+    if not body_for(x) or torch.compiler.is_compiling() or op.seen_by_dispatcher(x):
+        return torch.cat([linear(x, *each) for each in zip(weights, biases, strict=True)], dim=-1)
+    return _Linears.apply(x.to(torch.bfloat16), *weights, *biases)
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *parameters):
+        half = len(parameters) // 2
+        ctx.save_for_backward(x, *parameters[:half])
+        with torch.autocast(x.device.type, enabled=False):
+            return product(x, joined(parameters[:half], x.dtype), joined(parameters[half:], x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y):
+        x, *weights = ctx.saved_tensors
+        d_x, d_weights, d_biases = product_backward(d_y, x, joined(weights, x.dtype))
+        sizes = [len(weight) for weight in weights]
+        return d_x, *d_weights.split(sizes), *d_biases.split(sizes)
+
+
 def swiglu_linear(uw: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The second half of a SwiGLU; see the module's docstring. Errors as `linear`."""
     _check("swiglu_linear", uw.shape[-1] / 2, weight, bias)
@@ -183,9 +313,9 @@ def gelu_linear(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _run(_gelu_linear, F.gelu, u, weight, bias)
 
 
-def _run(op: FusedOp, activation: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _run(fused: FusedOp, activation: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     body = body_for(x)
-    return op(body, x.to(torch.bfloat16), weight, bias) if body else F.linear(activation(x), weight, bias)
+    return fused(body, x.to(torch.bfloat16), weight, bias) if body else F.linear(activation(x), weight, bias)
 
 
 def layer_norm_linear(
@@ -199,6 +329,21 @@ def layer_norm_linear(
     return _layer_norm_linear(body, x, norm_weight, norm_bias, weight, bias, eps, torch.bfloat16)
 
 
+def residual_layer_norm_linear(
+    x: Tensor, branch: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Add a branch, then a Linear of a LayerNorm; see the module's docstring. Errors as `linear`."""
+    name = "residual_layer_norm_linear"
+    if branch.shape != x.shape:
+        raise mistake(name, f"branch must be {list(x.shape)}, got {list(branch.shape)}")
+    _check(name, x.shape[-1], weight, bias)
+    body = body_for(x)
+    if not body:
+        x = x + branch
+        return x, F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), weight, bias)
+    return _residual_layer_norm_linear(body, x, branch, norm_weight, norm_bias, weight, bias, eps, torch.bfloat16)
+
+
 def gated_residual_adaln_linear(
     x: Tensor,
     branch: Tensor,
@@ -210,10 +355,10 @@ def gated_residual_adaln_linear(
     bias: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Add a branch, normalise, modulate and multiply; see the module's docstring. Errors as `linear`."""
-    op = "gated_residual_adaln_linear"
-    check_modulation(op, x, norm_weight, shift, scale)
-    check_branch(op, x, branch, gate)
-    _check(op, x.shape[-1], weight, bias)
+    name = "gated_residual_adaln_linear"
+    check_modulation(name, x, norm_weight, shift, scale)
+    check_branch(name, x, branch, gate)
+    _check(name, x.shape[-1], weight, bias)
     inputs, body = (x, branch, gate, norm_weight, shift, scale), body_for(x)
     if not body:
         x, h = gated_residual_adaln(*inputs, EPS, matmul_dtype(x))
@@ -221,8 +366,8 @@ def gated_residual_adaln_linear(
     return _gated_residual_adaln_linear(body, *inputs, weight, bias, torch.bfloat16)
 
 
-def _check(op: str, width: float, weight: Tensor, bias: Tensor) -> None:
+def _check(name: str, width: float, weight: Tensor, bias: Tensor) -> None:
     if weight.dim() != 2 or weight.shape[1] != width:
-        raise mistake(op, f"weight must be [N, {width:g}], got {list(weight.shape)}")
+        raise mistake(name, f"weight must be [N, {width:g}], got {list(weight.shape)}")
     if bias.shape != weight.shape[:1]:
-        raise mistake(op, f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+        raise mistake(name, f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")

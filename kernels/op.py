@@ -26,16 +26,19 @@ class Body(NamedTuple):
     """The two passes of an op. All bodies of an op save the same tensors for the backward pass."""
 
     forward: Callable[..., Results]
-    """Takes the inputs, gives the outputs, none of which is an input or shares its memory."""
+    """Takes the inputs, gives the outputs, none of which is an input or shares its memory. Small ones may be parts of one
+    piece of memory."""
     backward: Callable[..., Results]
     """Takes the gradient of each result that the caller sees, None for one that was not used, and what was saved."""
     eager_forward: Callable[..., Results] | None = None
     """Takes the place of `forward` in eager mode, where an output may be a view of an input."""
+    backward_again: Callable[..., Results] | None = None
+    """For an op that makes its result again: takes the place of both, and gives the gradients, then the result."""
 
 
-def triton_body(module: str, name: str) -> Body:
-    """The body made of NAME_forward and NAME_backward in kernels/triton_bodies/MODULE.py, which is imported when it
-    first runs: Triton is not on every machine."""
+def triton_body(module: str, name: str, again: bool = False) -> Body:
+    """The body made of NAME_forward and NAME_backward, and with `again` NAME_backward_again, in
+    kernels/triton_bodies/MODULE.py, which is imported when it first runs: Triton is not on every machine."""
 
     def run(way: str) -> Callable[..., Results]:
         def call(*inputs):
@@ -45,7 +48,7 @@ def triton_body(module: str, name: str) -> Body:
 
         return call
 
-    return Body(run("forward"), run("backward"))
+    return Body(run("forward"), run("backward"), backward_again=run("backward_again") if again else None)
 
 
 class FusedOp:
@@ -83,7 +86,7 @@ class FusedOp:
             (f"{name}_backward", f"({backward_inputs}) -> ({backward_outputs})", "backward", like_backward),
         ):
             _library.define(op + schema)
-            passes = {body: _as_declared(getattr(both, way)) for body, both in bodies.items()}
+            passes = {body: _as_declared(_apart(getattr(both, way))) for body, both in bodies.items()}
             for device in ("cpu", "cuda"):
                 _library.impl(op, _choosing(passes, torch.device(device)), device.upper())
             torch.library.register_fake(f"unite_fast::{op}", _as_declared(like), lib=_library)
@@ -124,11 +127,15 @@ class FusedOp:
 
     def __call__(self, body: str, *inputs):
         """Run a body that `backend.choose` gave for the inputs."""
-        # Not a plain tensor: fake, or under trace. The address of such a one means nothing.
-        if torch.compiler.is_compiling() or type(inputs[0]) not in _PLAIN or torch._C._len_torch_dispatch_stack():
+        if torch.compiler.is_compiling() or seen_by_dispatcher(inputs[0]):
             outputs = _as_tuple(self.op(*inputs))
             return outputs[: self.results] if self.results > 1 else outputs[0]
         return self.functions[body].apply(*inputs)
+
+
+def seen_by_dispatcher(x: Tensor) -> bool:
+    """Whether x is no plain tensor but fake or under trace, where an address means nothing, or a mode looks on."""
+    return type(x) not in _PLAIN or bool(torch._C._len_torch_dispatch_stack())
 
 
 def _uncast(body: Body) -> Body:
@@ -164,6 +171,11 @@ def _gradients(backward: Callable[..., Results], ctx, incoming: tuple[Tensor | N
 
 def _choosing(passes: dict[str, Callable], device: torch.device) -> Callable:
     return lambda *inputs: passes[backend.fused_body_on(device)](*inputs)
+
+
+def _apart(body: Callable[..., Results]) -> Callable[..., Results]:
+    """A body whose results share no memory with one another, as the dispatcher wants it."""
+    return lambda *inputs: tuple(r.clone() if r.untyped_storage().nbytes() > r.nbytes else r for r in body(*inputs))
 
 
 def _as_declared(body: Callable[..., Results]) -> Callable:

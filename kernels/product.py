@@ -12,29 +12,48 @@ operands are multiplied in float32: products of two bfloat16 numbers are exact i
 import torch
 from torch import Tensor
 
+from unite_fast.kernels.casts import cast
+
 
 def in_float32(x: Tensor) -> bool:
     """Whether products of tensors like x are taken in float32 after a cast, which is exact."""
     return x.dtype == torch.bfloat16 and x.is_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def sums_in_float32(x: Tensor) -> bool:
+    """Whether this device gives the float32 sums of a bfloat16 product without a pass that casts them."""
+    return x.is_cuda and x.dtype == torch.bfloat16
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x [..., K], weight [N, K], bias [N] -> [..., N] in x's dtype; weight and bias are rounded to it."""
-    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    weight, bias = cast(weight, x.dtype), cast(bias, x.dtype)
     if in_float32(x):
         return torch.nn.functional.linear(x.float(), weight.float(), bias.float()).to(x.dtype)
     return torch.nn.functional.linear(x, weight, bias)
 
 
 def product_backward(d_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """d_y [..., N], x [..., K], weight [N, K] -> d_x [..., K] in x's dtype, d_weight and d_bias in float32."""
-    shape, weight = x.shape, weight.to(x.dtype)
-    d_y, x = d_y.reshape(-1, d_y.shape[-1]), x.reshape(-1, shape[-1])
+    """d_y [..., N], x [..., K], weight [N, K] -> d_x [..., K] in d_y's dtype, d_weight and d_bias in float32."""
+    return input_gradient(d_y, weight), *weight_gradients(d_y, x)
+
+
+def input_gradient(d_y: Tensor, weight: Tensor) -> Tensor:
+    """d_y [..., N], weight [N, K] -> d_x [..., K] in d_y's dtype."""
+    weight = cast(weight, d_y.dtype)
+    if in_float32(d_y):
+        return (d_y.float() @ weight.float()).to(d_y.dtype)
+    return d_y @ weight
+
+
+def weight_gradients(d_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """d_y [..., N], x [..., K] -> d_weight [N, K] and d_bias [N] in float32."""
+    d_y, x = d_y.reshape(-1, d_y.shape[-1]), x.reshape(-1, x.shape[-1])
     if in_float32(x):
-        d_y, x, weight = d_y.float(), x.float(), weight.float()
-        d_x, d_weight = (d_y @ weight).to(torch.bfloat16), d_y.mT @ x
-    elif x.is_cuda and x.dtype == torch.bfloat16:
-        d_x, d_weight = d_y @ weight, torch.mm(d_y.mT, x, out_dtype=torch.float32)
+        d_y = d_y.float()
+        d_weight = d_y.mT @ x.float()
+    elif sums_in_float32(x):
+        d_weight = torch.mm(d_y.mT, x, out_dtype=torch.float32)
     else:
-        d_x, d_weight = d_y @ weight, (d_y.mT @ x).float()
-    return d_x.view(shape), d_weight, d_y.sum(0, dtype=torch.float32)
+        d_weight = (d_y.mT @ x).float()
+    return d_weight, d_y.sum(0, dtype=torch.float32)

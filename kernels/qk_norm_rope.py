@@ -4,8 +4,9 @@
     rotate: (a, b) -> (a cos - b sin, b cos + a sin) for each interleaved pair (2i, 2i + 1)
 
 Shapes: qkv [B, T, 3 H K] (all of q, then all of k, then all of v), q_weight and k_weight [K] or None (no norm), cos and
-sin [T, K / 2] -> q, k, v, each [B, H, T, K] in qkv's dtype, the layout that scaled_dot_product_attention reads. A token
-that is not rotated has cos 1 and sin 0. Norm and rotation are float32. cos and sin get no gradient.
+sin [T, K / 2] -> q, k, v, each [B, H, T, K] in qkv's dtype, as scaled_dot_product_attention reads them. The Triton body
+writes them in the order [B, T, H, K]: attention on a GPU gives its result in the order of q, which then is [B, T, H K]
+without a copy. A token that is not rotated has cos 1 and sin 0. Norm and rotation are float32. cos and sin get no gradient.
 Source: RoPE (Su et al., arXiv 2104.09864), q/k norm (Dehghani et al., arXiv 2302.05442).
 """
 
@@ -24,7 +25,8 @@ def qk_norm_rope_ref(qkv, heads, q_weight, k_weight, cos, sin, eps=1e-6):
 
 def split(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
     """The three parts of qkv as views [B, H, T, K]."""
-    return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+    # In this order, the gradient of qkv is put together by one copy.
+    return tuple(part.transpose(1, 2) for part in qkv.unflatten(-1, (3, heads, -1)).unbind(2))
 
 
 def rotate(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
@@ -37,7 +39,11 @@ def rotate(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: floa
 
 def _like_forward(qkv, q_weight, k_weight, cos, sin, heads, eps):
     b, t, packed = qkv.shape
-    q, k, v = (qkv.new_empty((b, heads, t, packed // (3 * heads))) for _ in range(3))
+    head_dim = packed // (3 * heads)
+    if backend.fused_body_on(qkv.device) == "triton":
+        q, k, v = (qkv.new_empty((b, t, heads, head_dim)).transpose(1, 2) for _ in range(3))
+    else:
+        q, k, v = (qkv.new_empty((b, heads, t, head_dim)) for _ in range(3))
     return q, k, v, qkv.new_empty((b, t, 2, heads), dtype=torch.float32)
 
 

@@ -52,7 +52,7 @@ _fused = FusedOp(
     backward_outputs="Tensor",
     like_backward=_like_backward,
     saved=lambda inputs, outputs: inputs,
-    bodies={"native": Body(_native_forward, _native_backward), "triton": triton_body("swiglu", "swiglu")},
+    bodies={"native": Body(_native_forward, _native_backward), "triton": triton_body("swiglu", "swiglu", again=True)},
 )
 
 

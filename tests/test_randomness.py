@@ -40,9 +40,8 @@ def philox_by_integers(counter: list[int], key: list[int]) -> list[int]:
 class FixedWords(Philox):
     """Draws made of given words."""
 
-    def words(self, stream, shape, draw=0):
-        extreme = torch.tensor([0, 0, WORD, WORD, 0, WORD, WORD, 0])
-        return extreme[: math.prod(shape)].reshape(1, *shape)
+    def _words(self, stream, elements, draw):
+        return torch.tensor([[0, 0, WORD, WORD, 0, WORD, WORD, 0]])[:, :elements]
 
 
 @pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
@@ -137,6 +136,31 @@ def test_a_draw_does_not_depend_on_the_batch_it_is_in(kind):
 def test_more_elements_do_not_change_the_first_ones():
     philox = Philox(3, 4, torch.arange(2))
     assert torch.equal(philox.normal(Stream.REGISTERS, (5,)), philox.normal(Stream.REGISTERS, (64,))[:, :5])
+
+
+@pytest.mark.parametrize("kind", ["words", "uniform", "normal"])
+def test_a_range_of_draws_is_one_draw_after_the_other(kind):
+    draw = getattr(Philox(2**63 + 5, 7, torch.tensor([9, 2**31 + 1])), kind)
+    got = draw(Stream.FLOW_TIME, (3,), range(2, 5))
+    assert torch.equal(got, torch.stack([draw(Stream.FLOW_TIME, (3,), f) for f in (2, 3, 4)]))
+    assert draw(Stream.FLOW_TIME, draw=range(1)).shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("philox", "draw"),
+    [
+        (Philox(2**64, 0, torch.arange(1)), 0),
+        (Philox(0, 2**32, torch.arange(1)), 0),
+        (Philox(0, 0, torch.arange(1)), 2**16),
+        (Philox(0, 0, torch.arange(1)), range(2**16 - 1, 2**16 + 1)),
+        (Philox(0, 0, torch.arange(1)), range(0, 4, 2)),
+        (Philox(0, 0, torch.arange(1)), range(0)),
+        (Philox(0, 0, torch.arange(1)), -1),
+    ],
+)
+def test_keys_out_of_range(philox, draw):
+    with pytest.raises(ValueError, match="Philox: "):
+        philox.uniform(Stream.FLIP, draw=draw)
 
 
 def test_streams_draws_steps_seeds_and_samples_differ():

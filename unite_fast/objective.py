@@ -40,12 +40,8 @@ class StepDraws:
 
 def draw_step(config: ObjectiveConfig, philox: Philox, latents: tuple[int, int]) -> StepDraws:
     """The draws of `philox`'s step and samples; `latents` is (N, C)."""
-
-    def each_draw(draw_one) -> Tensor:
-        return torch.stack([draw_one(draw) for draw in range(config.flow_draws)])
-
     noisy_from = config.decoder_noise_time_min
-    normal_time = each_draw(lambda draw: philox.normal(Stream.FLOW_TIME, draw=draw))
+    normal_time = philox.normal(Stream.FLOW_TIME, draw=range(config.flow_draws))
     return StepDraws(
         registers=philox.normal(Stream.REGISTERS, latents),
         recon_time=config.tokenize_time_max * philox.uniform(Stream.RECON_TIME),
@@ -54,7 +50,7 @@ def draw_step(config: ObjectiveConfig, philox: Philox, latents: tuple[int, int])
         decoder_noise=NoiseKeys(philox, Stream.DECODER_NOISE),
         flow_time=flow.shift_time(torch.sigmoid(config.time_mean + config.time_std * normal_time), config.time_shift),
         flow_noise=NoiseKeys(philox, Stream.FLOW_NOISE),
-        label_drop=each_draw(lambda draw: philox.uniform(Stream.LABEL_DROP, draw=draw)) < config.label_drop,
+        label_drop=philox.uniform(Stream.LABEL_DROP, draw=range(config.flow_draws)) < config.label_drop,
     )
 
 

@@ -18,7 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from unite_fast import kernels
 from unite_fast.errors import UserError
+from unite_fast.kernels.casts import cast
+from unite_fast.kernels.common import matmul_dtype
 from unite_fast.randomness import Philox, Stream
 from unite_fast.weight_file import WeightFile, is_digest
 
@@ -36,7 +39,6 @@ SMALLEST_SIDE = 2 ** (len(_BLOCKS) - 1)  # four poolings leave one pixel
 # ImageNet's mean and deviation for pixels in [-1, 1], as LPIPS 0.1 rounds them.
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
-_NORM_EPS = 1e-10
 
 VGG_SHAPES: dict[str, tuple[int, ...]] = {
     name: shape
@@ -111,6 +113,15 @@ class PerceptualConfig:
             raise UserError(f"perceptual.input_range must be 'unit' or 'signed', got {self.input_range!r}")
 
 
+class Convolution(nn.Conv2d):
+    """nn.Conv2d in the autocast dtype of the caller, its weights rounded by `kernels.casts.cast`: autocast itself would
+    round frozen ones at each use."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = matmul_dtype(x)
+        return self._conv_forward(x.to(dtype), cast(self.weight, dtype), cast(self.bias, dtype))
+
+
 class LPIPS(nn.Module):
     """LPIPS 0.1 on VGG16, frozen.
 
@@ -139,6 +150,10 @@ class LPIPS(nn.Module):
     def train(self, mode: bool = True) -> "LPIPS":
         """Does nothing: the module stays in evaluation mode when a parent is switched to training."""
         return super().train(False)
+
+    def product_weights(self) -> list[nn.Parameter]:
+        """What `kernels.casts.cast_once` is for."""
+        return list(self.blocks.parameters())
 
     def forward(self, image: Tensor, recon: Tensor, dropout_masks: Sequence[Tensor] | None = None) -> Tensor:
         """The distance of each reconstruction from its image.
@@ -170,7 +185,7 @@ class LPIPS(nn.Module):
             with torch.no_grad():
                 x = block(x)
             y = block(y)
-            distances.append(_tap_distance(x, y, weight, mask))
+            distances.append(kernels.tap_distance(y, x, weight.flatten(), mask))
         return torch.stack(distances).sum(dim=0)
 
     def _scaled(self, image: Tensor) -> Tensor:
@@ -202,19 +217,27 @@ def dropout_masks(philox: Philox, shapes: Sequence[tuple[int, int, int]]) -> lis
     Raises:
         ValueError: if C is no multiple of 32.
     """
-    device = philox.positions.device
-    byte_shifts = torch.arange(0, 32, 8, device=device)
-    bit_shifts = torch.arange(8, dtype=torch.uint8, device=device)
     masks = []
     for layer, (c, h, w) in enumerate(shapes):
         if c % 32 != 0:
             raise ValueError(f"dropout_masks needs a multiple of 32 channels, got {c}")
-        words = philox.words(Stream.LPIPS_DROPOUT, (h, w, c // 32), draw=layer)
-        # By way of bytes, since 32 int64 a word would take eight times the memory of the mask.
-        octets = ((words[..., None] >> byte_shifts) & 0xFF).to(torch.uint8)
-        keep = (octets[..., None] >> bit_shifts) & 1
-        masks.append((2 * keep).flatten(-3).permute(0, 3, 1, 2))
+        words = h * w * c // 32
+        masks.append(_mask(philox, layer, words).view(-1, h, w, c).permute(0, 3, 1, 2))
     return masks
+
+
+def _mask(philox: Philox, draw: int, words: int) -> Tensor:
+    """uint8 [b, 32 words], 0 or 2: the bits of each word, the lowest first."""
+    if philox.on_triton:
+        from unite_fast.kernels.triton_bodies.philox import philox_dropout
+
+        return philox_dropout(philox.seed, philox.step, Stream.LPIPS_DROPOUT, draw, philox.positions, words)
+    device = philox.positions.device
+    # By way of bytes, since 32 int64 a word would take eight times the memory of the mask.
+    drawn = philox.words(Stream.LPIPS_DROPOUT, (words,), draw)
+    octets = ((drawn[..., None] >> torch.arange(0, 32, 8, device=device)) & 0xFF).to(torch.uint8)
+    keep = (octets[..., None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
+    return (2 * keep).flatten(1)
 
 
 def load_lpips(config: PerceptualConfig) -> LPIPS:
@@ -250,7 +273,7 @@ def _block(vgg: dict[str, Tensor], layer: int) -> nn.Sequential:
     modules: list[nn.Module] = [nn.MaxPool2d(2)] if layer > 0 else []
     for index, inputs, outputs in _BLOCKS[layer]:
         # On "meta", so that no start values are drawn for weights that are replaced at once.
-        conv = nn.Conv2d(inputs, outputs, 3, padding=1, device="meta")
+        conv = Convolution(inputs, outputs, 3, padding=1, device="meta")
         conv.weight = _frozen(vgg[f"features.{index}.weight"], torch.channels_last)
         conv.bias = _frozen(vgg[f"features.{index}.bias"])
         # In place: no backward reads the convolution's output, only the ReLU's.
@@ -262,21 +285,6 @@ def _frozen(weight: Tensor, memory_format: torch.memory_format = torch.contiguou
     # A copy, since the tensor may be a view of a mapped file.
     copy = weight.detach().to(torch.float32, copy=True).contiguous(memory_format=memory_format)
     return nn.Parameter(copy, requires_grad=False)
-
-
-def _tap_distance(x: Tensor, y: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
-    """One term of the sum over l: x, y [B, C, H, W], weight [C, 1, 1] -> [B]."""
-    difference = (_unit(x) - _unit(y)).square()
-    if mask is not None:
-        difference = difference * mask
-    return (difference * weight).sum(dim=1).mean(dim=(1, 2))
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Each pixel's channels divided by their norm, in float32 at least."""
-    x = _wide(x)
-    # vector_norm takes 0 as its gradient where all channels are 0; that of sqrt(sum(x^2)) would be NaN.
-    return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + _NORM_EPS)
 
 
 def _wide(x: Tensor) -> Tensor:

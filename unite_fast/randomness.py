@@ -15,6 +15,7 @@ Torch has no unsigned 32-bit arithmetic on every device, so words travel as int6
 
 import enum
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -90,34 +91,22 @@ class Philox:
     step: int
     positions: Tensor
 
-    def words(self, stream: Stream, shape: tuple[int, ...], draw: int = 0) -> Tensor:
-        """Raw 32-bit words, int64 [b, *shape]. `draw` tells apart repeated draws of one stream (below 2**16).
+    def words(self, stream: Stream, shape: tuple[int, ...] = (), draw: int | range = 0) -> Tensor:
+        """Raw 32-bit words, int64 [b, *shape]. `draw` tells apart repeated draws of one stream (below 2**16); a range of
+        draws, in steps of one, comes as [draws, b, *shape], by one launch on a CUDA device.
 
-        The C++ body, where it was built, gives the same words on a CPU.
+        The C++ body, where it was built, gives the same words on a CPU, and the Triton body on a CUDA device.
         """
-        keys, elements = self._keys(stream, draw), math.prod(shape)
-        b = self.positions.shape[0]
-        if self.positions.device.type == "cpu" and native.available():
-            return native.philox_words(*keys, self.positions, elements).reshape(b, *shape)
-        blocks = -(-elements // 4)
-        counter = self.positions.new_empty(b, blocks, 4)
-        counter[..., 0] = torch.arange(blocks, device=self.positions.device)
-        counter[..., 1] = self.positions[:, None]
-        counter[..., 2] = self.step
-        counter[..., 3] = (int(stream) << 16) + draw
-        words = philox4x32(counter, (self.seed & _MASK, self.seed >> 32))
-        return words.reshape(b, blocks * 4)[:, :elements].reshape(b, *shape)
+        return self._draw(stream, shape, draw, "philox_words", self._words)
 
-    def uniform(self, stream: Stream, shape: tuple[int, ...] = (), draw: int = 0) -> Tensor:
-        """U(0, 1), both ends excluded, float32 [b, *shape]: the 23 high bits of a word, at the middle of their cell.
-
-        23 and not 24: the middle of the last of 2**24 cells would round to 1.
+    def uniform(self, stream: Stream, shape: tuple[int, ...] = (), draw: int | range = 0) -> Tensor:
+        """U(0, 1), both ends excluded, float32 [b, *shape] or [draws, b, *shape]: the 23 high bits of a word, at the
+        middle of their cell. 23 and not 24: the middle of the last of 2**24 cells would round to 1.
         """
-        words = self.words(stream, shape, draw)
-        return ((words >> 9).float() + 0.5) * 2.0**-23
+        return self._draw(stream, shape, draw, "philox_uniforms", self._uniforms)
 
-    def normal(self, stream: Stream, shape: tuple[int, ...] = (), draw: int = 0) -> Tensor:
-        """N(0, 1), float32 [b, *shape], by Box and Muller (1958).
+    def normal(self, stream: Stream, shape: tuple[int, ...] = (), draw: int | range = 0) -> Tensor:
+        """N(0, 1), float32 [b, *shape] or [draws, b, *shape], by Box and Muller (1958).
 
         Words 0 and 1 of a block give its normals 0 and 1, words 2 and 3 its normals 2 and 3. The functions are taken in
         float64 and rounded once, so every other body can be held to this one by units in the last place.
@@ -126,23 +115,66 @@ class Philox:
         functions differ from PyTorch's by a unit or two of the last place, which survives the rounding to float32 about
         once in 10^8 normals, as one unit there. 10^7 normals of C++ were all equal to PyTorch's; that is no proof.
         """
-        keys, elements = self._keys(stream, draw), math.prod(shape)
-        device, body = self.positions.device.type, backend.body_on(self.positions.device)
-        if device == "cpu" and body == "native":
-            normals = native.philox_normals(*keys, self.positions, elements)
-        elif device == "cuda" and body == "triton":
-            from unite_fast.kernels.triton_bodies.noise_injection import philox_normals
+        return self._draw(stream, shape, draw, "philox_normals", self._normals)
 
-            normals = philox_normals(*keys, self.positions, elements)
+    def _draw(
+        self,
+        stream: Stream,
+        shape: tuple[int, ...],
+        draw: int | range,
+        name: str,
+        one: Callable[[Stream, int, int], Tensor],
+    ) -> Tensor:
+        """One draw or a range of them, by the function `name` of the Triton bodies or by `one` after the other."""
+        draws = draw if isinstance(draw, range) else range(draw, draw + 1)
+        self._check(draws)
+        elements = math.prod(shape)
+        if self.on_triton:
+            from unite_fast.kernels.triton_bodies import philox
+
+            numbers = getattr(philox, name)(self.seed, self.step, int(stream), draws, self.positions, elements)
+        elif isinstance(draw, range):
+            numbers = torch.stack([one(stream, elements, draw) for draw in draws])
         else:
-            words = self.words(stream, (-(-elements // 4) * 2, 2), draw)
-            normals = box_muller(words).flatten(1)[:, :elements]
-        return normals.reshape(len(self.positions), *shape)
+            numbers = one(stream, elements, draw).unsqueeze(0)
+        numbers = numbers.reshape(len(draws), len(self.positions), *shape)
+        return numbers if isinstance(draw, range) else numbers[0]
 
-    def _keys(self, stream: Stream, draw: int) -> tuple[int, int, int, int]:
-        if not (0 <= self.seed < 2**64 and 0 <= self.step < 2**32 and 0 <= draw < 2**16):
-            raise ValueError(f"Philox: seed {self.seed}, step {self.step} or draw {draw} is out of range")
-        return self.seed, self.step, int(stream), draw
+    @property
+    def on_triton(self) -> bool:
+        """Whether the Triton bodies draw."""
+        device = self.positions.device
+        home = device.type == "cuda" or backend.interpreted()
+        return home and backend.body_on(device) == "triton"
+
+    def _words(self, stream: Stream, elements: int, draw: int) -> Tensor:
+        """int64 [b, elements]."""
+        b = len(self.positions)
+        if self.positions.device.type == "cpu" and native.available():
+            return native.philox_words(self.seed, self.step, int(stream), draw, self.positions, elements)
+        blocks = -(-elements // 4)
+        counter = self.positions.new_empty(b, blocks, 4)
+        counter[..., 0] = torch.arange(blocks, device=self.positions.device)
+        counter[..., 1] = self.positions[:, None]
+        counter[..., 2] = self.step
+        counter[..., 3] = (int(stream) << 16) + draw
+        words = philox4x32(counter, (self.seed & _MASK, self.seed >> 32))
+        return words.reshape(b, blocks * 4)[:, :elements]
+
+    def _uniforms(self, stream: Stream, elements: int, draw: int) -> Tensor:
+        return ((self._words(stream, elements, draw) >> 9).float() + 0.5) * 2.0**-23
+
+    def _normals(self, stream: Stream, elements: int, draw: int) -> Tensor:
+        if self.positions.device.type == "cpu" and backend.body_on(self.positions.device) == "native":
+            return native.philox_normals(self.seed, self.step, int(stream), draw, self.positions, elements)
+        words = self._words(stream, -(-elements // 4) * 4, draw)
+        return box_muller(words.unflatten(1, (-1, 2))).flatten(1)[:, :elements]
+
+    def _check(self, draws: range) -> None:
+        if not (0 <= self.seed < 2**64 and 0 <= self.step < 2**32):
+            raise ValueError(f"Philox: seed {self.seed} or step {self.step} is out of range")
+        if draws.step != 1 or not 0 <= draws.start < draws.stop <= 2**16:
+            raise ValueError(f"Philox: draws must be some of 0 to 65535, in steps of one, got {draws}")
 
 
 def box_muller(words: Tensor) -> Tensor:

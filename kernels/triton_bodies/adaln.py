@@ -6,7 +6,8 @@
 
 A program takes `TOKENS` tokens of one sample, one after another, and holds the vectors of the sample in registers
 meanwhile. All arithmetic is float32. The gradients of the vectors are one partial sum a program, added up in a fixed
-order afterwards. The gradients of weight and scale need one and the same sum, that of d_h times the normalised x_out.
+order afterwards: by one kernel over the programs of each sample, by another over the samples. The gradients of weight
+and scale need one and the same sum, that of d_h times the normalised x_out.
 """
 
 import torch
@@ -14,11 +15,14 @@ import triton
 import triton.language as tl
 
 from unite_fast.kernels import layout
+from unite_fast.kernels.triton_bodies.sums import sum_rows
 
 TOKENS = 16
 """Of a program: the partial sums then cost half a byte for each token and channel, written and read."""
 LANES_EACH = 8
 """Elements of a row that a thread takes: one access of 16 bytes of bfloat16, two of float32."""
+SUM_ROWS, SUM_LANES = 16, 64
+"""Of a tile of partial sums: 8 numbers a thread; 544 tokens have 34 rows."""
 
 
 @triton.jit
@@ -103,10 +107,12 @@ def _adaln_bwd_kernel(
     gate,
     norm_weight,
     weight,
+    shift,
     scale,
     inverse,
     d_x,
     d_branch,
+    h,
     partial,
     d_x_out_stride_b,
     d_x_out_stride_t,
@@ -117,6 +123,7 @@ def _adaln_bwd_kernel(
     branch_stride_b,
     branch_stride_t,
     gate_stride,
+    shift_stride,
     scale_stride,
     T,
     D: tl.constexpr,
@@ -129,6 +136,8 @@ def _adaln_bwd_kernel(
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     b_factor = _vector(weight, o_d, m_d) * (1 + _vector(scale + i_b * scale_stride * UNIT, o_d, m_d))
+    if h is not None:
+        b_shift = _vector(shift + i_b * shift_stride * UNIT, o_d, m_d)
     b_d_shift = tl.zeros((BD,), tl.float32)
     b_d_factor = tl.zeros((BD,), tl.float32)
     if branch is not None:
@@ -143,6 +152,9 @@ def _adaln_bwd_kernel(
         p_inverse = inverse + i_row
         if branch is not None:
             b_branch = _vector(branch + (i_b * branch_stride_b + i_t * branch_stride_t) * UNIT, o_d, m_d)
+            # Before the first sum over the row: all loads wait for memory together.
+            b_d_x_out = _vector(d_x_out + (i_b * d_x_out_stride_b + i_t * d_x_out_stride_t) * UNIT, o_d, m_d)
+        b_d_h = _vector(d_h + (i_b * d_h_stride_b + i_t * d_h_stride_t) * UNIT, o_d, m_d)
         if norm_weight is not None:
             # Kept were x and branch; y, normalised, and x_out follow from them.
             b_norm_r = tl.load(p_inverse)
@@ -151,12 +163,13 @@ def _adaln_bwd_kernel(
             b_x = (b_y * b_norm_weight).to(x.dtype.element_ty).to(tl.float32)
         b_r = tl.load(p_inverse)
         b_n = b_x * b_r
-        b_d_h = _vector(d_h + (i_b * d_h_stride_b + i_t * d_h_stride_t) * UNIT, o_d, m_d)
+        if h is not None:
+            tl.store(h + i_row * D + o_d, (b_n * b_factor + b_shift).to(h.dtype.element_ty), mask=m_d)
         b_d_shift += b_d_h
         b_d_factor += b_d_h * b_n
         b_d_x = _norm_back(b_d_h * b_factor, b_n, b_r, D)
         if branch is not None:
-            b_d_x += _vector(d_x_out + (i_b * d_x_out_stride_b + i_t * d_x_out_stride_t) * UNIT, o_d, m_d)
+            b_d_x += b_d_x_out
             if norm_weight is not None:
                 b_d_norm_weight += b_d_x * b_y
                 b_d_x = _norm_back(b_d_x * b_norm_weight, b_y, b_norm_r, D)
@@ -171,6 +184,54 @@ def _adaln_bwd_kernel(
         tl.store(p_partial + 2 * next_sum, b_d_gate, mask=m_d)
     if norm_weight is not None:
         tl.store(p_partial + 3 * next_sum, b_d_norm_weight, mask=m_d)
+
+
+@triton.jit
+def _adaln_sums_kernel(
+    partial,
+    weight,
+    scale,
+    d_shift,
+    d_scale,
+    d_gate,
+    over_samples,
+    scale_stride,
+    chunks,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """Sums of one sample's programs: its vectors' gradients, and what it adds to those of the weights."""
+    i_b, samples = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    o_d = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    m_d = o_d < D
+    next_sum = samples * chunks * D
+    b_d_shift = tl.zeros((ROWS, LANES), tl.float32)
+    b_d_factor = tl.zeros((ROWS, LANES), tl.float32)
+    b_d_gate = tl.zeros((ROWS, LANES), tl.float32)
+    b_d_norm = tl.zeros((ROWS, LANES), tl.float32)
+    for i_row in range(0, chunks, ROWS):
+        o_row = i_row + tl.arange(0, ROWS)
+        m = (o_row < chunks)[:, None] & m_d[None, :]
+        p_partial = partial + (i_b * chunks + o_row)[:, None] * D + o_d[None, :]
+        b_d_shift += tl.load(p_partial, mask=m, other=0.0)
+        b_d_factor += tl.load(p_partial + next_sum, mask=m, other=0.0)
+        if d_gate is not None:
+            b_d_gate += tl.load(p_partial + 2 * next_sum, mask=m, other=0.0)
+        if NORM:
+            b_d_norm += tl.load(p_partial + 3 * next_sum, mask=m, other=0.0)
+    o = i_b * D + o_d
+    b_factor = tl.sum(b_d_factor, axis=0)
+    b_d_scale = b_factor * tl.load(weight + o_d, mask=m_d, other=0.0)
+    b_scale = tl.load(scale + i_b * scale_stride + o_d, mask=m_d, other=0.0).to(tl.float32)
+    tl.store(d_shift + o, tl.sum(b_d_shift, axis=0).to(d_shift.dtype.element_ty), mask=m_d)
+    tl.store(d_scale + o, b_d_scale.to(d_scale.dtype.element_ty), mask=m_d)
+    tl.store(over_samples + o, b_factor * (1 + b_scale), mask=m_d)
+    if d_gate is not None:
+        tl.store(d_gate + o, tl.sum(b_d_gate, axis=0).to(d_gate.dtype.element_ty), mask=m_d)
+    if NORM:
+        tl.store(over_samples + samples * D + o, tl.sum(b_d_norm, axis=0), mask=m_d)
 
 
 def _launch(kernel, x, tensors, arguments, strides) -> None:
@@ -204,27 +265,37 @@ def _forward(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype)
     return x_out, h, inverse
 
 
-def _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, inverse):
-    """Gradients of x, branch, gate, norm_weight, weight, shift and scale; None where there is no such input."""
+def _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, inverse, shift=None):
+    """Gradients of x, branch, gate, norm_weight, weight, shift and scale, None where there is no such input; and h in
+    d_h's type where shift is given."""
     (b, t, d), x = x.shape, layout.dense(x)
     d_x, d_branch = layout.room(x), None if branch is None else layout.room_typed(branch)
+    h = None if shift is None else layout.room(d_h)
     d_h = layout.gradient(d_h, x.shape, x)
     if branch is not None:
         d_x_out = layout.gradient(d_x_out, x.shape, x)
-    own = norm_weight, weight, branch, gate, scale
+    own = norm_weight, weight, branch, gate, shift, scale
     sums = 2 + (branch is not None) + (norm_weight is not None)
     partial = x.new_empty((sums, b, triton.cdiv(t, TOKENS), d), dtype=torch.float32)
-    norm_weight, weight, branch, gate, scale = map(_vectors, own)
+    norm_weight, weight, branch, gate, shift, scale = map(_vectors, own)
     if d_x.numel():
-        strides = *_two(d_x_out), *_two(d_h), *_two(x), *_two(branch), _one(gate), _one(scale)
-        tensors = d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, inverse, d_x, d_branch, partial
+        strides = *_two(d_x_out), *_two(d_h), *_two(x), *_two(branch), _one(gate), _one(shift), _one(scale)
+        inputs = d_x_out, d_h, x, branch, gate, norm_weight, weight, shift, scale, inverse
+        tensors = *inputs, d_x, d_branch, h, partial
         _launch(_adaln_bwd_kernel, x, tensors, (), strides)
-    d_shift, d_factor, *others = (part.sum(1) for part in partial)
-    d_weight = (d_factor * (1 + scale.float())).sum(0)
-    d_gate = others[0].to(gate.dtype) if others else None
-    d_norm_weight = others[1].sum(0) if len(others) > 1 else None
-    d_scale = d_factor * weight
-    return d_x, d_branch, d_gate, d_norm_weight, d_weight, d_shift.to(scale.dtype), d_scale.to(scale.dtype)
+    d_shift, d_scale, d_gate = (None if v is None else layout.room(v) for v in (scale, scale, gate))
+    over_samples = x.new_empty((1 + (norm_weight is not None), b, d), dtype=torch.float32)
+    if d_shift.numel():
+        _adaln_sums_kernel[(b, triton.cdiv(d, SUM_LANES))](
+            *(partial, weight, scale, d_shift, d_scale, d_gate, over_samples),
+            *(scale.stride(0), partial.shape[2]),
+            D=d,
+            ROWS=SUM_ROWS,
+            LANES=SUM_LANES,
+            NORM=norm_weight is not None,
+        )
+    d_weight, *d_norm_weight = sum_rows(over_samples)
+    return d_x, d_branch, d_gate, d_norm_weight[0] if d_norm_weight else None, d_weight, d_shift, d_scale, h
 
 
 def _vectors(x):
@@ -247,7 +318,7 @@ def adaln_modulate_forward(x, weight, shift, scale, eps, out_dtype):
 
 def adaln_modulate_backward(d_out, x, weight, scale, inverse):
     """-> gradients of x, weight, shift and scale."""
-    d_x, _, _, _, *others = _backward(None, d_out, x, None, None, None, weight, scale, inverse)
+    d_x, _, _, _, *others, _ = _backward(None, d_out, x, None, None, None, weight, scale, inverse)
     return d_x, *others
 
 
@@ -258,7 +329,14 @@ def gated_residual_adaln_forward(x, branch, gate, weight, shift, scale, eps, out
 
 def gated_residual_adaln_backward(d_x_out, d_h, x_out, branch, gate, weight, scale, inverse):
     """-> gradients of x, branch, gate, weight, shift and scale."""
-    d_x, d_branch, d_gate, _, *others = _backward(d_x_out, d_h, x_out, branch, gate, None, weight, scale, inverse)
+    return gated_residual_adaln_backward_again(d_x_out, d_h, x_out, branch, gate, weight, None, scale, inverse)[:-1]
+
+
+def gated_residual_adaln_backward_again(d_x_out, d_h, x_out, branch, gate, weight, shift, scale, inverse):
+    """As gated_residual_adaln_backward, and h once more in d_h's type, made by the same kernel -> gradients of x, branch,
+    gate, weight, shift and scale, and h."""
+    found = _backward(d_x_out, d_h, x_out, branch, gate, None, weight, scale, inverse, shift)
+    d_x, d_branch, d_gate, _, *others = found
     return d_x, d_branch, d_gate, *others
 
 
@@ -269,4 +347,4 @@ def gated_residual_norm_adaln_forward(x, branch, gate, norm_weight, weight, shif
 
 def gated_residual_norm_adaln_backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, inverses):
     """-> gradients of x, branch, gate, norm_weight, weight, shift and scale."""
-    return _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, inverses)
+    return _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, inverses)[:-1]

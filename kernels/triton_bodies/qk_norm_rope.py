@@ -1,4 +1,5 @@
-"""qk_norm_rope on CUDA: per-head RMSNorm and rotation of q and k, and v copied, from packed qkv to [B, H, T, K].
+"""qk_norm_rope on CUDA: per-head RMSNorm and rotation of q and k, and v copied, from packed qkv to [B, H, T, K] in the
+order [B, T, H, K].
 
 A program is one warp and takes a few tokens of one sample, one head after another: their cos and sin stay in its
 registers meanwhile, and no thread waits for another warp. A head dimension that is no power of two is filled up with
@@ -88,7 +89,7 @@ def _qk_norm_rope_fwd_kernel(
         b_q = tl.load(p_x + i_h * K, mask=m, other=0.0).to(tl.float32)
         b_k = tl.load(p_x + (H + i_h) * K, mask=m, other=0.0).to(tl.float32)
         b_v = tl.load(p_x + (2 * H + i_h) * K, mask=m, other=0.0)
-        o_out = ((i_b * H + i_h) * T + o_t)[:, None] * K + o_k[None, :]
+        o_out = ((i_b * T + o_t) * H + i_h)[:, None] * K + o_k[None, :]
         p_inverse = inverse + (i_b * T + o_t) * (2 * H) + i_h
         b_q = _norm_rotate(b_q, b_q_weight, p_inverse, b_cos, b_sin, m_t, eps, K, BT, BK)
         b_k = _norm_rotate(b_k, b_k_weight, p_inverse + H, b_cos, b_sin, m_t, eps, K, BT, BK)
@@ -189,7 +190,7 @@ def qk_norm_rope_forward(qkv, q_weight, k_weight, cos, sin, heads, eps):
     inverse RMS [B, T, 2, H] float32, left unwritten without weights."""
     b, t, packed = qkv.shape
     sizes = _sizes(heads, packed // (3 * heads))
-    q, k, v = (qkv.new_empty((b, heads, t, sizes["K"])) for _ in range(3))
+    q, k, v = (qkv.new_empty((b, t, heads, sizes["K"])).transpose(1, 2) for _ in range(3))
     inverse = qkv.new_empty((b, t, 2, heads), dtype=torch.float32)
     if q.numel():
         qkv = layout.dense(qkv)
@@ -217,7 +218,7 @@ def qk_norm_rope_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, inve
         _qk_norm_rope_bwd_kernel[(programs,)](
             *incoming, qkv, *weights_and_angles, inverse, d_qkv, partial, *strides, t, **sizes, UNIT=unit, num_warps=1
         )
-    return d_qkv, partial[0].sum(0), partial[1].sum(0)
+    return d_qkv, *partial.sum(1)
 
 
 def _sizes(heads: int, head_dim: int) -> dict[str, int]:

@@ -32,7 +32,7 @@ def _swiglu_fwd_kernel(uw, out, elements, M: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_bwd_kernel(d_out, uw, d_uw, elements, M: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu_bwd_kernel(d_out, uw, d_uw, out, elements, M: tl.constexpr, BLOCK: tl.constexpr):
     o = _element(BLOCK)
     m = o < elements
     o_u = o // M * (2 * M) + o % M
@@ -44,6 +44,9 @@ def _swiglu_bwd_kernel(d_out, uw, d_uw, elements, M: tl.constexpr, BLOCK: tl.con
     b_d_w = b_g * b_u * b_gate
     tl.store(d_uw + o_u, b_d_u.to(d_uw.dtype.element_ty), mask=m)
     tl.store(d_uw + o_u + M, b_d_w.to(d_uw.dtype.element_ty), mask=m)
+    if out is not None:
+        b_out = b_u / (1.0 + tl.exp(-b_u)) * b_w
+        tl.store(out + o, b_out.to(out.dtype.element_ty), mask=m)
 
 
 def swiglu_forward(uw: Tensor) -> tuple[Tensor]:
@@ -57,11 +60,21 @@ def swiglu_forward(uw: Tensor) -> tuple[Tensor]:
 
 def swiglu_backward(d_out: Tensor, uw: Tensor) -> tuple[Tensor]:
     """d_out [..., M], uw [..., 2 M] -> (d_uw like uw,)."""
+    return (_backward(d_out, uw, None),)
+
+
+def swiglu_backward_again(d_out: Tensor, uw: Tensor) -> tuple[Tensor, Tensor]:
+    """As swiglu_backward, and the result of the forward pass, made by the same kernel -> d_uw, out."""
+    out = uw.new_empty(d_out.shape)
+    return _backward(d_out, uw, out), out
+
+
+def _backward(d_out: Tensor, uw: Tensor, out: Tensor | None) -> Tensor:
     d_uw = layout.room(uw)
     if d_out.numel():
-        inputs = d_out.contiguous(), uw.contiguous(), d_uw
-        _swiglu_bwd_kernel[_grid(d_out)](*inputs, d_out.numel(), M=d_out.shape[-1], BLOCK=BLOCK)
-    return (d_uw,)
+        tensors = d_out.contiguous(), uw.contiguous(), d_uw, out
+        _swiglu_bwd_kernel[_grid(d_out)](*tensors, d_out.numel(), M=d_out.shape[-1], BLOCK=BLOCK)
+    return d_uw
 
 
 def _grid(out: Tensor) -> tuple[int]:

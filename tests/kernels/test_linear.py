@@ -14,8 +14,6 @@ from unite_fast.kernels.attention import attention_ref
 from unite_fast.kernels.gated_residual_adaln import gated_residual_adaln_ref
 from unite_fast.kernels.swiglu import swiglu_ref
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
-
 B, T, D, N, HEADS = 3, 70, 24, 20, 2
 
 
@@ -35,6 +33,17 @@ def layer_norm_ref(x, norm_weight, norm_bias, weight, bias):
 
 def layer_norm_ours(x, norm_weight, norm_bias, weight, bias):
     return kernels.layer_norm_linear(x, norm_weight, norm_bias, weight, bias, 1e-12)
+
+
+def residual_norm_ref(x, branch, norm_weight, norm_bias, weight, bias):
+    dtype = torch.float64 if x.dtype == torch.float64 else branch.dtype
+    x = x + branch
+    h = F.layer_norm(x, (D,), norm_weight, norm_bias, 1e-12)
+    return x, F.linear(h.to(dtype), weight.to(dtype), bias.to(dtype))
+
+
+def residual_norm_ours(*tensors):
+    return kernels.residual_layer_norm_linear(*tensors, 1e-12)
 
 
 def attend(body, wanted):
@@ -62,6 +71,12 @@ CASES = {
     "gelu_linear": Case(kernels.gelu_linear, plain(F.gelu), {"x": (B, T, D), **WEIGHTS}, 3),
     "layer_norm_linear": Case(
         layer_norm_ours, layer_norm_ref, {"x": (B, T, D), "norm_weight": (D,), "norm_bias": (D,), **WEIGHTS}, 3
+    ),
+    "residual_layer_norm_linear": Case(
+        residual_norm_ours,
+        residual_norm_ref,
+        {"x": (B, T, D), "branch": (B, T, D), "norm_weight": (D,), "norm_bias": (D,), **WEIGHTS},
+        4,
     ),
     "gated_residual_adaln_linear": Case(
         kernels.gated_residual_adaln_linear,
@@ -95,14 +110,23 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def forced():
-    with backend.using("native"):
-        yield
+@pytest.fixture(autouse=True, params=["native", "triton"])
+def body(request):
+    if missing := backend.why_missing(request.param):
+        pytest.skip(missing)
+    if request.param == "triton" and not backend.interpreted():
+        pytest.skip("these tests' tensors are on the CPU")
+    with backend.using(request.param):
+        yield request.param
+
+
+native_only = pytest.mark.parametrize("body", ["native"], indirect=True)
 
 
 @pytest.fixture(params=CASES)
-def case(request):
+def case(request, body):
+    if body == "triton" and request.param.startswith("attention"):
+        pytest.skip("on a GPU, attention is PyTorch's own")
     return CASES[request.param]
 
 
@@ -156,6 +180,7 @@ def test_float32_products_of_rounded_numbers_are_bfloat16_products(draw):
     assert ((got.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6).all()
 
 
+@native_only
 @pytest.mark.skipif(torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has bfloat16 instructions")
 def test_under_autocast_products_stay_in_float32(draw, monkeypatch):
     """Autocast, which is on around a forward pass, would take them in bfloat16 again: ten times slower."""
@@ -186,11 +211,12 @@ def flat(name, tensors):
         angle = torch.linspace(0, 3, T * D // HEADS // 2).view(T, -1)
         own = [*tensors, angle.cos(), angle.sin()] if len(tensors) == 3 else [*tensors, None, None, None, None]
         return *own, HEADS, *((5, 68) if name == "attention of some" else (0, T))
-    if name == "layer_norm_linear":
+    if name.endswith("layer_norm_linear"):
         return *tensors, 1e-12, torch.float32
     return (*tensors, torch.float32) if name == "gated_residual_adaln_linear" else tuple(tensors)
 
 
+@native_only
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name, inputs):
     op = fused(name)
@@ -203,6 +229,7 @@ def test_opcheck(name, inputs):
     torch.library.opcheck(op.backward_op, (*incoming, *saved))
 
 
+@native_only  # the Triton bodies in a graph: tests/kernels/test_casts.py
 def test_compiled_in_one_graph_and_under_checkpoint(case, inputs):
     torch._dynamo.reset()
     given = inputs(case, torch.bfloat16)

@@ -16,14 +16,16 @@ if INTERPRETED:
     import triton
     import triton.language as tl
 
-    from unite_fast.kernels.triton_bodies.noise_injection import _as_int32, _pair, _words, philox_normals
+    from unite_fast.kernels.triton_bodies import philox as triton_philox
+
+    triton_words, triton_box_muller = triton_philox.words, triton_philox.box_muller
 
     # These show what the functions within the kernels give.
 
     @triton.jit
     def words_kernel(out, position, step, tag, seed_low, seed_high, COUNT: tl.constexpr):
         o = tl.arange(0, COUNT)
-        b_w0, b_w1, b_w2, b_w3 = _words(o, position, step, tag, seed_low, seed_high)
+        b_w0, b_w1, b_w2, b_w3 = triton_words(o, position, step, tag, seed_low, seed_high)
         tl.store(out + 4 * o, b_w0.to(tl.int64))
         tl.store(out + 4 * o + 1, b_w1.to(tl.int64))
         tl.store(out + 4 * o + 2, b_w2.to(tl.int64))
@@ -32,7 +34,7 @@ if INTERPRETED:
     @triton.jit
     def pair_kernel(words, out, COUNT: tl.constexpr):
         o = tl.arange(0, COUNT)
-        b_first, b_second = _pair(tl.load(words + 2 * o).to(tl.uint32), tl.load(words + 2 * o + 1).to(tl.uint32))
+        b_first, b_second = triton_box_muller(tl.load(words + 2 * o).to(tl.uint32), tl.load(words + 2 * o + 1).to(tl.uint32))
         tl.store(out + 2 * o, b_first)
         tl.store(out + 2 * o + 1, b_second)
 
@@ -324,7 +326,7 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter i
 @pytest.mark.parametrize("key", [(0, 0), (WORD, 2**31)])
 def test_triton_words_bit_by_bit(counter, key):
     got = torch.empty(1024, 4, dtype=torch.int64)
-    words_kernel[(1,)](got, *_as_int32(*counter, *key), COUNT=1024)
+    words_kernel[(1,)](got, *triton_philox.as_int32(*counter, *key), COUNT=1024)
     blocks = torch.tensor([[block, *counter] for block in range(1024)])
     assert torch.equal(got, philox4x32(blocks, key))
 
@@ -341,7 +343,7 @@ def test_triton_normals_of_extreme_words():
 @interpreted
 def test_triton_normals_to_the_last_places():
     philox = keys(4)
-    got = philox_normals(philox.seed, philox.step, int(STREAM), 7, philox.positions, 4001)
+    got = triton_philox.philox_normals(philox.seed, philox.step, int(STREAM), range(7, 8), philox.positions, 4001)[0]
     assert got.dtype == torch.float32
     assert units_apart(got, reference_normals(philox, 4001, 7)) <= UNITS
 

@@ -24,16 +24,20 @@ class DecoderLayer(nn.Module):
         self.fc1 = nn.Linear(width, mlp_width)
         self.fc2 = nn.Linear(mlp_width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, T, D] -> [B, T, D]."""
-        qkv = layer_norm_linear(x, self.norm1, self.qkv)
-        x = x + self.proj(kernels.attention(qkv, self.heads))
-        hidden = layer_norm_linear(x, self.norm2, self.fc1)
-        return x + kernels.gelu_linear(hidden, self.fc2.weight, self.fc2.bias)
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x and branch [B, T, D]: the residual, and what the layer before has yet to add to it -> the same of this layer.
+        So each addition is one with the norm that follows it."""
+        x, qkv = norm_linear(x, branch, self.norm1, self.qkv)
+        x, hidden = norm_linear(x, self.proj(kernels.attention(qkv, self.heads)), self.norm2, self.fc1)
+        return x, kernels.gelu_linear(hidden, self.fc2.weight, self.fc2.bias)
 
 
-def layer_norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
-    return kernels.layer_norm_linear(x, norm.weight, norm.bias, linear.weight, linear.bias, norm.eps)
+def norm_linear(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    """x + branch, and a Linear of its LayerNorm."""
+    weights = norm.weight, norm.bias, linear.weight, linear.bias, norm.eps
+    if branch is None:
+        return x, kernels.layer_norm_linear(x, *weights)
+    return kernels.residual_layer_norm_linear(x, branch, *weights)
 
 
 class Decoder(nn.Module):
@@ -54,9 +58,10 @@ class Decoder(nn.Module):
         """z [B, N, C] -> image [B, 3, S, S], not clamped."""
         x = self.embed(self.input_proj(z)) + self.positions
         x = torch.cat((self.cls_token.expand(len(x), 1, -1).to(x.dtype), x), dim=1)
+        branch = None
         for layer in self.layers:
-            x = layer(x)
-        patches = self.pred(self.norm(x)[:, 1:])
+            x, branch = layer(x, branch)
+        patches = self.pred(self.norm(x if branch is None else x + branch)[:, 1:])
         return unpatchify(patches, self.side, self.patch_size)
 
     @torch.no_grad()

@@ -4,6 +4,7 @@ Shapes: B batch, N latent tokens, P patches, L in-context tokens, T tokens of a 
 A sequence is [in-context tokens, latent tokens, patch tokens]; the first and last parts may be absent.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -137,13 +138,16 @@ class GenerativeEncoder(nn.Module):
     def modulations(self, condition: Tensor) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, Tensor, Tensor]]]:
         """Every adaLN product of SiLU(c) [B, D]: what each block needs itself (see `Block.forward`), and weight, shift
         and scale of each place that normalises and modulates on the way in: the blocks' norm1 and the final layer."""
+        # One product of all, since each by itself is small: a few hundred rows.
+        linears = [*self.modulation, self.final_layer.modulation]
+        all_of_them = kernels.linears(condition, [m.weight for m in linears], [m.bias for m in linears])
+        vectors = iter(all_of_them.split(condition.shape[-1], dim=-1))
         modulations, entries = [], []
-        for norm1, modulation in zip(self.norm1, self.modulation, strict=True):
-            shift, scale, *own = modulation(condition).chunk(6, dim=-1)
+        for norm1 in self.norm1:
+            shift, scale, *own = itertools.islice(vectors, 6)
             entries.append((norm1.weight, shift, scale))
             modulations.append(tuple(own))
-        shift, scale = self.final_layer.modulation(condition).chunk(2, dim=-1)
-        entries.append((self.final_layer.norm.weight, shift, scale))
+        entries.append((self.final_layer.norm.weight, *vectors))
         return modulations, entries
 
     @torch.no_grad()

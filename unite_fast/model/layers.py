@@ -88,16 +88,35 @@ class SwiGLU(nn.Module):
         x, uw = kernels.gated_residual_adaln_linear(x, branch, gate, norm_weight, shift, scale, fc_in, bias_in)
         return x, kernels.swiglu_linear(uw, fc_out, self.fc_out.bias)
 
+    @property
+    def missing(self) -> int:
+        """What the hidden width lacks to be a multiple of 64."""
+        return -self.fc_out.in_features % 64
+
     def weights(self, padded: bool) -> tuple[Tensor, Tensor, Tensor]:
         """fc_in's weight and bias and fc_out's weight; padded by zeros, which change nothing, to a hidden width that
         is a multiple of 64. Rows of 2730 (widths 1024) are not aligned, and such products are slow on a GPU."""
         fc_in, bias_in, fc_out = self.fc_in.weight, self.fc_in.bias, self.fc_out.weight
-        missing = -fc_out.shape[1] % 64
+        missing = self.missing
         if not padded or not missing:
             return fc_in, bias_in, fc_out
         fc_in = F.pad(fc_in.unflatten(0, (2, -1)), (0, 0, 0, missing)).flatten(0, 1)
         bias_in = F.pad(bias_in.unflatten(0, (2, -1)), (0, missing)).flatten()
         return fc_in, bias_in, F.pad(fc_out, (0, missing))
+
+
+def product_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The weights and biases that `kernels` rounds for products: what `kernels.casts.cast_once` is for. Left out are the
+    time embedding, which stays float32, and SwiGLU's weights where they are padded first on a GPU."""
+    others = set()
+    for module in model.modules():
+        if isinstance(module, TimeEmbedding):
+            others.update(module.children())
+        elif isinstance(module, SwiGLU) and module.fc_out.weight.is_cuda and module.missing:
+            others.add(module.fc_in)
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module not in others]
+    # Weights beside weights: `kernels.linears` takes several as one.
+    return [linear.weight for linear in linears] + [linear.bias for linear in linears]
 
 
 def fill(tensor: Tensor, draw: Callable[..., object], *arguments, **options) -> None:

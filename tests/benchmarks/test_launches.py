@@ -1,0 +1,112 @@
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from unite_fast.kernels import backend
+from unite_fast.recipes import load_config
+
+pytestmark = pytest.mark.skipif(bool(backend.why_missing("triton")), reason=backend.why_missing("triton") or "here")
+
+TARGET = 1600
+"""Kernels of a micro-batch of UNITE-B with LPIPS: at 5 us of host each, what the GPU takes for 10 images. 7,997 before."""
+
+
+@pytest.fixture(scope="module")
+def launches():
+    folder = str(Path(__file__).parents[2] / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        yield importlib.import_module("launches")
+    finally:
+        sys.path.remove(folder)
+        sys.modules.pop("launches", None)
+
+
+@pytest.fixture(scope="module")
+def unite_b(launches):
+    return launches.count(load_config("imagenet256_b"), 64)
+
+
+def test_a_micro_batch_of_unite_b(launches, unite_b):
+    # What the flow's pass adds to the gradients of the first, one kernel a parameter: see kernels/gradients.py.
+    additions = unite_b["micro_batch"]["flow backward"].get("add_", 0)
+    assert additions < 200
+    assert launches.total(unite_b) - additions <= TARGET
+
+
+def test_every_part_was_counted(launches, unite_b):
+    parts = unite_b["micro_batch"]
+    assert list(parts) == list(launches.PARTS)
+    assert all(parts.values())
+    blocks = load_config("imagenet256_b").model.encoder.depth
+    for part in ("tokenizer forward", "flow forward"):
+        assert parts[part]["_swiglu_fwd_kernel"] == parts[part]["_qk_norm_rope_fwd_kernel"] == blocks
+    for part in ("reconstruction backward", "flow backward"):
+        assert parts[part]["_swiglu_bwd_kernel"] == parts[part]["_qk_norm_rope_bwd_kernel"] == blocks
+    assert parts["LPIPS masks"] == {"_dropout_kernel": 5}
+    assert parts["LPIPS forward"]["_tap_distance_fwd_kernel"] == 5
+
+
+def test_draws_are_a_launch_each(unite_b):
+    draws = unite_b["micro_batch"]["draws"]
+    assert (draws["_uniforms_kernel"], draws["_normals_kernel"]) == (4, 2)
+    assert sum(draws.values()) <= 20
+
+
+def test_weights_are_cast_once(unite_b):
+    parts = unite_b["micro_batch"]
+    assert set(parts["casts of weights"]) == {"_foreach_copy_"}
+    assert sum(names.get("_to_copy", 0) for names in parts.values()) < 60
+
+
+def test_more_micro_batches_add_to_gradients(launches):
+    """A recipe without a GPU's sizes; the mean of a step's micro-batches."""
+    config = load_config("digits", ("train.precision=bfloat16",))
+    one, two = (launches.total(launches.count(config, 4, n)) for n in (1, 2))
+    assert one < two < 2 * one
+
+
+def counted(launches, function, *tensors):
+    with launches.Launches() as found:
+        function(*tensors)
+    return {name: number for (_, name), number in found.counts.items()}
+
+
+def test_the_rules(launches):
+    x, image = torch.randn(4, 8), torch.randn(2, 3, 8, 8, requires_grad=True)
+    weight, bias = torch.randn(5, 3, 3, 3, requires_grad=True), torch.randn(5, requires_grad=True)
+    assert counted(launches, lambda x: x.view(8, 4).t().unsqueeze(0), x) == {}
+    assert counted(launches, lambda x: torch.empty_like(x), x) == {}
+    assert counted(launches, lambda x: x.mul(2).add_(1), x) == {"mul": 1, "add_": 1}
+    assert counted(launches, F.conv2d, image, weight, bias) == {"convolution": 2}
+    assert counted(launches, F.conv2d, image, weight) == {"convolution": 1}
+    y = F.conv2d(image, weight, bias)
+    assert counted(launches, y.backward, torch.ones_like(y))["convolution_backward"] == 3
+    many = [torch.zeros(10) for _ in range(61)]
+    assert counted(launches, torch._foreach_add_, many, 1) == {"_foreach_add_": 3}
+    assert counted(launches, torch._foreach_add_, [torch.zeros(2**20)] * 40, 1) == {"_foreach_add_": 2}
+
+
+def test_an_operator_whose_body_did_not_run_is_a_mistake(launches):
+    x = torch.randn(2, 8)
+    with pytest.raises(AssertionError, match="swiglu.default was counted as one"), launches.Launches():
+        torch.ops.unite_fast.swiglu(x)
+
+
+def test_command(launches, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["launches.py", "--recipe", "digits", "--micro-batch", "2", "--json"])
+    assert launches.main() == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["total"] == launches.total(found) > 0
+    assert found["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(sys, "argv", ["launches.py", "--recipe", "digits", "--micro-batch", "2"])
+    assert launches.main() == 0
+    assert "a micro-batch" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["launches.py", "--recipe", "nothing"])
+    assert launches.main() == 2
+    assert "there is no recipe nothing" in capsys.readouterr().err

@@ -1,0 +1,91 @@
+"""The Triton bodies of the draws against PyTorch's and C++'s, bit by bit, in Triton's interpreter or on a GPU."""
+
+import pytest
+import torch
+
+from unite_fast.kernels import backend
+from unite_fast.perceptual import dropout_masks
+from unite_fast.randomness import Philox, Stream
+
+WORD = 2**32 - 1
+UNITS = 2
+"""Of normals, in the last place: float64 functions of another library, rounded to float32."""
+KEYS = [(0, 0), (2**31, 2**31 - 1), (2**32 + 5, 2**31), (2**64 - 1, WORD)]
+"""Seed and step: with and without the high bit of each word."""
+POSITIONS = [0, 5, 2**31 - 1, 2**31, WORD]
+DRAWS = [range(1), range(3), range(2**15 - 1, 2**15 + 1), range(2**16 - 2, 2**16)]
+SHAPES = [(), (3,), (4,), (5, 7), (2, 513), (1024,), (1, 1031)]
+"""A part of a block, whole ones, more than a program takes; the last has an odd rest."""
+
+
+@pytest.fixture(autouse=True)
+def triton():
+    if missing := backend.why_missing("triton"):
+        pytest.skip(missing)
+
+
+@pytest.fixture
+def device():
+    return "cpu" if backend.interpreted() else "cuda"
+
+
+def drawn(body, philox, kind, *arguments):
+    with backend.using(body):
+        assert philox.on_triton == (body == "triton")
+        return getattr(philox, kind)(*arguments).cpu()
+
+
+@pytest.mark.parametrize("kind", ["words", "uniform", "normal"])
+@pytest.mark.parametrize(("seed", "step"), KEYS)
+def test_bits(kind, seed, step, device):
+    philox = Philox(seed, step, torch.tensor(POSITIONS, device=device))
+    for stream, shape, draws in [
+        *((Stream.FLOW_TIME, shape, range(1)) for shape in SHAPES),
+        *((Stream.LABEL_DROP, (3,), draws) for draws in DRAWS),
+        (Stream.EPOCH_ORDER, (2, 5), 2**16 - 1),
+    ]:
+        got = drawn("triton", philox, kind, stream, shape, draws)
+        for body in ("reference", "auto") if device == "cpu" else ("reference",):
+            want = drawn(body, philox, kind, stream, shape, draws)
+            assert got.dtype == want.dtype
+            assert got.shape == want.shape
+            if kind == "normal":
+                apart = (got.double() - want.double()).abs() / torch.finfo(torch.float32).eps / want.double().abs()
+                assert apart.max() <= UNITS
+            else:
+                assert torch.equal(got, want)
+
+
+def test_many_samples_and_programs(device):
+    """Blocks are numbered through all samples: programs begin and end within one."""
+    philox = Philox(2**40 + 9, 3, 7 * torch.arange(700, device=device))
+    for shape in ((), (6,)):
+        want = drawn("reference", philox, "uniform", Stream.RECON_TIME, shape, range(2))
+        assert torch.equal(drawn("triton", philox, "uniform", Stream.RECON_TIME, shape, range(2)), want)
+
+
+def test_strided_positions(device):
+    philox = Philox(1, 2, torch.arange(10, device=device)[::3])
+    want = drawn("reference", philox, "words", Stream.FLIP, (5,))
+    assert torch.equal(drawn("triton", philox, "words", Stream.FLIP, (5,)), want)
+
+
+def test_nothing_to_draw(device):
+    for positions, shape in ((torch.arange(0), (3,)), (torch.arange(2), (0,))):
+        got = drawn("triton", Philox(0, 0, positions.to(device)), "uniform", Stream.FLIP, shape)
+        assert got.shape == (len(positions), *shape)
+
+
+@pytest.mark.parametrize("shapes", [[(64, 9, 7), (32, 1, 1), (96, 3, 5)], [(64, 33, 17), (512, 2, 2)]])
+@pytest.mark.parametrize(("seed", "step"), KEYS[1:3])
+def test_dropout_masks(shapes, seed, step, device):
+    philox = Philox(seed, step, torch.tensor(POSITIONS, device=device))
+    masks = {}
+    for body in ("reference", "triton"):
+        with backend.using(body):
+            masks[body] = dropout_masks(philox, shapes)
+    for (c, h, w), ours, want in zip(shapes, masks["triton"], masks["reference"], strict=True):
+        assert ours.shape == (len(POSITIONS), c, h, w)
+        assert ours.dtype == torch.uint8
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(ours, want)

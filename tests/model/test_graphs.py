@@ -1,0 +1,77 @@
+"""With kernels=auto and bfloat16 autocast, torch.compile takes a block, a decoder layer or LPIPS as one graph.
+
+CUDA graphs need no GPU: Dynamo traces tensors without memory. It needs a torch that was built for CUDA, though.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from unite_fast.kernels import backend
+from unite_fast.model.decoder import DecoderLayer
+from unite_fast.model.generative_encoder import Block
+from unite_fast.perceptual import LINEAR_SHAPES, LPIPS, VGG_SHAPES
+
+B, T, D, HEADS, SIDE = 2, 24, 64, 4, 32
+
+on_cuda = pytest.param(
+    "cuda",
+    marks=pytest.mark.skipif(torch.version.cuda is None, reason="this torch was built without CUDA"),
+)
+
+
+def block():
+    modulation = torch.empty(B, 6 * D, dtype=torch.bfloat16).chunk(6, dim=-1)
+    tables = (torch.empty(T, D // HEADS // 2) for _ in range(2))
+    x, h = torch.empty(B, T, D, requires_grad=True), torch.empty(B, T, D)
+    return Block(D, HEADS, qk_norm=True), (x, h, modulation[2:], (torch.empty(D), *modulation[:2]), *tables)
+
+
+def decoder_layer():
+    return DecoderLayer(D, HEADS, 2 * D), (torch.empty(B, T, D, requires_grad=True),)
+
+
+def lpips():
+    weights = ({name: torch.empty(shape) for name, shape in shapes.items()} for shapes in (VGG_SHAPES, LINEAR_SHAPES))
+    masks = [torch.empty(B, c, SIDE >> i, SIDE >> i, dtype=torch.uint8) for i, c in enumerate((64, 128, 256, 512, 512))]
+    recon = torch.empty(B, 3, SIDE, SIDE, requires_grad=True)
+    return LPIPS(*weights), (torch.empty(B, 3, SIDE, SIDE), recon, masks)
+
+
+@contextmanager
+def autocast(device: str) -> Iterator[None]:
+    """As torch.autocast, which turns itself off where it sees no GPU."""
+    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torch.set_autocast_enabled(device, True)
+    torch.set_autocast_dtype(device, torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, before[0])
+        torch.set_autocast_dtype(device, before[1])
+
+
+@pytest.mark.parametrize("make", [block, decoder_layer, lpips])
+@pytest.mark.parametrize("device", ["cpu", on_cuda])
+def test_one_graph(make, device):
+    """On the CPU with its backward pass; autograd's engine asks fake CUDA tensors for the GPU's streams."""
+    torch._dynamo.reset()
+    with backend.using("auto"), FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device(device):
+            module, inputs = make()
+        if device == "cuda":
+            assert backend.body_on(torch.device(device)) == "triton"
+            with autocast(device):
+                found = torch._dynamo.explain(module)(*inputs)
+                torch._dynamo.reset()
+                torch.compile(module, backend="eager", fullgraph=True)(*inputs)
+            assert (found.graph_count, found.graph_break_count) == (1, 0)
+            return
+        with autocast(device):
+            outputs = torch.compile(module, backend="aot_eager", fullgraph=True)(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        sum(output.float().sum() for output in outputs).backward()
+        assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
