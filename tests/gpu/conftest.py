@@ -5,6 +5,7 @@ the tests, not the GPU.
 """
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,10 @@ from torch import Tensor
 from unite_fast import kernels
 from unite_fast.kernels import backend
 from unite_fast.perceptual import LINEAR_SHAPES, LPIPS, VGG_SHAPES
+from unite_fast.utils.device import exact_float32
+
+# cuBLAS repeats its bits only with this, and reads it when a process first multiplies.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 _spec = importlib.util.spec_from_file_location("judge_of_kernels", Path(__file__).parents[1] / "kernels" / "conftest.py")
 _module = importlib.util.module_from_spec(_spec)
@@ -42,12 +47,11 @@ def body(on_cuda: bool) -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def float32_is_float32() -> Iterator[None]:
-    """PyTorch lets float32 convolutions of a GPU round their inputs to TF32."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+def numerics() -> Iterator[None]:
+    """float32 without TF32; what a test sets for the whole process ends with it."""
+    with exact_float32():
+        yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -109,14 +113,10 @@ def judged(judge: Callable, record_property: Callable, poisoned: None) -> Callab
 @pytest.fixture(scope="session")
 def random_lpips() -> Callable[[], LPIPS]:
     """Makes LPIPS with random weights, on the CPU: the files of the real ones are not everywhere."""
-
-    def make() -> LPIPS:
-        generator = torch.Generator().manual_seed(1)
-        vgg = {
-            name: torch.randn(shape, generator=generator) * (2 / max(1, torch.Size(shape[1:]).numel())) ** 0.5
-            for name, shape in VGG_SHAPES.items()
-        }
-        linear = {name: torch.rand(shape, generator=generator) / shape[1] for name, shape in LINEAR_SHAPES.items()}
-        return LPIPS(vgg, linear)
-
-    return make
+    generator = torch.Generator().manual_seed(1)
+    vgg = {
+        name: torch.randn(shape, generator=generator) * (2 / max(1, torch.Size(shape[1:]).numel())) ** 0.5
+        for name, shape in VGG_SHAPES.items()
+    }
+    linear = {name: torch.rand(shape, generator=generator) / shape[1] for name, shape in LINEAR_SHAPES.items()}
+    return lambda: LPIPS(vgg, linear)
