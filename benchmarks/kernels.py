@@ -240,7 +240,7 @@ def until(seconds: float, work: Callable[[], None]) -> None:
         done += 1
 
 
-def copy_bandwidth(device: torch.device) -> float:
+def copy_bandwidth(device: torch.device, seconds: float = 2.0) -> float:
     """Bytes a second, read and written, of a copy too large for any cache."""
     source = torch.ones(COPIED, dtype=torch.uint8, device=device)
     target, times = torch.zeros_like(source), []
@@ -250,7 +250,7 @@ def copy_bandwidth(device: torch.device) -> float:
         target.copy_(source)
         times.append(milliseconds(start, mark(device)))
 
-    until(2.0, copy)
+    until(seconds, copy)
     return 2 * COPIED / (median(times) * 1e-3)
 
 

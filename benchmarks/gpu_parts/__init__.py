@@ -37,7 +37,7 @@ PARTS = (
     # Timed.
     Part("bench_triton", "steps:bench_triton", 60),
     Part("bench_compiled", "steps:bench_compiled", 75),
-    Part("profile", "steps:profile_step", 60),
+    Part("profile", "step_profile:measure", 60),
     Part("op_times", "op_times:measure", 60),
     Part("bench_reference", "steps:bench_reference", 75, cuda_only=True),
     Part("bench_triton_128", "steps:bench_triton_128", 60, cuda_only=True),
