@@ -78,7 +78,9 @@ TINY_RUN = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tests/gpu")
-    group.addoption("--gpu-device", default="cuda", choices=("cuda", "cpu"), help="cpu: try the code of tests/gpu there")
+    group.addoption(
+        "--gpu-device", default="cuda", choices=("cuda", "cpu"), help="cpu: try the code of tests/gpu there"
+    )
     group = parser.getgroup("tests/test_torchrun.py")
     group.addoption("--kills", type=int, default=2, help="how often a process of a run is killed (default 2)")
     group.addoption("--torchrun", action="store_true", help="start runs by the command, not by its agent alone")

@@ -4,7 +4,7 @@ import importlib
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -14,7 +14,18 @@ from torch.nn import functional as F
 from gpu_parts.context import Context
 from unite_fast.kernels import backend, native
 
-NEEDED = ("torch", "triton", "numpy", "torchdiffeq", "safetensors", "typer", "rich", "yaml", "matplotlib", "tensorboard")
+NEEDED = (
+    "torch",
+    "triton",
+    "numpy",
+    "torchdiffeq",
+    "safetensors",
+    "typer",
+    "rich",
+    "yaml",
+    "matplotlib",
+    "tensorboard",
+)
 OPTIONAL = ("webdataset", "flash_attn", "flash_attn.cute", "nvidia.dali")
 """What single features need: shards of JPEGs, the other attention, decoding on the GPU."""
 PRODUCTS = {"qkv": (768, 2304), "proj": (768, 768), "fc_in": (768, 4096), "fc_out": (2048, 768), "fc1": (768, 3072)}
@@ -27,18 +38,30 @@ def measure(c: Context) -> None:
     c.say("machine", **machine(c))
     missing = {name: why for name in (*NEEDED, *OPTIONAL) if (why := why_missing(name))}
     c.say("packages", ok=not missing.keys() & set(NEEDED), missing=missing)
-    c.say("bodies", ok=not backend.why_missing(c.body), native=native.reason() or "built", triton=backend.why_missing("triton") or "can run")
-    source = torch.empty(2**24 if c.tiny else 2**30, dtype=torch.uint8, device=c.device).zero_()
-    target = torch.empty_like(source)
-    seconds = c.device_seconds(lambda: target.copy_(source), 10)
-    c.say("copy", tb_per_s=round(2 * source.numel() / seconds / 1e12, 3))
-    del source, target
+    c.say(
+        "bodies",
+        ok=not backend.why_missing(c.body),
+        native=native.reason() or "built",
+        triton=backend.why_missing("triton") or "can run",
+    )
+    c.say("copy", tb_per_s=round(copy_rate(c) / 1e12, 3))
     side = 512 if c.tiny else 8192
-    a, b = (torch.randn(side, side, device=c.device, dtype=torch.bfloat16) for _ in range(2))
-    c.say("bfloat16 product", side=side, tflops=round(2 * side**3 / c.seconds(lambda: F.linear(a, b), 10) / 1e12, 1))
-    del a, b
+    c.say("bfloat16 product", side=side, tflops=round(product_rate(c, side) / 1e12, 1))
     for name, (inputs, outputs) in PRODUCTS.items():
         c.say("products", linear=name, **linear(c, TOKENS // (256 if c.tiny else 1), inputs, outputs))
+
+
+def copy_rate(c: Context) -> float:
+    """Bytes a second, read and written, of a large copy."""
+    source = torch.zeros(2**24 if c.tiny else 2**30, dtype=torch.uint8, device=c.device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / c.device_seconds(lambda: target.copy_(source), 10)
+
+
+def product_rate(c: Context, side: int) -> float:
+    """FLOP/s of a large bfloat16 product."""
+    a, b = (torch.randn(side, side, device=c.device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * side**3 / c.device_seconds(lambda: F.linear(a, b), 10)
 
 
 def machine(c: Context) -> dict:

@@ -3,9 +3,9 @@
 import statistics
 import traceback
 
-import kernels as bench  # benchmarks/kernels.py
 import torch
 
+import kernels as bench  # benchmarks/kernels.py
 from gpu_parts.context import Context
 
 SHAPES = [(64, 544, 768), (192, 288, 768)]

@@ -38,7 +38,9 @@ class Runner:
 
     def run(self) -> int:
         """All parts. Returns the exit status of the command."""
-        self.write({"part": "start", "name": "command", "ok": None, "argv": sys.argv, "date": time.strftime("%Y-%m-%d %H:%M")})
+        self.write(
+            {"part": "start", "name": "command", "ok": None, "argv": sys.argv, "date": time.strftime("%Y-%m-%d %H:%M")}
+        )
         together = [part for part in self.parts if part.how == SIDE_BY_SIDE]
         first = [part for part in self.parts if part.name == "env"]
         later = [part for part in self.parts if part not in together and part not in first]
@@ -79,7 +81,9 @@ class Runner:
             return
         left = self.options.budget - RESERVE - self.spent()
         if left < max(SHORTEST, min(part.limit / 2, 20.0)):
-            self.write({"part": part.name, "name": "skipped", "ok": None, "why": f"{left:.0f} s of the budget are left"})
+            self.write(
+                {"part": part.name, "name": "skipped", "ok": None, "why": f"{left:.0f} s of the budget are left"}
+            )
             return
         limit, begun = min(part.limit, left), time.monotonic()
         command = [sys.executable, str(SCRIPT), "--part", part.name, "--device", self.options.device]

@@ -1,4 +1,4 @@
-"""What happens within a step of UNITE-B: where the host waits, how long it takes to ask for a step, which kernels run."""
+"""Inside a step of UNITE-B: where the host waits, how long it takes to ask for a step, which kernels run."""
 
 import re
 import statistics
@@ -78,7 +78,12 @@ def asking(c: Context, trainer: Trainer) -> None:
         c.wait()
         if number > 1:  # other sizes may be compiled for
             done.append(1e3 * (time.perf_counter() - begun))
-    c.say("host", images=few, ms_to_ask=round(statistics.median(asked[2:]), 2), ms_to_end=round(statistics.median(done), 2))
+    c.say(
+        "host",
+        images=few,
+        ms_to_ask=round(statistics.median(asked[2:]), 2),
+        ms_to_end=round(statistics.median(done), 2),
+    )
 
 
 def kernels(c: Context, trainer: Trainer) -> None:

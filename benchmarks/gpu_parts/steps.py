@@ -1,4 +1,4 @@
-"""A training step of UNITE-B, whole: what `unite-fast bench` measures of it, and what fills the compilers' caches first."""
+"""A training step of UNITE-B by `unite-fast bench`, and what fills the compilers' caches before it."""
 
 import json
 import subprocess
@@ -82,7 +82,11 @@ def bench(c: Context, body: str, compiled: bool, images: int) -> bool:
         # What PyTorch's allocator gives to tensors: without CUDA's own and the allocator's waste.
         tensors = predicted / (1 + SLACK) - RUNTIME_BYTES / 1e9
         measured = found["memory_gb"]
-        facts = {"measured_gb": measured, "predicted_gb": tensors, "measured_of_predicted": round(measured / tensors, 3)}
+        facts = {
+            "measured_gb": measured,
+            "predicted_gb": tensors,
+            "measured_of_predicted": round(measured / tensors, 3),
+        }
         c.say(f"memory, {name}", ok=measured <= (1 + BESIDE) * tensors, **facts)
     return True
 

@@ -12,8 +12,17 @@ def make(lines: list[dict]) -> str:
         right, bad = (sum(line["ok"] is value for line in own) for value in (True, False))
         seconds = next((line["seconds"] for line in own if line["name"] == "part ended"), None)
         skipped = next((f"skipped: {line['why']}" for line in own if line["name"] == "skipped"), "")
-        text.append(f"| {part} | {'' if seconds is None else seconds} | {right} | {bad} | {skipped or note(part, own)} |")
-    for title, table in (("Steps", steps(lines)), ("Memory", memory(lines)), ("Ops", ops(lines)), ("Attention", sdpa(lines)), ("Parts of a step", parts(lines)), ("Kernels of a step", kernels(lines))):
+        text.append(
+            f"| {part} | {'' if seconds is None else seconds} | {right} | {bad} | {skipped or note(part, own)} |"
+        )
+    for title, table in (
+        ("Steps", steps(lines)),
+        ("Memory", memory(lines)),
+        ("Ops", ops(lines)),
+        ("Attention", sdpa(lines)),
+        ("Parts of a step", parts(lines)),
+        ("Kernels of a step", kernels(lines)),
+    ):
         if len(table) > 2:
             text += ["", f"### {title}", "", *table]
     return "\n".join(text) + "\n"
@@ -39,7 +48,9 @@ def wrong(lines: list[dict]) -> list[str]:
         return ["Nothing was wrong.", ""]
     text = [f"**{len(found)} results are wrong:**", ""]
     for line in found[:40]:
-        why = line.get("error") or ", ".join(f"{key} {value}" for key, value in line.items() if key not in ("at", "part", "name", "ok"))
+        why = line.get("error") or ", ".join(
+            f"{key} {value}" for key, value in line.items() if key not in ("at", "part", "name", "ok")
+        )
         text.append(f"- {line['part']}: {line['name']}: {' '.join(str(why).split())[-300:]}")
     return [*text, ""]
 
@@ -56,7 +67,8 @@ def note(part: str, own: list[dict]) -> str:
     if part == "profile":
         host, waits = find(own, part, "host") or {}, find(own, part, "host waits") or {}
         step = find(own, part, "step") or {}
-        return f"{step.get('kernels')} kernels, busy {step.get('busy_share')}, host {host.get('ms_to_ask')} ms, waits {waits.get('places')}"
+        asked, places = host.get("ms_to_ask"), waits.get("places")
+        return f"{step.get('kernels')} kernels, busy {step.get('busy_share')}, host {asked} ms, waits {places}"
     if part == "graphs":
         return "graphs " + ", ".join(str(line["graphs"]) for line in own if "graphs" in line)
     return ""
@@ -68,7 +80,11 @@ def number(value: object, digits: int = 1) -> str:
 
 def table(header: str, rows: list[list[str]]) -> list[str]:
     columns = header.split("|")
-    return ["| " + header.replace("|", " | ") + " |", "|" + "---|" * len(columns), *("| " + " | ".join(row) + " |" for row in rows)]
+    return [
+        "| " + header.replace("|", " | ") + " |",
+        "|" + "---|" * len(columns),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
 
 
 def steps(lines: list[dict]) -> list[str]:
@@ -91,12 +107,18 @@ def steps(lines: list[dict]) -> list[str]:
                 number(line.get("first_step_s")),
             ]
         )
-    return table("UNITE-B, F = 3, LPIPS|images/s|predicted|step ms|forward|backward|optimizer|MFU of product|of datasheet|GB|first step s", rows)
+    columns = "UNITE-B, F = 3, LPIPS|images/s|predicted|step ms|forward|backward|optimizer|MFU of product|of datasheet"
+    return table(f"{columns}|GB|first step s", rows)
 
 
 def memory(lines: list[dict]) -> list[str]:
     rows = [
-        [line["name"].removeprefix("memory, "), number(line["measured_gb"], 2), number(line["predicted_gb"], 2), number(line["measured_of_predicted"], 3)]
+        [
+            line["name"].removeprefix("memory, "),
+            number(line["measured_gb"], 2),
+            number(line["predicted_gb"], 2),
+            number(line["measured_of_predicted"], 3),
+        ]
         for line in lines
         if "measured_of_predicted" in line
     ]
@@ -108,16 +130,26 @@ def ops(lines: list[dict]) -> list[str]:
     for line in lines:
         if line["part"] != "op_times" or "forward" not in line:
             continue
-        ways = [line[way] for way in ("forward", "backward")]
-        both = lambda key, digits: " / ".join(number(way.get(key), digits) for way in ways)  # noqa: E731
-        predicted = both("predicted_share", 2) if "predicted_share" in ways[0] else ""
-        rows.append([line["name"], both("us", 1), both("mb", 1), both("share_of_copy", 2), predicted, both("times_eager", 2)])
+        columns = (("us", 1), ("mb", 1), ("share_of_copy", 2), ("predicted_share", 2), ("times_eager", 2))
+        rows.append([line["name"], *(both_ways(line, key, digits) for key, digits in columns)])
     return table("op, forward / backward|us|MB|share of a copy|predicted|times eager", rows)
+
+
+def both_ways(line: dict, key: str, digits: int) -> str:
+    figures = [line[way].get(key) for way in ("forward", "backward")]
+    return "" if None in figures else " / ".join(number(figure, digits) for figure in figures)
 
 
 def sdpa(lines: list[dict]) -> list[str]:
     rows = [
-        [line["name"], line["layout"], line["backend"], number(line.get("ms"), 3), number(line.get("tflops")), str(line.get("error", line.get("refused", "")))[:60]]
+        [
+            line["name"],
+            line["layout"],
+            line["backend"],
+            number(line.get("ms"), 3),
+            number(line.get("tflops")),
+            str(line.get("error", line.get("refused", "")))[:60],
+        ]
         for line in lines
         if line["part"] == "sdpa" and "layout" in line
     ]
@@ -141,7 +173,13 @@ def parts(lines: list[dict]) -> list[str]:
 
 def kernels(lines: list[dict]) -> list[str]:
     rows = [
-        [f"`{line['kernel'][:80]}`".replace("|", "/"), line["kind"], str(line["calls"]), number(line["ms"], 3), f"{line['share']:.1%}"]
+        [
+            f"`{line['kernel'][:80]}`".replace("|", "/"),
+            line["kind"],
+            str(line["calls"]),
+            number(line["ms"], 3),
+            f"{line['share']:.1%}",
+        ]
         for line in lines
         if "kernel" in line
     ]

@@ -22,7 +22,9 @@ from unite_fast.utils.device import exact_float32
 # cuBLAS repeats its bits only with this, and reads it when a process first multiplies.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-_spec = importlib.util.spec_from_file_location("judge_of_kernels", Path(__file__).parents[1] / "kernels" / "conftest.py")
+_spec = importlib.util.spec_from_file_location(
+    "judge_of_kernels", Path(__file__).parents[1] / "kernels" / "conftest.py"
+)
 _module = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_module)
 judge = _module.judge

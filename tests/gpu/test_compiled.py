@@ -93,7 +93,9 @@ def assert_one_graph_and_the_same(function, arguments, parameters, device, on_cu
     record_property("graphs", len(graphs))
     assert len(graphs) == 1
     assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in want]
-    apart = [((a.double() - b.double()).norm() / (b.double().norm() + 1e-30)).item() for a, b in zip(got, want, strict=True)]
+    apart = [
+        ((a.double() - b.double()).norm() / (b.double().norm() + 1e-30)).item() for a, b in zip(got, want, strict=True)
+    ]
     record_property("apart", max(apart))
     assert max(apart) <= APART
 

@@ -181,7 +181,9 @@ def test_offsets_beyond_31_bits(device, on_cuda):
     if not on_cuda:
         pytest.skip("takes 10 GB")
     rows, width = 2**31 // 4096 + 3, 4096
-    uw = torch.empty(1, rows, width, device=device, dtype=BF16).normal_(generator=torch.Generator(device).manual_seed(1))
+    uw = torch.empty(1, rows, width, device=device, dtype=BF16).normal_(
+        generator=torch.Generator(device).manual_seed(1)
+    )
     assert uw.numel() > 2**31
     assert torch.equal(kernels.swiglu(uw)[:, -3:], kernels.swiglu(uw[:, -3:].clone()))
 

@@ -57,7 +57,9 @@ def make_step(random_lpips):
             for parameter in model.parameters():  # as created, modulation, gates and output are zero
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
         lpips = random_lpips().to(device) if config.perceptual.weight else None
-        return TrainStep(TrainState(model.to(device), config), config, micro_batch=config.train.micro_batch, lpips=lpips)
+        return TrainStep(
+            TrainState(model.to(device), config), config, micro_batch=config.train.micro_batch, lpips=lpips
+        )
 
     return make
 
@@ -134,7 +136,12 @@ def test_a_resumed_run_is_the_same_to_the_bit(tiny_run, tmp_path, device, assert
     itself."""
 
     def config(folder, steps):
-        settings = f"train.steps={steps}", "train.checkpoint_every=4", "train.log_every=2", f"train.device={device.type}"
+        settings = (
+            f"train.steps={steps}",
+            "train.checkpoint_every=4",
+            "train.log_every=2",
+            f"train.device={device.type}",
+        )
         own = "train.precision=bfloat16", "train.deterministic=true", f"train.out={tmp_path / folder}"
         return load_config("digits", (*tiny_run, *settings, *own))
 
@@ -228,7 +235,15 @@ def two_processes(tmp_path, device):
             ranks = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
             place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
             nccl = {"NCCL_HOSTID": f"machine{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
-            words = [sys.executable, "-m", "unite_fast", "train", "digits", *arguments, f"train.out={tmp_path / folder}"]
+            words = [
+                sys.executable,
+                "-m",
+                "unite_fast",
+                "train",
+                "digits",
+                *arguments,
+                f"train.out={tmp_path / folder}",
+            ]
             with (tmp_path / f"{folder}.{rank}.txt").open("w") as output:
                 env = {**os.environ, **ranks, **place, **nccl}
                 started.append(subprocess.Popen(words, env=env, cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT))
