@@ -33,6 +33,8 @@ KINDS = (
     ("elementwise", r"elementwise|vectorized|unrolled"),
 )
 """Of kernels, by name, the first that matches."""
+ANNOTATIONS = r"PART |Optimizer\.|ProfilerStep"
+"""What else a trace has on the GPU's side: spans of the host's, not kernels."""
 
 
 def measure(c: Context) -> None:
@@ -115,7 +117,9 @@ def kernels(c: Context, trainer: Trainer) -> None:
     cuda = torch.autograd.DeviceType.CUDA
     events = list(trace.events())
     parts = {e.name[5:]: e.time_range for e in events if e.name.startswith("PART ") and e.device_type != cuda}
-    ran = [e for e in events if e.device_type == cuda and not e.is_user_annotation and not e.name.startswith("PART ")]
+    ran = [
+        e for e in events if e.device_type == cuda and not e.is_user_annotation and not re.match(ANNOTATIONS, e.name)
+    ]
     if not c.cuda:
         ran = [e for e in events if e.device_type != cuda and not e.is_user_annotation and not e.cpu_children]
     busy = sum(e.time_range.elapsed_us() for e in ran) / 1e3

@@ -127,8 +127,12 @@ def by_itself(layer: nn.Module) -> None:
     compiled = layer._compiled_call_impl
     assert compiled is not None, "the layer is not compiled"
 
+    def cut(x: torch.Tensor) -> torch.Tensor:
+        # Not a parameter or a table: compiled code is for parameters as such.
+        return x if x.is_leaf else x.detach().requires_grad_()
+
     def call(*arguments):
-        own = tree_map_only(torch.Tensor, lambda x: x.detach().requires_grad_(x.requires_grad), arguments)
+        own = tree_map_only(torch.Tensor, cut, arguments)
         outputs = compiled(*own)
         torch.autograd.backward(tree_leaves(outputs), [torch.ones_like(x) for x in tree_leaves(outputs)])
         return tree_map_only(torch.Tensor, lambda x: x.detach().requires_grad_(), outputs)

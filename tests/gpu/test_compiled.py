@@ -1,6 +1,7 @@
-"""torch.compile with the default setting kernels=auto: one graph a block, a decoder layer and LPIPS, and the numbers of
-eager mode. The inputs are those of a real pass through the model."""
+"""torch.compile with the default setting kernels=auto: one graph a block, a decoder layer and LPIPS, as near to
+float64 as eager mode. The inputs are those of a real pass through the model."""
 
+import copy
 import time
 
 import pytest
@@ -16,9 +17,8 @@ from unite_fast.recipes import from_tree
 
 pytestmark = pytest.mark.gpu
 
-APART = 2e-2
-"""Relative norm of the difference between compiled and eager: the compiler rounds to bfloat16 at other places, and five
-roundings of 2^-9 one on another make 1 %."""
+SLACK = 2.0
+"""The error of compiled code may be twice that of eager mode, both against float64; and one bfloat16 rounding, 2^-9."""
 REAL = {"model": {"encoder": {"depth": 2, "in_context_start": 1}, "decoder": {"depth": 1}}}
 TOY = {
     "model": {
@@ -61,24 +61,32 @@ def calls(model, device):
     return {name: (layers[name], arguments) for name, arguments in found.items()}
 
 
-def own(x):
-    return x.detach().requires_grad_(x.requires_grad)
+def run(function, arguments, parameters, device, exact=False):
+    """Outputs and all gradients; in float64 if `exact`."""
 
+    def own(x):
+        cast = x.double() if exact and x.is_floating_point() else x
+        return cast.detach().requires_grad_(x.requires_grad)
 
-def run(function, arguments, parameters, device):
-    """Outputs and all gradients."""
     arguments = tree_map_only(torch.Tensor, own, arguments)
-    with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16, enabled=not exact):
         outputs = tree_leaves(function(*arguments))
     leaves = [x for x in tree_leaves(arguments) if isinstance(x, torch.Tensor) and x.requires_grad] + parameters
     generator = torch.Generator(device).manual_seed(2)
-    incoming = [torch.randn(x.shape, device=device, generator=generator).to(x) for x in outputs]
+    incoming = [torch.randn(x.shape, device=device, generator=generator).bfloat16().to(x) for x in outputs]
     return [x.detach() for x in outputs] + list(torch.autograd.grad(outputs, leaves, incoming))
 
 
-def assert_one_graph_and_the_same(function, arguments, parameters, device, on_cuda, record_property):
+def assert_one_graph_and_right(module, arguments, device, on_cuda, record_property):
+    """Parameters that take a gradient are among the leaves."""
+
+    def parameters(module):
+        return [x for x in module.parameters() if x.requires_grad]
+
     with backend.using("auto"):
-        want = run(function, arguments, parameters, device)
+        exact = copy.deepcopy(module).double()
+        truth = run(exact, arguments, parameters(exact), device, exact=True)
+        eager = run(module, arguments, parameters(module), device)
         torch._dynamo.reset()
         graphs = []
 
@@ -88,47 +96,31 @@ def assert_one_graph_and_the_same(function, arguments, parameters, device, on_cu
 
         begun = time.perf_counter()
         # Not fullgraph=True, which would not say how many there are.
-        got = run(torch.compile(function, dynamic=False, backend=compiler), arguments, parameters, device)
+        compiled = torch.compile(module, dynamic=False, backend=compiler)
+        got = run(compiled, arguments, parameters(module), device)
         record_property("compile seconds", round(time.perf_counter() - begun, 1))
     record_property("graphs", len(graphs))
     assert len(graphs) == 1
-    assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in want]
-    apart = [
-        ((a.double() - b.double()).norm() / (b.double().norm() + 1e-30)).item() for a, b in zip(got, want, strict=True)
-    ]
-    record_property("apart", max(apart))
-    assert max(apart) <= APART
+    assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in eager]
+    used = []
+    for mine, plain, want in zip(got, eager, truth, strict=True):
+        size = want.norm() + 1e-30
+        error, other = ((x.double() - want).norm() / size for x in (mine, plain))
+        used.append((error / (SLACK * other + 2.0**-9)).item())
+    record_property("worst", max(used))
+    assert max(used) <= 1, used
 
 
 @pytest.mark.parametrize("name", ["first block", "last block", "decoder layer"])
-def test_one_graph_that_agrees_with_eager(name, calls, device, on_cuda, record_property):
+def test_a_layer_is_one_graph_and_right(name, calls, device, on_cuda, record_property):
     layer, arguments = calls[name]
-    assert_one_graph_and_the_same(layer, arguments, list(layer.parameters()), device, on_cuda, record_property)
+    assert_one_graph_and_right(layer, arguments, device, on_cuda, record_property)
 
 
-def test_lpips_in_one_graph_that_agrees_with_eager(random_lpips, device, on_cuda, record_property):
+def test_lpips_is_one_graph_and_right(random_lpips, device, on_cuda, record_property):
     lpips, side = random_lpips().to(device), 256 if on_cuda else 32
     generator = torch.Generator(device).manual_seed(3)
     image, recon = (torch.rand(2, 3, side, side, device=device, generator=generator) for _ in range(2))
     masks = dropout_masks(Philox(0, 0, torch.arange(2, device=device)), tap_shapes(side, side))
     arguments = image, recon.requires_grad_(), masks
-    assert_one_graph_and_the_same(lpips, arguments, [], device, on_cuda, record_property)
-
-
-@pytest.mark.parametrize("name", ["first block", "decoder layer"])
-def test_a_compiled_layer_serves_a_second_layer(name, calls, device, on_cuda):
-    """Layers of one kind share the compiled code: no compilation for each of them."""
-    layer, arguments = calls[name]
-    graphs = []
-
-    def compiler(graph, inputs):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    twin = type(layer).__new__(type(layer))
-    twin.__dict__.update(layer.__dict__)
-    with backend.using("auto"):
-        torch._dynamo.reset()
-        for one in (layer, twin):
-            run(torch.compile(one, dynamic=False, backend=compiler), arguments, list(layer.parameters()), device)
-    assert len(graphs) == 1
+    assert_one_graph_and_right(lpips, arguments, device, on_cuda, record_property)

@@ -233,7 +233,7 @@ def two_processes(tmp_path, device):
         started = []
         for rank in range(2):
             ranks = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-            place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
             nccl = {"NCCL_HOSTID": f"machine{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
             words = [
                 sys.executable,
@@ -253,6 +253,8 @@ def two_processes(tmp_path, device):
             for process in started:
                 process.kill()
         said = "\n".join((tmp_path / f"{folder}.{rank}.txt").read_text()[-1500:] for rank in range(2))
+        if statuses != [0, 0] and (refused := re.search(r".*(Duplicate GPU|ncclInvalidUsage).*", said)):
+            pytest.skip(f"NCCL refuses two processes on one GPU here: {refused[0][:200]}")
         assert statuses == [0, 0], said
         return [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
 
