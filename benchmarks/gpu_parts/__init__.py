@@ -36,13 +36,13 @@ PARTS = (
     Part("warm_reference", "steps:warm_reference", 150, SIDE_BY_SIDE, cuda_only=True),
     # Timed.
     Part("bench_triton", "steps:bench_triton", 60),
-    Part("bench_compiled", "steps:bench_compiled", 75),
+    Part("bench_compiled", "steps:bench_compiled", 75, cuda_only=True),
     Part("profile", "step_profile:measure", 60),
     Part("op_times", "op_times:measure", 60),
     Part("bench_reference", "steps:bench_reference", 75, cuda_only=True),
     Part("bench_triton_128", "steps:bench_triton_128", 60, cuda_only=True),
-    Part("bench_compiled_128", "steps:bench_compiled_128", 75, cuda_only=True),
     Part("sdpa", "sdpa:measure", 40),
+    Part("bench_compiled_128", "steps:bench_compiled_128", 100, cuda_only=True),
 )
 
 BREAK = "UNITE_FAST_BREAK_GPU_PART"

@@ -10,6 +10,7 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,6 +21,7 @@ RESERVE = 4.0
 """Seconds of the budget kept for the summary."""
 SHORTEST = 8.0
 """A part that would have less than this, or less than half its limit, does not begin."""
+AT_ONCE_ON_A_CPU = 2
 LOG_BYTES = 12_000_000
 """Of log.txt, at most."""
 
@@ -46,15 +48,10 @@ class Runner:
         later = [part for part in self.parts if part not in together and part not in first]
         for part in first:
             self.run_part(part)
-        # One after the other where it is small: a test's CPU has few cores.
-        if self.options.tiny:
-            later = [*together, *later]
-        else:
-            threads = [threading.Thread(target=self.run_part, args=(part,)) for part in together]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+        if together:
+            at_once = len(together) if self.options.device == "cuda" else AT_ONCE_ON_A_CPU
+            with ThreadPoolExecutor(at_once) as pool:
+                list(pool.map(self.run_part, together))
         for part in later:
             self.run_part(part)
         wrong = sum(line["ok"] is False for line in self.lines)

@@ -97,6 +97,7 @@ def kernels(c: Context, trainer: Trainer) -> None:
     @contextmanager
     def part(name: str):
         names[name] += 1
+        c.wait()
         with record_function(f"PART {name} {names[name]}"), plain(name):
             yield
             c.wait()
@@ -124,12 +125,18 @@ def kernels(c: Context, trainer: Trainer) -> None:
         ran = [e for e in events if e.device_type != cuda and not e.is_user_annotation and not e.cpu_children]
     busy = sum(e.time_range.elapsed_us() for e in ran) / 1e3
     c.say("step", wall_ms=round(wall, 2), busy_ms=round(busy, 2), busy_share=round(busy / wall, 3), kernels=len(ran))
-    for name, span in parts.items():
-        inside = [e for e in ran if span.start <= e.time_range.start < span.end]
+    whole = parts.pop("all")
+    within = {name: [e for e in ran if span.start <= e.time_range.start < span.end] for name, span in parts.items()}
+    walls = {name: span.elapsed_us() for name, span in parts.items()}
+    # Copies of the images, draws and masks, and the sums of losses.
+    known = {id(e) for inside in within.values() for e in inside}
+    within["between"] = [e for e in ran if id(e) not in known and whole.start <= e.time_range.start < whole.end]
+    walls["between"] = whole.elapsed_us() - sum(walls.values())
+    for name, inside in within.items():
         kinds = sums(inside, lambda e: kind(e.name))
         c.say(
             f"part {name}",
-            wall_ms=round(span.elapsed_us() / 1e3, 2),
+            wall_ms=round(walls[name] / 1e3, 2),
             busy_ms=round(sum(ms for _, ms in kinds.values()), 2),
             kernels=len(inside),
             kinds={key: {"ms": round(ms, 2), "kernels": count} for key, (count, ms) in by_time(kinds)},

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from unite_fast.kernels import native
 
@@ -42,7 +43,8 @@ def test_every_part(gpu, tmp_path):
     assert (status, wrong) == (0, []), said[-3000:]
     ran = {name for name, lines in parts.items() if any(line["name"] == "part ended" for line in lines)}
     skipped = {name for name, lines in parts.items() if any(line["name"] == "skipped" for line in lines)}
-    assert skipped == {"warm_triton", "warm_reference", "bench_reference", "bench_triton_128", "bench_compiled_128"}
+    benches = {f"bench_{name}" for name in ("compiled", "reference", "triton_128", "compiled_128")}
+    assert skipped == {"warm_triton", "warm_reference", *benches}
     assert ran | skipped == parts.keys() - {"start", "end"} and not ran & skipped
     # Each says what it is there for.
     assert named(parts["env"], "copy")["tb_per_s"] > 0
@@ -51,7 +53,13 @@ def test_every_part(gpu, tmp_path):
     assert named(parts["parity"], "official_tiny_a, native")["quantities"] > 300
     assert named(parts["digits"], "first steps agree")["apart"]["total"] < 1e-4
     assert any(line.get("images_per_s", 0) > 0 for line in parts["bench_triton"])
-    assert {line["name"] for line in parts["profile"]} >= {"step", "host", "part forward 1", "part backward 2"}
+    assert {line["name"] for line in parts["profile"]} >= {
+        "step",
+        "host",
+        "part forward 1",
+        "part backward 2",
+        "part between",
+    }
     assert any("share_of_copy" in line.get("forward", {}) for line in parts["op_times"])
     files = sorted(path.relative_to(tmp_path) for path in tmp_path.glob("*.*"))
     assert [str(path) for path in files] == ["log.txt", "results.jsonl", "summary.md"]
@@ -77,6 +85,30 @@ def test_a_wrong_number_and_no_time(gpu):
     assert status == 1 and named(parts["sdpa"], "part ended")["ok"] and not named(parts["sdpa"], "a wrong number")["ok"]
     status, parts, _ = gpu("--only", "sdpa", budget=5)
     assert status == 0 and "of the budget are left" in named(parts["sdpa"], "skipped")["why"]
+
+
+def test_layers_that_are_compiled_by_themselves_are_those_of_a_step(monkeypatch):
+    """So the caches that a warm part fills are those that the timed parts look into."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    from gpu_parts import steps
+    from gpu_parts.context import Context
+
+    from unite_fast.benchmarking.measure import opened, take_step
+
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled(self, backend="aot_eager", **how))
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    context = Context("warm", "cpu", tiny=True)
+    steps.compile_layers(context, "native")
+    assert counters["stats"]["unique_graphs"] > 3
+    counters.clear()
+    settings = steps.config(context, "native", True, 64)
+    settings.perceptual.weight = 0.0
+    with opened(settings) as trainer:
+        take_step(trainer)
+    assert counters["stats"]["unique_graphs"] == 0
 
 
 def test_mistakes_in_the_arguments(tmp_path):
