@@ -1,7 +1,9 @@
 """What a part of gpu.py has at hand: the device, a way to write results, a clock."""
 
 import json
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -24,12 +26,17 @@ class Context:
         self.part, self.device, self.tiny = part, torch.device(device), tiny
         self.cuda = device == "cuda"
         self.body = "triton" if self.cuda else "native"
+        # A descriptor of its own: pytest takes the process's while tests run.
+        self.out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
         if self.cuda and not torch.cuda.is_available():
             raise SystemExit("torch sees no CUDA device here; --device cpu --tiny tries the command without one")
 
     def say(self, name: str, ok: bool | None = None, **facts) -> None:
         """Write a result: `ok` is True or False of what can be wrong, None of what is only measured."""
-        print(RESULT + json.dumps({"part": self.part, "name": name, "ok": ok, **facts}, default=str), flush=True)
+        line = RESULT + json.dumps({"part": self.part, "name": name, "ok": ok, **facts}, default=str)
+        # A line of its own, whatever stands before it: pytest's dots have no end of line.
+        self.out.write(f"\n{line}\n")
+        self.out.flush()
 
     def wait(self) -> None:
         if self.cuda:

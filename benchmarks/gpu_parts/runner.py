@@ -123,6 +123,8 @@ class Runner:
                 with suppress(json.JSONDecodeError):  # cut short by the end of its process
                     self.write(json.loads(text.removeprefix(RESULT)))
                 continue
+            if text == "\n":
+                continue
             tail.append(text)
             del tail[:-60]
             with self.lock:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() o
 def gpu(tmp_path):
     """Runs the command; gives its exit status, its lines by part, and what it printed."""
 
-    def run(*arguments: str, budget: int = 280, broken: str = "") -> tuple[int, dict[str, list[dict]], str]:
+    def run(*arguments: str, budget: int = 500, broken: str = "") -> tuple[int, dict[str, list[dict]], str]:
         words = [sys.executable, SCRIPT, "--out", tmp_path, "--device", "cpu", "--tiny", "--budget", str(budget)]
         env = {**os.environ, "UNITE_FAST_BREAK_GPU_PART": broken, "TMPDIR": str(tmp_path)}
         ended = subprocess.run([*words, *arguments], capture_output=True, text=True, env=env, timeout=budget + 10)
@@ -37,6 +37,7 @@ def named(lines: list[dict], name: str) -> dict:
     return next(line for line in lines if line["name"] == name)
 
 
+@pytest.mark.timeout(600)  # alone on two cores, less than one minute
 def test_every_part(gpu, tmp_path):
     status, parts, said = gpu()
     wrong = [line for lines in parts.values() for line in lines if line["ok"] is False]
@@ -49,7 +50,7 @@ def test_every_part(gpu, tmp_path):
     # Each says what it is there for.
     assert named(parts["env"], "copy")["tb_per_s"] > 0
     assert sum(line["ok"] is True for line in parts["ops"]) > 30
-    assert [line["graphs"] for line in parts["graphs"] if "graphs" in line] == [1] * 4
+    assert [line["graphs"] for line in parts["graphs"] if "graphs" in line] == [1] * 3
     assert named(parts["parity"], "official_tiny_a, native")["quantities"] > 300
     assert named(parts["digits"], "first steps agree")["apart"]["total"] < 1e-4
     assert any(line.get("images_per_s", 0) > 0 for line in parts["bench_triton"])

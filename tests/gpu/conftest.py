@@ -64,11 +64,11 @@ def sized(on_cuda: bool) -> Callable[..., tuple[int, ...]]:
 
 @pytest.fixture
 def draw(device: torch.device) -> Callable[..., Tensor]:
-    """Normal numbers, each call others, the same in every run on a device."""
-    generator = torch.Generator(device).manual_seed(1)
+    """Normal numbers, each call others, the same in every run and on every device."""
+    generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int, dtype: torch.dtype = torch.float32, around: float = 0.0) -> Tensor:
-        return (around + torch.randn(shape, generator=generator, device=device)).to(dtype)
+        return (around + torch.randn(shape, generator=generator)).to(device, dtype)
 
     return normal
 
