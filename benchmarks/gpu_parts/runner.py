@@ -56,7 +56,9 @@ class Runner:
             self.run_part(part)
         wrong = sum(line["ok"] is False for line in self.lines)
         self.write({"part": "end", "name": "all", "ok": not wrong, "wrong": wrong, "seconds": self.spent()})
-        (self.options.out / "summary.md").write_text(summary.make(self.lines))
+        text = summary.make(self.lines)
+        (self.options.out / "summary.md").write_text(text)
+        print(f"\n{text}", flush=True)
         return int(bool(wrong))
 
     def spent(self) -> float:
@@ -66,9 +68,8 @@ class Runner:
         line = {"at": self.spent(), **line}
         with self.lock:
             self.lines.append(line)
-            text = json.dumps(line)
-            print(text if len(text) < 900 else text[:900] + " ...", flush=True)
-            self.results.write(text + "\n")
+            print(in_short(line), flush=True)
+            self.results.write(json.dumps(line) + "\n")
             self.results.flush()
 
     def run_part(self, part: Part) -> None:
@@ -132,6 +133,15 @@ class Runner:
                 if self.logged < LOG_BYTES:
                     self.log.write(f"[{name}] {text}")
                     self.log.flush()
+
+
+def in_short(line: dict) -> str:
+    """A result on one line of the terminal; what is wrong in full."""
+    facts = json.dumps({key: value for key, value in line.items() if key not in ("at", "part", "name", "ok")})
+    most = 1500 if line["ok"] is False else 170
+    verdict = {True: "right", False: "WRONG", None: "     "}[line["ok"]]
+    facts = facts if len(facts) < most else facts[:most] + " ..."
+    return f"{line['at']:6.1f} {verdict} {line['part']}: {line['name']} {facts}"
 
 
 def scratch() -> Path:

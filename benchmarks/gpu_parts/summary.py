@@ -19,6 +19,7 @@ def make(lines: list[dict]) -> str:
         ("Steps", steps(lines)),
         ("Memory", memory(lines)),
         ("Ops", ops(lines)),
+        ("Products", products(lines)),
         ("Attention", sdpa(lines)),
         ("Parts of a step", parts(lines)),
         ("Kernels of a step", kernels(lines)),
@@ -133,6 +134,16 @@ def ops(lines: list[dict]) -> list[str]:
         columns = (("us", 1), ("mb", 1), ("share_of_copy", 2), ("predicted_share", 2), ("times_eager", 2))
         rows.append([line["name"], *(both_ways(line, key, digits) for key, digits in columns)])
     return table("op, forward / backward|us|MB|share of a copy|predicted|times eager", rows)
+
+
+def products(lines: list[dict]) -> list[str]:
+    rows = []
+    for line in lines:
+        if "linear" in line:
+            rates = [number(line[way]["tflops"]) for way in ("forward", "d_x", "d_weight")]
+            shape = " x ".join(map(str, line["shape"]))
+            rows.append([line["linear"], shape, *rates, number(line["d_bias"]["tb_per_s"], 2)])
+    return table("Linear|rows x inputs x outputs|forward TFLOP/s|d_x|d_weight|d_bias TB/s", rows)
 
 
 def both_ways(line: dict, key: str, digits: int) -> str:

@@ -212,7 +212,8 @@ def test_the_loader_s_batches_are_pinned_and_arrive_whole(tiny_run, tmp_path, de
 
 
 def test_out_of_memory_is_one_line(command, tiny_run, tmp_path, device, on_cuda):
-    width = "model.encoder.width=16777216"
+    # One matrix of 275 GB; all that is made before it takes one.
+    width = "model.encoder.width=262144"
     ended = command("train", *tiny_run, width, f"train.out={tmp_path / 'run'}", f"train.device={device.type}")
     said = r"CUDA out of memory\. Tried to allocate .*" if on_cuda else r"can't allocate memory: .*"
     assert re.fullmatch(f"out of memory: {said}; a smaller batch .* or model takes less", ended.error())
