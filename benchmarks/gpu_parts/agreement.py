@@ -50,7 +50,7 @@ def digits(c: Context) -> None:
     folder = Path.cwd() / f"digits_{os.getpid()}"
     runs = {
         name: start(folder / name, steps, f"train.device={where}", f"kernels={body}")
-        for name, where, body in (("ours", device, c.body), ("cpu", other, "reference"))
+        for name, where, body in (("ours", device, c.body), ("cpu", other, "auto" if c.cuda else "reference"))
     }
     found = {}
     for name, process in runs.items():

@@ -19,8 +19,8 @@ from gpu_parts import RESULT, SIDE_BY_SIDE, Part, summary
 SCRIPT = Path(__file__).parents[1] / "gpu.py"
 RESERVE = 4.0
 """Seconds of the budget kept for the summary."""
-SHORTEST = 8.0
-"""A part that would have less than this, or less than half its limit, does not begin."""
+SHORTEST = 12.0
+"""A part that would have less than this does not begin."""
 AT_ONCE_ON_A_CPU = 2
 LOG_BYTES = 12_000_000
 """Of log.txt, at most."""
@@ -78,7 +78,7 @@ class Runner:
             self.write({"part": part.name, "name": "skipped", "ok": None, "why": "needs a CUDA device"})
             return
         left = self.options.budget - RESERVE - self.spent()
-        if left < max(SHORTEST, min(part.limit / 2, 20.0)):
+        if left < SHORTEST:
             self.write(
                 {"part": part.name, "name": "skipped", "ok": None, "why": f"{left:.0f} s of the budget are left"}
             )

@@ -27,6 +27,13 @@ def linear_of(activation):
 
 
 @pytest.fixture
+def roundings(on_cuda):
+    """To bfloat16, of a result; cuBLAS may round partial sums to it, so on a GPU the eager formula's error alone says
+    what is allowed."""
+    return lambda count: None if on_cuda else count
+
+
+@pytest.fixture
 def weights(draw):
     return lambda inputs, outputs: {"weight": draw(outputs, inputs) / inputs**0.5, "bias": draw(outputs)}
 
@@ -38,7 +45,7 @@ def sizes(request, sized):
 
 
 @pytest.mark.parametrize("op", ["linear", "swiglu_linear", "gelu_linear"])
-def test_linears_of_an_activation(op, sizes, judged, draw, weights, device, reference):
+def test_linears_of_an_activation(op, sizes, judged, draw, weights, roundings, device, reference):
     b, t, d = sizes
     activation, inputs, outputs = {
         "linear": (lambda x: x, d, 3 * d),
@@ -47,10 +54,10 @@ def test_linears_of_an_activation(op, sizes, judged, draw, weights, device, refe
     }[op]
     x = draw(b, t, 2 * inputs if op == "swiglu_linear" else inputs, dtype=BF16)
     fast, formula = autocast(getattr(kernels, op), device), autocast(linear_of(activation), device)
-    judged(fast, formula, {"x": x, **weights(inputs, outputs)}, (BF16,), 3)
+    judged(fast, formula, {"x": x, **weights(inputs, outputs)}, (BF16,), roundings(3))
 
 
-def test_layer_norm_linear(sizes, judged, draw, weights, device):
+def test_layer_norm_linear(sizes, judged, draw, weights, roundings, device):
     b, t, d = sizes
 
     def formula(x, norm_weight, norm_bias, weight, bias):
@@ -60,10 +67,10 @@ def test_layer_norm_linear(sizes, judged, draw, weights, device):
         return kernels.layer_norm_linear(*tensors, 1e-12)
 
     inputs = {"x": draw(b, t, d), "norm_weight": draw(d, around=1.0), "norm_bias": draw(d), **weights(d, 3 * d)}
-    judged(autocast(fast, device), autocast(formula, device), inputs, (BF16,), 3)
+    judged(autocast(fast, device), autocast(formula, device), inputs, (BF16,), roundings(3))
 
 
-def test_gated_residual_adaln_linear(sizes, judged, draw, weights, device, reference):
+def test_gated_residual_adaln_linear(sizes, judged, draw, weights, roundings, device, reference):
     b, t, d = sizes
     gated = reference("gated_residual_adaln")
 
@@ -83,7 +90,7 @@ def test_gated_residual_adaln_linear(sizes, judged, draw, weights, device, refer
         **weights(d, 4 * d),
     }
     fast = autocast(kernels.gated_residual_adaln_linear, device)
-    judged(fast, autocast(formula, device), inputs, (F32, BF16), 4)
+    judged(fast, autocast(formula, device), inputs, (F32, BF16), roundings(4))
 
 
 @pytest.mark.parametrize("wanted", [None, (32, 288)])
