@@ -72,16 +72,15 @@ class Case(NamedTuple):
     def title(self) -> str:
         return f"{self.op} {self.shape} {self.dtypes}"
 
-    def bodies(self, device: torch.device) -> dict[str, tuple[Callable, str]]:
-        """By name: what to call, and the setting of `backend` in which to call it."""
+    def bodies(self, device: torch.device, compiled: bool = True) -> dict[str, tuple[Callable, str]]:
+        """By name: what to call, and the setting of `backend` in which to call it; `compiled` among them or not."""
         module = importlib.import_module(f"unite_fast.kernels.{self.op}")
         reference = partial(getattr(module, f"{self.op}_ref"), **self.options)
         ours = "triton" if device.type == "cuda" else "native"
-        return {
-            "eager": (reference, "reference"),
-            "compiled": (torch.compile(reference, dynamic=False), "reference"),
-            ours: (partial(getattr(kernels, self.op), **self.options), ours),
-        }
+        found = {"eager": (reference, "reference")}
+        if compiled:
+            found["compiled"] = torch.compile(reference, dynamic=False), "reference"
+        return found | {ours: (partial(getattr(kernels, self.op), **self.options), ours)}
 
 
 class Copy(NamedTuple):
@@ -211,13 +210,15 @@ def milliseconds(start: float | torch.cuda.Event, end: float | torch.cuda.Event)
     return start.elapsed_time(end)
 
 
-def measure(case: Case, device: torch.device, seconds: float) -> dict[str, dict[str, list[float]]]:
+def measure(
+    case: Case, device: torch.device, seconds: float, compiled: bool = True, warm_up: float = WARM_UP
+) -> dict[str, dict[str, list[float]]]:
     """Milliseconds of all calls, by body and way."""
     torch.compiler.reset()
-    rotated, bodies = copies(case), case.bodies(device)
+    rotated, bodies = copies(case), case.bodies(device, compiled)
     for body in bodies.values():
         one_round(body, rotated[:1])
-        until(WARM_UP, lambda body=body: one_round(body, rotated))
+        until(warm_up, lambda body=body: one_round(body, rotated))
     times = {body: {way: [] for way in WAYS} for body in bodies}
 
     def each_in_turn() -> None:
@@ -239,7 +240,7 @@ def until(seconds: float, work: Callable[[], None]) -> None:
         done += 1
 
 
-def copy_bandwidth(device: torch.device) -> float:
+def copy_bandwidth(device: torch.device, seconds: float = 2.0) -> float:
     """Bytes a second, read and written, of a copy too large for any cache."""
     source = torch.ones(COPIED, dtype=torch.uint8, device=device)
     target, times = torch.zeros_like(source), []
@@ -249,7 +250,7 @@ def copy_bandwidth(device: torch.device) -> float:
         target.copy_(source)
         times.append(milliseconds(start, mark(device)))
 
-    until(2.0, copy)
+    until(seconds, copy)
     return 2 * COPIED / (median(times) * 1e-3)
 
 
@@ -273,7 +274,7 @@ def rows(case: Case, times: dict[str, dict[str, list[float]]], bandwidth: float,
                 "bytes": moved[way],
                 "bandwidth_share": moved[way] / (middle[body] * 1e-3) / bandwidth,
                 "vs_eager": middle["eager"] / middle[body],
-                "vs_compiled": middle["compiled"] / middle[body],
+                "vs_compiled": middle["compiled"] / middle[body] if "compiled" in middle else None,
                 "calls": len(ways[way]),
             }
             found.append(row | facts)
@@ -319,7 +320,8 @@ def table(found: list[dict]) -> str:
         spread = f"{row['ms_p20']:.3f} - {row['ms_p80']:.3f}"
         case = (row[column] for column in header[:5])
         figures = f"{row['ms_p50']:.3f}", spread, f"{row['bytes'] / 1e6:.1f}", f"{row['bandwidth_share']:.0%}"
-        lines.append([*case, *figures, f"{row['vs_eager']:.2f}", f"{row['vs_compiled']:.2f}"])
+        vs_compiled = "" if row["vs_compiled"] is None else f"{row['vs_compiled']:.2f}"
+        lines.append([*case, *figures, f"{row['vs_eager']:.2f}", vs_compiled])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
@@ -342,6 +344,7 @@ def main() -> int:
     )
     parser.add_argument("--device", default="cpu", choices=SHAPES, help="[cpu]")
     parser.add_argument("--seconds", type=float, default=3.0, help="of measuring a case, all its bodies together [3]")
+    parser.add_argument("--no-compiled", action="store_true", help="leave out torch.compile, which takes minutes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU [as torch has them]")
     parser.add_argument("--json", action="store_true", help="print a list of rows instead of the table")
     parser.add_argument("--block", action="store_true", help="print the bytes of one encoder block; time nothing")
@@ -359,7 +362,7 @@ def main() -> int:
     shapes = options.shape or [parse_shape(SHAPES[options.device])]
     for case in cases(options.op or all_ops, shapes, device):
         print(case.title, file=sys.stderr)
-        found += rows(case, measure(case, device, options.seconds), bandwidth, facts)
+        found += rows(case, measure(case, device, options.seconds, not options.no_compiled), bandwidth, facts)
     print(json.dumps(found, indent=1) if options.json else table(found))
     if not options.json:
         print(", ".join(f"{key} {value}" for key, value in facts.items()))

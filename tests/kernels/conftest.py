@@ -26,13 +26,16 @@ def judge() -> Callable[..., None]:
 
 
 def _judge(
-    op: Op, formula: Op, inputs: dict[str, Tensor], result_dtypes: tuple[torch.dtype, ...], roundings: int = 1
-) -> None:
+    op: Op, formula: Op, inputs: dict[str, Tensor], result_dtypes: tuple[torch.dtype, ...], roundings: int | None = 1
+) -> dict[str, float]:
     """Hold every output and every gradient of `op` against `formula` in float64.
 
     The tolerance measures itself: it is the error of `formula` in eager PyTorch on the same inputs, each operation
     rounded to their precision. A bfloat16 result must besides be no worse than the truth after `roundings` roundings,
-    which shows that the arithmetic between them is float32.
+    which shows that the arithmetic between them is float32; None where the arithmetic is a library's.
+
+    Returns:
+        What part of its tolerance each error uses up, by name.
     """
     truth = _run(formula, {name: x.double() for name, x in inputs.items()}, None)
     eager = _run(formula, inputs, result_dtypes)
@@ -41,13 +44,16 @@ def _judge(
         assert ours[f"output {i}"].dtype == dtype
     for name, x in inputs.items():
         assert ours[f"gradient of {name}"].dtype == x.dtype
+    used = {}
     for name, want in truth.items():
         size, dtype = want.norm(), ours[name].dtype
         error = (ours[name].double() - want).norm()
         allowed = SLACK * (eager[name].double() - want).norm() + ROUNDING[dtype] * size
-        if dtype == torch.bfloat16:
+        if dtype == torch.bfloat16 and roundings is not None:
             allowed = min(allowed, EACH_ROUNDING * roundings**0.5 * (want.to(dtype).double() - want).norm())
         assert error <= allowed, f"{name}: error {error / size:.2e}, allowed {allowed / size:.2e}"
+        used[name] = (error / allowed).item() if error else 0.0
+    return used
 
 
 def _run(op: Op, inputs: dict[str, Tensor], result_dtypes: tuple[torch.dtype, ...] | None) -> dict[str, Tensor]:
@@ -68,23 +74,28 @@ def _run(op: Op, inputs: dict[str, Tensor], result_dtypes: tuple[torch.dtype, ..
     return results | {f"gradient of {name}": g for name, g in zip(inputs, gradients, strict=True)}
 
 
+@pytest.fixture(params=["reference", "native", "triton"])
+def body(request) -> Iterator[str]:
+    """Each body in turn."""
+    if missing := backend.why_missing(request.param):
+        pytest.skip(missing)
+    with backend.using(request.param):
+        yield request.param
+
+
 @pytest.fixture
-def draw() -> Callable[..., Tensor]:
-    """Normal numbers, each call others, the same in every run."""
+def device(request) -> torch.device:
+    """Where the tensors of a test are: a GPU where the Triton body runs on one, else the CPU."""
+    body = request.getfixturevalue("body") if "body" in request.fixturenames else ""
+    return torch.device("cuda" if body == "triton" and not backend.interpreted() else "cpu")
+
+
+@pytest.fixture
+def draw(device: torch.device) -> Callable[..., Tensor]:
+    """Normal numbers, each call others, the same in every run and on every device."""
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int, dtype: torch.dtype = torch.float32, around: float = 0.0) -> Tensor:
-        return (around + torch.randn(shape, generator=generator)).to(dtype)
+        return (around + torch.randn(shape, generator=generator)).to(device, dtype)
 
     return normal
-
-
-@pytest.fixture(params=["reference", "native", "triton"])
-def body(request) -> Iterator[str]:
-    """Each body that tensors on the CPU can have, in turn."""
-    if missing := backend.why_missing(request.param):
-        pytest.skip(missing)
-    if request.param == "triton" and not backend.interpreted():
-        pytest.skip("these tests' tensors are on the CPU")
-    with backend.using(request.param):
-        yield request.param

@@ -58,7 +58,7 @@ def run(inputs: dict[str, Tensor], z: Tensor, t: Tensor, op=None) -> tuple[Tenso
     """Loss and gradients."""
     inputs = [x.detach().requires_grad_() for x in inputs.values()]
     loss = (op or bound(z, t))(*inputs)
-    incoming = torch.randn(loss.shape, generator=torch.Generator().manual_seed(3))
+    incoming = torch.randn(loss.shape, generator=torch.Generator().manual_seed(3)).to(loss)
     return loss.detach(), *torch.autograd.grad(loss, inputs, incoming)
 
 
@@ -80,9 +80,9 @@ def test_loss_and_gradients_against_float64(body, shape, dtypes, judge, draw):
 
 def test_loss_is_a_mean_for_each_sample(body, draw):
     """In Python's own numbers, from a prediction that is y itself but for rounding."""
-    z, t = draw(4, 5, 2), torch.tensor([[0.0, 0.5, 0.94, 0.999]])
-    y = torch.tensor([-1.0, 1.0]).repeat(1, 4, 5, 1)
-    got = flow_loss(y, torch.ones(2), torch.zeros(2), z, t, FLOOR, eps=0.0)
+    z = draw(4, 5, 2)
+    t, y = z.new_tensor([[0.0, 0.5, 0.94, 0.999]]), z.new_tensor([-1.0, 1.0]).repeat(1, 4, 5, 1)
+    got = flow_loss(y, z.new_ones(2), z.new_zeros(2), z, t, FLOOR, eps=0.0)
     for i in range(4):
         left = max(1 - t[0, i].item(), FLOOR)
         errors = [((a - b) / left) ** 2 for a, b in zip(z[i].flatten().tolist(), [-1.0, 1.0] * 5, strict=True)]
@@ -206,9 +206,9 @@ def test_under_checkpoint(body, draw):
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_autocast_casts_nothing(body, dtypes, draw):
+def test_autocast_casts_nothing(body, device, dtypes, draw):
     arguments = given(draw, (2, 2, 5, 6), *DTYPES[dtypes])
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         within = run(*arguments)
     assert_same(within, run(*arguments))
 

@@ -47,16 +47,6 @@ def body(request):
         yield request.param
 
 
-@pytest.fixture
-def device(body):
-    return torch.device("cuda" if body == "triton" and not backend.interpreted() else "cpu")
-
-
-@pytest.fixture
-def draw(draw, device):
-    return lambda *shape, **options: draw(*shape, **options).to(device)
-
-
 native_only = pytest.mark.parametrize("body", ["native"], indirect=True)
 
 

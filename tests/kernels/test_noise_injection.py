@@ -52,16 +52,17 @@ fused = pytest.mark.parametrize("body", ["native", "triton"], indirect=True)
 needs_native = pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
 
 
-def keys(samples: int) -> Philox:
-    """Of every word, both halves are used, and the top bit of some."""
-    return Philox(2**63 + 5, 2**32 - 2, torch.tensor([3, WORD, 0, 2**31, 77])[:samples])
+def keys(samples: int, beside: Tensor | None = None) -> Philox:
+    """Of every word, both halves are used, and the top bit of some. On the device of a tensor, else on the CPU."""
+    positions = torch.tensor([3, WORD, 0, 2**31, 77])[:samples]
+    return Philox(2**63 + 5, 2**32 - 2, positions if beside is None else positions.to(beside.device))
 
 
 def given(draw, shape, dtype=torch.float32):
     """z and t, and a gate that is open for some: shape is F, B, N, C."""
     draws, samples, tokens, channels = shape
     t = draw(draws, samples).sigmoid()
-    return draw(samples, tokens, channels, dtype=dtype), t, torch.arange(samples) % 3 > 0
+    return draw(samples, tokens, channels, dtype=dtype), t, torch.arange(samples, device=t.device) % 3 > 0
 
 
 def formula(t: Tensor, gate: Tensor | None, philox: Philox):
@@ -89,7 +90,7 @@ CASES = [(body, shape) for body, shapes in SHAPES.items() for shape in shapes]
 @pytest.mark.parametrize(("body", "shape"), CASES, indirect=["body"])
 def test_output_and_gradient_against_float64(body, shape, dtype, gated, judge, draw):
     z, t, gate = given(draw, shape, dtype)
-    gate, philox = gate if gated else None, keys(shape[1])
+    gate, philox = gate if gated else None, keys(shape[1], z)
 
     def op(z):
         return noise_injection(z, t, philox, STREAM, gate)
@@ -100,7 +101,7 @@ def test_output_and_gradient_against_float64(body, shape, dtype, gated, judge, d
 @pytest.mark.parametrize("layout", ["tokens", "batch", "channels", "transposed", "expanded"])
 def test_strided_inputs(body, layout, judge, draw):
     z, t, _ = given(draw, (2, 3, 4, 5))
-    philox = Philox(1, 2, torch.arange(12)[::4])
+    philox = Philox(1, 2, torch.arange(12, device=t.device)[::4])
     z = {
         "tokens": z.new_zeros(3, 8, 5)[:, ::2].copy_(z),
         "batch": z.transpose(0, 1).contiguous().transpose(0, 1),
@@ -109,13 +110,14 @@ def test_strided_inputs(body, layout, judge, draw):
         "expanded": z[:1].expand(3, 4, 5),
     }[layout]
     t = t.t().contiguous().t()
-    gate = torch.tensor([True, False] * 3)[::2]
+    gate = torch.tensor([True, False] * 3, device=t.device)[::2]
     judge(lambda z: noise_injection(z, t, philox, STREAM, gate), formula(t, gate, philox), {"z": z}, (torch.float32,))
 
 
 def test_the_ends_of_the_path_are_noise_and_latents(body, draw):
-    z, philox = draw(2, 3, 4), keys(2)
-    x = noise_injection(z, torch.tensor([[0.0, 1.0], [1.0, 0.0]]), philox, STREAM)
+    z = draw(2, 3, 4)
+    philox = keys(2, z)
+    x = noise_injection(z, z.new_tensor([[0.0, 1.0], [1.0, 0.0]]), philox, STREAM)
     with backend.using("reference"):
         noise = [philox.normal(STREAM, (3, 4), f) for f in range(2)]
     assert torch.equal(x[0, 1], z[1]) and torch.equal(x[1, 0], z[0])
@@ -124,8 +126,9 @@ def test_the_ends_of_the_path_are_noise_and_latents(body, draw):
 
 
 def test_a_shut_gate_gives_the_latents_to_the_last_bit(body, draw):
-    z, gate = draw(2, 3, 4), torch.tensor([False, True])
-    x = noise_injection(z, torch.full((2, 2), 0.3), keys(2), STREAM, gate)
+    z = draw(2, 3, 4)
+    gate = torch.tensor([False, True], device=z.device)
+    x = noise_injection(z, z.new_full((2, 2), 0.3), keys(2, z), STREAM, gate)
     assert torch.equal(x[0, 0], z[0]) and torch.equal(x[1, 0], z[0])
     assert not torch.isclose(x[:, 1], z[1]).any()
 
@@ -133,7 +136,7 @@ def test_a_shut_gate_gives_the_latents_to_the_last_bit(body, draw):
 @fused
 def test_the_same_bits_again(body, draw):
     z, t, gate = given(draw, (2, 2, 8, 5))
-    runs = [run(z, t, keys(2), gate) for _ in range(2)]
+    runs = [run(z, t, keys(2, z), gate) for _ in range(2)]
     assert_same(*runs)
 
 
@@ -155,8 +158,8 @@ def test_the_same_bits_for_any_number_of_threads(draw):
 
 def test_a_sample_does_not_depend_on_its_batch(body, draw):
     z, t, gate = given(draw, (2, 4, 3, 5))
-    whole, philox = noise_injection(z, t, keys(4), STREAM, gate), keys(4)
-    part = torch.tensor([2, 0])
+    whole, philox = noise_injection(z, t, keys(4, z), STREAM, gate), keys(4, z)
+    part = torch.tensor([2, 0], device=z.device)
     philox = Philox(philox.seed, philox.step, philox.positions[part])
     assert torch.equal(noise_injection(z[part], t[:, part], philox, STREAM, gate[part]), whole[:, part])
 
@@ -164,7 +167,7 @@ def test_a_sample_does_not_depend_on_its_batch(body, draw):
 @pytest.mark.parametrize("shape", [(2, 0, 3, 4), (2, 3, 0, 4), (1, 3, 2, 0)])
 def test_no_samples_and_no_elements(body, shape, draw):
     z, t, gate = given(draw, shape)
-    x, d_z = run(z, t, keys(shape[1]), gate)
+    x, d_z = run(z, t, keys(shape[1], z), gate)
     assert (x.shape, d_z.shape) == (shape, z.shape)
 
 
@@ -172,14 +175,14 @@ def test_what_is_not_finite_stays_in_its_element(body, draw):
     z, t, _ = given(draw, (2, 2, 3, 4))
     for bad in (float("nan"), float("inf")):
         z[1, 2, 3] = bad
-        x = noise_injection(z, t, keys(2), STREAM)
+        x = noise_injection(z, t, keys(2, z), STREAM)
         assert (~x.isfinite()).nonzero().tolist() == [[0, 1, 2, 3], [1, 1, 2, 3]]
 
 
 def test_z_is_not_changed_and_another_type_is_upcast(body, draw):
     z, t, gate = given(draw, (2, 2, 3, 4), torch.bfloat16)
     kept = z.clone()
-    assert torch.equal(run(z, t, keys(2), gate)[0], run(z.float(), t, keys(2), gate)[0])
+    assert torch.equal(run(z, t, keys(2, z), gate)[0], run(z.float(), t, keys(2, z), gate)[0])
     assert torch.equal(z, kept)
 
 
@@ -187,7 +190,7 @@ def run(z: Tensor, t: Tensor, philox: Philox, gate: Tensor | None, op=noise_inje
     """Output and gradient of z."""
     z = z.detach().requires_grad_()
     x = op(z, t, philox, STREAM, gate)
-    incoming = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    incoming = torch.randn(x.shape, generator=torch.Generator().manual_seed(3)).to(x)
     return x.detach(), torch.autograd.grad(x, z, incoming)[0]
 
 
@@ -206,14 +209,14 @@ def assert_same(ours, others):
 def test_opcheck(body, dtype, gated, draw):
     z, t, gate = given(draw, (2, 2, 3, 5), dtype)
     gate = gate if gated else None
-    torch.library.opcheck(_fused.op, (z.requires_grad_(), t, keys(2).positions, gate, WORD, 2**31, 3, int(STREAM)))
+    torch.library.opcheck(_fused.op, (z.requires_grad_(), t, keys(2, z).positions, gate, WORD, 2**31, 3, int(STREAM)))
     torch.library.opcheck(_fused.backward_op, (draw(2, 2, 3, 5), t, gate))
 
 
 @fused
 def test_compiled_in_one_graph(body, draw):
     z, t, gate = given(draw, (2, 2, 3, 5))
-    philox = Philox(5, 6, torch.arange(2))
+    philox = Philox(5, 6, torch.arange(2, device=z.device))
     torch._dynamo.reset()
     compiled = torch.compile(noise_injection, fullgraph=True, backend="aot_eager")
     assert_same(run(z, t, philox, gate, compiled), run(z, t, philox, gate))
@@ -229,22 +232,22 @@ def test_under_checkpoint_the_noise_is_the_same(body, draw):
     def plain(*arguments):
         return noise_injection(*arguments).square()
 
-    assert_same(run(z, t, keys(2), gate, checkpointed), run(z, t, keys(2), gate, plain))
+    assert_same(run(z, t, keys(2, z), gate, checkpointed), run(z, t, keys(2, z), gate, plain))
 
 
 @fused
-def test_autocast_casts_nothing(body, draw):
+def test_autocast_casts_nothing(body, device, draw):
     z, t, gate = given(draw, (2, 2, 3, 5))
-    with torch.autocast("cpu", torch.bfloat16):
-        within = run(z, t, keys(2), gate)
-    assert_same(within, run(z, t, keys(2), gate))
+    with torch.autocast(device.type, torch.bfloat16):
+        within = run(z, t, keys(2, z), gate)
+    assert_same(within, run(z, t, keys(2, z), gate))
 
 
 @fused
 def test_fake_tensors_give_shapes_and_types(body, draw):
     z, t, gate = given(draw, (2, 2, 3, 5), torch.bfloat16)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        x = noise_injection(mode.from_tensor(z), t, keys(2), STREAM, gate)
+        x = noise_injection(mode.from_tensor(z), t, keys(2, z), STREAM, gate)
     assert (x.shape, x.dtype) == ((2, 2, 3, 5), torch.float32)
 
 
@@ -253,7 +256,7 @@ def test_nothing_of_the_noise_is_kept(body, draw):
     z, t, gate = given(draw, (2, 2, 3, 5))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        noise_injection(z.requires_grad_(), t, keys(2), STREAM, gate)
+        noise_injection(z.requires_grad_(), t, keys(2, z), STREAM, gate)
     assert {x.data_ptr() for x in saved} == {t.data_ptr(), gate.data_ptr()}
 
 

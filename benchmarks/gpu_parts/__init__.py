@@ -1,0 +1,83 @@
+"""The parts of gpu.py, in the order in which they begin, and how one of them runs in its own process."""
+
+import importlib
+import os
+import sys
+import time
+import traceback
+from typing import NamedTuple
+
+SIDE_BY_SIDE, ALONE = "side by side", "alone"
+RESULT = "RESULT "
+"""What a line of a part's stdout begins with that is a result; all others are the log's."""
+
+
+class Part(NamedTuple):
+    name: str
+    run: str
+    """module:function of this package; takes a `context.Context`."""
+    limit: float
+    """Seconds, at most."""
+    how: str = ALONE
+    cuda_only: bool = False
+    """Whether a CPU can run no part of it."""
+
+
+PARTS = (
+    Part("env", "environment:measure", 60),
+    # Judged and not timed: they share the GPU. The last two compile what the timed parts below use.
+    Part("ops", "suites:ops", 150, SIDE_BY_SIDE),
+    Part("linears_draws", "suites:linears_draws", 120, SIDE_BY_SIDE),
+    Part("graphs", "suites:compiled", 150, SIDE_BY_SIDE),
+    Part("training", "suites:training", 150, SIDE_BY_SIDE),
+    Part("parity", "agreement:parity", 90, SIDE_BY_SIDE),
+    Part("digits", "agreement:digits", 150, SIDE_BY_SIDE),
+    Part("warm_triton", "steps:warm_triton", 150, SIDE_BY_SIDE, cuda_only=True),
+    Part("warm_reference", "steps:warm_reference", 150, SIDE_BY_SIDE, cuda_only=True),
+    # Timed.
+    Part("bench_triton", "steps:bench_triton", 60),
+    Part("bench_compiled", "steps:bench_compiled", 75, cuda_only=True),
+    Part("profile", "step_profile:measure", 60),
+    Part("op_times", "op_times:measure", 60),
+    Part("bench_reference", "steps:bench_reference", 75, cuda_only=True),
+    Part("bench_triton_128", "steps:bench_triton_128", 60, cuda_only=True),
+    Part("sdpa", "sdpa:measure", 30),
+    Part("bench_compiled_128", "steps:bench_compiled_128", 100, cuda_only=True),
+)
+
+BREAK = "UNITE_FAST_BREAK_GPU_PART"
+"""For the tests of this command: PART=crash, PART=hang or PART=wrong; several by commas."""
+
+
+def run_part(name: str, device: str, tiny: bool) -> int:
+    """Run a part in this process; its results go to stdout, a line of JSON each.
+
+    Returns:
+        0, or 1 if the part raised.
+    """
+    from gpu_parts.context import Context
+
+    part = next(part for part in PARTS if part.name == name)
+    context = Context(name, device, tiny)
+    try:
+        _break(os.environ.get(BREAK, ""), context)
+        module, function = part.run.split(":")
+        getattr(importlib.import_module(f"gpu_parts.{module}"), function)(context)
+    except Exception as error:
+        traceback.print_exc()
+        context.say("exception", ok=False, error=f"{type(error).__name__}: {error}"[:500])
+        return 1
+    finally:
+        sys.stdout.flush()
+    return 0
+
+
+def _break(how: str, context) -> None:
+    way = dict(one.split("=") for one in how.split(",") if one).get(context.part)
+    if way == "crash":
+        os.abort()
+    if way == "hang":
+        print("hanging", flush=True)
+        time.sleep(3600)
+    if way == "wrong":
+        context.say("a wrong number", ok=False, got=1, wanted=2)

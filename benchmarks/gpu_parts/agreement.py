@@ -1,0 +1,82 @@
+"""The GPU's numbers against others': the released code's (a trace), and a CPU's in a run of the digits."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from gpu_parts.context import Context
+from unite_fast.interop import parity as traces
+from unite_fast.interop.trace import Trace
+from unite_fast.kernels import backend
+
+TRACE = Path(__file__).parents[2] / "tests/data/official_tiny_a.npz"
+FIRST_ROW = 1e-4
+"""Relative difference of the mean losses of the first five steps, on two devices in float32. Between the C++ and the
+reference bodies of one CPU it was 1e-6; a GPU's products sum in another order too."""
+LAST_ROW = 0.05
+"""And of the last five of 200: rounding grows from step to step, but both runs learn the same."""
+
+
+def parity(c: Context) -> None:
+    """Every quantity that the released code left in the trace: forward, samples, gradients, steps, final weights."""
+    for body in (c.body,) if c.tiny else (c.body, "reference"):
+        begun = time.perf_counter()
+        with backend.using(body):
+            rows = traces.compare(Trace(TRACE, c.device))
+        failed = [[row.name, row.error, row.tolerance] for row in rows if not row.passed]
+        worst = {
+            group.kind: f"{group.worst.error:.1e} of {group.worst.tolerance:.1e} allowed"
+            for group in traces.summarise(rows)
+        }
+        seconds = round(time.perf_counter() - begun, 1)
+        c.say(
+            f"{TRACE.stem}, {body}",
+            ok=not failed,
+            quantities=len(rows),
+            failed=failed[:6],
+            worst=worst,
+            seconds=seconds,
+        )
+
+
+def digits(c: Context) -> None:
+    """The same run of the digits recipe, in float32, on the GPU and on the CPU, side by side."""
+    steps = 10 if c.tiny else 200
+    device, other = c.device.type, "cpu"
+    folder = Path.cwd() / f"digits_{os.getpid()}"
+    runs = {
+        name: start(folder / name, steps, f"train.device={where}", f"kernels={body}")
+        for name, where, body in (("ours", device, c.body), ("cpu", other, "auto" if c.cuda else "reference"))
+    }
+    found = {}
+    for name, process in runs.items():
+        said, _ = process.communicate()
+        print(said[-3000:])
+        if process.returncode:
+            c.say(f"run on {device if name == 'ours' else other}", ok=False, error=said[-500:])
+            continue
+        found[name] = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    shutil.rmtree(folder, ignore_errors=True)
+    if len(found) < 2:
+        return
+    apart = {
+        row["step"]: {key: float(f"{abs(row[key] - cpu[key]) / abs(cpu[key]):.1e}") for key in ("total", "l1", "flow")}
+        for row, cpu in zip(found["ours"], found["cpu"], strict=True)
+    }
+    first, last = (apart[found["ours"][i]["step"]] for i in (0, -1))
+    learns = found["ours"][-1]["total"] < found["ours"][0]["total"]
+    speeds = {f"images_per_s_{name}": round(rows[-1]["images_per_s"], 1) for name, rows in found.items()}
+    c.say("first steps agree", ok=max(first.values()) <= FIRST_ROW, apart=first, allowed=FIRST_ROW)
+    c.say("last steps agree", ok=max(last.values()) <= LAST_ROW and learns, apart=last, allowed=LAST_ROW, **speeds)
+    c.say("all steps", apart={step: values["total"] for step, values in apart.items()})
+
+
+def start(out: Path, steps: int, *settings: str) -> subprocess.Popen:
+    every = f"train.steps={steps}", "train.log_every=5", f"train.checkpoint_every={steps}", "train.picture_every=0"
+    words = [*every, "sampling.solver=euler", "sampling.steps=2", f"train.out={out}", *settings]
+    command = [sys.executable, "-m", "unite_fast", "train", "digits", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

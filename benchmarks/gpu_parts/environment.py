@@ -1,0 +1,134 @@
+"""The machine: versions, what is missing, and the ceilings that the other parts are held against."""
+
+import importlib
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch.cuda import nccl
+from torch.nn import functional as F
+
+from gpu_parts.context import Context
+from unite_fast.kernels import backend, native
+
+NEEDED = (
+    "torch",
+    "triton",
+    "numpy",
+    "torchdiffeq",
+    "safetensors",
+    "typer",
+    "rich",
+    "yaml",
+    "matplotlib",
+    "tensorboard",
+)
+OPTIONAL = ("webdataset", "flash_attn", "flash_attn.cute", "nvidia.dali")
+"""What single features need: shards of JPEGs, the other attention, decoding on the GPU."""
+PRODUCTS = {"qkv": (768, 2304), "proj": (768, 768), "fc_in": (768, 4096), "fc_out": (2048, 768), "fc1": (768, 3072)}
+"""Inputs and outputs of the Linears of UNITE-B."""
+TOKENS = 64 * 544
+"""Rows of a product: the longest sequences of a tokenizer pass of 64 images."""
+
+
+def measure(c: Context) -> None:
+    c.say("machine", **machine(c))
+    missing = {name: why for name in (*NEEDED, *OPTIONAL) if (why := why_missing(name))}
+    c.say("packages", ok=not missing.keys() & set(NEEDED), missing=missing)
+    c.say(
+        "bodies",
+        ok=not backend.why_missing(c.body),
+        native=native.reason() or "built",
+        triton=backend.why_missing("triton") or "can run",
+    )
+    c.say("copy", tb_per_s=round(copy_rate(c) / 1e12, 3))
+    side = 512 if c.tiny else 8192
+    c.say("bfloat16 product", side=side, tflops=round(product_rate(c, side) / 1e12, 1))
+    for name, (inputs, outputs) in PRODUCTS.items():
+        c.say("products", linear=name, **linear(c, TOKENS // (256 if c.tiny else 1), inputs, outputs))
+
+
+def copy_rate(c: Context) -> float:
+    """Bytes a second, read and written, of a large copy."""
+    source = torch.zeros(2**24 if c.tiny else 2**30, dtype=torch.uint8, device=c.device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / c.device_seconds(lambda: target.copy_(source), 10)
+
+
+def product_rate(c: Context, side: int) -> float:
+    """FLOP/s of a large bfloat16 product."""
+    a, b = (torch.randn(side, side, device=c.device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * side**3 / c.device_seconds(lambda: F.linear(a, b), 10)
+
+
+def machine(c: Context) -> dict:
+    facts = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": None if why_missing("triton") else version("triton"),
+        "cores": os.cpu_count(),
+        "commit": commit(),
+    }
+    if not c.cuda:
+        return facts | {"card": "none: a CPU"}
+    card = torch.cuda.get_device_properties(0)
+    free, total = torch.cuda.mem_get_info()
+    return facts | {
+        "card": card.name,
+        "capability": f"{card.major}.{card.minor}",
+        "multiprocessors": card.multi_processor_count,
+        "memory_gb": round(total / 1e9, 2),
+        "free_gb": round(free / 1e9, 2),
+        "cudnn": torch.backends.cudnn.version(),
+        "nccl": ".".join(map(str, nccl.version())) if torch.distributed.is_nccl_available() else None,
+        "driver": driver(),
+    }
+
+
+def driver() -> str | None:
+    """Of the card, as nvidia-smi tells it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def commit() -> str | None:
+    """Of these sources, with `-dirty` where they were changed; None where git does not know them."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        asked = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return asked.stdout.strip() or None
+
+
+def why_missing(name: str) -> str:
+    """Why a package cannot be imported; empty if it can."""
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # a package for another GPU or version fails in its own way
+        return f"{type(error).__name__}: {error}"[:120]
+    return ""
+
+
+def linear(c: Context, rows: int, inputs: int, outputs: int) -> dict:
+    """Microseconds and TFLOP/s of a Linear's passes as kernels/product.py takes them."""
+    x = torch.randn(rows, inputs, device=c.device, dtype=torch.bfloat16)
+    d_y = torch.randn(rows, outputs, device=c.device, dtype=torch.bfloat16)
+    weight = torch.randn(outputs, inputs, device=c.device, dtype=torch.bfloat16)
+    bias = torch.randn(outputs, device=c.device, dtype=torch.bfloat16)
+    passes = {"forward": lambda: F.linear(x, weight, bias), "d_x": lambda: d_y @ weight, "d_weight": lambda: d_y.mT @ x}
+    if c.cuda:  # a CPU has no product with a result of another type
+        passes["d_weight"] = lambda: torch.mm(d_y.mT, x, out_dtype=torch.float32)
+    found = {"shape": [rows, inputs, outputs]}
+    for name, run in passes.items():
+        seconds = c.device_seconds(run, 3 if c.tiny else 20)
+        found[name] = {"us": round(1e6 * seconds, 1), "tflops": round(2 * rows * inputs * outputs / seconds / 1e12, 1)}
+    seconds = c.device_seconds(lambda: d_y.sum(0, dtype=torch.float32), 3 if c.tiny else 20)
+    return found | {"d_bias": {"us": round(1e6 * seconds, 1), "tb_per_s": round(d_y.nbytes / seconds / 1e12, 2)}}

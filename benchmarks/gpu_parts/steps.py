@@ -1,0 +1,147 @@
+"""A training step of UNITE-B by `unite-fast bench`, and what fills the compilers' caches before it."""
+
+import gc
+import json
+import subprocess
+import sys
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from gpu_parts.context import Context
+from unite_fast.benchmarking.measure import opened, take_step
+from unite_fast.benchmarking.run import read_recipe
+from unite_fast.config import Config
+from unite_fast.memory import RUNTIME_BYTES, SLACK
+
+RECIPE = "imagenet256_b"
+TINY = (
+    "model.image_size=32",
+    "model.patch_size=8",
+    "model.num_classes=10",
+    *(f"model.{part}.{key}={value}" for part in ("encoder", "decoder") for key, value in (("width", 64), ("heads", 2))),
+    "model.encoder.depth=2",
+    "model.encoder.in_context_start=1",
+    "model.decoder.depth=1",
+    "model.decoder.mlp_width=64",
+    "data.workers=0",
+    "train.threads=1",
+)
+BESIDE = 0.1
+"""The share by which measured memory may pass what `unite-fast plan` predicts of it."""
+
+
+def settings(c: Context, body: str, compiled: bool, images: int) -> tuple[str, ...]:
+    images = 2 if c.tiny else images
+    own = f"kernels={body}", f"train.compile={str(compiled).lower()}", f"train.device={c.device.type}"
+    return *own, f"train.batch_size={images}", f"train.micro_batch={images}", *(TINY if c.tiny else ())
+
+
+def config(c: Context, body: str, compiled: bool, images: int) -> Config:
+    return read_recipe([RECIPE, *settings(c, body, compiled, images)], "", "")[0]
+
+
+# `unite-fast bench` ---------------------------------------------------------------------------------------------------
+
+
+def bench_triton(c: Context) -> None:
+    bench(c, c.body, False, 64)
+
+
+def bench_compiled(c: Context) -> None:
+    bench(c, c.body, True, 64)
+
+
+def bench_reference(c: Context) -> None:
+    if not bench(c, "reference", True, 64):
+        bench(c, "reference", True, 32)
+
+
+def bench_triton_128(c: Context) -> None:
+    bench(c, c.body, False, 128)
+
+
+def bench_compiled_128(c: Context) -> None:
+    bench(c, c.body, True, 128)
+
+
+def bench(c: Context, body: str, compiled: bool, images: int) -> bool:
+    """Whether there was memory enough for it."""
+    window = ["--warmup", "1", "--steps", "3"] if c.tiny else ["--warmup", "4", "--steps", "20", "--seconds", "8"]
+    words = [RECIPE, *settings(c, body, compiled, images), *window, "--json", "--csv", ""]
+    ran = subprocess.run([sys.executable, "-m", "unite_fast", "bench", *words], capture_output=True, text=True)
+    print(ran.stderr[-3000:])
+    name = f"{body} {'compiled' if compiled else 'eager'}, micro-batch {images}"
+    if ran.returncode:
+        full = "out of memory" in ran.stderr
+        c.say(name, ok=None if full else False, error=(ran.stderr or ran.stdout)[-400:])
+        return not full
+    found = json.loads(ran.stdout)
+    c.say(name, ok=found["bad_step"] is None, **found)
+    if predicted := found.get("predicted_memory_gb"):
+        # What PyTorch's allocator gives to tensors: without CUDA's own and the allocator's waste.
+        tensors = predicted / (1 + SLACK) - RUNTIME_BYTES / 1e9
+        measured = found["memory_gb"]
+        facts = {
+            "measured_gb": measured,
+            "predicted_gb": tensors,
+            "measured_of_predicted": round(measured / tensors, 3),
+        }
+        c.say(f"memory, {name}", ok=measured <= (1 + BESIDE) * tensors, **facts)
+    return True
+
+
+# Caches ---------------------------------------------------------------------------------------------------------------
+
+
+def warm_triton(c: Context) -> None:
+    compile_layers(c, c.body)
+    gc.collect()
+    torch.cuda.empty_cache()
+    # Integers that 16 divides are compiled for, so 16 images take the same kernels as 64 and 128.
+    with opened(config(c, c.body, False, 16)) as trainer:
+        for _ in range(2):
+            take_step(trainer)
+        c.wait()
+    c.say("Triton kernels", ready=True)
+
+
+def warm_reference(c: Context) -> None:
+    compile_layers(c, "reference")
+
+
+def compile_layers(c: Context, body: str, images: int = 64) -> None:
+    """Compile all layers for their real shapes in the memory of one: each goes back as soon as it has gone forward, and
+    nothing of it is kept for the others. So this can share the GPU with other parts."""
+    tree = config(c, body, True, images)
+    tree.perceptual.weight = 0.0
+    with opened(tree) as trainer:
+        model = trainer.state.model
+        for layer in (*model.encoder.blocks, *model.decoder.layers):
+            by_itself(layer)
+        trainer.train_step.accumulate(trainer.read())
+        c.wait()
+        counters = torch._dynamo.utils.counters["stats"]
+        c.say(f"layers compiled, {body}", graphs=counters["unique_graphs"], peak_gb=peak_gb(c))
+
+
+def by_itself(layer: nn.Module) -> None:
+    compiled = layer._compiled_call_impl
+    assert compiled is not None, "the layer is not compiled"
+
+    def cut(x: torch.Tensor) -> torch.Tensor:
+        # Not a parameter or a table: compiled code is for parameters as such.
+        return x if x.is_leaf else x.detach().requires_grad_()
+
+    def call(*arguments):
+        own = tree_map_only(torch.Tensor, cut, arguments)
+        outputs = compiled(*own)
+        torch.autograd.backward(tree_leaves(outputs), [torch.ones_like(x) for x in tree_leaves(outputs)])
+        return tree_map_only(torch.Tensor, lambda x: x.detach().requires_grad_(), outputs)
+
+    layer._compiled_call_impl = call
+
+
+def peak_gb(c: Context) -> float | None:
+    return round(torch.cuda.max_memory_allocated() / 1e9, 2) if c.cuda else None

@@ -1,0 +1,59 @@
+"""The tests of tests/gpu as parts: a line a test, with how near each came to its tolerance."""
+
+from pathlib import Path
+
+import pytest
+
+from gpu_parts.context import Context
+
+ROOT = Path(__file__).parents[2]
+
+
+def ops(c: Context) -> None:
+    run(c, "test_ops.py")
+
+
+def linears_draws(c: Context) -> None:
+    run(c, "test_linear.py", "test_draws.py")
+
+
+def compiled(c: Context) -> None:
+    run(c, "test_compiled.py", only="not lpips" if c.tiny else "")
+
+
+def training(c: Context) -> None:
+    # Of a CPU, the other tests have their own in tests/training.
+    run(c, "test_training.py", only="ordinary_step" if c.tiny else "")
+
+
+class Reporter:
+    """Says each test as it ends."""
+
+    def __init__(self, context: Context):
+        self.context, self.passed = context, 0
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        name = report.nodeid.rpartition("/")[2]
+        if report.failed:
+            self.context.say(name, ok=False, when=report.when, error=report.longreprtext[-700:])
+        elif report.skipped:
+            self.context.say(name, skipped=str(report.longrepr[-1] if isinstance(report.longrepr, tuple) else "")[:200])
+        elif report.when == "call":
+            self.passed += 1
+            facts = {key.replace(" ", "_"): value for key, value in report.user_properties}
+            self.context.say(name, ok=True, seconds=round(report.duration, 2), **facts)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.context.say(report.nodeid, ok=False, when="collect", error=report.longreprtext[-700:])
+
+
+def run(c: Context, *files: str, only: str = "") -> None:
+    reporter = Reporter(c)
+    arguments = [str(ROOT / "tests/gpu" / name) for name in files]
+    arguments += ["-m", "gpu", "--gpu-device", c.device.type, "-q", "--tb=short", "-p", "no:cacheprovider", "-k", only]
+    arguments += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
+    status = pytest.main(arguments, plugins=[reporter])
+    # A test that failed has said so; here is what stops all of them.
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or not reporter.passed:
+        c.say("pytest", ok=False, error=f"ended with status {int(status)}, {reporter.passed} tests passed")

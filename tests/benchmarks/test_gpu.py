@@ -1,0 +1,115 @@
+"""benchmarks/gpu.py on a CPU at toy sizes: every part's code runs, and a part that fails costs itself alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from unite_fast.kernels import native
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks/gpu.py"
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
+
+
+@pytest.fixture
+def gpu(tmp_path):
+    """Runs the command; gives its exit status, its lines by part, and what it printed."""
+
+    def run(*arguments: str, budget: int = 500, broken: str = "") -> tuple[int, dict[str, list[dict]], str]:
+        words = [sys.executable, SCRIPT, "--out", tmp_path, "--device", "cpu", "--tiny", "--budget", str(budget)]
+        env = {**os.environ, "UNITE_FAST_BREAK_GPU_PART": broken, "TMPDIR": str(tmp_path)}
+        ended = subprocess.run([*words, *arguments], capture_output=True, text=True, env=env, timeout=budget + 10)
+        lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+        parts: dict[str, list[dict]] = {}
+        for line in lines:
+            parts.setdefault(line["part"], []).append(line)
+        return ended.returncode, parts, ended.stdout + ended.stderr
+
+    return run
+
+
+def named(lines: list[dict], name: str) -> dict:
+    return next(line for line in lines if line["name"] == name)
+
+
+@pytest.mark.timeout(600)  # alone on two cores, less than one minute
+def test_every_part(gpu, tmp_path):
+    status, parts, said = gpu()
+    wrong = [line for lines in parts.values() for line in lines if line["ok"] is False]
+    assert (status, wrong) == (0, []), said[-3000:]
+    ran = {name for name, lines in parts.items() if any(line["name"] == "part ended" for line in lines)}
+    skipped = {name for name, lines in parts.items() if any(line["name"] == "skipped" for line in lines)}
+    benches = {f"bench_{name}" for name in ("compiled", "reference", "triton_128", "compiled_128")}
+    assert skipped == {"warm_triton", "warm_reference", *benches}
+    assert ran | skipped == parts.keys() - {"start", "end"} and not ran & skipped
+    # Each says what it is there for.
+    assert named(parts["env"], "copy")["tb_per_s"] > 0
+    assert sum(line["ok"] is True for line in parts["ops"]) > 30
+    assert [line["graphs"] for line in parts["graphs"] if "graphs" in line] == [1] * 3
+    assert named(parts["parity"], "official_tiny_a, native")["quantities"] > 300
+    assert named(parts["digits"], "first steps agree")["apart"]["total"] < 1e-4
+    assert any(line.get("images_per_s", 0) > 0 for line in parts["bench_triton"])
+    assert {line["name"] for line in parts["profile"]} >= {
+        "step",
+        "host",
+        "part forward 1",
+        "part backward 2",
+        "part between",
+    }
+    assert any("share_of_copy" in line.get("forward", {}) for line in parts["op_times"])
+    files = sorted(path.relative_to(tmp_path) for path in tmp_path.glob("*.*"))
+    assert [str(path) for path in files] == ["log.txt", "results.jsonl", "summary.md"]
+    summary = (tmp_path / "summary.md").read_text()
+    assert "Nothing was wrong." in summary and "### Steps" in summary and "### Ops" in summary
+
+
+def test_a_part_that_crashes_or_hangs_costs_itself(gpu, tmp_path):
+    status, parts, _ = gpu("--only", "env,op_times,sdpa", budget=60, broken="env=crash,sdpa=hang")
+    assert status == 1
+    assert parts["env"] == [named(parts["env"], "part ended")] and "exit status" in parts["env"][0]["error"]
+    assert named(parts["op_times"], "copy")["tb_per_s"] > 0 and named(parts["op_times"], "part ended")["ok"]
+    assert named(parts["sdpa"], "part ended")["error"].startswith("stopped after")
+    assert "2 results are wrong" in (tmp_path / "summary.md").read_text()
+
+
+def test_a_wrong_number_and_no_time(gpu):
+    status, parts, _ = gpu("--only", "sdpa", broken="sdpa=wrong")
+    assert status == 1 and named(parts["sdpa"], "part ended")["ok"] and not named(parts["sdpa"], "a wrong number")["ok"]
+    status, parts, _ = gpu("--only", "sdpa", budget=5)
+    assert status == 0 and "of the budget are left" in named(parts["sdpa"], "skipped")["why"]
+
+
+def test_layers_that_are_compiled_by_themselves_are_those_of_a_step(monkeypatch):
+    """So the caches that a warm part fills are those that the timed parts look into."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    from gpu_parts import steps
+    from gpu_parts.context import Context
+
+    from unite_fast.benchmarking.measure import opened, take_step
+
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled(self, backend="aot_eager", **how))
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    context = Context("warm", "cpu", tiny=True)
+    steps.compile_layers(context, "native")
+    assert counters["stats"]["unique_graphs"] > 3
+    counters.clear()
+    settings = steps.config(context, "native", True, 64)
+    settings.perceptual.weight = 0.0
+    with opened(settings) as trainer:
+        take_step(trainer)
+    assert counters["stats"]["unique_graphs"] == 0
+
+
+def test_mistakes_in_the_arguments(tmp_path):
+    ended = subprocess.run(
+        [sys.executable, SCRIPT, "--out", tmp_path, "--only", "ops,fast"], capture_output=True, text=True
+    )
+    assert ended.returncode == 2 and "there is no part fast" in ended.stderr

@@ -1,0 +1,114 @@
+"""The five Linears and attention under autocast to bfloat16, at the sizes of B and XL: outputs and all gradients."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from unite_fast import kernels
+from unite_fast.model.layers import rope_table
+
+pytestmark = pytest.mark.gpu
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def autocast(op, device):
+    """float64, the truth, is left as it is."""
+
+    def run(*tensors):
+        with torch.autocast(device.type, BF16, enabled=tensors[0].dtype != torch.float64):
+            return op(*tensors)
+
+    return run
+
+
+def linear_of(activation):
+    return lambda x, weight, bias: F.linear(activation(x), weight.to(x.dtype), bias.to(x.dtype))
+
+
+@pytest.fixture
+def roundings(on_cuda):
+    """To bfloat16, of a result; cuBLAS may round partial sums to it, so on a GPU the eager formula's error alone says
+    what is allowed."""
+    return lambda count: None if on_cuda else count
+
+
+@pytest.fixture
+def weights(draw):
+    return lambda inputs, outputs: {"weight": draw(outputs, inputs) / inputs**0.5, "bias": draw(outputs)}
+
+
+@pytest.fixture(params=["B", "XL"])
+def sizes(request, sized):
+    """B, T, D."""
+    return sized(*{"B": ((8, 544, 768), (2, 19, 48)), "XL": ((2, 257, 1152), (2, 9, 72))}[request.param])
+
+
+@pytest.mark.parametrize("op", ["linear", "swiglu_linear", "gelu_linear"])
+def test_linears_of_an_activation(op, sizes, judged, draw, weights, roundings, device, reference):
+    b, t, d = sizes
+    activation, inputs, outputs = {
+        "linear": (lambda x: x, d, 3 * d),
+        "swiglu_linear": (reference("swiglu"), 8 * d // 3, d),
+        "gelu_linear": (F.gelu, 4 * d, d),
+    }[op]
+    x = draw(b, t, 2 * inputs if op == "swiglu_linear" else inputs, dtype=BF16)
+    fast, formula = autocast(getattr(kernels, op), device), autocast(linear_of(activation), device)
+    judged(fast, formula, {"x": x, **weights(inputs, outputs)}, (BF16,), roundings(3))
+
+
+def test_layer_norm_linear(sizes, judged, draw, weights, roundings, device):
+    b, t, d = sizes
+
+    def formula(x, norm_weight, norm_bias, weight, bias):
+        return F.linear(F.layer_norm(x, (d,), norm_weight, norm_bias, 1e-12), weight, bias)
+
+    def fast(*tensors):
+        return kernels.layer_norm_linear(*tensors, 1e-12)
+
+    inputs = {"x": draw(b, t, d), "norm_weight": draw(d, around=1.0), "norm_bias": draw(d), **weights(d, 3 * d)}
+    judged(autocast(fast, device), autocast(formula, device), inputs, (BF16,), roundings(3))
+
+
+def test_gated_residual_adaln_linear(sizes, judged, draw, weights, roundings, device, reference):
+    b, t, d = sizes
+    gated = reference("gated_residual_adaln")
+
+    def formula(x, branch, gate, norm_weight, shift, scale, weight, bias):
+        dtype = torch.float64 if x.dtype == torch.float64 else BF16
+        x, h = gated(x, branch, gate, norm_weight, shift, scale, out_dtype=dtype)
+        return x, F.linear(h, weight.to(dtype), bias.to(dtype))
+
+    shift, scale, gate = draw(b, 3 * d, dtype=BF16).chunk(3, dim=-1)
+    inputs = {
+        "x": draw(b, t, d),
+        "branch": draw(b, t, d, dtype=BF16),
+        "gate": gate,
+        "norm_weight": draw(d, around=1.0),
+        "shift": shift,
+        "scale": scale,
+        **weights(d, 4 * d),
+    }
+    fast = autocast(kernels.gated_residual_adaln_linear, device)
+    judged(fast, autocast(formula, device), inputs, (F32, BF16), roundings(4))
+
+
+@pytest.mark.parametrize("wanted", [None, (32, 288)])
+@pytest.mark.parametrize(
+    ("real", "toy"), [((4, 544, 12, 64), (2, 23, 3, 16)), ((2, 544, 16, 72), (2, 23, 2, 18)), ((2, 257, 4, 64), None)]
+)
+def test_attention(real, toy, wanted, judged, draw, sized, device, on_cuda, reference):
+    """Of the decoder too, which turns nothing: the last shape. PyTorch's own arithmetic is between the roundings."""
+    decoder = toy is None
+    b, t, heads, head_dim = sized(real, toy or (2, 17, 2, 16))
+    if wanted and (decoder or not on_cuda):
+        wanted = None if decoder else (3, 12)
+    cos, sin = (None, None) if decoder else (table.to(device) for table in rope_table(t, head_dim))
+    inputs = {"qkv": draw(b, t, 3 * heads * head_dim, dtype=BF16)}
+    if not decoder:
+        inputs |= {"q_weight": draw(head_dim, around=1.0), "k_weight": draw(head_dim, around=1.0)}
+
+    def bind(body):
+        return lambda qkv, q_weight=None, k_weight=None: body(qkv, heads, q_weight, k_weight, cos, sin, wanted)
+
+    judged(bind(kernels.attention), bind(reference("attention")), inputs, (BF16,), None)

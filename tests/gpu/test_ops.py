@@ -1,0 +1,211 @@
+"""Every op at the sizes of B, L and XL and at odd ones: outputs and all gradients against float64."""
+
+import pytest
+import torch
+
+from unite_fast import kernels
+from unite_fast.model.layers import rope_table
+from unite_fast.randomness import Philox, Stream
+
+pytestmark = pytest.mark.gpu
+
+F32, BF16 = torch.float32, torch.bfloat16
+SIZES = {
+    "B": ((16, 544, 768), (2, 39, 48)),
+    "L": ((4, 288, 1024), (2, 18, 64)),
+    "XL": ((3, 257, 1152), (3, 17, 72)),
+    "odd": ((5, 123, 123), (3, 13, 23)),
+    "one token": ((1, 1, 301), (1, 1, 31)),
+}
+"""B, T, D on a GPU, and on a CPU."""
+ADALN = {
+    "adaln_modulate": "x weight shift scale",
+    "gated_residual_adaln": "x branch gate weight shift scale",
+    "gated_residual_norm_adaln": "x branch gate norm_weight weight shift scale",
+}
+TYPES = {"float32": (F32, F32), "autocast": (F32, BF16), "bfloat16": (BF16, BF16)}
+"""Of the residual, and of branch, modulation and results."""
+
+
+def adaln_inputs(op, draw, b, t, d, residual, other):
+    # Modulation is one product for all of a block's vectors, so each is a view of it.
+    shift, scale, gate = draw(b, 3 * d, dtype=other).chunk(3, dim=-1)
+    given = {
+        "x": 3 * draw(b, t, d, dtype=residual),
+        "branch": draw(b, t, d, dtype=other),
+        "gate": gate,
+        "norm_weight": draw(d, around=1.0),
+        "weight": draw(d, around=1.0),
+        "shift": shift,
+        "scale": scale,
+    }
+    return {name: given[name] for name in ADALN[op].split()}
+
+
+def with_result(body, dtype):
+    return lambda x, *rest: body(x, *rest, out_dtype=x.dtype if x.dtype == torch.float64 else dtype)
+
+
+@pytest.mark.parametrize("op", ADALN)
+@pytest.mark.parametrize(
+    ("size", "types"),
+    [
+        ("B", "autocast"),
+        ("B", "bfloat16"),
+        ("L", "autocast"),
+        ("XL", "autocast"),
+        ("odd", "float32"),
+        ("one token", "autocast"),
+    ],
+)
+def test_adaln(op, size, types, judged, draw, sized, reference):
+    residual, other = TYPES[types]
+    inputs = adaln_inputs(op, draw, *sized(*SIZES[size]), residual, other)
+    fast, formula = with_result(getattr(kernels, op), other), with_result(reference(op), other)
+    # A bfloat16 x_out is rounded before h is made of it.
+    dtypes, roundings = ((other,), 1) if op == "adaln_modulate" else ((residual, other), 3)
+    judged(fast, formula, inputs, dtypes, roundings)
+
+
+@pytest.mark.parametrize(
+    ("real", "toy", "dtype", "norm"),
+    [
+        ((16, 544, 12, 64), (2, 19, 3, 16), BF16, True),
+        ((4, 288, 16, 72), (2, 11, 2, 18), BF16, True),
+        ((3, 65, 3, 64), (3, 7, 3, 8), F32, True),
+        ((2, 17, 2, 6), (2, 17, 2, 6), BF16, False),
+    ],
+)
+def test_qk_norm_rope(real, toy, dtype, norm, judged, draw, sized, reference, device):
+    b, t, heads, head_dim = sized(real, toy)
+    cos, sin = (table.to(device) for table in rope_table(t, head_dim))
+    inputs = {"qkv": draw(b, t, 3 * heads * head_dim, dtype=dtype)}
+    if norm:
+        inputs |= {"q_weight": draw(head_dim, around=1.0), "k_weight": draw(head_dim, around=1.0)}
+
+    def bind(body):
+        return lambda qkv, q_weight=None, k_weight=None: body(qkv, heads, q_weight, k_weight, cos, sin)
+
+    judged(bind(kernels.qk_norm_rope), bind(reference("qk_norm_rope")), inputs, (dtype,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("real", "toy", "dtype"),
+    [
+        ((16, 544, 4096), (2, 9, 64), BF16),
+        ((4, 288, 5504), (2, 5, 86), BF16),
+        ((3, 17, 5460), (3, 17, 50), BF16),
+        ((3, 17, 26), (3, 17, 26), F32),
+    ],
+)
+def test_swiglu(real, toy, dtype, judged, draw, sized, reference):
+    judged(kernels.swiglu, reference("swiglu"), {"uw": draw(*sized(real, toy), dtype=dtype)}, (dtype,))
+
+
+@pytest.mark.parametrize(
+    ("real", "toy", "y_dtype", "z_dtype"),
+    [
+        ((3, 64, 256, 32), (3, 2, 9, 32), BF16, F32),
+        ((2, 3, 70, 33), (2, 3, 15, 33), F32, F32),
+        ((1, 2, 1, 7), (1, 2, 1, 7), BF16, BF16),
+    ],
+)
+def test_flow_loss(real, toy, y_dtype, z_dtype, judged, draw, sized, reference):
+    draws, samples, tokens, channels = sized(real, toy)
+    t = draw(draws, samples).sigmoid()
+    t[0, 0] = 0.98  # beyond the floor of 1 - t
+    z = draw(samples, tokens, channels, dtype=z_dtype)
+    y = 3 * draw(draws, samples, tokens, channels, around=0.5)
+    inputs = {"y": y.to(y_dtype), "weight": draw(channels, around=1.0), "bias": draw(channels)}
+
+    def bind(body):
+        return lambda y, weight, bias: body(y, weight, bias, z, t, 0.05)
+
+    judged(bind(kernels.flow_loss), bind(reference("flow_loss")), inputs, (F32,))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("seed", "step"), [(0, 0), (2**63 + 12345, 2**32 - 1)])
+def test_noise_injection(seed, step, gated, judged, draw, sized, device):
+    draws, samples, tokens, channels = sized((3, 64, 256, 32), (3, 4, 5, 7))
+    positions = 2**31 - samples // 2 + torch.arange(samples)  # across the sign bit of 32 bits
+    z, t = draw(samples, tokens, channels), draw(draws, samples).sigmoid()
+    gate = torch.arange(samples, device=device) % 3 > 0 if gated else None
+    # In plain PyTorch, which on a CPU tensor takes no kernel of ours in this mode.
+    with kernels.backend.using("reference"):
+        there = Philox(seed, step, positions)
+        noise = [there.normal(Stream.FLOW_NOISE, (tokens, channels), draw=f) for f in range(draws)]
+    noise = torch.stack(noise).to(device)
+
+    def formula(z):
+        time = t[..., None, None].to(z.dtype)
+        noisy = time * z + (1 - time) * noise
+        return noisy if gate is None else torch.where(gate[:, None, None], noisy, z)
+
+    here = Philox(seed, step, positions.to(device))
+    judged(lambda z: kernels.noise_injection(z, t, here, Stream.FLOW_NOISE, gate), formula, {"z": z}, (F32,))
+
+
+@pytest.mark.parametrize("op", ["gated_residual_norm_adaln", "swiglu"])
+def test_the_same_bits_again(op, draw, sized):
+    b, t, d = sized(*SIZES["B"])
+    if op == "swiglu":
+        inputs = {"uw": draw(b, t, 4 * d, dtype=BF16)}
+    else:
+        inputs = adaln_inputs(op, draw, b, t, d, F32, BF16)
+    leaves = [x.detach().requires_grad_() for x in inputs.values()]
+
+    def once():
+        outputs = getattr(kernels, op)(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return *outputs, *torch.autograd.grad(sum(x.float().sum() for x in outputs), leaves)
+
+    assert all(map(torch.equal, once(), once()))
+
+
+@pytest.mark.parametrize("layout", ["tokens", "channels", "transposed", "expanded"])
+def test_strided_inputs(layout, judged, draw, reference):
+    x, (b, t, d) = draw(4, 12, 48), (4, 12, 48)
+    inputs = adaln_inputs("gated_residual_adaln", draw, b, t, d, F32, F32)
+    inputs["x"] = {
+        "tokens": x.new_zeros(b, 2 * t, d)[:, ::2].copy_(x),
+        "channels": x.new_zeros(b, t, 2 * d)[..., ::2].copy_(x),
+        "transposed": x.mT.contiguous().mT,
+        "expanded": x[:1].expand(b, t, d),
+    }[layout]
+    fast, formula = with_result(kernels.gated_residual_adaln, F32), with_result(reference("gated_residual_adaln"), F32)
+    judged(fast, formula, inputs, (F32, F32), 3)
+
+
+def test_offsets_beyond_31_bits(device, on_cuda):
+    if not on_cuda:
+        pytest.skip("takes 10 GB")
+    rows, width = 2**31 // 4096 + 3, 4096
+    uw = torch.empty(1, rows, width, device=device, dtype=BF16).normal_(
+        generator=torch.Generator(device).manual_seed(1)
+    )
+    assert uw.numel() > 2**31
+    assert torch.equal(kernels.swiglu(uw)[:, -3:], kernels.swiglu(uw[:, -3:].clone()))
+
+
+def test_poison_is_seen(judge, draw, poisoned, reference):
+    """Memory that is left unwritten fails the judge: half of a result, as a kernel with a wrong mask would leave it."""
+    swiglu = reference("swiglu")
+
+    class Half(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, uw):
+            ctx.save_for_backward(uw)
+            out = uw.new_empty((*uw.shape[:-1], uw.shape[-1] // 2))
+            out[..., :3] = swiglu(uw)[..., :3]
+            return out
+
+        @staticmethod
+        def backward(ctx, d_out):
+            (uw,) = ctx.saved_tensors
+            with torch.enable_grad():
+                uw = uw.detach().requires_grad_()
+                return torch.autograd.grad(swiglu(uw), uw, d_out)[0]
+
+    with pytest.raises(AssertionError, match="output 0: error nan"):
+        judge(Half.apply, swiglu, {"uw": draw(2, 5, 12)}, (F32,))
