@@ -4,9 +4,9 @@ How far a float32 result is off depends on chance: on the order of each sum, so 
 blocks and the threads, and on which way the roundings of a formula happen to fall. A yardstick must not.
 
 - Sums. A sum of n terms is off by at most (n - 1) 2^-24 sum |x|, whatever its order (Higham, Accuracy and Stability of
-  Numerical Algorithms, section 4.2). One term after the other is the order whose partial sums are the largest: its error
-  grows as sqrt(n) where roundings are independent, and any order that adds sums of blocks stays below. The terms come
-  in a drawn order.
+  Numerical Algorithms, section 4.2). One term after the other is the order whose partial sums are the largest: the
+  error grows as sqrt(n) where roundings are independent, and any order that adds sums of blocks stays below. The terms
+  come in a drawn order.
 - All else is computed in float64 and rounded up or down by chance, so that the mean is right (random rounding: Forsythe
   1959; Parker's Monte Carlo arithmetic). The error of one rounding is then sqrt(2) times that of the nearest number.
 

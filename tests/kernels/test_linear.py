@@ -180,6 +180,15 @@ def test_either_product_is_that_of_the_rounded_numbers(draw, products):
     assert ((got.double() - exact).abs() <= 2.0**-8 * exact.abs() + (1 + 2.0**-8) * 41 * 2.0**-24 * sizes).all()
 
 
+def test_the_bias_gradient_is_a_float32_sum(draw, products):
+    """n float32 additions in any order, and no rounding to bfloat16, which would be a thousand times that."""
+    d_y, x = draw(300, 30, dtype=torch.bfloat16), draw(300, 40, dtype=torch.bfloat16)
+    _, _, d_bias = product.product_backward(d_y, x, draw(30, 40))
+    sizes = d_y.double().abs().sum(0)
+    assert d_bias.dtype == torch.float32
+    assert ((d_bias.double() - d_y.double().sum(0)).abs() <= 299 * 2.0**-24 * sizes).all()
+
+
 @pytest.mark.parametrize("products", [False], indirect=True)
 def test_under_autocast_products_stay_in_float32(draw, monkeypatch, products):
     """Autocast, which is on around a forward pass, would take them in bfloat16 again: ten times slower."""
