@@ -69,6 +69,11 @@ class DrawnArithmetic(TorchDispatchMode):
         total = self._sum(x, dim, keepdim, dtype=_wide(x.dtype))
         return (total / (x.numel() // total.numel())).to(dtype or x.dtype)
 
+    def _norm(self, x: Tensor, order=2, dim=None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+        assert order == 2
+        wide = x.to(_wide(x.dtype))
+        return self._sum(wide * wide, dim, keepdim).sqrt().to(dtype or x.dtype)
+
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
         return self._add_product(None, a, b)
 
@@ -102,6 +107,7 @@ SUMS = {
     aten.sum.dim_IntList: "_sum",
     aten.mean.default: "_mean",
     aten.mean.dim: "_mean",
+    aten.linalg_vector_norm.default: "_norm",
     aten.mm.default: "_product",
     aten.bmm.default: "_product",
     aten.addmm.default: "_add_product",
