@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,14 +68,32 @@ def why_missing(name: str) -> str:
         return ""
     if not _triton_installed:
         return "the package triton is not installed; `pip install triton` (Linux only)"
-    if not (interpreted() or torch.cuda.is_available()):
-        return "torch sees no CUDA device here"
-    return ""
+    if interpreted():
+        return _interpreter_fault()
+    return "" if torch.cuda.is_available() else "torch sees no CUDA device here"
 
 
 def interpreted() -> bool:
     """Whether Triton kernels run in Triton's interpreter, on the CPU, as the environment said at the first import."""
     return _interpreted
+
+
+def _interpreter_fault() -> str:
+    """Triton's interpreter before 3.7 makes integers of arrays with one element, which numpy refuses since 2.4 (triton
+    issue 9171); empty if the two go together."""
+    import triton
+
+    if _numbers(triton.__version__) >= (3, 7) or _numbers(np.__version__) < (2, 4):
+        return ""
+    return (
+        f"the interpreter of triton {triton.__version__} cannot work with numpy {np.__version__}; "
+        "`pip install 'numpy<2.4'`, or take triton 3.7 or later"
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """(3, 7) of 3.7.0+git1234."""
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def available() -> list[str]:

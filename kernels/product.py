@@ -15,9 +15,14 @@ from torch import Tensor
 from unite_fast.kernels.casts import cast
 
 
+def bfloat16_instructions() -> bool:
+    """Whether PyTorch has fast bfloat16 products on this CPU."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def in_float32(x: Tensor) -> bool:
     """Whether products of tensors like x are taken in float32 after a cast, which is exact."""
-    return x.dtype == torch.bfloat16 and x.is_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return x.dtype == torch.bfloat16 and x.is_cpu and not bfloat16_instructions()
 
 
 def sums_in_float32(x: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """What all tests share: one thread, no CUDA test without a CUDA device, a UNITE of toy size, ways to run commands."""
 
 import contextlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -23,7 +24,7 @@ if not torch.cuda.is_available():
 
 from unite_fast.cli import main
 from unite_fast.config import Config, ModelConfig
-from unite_fast.kernels import backend
+from unite_fast.kernels import backend, product
 from unite_fast.model.unite import UNITE
 from unite_fast.recipes import from_tree
 
@@ -119,6 +120,22 @@ def triton_interpreter_rounds() -> None:
         return convert(numbers, given, wanted, mode)
 
     interpreter._convert_float = rounding
+
+
+@pytest.fixture(scope="session")
+def drawn_arithmetic() -> Callable[[int], contextlib.AbstractContextManager]:
+    """`with drawn_arithmetic(seed):` draws the luck of float32 arithmetic; see tests/drawn_arithmetic.py."""
+    spec = importlib.util.spec_from_file_location("drawn_arithmetic", Path(__file__).with_name("drawn_arithmetic.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.DrawnArithmetic
+
+
+@pytest.fixture(params=[True, False], ids=["bfloat16-products", "float32-products"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """As on a CPU with bfloat16 instructions, and as on one without, whichever this is: gives which."""
+    monkeypatch.setattr(product, "bfloat16_instructions", lambda: request.param)
+    return request.param
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from torch.distributed.run import get_args_parser
 
@@ -27,6 +28,14 @@ def test_the_slurm_script_is_bash():
     assert (checked.returncode, checked.stderr) == (0, "")
 
 
+# Without it, torchrun kills a run that still writes its last checkpoint after 30 seconds.
+needs_shutdown_timeout = pytest.mark.skipif(
+    "--shutdown-timeout" not in get_args_parser().format_help().replace("_", "-"),
+    reason=f"torchrun of torch {torch.__version__} has no --shutdown-timeout, which these files are for",
+)
+
+
+@needs_shutdown_timeout
 def test_the_slurm_script_calls_torchrun_as_it_wants_to_be_called():
     text = SLURM.read_text()
     assert "#SBATCH --signal=USR1@300" in text
@@ -40,6 +49,7 @@ def test_the_slurm_script_calls_torchrun_as_it_wants_to_be_called():
     assert options.training_script_args[-1] == "--resume"
 
 
+@needs_shutdown_timeout
 def test_the_kubernetes_example_is_of_one_piece():
     service, job = yaml.safe_load_all(KUBERNETES.read_text())
     assert (service["kind"], job["kind"]) == ("Service", "Job")

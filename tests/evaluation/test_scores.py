@@ -49,6 +49,13 @@ def test_kid_is_torch_fidelitys(fidelity, features):
     assert scores.kid(*features[:2], subsets, size, seed=0)[0] != mean
 
 
+def test_kid_takes_100_subsets_of_1000_as_the_fields_tools_do(monkeypatch):
+    taken = []
+    monkeypatch.setattr(scores, "_mmd", lambda x, y: taken.append((len(x), len(y))) or torch.tensor(0.0))
+    scores.kid(torch.zeros(1500, 2), torch.zeros(1200, 2))
+    assert taken == [(1000, 1000)] * 100
+
+
 def test_kid_by_its_definition():
     x, y = torch.tensor([[1.0, 0], [0, 2], [1, 1]]), torch.tensor([[0.0, 1], [3, 0], [1, 2]])
 

@@ -84,6 +84,23 @@ def test_round_trip_through_files(released, save, tmp_path, changes):
     assert [path.name for path in back.parent.iterdir()] == ["back.pt"]
 
 
+def test_weights_and_averages_of_a_run_keep_their_places(trained_folder, tmp_path):
+    """Out and in again, each kind under its own name."""
+    run = load_model(trained_folder)
+    assert any(not torch.equal(value, run.weights[name]) for name, value in run.averages.items())
+    export_official(trained_folder, tmp_path / "back.pt")
+    content = torch.load(tmp_path / "back.pt", weights_only=True)
+    for kind, held in (("model", run.weights), ("ema", run.averages)):
+        for name, value in our_state(content[kind]).items():
+            assert torch.equal(value, held[name]), (kind, name)
+        sizes = run.config.model
+        options = dict(decoder_heads=sizes.decoder.heads, in_context_start=sizes.encoder.in_context_start)
+        import_official(tmp_path / "back.pt", tmp_path / "in.safetensors", weights=kind, **options)
+        again = load_model(tmp_path / "in.safetensors").averages
+        assert again.keys() == held.keys()
+        assert all(torch.equal(value, held[name]) for name, value in again.items()), kind
+
+
 def test_imported_model_computes_what_theirs_does(released, meta, theirs, save, tmp_path):
     import_official(save(theirs), tmp_path / "ours.safetensors", **OPTIONS)
     ours = unite_fast.load(tmp_path / "ours.safetensors").network

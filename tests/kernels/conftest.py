@@ -1,6 +1,8 @@
 """The judge of all ops: float64."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -10,35 +12,56 @@ from unite_fast.kernels import backend
 
 SLACK = 2.0
 """House rule: an op's error may be at most twice that of the plain formula at the same precision (section 4)."""
-ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9}
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 """Largest relative error of one rounding. Every result is rounded at least once, so no error below this can be held
 against an op, however lucky the plain formula was."""
 EACH_ROUNDING = 1.1
 """n independent roundings make sqrt(n) times the error of one, give or take chance. Measured with float32 inside: 1.00
 for n = 1, up to 1.78 for n = 3 (1.03 sqrt(3)); with all of it in bfloat16, 1.4 to 3.5."""
 
+DRAWS = 3
+"""Of drawn arithmetic: one alone can be lucky. With three, no float32 result of a body had more than 0.71 of its
+tolerance in November 2026, on AVX2, AVX-512, AMX and without vectors."""
+
+LARGE = 2**18
+"""Numbers of all inputs. Above, eager PyTorch is the yardstick: norms over so many average its luck out, and a draw
+takes a sum term by term."""
+
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 @pytest.fixture
-def judge() -> Callable[..., None]:
-    return _judge
+def judge(drawn_arithmetic: Callable[[int], AbstractContextManager]) -> Callable[..., None]:
+    return partial(_judge, drawn_arithmetic)
 
 
 def _judge(
-    op: Op, formula: Op, inputs: dict[str, Tensor], result_dtypes: tuple[torch.dtype, ...], roundings: int | None = 1
+    drawn_arithmetic: Callable[[int], AbstractContextManager],
+    op: Op,
+    formula: Op,
+    inputs: dict[str, Tensor],
+    result_dtypes: tuple[torch.dtype, ...],
+    roundings: int | None = 1,
 ) -> dict[str, float]:
     """Hold every output and every gradient of `op` against `formula` in float64.
 
-    The tolerance measures itself: it is the error of `formula` in eager PyTorch on the same inputs, each operation
-    rounded to their precision. A bfloat16 result must besides be no worse than the truth after `roundings` roundings,
-    which shows that the arithmetic between them is float32; None where the arithmetic is a library's.
+    The tolerance measures itself: it is the largest error of `formula` in a few draws of arithmetic in the inputs'
+    precision (see tests/drawn_arithmetic.py), so that it does not rest on what this machine's orders of sums happen to
+    give. With one rounding to bfloat16, the result's own, that arithmetic is float32 throughout. With more, a bfloat16
+    result must besides be no worse than the truth after so many roundings; None where the arithmetic is a library's.
 
     Returns:
         What part of its tolerance each error uses up, by name.
     """
     truth = _run(formula, {name: x.double() for name, x in inputs.items()}, None)
-    eager = _run(formula, inputs, result_dtypes)
+    # Where no rounding but the result's is granted, the formula may not lose more than that to bfloat16 either.
+    exact = roundings == 1
+    given = {name: x.float() if exact else x for name, x in inputs.items()}
+    eager = []
+    large = sum(x.numel() for x in inputs.values()) > LARGE
+    for arithmetic in [nullcontext()] if large else map(drawn_arithmetic, range(DRAWS)):
+        with arithmetic:
+            eager.append(_run(formula, given, result_dtypes))
     ours = _run(op, inputs, None)
     for i, dtype in enumerate(result_dtypes):
         assert ours[f"output {i}"].dtype == dtype
@@ -48,7 +71,9 @@ def _judge(
     for name, want in truth.items():
         size, dtype = want.norm(), ours[name].dtype
         error = (ours[name].double() - want).norm()
-        allowed = SLACK * (eager[name].double() - want).norm() + ROUNDING[dtype] * size
+        allowed = (
+            SLACK * max((other[name].to(dtype).double() - want).norm() for other in eager) + ROUNDING[dtype] * size
+        )
         if dtype == torch.bfloat16 and roundings is not None:
             allowed = min(allowed, EACH_ROUNDING * roundings**0.5 * (want.to(dtype).double() - want).norm())
         assert error <= allowed, f"{name}: error {error / size:.2e}, allowed {allowed / size:.2e}"

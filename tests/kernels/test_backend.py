@@ -1,3 +1,6 @@
+import re
+
+import numpy as np
 import pytest
 import torch
 
@@ -22,7 +25,7 @@ def missing(monkeypatch):
 
 
 def body_of(x: torch.Tensor) -> str:
-    return kernels.swiglu(x.requires_grad_()).grad_fn.name()
+    return type(kernels.swiglu(x.requires_grad_()).grad_fn).__name__
 
 
 @pytest.mark.parametrize("name", ["auto", "reference", pytest.param("native", marks=needs_native)])
@@ -48,6 +51,26 @@ def test_a_missing_body_says_why_and_changes_nothing(missing):
 def test_auto_makes_do_with_the_reference_where_native_is_missing(missing):
     backend.use("auto")
     assert body_of(torch.randn(3, 8)) != "swigluBackward"
+
+
+@pytest.mark.skipif(not backend.interpreted(), reason="Triton's interpreter is off")
+@pytest.mark.parametrize(
+    ("triton_version", "numpy_version", "fits"),
+    [
+        ("3.6.0", "2.3.5", True),
+        ("3.6.0", "2.4.0", False),
+        ("3.6.0+git12", "3.0.0rc1", False),
+        ("3.10.0", "2.10.1", True),
+    ],
+)
+def test_an_interpreter_that_this_numpy_breaks_is_missing(triton_version, numpy_version, fits, monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", triton_version)
+    monkeypatch.setattr(np, "__version__", numpy_version)
+    if fits:
+        return backend.use("triton")
+    with pytest.raises(UserError, match=rf"triton {re.escape(triton_version)} .* numpy {numpy_version}; .*numpy<2\.4"):
+        backend.use("triton")
 
 
 @needs_native

@@ -112,7 +112,7 @@ def test_a_gradient_of_one_number_for_all(body, draw):
     got = torch.autograd.grad(bound(z, t)(*inputs.values()).mean(), list(inputs.values()))
     want = torch.autograd.grad(formula(z, t)(*inputs.values()).mean(), list(inputs.values()))
     for mine, other in zip(got, want, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+        assert (mine - other).norm() <= 2e-6 * other.norm()
 
 
 @fused

@@ -139,7 +139,7 @@ def result_dtypes(outputs):
 def test_outputs_and_gradients_against_float64(case, shape, dtypes, judge):
     op, reference, inputs = case(*shape, *DTYPES[dtypes])
     # A bfloat16 x_out is rounded before h is made of it.
-    roundings = 3 if op.name.startswith("gated") else 1
+    roundings = 3 if op.name.startswith("gated") and dtypes == "bfloat16" else 1
     judge(op, reference, inputs, result_dtypes(op(*inputs.values())), roundings)
 
 
@@ -327,4 +327,5 @@ def test_silu_to_the_last_place():
 def test_silu_far_out(device):
     u = torch.tensor([-3e38, -1e4, -90.0, 90.0, 1e4, 3e38], device=device)
     got = kernels.swiglu(torch.stack((u, torch.ones_like(u)), dim=-1))[:, 0]
-    assert torch.allclose(got, torch.nn.functional.silu(u), rtol=0, atol=10.0) and torch.equal(got[3:], u[3:])
+    # The C++ bodies' exp ends at 2^-126 or so: what is left of u is below the smallest part of it that float32 can tell.
+    assert (got[:3].abs() <= 2.0**-125 * u[:3].abs()).all() and torch.equal(got[3:], u[3:])

@@ -1,6 +1,7 @@
 """Linears that make their input again, and attention: what they keep, and that it changes nothing."""
 
 import importlib
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -10,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from unite_fast import kernels
 from unite_fast.kernels import backend, native, product
-from unite_fast.kernels.attention import attention_ref
 from unite_fast.kernels.gated_residual_adaln import gated_residual_adaln_ref
+from unite_fast.kernels.qk_norm_rope import qk_norm_rope_ref, split
 from unite_fast.kernels.swiglu import swiglu_ref
 
 B, T, D, N, HEADS = 3, 70, 24, 20, 2
@@ -28,7 +29,9 @@ def plain(f):
 
 
 def layer_norm_ref(x, norm_weight, norm_bias, weight, bias):
-    return F.linear(F.layer_norm(x, (D,), norm_weight, norm_bias, 1e-12), weight, bias)
+    centred = x - x.mean(-1, keepdim=True)
+    normed = centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + 1e-12)
+    return F.linear(normed * norm_weight + norm_bias, weight, bias)
 
 
 def layer_norm_ours(x, norm_weight, norm_bias, weight, bias):
@@ -56,6 +59,14 @@ def attend(body, wanted):
     return op
 
 
+def attention_formula(qkv, heads, q_weight, k_weight, cos, sin, wanted):
+    q, k, v = split(qkv, heads) if cos is None else qk_norm_rope_ref(qkv, heads, q_weight, k_weight, cos, sin)
+    if wanted is not None:
+        q = q[:, :, slice(*wanted)]
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
 @dataclass
 class Case:
     ours: object
@@ -64,6 +75,9 @@ class Case:
     roundings: int = 1
 
 
+ATTENTION_ROUNDINGS = 7
+"""To bfloat16, on the way to the gradient of qkv: q, k, the probabilities, the result, the scores' gradient, that of q
+or k before and after norm and rotation."""
 WEIGHTS = {"weight": (N, D), "bias": (N,)}
 CASES = {
     "linear": Case(kernels.linear, plain(lambda x: x), {"x": (B, T, D), **WEIGHTS}, 3),
@@ -93,19 +107,22 @@ CASES = {
         4,
     ),
     "attention": Case(
-        attend(kernels.attention, None), attend(attention_ref, None), {"qkv": (B, T, 3 * D), "q": (12,), "k": (12,)}, 6
+        attend(kernels.attention, None),
+        attend(attention_formula, None),
+        {"qkv": (B, T, 3 * D), "q": (12,), "k": (12,)},
+        ATTENTION_ROUNDINGS,
     ),
     "attention of some": Case(
         attend(kernels.attention, (5, 68)),
-        attend(attention_ref, (5, 68)),
+        attend(attention_formula, (5, 68)),
         {"qkv": (B, T, 3 * D), "q": (12,), "k": (12,)},
-        6,
+        ATTENTION_ROUNDINGS,
     ),
     "attention, plain": Case(
         lambda qkv: kernels.attention(qkv, HEADS),
-        lambda qkv: attention_ref(qkv, HEADS, None, None, None, None),
+        lambda qkv: attention_formula(qkv, HEADS, None, None, None, None, None),
         {"qkv": (B, T, 3 * D)},
-        6,
+        ATTENTION_ROUNDINGS - 3,
     ),
 }
 
@@ -149,8 +166,13 @@ def run(op, inputs):
     return *(o.detach() for o in outputs), *torch.autograd.grad(outputs, inputs, incoming)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_outputs_and_gradients_against_float64(case, inputs, dtype, judge):
+@pytest.mark.parametrize(
+    ("dtype", "products"),
+    [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)],
+    indirect=["products"],
+    ids=["float32", "bfloat16", "bfloat16-in-float32"],
+)
+def test_outputs_and_gradients_against_float64(case, inputs, dtype, products, judge):
     given = inputs(case, dtype)
     if "norm_bias" in given:
         given["x"] = given["x"].float()
@@ -172,17 +194,27 @@ def test_outputs_and_gradients_against_float64(case, inputs, dtype, judge):
     judge(ours, autocast(case.reference), given, dtypes, case.roundings)
 
 
-def test_float32_products_of_rounded_numbers_are_bfloat16_products(draw):
-    """The two ways to multiply agree to the last place but for the order of a sum."""
+def test_either_product_is_that_of_the_rounded_numbers(draw, products):
+    """To the last place but for the order of a sum: half a unit of 8 bits, and 41 roundings of the sum to 24 bits."""
     x, weight, bias = draw(50, 40, dtype=torch.bfloat16), draw(30, 40), draw(30)
     got = product.product(x, weight, bias)
     exact = F.linear(x.double(), weight.bfloat16().double(), bias.bfloat16().double())
-    assert ((got.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6).all()
+    sizes = F.linear(x.double().abs(), weight.bfloat16().double().abs(), bias.bfloat16().double().abs())
+    assert ((got.double() - exact).abs() <= 2.0**-8 * exact.abs() + (1 + 2.0**-8) * 41 * 2.0**-24 * sizes).all()
+
+
+def test_the_bias_gradient_is_a_float32_sum(draw, products):
+    """n float32 additions in any order, and no rounding to bfloat16, which would be a thousand times that."""
+    d_y, x = draw(300, 30, dtype=torch.bfloat16), draw(300, 40, dtype=torch.bfloat16)
+    _, _, d_bias = product.product_backward(d_y, x, draw(30, 40))
+    sizes = d_y.double().abs().sum(0)
+    assert d_bias.dtype == torch.float32
+    assert ((d_bias.double() - d_y.double().sum(0)).abs() <= 299 * 2.0**-24 * sizes).all()
 
 
 @native_only
-@pytest.mark.skipif(torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has bfloat16 instructions")
-def test_under_autocast_products_stay_in_float32(draw, monkeypatch):
+@pytest.mark.parametrize("products", [False], indirect=True)
+def test_under_autocast_products_stay_in_float32(draw, monkeypatch, products):
     """Autocast, which is on around a forward pass, would take them in bfloat16 again: ten times slower."""
     calls = []
 

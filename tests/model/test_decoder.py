@@ -71,7 +71,7 @@ def test_output_and_every_gradient_are_the_specs(image_size, tiny_config, make_m
     incoming = torch.randn(ours.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     gradients = (torch.autograd.grad(out, parameters, incoming) for out in (ours, want))
     for name, got, expected in zip(names, *gradients, strict=True):
-        assert (got - expected).norm() <= TABLE_ROUNDING * (1 + expected.norm()), name
+        assert (got - expected).norm() <= TABLE_ROUNDING * expected.norm(), name
 
 
 def test_unpatchify_puts_row_column_channel():
@@ -131,4 +131,4 @@ def test_a_layer_compiles_without_a_graph_break(tiny_model, tiny_config):
     z = latents(tiny_config.model).float()
     out = tiny_model.decode(z)
     tiny_model.decoder.layers[1].compile(fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(tiny_model.decode(z), out)
+    assert (tiny_model.decode(z) - out).norm() <= 1e-6 * out.norm()

@@ -126,7 +126,7 @@ def test_output_and_every_gradient_are_the_specs(changes, encode, tiny_config, m
         if expected is None:
             assert got is None, f"{name} should have no gradient"
             continue
-        assert (got - expected).norm() <= TABLE_ROUNDING * (1 + expected.norm()), name
+        assert (got - expected).norm() <= TABLE_ROUNDING * expected.norm(), name
     unused = {name for name, gradient in zip(names, our_gradients, strict=True) if gradient is None}
     assert unused == (set() if encode else {"patch_embed.weight", "patch_embed.bias"})
 
@@ -148,7 +148,7 @@ def test_other_image_sizes(side, tiny_config, make_model):
 def test_samples_do_not_see_each_other(tiny_model, tiny_config):
     encoder, given = tiny_model.encoder.double(), arguments(tiny_config.model, batch=3)
     alone = {name: value[1:2] for name, value in given.items()}
-    torch.testing.assert_close(encoder(**alone), encoder(**given)[1:2])
+    torch.testing.assert_close(encoder(**alone), encoder(**given)[1:2], rtol=1e-12, atol=1e-12)
 
 
 # As the released code counts: without latent and patch tokens, with a time vector of `width` that it never uses.
@@ -283,5 +283,6 @@ def test_a_block_compiles_without_a_graph_break(tiny_model, tiny_config):
     encoder.blocks[1].compile(fullgraph=True, backend="aot_eager")
     compiled_out, compiled_gradient = run()
     assert "_orig_mod" not in "".join(encoder.state_dict())
-    torch.testing.assert_close(compiled_out, out)
-    torch.testing.assert_close(compiled_gradient, gradient, rtol=1e-2, atol=1e-4)  # bfloat16 products, another order
+    # bfloat16 products, in another order: a unit of 8 bits.
+    for got, want in ((compiled_out, out), (compiled_gradient, gradient)):
+        assert (got - want).norm() <= 2.0**-7 * want.norm()

@@ -158,6 +158,33 @@ def test_a_save_that_fails_leaves_what_was_there(checkpoints, folder, tensors, m
         assert torch.equal(found.tensors["model.a"], tensors["model.a"])
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, None])
+def test_a_shard_that_shrinks_or_goes_before_the_commit_fails_the_save(
+    checkpoints, folder, tensors, monkeypatch, share
+):
+    """As on a network's disk that took a write and lost it: its size is the last thing looked at."""
+    save(checkpoints, 10, tensors)
+    write_manifest = files.write_manifest
+
+    def lose(partial: Path, manifest) -> None:
+        write_manifest(partial, manifest)
+        shard = partial / manifest.shards[0].name
+        if share is None:
+            shard.unlink()
+        else:
+            os.truncate(shard, int(share * manifest.shards[0].size))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_manifest", lose)
+        checkpoints.save(20, Config(), {}, tensors)
+        with pytest.raises(
+            UserError, match=r"could not save .*step_00000020: .* is damaged: .*checkpoints saved before"
+        ):
+            checkpoints.wait()
+    assert sorted(os.listdir(folder)) == ["latest", "step_00000010"]
+    assert load_checkpoint(folder).step == 10
+
+
 def test_the_error_of_a_save_is_raised_by_the_next_one_and_the_one_after_works(
     checkpoints, folder, tensors, monkeypatch
 ):
