@@ -188,7 +188,8 @@ def shard(model: UNITE, mesh: DeviceMesh, reshard: bool, precision: str) -> None
         gather_with(part, fully_shard([norm for layer in layers for norm in norms(layer)], **outer))
         for layer in layers:
             fully_shard(layer, reshard_after_forward=reshard, **inner)
-    fully_shard(list(model.encoder.modulation), reshard_after_forward=reshard, **inner)
+    # Read and not called either: one product takes them all.
+    gather_with(model.encoder, fully_shard(list(model.encoder.modulation), **(outer | {"mp_policy": policy})))
     for module in (model.encoder, model.decoder, model):
         fully_shard(module, **outer)
     # The model has no forward pass of its own. These use its LayerNorm; `decode` is the decoder's alone.

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from unite_fast.config import Config
 from unite_fast.data_pipeline import Batch
+from unite_fast.kernels.casts import cast_once
+from unite_fast.model.layers import product_weights
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import Losses, StepDraws, draw_step, flow_losses, reconstruct
 from unite_fast.perceptual import LPIPS, dropout_masks, tap_shapes
@@ -91,7 +93,20 @@ def accumulate_gradients(
     """
     if config.perceptual.weight and lpips is None:
         raise ValueError(f"perceptual.weight is {config.perceptual.weight}, but no LPIPS network was given")
-    clock, sums = clock or StepClock(model.device), None
+    clock = clock or StepClock(model.device)
+    with cast_once(weights_of_products(model, lpips, config.train.precision)):
+        return _accumulate(model, micro_batches, count, config, lpips, strategy, clock)
+
+
+def weights_of_products(model: UNITE, lpips: LPIPS | None, precision: str) -> list[Tensor]:
+    """What a step rounds to bfloat16, once for all its passes."""
+    if precision != "bfloat16":
+        return []
+    return product_weights(model) + (lpips.product_weights() if lpips else [])
+
+
+def _accumulate(model, micro_batches, count, config, lpips, strategy, clock) -> Losses:
+    sums = None
     for number, batch in enumerate(micro_batches, 1):
         last = number == count
         # Two contexts: autocast keeps weights that it has cast, and with them the first pass's graph.
