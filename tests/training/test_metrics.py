@@ -28,7 +28,9 @@ def row(step: int) -> dict:
 def events(folder) -> dict[int, float]:
     reader = EventAccumulator(str(folder / "tensorboard"))
     reader.Reload()
-    return {event.step: event.value for event in reader.Scalars("l1")}
+    found = reader.Scalars("l1")
+    assert len({event.step for event in found}) == len(found)  # none twice, as rewritten ones would be
+    return {event.step: event.value for event in found}
 
 
 def test_means_are_over_the_steps_since_the_last_time():
@@ -95,13 +97,18 @@ def two_ranks() -> dict:
     resumed = Averages(torch.device("cpu"))
     resumed.load_state_dict(json.loads(json.dumps(found["state"])))
     resumed.add(4, losses(1.0), torch.tensor(1.0))
-    return found | {"resumed": resumed.take(), "memory": Speedometer(Config(), torch.device("cpu")).memory()}
+    speed = Speedometer(Config(), torch.device("cpu"))
+    speed.clock = Elapsed()
+    row = speed.row(4)
+    rates = row["images_per_s"], row["images_per_s_per_gpu"]
+    return found | {"resumed": resumed.take(), "memory": speed.memory(), "rates": rates}
 
 
 def test_ranks_share_their_means_and_their_bad_steps(ranks):
     one, other = ranks(2, two_ranks)
     assert one == other
     assert one["before"] is None and one["bad"] == 4
+    assert one["rates"] == (4 * Config().train.batch_size / 2, 4 * Config().train.batch_size / 2 / 2)
     # Ranks 0 and 1 had 1, 2, 3 and 11, 12, 13, and both 1 in the end.
     assert one["means"]["total"] == (6 + 36 + 2) / 8 and one["means"]["grad_norm"] == 7 / 4
     assert one["state"] == {"sums": [21.0, 42.0, 84.0, 63.0, 6.0], "count": 3}

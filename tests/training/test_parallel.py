@@ -13,6 +13,7 @@ from unite_fast.model.unite import UNITE
 from unite_fast.ranks import Ranks
 from unite_fast.recipes import load_config
 from unite_fast.sharding import copy_whole, local, whole
+from unite_fast.training import train_step
 from unite_fast.training.parallel import build_model, choose_strategy, joined, placement, share, state_bytes
 from unite_fast.training.trainer import Trainer
 
@@ -216,19 +217,24 @@ def test_pictures_drawn_together_are_those_of_the_averages_and_change_nothing(se
     assert all(torch.equal(torch.from_numpy(sample), want) for sample, *_ in drawn)
 
 
-def reductions(config) -> int:
-    """How many sums over the processes a step asks for."""
-    count, add_up = 0, torch.distributed.all_reduce
+def reductions(config) -> tuple[int, int]:
+    """How many sums over the processes a step asks for, before its last flow losses and in all."""
+    count, before, add_up, flow_losses = 0, 0, torch.distributed.all_reduce, train_step.flow_losses
 
     def counting(*arguments, **options):
         nonlocal count
         count += 1
         return add_up(*arguments, **options)
 
+    def noting(*arguments):
+        nonlocal before
+        before = count
+        return flow_losses(*arguments)
+
     with Run(config) as trainer:
-        torch.distributed.all_reduce = counting
+        torch.distributed.all_reduce, train_step.flow_losses = counting, noting
         take_steps(trainer, 1)
-        return count
+        return before, count
 
 
 def test_gradients_are_added_up_once_a_step_whatever_the_micro_batches(settings, ranks):
@@ -236,9 +242,11 @@ def test_gradients_are_added_up_once_a_step_whatever_the_micro_batches(settings,
     # A group for each block and layer, for the norms of each of both, for the adaLN Linears, encoder, decoder and the
     # model; and the losses.
     sums = model.encoder.depth + model.decoder.depth + 2 + 4 + 1
+    # The decoder's are complete before the flow begins: its layers, their norms, and what is around them.
+    decoder = model.decoder.depth + 2
     for micro_batch in (0, 2):
         config = settings("parallel.strategy=ddp", f"train.micro_batch={micro_batch}")
-        assert ranks(2, reductions, config) == [sums, sums]
+        assert ranks(2, reductions, config) == [(decoder, sums)] * 2
 
 
 def skip_one(config) -> tuple[list[str], int, bool]:
