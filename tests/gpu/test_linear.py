@@ -1,4 +1,4 @@
-"""The five Linears and attention under autocast to bfloat16, at the sizes of B and XL: outputs and all gradients."""
+"""The Linears and attention under autocast to bfloat16, at the sizes of B and XL: outputs and all gradients."""
 
 import pytest
 import torch
@@ -57,17 +57,28 @@ def test_linears_of_an_activation(op, sizes, judged, draw, weights, roundings, d
     judged(fast, formula, {"x": x, **weights(inputs, outputs)}, (BF16,), roundings(3))
 
 
-def test_layer_norm_linear(sizes, judged, draw, weights, roundings, device):
+def layer_norm(x, weight, bias):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + 1e-12) * weight + bias
+
+
+@pytest.mark.parametrize("op", ["layer_norm_linear", "residual_layer_norm_linear"])
+def test_layer_norm_linears(op, sizes, judged, draw, weights, roundings, device):
     b, t, d = sizes
+    residual = op == "residual_layer_norm_linear"
 
-    def formula(x, norm_weight, norm_bias, weight, bias):
-        return F.linear(F.layer_norm(x, (d,), norm_weight, norm_bias, 1e-12), weight, bias)
+    def formula(x, *rest):
+        branch, (norm_weight, norm_bias, weight, bias) = (rest[0] if residual else None), rest[-4:]
+        dtype = torch.float64 if x.dtype == torch.float64 else BF16
+        x = x + branch if residual else x
+        y = F.linear(layer_norm(x, norm_weight, norm_bias).to(dtype), weight.to(dtype), bias.to(dtype))
+        return (x, y) if residual else y
 
-    def fast(*tensors):
-        return kernels.layer_norm_linear(*tensors, 1e-12)
-
-    inputs = {"x": draw(b, t, d), "norm_weight": draw(d, around=1.0), "norm_bias": draw(d), **weights(d, 3 * d)}
-    judged(autocast(fast, device), autocast(formula, device), inputs, (BF16,), roundings(3))
+    inputs = {"x": draw(b, t, d), **({"branch": draw(b, t, d, dtype=BF16)} if residual else {})}
+    inputs |= {"norm_weight": draw(d, around=1.0), "norm_bias": draw(d), **weights(d, 3 * d)}
+    fast = autocast(lambda *tensors: getattr(kernels, op)(*tensors, 1e-12), device)
+    dtypes, count = ((F32, BF16), 4) if residual else ((BF16,), 3)
+    judged(fast, autocast(formula, device), inputs, dtypes, roundings(count))
 
 
 def test_gated_residual_adaln_linear(sizes, judged, draw, weights, roundings, device, reference):
@@ -108,7 +119,16 @@ def test_attention(real, toy, wanted, judged, draw, sized, device, on_cuda, refe
     if not decoder:
         inputs |= {"q_weight": draw(head_dim, around=1.0), "k_weight": draw(head_dim, around=1.0)}
 
-    def bind(body):
-        return lambda qkv, q_weight=None, k_weight=None: body(qkv, heads, q_weight, k_weight, cos, sin, wanted)
+    def formula(qkv, q_weight=None, k_weight=None):
+        if decoder:
+            q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        else:
+            q, k, v = reference("qk_norm_rope")(qkv, heads, q_weight, k_weight, cos.to(q_weight), sin.to(q_weight))
+        q = q if wanted is None else q[:, :, slice(*wanted)]
+        scores = q @ k.mT / head_dim**0.5
+        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
-    judged(bind(kernels.attention), bind(reference("attention")), inputs, (BF16,), None)
+    def fast(qkv, q_weight=None, k_weight=None):
+        return kernels.attention(qkv, heads, q_weight, k_weight, cos, sin, wanted)
+
+    judged(fast, formula, inputs, (BF16,), None)

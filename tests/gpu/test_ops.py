@@ -110,7 +110,7 @@ def test_swiglu(real, toy, dtype, judged, draw, sized, reference):
         ((1, 2, 1, 7), (1, 2, 1, 7), BF16, BF16),
     ],
 )
-def test_flow_loss(real, toy, y_dtype, z_dtype, judged, draw, sized, reference):
+def test_flow_loss(real, toy, y_dtype, z_dtype, judged, draw, sized):
     draws, samples, tokens, channels = sized(real, toy)
     t = draw(draws, samples).sigmoid()
     t[0, 0] = 0.98  # beyond the floor of 1 - t
@@ -118,10 +118,26 @@ def test_flow_loss(real, toy, y_dtype, z_dtype, judged, draw, sized, reference):
     y = 3 * draw(draws, samples, tokens, channels, around=0.5)
     inputs = {"y": y.to(y_dtype), "weight": draw(channels, around=1.0), "bias": draw(channels)}
 
-    def bind(body):
-        return lambda y, weight, bias: body(y, weight, bias, z, t, 0.05)
+    def formula(y, weight, bias):
+        centred = y - y.mean(-1, keepdim=True)
+        prediction = centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + 1e-5) * weight + bias
+        left = torch.clamp(1 - t.to(weight.dtype), min=0.05)
+        return (((z.to(weight.dtype) - prediction) / left[:, :, None, None]) ** 2).mean((2, 3))
 
-    judged(bind(kernels.flow_loss), bind(reference("flow_loss")), inputs, (F32,))
+    judged(lambda y, weight, bias: kernels.flow_loss(y, weight, bias, z, t, 0.05), formula, inputs, (F32,))
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((4, 64, 256, 256), BF16), ((3, 512, 17, 9), BF16), ((2, 32, 5, 7), F32)])
+def test_tap_distance(shape, dtype, judged, draw, on_cuda, reference):
+    if not on_cuda:
+        pytest.skip("there is no C++ body of it")
+    y, x = (torch.relu(draw(*shape)).to(dtype, memory_format=torch.channels_last) for _ in range(2))
+    weight, mask = draw(shape[1]).abs(), (2 * (draw(*shape) > 0)).to(torch.uint8, memory_format=torch.channels_last)
+
+    def bind(body):
+        return lambda y: body(y, x.to(y.dtype), weight.to(y.dtype) if y.dtype == torch.float64 else weight, mask)
+
+    judged(bind(kernels.tap_distance), bind(reference("tap_distance")), {"y": y}, (F32,))
 
 
 @pytest.mark.parametrize("gated", [False, True])
