@@ -3,11 +3,9 @@
 import csv
 import fcntl
 import io
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 from unite_fast.errors import UserError, writing, writing_aside
 
@@ -19,32 +17,25 @@ def append(path: Path, row: dict) -> None:
         UserError: no such table, no permission, a full disk.
     """
     row = {name: "" if value is None else value for name, value in row.items()}
-    with held(path) as file:
-        columns, rows = parse(path, file.read())
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with held(path):
+        columns, rows = parse(path, path.read_text()) if path.exists() else ([], [])
         missing = [name for name in row if name not in columns]
-        if not missing:
-            with writing(path):
+        if missing:
+            with writing_aside(path) as partial:
+                partial.write_text(table([*columns, *missing], [*rows, row], header=True))
+        else:
+            with writing(path), path.open("a", newline="") as file:
                 file.write(table(columns, [row], header=False))
-            return
-        with writing_aside(path) as partial:
-            partial.write_text(table([*columns, *missing], [*rows, row], header=True))
 
 
 @contextmanager
-def held(path: Path) -> Iterator[TextIO]:
-    """The file, made if it is not there, open to read and append; no other process adds to it meanwhile."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            file = path.open("a+", newline="")
-            fcntl.lockf(file, fcntl.LOCK_EX)
-            # Who held it before may have put another file in its place.
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                break
-            file.close()
-    with file:
-        file.seek(0)
-        yield file
+def held(path: Path) -> Iterator[None]:
+    """No other process adds to the table meanwhile: by a lock on a file beside it, for the table itself is replaced."""
+    with writing(path), path.with_name(f".{path.name}.lock").open("w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
 
 
 def read(path: Path) -> list[dict[str, str]]:
