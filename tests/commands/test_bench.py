@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 
 import pytest
 import torch
@@ -82,6 +83,26 @@ def test_what_it_tells(bench, monkeypatch):
     # The same in the table, and nothing else in this folder.
     assert [row["images_per_s"] for row in rows()] == [str(found["images_per_s"])]
     assert os.listdir() == ["runs"] and set(os.listdir("runs")) == {"bench.csv", ".bench.csv.lock"}
+
+
+def test_what_compiles_is_timed_apart(bench, monkeypatch):
+    take, seconds = Trainer.step, [2.0]
+
+    def slow_at_first(trainer, batch):
+        time.sleep(seconds.pop() if seconds else 0)
+        return take(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "step", slow_at_first)
+    found = bench()
+    assert found["first_step_s"] > 2
+    assert 5 * 8 / found["images_per_s_mean"] < 2, "the timed steps alone"
+    assert sum(found[f"{part}_ms"] for part in figures.PARTS) < 2e3 / 5
+
+
+def test_a_recipe_that_evaluates_needs_nothing_for_it(bench, monkeypatch):
+    monkeypatch.delenv("UNITE_FAST_INCEPTION", raising=False)
+    found = bench("train.evaluate_every=1", "evaluation.features=inception", "train.picture_every=1", "--csv", "")
+    assert found["steps"] == 5 and os.listdir() == []
 
 
 def test_words_a_second_row_and_a_picture(command, tiny_run):
