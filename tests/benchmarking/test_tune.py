@@ -6,7 +6,7 @@ import pytest
 
 from unite_fast.benchmarking import candidate, tune, tuned_file
 from unite_fast.benchmarking.candidate import FAILED, OK, OUT_OF_MEMORY, OUT_OF_TIME, Trial
-from unite_fast.benchmarking.tune import Axis
+from unite_fast.benchmarking.tune import Axis, timed_batch
 from unite_fast.errors import UserError
 from unite_fast.ranks import ALONE
 from unite_fast.recipes import TUNABLE, load_config
@@ -171,3 +171,13 @@ def test_the_file_is_read_back(tmp_path):
 )
 def test_how_a_process_ended(status, err, expected):
     assert candidate.explain(status, err) == expected
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "expected"),
+    [(1024, 64, 1, 256), (1024, 64, 8, 1024), (96, 0, 1, 96), (1024, 512, 1, 512), (1000, 100, 1, 200), (8, 2, 2, 8)],
+)
+def test_a_timed_step_has_a_few_micro_batches(batch, micro, world, expected):
+    """At most 256 images a process, in whole micro-batches, and one micro-batch at least."""
+    config = load_config("digits", (f"train.batch_size={batch}", f"train.micro_batch={micro}"))
+    assert timed_batch(config, world) == expected

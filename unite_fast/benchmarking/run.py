@@ -10,7 +10,7 @@ import torch
 
 from unite_fast.benchmarking import candidate, csv_file, figures, plot, tuned_file
 from unite_fast.benchmarking.measure import Window, measure, sigterm_unwinds
-from unite_fast.benchmarking.tune import axes, lines, search
+from unite_fast.benchmarking.tune import axes, lines, search, timed_batch
 from unite_fast.config import Config
 from unite_fast.data_pipeline.inspection import open_data
 from unite_fast.errors import UserError
@@ -97,9 +97,13 @@ def tune(recipe: str, overrides: tuple[str, ...], budget: float, out: Path) -> N
             if ranks.main:
                 print(line, file=sys.stderr, flush=True)
 
+        batch, timed = timed_batch(config, ranks.world), words
+        if batch != config.train.batch_size:
+            timed = (*words, f"train.batch_size={batch}")
+            say(f"timing steps of {batch} images instead of {config.train.batch_size}")
         found = search(
-            axes(config, cuda, ranks.world, fixed),
-            lambda settings, limit: candidate.run(words, settings, limit, ranks),
+            axes(replace(config, train=replace(config.train, batch_size=batch)), cuda, ranks.world, fixed),
+            lambda settings, limit: candidate.run(timed, settings, limit, ranks),
             budget,
             ranks,
             say,

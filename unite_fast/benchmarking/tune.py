@@ -22,6 +22,9 @@ MARGIN = 1.01
 PATIENCE = 4.0
 """A candidate may take so many times as long as the recipe itself, start included."""
 
+TIMED_IMAGES = 256
+"""Images of a process in a timed step, at most: a batch of many micro-batches takes seconds and tells no more."""
+
 Run = Callable[[dict[str, object], float], Trial]
 """Times a candidate: settings that differ from the recipe, and seconds it may take."""
 
@@ -52,6 +55,14 @@ class Axis:
     key: str
     values: tuple
     climbs: bool = False
+
+
+def timed_batch(config: Config, world: int) -> int:
+    """The batch size of the steps that are timed: the recipe's, or one of fewer micro-batches."""
+    own = config.train.batch_size // world
+    now = min(config.train.micro_batch or own, own)
+    sizes = [size for size in micro_batches(own) if size <= TIMED_IMAGES and size % now == 0]
+    return world * max(sizes, default=now)
 
 
 def axes(config: Config, cuda: bool, world: int, fixed: set[str]) -> list[Axis]:
