@@ -20,8 +20,8 @@ EACH_ROUNDING = 1.1
 for n = 1, up to 1.78 for n = 3 (1.03 sqrt(3)); with all of it in bfloat16, 1.4 to 3.5."""
 
 DRAWS = 8
-"""Of drawn arithmetic: few can all be lucky where a result has a few numbers alone (of three, one loss of two samples in
-2,200 results was). Of float32 results no body's had more than 0.68 of its tolerance in November 2026."""
+"""Of drawn arithmetic: few of them can all be lucky where a result is a few numbers (of 2,200 results three draws were
+so for one, a loss of two samples). No body's float32 result had more than 0.68 of its tolerance in November 2026."""
 
 LARGE = 2**18
 """Numbers of all inputs. Above, eager PyTorch is the yardstick: norms over so many average its luck out, and a draw
