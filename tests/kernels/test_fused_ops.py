@@ -327,5 +327,5 @@ def test_silu_to_the_last_place():
 def test_silu_far_out(device):
     u = torch.tensor([-3e38, -1e4, -90.0, 90.0, 1e4, 3e38], device=device)
     got = kernels.swiglu(torch.stack((u, torch.ones_like(u)), dim=-1))[:, 0]
-    # The C++ bodies' exp ends at 2^-126 or so: what is left of u is below the smallest part of it that float32 can tell.
+    # The C++ body's exp ends near 2^-126, so that far out this part of u is left of it.
     assert (got[:3].abs() <= 2.0**-125 * u[:3].abs()).all() and torch.equal(got[3:], u[3:])
