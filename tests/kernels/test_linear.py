@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from unite_fast import kernels
-from unite_fast.kernels import backend, native, product
+from unite_fast.kernels import backend, product
 from unite_fast.kernels.gated_residual_adaln import gated_residual_adaln_ref
 from unite_fast.kernels.qk_norm_rope import qk_norm_rope_ref, split
 from unite_fast.kernels.swiglu import swiglu_ref
