@@ -167,11 +167,10 @@ def launch(op: str, given: tuple) -> None:
     """Run the Triton body of an op, forward and backward, or those of a micro-batch's draws."""
     if op == "draws":
         philox, positions = triton_modules()["philox"], empty(BATCH, dtype=torch.int64)
-        keys = 1, 3, 4, range(1), positions
-        for elements in (LATENT[0] * LATENT[1], 1):
-            philox.philox_uniforms(*keys, elements)
-            philox.philox_normals(*keys, elements)
-            philox.philox_words(*keys, elements)
+        keys = 1, 3, 4, range(1), positions, LATENT[0] * LATENT[1]
+        philox.philox_uniforms(*keys)
+        philox.philox_normals(*keys)
+        philox.philox_words(*keys)
         philox.philox_dropout(1, 3, 4, 0, positions, 256 * 256 * 64 // 32)
         return
     body = triton_modules()[ops()[op]]

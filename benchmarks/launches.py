@@ -88,9 +88,18 @@ SEVERAL = {
 FOREACH_CHUNKS, FOREACH_TENSORS = 320, 30
 """What one launch of a `_foreach_*` operator takes at most: chunks, and tensors of the operator with the most lists."""
 
-PARTS = ("draws", "LPIPS masks", "casts of weights", "tokenizer forward", "decoder forward", "LPIPS forward") + (
-    "reconstruction backward", "flow forward", "flow backward", "the rest"
-)  # fmt: skip
+PARTS = (
+    "draws",
+    "LPIPS masks",
+    "casts of weights",
+    "tokenizer forward",
+    "decoder forward",
+    "LPIPS forward",
+    "reconstruction backward",
+    "flow forward",
+    "flow backward",
+    "the rest",
+)
 
 
 class Launches(TorchDispatchMode):
@@ -219,13 +228,16 @@ def count(config: Config, micro_batch: int, micro_batches: int = 1) -> dict:
         state = TrainState(model, config)
         step = train_step.TrainStep(state, config, slice(0, images), micro_batch, lpips)
         batch = Batch(torch.empty(images, 3, side, side, dtype=torch.uint8), torch.zeros(images, dtype=torch.int64), [])
-        with Launches() as launches, triton_stubbed(launches), parts_of_the_step(launches, model, lpips):
-            with contextlib.ExitStack() as stack:
-                if config.train.precision == "bfloat16":
-                    weights = [*product_weights(model), *(lpips.product_weights() if lpips else ())]
-                    with launches.within("casts of weights"):
-                        stack.enter_context(cast_once(weights))
-                step.accumulate(batch)
+        weights = [*product_weights(model), *(lpips.product_weights() if lpips else ())]
+        if config.train.precision != "bfloat16":
+            weights = []
+        with contextlib.ExitStack() as stack:
+            launches = stack.enter_context(Launches())
+            stack.enter_context(triton_stubbed(launches))
+            stack.enter_context(parts_of_the_step(launches, model, lpips))
+            with launches.within("casts of weights"):
+                stack.enter_context(cast_once(weights))
+            step.accumulate(batch)
         with Launches() as optimizer, triton_stubbed(optimizer):
             state.apply_gradients()
     by_part = {part: {} for part in PARTS}

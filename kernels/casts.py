@@ -36,9 +36,9 @@ _held: dict[tuple, _Copy] = {}
 def cast_once(weights: Iterable[Tensor], dtype: torch.dtype = torch.bfloat16) -> Iterator[None]:
     """Hold copies in `dtype` of these float32 weights while the block runs, made by a few launches on entry.
 
-    Others than float32, and sharded ones, are left out; so is all where `dtype` is float32. Within another such block, a
-    copy that is there and up to date is used; one that is not is replaced until the inner block ends. Weights that follow
-    one another here do so in memory, where each has a multiple of `ALIGNED` numbers: `joined` then copies nothing.
+    Others than float32, and sharded ones, are left out; so is all where `dtype` is float32. Within another such block,
+    a copy that is there and up to date is used; one that is not is replaced until the inner block ends. Weights that
+    follow one another here do so in memory, where each has a multiple of `ALIGNED` numbers: then `joined` is a view.
     """
     global _held
     before = _held

@@ -97,7 +97,10 @@ _fused = FusedOp(
     like_backward=_like_backward,
     # x_out serves instead of x: the next op keeps it too.
     saved=lambda inputs, outputs: (outputs[0], *inputs[1:4], inputs[5], outputs[2]),
-    bodies={"native": Body(_native_forward, _native_backward), "triton": triton_body("adaln", "gated_residual_adaln", again=True)},
+    bodies={
+        "native": Body(_native_forward, _native_backward),
+        "triton": triton_body("adaln", "gated_residual_adaln", again=True),
+    },
 )
 
 

@@ -28,7 +28,7 @@ from unite_fast.kernels.casts import joined
 from unite_fast.kernels.common import EPS, matmul_dtype, mistake
 from unite_fast.kernels.gated_residual_adaln import _fused as gated_op
 from unite_fast.kernels.gated_residual_adaln import check_branch, gated_residual_adaln
-from unite_fast.kernels.op import Body, FusedOp, Results, triton_body
+from unite_fast.kernels.op import Body, FusedOp, triton_body
 from unite_fast.kernels.product import input_gradient, product, product_backward, weight_gradients
 from unite_fast.kernels.swiglu import _fused as swiglu_op
 from unite_fast.kernels.swiglu import swiglu
@@ -164,8 +164,9 @@ def _residual_backward_again(d_x_out, d_normed, x_out, branch_dtype, norm_weight
 
 
 def _residual_norm_linear_body(norm: Body) -> Body:
-    """From (x, branch, weight, bias, eps, out_dtype) -> x_out, out, mean and inverse deviation, and from (d_x_out, d_out,
-    x_out, type of the branch, weight, bias, the last two) -> the gradients of x, branch, weight and bias, and out."""
+    """From (x, branch, weight, bias, eps, out_dtype) -> x_out, out, mean and inverse deviation, and from (d_x_out,
+    d_out, x_out, type of the branch, weight, bias, the last two) -> the gradients of x, branch, weight and bias, and
+    out."""
 
     def forward(x, branch, norm_weight, norm_bias, weight, bias, eps, out_dtype):
         x_out, normed, mean, inverse = norm.forward(x, branch, norm_weight, norm_bias, eps, out_dtype)

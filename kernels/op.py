@@ -26,8 +26,8 @@ class Body(NamedTuple):
     """The two passes of an op. All bodies of an op save the same tensors for the backward pass."""
 
     forward: Callable[..., Results]
-    """Takes the inputs, gives the outputs, none of which is an input or shares its memory. Small ones may be parts of one
-    piece of memory."""
+    """Takes the inputs, gives the outputs, none of which is an input or shares its memory. Small ones may be parts of
+    one piece of memory."""
     backward: Callable[..., Results]
     """Takes the gradient of each result that the caller sees, None for one that was not used, and what was saved."""
     eager_forward: Callable[..., Results] | None = None

@@ -4,9 +4,10 @@
     rotate: (a, b) -> (a cos - b sin, b cos + a sin) for each interleaved pair (2i, 2i + 1)
 
 Shapes: qkv [B, T, 3 H K] (all of q, then all of k, then all of v), q_weight and k_weight [K] or None (no norm), cos and
-sin [T, K / 2] -> q, k, v, each [B, H, T, K] in qkv's dtype, as scaled_dot_product_attention reads them. The Triton body
-writes them in the order [B, T, H, K]: attention on a GPU gives its result in the order of q, which then is [B, T, H K]
-without a copy. A token that is not rotated has cos 1 and sin 0. Norm and rotation are float32. cos and sin get no gradient.
+sin [T, K / 2] -> q, k, v, each [B, H, T, K] in qkv's dtype, as scaled_dot_product_attention reads them. The Triton
+body writes them in the order [B, T, H, K]: attention on a GPU gives its result in the order of q, which then is
+[B, T, H K] without a copy. A token that is not rotated has cos 1 and sin 0. Norm and rotation are float32. cos and sin
+get no gradient.
 Source: RoPE (Su et al., arXiv 2104.09864), q/k norm (Dehghani et al., arXiv 2302.05442).
 """
 

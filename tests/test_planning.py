@@ -37,7 +37,9 @@ def test_the_work_of_unite_b_is_what_the_first_model_had_but_for_unread_tokens_a
     work = planning.image_work(load_config("imagenet256_b"))
     assert work.products == pytest.approx(FIRST_WORK.products, rel=0.02)
     assert work.convolutions == pytest.approx(FIRST_WORK.convolutions, rel=0.005)
-    assert work.moved == pytest.approx(FIRST_WORK.moved - 0.07e9, rel=0.04)
+    # What is made again is written by kernels that read its source anyway: 138 bytes instead of 157.
+    saved = (157 - planning.BLOCK_BYTES) * 16384 * 768
+    assert work.moved == pytest.approx(FIRST_WORK.moved - 0.07e9 - saved, rel=0.04)
     assert work.lpips_moved == pytest.approx(2.28e9, rel=0.005)
 
 

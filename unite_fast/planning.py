@@ -14,7 +14,7 @@ from unite_fast.hardware import GPU
 from unite_fast.ranks import Ranks
 from unite_fast.training import parallel
 
-BLOCK_BYTES = 153
+BLOCK_BYTES = 138
 """Elementwise and norm bytes per (token x channel) of an encoder block, both passes, Triton bodies and a float32
 residual, with what is made again; `python benchmarks/kernels.py --block` counts them."""
 DECODER_BYTES = 211

@@ -92,8 +92,8 @@ class Philox:
     positions: Tensor
 
     def words(self, stream: Stream, shape: tuple[int, ...] = (), draw: int | range = 0) -> Tensor:
-        """Raw 32-bit words, int64 [b, *shape]. `draw` tells apart repeated draws of one stream (below 2**16); a range of
-        draws, in steps of one, comes as [draws, b, *shape], by one launch on a CUDA device.
+        """Raw 32-bit words, int64 [b, *shape]. `draw` tells apart repeated draws of one stream (below 2**16); a range
+        of draws, in steps of one, comes as [draws, b, *shape], by one launch on a CUDA device.
 
         The C++ body, where it was built, gives the same words on a CPU, and the Triton body on a CUDA device.
         """

@@ -333,8 +333,8 @@ def gated_residual_adaln_backward(d_x_out, d_h, x_out, branch, gate, weight, sca
 
 
 def gated_residual_adaln_backward_again(d_x_out, d_h, x_out, branch, gate, weight, shift, scale, inverse):
-    """As gated_residual_adaln_backward, and h once more in d_h's type, made by the same kernel -> gradients of x, branch,
-    gate, weight, shift and scale, and h."""
+    """As gated_residual_adaln_backward, and h once more in d_h's type, made by the same kernel -> gradients of x,
+    branch, gate, weight, shift and scale, and h."""
     found = _backward(d_x_out, d_h, x_out, branch, gate, None, weight, scale, inverse, shift)
     d_x, d_branch, d_gate, _, *others = found
     return d_x, d_branch, d_gate, *others

@@ -1,6 +1,6 @@
-"""noise_injection on CUDA. A thread turns each block of Philox into four neighbouring normals, so it writes what it mixes
-in one access of 16 bytes where 4 divides a sample's elements. The work of float64 (philox.py) is small: three draws for
-64 images take some 10^8 operations.
+"""noise_injection on CUDA. A thread turns each block of Philox into four neighbouring normals, so it writes what it
+mixes in one access of 16 bytes where 4 divides a sample's elements. The work of float64 (philox.py) is small: three
+draws for 64 images take some 10^8 operations.
 """
 
 import torch

@@ -104,7 +104,16 @@ def _place(positions, samples, elements, BLOCKS: tl.constexpr, WHOLE: tl.constex
 
 @triton.jit(do_not_specialize=KEYS)
 def _words_kernel(
-    positions, out, step, stream_and_draw, seed_low, seed_high, samples, elements, BLOCKS: tl.constexpr, WHOLE: tl.constexpr
+    positions,
+    out,
+    step,
+    stream_and_draw,
+    seed_low,
+    seed_high,
+    samples,
+    elements,
+    BLOCKS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     o_block, position, o, m = _place(positions, samples, elements, BLOCKS, WHOLE)
     stream_and_draw += tl.program_id(1)
@@ -114,7 +123,16 @@ def _words_kernel(
 
 @triton.jit(do_not_specialize=KEYS)
 def _uniforms_kernel(
-    positions, out, step, stream_and_draw, seed_low, seed_high, samples, elements, BLOCKS: tl.constexpr, WHOLE: tl.constexpr
+    positions,
+    out,
+    step,
+    stream_and_draw,
+    seed_low,
+    seed_high,
+    samples,
+    elements,
+    BLOCKS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     o_block, position, o, m = _place(positions, samples, elements, BLOCKS, WHOLE)
     stream_and_draw += tl.program_id(1)
@@ -125,7 +143,16 @@ def _uniforms_kernel(
 
 @triton.jit(do_not_specialize=KEYS)
 def _normals_kernel(
-    positions, out, step, stream_and_draw, seed_low, seed_high, samples, elements, BLOCKS: tl.constexpr, WHOLE: tl.constexpr
+    positions,
+    out,
+    step,
+    stream_and_draw,
+    seed_low,
+    seed_high,
+    samples,
+    elements,
+    BLOCKS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     o_block, position, o, m = _place(positions, samples, elements, BLOCKS, WHOLE)
     stream_and_draw += tl.program_id(1)
@@ -134,7 +161,16 @@ def _normals_kernel(
 
 @triton.jit(do_not_specialize=KEYS)
 def _dropout_kernel(
-    positions, out, step, stream_and_draw, seed_low, seed_high, samples, elements, BLOCKS: tl.constexpr, WHOLE: tl.constexpr
+    positions,
+    out,
+    step,
+    stream_and_draw,
+    seed_low,
+    seed_high,
+    samples,
+    elements,
+    BLOCKS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """Each bit of a word as a byte, 0 or 2, the lowest first: four of them are an int32 of `out`."""
     o_block, position, o, m = _place(positions, samples, elements, BLOCKS, WHOLE)
@@ -147,7 +183,9 @@ def _dropout_kernel(
     tl.store(out + o[:, None] * 8 + o_four[None, :], b_bytes.to(tl.int32), mask=m[:, None])
 
 
-def _draw(kernel, seed: int, step: int, stream: int, draws: range, positions: Tensor, elements: int, out: Tensor) -> None:
+def _draw(
+    kernel, seed: int, step: int, stream: int, draws: range, positions: Tensor, elements: int, out: Tensor
+) -> None:
     """Fill `out`, numbers of draws x samples x elements, by one launch. `draws` counts in ones."""
     if out.numel():
         blocks = len(positions) * triton.cdiv(elements, 4)

@@ -1,6 +1,7 @@
 """tap_distance on CUDA: one kernel each way. A program takes `TILES` tiles of pixels of one image, [BP, BC] each, in
-registers; channels that are no power of two are filled up with masked lanes. float32 inside. The distance is one partial
-sum a program, added up in a fixed order. The backward pass makes the norms again, so it keeps nothing but the inputs."""
+registers; channels that are no power of two are filled up with masked lanes. float32 inside. The distance is one
+partial sum a program, added up in a fixed order. The backward pass makes the norms again, so it keeps nothing but the
+inputs."""
 
 import torch
 import triton

@@ -183,7 +183,9 @@ def test_the_weights_of_a_model_that_profit(tiny_config):
     model = UNITE.create(tiny_config.model, seed=0)
     named = dict(model.named_parameters())
     names = {next(n for n, p in named.items() if p is weight) for weight in product_weights(model)}
-    linears = {n.rpartition(".")[0] for n, m in model.named_modules() for n in (f"{n}.weight",) if hasattr(m, "in_features")}
+    linears = {
+        n.rpartition(".")[0] for n, m in model.named_modules() for n in (f"{n}.weight",) if hasattr(m, "in_features")
+    }
     left_out = {name for name in linears if f"{name}.weight" not in names}
     assert left_out == {"encoder.time_embed.fc1", "encoder.time_embed.fc2"}
     assert all(named[name].dim() <= 2 for name in names)

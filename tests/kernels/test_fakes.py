@@ -14,21 +14,27 @@ from unite_fast.kernels import backend, op
 
 FLOAT, HALF = torch.float32, torch.bfloat16
 B, T, D, N, HEADS = 2, 5, 16, 12, 2
-FUSED = {
-    **{
-        name: importlib.import_module(f"unite_fast.kernels.{name}")._fused
-        for name in (
-            "adaln_modulate gated_residual_adaln gated_residual_norm_adaln qk_norm_rope swiglu flow_loss "
-            "noise_injection attention tap_distance"
-        ).split()
-    },
-    **{
-        name: getattr(importlib.import_module("unite_fast.kernels.linear"), f"_{name}")
-        for name in (
-            "linear swiglu_linear gelu_linear layer_norm_linear residual_layer_norm_linear gated_residual_adaln_linear"
-        ).split()
-    },
-}
+OPS = [
+    "adaln_modulate",
+    "attention",
+    "flow_loss",
+    "gated_residual_adaln",
+    "gated_residual_norm_adaln",
+    "noise_injection",
+    "qk_norm_rope",
+    "swiglu",
+    "tap_distance",
+]
+LINEARS = [
+    "linear",
+    "gelu_linear",
+    "gated_residual_adaln_linear",
+    "layer_norm_linear",
+    "residual_layer_norm_linear",
+    "swiglu_linear",
+]
+FUSED = {name: importlib.import_module(f"unite_fast.kernels.{name}")._fused for name in OPS}
+FUSED |= {name: getattr(importlib.import_module("unite_fast.kernels.linear"), f"_{name}") for name in LINEARS}
 MIXED = list(itertools.product((FLOAT, HALF), repeat=3))
 """Of the main input, of other activations and modulation, of weights."""
 

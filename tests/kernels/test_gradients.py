@@ -14,21 +14,21 @@ def loss(parameters, power):
 
 
 def test_the_sums_are_those_of_autograd(parameters):
-    for at_once in (False, True):
+    def second_pass():
+        """The last gets its first gradient here, the one before it none."""
         for p in parameters:
             p.grad = None
-        # The last gets its first gradient in the second pass, the one before it none there.
         loss(parameters[:2], 2).backward()
-        second = loss([parameters[0], parameters[2]], 3)
-        if at_once:
-            kept = parameters[0].grad
-            with added_at_once(parameters):
-                second.backward()
-            assert parameters[0].grad is kept
-            assert all(torch.equal(p.grad, w) for p, w in zip(parameters, want, strict=True))
-        else:
-            second.backward()
-            want = [p.grad.clone() for p in parameters]
+        return loss([parameters[0], parameters[2]], 3)
+
+    second_pass().backward()
+    want = [p.grad.clone() for p in parameters]
+    second = second_pass()
+    kept = parameters[0].grad
+    with added_at_once(parameters):
+        second.backward()
+    assert parameters[0].grad is kept
+    assert all(torch.equal(p.grad, w) for p, w in zip(parameters, want, strict=True))
 
 
 def test_an_error_loses_no_gradient(parameters):

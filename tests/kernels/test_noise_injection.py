@@ -34,7 +34,8 @@ if INTERPRETED:
     @triton.jit
     def pair_kernel(words, out, COUNT: tl.constexpr):
         o = tl.arange(0, COUNT)
-        b_first, b_second = triton_box_muller(tl.load(words + 2 * o).to(tl.uint32), tl.load(words + 2 * o + 1).to(tl.uint32))
+        b_0, b_1 = tl.load(words + 2 * o).to(tl.uint32), tl.load(words + 2 * o + 1).to(tl.uint32)
+        b_first, b_second = triton_box_muller(b_0, b_1)
         tl.store(out + 2 * o, b_first)
         tl.store(out + 2 * o + 1, b_second)
 

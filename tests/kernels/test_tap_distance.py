@@ -28,10 +28,9 @@ def device():
 @pytest.fixture
 def given(draw, device):
     def make(shape, dtype=torch.float32, masked=True):
-        b, c, h, w = shape
         y, x = (torch.relu(draw(*shape)).to(device, dtype, memory_format=torch.channels_last) for _ in range(2))
         mask = (2 * (draw(*shape) > 0)).to(device, torch.uint8, memory_format=torch.channels_last) if masked else None
-        return y, x, draw(c).abs().to(device), mask
+        return y, x, draw(shape[1]).abs().to(device), mask
 
     return make
 

@@ -25,8 +25,8 @@ class DecoderLayer(nn.Module):
         self.fc2 = nn.Linear(mlp_width, width)
 
     def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x and branch [B, T, D]: the residual, and what the layer before has yet to add to it -> the same of this layer.
-        So each addition is one with the norm that follows it."""
+        """x and branch [B, T, D]: the residual, and what the layer before has yet to add to it -> the same of this
+        layer. So each addition is one with the norm that follows it."""
         x, qkv = norm_linear(x, branch, self.norm1, self.qkv)
         x, hidden = norm_linear(x, self.proj(kernels.attention(qkv, self.heads)), self.norm2, self.fc1)
         return x, kernels.gelu_linear(hidden, self.fc2.weight, self.fc2.bias)

@@ -106,8 +106,8 @@ class SwiGLU(nn.Module):
 
 
 def product_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The weights and biases that `kernels` rounds for products: what `kernels.casts.cast_once` is for. Left out are the
-    time embedding, which stays float32, and SwiGLU's weights where they are padded first on a GPU."""
+    """The weights and biases that `kernels` rounds for products: what `kernels.casts.cast_once` is for. Left out are
+    the time embedding, which stays float32, and SwiGLU's weights where they are padded first on a GPU."""
     others = set()
     for module in model.modules():
         if isinstance(module, TimeEmbedding):
