@@ -222,7 +222,12 @@ def memory_parts(config: Config, cluster: Cluster, strategy: str, images: int) -
         "optimizers": state.optimizers,
         "EMA": state.ema,
     }
-    if cluster.gpus > 1:
+    if cluster.gpus == 1:
+        every = memory.numbers(flops.parameter_shapes(config.model))
+        parts["weights in bfloat16"] = memory.HALF * every
+        # The flow's are added to the tokenizer's when all of them are there.
+        parts["gradients of the flow"] = memory.FLOAT * flops.parameters(config.model)["encoder"]
+    else:
         # Replicated weights have a bfloat16 copy too, and nothing to let go of.
         lets_go = strategy != "ddp" and config.parallel.reshard_after_forward
         parts["gathered in bfloat16"] = memory.gathered(config.model, lets_go)

@@ -33,10 +33,7 @@ def unite_b(launches):
 
 
 def test_a_micro_batch_of_unite_b(launches, unite_b):
-    # What the flow's pass adds to the gradients of the first, one kernel a parameter: see kernels/gradients.py.
-    additions = unite_b["micro_batch"]["flow backward"].get("add_", 0)
-    assert additions < 200
-    assert launches.total(unite_b) - additions <= TARGET
+    assert launches.total(unite_b) <= TARGET
 
 
 def test_every_part_was_counted(launches, unite_b):

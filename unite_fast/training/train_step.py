@@ -8,14 +8,17 @@ All that trains goes through here: the trainer, `unite-fast bench`, parity with 
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from unite_fast.config import Config
 from unite_fast.data_pipeline import Batch
 from unite_fast.kernels.casts import cast_once
+from unite_fast.kernels.gradients import added_at_once
 from unite_fast.model.layers import product_weights
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import Losses, StepDraws, draw_step, flow_losses, reconstruct
@@ -114,18 +117,26 @@ def _accumulate(model, micro_batches, count, config, lpips, strategy, clock) -> 
             reconstruction = reconstruct(model, batch.images, batch.draws, config, lpips, batch.lpips_dropout)
         reduce_gradients(model, strategy, decoder=last, rest=False)
         with clock.part("backward"):
-            (reconstruction.loss / count).backward()
+            backward(model, reconstruction.loss / count)
         with clock.part("forward"), autocast(model.device, config.train.precision):
             flow = flow_losses(model, reconstruction.z, batch.labels, batch.draws)
         weighted = config.objective.flow_weight * flow
         reduce_gradients(model, strategy, decoder=last, rest=last)
         with clock.part("backward"):
-            (weighted / count).backward()
+            backward(model, weighted / count)
         total = reconstruction.loss.detach() + weighted.detach()
         losses = torch.stack([total, reconstruction.l1, flow.detach(), reconstruction.lpips]) / count
         sums = losses if sums is None else sums + losses
     total, l1, flow, lpips_loss = sums.unbind()
     return Losses(total=total, l1=l1, flow=flow, lpips=lpips_loss)
+
+
+def backward(model: UNITE, loss: Tensor) -> None:
+    """Add a loss's gradients to the model's."""
+    # Sharded gradients are exchanged by hooks, each for itself.
+    at_once = nullcontext() if isinstance(model, FSDPModule) else added_at_once(model.parameters())
+    with at_once:
+        loss.backward()
 
 
 class TrainStep:
