@@ -107,21 +107,24 @@ def test_padded_weights_count_where_a_width_asks_for_them():
     assert memory.activations(config, "native").padding == 0
 
 
+@pytest.mark.parametrize("body", ["native", "triton"])
 @pytest.mark.parametrize("side, dropout", [(32, True), (16, False)])
-def test_activations_and_weights_of_lpips(side, dropout):
+def test_activations_and_weights_of_lpips(side, dropout, body):
+    if missing := backend.why_missing(body):
+        pytest.skip(missing)
     lpips = LPIPS(
         {name: torch.full(shape, 0.01) for name, shape in VGG_SHAPES.items()},
         {name: torch.ones(shape) for name, shape in LINEAR_SHAPES.items()},
     )
-    masks = dropout_masks(Philox(0, 0, torch.arange(1)), tap_shapes(side, side)) if dropout else None
     image, recon = torch.rand(1, 3, side, side), torch.rand(1, 3, side, side, requires_grad=True)
     own = [*lpips.parameters(), *lpips.buffers()]
-    with torch.autocast("cpu", torch.bfloat16):
+    with backend.using(body), torch.autocast("cpu", torch.bfloat16):
+        masks = dropout_masks(Philox(0, 0, torch.arange(1)), tap_shapes(side, side)) if dropout else None
         kept = kept_bytes(lambda: lpips(image, recon, masks), own)
     weights = sum(p.numel() for p in lpips.blocks.parameters())
     casts = 2 * sum(p.numel() for p in lpips.blocks.parameters() if p.dim() == 4)
     assert memory.lpips_weights() == 6 * weights
-    assert memory.lpips_activations(side, dropout) == pytest.approx(kept - casts, rel=MARGIN)
+    assert memory.lpips_activations(side, dropout, body) == pytest.approx(kept - casts, rel=MARGIN)
 
 
 @pytest.mark.parametrize("muon_dtype", ["float32", "bfloat16"])

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from unite_fast import flops, memory, planning
 from unite_fast.errors import UserError
 from unite_fast.hardware import find_gpu
+from unite_fast.kernels import backend
 from unite_fast.perceptual import LINEAR_SHAPES, LPIPS, VGG_SHAPES, dropout_masks, tap_shapes
 from unite_fast.planning import FAST, SLOW, Cluster, Exchange, Work, exchange_seconds, image_seconds, make_plan
 from unite_fast.randomness import Philox
@@ -40,7 +41,7 @@ def test_the_work_of_unite_b_is_what_the_first_model_had_but_for_unread_tokens_a
     # What is made again is written by kernels that read its source anyway: 138 bytes instead of 157.
     saved = (157 - planning.BLOCK_BYTES) * 16384 * 768
     assert work.moved == pytest.approx(FIRST_WORK.moved - 0.07e9 - saved, rel=0.04)
-    assert work.lpips_moved == pytest.approx(2.28e9, rel=0.005)
+    assert work.lpips_moved == pytest.approx(0.538e9, rel=0.005)
 
 
 def test_block_bytes_are_those_of_the_benchmark(monkeypatch):
@@ -58,27 +59,31 @@ class Moved(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
-        free = function.is_view or name in ("detach", "empty", "new_empty", "empty_like", "empty_strided")
+        made = ("detach", "empty", "new_empty", "empty_like", "empty_strided")
+        # The last two are how Triton's interpreter reads and writes.
+        free = function.is_view or name in (*made, "set_", "copy_")
         if not free and "convolution" not in name:
             tensors = (x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor))
             self.size += sum(x.numel() * x.element_size() for x in tensors)
         return out
 
 
+@pytest.mark.skipif(bool(backend.why_missing("triton")), reason=backend.why_missing("triton") or "here")
 def test_lpips_bytes_are_those_of_its_operators():
     vgg = {name: torch.full(shape, 0.01) for name, shape in VGG_SHAPES.items()}
     lpips = LPIPS(vgg, {name: torch.ones(shape) for name, shape in LINEAR_SHAPES.items()})
 
     def moved(side: int) -> int:
         recon = torch.rand(1, 3, side, side, requires_grad=True)
-        with Moved() as found:
+        with backend.using("triton"), Moved() as found:
             masks = dropout_masks(Philox(0, 0, torch.arange(1)), tap_shapes(side, side))
             with torch.autocast("cpu", torch.bfloat16):
                 lpips(torch.rand(1, 3, side, side), recon, masks).sum().backward()
-        return found.size
+        # No operator writes the masks, but a kernel.
+        return found.size + sum(mask.nbytes for mask in masks)
 
     # The difference of two sizes: casts of weights do not grow with the image.
-    assert (moved(32) - moved(16)) / (32**2 - 16**2) == pytest.approx(planning.LPIPS_BYTES, rel=0.01)
+    assert (moved(32) - moved(16)) / (32**2 - 16**2) == pytest.approx(planning.LPIPS_BYTES, rel=0.001)
 
 
 def test_exchanges_take_the_time_of_their_bytes():

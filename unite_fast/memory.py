@@ -64,14 +64,16 @@ def decoder_activations(model: ModelConfig) -> float:
     return kept + FLOAT * 3 * model.image_size**2
 
 
-def lpips_activations(image_size: int, dropout: bool = True) -> float:
+def lpips_activations(image_size: int, dropout: bool = True, body: str = "triton") -> float:
     """Bytes that LPIPS keeps of one pair of images: of the reconstruction its features, of both what the distance at
-    the five taps needs."""
+    the five taps needs. The Triton body makes that again from the features."""
     shapes = tap_shapes(image_size, image_size)
     taps = [prod(shape) for shape in shapes]
     kept = HALF * 3 * image_size**2 + HALF * sum(map(mul, taps, VGG_CONVOLUTIONS))
     pooled = sum(channels * (height // 2) * (width // 2) for channels, height, width in shapes[:-1])
     kept += (HALF + 8) * pooled  # the pooled features, and where each came from
+    if body == "triton":
+        return kept + sum(taps) * (HALF + dropout)  # the image's features, dropout mask
     kept += sum(taps) * (2 * FLOAT + dropout)  # features and difference, dropout mask
     return kept + 2 * FLOAT * sum(height * width for _, height, width in shapes)  # each pixel's norm
 
@@ -117,7 +119,7 @@ def activations(config: Config, body: str = "triton") -> Activations:
     return Activations(
         tokenizer=encoder_activations(model, True, body) + normed,
         decoder=decoder_activations(model),
-        lpips=lpips_activations(model.image_size, config.perceptual.dropout) if config.perceptual.weight else 0.0,
+        lpips=lpips_activations(model.image_size, config.perceptual.dropout, body) if config.perceptual.weight else 0.0,
         flow=draws * (encoder_activations(model, False, body) + per_draw) + FLOAT * n * c,
         padding=padding,
         patch_weight=HALF * d * 3 * model.patch_size**2,
@@ -176,7 +178,7 @@ def backward_workspace(config: Config, images: int) -> float:
     d, hidden = model.encoder.width, padded_hidden(model.encoder.width, "triton")
     longest = max(wanted_tokens(model, True)[-1][0], config.objective.flow_draws * wanted_tokens(model, False)[-1][0])
     block = longest * (12 * d + 8 * hidden)
-    # The first tap of LPIPS: four float32 tensors of the size of its features live at once beside what is kept.
+    # The first tap of LPIPS: gradients of its features and of both convolutions' outputs live at once.
     channels, height, width = tap_shapes(model.image_size, model.image_size)[0]
-    tap = 4 * FLOAT * channels * height * width if config.perceptual.weight else 0
+    tap = 3 * HALF * channels * height * width if config.perceptual.weight else 0
     return images * max(block, tap)

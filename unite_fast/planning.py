@@ -19,9 +19,9 @@ BLOCK_BYTES = 138
 residual, with what is made again; `python benchmarks/kernels.py --block` counts them."""
 DECODER_BYTES = 211
 """The same of a decoder layer, counted by hand: 0.5 GB an image for decoder B."""
-LPIPS_BYTES = 34_745
-"""Bytes a pixel that LPIPS's operators other than convolutions move, dropout masks included, operator by operator;
-tests/test_planning.py counts them again."""
+LPIPS_BYTES = 8_204
+"""Bytes a pixel that LPIPS's operators other than convolutions move with the Triton bodies, dropout masks included,
+operator by operator; tests/test_planning.py counts them again."""
 OPTIMIZER_BYTES = 64
 """Bytes a parameter of one optimizer step: clip 12, momentum 12, Nesterov 12, cast 6, update 10, EMA 12."""
 NEWTON_SCHULZ_BYTES = 58

@@ -26,13 +26,15 @@ HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # A port of this job's own, so that two jobs may share a machine.
 PORT=$((20000 + SLURM_JOB_ID % 20000))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+# Seconds until torchrun kills what still saves (torch 2.12 and later; before, always 30).
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=270
 
 # torchrun passes the warning on to its processes, and gives them nearly the whole five minutes to save.
 launch() {
     exec "$VENV/bin/torchrun" \
         --nnodes "$SLURM_NNODES" --nproc-per-node "$GPUS_PER_NODE" \
         --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" --rdzv-endpoint "$HEAD:$PORT" \
-        --max-restarts 20 --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 270 \
+        --max-restarts 20 --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
         -m unite_fast train "$@" "train.out=$RUN" --resume
 }
 export -f launch

@@ -149,7 +149,7 @@ def stop_on_signals(peers: Peers) -> Iterator[Stop]:
     """Inside, SIGTERM, SIGINT and SIGUSR1 are remembered, so that the loop can end between two steps.
 
     A second one of the same kind acts as it would without us. Not under torchrun: its processes get what is sent to all
-    of a job a second time from torchrun, which kills them by itself after a while (--shutdown-timeout).
+    of a job a second time from torchrun, which kills them by itself after a while (TORCH_ELASTIC_SHUTDOWN_TIMEOUT).
     """
     stop = Stop(peers)
 
