@@ -29,10 +29,10 @@ _TUNE = "unite_fast/benchmarking/tune.py"
 MUTANTS = [
     # The step -----------------------------------------------------------------------------------------------------
     (_STEP, "weighted = config.objective.flow_weight * flow", "weighted = flow", STEP),
-    (_STEP, "(weighted / count).backward()", "(0.5 * weighted / count).backward()", STEP),
-    (_STEP, "(weighted / count).backward()", "weighted.backward()", STEP),
-    (_STEP, "(reconstruction.loss / count).backward()", "reconstruction.loss.backward()", STEP),
-    (_STEP, "(reconstruction.loss / count).backward()", "(reconstruction.loss / 2 / count).backward()", STEP),
+    (_STEP, "backward(model, weighted / count)", "backward(model, 0.5 * weighted / count)", STEP),
+    (_STEP, "backward(model, weighted / count)", "backward(model, weighted)", STEP),
+    (_STEP, "backward(model, reconstruction.loss / count)", "backward(model, reconstruction.loss)", STEP),
+    (_STEP, "backward(model, reconstruction.loss / count)", "backward(model, reconstruction.loss / 2 / count)", STEP),
     (_STEP, "config, lpips, batch.lpips_dropout)", "config, lpips, None)", STEP),
     (
         _STEP,
@@ -467,7 +467,7 @@ MUTANTS = [
         ("tests/model/test_decoder.py",),
     ),
     ("kernels/swiglu.py", "F.silu(u)", "F.gelu(u)", ("tests/kernels/test_swiglu.py",)),
-    ("unite_fast/perceptual.py", "_NORM_EPS = 1e-10", "_NORM_EPS = 1e-2", ("tests/test_perceptual.py",)),
+    ("kernels/tap_distance.py", "EPS = 1e-10", "EPS = 1e-2", ("tests/test_perceptual.py",)),
     ("unite_fast/flops.py", "return Flops(2 * once, once)", "return Flops(once, once)", ("tests/test_flops.py",)),
     (
         "unite_fast/training/model_file.py",
@@ -541,5 +541,39 @@ MUTANTS = [
         "if dtype == torch.float32 and name not in TAKES_FLOAT32:",
         "if False:",
         ATTENTION,
+    ),
+    # The GPU path ------------------------------------------------------------------------------------------------------
+    ("kernels/casts.py", "copy.version == weight._version", "True", ("tests/kernels/test_casts.py",)),
+    ("kernels/casts.py", "_held = before\n", "pass\n", ("tests/kernels/test_casts.py",)),
+    (
+        "kernels/gradients.py",
+        "torch._foreach_add_([old for old, _ in both], [new for _, new in both])",
+        "pass",
+        ("tests/kernels/test_gradients.py",),
+    ),
+    ("kernels/gradients.py", "parameter.grad = old\n", "pass\n", ("tests/kernels/test_gradients.py", *STEP)),
+    (
+        _STEP,
+        "with cast_once(weights_of_products(model, lpips, config.train.precision)):",
+        "with nullcontext():",
+        ("tests/training/test_train_step.py", "tests/benchmarks/test_launches.py"),
+    ),
+    (
+        _STEP,
+        "at_once = nullcontext() if isinstance(model, FSDPModule) else added_at_once(model.parameters())",
+        "at_once = nullcontext()",
+        ("tests/benchmarks/test_launches.py",),
+    ),
+    (
+        _STEP,
+        "at_once = nullcontext() if isinstance(model, FSDPModule) else added_at_once(model.parameters())",
+        "at_once = added_at_once(model.parameters())",
+        ("tests/training/test_restated.py",),
+    ),
+    (
+        "unite_fast/planning.py",
+        'parts["gradients of the flow"] = memory.FLOAT',
+        'parts["gradients of the flow"] = memory.HALF',
+        ("tests/test_planning.py",),
     ),
 ]
