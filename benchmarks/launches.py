@@ -45,7 +45,7 @@ from unite_fast.data_pipeline import Batch
 from unite_fast.errors import UserError
 from unite_fast.kernels import backend, op, product
 from unite_fast.kernels.casts import cast_once
-from unite_fast.model.layers import SwiGLU, product_weights
+from unite_fast.model.layers import SwiGLU
 from unite_fast.model.unite import UNITE
 from unite_fast.optim import muon
 from unite_fast.perceptual import LINEAR_SHAPES, LPIPS, VGG_SHAPES
@@ -203,9 +203,18 @@ def parts_of_the_step(launches: Launches, model: UNITE, lpips: LPIPS | None) -> 
     ]
     if lpips is not None:
         targets.append((lpips, "forward", "LPIPS forward"))
+
+    @contextlib.contextmanager
+    def casts_apart(weights):
+        with contextlib.ExitStack() as held:
+            with launches.within("casts of weights"):
+                held.enter_context(cast_once(weights))
+            yield
+
     with contextlib.ExitStack() as stack:
         for owner, name, part in targets:
             stack.enter_context(mock.patch.object(owner, name, counted(part, getattr(owner, name))))
+        stack.enter_context(mock.patch.object(train_step, "cast_once", casts_apart))
         yield
 
 
@@ -228,15 +237,7 @@ def count(config: Config, micro_batch: int, micro_batches: int = 1) -> dict:
         state = TrainState(model, config)
         step = train_step.TrainStep(state, config, slice(0, images), micro_batch, lpips)
         batch = Batch(torch.empty(images, 3, side, side, dtype=torch.uint8), torch.zeros(images, dtype=torch.int64), [])
-        weights = [*product_weights(model), *(lpips.product_weights() if lpips else ())]
-        if config.train.precision != "bfloat16":
-            weights = []
-        with contextlib.ExitStack() as stack:
-            launches = stack.enter_context(Launches())
-            stack.enter_context(triton_stubbed(launches))
-            stack.enter_context(parts_of_the_step(launches, model, lpips))
-            with launches.within("casts of weights"):
-                stack.enter_context(cast_once(weights))
+        with Launches() as launches, triton_stubbed(launches), parts_of_the_step(launches, model, lpips):
             step.accumulate(batch)
         with Launches() as optimizer, triton_stubbed(optimizer):
             state.apply_gradients()

@@ -542,7 +542,7 @@ MUTANTS = [
         "if False:",
         ATTENTION,
     ),
-    # The GPU path ------------------------------------------------------------------------------------------------------
+    # The GPU path -------------------------------------------------------------------------------------------------
     ("kernels/casts.py", "copy.version == weight._version", "True", ("tests/kernels/test_casts.py",)),
     ("kernels/casts.py", "_held = before\n", "pass\n", ("tests/kernels/test_casts.py",)),
     (
