@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from unite_fast.errors import UserError
 from unite_fast.recipes import load_config, to_tree
+from unite_fast.training import train_step
 from unite_fast.training.checkpoint import load_checkpoint
 from unite_fast.training.checkpoint_files import step_folders, step_of
 from unite_fast.training.metrics import of_training, read_rows
@@ -84,9 +85,15 @@ def test_the_same_with_pictures_read_ahead_and_broken_ones_among_them(settings, 
     }
 
 
-def test_micro_batches_are_one_large_batch(settings):
+def test_micro_batches_are_one_large_batch(settings, monkeypatch):
     """Losses and gradient norms but for rounding: float32 sums in another order."""
-    tracks = []
+    tracks, sizes, make = [], [], train_step.make_micro_batch
+
+    def noting(images, *others):
+        sizes.append(len(images))
+        return make(images, *others)
+
+    monkeypatch.setattr(train_step, "make_micro_batch", noting)
     for micro in (0, 4, 1):
         trainer = Trainer(settings(f"train.micro_batch={micro}", "data.flip=true", folder=f"micro{micro}"), False)
         seen = []
@@ -95,6 +102,9 @@ def test_micro_batches_are_one_large_batch(settings):
             seen += [losses.total, losses.l1, losses.flow, norm]
         trainer.close()
         tracks.append(torch.stack(seen))
+        own = micro or 8
+        assert sizes == [own] * (3 * 8 // own)
+        sizes.clear()
     for track in tracks[1:]:
         # 1e-5 is 80 roundings of float32; a wrong weight of a micro-batch would show as 0.1 or more.
         assert torch.allclose(track, tracks[0], rtol=1e-5, atol=0)
