@@ -94,8 +94,8 @@ def pytest_configure() -> None:
     # machine, two threads that wait for each other took 17 times the CPU time of one (1.7 s for a toy training step).
     torch.set_num_threads(1)
     if not torch.cuda.is_available():
-        # Autograd counts devices at its first backward pass and refuses to be forked if there are any. Fake tensors make
-        # a torch that was built for CUDA believe in one, so that pass must come before them.
+        # Autograd counts devices at its first backward pass and refuses to be forked if there are any. Fake tensors
+        # make a torch that was built for CUDA believe in one, so that pass must come before them.
         torch.ones(1, requires_grad=True).sum().backward()
 
 

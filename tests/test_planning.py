@@ -120,6 +120,14 @@ def test_one_gpu_sends_nothing():
     alone = plan("imagenet256_b", "h200", 1, per_node=1)
     assert (alone.strategy, alone.exchanges, alone.fast.seconds["communication"]) == ("ddp", [], 0)
     assert "gathered in bfloat16" not in alone.memory
+    every = sum(flops.parameters(alone.config.model).values())
+    assert alone.memory["weights in bfloat16"] == 2 * every
+    # A second set of gradients grows while activations are let go: of few images it is the larger.
+    assert "gradients of a pass" not in alone.memory
+    few = plan("imagenet256_xl", "h200", 1, "train.micro_batch=1", per_node=1)
+    kept, every = memory.activations(few.config), sum(flops.parameters(few.config.model).values())
+    left = few.memory["gradients of a pass"]
+    assert left > 1e9 and left == pytest.approx(4 * every - max(kept.reconstruction, kept.flow))
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def lpips_activations(image_size: int, dropout: bool = True, body: str = "triton
 
 
 def lpips_weights() -> float:
-    """VGG16 in float32 and the bfloat16 copy that autocast keeps during a pass."""
+    """VGG16 in float32 and the bfloat16 copy of a step (kernels/casts.py)."""
     return (FLOAT + HALF) * sum(map(prod, VGG_SHAPES.values()))
 
 

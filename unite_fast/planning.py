@@ -225,8 +225,9 @@ def memory_parts(config: Config, cluster: Cluster, strategy: str, images: int) -
     if cluster.gpus == 1:
         every = memory.numbers(flops.parameter_shapes(config.model))
         parts["weights in bfloat16"] = memory.HALF * every
-        # The flow's are added to the tokenizer's when all of them are there.
-        parts["gradients of the flow"] = memory.FLOAT * flops.parameters(config.model)["encoder"]
+        # Of a pass, until they are added to those before it. They grow while activations are let go.
+        activations = images * (kept.reconstruction if reconstruction_is_larger else kept.flow)
+        parts["gradients of a pass"] = max(0.0, memory.FLOAT * every - activations)
     else:
         # Replicated weights have a bfloat16 copy too, and nothing to let go of.
         lets_go = strategy != "ddp" and config.parallel.reshard_after_forward

@@ -40,7 +40,7 @@ def search(machine, axes, budget=1000.0):
 AXES = [
     Axis("kernels", ("reference",)),
     Axis("train.micro_batch", (128, 256, 512), climbs=True),
-    Axis("train.micro_batch", (32, 16), climbs=True),
+    Axis("train.micro_batch", (32, 16), climbs=True, smaller=True),
     Axis("attention", ("sdpa_flash", "sdpa_cudnn")),
 ]
 

@@ -89,3 +89,17 @@ def test_two_processes(ranks, tiny_run, tmp_path):
     assert "parallel.reshard_after_forward=False" in first and "<- fastest" in first and second == ""
     assert "failed" not in first
     assert set(read_tuned("tuned.yaml")) <= {"parallel.reshard_after_forward"}
+
+
+@pytest.mark.parametrize(
+    ("out", "expected"),
+    [
+        ('{\n "a": 1\n}\n', {"a": 1}),
+        ('NCCL version 2.29\n{\n "a": {\n  "b": 2\n }\n}\nhost: NCCL INFO {\n', {"a": {"b": 2}}),
+        ("", None),
+        ("NCCL version 2.29\n", None),
+        ("{\ntorn", None),
+    ],
+)
+def test_figures_among_what_libraries_print(out, expected):
+    assert candidate.printed_row(out) == expected

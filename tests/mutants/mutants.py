@@ -88,7 +88,7 @@ MUTANTS = [
         _STEP,
         "reduce_gradients(model, strategy, decoder=last, rest=False)",
         "reduce_gradients(model, strategy, decoder=False, rest=False)",
-        ("tests/training/test_restated.py",),
+        ("tests/training/test_parallel.py",),
     ),
     (_STEP, "if config.perceptual.weight and lpips is None:", "if False:", STEP),
     ("unite_fast/objective.py", "l1 + config.perceptual.weight * perceptual,", "l1 + perceptual,", STEP),
@@ -572,8 +572,8 @@ MUTANTS = [
     ),
     (
         "unite_fast/planning.py",
-        'parts["gradients of the flow"] = memory.FLOAT',
-        'parts["gradients of the flow"] = memory.HALF',
+        "memory.FLOAT * every - activations",
+        "memory.FLOAT * every + activations",
         ("tests/test_planning.py",),
     ),
 ]

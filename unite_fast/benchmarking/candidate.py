@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 from unite_fast.ranks import Ranks
@@ -15,6 +16,9 @@ WARMUP, STEPS, SECONDS = 2, 10, 5.0
 """Of each: steps before, and timed ones, as many as fit into this time."""
 GRACE = 10.0
 """Seconds that a process which ran out of time has to tidy up."""
+
+START = "import sys; sys.path[:1] = []; from unite_fast.cli import main; main()"
+"""`python -m` would look for the package in the working directory first, where only a part of it may be."""
 
 OK, OUT_OF_MEMORY, OUT_OF_TIME, FAILED = "ok", "out of memory", "out of time", "failed"
 
@@ -57,7 +61,7 @@ def run(words: tuple[str, ...], tuned: dict[str, object], limit: float, ranks: R
 
 
 def _run(words: tuple[str, ...], tuned: dict, limit: float, environment: dict[str, str]) -> Trial:
-    command = [sys.executable, "-m", "unite_fast", "bench", *words, *map(as_override, tuned.items())]
+    command = [sys.executable, "-c", START, "bench", *words, *map(as_override, tuned.items())]
     command += ["--json", "--csv", "", "--warmup", str(WARMUP), "--steps", str(STEPS), "--seconds", str(SECONDS)]
     # A group of its own, that ends with it.
     process = subprocess.Popen(
@@ -70,10 +74,23 @@ def _run(words: tuple[str, ...], tuned: dict, limit: float, environment: dict[st
     finally:
         _end(process)
     if process.returncode == 0:
-        # Under torchrun the main process alone prints.
-        return Trial(tuned, OK, 0.0, json.loads(out) if out.strip() else None)
+        # Under torchrun the main process alone prints it.
+        row = printed_row(out)
+        if row is None and environment.get("RANK", "0") == "0":
+            return Trial(tuned, FAILED, 0.0, None, "unite-fast bench printed no figures")
+        return Trial(tuned, OK, 0.0, row)
     status, why = explain(process.returncode, err)
     return Trial(tuned, status, 0.0, None, why)
+
+
+def printed_row(out: str) -> dict | None:
+    """The object that `unite-fast bench --json` printed, whatever a library printed before or after it (NCCL writes its
+    log to stdout); None: there is none."""
+    lines = out.splitlines()
+    with suppress(ValueError):
+        row = json.loads("\n".join(lines[lines.index("{") : len(lines) - lines[::-1].index("}")]))
+        return row if isinstance(row, dict) else None
+    return None
 
 
 def _end(process: subprocess.Popen) -> None:

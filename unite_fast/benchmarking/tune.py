@@ -50,11 +50,12 @@ class Found:
 @dataclass(frozen=True)
 class Axis:
     """One setting and its values besides the recipe's. `climbs`: they are ordered by how likely they are to help, and
-    the first that does not ends its direction."""
+    the first that does not ends its direction; `smaller`: they take less memory, each less than the one before."""
 
     key: str
     values: tuple
     climbs: bool = False
+    smaller: bool = False
 
 
 def timed_batch(config: Config, world: int) -> int:
@@ -86,7 +87,7 @@ def axes(config: Config, cuda: bool, world: int, fixed: set[str]) -> list[Axis]:
         smaller = tuple(size for size in sizes if size < now and now % size == 0)
         found += [
             Axis("train.micro_batch", larger, climbs=True),
-            Axis("train.micro_batch", smaller, climbs=True),
+            Axis("train.micro_batch", smaller, climbs=True, smaller=True),
             Axis("attention", tuple(name for name in attentions(train.deterministic) if name != config.attention)),
         ]
     else:
@@ -137,10 +138,9 @@ def search(every: list[Axis], run: Run, budget: float, ranks: Ranks, say: Callab
     found.best = attempt({})
     if found.best.status == OUT_OF_TIME:
         raise UserError(f"the recipe itself takes more than --budget {budget:g} seconds; give more")
-    climbing = [axis for axis in every if axis.climbs]
     if found.best.status == OUT_OF_MEMORY:
         # Nothing else can be compared before something fits: smaller micro-batches, the largest that fits.
-        every = climbing[-1:] + [axis for axis in every if not axis.climbs]
+        every = [axis for axis in every if axis.smaller] + [axis for axis in every if not axis.climbs]
     elif found.best.status != OK:
         raise UserError(f"the recipe does not run: {found.best.why}")
     climbed = set()

@@ -111,12 +111,13 @@ def product_weights(model: nn.Module) -> list[nn.Parameter]:
     others = set()
     for module in model.modules():
         if isinstance(module, TimeEmbedding):
-            others.update(module.children())
+            others.update(module.parameters())
         elif isinstance(module, SwiGLU) and module.fc_out.weight.is_cuda and module.missing:
-            others.add(module.fc_in)
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module not in others]
+            others.update((module.fc_in.weight, module.fc_in.bias, module.fc_out.weight))
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     # Weights beside weights: `kernels.linears` takes several as one.
-    return [linear.weight for linear in linears] + [linear.bias for linear in linears]
+    every = [linear.weight for linear in linears] + [linear.bias for linear in linears]
+    return [parameter for parameter in every if parameter not in others]
 
 
 def fill(tensor: Tensor, draw: Callable[..., object], *arguments, **options) -> None:

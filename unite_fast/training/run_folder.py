@@ -36,7 +36,7 @@ FREE_ON_RESUME = {
             "deterministic",
         )
     ),
-    *("train.evaluate_every", "train.evaluate_epochs", "train.deterministic"),
+    *("train.evaluate_every", "train.evaluate_epochs"),
     *(f"parallel.{key.name}" for key in fields(ParallelConfig)),
     *(f"sampling.{key.name}" for key in fields(SamplingConfig)),
     *(f"evaluation.{key.name}" for key in fields(EvaluationConfig)),
