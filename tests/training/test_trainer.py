@@ -16,6 +16,7 @@ from unite_fast.recipes import load_config, to_tree
 from unite_fast.training import train_step
 from unite_fast.training.checkpoint import load_checkpoint
 from unite_fast.training.checkpoint_files import step_folders, step_of
+from unite_fast.training.clock import StepClock
 from unite_fast.training.metrics import of_training, read_rows
 from unite_fast.training.run_folder import check_same_settings
 from unite_fast.training.trainer import Trainer, train
@@ -137,6 +138,17 @@ def test_a_run_leaves_all_that_is_promised(trained_folder):
     for key in ("l1", "flow", "lr", "images_per_s"):
         assert [event.step for event in events.Scalars(key)] == [5, 10, 15, 20]
         assert [event.value for event in events.Scalars(key)] == pytest.approx([row[key] for row in rows])
+
+
+def test_a_rows_speed_is_that_of_the_steps_since_the_last_row(settings, monkeypatch):
+    parts = dict.fromkeys(("data", "forward", "backward", "optimizer", "other"), 0.4)
+    monkeypatch.setattr(StepClock, "take", lambda self: (2.0, parts))
+    train(settings("train.steps=7"))
+    rows = read_rows(train(settings("train.steps=15"), resume=True).folder / "metrics.jsonl")
+    # 8 images a step; the row at step 10 has three, for the run began anew after step 7.
+    steps = {row["step"]: row["images_per_s"] * 2.0 / 8 for row in rows}
+    assert steps == {5: 5, 10: 3, 15: 5}
+    assert [row["seconds_data"] for row in rows] == pytest.approx([0.4 / 5, 0.4 / 3, 0.4 / 5])
 
 
 @pytest.mark.parametrize(
