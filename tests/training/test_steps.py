@@ -14,7 +14,7 @@ from unite_fast.ranks import current_ranks
 from unite_fast.recipes import load_config
 from unite_fast.training import train_step
 from unite_fast.training.checkpoint import load_checkpoint
-from unite_fast.training.metrics import Averages
+from unite_fast.training.metrics import Averages, read_rows
 from unite_fast.training.trainer import Trainer, train
 
 
@@ -55,6 +55,11 @@ def test_a_nan_of_one_rank_is_skipped_by_all(ranks, config, strategy):
     assert ranks(2, _with_a_nan, config) == [("finished at step 8", 1)] * 2
     saved = load_checkpoint(config.train.out)
     assert saved.step == 8 and all(tensor.isfinite().all() for tensor in saved.tensors.values())
+    assert saved.progress["skipped_steps"] == 1
+    # A run that goes on from there has not forgotten it.
+    config.train.steps = 12
+    folder = train(config, resume=True).folder
+    assert [(row["step"], row["skipped_steps"]) for row in read_rows(folder / "metrics.jsonl")][1:] == [(8, 1), (12, 1)]
 
 
 def test_a_nan_of_one_rank_stops_all_with_the_step(ranks, config):
