@@ -236,6 +236,13 @@ def test_settings_that_change_what_a_step_computes_cannot_change(settings, overr
     assert str(refusal.value) == f"cannot resume: {message}; give the same settings as then"
 
 
+def test_images_that_another_program_decoded_are_not_gone_on_with(settings, rewrite):
+    folder = train(settings("train.steps=2")).folder
+    rewrite(folder, lambda saved: saved.progress.update(decoder="dali"))
+    with pytest.raises(UserError, match=r"cannot resume: dali .* pillow .* set data\.loader=dali"):
+        train(settings("train.steps=4"), resume=True)
+
+
 def test_settings_that_do_not_can(settings):
     now = settings(
         "name=other", "data.workers=7", "train.steps=9", "train.device=auto", "train.log_every=1", "train.keep_every=3",
