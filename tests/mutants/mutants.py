@@ -527,7 +527,7 @@ MUTANTS = [
     (_TUNE, "attempt(found.best.settings | {axis.key: value})", "attempt({axis.key: value})", TUNE),
     (_TUNE, "climbed.add(axis.key)", "pass", TUNE),
     (_TUNE, "if walls and seconds < min(walls):", "if seconds < 0:", TUNE),
-    (_TUNE, "every = climbing[-1:] + ", "every = climbing[:1] + ", TUNE),
+    (_TUNE, "[axis for axis in every if axis.smaller] +", "[axis for axis in every if axis.climbs][:1] +", TUNE),
     ("unite_fast/benchmarking/candidate.py", "return OUT_OF_MEMORY, ", "return FAILED, ", TUNE),
     (
         "kernels/attention_backends.py",
