@@ -44,7 +44,7 @@ def measure(c: Context) -> None:
         native=native.reason() or "built",
         triton=backend.why_missing("triton") or "can run",
     )
-    c.say("copy", tb_per_s=round(copy_rate(c) / 1e12, 3))
+    c.say("copy", tb_per_s=float(f"{copy_rate(c) / 1e12:.4g}"))
     side = 512 if c.tiny else 8192
     c.say("bfloat16 product", side=side, tflops=round(product_rate(c, side) / 1e12, 1))
     for name, (inputs, outputs) in PRODUCTS.items():
@@ -131,4 +131,4 @@ def linear(c: Context, rows: int, inputs: int, outputs: int) -> dict:
         seconds = c.device_seconds(run, 3 if c.tiny else 20)
         found[name] = {"us": round(1e6 * seconds, 1), "tflops": round(2 * rows * inputs * outputs / seconds / 1e12, 1)}
     seconds = c.device_seconds(lambda: d_y.sum(0, dtype=torch.float32), 3 if c.tiny else 20)
-    return found | {"d_bias": {"us": round(1e6 * seconds, 1), "tb_per_s": round(d_y.nbytes / seconds / 1e12, 2)}}
+    return found | {"d_bias": {"us": round(1e6 * seconds, 1), "tb_per_s": float(f"{d_y.nbytes / seconds / 1e12:.4g}")}}

@@ -29,7 +29,7 @@ def measure(c: Context) -> None:
     if c.tiny:
         bench.ROTATED, bench.COPIED = 2**16, 2**20
     bandwidth = bench.copy_bandwidth(c.device, 0.1 if c.tiny else 1.0)
-    c.say("copy", tb_per_s=round(bandwidth / 1e12, 3))
+    c.say("copy", tb_per_s=float(f"{bandwidth / 1e12:.4g}"))
     shapes = TINY if c.tiny else SHAPES
     for shape in shapes:
         ops = [*bench.SEQUENCE_OPS, *(bench.LATENT_OPS if shape == shapes[0] else ())]

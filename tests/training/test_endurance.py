@@ -45,7 +45,15 @@ def join(timeout: float = 30.0) -> Peers:
     return Peers(rank, world)
 
 
-def test_signals_are_remembered_and_a_second_one_acts_as_ever():
+@pytest.fixture
+def sigint():
+    """Ctrl-C as Python has it: a shell starts what runs in its background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_signals_are_remembered_and_a_second_one_acts_as_ever(sigint):
     before = {number: signal.getsignal(number) for number in endurance.SIGNALS}
     with stop_on_signals(Peers()) as stop:
         assert stop.agreed() == 0
