@@ -99,6 +99,11 @@ def _layer_norm_backward(d_normed, x, norm_weight, mean, inverse):
     return d_x.to(x.dtype), d_weight, d_bias
 
 
+def _normed_again(x, norm_weight, norm_bias, mean, inverse, dtype):
+    """The LayerNorm of x from its mean and inverse deviation."""
+    return torch.addcmul(layout.floats(norm_bias), (x - mean) * inverse, layout.floats(norm_weight)).to(dtype)
+
+
 _LAYER_NORM = {
     "native": Body(_layer_norm_forward, _layer_norm_backward),
     "triton": triton_body("layer_norm", "layer_norm", again=True),
@@ -113,8 +118,8 @@ def _layer_norm_linear_body(norm: Body) -> Body:
         return product(normed, weight, bias), mean, inverse
 
     def apart(d_normed, x, norm_weight, norm_bias, mean, inverse):
-        normed = torch.addcmul(layout.floats(norm_bias), (x - mean) * inverse, layout.floats(norm_weight))
-        return *norm.backward(d_normed, x, norm_weight, mean, inverse), normed.to(d_normed.dtype)
+        normed = _normed_again(x, norm_weight, norm_bias, mean, inverse, d_normed.dtype)
+        return *norm.backward(d_normed, x, norm_weight, mean, inverse), normed
 
     def backward(d_y, x, norm_weight, norm_bias, weight, mean, inverse):
         *gradients, normed = (norm.backward_again or apart)(
@@ -158,9 +163,9 @@ def _residual_backward_again(d_x_out, d_normed, x_out, branch_dtype, norm_weight
     d_x, d_norm_weight, d_norm_bias = _layer_norm_backward(d_normed, x_out, norm_weight, mean, inverse)
     if d_x_out is not None:
         d_x += d_x_out
-    normed = torch.addcmul(layout.floats(norm_bias), (x_out - mean) * inverse, layout.floats(norm_weight))
+    normed = _normed_again(x_out, norm_weight, norm_bias, mean, inverse, d_normed.dtype)
     # A copy also where the types are the same: no two results share memory.
-    return d_x, d_x.to(branch_dtype, copy=True), d_norm_weight, d_norm_bias, normed.to(d_normed.dtype)
+    return d_x, d_x.to(branch_dtype, copy=True), d_norm_weight, d_norm_bias, normed
 
 
 def _residual_norm_linear_body(norm: Body) -> Body:

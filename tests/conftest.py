@@ -1,6 +1,7 @@
 """What all tests share: one thread, no CUDA test without a CUDA device, a UNITE of toy size, ways to run commands."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import multiprocessing
@@ -26,6 +27,8 @@ from unite_fast.cli import main
 from unite_fast.config import Config, ModelConfig
 from unite_fast.kernels import backend, product
 from unite_fast.model.unite import UNITE
+from unite_fast.objective import StepDraws, draw_step
+from unite_fast.randomness import NoiseKeys, Philox
 from unite_fast.recipes import from_tree
 
 # Build servers set these, and typer then colours its help even where nobody watches.
@@ -146,6 +149,40 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def tiny_config() -> Config:
     """Every part of UNITE, at a size at which a step takes milliseconds."""
     return from_tree(Config, TINY)
+
+
+@pytest.fixture(scope="session")
+def draws_at() -> Callable[..., StepDraws]:
+    """The draws of a step for the samples at some places of the global batch."""
+
+    def draw(config: Config, positions: torch.Tensor, seed: int = 9, step: int = 3) -> StepDraws:
+        latents = (config.model.latent_tokens, config.model.latent_channels)
+        return draw_step(config.objective, Philox(seed, step, positions), latents)
+
+    return draw
+
+
+@pytest.fixture
+def draws(draws_at, tiny_config: Config) -> StepDraws:
+    """Those of the tiny recipe's batch."""
+    return draws_at(tiny_config, torch.arange(tiny_config.train.batch_size))
+
+
+@pytest.fixture(scope="session")
+def with_numbers() -> Callable[[StepDraws, tuple[int, int]], StepDraws]:
+    """The same draws, the noise no longer as keys, for (N, C) latents."""
+
+    def draw(draws: StepDraws, latents: tuple[int, int]) -> StepDraws:
+        def drawn(keys: NoiseKeys, count: int) -> torch.Tensor:
+            return torch.stack([keys.philox.normal(keys.stream, latents, draw) for draw in range(count)])
+
+        return dataclasses.replace(
+            draws,
+            decoder_noise=drawn(draws.decoder_noise, 1)[0],
+            flow_noise=drawn(draws.flow_noise, len(draws.flow_time)),
+        )
+
+    return draw
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unite_fast.config import ObjectiveConfig
 from unite_fast.objective import StepDraws, draw_step
-from unite_fast.randomness import NoiseKeys, Philox
+from unite_fast.randomness import Philox
 
 SIGMAS = 5
 """Of an estimate from a fixed seed: a fault moves it by far more, chance passes it once in 1.7 million."""
@@ -17,30 +17,7 @@ SIGMAS = 5
 BATCH = 6
 
 
-@pytest.fixture
-def draws(tiny_config) -> StepDraws:
-    return draws_at(tiny_config, torch.arange(BATCH))
-
-
-def draws_at(config, positions: Tensor, seed: int = 9, step: int = 3) -> StepDraws:
-    latents = (config.model.latent_tokens, config.model.latent_channels)
-    return draw_step(config.objective, Philox(seed, step, positions), latents)
-
-
-def with_numbers(draws: StepDraws, latents: tuple[int, int]) -> StepDraws:
-    """The same draws, the noise no longer as keys; `latents` is (N, C)."""
-
-    def drawn(keys: NoiseKeys, count: int) -> Tensor:
-        return torch.stack([keys.philox.normal(keys.stream, latents, draw) for draw in range(count)])
-
-    return dataclasses.replace(
-        draws,
-        decoder_noise=drawn(draws.decoder_noise, 1)[0],
-        flow_noise=drawn(draws.flow_noise, len(draws.flow_time)),
-    )
-
-
-def test_draws_do_not_depend_on_the_micro_batch(tiny_config, draws):
+def test_draws_do_not_depend_on_the_micro_batch(tiny_config, draws, draws_at, with_numbers):
     parts = [with_numbers(draws_at(tiny_config, part), (4, 6)) for part in torch.arange(BATCH).split([1, 3, 2])]
     draws = with_numbers(draws, (4, 6))
     for field in dataclasses.fields(StepDraws):
@@ -49,7 +26,7 @@ def test_draws_do_not_depend_on_the_micro_batch(tiny_config, draws):
         assert torch.equal(torch.cat([getattr(part, field.name) for part in parts], axis), whole), field.name
 
 
-def test_shapes_of_the_draws(draws):
+def test_shapes_of_the_draws(draws, with_numbers):
     n, c, f = 4, 6, 3
     draws = with_numbers(draws, (n, c))
     shapes = {field.name: tuple(getattr(draws, field.name).shape) for field in dataclasses.fields(StepDraws)}
@@ -65,7 +42,7 @@ def test_shapes_of_the_draws(draws):
     }
 
 
-def test_distributions_of_the_draws():
+def test_distributions_of_the_draws(with_numbers):
     count = 20_000
     draws = with_numbers(draw_step(ObjectiveConfig(), Philox(1, 2, torch.arange(count)), (1, 4)), (1, 4))
 
@@ -89,7 +66,7 @@ def test_distributions_of_the_draws():
         assert_mean(s.logit().square(), 1, math.sqrt(2))
 
 
-def test_no_two_draws_share_their_numbers():
+def test_no_two_draws_share_their_numbers(with_numbers):
     draws = with_numbers(draw_step(ObjectiveConfig(), Philox(1, 2, torch.arange(1000)), (1, 1)), (1, 1))
     columns = [draws.registers, draws.decoder_noise, *draws.flow_noise, draws.recon_time, draws.decoder_noise_time]
     columns += [*draws.flow_time, draws.decoder_noise_mask, *draws.label_drop]

@@ -5,13 +5,15 @@ import os
 import platform
 import subprocess
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from torch.cuda import nccl
 from torch.nn import functional as F
 
 from gpu_parts.context import Context
+from kernels import copy_bandwidth  # benchmarks/kernels.py
+from unite_fast.benchmarking.machine import commit
+from unite_fast.benchmarking.product_rate import product_rate
 from unite_fast.kernels import backend, native
 
 NEEDED = (
@@ -44,24 +46,10 @@ def measure(c: Context) -> None:
         native=native.reason() or "built",
         triton=backend.why_missing("triton") or "can run",
     )
-    c.say("copy", tb_per_s=float(f"{copy_rate(c) / 1e12:.4g}"))
-    side = 512 if c.tiny else 8192
-    c.say("bfloat16 product", side=side, tflops=round(product_rate(c, side) / 1e12, 1))
+    c.say("copy", tb_per_s=float(f"{copy_bandwidth(c.device, 0.1 if c.tiny else 0.5) / 1e12:.4g}"))
+    c.say("bfloat16 product", tflops=float(f"{product_rate(c.device) / 1e12:.4g}"))
     for name, (inputs, outputs) in PRODUCTS.items():
         c.say("products", linear=name, **linear(c, TOKENS // (256 if c.tiny else 1), inputs, outputs))
-
-
-def copy_rate(c: Context) -> float:
-    """Bytes a second, read and written, of a large copy."""
-    source = torch.zeros(2**24 if c.tiny else 2**30, dtype=torch.uint8, device=c.device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / c.device_seconds(lambda: target.copy_(source), 10)
-
-
-def product_rate(c: Context, side: int) -> float:
-    """FLOP/s of a large bfloat16 product."""
-    a, b = (torch.randn(side, side, device=c.device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * side**3 / c.device_seconds(lambda: F.linear(a, b), 10)
 
 
 def machine(c: Context) -> dict:
@@ -96,16 +84,6 @@ def driver() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         return None
-
-
-def commit() -> str | None:
-    """Of these sources, with `-dirty` where they were changed; None where git does not know them."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        asked = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return asked.stdout.strip() or None
 
 
 def why_missing(name: str) -> str:

@@ -1,12 +1,10 @@
 """Attention's backends at the model's shapes, forward and backward, and what the layout of q, k and v costs."""
 
-from contextlib import nullcontext
-
 import torch
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu_parts.context import Context
+from unite_fast.kernels.attention_backends import ATTEND, Attend
 
 SHAPES = {
     "tokenizer B": (64, 12, 544, 64),
@@ -15,22 +13,22 @@ SHAPES = {
     "tokenizer XL": (64, 16, 544, 72),
 }
 """B, heads, T, head dimension of 64 images."""
-BACKENDS = {"default": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+BACKENDS = ("sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient")
 
 
 def measure(c: Context) -> None:
     shapes = {"tiny": (2, 2, 24, 64)} if c.tiny else SHAPES
     for name, shape in shapes.items():
         for layout in ("BHTK", "BTHK"):
-            for backend in BACKENDS if c.cuda else ("default",):
+            for backend in BACKENDS if c.cuda else BACKENDS[:1]:
                 facts = {"shape": shape, "layout": layout, "backend": backend}
                 try:
-                    c.say(name, **facts, **one(c, shape, layout, BACKENDS[backend]))
+                    c.say(name, **facts, **one(c, shape, layout, ATTEND[backend]))
                 except RuntimeError as error:  # no such backend for this shape here
                     c.say(name, **facts, refused=str(error)[:160])
 
 
-def one(c: Context, shape: tuple[int, ...], layout: str, backend: SDPBackend | None) -> dict:
+def one(c: Context, shape: tuple[int, ...], layout: str, attend: Attend) -> dict:
     """Milliseconds of both passes, the copy to [B, T, H K] among them, as in the model; its largest relative error."""
     b, heads, t, k = shape
 
@@ -45,9 +43,8 @@ def one(c: Context, shape: tuple[int, ...], layout: str, backend: SDPBackend | N
     d_out = torch.randn(b, t, heads * k, device=c.device, dtype=torch.bfloat16)
 
     def run() -> tuple[torch.Tensor, ...]:
-        with sdpa_kernel(backend) if backend else nullcontext():
-            out = F.scaled_dot_product_attention(q, key, v).transpose(1, 2).flatten(2)
-            return out, *torch.autograd.grad(out, (q, key, v), d_out)
+        out = attend(q, key, v).transpose(1, 2).flatten(2)
+        return out, *torch.autograd.grad(out, (q, key, v), d_out)
 
     found = run()
     few = slice(0, 2)

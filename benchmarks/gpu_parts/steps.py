@@ -1,15 +1,14 @@
 """A training step of UNITE-B by `unite-fast bench`, and what fills the compilers' caches before it."""
 
 import gc
-import json
 import subprocess
-import sys
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gpu_parts.context import Context
+from unite_fast.benchmarking.candidate import bench_command, printed_row
 from unite_fast.benchmarking.measure import opened, take_step
 from unite_fast.benchmarking.run import read_recipe
 from unite_fast.config import Config
@@ -69,15 +68,15 @@ def bench_compiled_128(c: Context) -> None:
 def bench(c: Context, body: str, compiled: bool, images: int) -> bool:
     """Whether there was memory enough for it."""
     window = ["--warmup", "1", "--steps", "3"] if c.tiny else ["--warmup", "4", "--steps", "20", "--seconds", "8"]
-    words = [RECIPE, *settings(c, body, compiled, images), *window, "--json", "--csv", ""]
-    ran = subprocess.run([sys.executable, "-m", "unite_fast", "bench", *words], capture_output=True, text=True)
+    words = [RECIPE, *settings(c, body, compiled, images), *window]
+    ran = subprocess.run(bench_command(*words), capture_output=True, text=True)
     print(ran.stderr[-3000:])
     name = f"{body} {'compiled' if compiled else 'eager'}, micro-batch {images}"
-    if ran.returncode:
+    found = printed_row(ran.stdout)
+    if ran.returncode or found is None:
         full = "out of memory" in ran.stderr
         c.say(name, ok=None if full else False, error=(ran.stderr or ran.stdout)[-400:])
         return not full
-    found = json.loads(ran.stdout)
     c.say(name, ok=found["bad_step"] is None, **found)
     if predicted := found.get("predicted_memory_gb"):
         # What PyTorch's allocator gives to tensors: without CUDA's own and the allocator's waste.

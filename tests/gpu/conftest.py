@@ -27,7 +27,7 @@ _spec = importlib.util.spec_from_file_location(
 )
 _module = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_module)
-judge = _module.judge
+judge, draw = _module.judge, _module.draw
 
 
 @pytest.fixture(scope="session")
@@ -60,17 +60,6 @@ def numerics() -> Iterator[None]:
 def sized(on_cuda: bool) -> Callable[..., tuple[int, ...]]:
     """Sizes as given on a GPU; on a CPU the toy sizes that follow them."""
     return lambda real, toy: real if on_cuda else toy
-
-
-@pytest.fixture
-def draw(device: torch.device) -> Callable[..., Tensor]:
-    """Normal numbers, each call others, the same in every run and on every device."""
-    generator = torch.Generator().manual_seed(1)
-
-    def normal(*shape: int, dtype: torch.dtype = torch.float32, around: float = 0.0) -> Tensor:
-        return (around + torch.randn(shape, generator=generator)).to(device, dtype)
-
-    return normal
 
 
 @pytest.fixture(scope="session")

@@ -108,6 +108,17 @@ def body(request) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(params=["native", "triton"])
+def fast_body_on_a_cpu(request) -> Iterator[str]:
+    """Each fast body in turn, for tests whose tensors are on the CPU."""
+    if missing := backend.why_missing(request.param):
+        pytest.skip(missing)
+    if request.param == "triton" and not backend.interpreted():
+        pytest.skip("these tests' tensors are on the CPU")
+    with backend.using(request.param):
+        yield request.param
+
+
 @pytest.fixture
 def device(request) -> torch.device:
     """Where the tensors of a test are: a GPU where the Triton body runs on one, else the CPU."""

@@ -16,14 +16,9 @@ from unite_fast.perceptual import LINEAR_SHAPES, LPIPS, VGG_SHAPES
 HALF = torch.bfloat16
 
 
-@pytest.fixture(params=["native", "triton"])
-def body(request):
-    if missing := backend.why_missing(request.param):
-        pytest.skip(missing)
-    if request.param == "triton" and not backend.interpreted():
-        pytest.skip("these tests' tensors are on the CPU")
-    with backend.using(request.param):
-        yield request.param
+@pytest.fixture
+def body(fast_body_on_a_cpu):
+    return fast_body_on_a_cpu
 
 
 @pytest.fixture

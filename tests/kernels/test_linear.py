@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from unite_fast import kernels
-from unite_fast.kernels import backend, product
+from unite_fast.kernels import product
 from unite_fast.kernels.gated_residual_adaln import gated_residual_adaln_ref
 from unite_fast.kernels.qk_norm_rope import qk_norm_rope_ref, split
 from unite_fast.kernels.swiglu import swiglu_ref
@@ -130,17 +130,12 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True, params=["native", "triton"])
-def body(request):
-    if missing := backend.why_missing(request.param):
-        pytest.skip(missing)
-    if request.param == "triton" and not backend.interpreted():
-        pytest.skip("these tests' tensors are on the CPU")
-    with backend.using(request.param):
-        yield request.param
+@pytest.fixture(autouse=True)
+def body(fast_body_on_a_cpu):
+    return fast_body_on_a_cpu
 
 
-native_only = pytest.mark.parametrize("body", ["native"], indirect=True)
+native_only = pytest.mark.parametrize("fast_body_on_a_cpu", ["native"], indirect=True)
 
 
 @pytest.fixture(params=CASES)

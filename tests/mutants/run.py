@@ -3,7 +3,7 @@
     python tests/mutants/run.py                       # all, two at a time: about half an hour on two cores
     python tests/mutants/run.py --only train_step     # those of files whose path holds this
     python tests/mutants/run.py --list
-    python tests/mutants/run.py --table docs          # and print the table of docs/LOG.md
+    python tests/mutants/run.py --table               # and count by file
 
 A mutant replaces one piece of text in one file. It is dead when one of the test files named beside it fails, and it
 survives when all pass; the exit status is 1 then. The package is put together in a folder of its own for each worker,
@@ -50,7 +50,7 @@ class Mutant:
         """The file with the change; the piece of text must be there once."""
         text = (ROOT / self.path).read_text()
         if text.count(self.old) != 1:
-            raise SystemExit(f"{self}: the text is there {text.count(self.old)} times; mend tests/mutants/mutants.py")
+            raise SystemExit(f"{self}: the text is there {text.count(self.old)} times; mend tests/mutants/areas")
         return text.replace(self.old, self.new)
 
     def installed(self) -> Path:
@@ -59,10 +59,14 @@ class Mutant:
 
 
 def load_mutants() -> list[Mutant]:
-    spec = importlib.util.spec_from_file_location("mutants", Path(__file__).with_name("mutants.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return [Mutant(*entry) for entry in module.MUTANTS]
+    """From areas/: (file, tests that must fail, [(text that is there once, what stands there instead), ...])."""
+    found = []
+    for path in sorted(Path(__file__).with_name("areas").glob("*.py")):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        found += [Mutant(file, *change, tests) for file, tests, changes in module.CHANGES for change in changes]
+    return found
 
 
 def assemble(folder: Path) -> None:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from unite_fast.kernels import backend
-from unite_fast.objective import Losses, StepDraws, draw_step
-from unite_fast.randomness import NoiseKeys, Philox
+from unite_fast.objective import Losses, StepDraws
 from unite_fast.training.train_step import MicroBatch, accumulate_gradients
 
 LOSS_ROUNDING = 1e-6
@@ -25,29 +24,6 @@ def batch(tiny_config) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(5)
     images = torch.rand(BATCH, 3, 8, 8, generator=generator)
     return images, torch.randint(tiny_config.model.num_classes, (BATCH,), generator=generator)
-
-
-@pytest.fixture
-def draws(tiny_config) -> StepDraws:
-    return draws_at(tiny_config, torch.arange(BATCH))
-
-
-def draws_at(config, positions: Tensor, seed: int = 9, step: int = 3) -> StepDraws:
-    latents = (config.model.latent_tokens, config.model.latent_channels)
-    return draw_step(config.objective, Philox(seed, step, positions), latents)
-
-
-def with_numbers(draws: StepDraws, latents: tuple[int, int]) -> StepDraws:
-    """The same draws, the noise no longer as keys; `latents` is (N, C)."""
-
-    def drawn(keys: NoiseKeys, count: int) -> Tensor:
-        return torch.stack([keys.philox.normal(keys.stream, latents, draw) for draw in range(count)])
-
-    return dataclasses.replace(
-        draws,
-        decoder_noise=drawn(draws.decoder_noise, 1)[0],
-        flow_noise=drawn(draws.flow_noise, len(draws.flow_time)),
-    )
 
 
 def in_float64(draws: StepDraws) -> StepDraws:
@@ -88,7 +64,7 @@ def spec_losses(model, images, labels, draws, config) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("flow_weight", [1.0, 0.3])
-def test_losses_and_every_gradient_are_the_specs(flow_weight, tiny_model, tiny_config, batch, draws):
+def test_losses_and_every_gradient_are_the_specs(flow_weight, tiny_model, tiny_config, batch, draws, with_numbers):
     model, images, labels = tiny_model.double(), batch[0].double(), batch[1]
     # Each branch must occur, or this test shows nothing of it.
     assert 0 < draws.decoder_noise_mask.sum() < BATCH
@@ -166,7 +142,7 @@ def test_the_shared_norm_gets_one_gradient_from_each_of_its_two_passes(tiny_mode
 
 
 @pytest.mark.parametrize("body", ["reference", "auto"])
-def test_noise_as_keys_trains_as_its_numbers_do(body, tiny_model, tiny_config, batch, draws):
+def test_noise_as_keys_trains_as_its_numbers_do(body, tiny_model, tiny_config, batch, draws, with_numbers):
     def losses_and_gradients(draws: StepDraws) -> tuple[Tensor, dict[str, Tensor]]:
         losses = take(tiny_model, *batch, draws, tiny_config)
         return torch.stack((losses.total, losses.l1, losses.flow)), gradients(tiny_model)
@@ -179,7 +155,9 @@ def test_noise_as_keys_trains_as_its_numbers_do(body, tiny_model, tiny_config, b
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_micro_batches_give_the_losses_and_gradients_of_the_whole(size, tiny_model, tiny_config, batch, draws):
+def test_micro_batches_give_the_losses_and_gradients_of_the_whole(
+    size, tiny_model, tiny_config, batch, draws, draws_at
+):
     images, labels = batch
     whole = take(tiny_model, images, labels, draws, tiny_config)
     want = gradients(tiny_model)

@@ -61,8 +61,8 @@ def run(words: tuple[str, ...], tuned: dict[str, object], limit: float, ranks: R
 
 
 def _run(words: tuple[str, ...], tuned: dict, limit: float, environment: dict[str, str]) -> Trial:
-    command = [sys.executable, "-c", START, "bench", *words, *map(as_override, tuned.items())]
-    command += ["--json", "--csv", "", "--warmup", str(WARMUP), "--steps", str(STEPS), "--seconds", str(SECONDS)]
+    command = bench_command(*words, *map(as_override, tuned.items()))
+    command += ["--warmup", str(WARMUP), "--steps", str(STEPS), "--seconds", str(SECONDS)]
     # A group of its own, that ends with it.
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
@@ -81,6 +81,12 @@ def _run(words: tuple[str, ...], tuned: dict, limit: float, environment: dict[st
         return Trial(tuned, OK, 0.0, row)
     status, why = explain(process.returncode, err)
     return Trial(tuned, status, 0.0, None, why)
+
+
+def bench_command(*words: str) -> list[str]:
+    """A command that prints the figures of `unite-fast bench WORDS` as one object, see `printed_row`, and keeps no
+    table."""
+    return [sys.executable, "-c", START, "bench", *words, "--json", "--csv", ""]
 
 
 def printed_row(out: str) -> dict | None:

@@ -1,4 +1,5 @@
-"""One line on stderr while steps are timed: on a terminal it is written over, in a pipe there is one now and then."""
+"""One line on stderr while steps are timed: on a terminal it is written over, in a pipe there is one now and then. Not
+`data_pipeline.progress`: its bar is drawn by a thread, which would run beside the steps that are timed."""
 
 import math
 import sys

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from unite_fast.evaluation.features import FeatureBatch
+from unite_fast.utils.device import exact_float32
 from unite_fast.weight_file import WeightFile, file_sha256
 
 SIDE = 299
@@ -150,7 +151,7 @@ class InceptionFeatures(nn.Module):
         x = resize_like_tensorflow(images.to(self.classifier), SIDE)
         x = ((x - 128) / 128).contiguous(memory_format=torch.channels_last)
         # PyTorch lets convolutions on CUDA drop to TF32, whose 10 bits no published FID was measured with.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with exact_float32():
             pool = self.body(x).mean(dim=(2, 3))
         return FeatureBatch(pool, pool @ self.classifier.T)
 

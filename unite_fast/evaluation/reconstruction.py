@@ -18,6 +18,7 @@ from unite_fast.evaluation.statistics import Moments, frechet_distance
 from unite_fast.perceptual import LPIPS, SMALLEST_SIDE, PerceptualConfig, load_lpips
 from unite_fast.ranks import Ranks
 from unite_fast.trained import TrainedUNITE
+from unite_fast.utils.device import exact_float32
 
 LPIPS_BATCH = 16
 """Images at a time: VGG16's features of 256 x 256 pixels are the largest thing here."""
@@ -62,7 +63,7 @@ def score_reconstructions(
         if not len(read.images):
             continue
         # PyTorch lets convolutions on CUDA drop to TF32, and the result says float32.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with exact_float32():
             copies = model.reconstruct(read.images, settings.seed, settings.batch, first=batch.start)
             on_device = read.images.to(judge.features.device), copies.to(judge.features.device)
             sums += _sums(*on_device, lpips)

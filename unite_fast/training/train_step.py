@@ -18,13 +18,13 @@ from torch.distributed.fsdp import FSDPModule
 from unite_fast.config import Config
 from unite_fast.data_pipeline import Batch
 from unite_fast.kernels.casts import cast_once
-from unite_fast.kernels.gradients import added_at_once
 from unite_fast.model.layers import product_weights
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import Losses, StepDraws, draw_step, flow_losses, reconstruct
 from unite_fast.perceptual import LPIPS, dropout_masks, tap_shapes
 from unite_fast.randomness import Philox, Stream
 from unite_fast.training.clock import StepClock
+from unite_fast.training.gradients import added_at_once
 from unite_fast.training.parallel import UNSHARDED, Strategy, reduce_gradients
 from unite_fast.training.state import TrainState
 
@@ -96,9 +96,27 @@ def accumulate_gradients(
     """
     if config.perceptual.weight and lpips is None:
         raise ValueError(f"perceptual.weight is {config.perceptual.weight}, but no LPIPS network was given")
-    clock = clock or StepClock(model.device)
+    clock, sums = clock or StepClock(model.device), None
     with cast_once(weights_of_products(model, lpips, config.train.precision)):
-        return _accumulate(model, micro_batches, count, config, lpips, strategy, clock)
+        for number, batch in enumerate(micro_batches, 1):
+            last = number == count
+            # Two contexts: autocast keeps weights that it has cast, and with them the first pass's graph.
+            with clock.part("forward"), autocast(model.device, config.train.precision):
+                reconstruction = reconstruct(model, batch.images, batch.draws, config, lpips, batch.lpips_dropout)
+            reduce_gradients(model, strategy, decoder=last, rest=False)
+            with clock.part("backward"):
+                backward(model, reconstruction.loss / count)
+            with clock.part("forward"), autocast(model.device, config.train.precision):
+                flow = flow_losses(model, reconstruction.z, batch.labels, batch.draws)
+            weighted = config.objective.flow_weight * flow
+            reduce_gradients(model, strategy, decoder=last, rest=last)
+            with clock.part("backward"):
+                backward(model, weighted / count)
+            total = reconstruction.loss.detach() + weighted.detach()
+            losses = torch.stack([total, reconstruction.l1, flow.detach(), reconstruction.lpips]) / count
+            sums = losses if sums is None else sums + losses
+    total, l1, flow, lpips_loss = sums.unbind()
+    return Losses(total=total, l1=l1, flow=flow, lpips=lpips_loss)
 
 
 def weights_of_products(model: UNITE, lpips: LPIPS | None, precision: str) -> list[Tensor]:
@@ -106,29 +124,6 @@ def weights_of_products(model: UNITE, lpips: LPIPS | None, precision: str) -> li
     if precision != "bfloat16":
         return []
     return product_weights(model) + (lpips.product_weights() if lpips else [])
-
-
-def _accumulate(model, micro_batches, count, config, lpips, strategy, clock) -> Losses:
-    sums = None
-    for number, batch in enumerate(micro_batches, 1):
-        last = number == count
-        # Two contexts: autocast keeps weights that it has cast, and with them the first pass's graph.
-        with clock.part("forward"), autocast(model.device, config.train.precision):
-            reconstruction = reconstruct(model, batch.images, batch.draws, config, lpips, batch.lpips_dropout)
-        reduce_gradients(model, strategy, decoder=last, rest=False)
-        with clock.part("backward"):
-            backward(model, reconstruction.loss / count)
-        with clock.part("forward"), autocast(model.device, config.train.precision):
-            flow = flow_losses(model, reconstruction.z, batch.labels, batch.draws)
-        weighted = config.objective.flow_weight * flow
-        reduce_gradients(model, strategy, decoder=last, rest=last)
-        with clock.part("backward"):
-            backward(model, weighted / count)
-        total = reconstruction.loss.detach() + weighted.detach()
-        losses = torch.stack([total, reconstruction.l1, flow.detach(), reconstruction.lpips]) / count
-        sums = losses if sums is None else sums + losses
-    total, l1, flow, lpips_loss = sums.unbind()
-    return Losses(total=total, l1=l1, flow=flow, lpips=lpips_loss)
 
 
 def backward(model: UNITE, loss: Tensor) -> None:

@@ -1,12 +1,13 @@
 import pytest
 import torch
 
-from unite_fast.kernels.gradients import added_at_once
+from unite_fast.training.gradients import added_at_once
 
 
 @pytest.fixture
-def parameters(draw):
-    return [draw(3, 4).requires_grad_(), draw(5).requires_grad_(), draw(2).requires_grad_()]
+def parameters():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in ((3, 4), (5,), (2,))]
 
 
 def loss(parameters, power):

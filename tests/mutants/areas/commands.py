@@ -1,0 +1,160 @@
+"""The commands, bench and tune. See ../run.py."""
+
+CHANGES = [
+    (
+        "unite_fast/commands/images.py",
+        ("tests/commands/test_forwarding.py", "tests/commands/test_options.py"),
+        [
+            (
+                "outputs.generate_with_progress(model, labels, seed, batch, settings)",
+                "outputs.generate_with_progress(model, labels, 0, batch, settings)",
+            ),
+            (
+                "outputs.generate_with_progress(model, labels, seed, batch, settings)",
+                "outputs.generate_with_progress(model, labels, seed, 64, settings)",
+            ),
+            ("model.config.sampling.changed(**settings),", "model.config.sampling,"),
+            ("precision or model.config.train.precision,", "model.config.train.precision,"),
+            ('model.network.device.type == "cuda" if compile is None else compile', "compile is not None"),
+            ("outputs.save_pairs(originals, copies, out)", "outputs.save_pairs(copies, originals, out)"),
+        ],
+    ),
+    (
+        "unite_fast/commands/evaluation.py",
+        ("tests/commands/test_forwarding.py", "tests/commands/test_options.py"),
+        [
+            ("        seed=seed,\n", ""),
+            ("        count=count,\n", ""),
+            ('        precision=precision or "",\n', ""),
+            ("        **given(reconstructions=reconstructions),\n", ""),
+            ("folder = out or default_folder(checkpoint)", "folder = default_folder(checkpoint)"),
+        ],
+    ),
+    (
+        "unite_fast/commands/guidance.py",
+        ("tests/commands/test_forwarding.py", "tests/commands/test_options.py"),
+        [
+            ("many if final_count is None else final_count", "many"),
+            ("search(grid, objective, confirm)", "search(grid, objective, 3)"),
+        ],
+    ),
+    (
+        "unite_fast/commands/gallery.py",
+        ("tests/commands/test_forwarding.py", "tests/commands/test_options.py"),
+        [
+            ("data=data if real else None", "data=data"),
+        ],
+    ),
+    (
+        "unite_fast/commands/training.py",
+        ("tests/commands/test_forwarding.py", "tests/commands/test_options.py"),
+        [
+            (
+                "load_config(recipe, tuple(words[1:] if recipe else words), tuned)",
+                "load_config(recipe, tuple(words[1:]), tuned)",
+            ),
+            ("exit_status(outcome.stopped_by)", "0"),
+        ],
+    ),
+    (
+        "unite_fast/commands/planning.py",
+        ("tests/commands/test_forwarding.py", "tests/commands/test_options.py"),
+        [
+            ("Cluster(find_gpu(gpu), nodes, gpus_per_node)", "Cluster(find_gpu(gpu), gpus_per_node, nodes)"),
+        ],
+    ),
+    (
+        "unite_fast/commands/checkpoints.py",
+        ("tests/commands/test_forwarding.py", "tests/commands/test_options.py"),
+        [
+            (
+                "if not run(trace, backend, choose_device(device)):",
+                "if run(trace, backend, choose_device(device)) is None:",
+            ),
+        ],
+    ),
+    (
+        "unite_fast/commands/data.py",
+        ("tests/commands/test_forwarding.py", "tests/commands/test_options.py"),
+        [
+            (
+                "Settings(format, image_size, quality, seed, per_shard)",
+                "Settings(format, image_size, quality, 0, per_shard)",
+            ),
+        ],
+    ),
+    (
+        "unite_fast/commands/options.py",
+        ("tests/commands/test_forwarding.py", "tests/commands/test_options.py"),
+        [
+            ("use_threads(model.config.train.threads)", "pass"),
+        ],
+    ),
+    (
+        "unite_fast/benchmarking/measure.py",
+        ("tests/commands/test_bench.py",),
+        [
+            ("shutil.rmtree(folder, ignore_errors=True)", "pass"),
+            ("first_step = first_step or seconds", "first_step = seconds if step else 0.0"),
+            ("max(1, min(", "max(2, min("),
+            ("trainer.speed.clock.start()\n", "pass\n"),
+            ('"evaluate_every": 0, "evaluate_epochs": 0.0, "picture_every": 0, ', ""),
+        ],
+    ),
+    (
+        "unite_fast/benchmarking/figures.py",
+        ("tests/commands/test_bench.py",),
+        [
+            ("rate / world * flops / measured.product_rate", "rate * flops / measured.product_rate / world / 2"),
+            ('"images_per_s_slow": batch / slow', '"images_per_s_slow": batch / fast'),
+            ('"images_per_s_per_gpu": rate / world', '"images_per_s_per_gpu": rate'),
+        ],
+    ),
+    (
+        "unite_fast/planning.py",
+        ("tests/commands/test_bench.py",),
+        [
+            ("config.model == sizes and config.objective.flow_draws == 3", "config.model == sizes"),
+        ],
+    ),
+    (
+        "unite_fast/benchmarking/csv_file.py",
+        ("tests/benchmarking/test_csv_file.py",),
+        [
+            ("fcntl.lockf(file, fcntl.LOCK_EX)", "pass"),
+            ("if missing:", "if not columns:"),
+        ],
+    ),
+    (
+        "unite_fast/recipes.py",
+        ("tests/commands/test_bench.py",),
+        [
+            ("require(key in TUNABLE,", "require(True,"),
+        ],
+    ),
+    (
+        "unite_fast/benchmarking/tune.py",
+        ("tests/benchmarking/test_tune.py",),
+        [
+            ("> MARGIN * found.best.images_per_s", "> found.best.images_per_s"),
+            ("attempt(found.best.settings | {axis.key: value})", "attempt({axis.key: value})"),
+            ("climbed.add(axis.key)", "pass"),
+            ("if walls and seconds < min(walls):", "if seconds < 0:"),
+            ("[axis for axis in every if axis.smaller] +", "[axis for axis in every if axis.climbs][:1] +"),
+        ],
+    ),
+    (
+        "unite_fast/benchmarking/candidate.py",
+        ("tests/benchmarking/test_tune.py",),
+        [
+            ("return OUT_OF_MEMORY, ", "return FAILED, "),
+        ],
+    ),
+    (
+        "unite_fast/planning.py",
+        ("tests/test_planning.py",),
+        [
+            ("memory.FLOAT * every - activations", "memory.FLOAT * every + activations"),
+        ],
+    ),
+]

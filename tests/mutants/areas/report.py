@@ -1,0 +1,72 @@
+"""What a run writes and says. See ../run.py."""
+
+CHANGES = [
+    (
+        "unite_fast/training/report.py",
+        ("tests/training/test_report.py", "tests/training/test_trainer.py"),
+        [
+            ("with self.state.ema.applied(), torch.compiler", "with torch.compiler"),
+            (
+                "sampling.generate(model, labels, config.sampling, config.seed,",
+                "sampling.generate(model, labels, config.sampling, 0,",
+            ),
+            ("sampling.reconstruct(model, self.held_out, config.seed)", "sampling.reconstruct(model, self.held_out)"),
+            ('("samples", grid(samples, PICTURE_COLUMNS)),', '("samples", grid(samples.flip(0), PICTURE_COLUMNS)),'),
+            (
+                "pairs(self.held_out, reconstructions, PICTURE_COLUMNS)",
+                "pairs(reconstructions, self.held_out, PICTURE_COLUMNS)",
+            ),
+            (
+                'source = open_source(*data, "test", config.model.num_classes)',
+                'source = open_source(*data, "train", config.model.num_classes)',
+            ),
+            ("l1 {row['l1']:.4f}", "l1 {row['flow']:.4f}"),
+            ("(self.config.train.steps - self.state.step)", "self.config.train.steps"),
+            ("(self.state.step - self.first_step)\n", "self.state.step\n"),
+            ("if outcome.stopped_by:", "if not outcome.stopped_by:"),
+            ("list(skipped.items())[:NAMED]", "list(skipped.items())"),
+        ],
+    ),
+    (
+        "unite_fast/training/metrics.py",
+        ("tests/training/test_metrics.py", "tests/training/test_restated.py"),
+        [
+            (
+                "[losses.total.detach(), losses.l1, losses.lpips, losses.flow, grad_norm]",
+                "[losses.total.detach(), losses.flow, losses.lpips, losses.l1, grad_norm]",
+            ),
+            ("self.sums += torch.where(finite, values, 0.0)", "self.sums += values"),
+            ("self.count += finite\n", "self.count += 1\n"),
+            ("torch.where(bad, step, self.first_bad_step)", "torch.where(~finite, step, self.first_bad_step)"),
+            ("self.sums.zero_()", "pass"),
+            ("self.count.zero_()", "pass"),
+            ("self.sums /= current_ranks().world", "pass"),
+            ("distributed.ReduceOp.MIN", "distributed.ReduceOp.MAX"),
+            (
+                'row["images_per_s_per_gpu"] * self.image_flops / self.peak',
+                'row["images_per_s"] * self.peak / self.image_flops',
+            ),
+            ("rate = steps * self.batch_size / seconds", "rate = self.batch_size / seconds"),
+            ('if row["step"] <= step]', 'if row["step"] < step]'),
+            ("mean + SPIKE_DEVIATIONS * deviation", "mean + deviation"),
+            ("purge_step=step + 1", "purge_step=step + 10"),
+        ],
+    ),
+    (
+        "unite_fast/training/metrics.py",
+        ("tests/training/test_metrics.py", "tests/training/test_restated.py", "tests/training/test_parallel.py"),
+        [
+            ('"images_per_s_per_gpu": rate / current_ranks().world', '"images_per_s_per_gpu": rate'),
+        ],
+    ),
+    (
+        "unite_fast/training/clock.py",
+        ("tests/training/test_clock.py", "tests/training/test_trainer.py"),
+        [
+            (
+                'return whole, {**parts, "other": max(0.0, whole - sum(parts.values()))}',
+                'return whole, {**parts, "other": whole}',
+            ),
+        ],
+    ),
+]

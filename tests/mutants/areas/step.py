@@ -1,0 +1,191 @@
+"""The training step and its state. See ../run.py."""
+
+CHANGES = [
+    (
+        "unite_fast/training/train_step.py",
+        ("tests/training/test_train_step.py", "tests/training/test_restated.py"),
+        [
+            ("weighted = config.objective.flow_weight * flow", "weighted = flow"),
+            ("backward(model, weighted / count)", "backward(model, 0.5 * weighted / count)"),
+            ("backward(model, weighted / count)", "backward(model, weighted)"),
+            ("backward(model, reconstruction.loss / count)", "backward(model, reconstruction.loss)"),
+            ("backward(model, reconstruction.loss / count)", "backward(model, reconstruction.loss / 2 / count)"),
+            ("config, lpips, batch.lpips_dropout)", "config, lpips, None)"),
+            (
+                "total = reconstruction.loss.detach() + weighted.detach()",
+                "total = reconstruction.loss.detach() + flow.detach()",
+            ),
+            (
+                "torch.stack([total, reconstruction.l1, flow.detach(), reconstruction.lpips])",
+                "torch.stack([total, flow.detach(), reconstruction.l1, reconstruction.lpips])",
+            ),
+            (
+                "torch.stack([total, reconstruction.l1, flow.detach(), reconstruction.lpips])",
+                "torch.stack([total, reconstruction.l1, weighted.detach(), reconstruction.lpips])",
+            ),
+            ("reconstruction.lpips]) / count", "reconstruction.lpips])"),
+            ("sums = losses if sums is None else sums + losses", "sums = losses"),
+            (
+                "flow_losses(model, reconstruction.z, batch.labels, batch.draws)",
+                "flow_losses(model, reconstruction.z, batch.labels.flip(0), batch.draws)",
+            ),
+            ('enabled=precision == "bfloat16"', "enabled=False"),
+            ('enabled=precision == "bfloat16"', "enabled=True"),
+            ("if config.data.flip:", "if not config.data.flip:"),
+            ("philox.uniform(Stream.FLIP) < 0.5", "philox.uniform(Stream.FLIP) < 0.6"),
+            ("images.flip(-1), images)", "images.flip(-2), images)"),
+            (".float() / 255", ".float() / 256"),
+            ("if config.perceptual.weight and config.perceptual.dropout:", "if config.perceptual.weight:"),
+            ("if config.perceptual.weight and config.perceptual.dropout:", "if False:"),
+            ("places = self.places.start + torch.arange(", "places = torch.arange("),
+            ("own = slice(start, start + self.micro_batch)", "own = slice(0, self.micro_batch)"),
+            ("Philox(self.config.seed, self.state.step, places)", "Philox(0, self.state.step, places)"),
+            ("Philox(self.config.seed, self.state.step, places)", "Philox(self.config.seed, 0, places)"),
+            (
+                "Philox(self.config.seed, self.state.step, places)",
+                "Philox(self.config.seed, self.state.step + 1, places)",
+            ),
+            ("if config.perceptual.weight and lpips is None:", "if False:"),
+        ],
+    ),
+    (
+        "unite_fast/training/train_step.py",
+        ("tests/training/test_restated.py",),
+        [
+            (
+                "reduce_gradients(model, strategy, decoder=last, rest=last)",
+                "reduce_gradients(model, strategy, decoder=last, rest=False)",
+            ),
+            (
+                "at_once = nullcontext() if isinstance(model, FSDPModule) else added_at_once(model.parameters())",
+                "at_once = added_at_once(model.parameters())",
+            ),
+        ],
+    ),
+    (
+        "unite_fast/training/train_step.py",
+        ("tests/training/test_parallel.py",),
+        [
+            (
+                "reduce_gradients(model, strategy, decoder=last, rest=False)",
+                "reduce_gradients(model, strategy, decoder=False, rest=False)",
+            ),
+        ],
+    ),
+    (
+        "unite_fast/objective.py",
+        ("tests/training/test_train_step.py", "tests/training/test_restated.py"),
+        [
+            ("l1 + config.perceptual.weight * perceptual,", "l1 + perceptual,"),
+            ("l1 + config.perceptual.weight * perceptual,", "l1,"),
+            ("perceptual.detach(), z.detach())", "perceptual.detach(), z)"),
+            ("lpips(images, recon, lpips_dropout)", "lpips(recon, images, lpips_dropout)"),
+            ("draws.decoder_noise_time[None], draws.decoder_noise_mask)", "draws.decoder_noise_time[None])"),
+            ("torch.where(draws.label_drop, model.config.num_classes, labels)", "labels.expand_as(draws.label_drop)"),
+            (".mean() * len(draws.flow_time)", ".mean()"),
+            ("noisy_from + (1 - noisy_from) * philox", "noisy_from * philox"),
+        ],
+    ),
+    (
+        "unite_fast/training/state.py",
+        ("tests/training/test_state.py", "tests/training/test_restated.py"),
+        [
+            ("self.ema.update(skipped)\n        self.model.zero_grad", "self.model.zero_grad"),
+            (
+                "norm = self.clip_gradients()\n        skipped",
+                "norm = self.clip_gradients()\n        self.ema.update()\n        skipped",
+            ),
+            ("EMA(model, config.optim.ema_decay)", "EMA(model, 0.9978)"),
+            ("self.config.optim.clip_norm / (norm + 1e-6)", "3.0 / (norm + 1e-6)"),
+            ("torch._foreach_mul_(gradients, (self", "torch._foreach_mul(gradients, (self"),
+            (".clamp(max=1.0))", ")"),
+            ('group["lr"] = self.learning_rate', 'group["lr"] = self.last_learning_rate'),
+            ("self.config.train.batch_size, self.step - 1)", "self.config.train.batch_size, self.step)"),
+            ("self.model.zero_grad(set_to_none=True)", "pass"),
+            ("self.step += 1", "self.step += 2"),
+            ("self.skipped_steps += skipped.long()", "pass"),
+            ("(~norm.isfinite()).float()", "norm.isfinite().float()"),
+            ("optim.muon_momentum, optim.eps, getattr", "0.95, optim.eps, getattr"),
+            ("optim.adamw_betas, optim.eps)", "(0.9, 0.999), optim.eps)"),
+            ("optim.adamw_betas, optim.eps)", "optim.adamw_betas, 1e-6)"),
+        ],
+    ),
+    (
+        "unite_fast/training/state.py",
+        ("tests/training/test_restated.py", "tests/training/test_parallel.py"),
+        [
+            ("torch.distributed.all_reduce(square, group=group)", "pass"),
+        ],
+    ),
+    (
+        "unite_fast/optim/ema.py",
+        ("tests/training/test_state.py", "tests/training/test_restated.py"),
+        [
+            (
+                "torch._foreach_lerp_(averages, parameters, 1 - self.decay)",
+                "torch._foreach_lerp_(averages, parameters, self.decay)",
+            ),
+        ],
+    ),
+    (
+        "unite_fast/optim/ema.py",
+        ("tests/optim/test_ema.py",),
+        [
+            ("torch._foreach_lerp_(averages, parameters, 1 - self.decay)", "pass"),
+            ("self._assign(parameters, self._local(self.averages))", "pass"),
+        ],
+    ),
+    (
+        "unite_fast/optim/muon.py",
+        ("tests/optim/test_muon.py",),
+        [
+            ("COEFFICIENTS = (3.4445, -4.7750, 2.0315)", "COEFFICIENTS = (3.4445, -4.7750, 2.0325)"),
+            ('alpha=-group["lr"] * 0.2 * side**0.5', 'alpha=-group["lr"] * 0.2 * side'),
+        ],
+    ),
+    (
+        "unite_fast/optim/schedule.py",
+        ("tests/optim/test_schedule.py",),
+        [
+            ("progress = (step - first) / (last - first)", "progress = (step + 1 - first) / (last - first)"),
+        ],
+    ),
+    (
+        "unite_fast/optim/groups.py",
+        ("tests/optim/test_groups.py",),
+        [
+            ('"in_context_posemb", "latent_tokens")', '"in_context_posemb")'),
+        ],
+    ),
+    (
+        "unite_fast/training/gradients.py",
+        ("tests/training/test_gradients.py",),
+        [
+            ("torch._foreach_add_([old for old, _ in both], [new for _, new in both])", "pass"),
+        ],
+    ),
+    (
+        "unite_fast/training/gradients.py",
+        ("tests/training/test_gradients.py", "tests/training/test_train_step.py", "tests/training/test_restated.py"),
+        [
+            ("parameter.grad = old\n", "pass\n"),
+        ],
+    ),
+    (
+        "unite_fast/training/train_step.py",
+        ("tests/training/test_train_step.py", "tests/benchmarks/test_launches.py"),
+        [
+            ("with cast_once(weights_of_products(model, lpips, config.train.precision)):", "with nullcontext():"),
+        ],
+    ),
+    (
+        "unite_fast/training/train_step.py",
+        ("tests/benchmarks/test_launches.py",),
+        [
+            (
+                "at_once = nullcontext() if isinstance(model, FSDPModule) else added_at_once(model.parameters())",
+                "at_once = nullcontext()",
+            ),
+        ],
+    ),
+]
