@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from unite_fast.perceptual import tap_shapes
+from unite_fast.lpips import tap_shapes
 
 BATCH = 64
 TOKENS = (544, 288)

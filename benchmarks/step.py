@@ -19,8 +19,8 @@ from unite_fast import flops
 from unite_fast.config import Config
 from unite_fast.data_pipeline import Batch, open_source
 from unite_fast.kernels import backend
+from unite_fast.lpips import random_lpips
 from unite_fast.model.unite import UNITE
-from unite_fast.perceptual import random_lpips
 from unite_fast.recipes import from_tree
 from unite_fast.training.state import TrainState
 from unite_fast.training.train_step import TrainStep

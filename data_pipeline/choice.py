@@ -12,14 +12,12 @@ from unite_fast.data_pipeline.shards.source import ShardSource
 from unite_fast.data_pipeline.source import Source
 from unite_fast.errors import UserError
 
-LOADERS = ("auto", "memory", "folder", "raw", "webdataset", "dali")
-
 
 @dataclass(frozen=True)
 class Choice:
     """
     Attributes:
-        name: one of LOADERS, but auto.
+        name: one of `config.LOADERS`, but auto.
         why: one line.
         decoder: "pillow" or "dali": loaders of one decoder give the same pixels.
         reader: what a Loader takes.

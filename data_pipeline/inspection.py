@@ -14,8 +14,8 @@ from unite_fast.data_pipeline.shards.manifest import MANIFEST
 from unite_fast.data_pipeline.shards.remote import is_remote
 from unite_fast.data_pipeline.shards.source import ShardSource
 from unite_fast.data_pipeline.source import Source, read_readable
-from unite_fast.errors import writing
-from unite_fast.pictures import grid
+from unite_fast.utils.files import writing
+from unite_fast.utils.images import grid
 
 _ROWS, _COLUMNS = 8, 8
 _CLASSES_NAMED = 10

@@ -35,7 +35,7 @@ from unite_fast.recipes import from_tree
 for variable in ("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS"):
     os.environ.pop(variable, None)
 
-# Every size differs from its neighbours, so that a mixed-up dimension cannot pass unseen.
+# Every size differs from its neighbours, so that a mixed-up dimension cannot pass no_progress.
 TINY = {
     "name": "tiny",
     "model": {
@@ -403,7 +403,8 @@ def rewrite() -> Callable[[Path, Callable], None]:
 def assert_same_run() -> Callable[[Path, Path], None]:
     """Checks that two runs' latest checkpoints and metrics are equal to the last bit, speeds apart."""
     from unite_fast.training.checkpoint import load_checkpoint
-    from unite_fast.training.metrics import of_training, read_rows
+    from unite_fast.training.metrics import of_training
+    from unite_fast.utils.files import read_rows
 
     def compare(one: Path, other: Path) -> None:
         a, b = load_checkpoint(one), load_checkpoint(other)

@@ -10,11 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from unite_fast import flops
 from unite_fast.config import PRESETS, Config, DecoderConfig, EncoderConfig, ModelConfig
 from unite_fast.kernels import backend
+from unite_fast.lpips import LINEAR_SHAPES, LPIPS, VGG_SHAPES
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import draw_step, flow_losses, reconstruct
 from unite_fast.optim import muon
 from unite_fast.optim.groups import split_parameters
-from unite_fast.perceptual import LINEAR_SHAPES, LPIPS, VGG_SHAPES
 from unite_fast.randomness import Philox
 from unite_fast.recipes import from_tree, to_tree
 

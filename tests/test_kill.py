@@ -10,7 +10,7 @@ import pytest
 
 from unite_fast.training.checkpoint import load_checkpoint
 from unite_fast.training.checkpoint_files import step_folders, step_of
-from unite_fast.training.metrics import read_rows
+from unite_fast.utils.files import read_rows
 
 EVERY = 2
 """Steps between checkpoints. So few that many of the moments below fall into a save."""

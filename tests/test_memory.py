@@ -6,9 +6,9 @@ import torch
 from unite_fast import memory
 from unite_fast.config import Config
 from unite_fast.kernels import backend
+from unite_fast.lpips import LINEAR_SHAPES, LPIPS, VGG_SHAPES, dropout_masks, tap_shapes
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import draw_step, flow_losses, reconstruct
-from unite_fast.perceptual import LINEAR_SHAPES, LPIPS, VGG_SHAPES, dropout_masks, tap_shapes
 from unite_fast.randomness import Philox
 from unite_fast.recipes import from_tree
 from unite_fast.training.state import TrainState

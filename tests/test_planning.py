@@ -13,7 +13,7 @@ from unite_fast import flops, memory, planning
 from unite_fast.errors import UserError
 from unite_fast.hardware import find_gpu
 from unite_fast.kernels import backend
-from unite_fast.perceptual import LINEAR_SHAPES, LPIPS, VGG_SHAPES, dropout_masks, tap_shapes
+from unite_fast.lpips import LINEAR_SHAPES, LPIPS, VGG_SHAPES, dropout_masks, tap_shapes
 from unite_fast.planning import FAST, SLOW, Cluster, Exchange, Work, exchange_seconds, image_seconds, make_plan
 from unite_fast.randomness import Philox
 from unite_fast.recipes import load_config

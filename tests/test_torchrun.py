@@ -22,7 +22,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from unite_fast.cli import main
 from unite_fast.training.checkpoint import load_checkpoint
 from unite_fast.training.endurance import read_status
-from unite_fast.training.metrics import read_rows
+from unite_fast.utils.files import read_rows
 
 WORLD = 4
 EVERY = 5

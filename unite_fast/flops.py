@@ -12,9 +12,9 @@ from math import prod
 from typing import NamedTuple
 
 from unite_fast.config import Config, DecoderConfig, EncoderConfig, ModelConfig
+from unite_fast.lpips import VGG_SHAPES
 from unite_fast.model.layers import hidden_width
 from unite_fast.optim.muon import newton_schulz_flops
-from unite_fast.perceptual import VGG_SHAPES
 
 TIME_FEATURES = 512
 """Of the time embedding: sines and cosines of 256 frequencies."""

@@ -21,16 +21,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unite_fast.config import require
-from unite_fast.data_pipeline.progress import progress
-from unite_fast.errors import UserError, writing, writing_aside
+from unite_fast.errors import UserError, require
 from unite_fast.evaluation.evaluate import weights_sha256
 from unite_fast.generation import Generation, generate_batches
-from unite_fast.lock import LOCK, hold
-from unite_fast.pictures import picture_name
 from unite_fast.ranks import ALONE, Ranks
 from unite_fast.sampling import check_classes
 from unite_fast.trained import TrainedUNITE
+from unite_fast.utils.file_lock import LOCK, hold
+from unite_fast.utils.files import writing, writing_aside
+from unite_fast.utils.images import picture_name
+from unite_fast.utils.progress import progress
 
 MANIFEST = "generation.json"
 MERGED = "merged"

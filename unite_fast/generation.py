@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unite_fast.config import SamplingConfig, require, require_choice
+from unite_fast.config import SamplingConfig, check_seed_and_batch
+from unite_fast.errors import require, require_choice
 from unite_fast.model.unite import UNITE
 from unite_fast.ranks import ALONE, Ranks
 from unite_fast.sampling import Network, check_classes, generate_batch
-from unite_fast.trained import check_drawing
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Generation:
 
     def __post_init__(self):
         require(len(self.labels) > 0, "there is nothing to generate: the number of images is 0")
-        check_drawing(self.seed, self.batch)
+        check_seed_and_batch(self.seed, self.batch)
         require_choice("the precision", self.precision, ("float32", "bfloat16"))
 
     @property

@@ -13,8 +13,8 @@ from operator import mul
 
 from unite_fast.config import Config, ModelConfig
 from unite_fast.flops import TIME_FEATURES, VGG_CONVOLUTIONS, Matrix, parameter_shapes, wanted_tokens
+from unite_fast.lpips import VGG_SHAPES, tap_shapes
 from unite_fast.model.layers import hidden_width
-from unite_fast.perceptual import VGG_SHAPES, tap_shapes
 
 FLOAT, HALF = 4, 2
 """Bytes of a float32 and of a bfloat16 number."""

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from unite_fast import flow
 from unite_fast.config import Config, ObjectiveConfig
+from unite_fast.lpips import LPIPS
 from unite_fast.model.unite import UNITE
-from unite_fast.perceptual import LPIPS
 from unite_fast.randomness import NoiseKeys, Philox, Stream
 
 

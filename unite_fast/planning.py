@@ -8,8 +8,8 @@ the published peaks, in two sets of assumptions: the fast and the slow end of th
 from dataclasses import dataclass
 
 from unite_fast import flops, memory
-from unite_fast.config import PRESETS, Config, DecoderConfig, EncoderConfig, ModelConfig, require
-from unite_fast.errors import UserError
+from unite_fast.config import PRESETS, Config, DecoderConfig, EncoderConfig, ModelConfig
+from unite_fast.errors import UserError, require
 from unite_fast.hardware import GPU
 from unite_fast.ranks import Ranks
 from unite_fast.training import parallel

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from unite_fast import flow
-from unite_fast.config import SamplingConfig, require
+from unite_fast.config import SamplingConfig
+from unite_fast.errors import require
 from unite_fast.kernels.common import upcast
 from unite_fast.model.unite import UNITE
 from unite_fast.randomness import Philox, Stream

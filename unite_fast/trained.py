@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from unite_fast import sampling
-from unite_fast.config import Config, require
-from unite_fast.errors import UserError
+from unite_fast.config import Config, check_seed_and_batch
+from unite_fast.errors import UserError, require
 from unite_fast.model.unite import UNITE
 from unite_fast.training.model_file import load_model
 
@@ -59,7 +59,7 @@ class TrainedUNITE:
         config = self.config.sampling.changed(**settings)
         labels = torch.as_tensor(labels, dtype=torch.int64)
         require(labels.dim() == 1 and len(labels) > 0, f"labels must be a list of classes, got {labels.tolist()}")
-        check_drawing(seed, batch)
+        check_seed_and_batch(seed, batch)
         return sampling.generate(self.network, labels, config, seed, batch, first)
 
     def reconstruct(self, images: Tensor | np.ndarray, seed: int = 0, batch: int = 64, first: int = 0) -> Tensor:
@@ -77,10 +77,5 @@ class TrainedUNITE:
                 f"reconstruct wants uint8 images [n, 3, {size}, {size}], got {images.dtype} {list(images.shape)}"
             )
         require(len(images) > 0, "reconstruct wants at least one image")
-        check_drawing(seed, batch)
+        check_seed_and_batch(seed, batch)
         return sampling.reconstruct(self.network, images, seed, batch, first)
-
-
-def check_drawing(seed: int, batch: int) -> None:
-    require(0 <= seed < 2**64, f"the seed is {seed}; it must be in [0, 2**64)")
-    require(batch > 0, f"the batch is {batch} images; it must be positive")

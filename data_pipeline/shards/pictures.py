@@ -12,7 +12,8 @@ import numpy as np
 
 from unite_fast.data_pipeline.image_folder import IMAGE_EXTENSIONS, FolderSource
 from unite_fast.data_pipeline.source import UnreadableSample
-from unite_fast.errors import UserError, writing
+from unite_fast.errors import UserError
+from unite_fast.utils.files import writing
 
 _SPLIT_NAMES = {"train": ("train",), "test": ("val", "validation", "test")}
 

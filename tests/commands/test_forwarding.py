@@ -59,7 +59,7 @@ SAMPLED = {"guidance": 2.5, "interval": (0.2, 0.9), "solver": "heun", "steps": 7
 
 def test_sample(command, record, model, tmp_path):
     drawn = record("unite_fast.outputs.generate_with_progress", result=[0, 0, 0])
-    saved = record("unite_fast.outputs.save_images")
+    saved = record("unite_fast.utils.images.save_images")
     out = tmp_path / "s.npz"
     ended = command(
         *("sample", "run", "--classes", "7,2", "--count", 3, "--seed", 11, "--batch", 5, "--device", "cpu"),
@@ -104,7 +104,7 @@ def test_reconstruct(command, record, model, tmp_path):
 
     originals, copies = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.full((2, 3, 8, 8), 9, dtype=torch.uint8)
     read = record("unite_fast.outputs.read_images", result=originals)
-    saved = record("unite_fast.outputs.save_pairs")
+    saved = record("unite_fast.utils.images.save_pairs")
     model.reconstruct = lambda images: copies if images is originals else None
     out = tmp_path / "pairs.png"
     ended = command("reconstruct", "run", "a.png", "b.png", "--device", "cpu", "--out", out)

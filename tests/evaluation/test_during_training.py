@@ -10,11 +10,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import unite_fast
+from unite_fast.config import EvaluationSettings
 from unite_fast.errors import UserError
 from unite_fast.evaluation.during_training import DuringTraining
 from unite_fast.evaluation.evaluate import evaluate
 from unite_fast.evaluation.gallery import curves
-from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.model.unite import UNITE
 from unite_fast.recipes import load_config
 from unite_fast.training.checkpoint import Checkpoints

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import unite_fast
+from unite_fast.config import EvaluationSettings
 from unite_fast.data_pipeline import open_source
 from unite_fast.errors import UserError
 from unite_fast.evaluation import evaluate as module
@@ -18,7 +19,6 @@ from unite_fast.evaluation.evaluate import evaluate, samplings, weights_sha256
 from unite_fast.evaluation.inception import inception_shapes
 from unite_fast.evaluation.judge import bias_warning
 from unite_fast.evaluation.report import lines
-from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.evaluation.stats import save_statistics
 from unite_fast.ranks import Ranks
 

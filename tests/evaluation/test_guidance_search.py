@@ -11,10 +11,10 @@ from PIL import Image
 import unite_fast
 from unite_fast import generation
 from unite_fast.commands.options import parse_range
+from unite_fast.config import EvaluationSettings
 from unite_fast.errors import UserError
 from unite_fast.evaluation.evaluate import described_machine, evaluate, weights_sha256
 from unite_fast.evaluation.guidance_search import UNGUIDED, Candidate, Grid, coarse_to_fine
-from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.ranks import Ranks
 
 SCALES, LOWS, HIGHS = (parse_range("", text) for text in ("1:5:0.2", "0:0.4:0.1", "0.8:1:0.1"))

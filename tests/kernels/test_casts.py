@@ -9,9 +9,9 @@ import torch
 from unite_fast import kernels
 from unite_fast.kernels import backend, casts
 from unite_fast.kernels.casts import cast, cast_once, joined
+from unite_fast.lpips import LINEAR_SHAPES, LPIPS, VGG_SHAPES
 from unite_fast.model.layers import SwiGLU, product_weights
 from unite_fast.model.unite import UNITE
-from unite_fast.perceptual import LINEAR_SHAPES, LPIPS, VGG_SHAPES
 
 HALF = torch.bfloat16
 

@@ -1,4 +1,4 @@
-"""The reference against the formula in plain loops is in tests/test_perceptual.py (LPIPS itself); here, each body."""
+"""The reference against the formula in plain loops is in tests/test_lpips.py (LPIPS itself); here, each body."""
 
 import pytest
 import torch

@@ -14,7 +14,8 @@ from unite_fast.flops import image_flops
 from unite_fast.hardware import find_gpu
 from unite_fast.objective import Losses
 from unite_fast.training import metrics
-from unite_fast.training.metrics import Averages, MetricsLog, Speedometer, loss_spike, of_training, read_rows
+from unite_fast.training.metrics import Averages, MetricsLog, Speedometer, loss_spike, of_training
+from unite_fast.utils.files import read_rows
 
 
 def losses(value: float) -> Losses:

@@ -15,13 +15,13 @@ import unite_fast
 from unite_fast import sampling
 from unite_fast.data_pipeline import open_source
 from unite_fast.model.unite import UNITE
-from unite_fast.pictures import grid, pairs
 from unite_fast.recipes import load_config
 from unite_fast.training import report as report_module
 from unite_fast.training.checkpoint import load_checkpoint
 from unite_fast.training.report import PICTURE_COLUMNS, PICTURE_ROWS, Report, held_out_images
 from unite_fast.training.state import TrainState
 from unite_fast.training.trainer import Outcome, train
+from unite_fast.utils.images import grid, pairs
 
 ROW = {"step": 6, "images_per_s": 1234.4, "l1": 0.12341, "lpips": 0.56782, "flow": 0.98765, "lr": 1.25e-3}
 

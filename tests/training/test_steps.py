@@ -14,8 +14,9 @@ from unite_fast.ranks import current_ranks
 from unite_fast.recipes import load_config
 from unite_fast.training import train_step
 from unite_fast.training.checkpoint import load_checkpoint
-from unite_fast.training.metrics import Averages, read_rows
+from unite_fast.training.metrics import Averages
 from unite_fast.training.trainer import Trainer, train
+from unite_fast.utils.files import read_rows
 
 
 @pytest.fixture

@@ -17,9 +17,10 @@ from unite_fast.training import train_step
 from unite_fast.training.checkpoint import load_checkpoint
 from unite_fast.training.checkpoint_files import step_folders, step_of
 from unite_fast.training.clock import StepClock
-from unite_fast.training.metrics import of_training, read_rows
+from unite_fast.training.metrics import of_training
 from unite_fast.training.run_folder import check_same_settings
 from unite_fast.training.trainer import Trainer, train
+from unite_fast.utils.files import read_rows
 
 
 @pytest.fixture

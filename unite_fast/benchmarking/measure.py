@@ -22,7 +22,7 @@ from unite_fast.benchmarking.progress import ProgressLine
 from unite_fast.benchmarking.top_kernels import top_kernels
 from unite_fast.config import Config, ProfileConfig
 from unite_fast.errors import UserError
-from unite_fast.perceptual import has_weights, random_lpips
+from unite_fast.lpips import has_weights, random_lpips
 from unite_fast.ranks import Ranks
 from unite_fast.training.endurance import Peers, Watchdog, contact
 from unite_fast.training.parallel import joined

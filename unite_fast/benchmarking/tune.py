@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from unite_fast.benchmarking.candidate import OK, OUT_OF_MEMORY, OUT_OF_TIME, Trial
 from unite_fast.benchmarking.machine import usable_cores
-from unite_fast.config import NONDETERMINISTIC, Config
+from unite_fast.config import NONDETERMINISTIC_ATTENTION, Config
 from unite_fast.errors import UserError
 from unite_fast.kernels import backend, flash
 from unite_fast.planning import micro_batches
@@ -101,7 +101,7 @@ def axes(config: Config, cuda: bool, world: int, fixed: set[str]) -> list[Axis]:
 
 def attentions(deterministic: bool) -> list[str]:
     """Those that may run here; a candidate that cannot after all says why."""
-    out = NONDETERMINISTIC if deterministic else ()
+    out = NONDETERMINISTIC_ATTENTION if deterministic else ()
     return [
         name
         for name in backend.ATTENTION_NAMES

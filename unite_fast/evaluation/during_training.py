@@ -11,17 +11,16 @@ from pathlib import Path
 import torch
 
 from unite_fast import sampling
-from unite_fast.config import Config, require
-from unite_fast.errors import writing, writing_aside
+from unite_fast.config import TRAINING_SAMPLES, Config, EvaluationSettings
+from unite_fast.errors import require
 from unite_fast.evaluation.evaluate import described_sampling
 from unite_fast.evaluation.judge import bias_warning, open_judge
-from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.evaluation.statistics import Moments
 from unite_fast.ranks import current_ranks
-from unite_fast.training.metrics import MetricsLog, read_rows
+from unite_fast.training.metrics import MetricsLog
 from unite_fast.training.state import TrainState
+from unite_fast.utils.files import read_rows, writing, writing_aside
 
-COUNTS = {"inception": 5_000, "pixels": 1_000}
 FOLDER, ROWS, CURVE = "evaluation", "curve.jsonl", "curve.png"
 
 
@@ -62,7 +61,7 @@ class DuringTraining:
         wanted = config.evaluation
         settings = EvaluationSettings(wanted.features, wanted.inception, reference=wanted.reference)
         self.judge = open_judge(config, settings, self.ranks, device, classifier=False)
-        self.count = wanted.count or COUNTS[self.judge.features.name]
+        self.count = wanted.count or TRAINING_SAMPLES[self.judge.features.name]
         self.warning = bias_warning(self.count, self.judge.features.dimension, "generated")
 
     def due(self, step: int) -> bool:

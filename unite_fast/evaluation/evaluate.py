@@ -12,18 +12,17 @@ import torch
 from torch import Tensor
 
 import unite_fast
-from unite_fast.config import SamplingConfig
+from unite_fast.config import EVALUATION_SAMPLES, EvaluationSettings, SamplingConfig
 from unite_fast.errors import UserError
 from unite_fast.evaluation import report
 from unite_fast.evaluation.judge import open_judge
-from unite_fast.evaluation.reading import Shown, open_named, unseen
+from unite_fast.evaluation.reading import open_named
 from unite_fast.evaluation.reconstruction import score_reconstructions
-from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.generation import Drawn, Generation, generate_batches
 from unite_fast.ranks import Ranks, current_ranks
 from unite_fast.trained import TrainedUNITE
+from unite_fast.utils.progress import Track, no_progress
 
-COUNTS = {"inception": 50_000, "pixels": 1_000}
 GRID = 80
 """Generated images in the picture beside a result."""
 
@@ -33,7 +32,7 @@ def evaluate(
     settings: EvaluationSettings,
     out: Path | None = None,
     checkpoint: str = "",
-    shown: Shown = unseen,
+    track: Track = no_progress,
 ) -> dict:
     """Reconstruct, score, generate, score. Processes of an initialised `torch.distributed` share the work.
 
@@ -41,7 +40,7 @@ def evaluate(
         model: on the device that shall do the work.
         out: folder for evaluation.json, evaluation.md and the grids, written by rank 0; None: nothing is written.
         checkpoint: where the model comes from, for the JSON.
-        shown: shows progress.
+        track: shows progress; see `utils.progress`.
 
     Returns:
         What evaluation.json holds, the same on every process. `generated` is a list, one entry a guidance scale.
@@ -53,8 +52,8 @@ def evaluate(
         report.check_folder(out)
     begun, ranks = time.perf_counter(), current_ranks()
     wanted = samplings(model, settings)  # first, since it costs nothing and may be refused
-    judge = open_judge(model.config, settings, ranks, model.network.device, shown)
-    count = settings.count or COUNTS[judge.features.name]
+    judge = open_judge(model.config, settings, ranks, model.network.device, track)
+    count = settings.count or EVALUATION_SAMPLES[judge.features.name]
     series = planned(model, wanted, settings, count)
     opened = time.perf_counter() - begun
     # First, since it is short and what may be missing for it should not show after hours of generating.
@@ -66,13 +65,13 @@ def evaluate(
             raise UserError(
                 f"{error}; name held-out images with --data FOLDER, or give --reconstructions 0 to do without"
             ) from error
-        reconstruction, pairs = score_reconstructions(model, source, judge, settings, ranks, shown)
+        reconstruction, pairs = score_reconstructions(model, source, judge, settings, ranks, track)
     generated, pictures = [], {}
     for generation in series:
         begun_here, first, scale = time.perf_counter(), FirstImages(GRID), generation.sampling.guidance
         batches = generate_batches(model.network, generation, ranks)
         total = -(-generation.batches // ranks.world)
-        scores = judge.score(first.watch(shown(batches, total, f"generating with guidance {scale:g}")), count, ranks)
+        scores = judge.score(first.watch(track(batches, total, f"generating with guidance {scale:g}")), count, ranks)
         generated.append(
             {
                 **described_sampling(generation.sampling),

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from unite_fast import sampling
-from unite_fast.config import SamplingConfig, require
-from unite_fast.errors import UserError
+from unite_fast.config import SamplingConfig, check_seed_and_batch
+from unite_fast.errors import UserError, require
 from unite_fast.evaluation.gallery_page import Chart, Figure, Row, Section
 from unite_fast.evaluation.pixels import read_some
 from unite_fast.evaluation.reading import open_named
 from unite_fast.evaluation.scores import psnr
-from unite_fast.evaluation.terminal import shown
 from unite_fast.randomness import Philox, Stream
-from unite_fast.trained import TrainedUNITE, check_drawing
-from unite_fast.training.metrics import read_rows
+from unite_fast.trained import TrainedUNITE
+from unite_fast.utils.files import read_rows
+from unite_fast.utils.progress import track
 
 CURVES = (("l1", "L1 of the reconstruction"), ("lpips", "LPIPS"), ("flow", "flow loss"))
 """Columns of metrics.jsonl that are shown, where they are not zero throughout."""
@@ -75,7 +75,7 @@ class Wishes:
     """Settings of `SamplingConfig` that differ from the recipe's."""
 
     def __post_init__(self):
-        check_drawing(self.seed, self.batch)
+        check_seed_and_batch(self.seed, self.batch)
         require(self.per_class is None or self.per_class > 0, "the images per class must be positive")
         require(len(self.scales) > 0 and all(map(math.isfinite, self.scales)), "the guidance scales must be finite")
 
@@ -102,7 +102,7 @@ def make_gallery(model: TrainedUNITE, checkpoint: Path, wishes: Wishes) -> tuple
     artist = Artist(model, settings, names, classes, list(wishes.scales), counts, held_out, wishes.seed, wishes.batch)
     of_real = [artist.reconstructions, artist.between_images] if held_out else []
     drawn = [artist.samples, artist.guidance, *of_real, artist.between_noises, artist.denoising]
-    sections = [draw() for draw in shown(drawn, len(drawn), "drawing")]
+    sections = [draw() for draw in track(drawn, len(drawn), "drawing")]
     return about(model, settings, wishes.seed, checkpoint), sections + curves(checkpoint)
 
 

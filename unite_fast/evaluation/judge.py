@@ -6,18 +6,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unite_fast.config import Config, require
+from unite_fast.config import Config, EvaluationSettings
 from unite_fast.data_pipeline import Source
-from unite_fast.errors import UserError
+from unite_fast.errors import UserError, require
 from unite_fast.evaluation import pixels, scores
 from unite_fast.evaluation.features import Features
 from unite_fast.evaluation.inception import DIMENSION, load_inception
 from unite_fast.evaluation.pixels import Classifier, PixelFeatures, fit_pixels, read_some
-from unite_fast.evaluation.reading import NumberedBatch, Shown, open_named, unseen
+from unite_fast.evaluation.reading import NumberedBatch, open_named
 from unite_fast.evaluation.reference import Kept, Mixed, make_reference
-from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.evaluation.statistics import Moments, Reference, frechet_distance, load_reference
 from unite_fast.ranks import Ranks
+from unite_fast.utils.progress import Track, no_progress
 
 SAMPLES_PER_DIMENSION = 10
 """With fewer images than this times the dimension of the features, the bias of a Frechet distance is worth a word."""
@@ -140,7 +140,7 @@ def open_judge(
     settings: EvaluationSettings,
     ranks: Ranks,
     device: torch.device | str,
-    shown: Shown = unseen,
+    track: Track = no_progress,
     classifier: bool = True,
 ) -> Judge:
     """Features, reference and classifier for the images of a model with this configuration.
@@ -158,7 +158,7 @@ def open_judge(
     of_inception = known is not None and len(known.statistics.mean) == DIMENSION
     if choose_features(settings, config.model.image_size, of_inception) == pixels.NAME:
         classifier = classifier and config.model.num_classes > 1
-        return _pixel_judge(config, settings, known, ranks, device, shown, classifier)
+        return _pixel_judge(config, settings, known, ranks, device, track, classifier)
     require(
         known is not None,
         "the FID needs statistics of real images: name them with --reference REF.npz; "
@@ -175,7 +175,7 @@ def _pixel_judge(
     known: Reference | None,
     ranks: Ranks,
     device: torch.device | str,
-    shown: Shown,
+    track: Track,
     classifier: bool,
 ) -> Judge:
     size = config.model.image_size
@@ -209,7 +209,7 @@ def _pixel_judge(
     )
     if known is None:
         features = fit_pixels_once(source, ranks, device)
-        known = make_reference(source, features, ranks, settings.batch, config.data.workers, shown)
+        known = make_reference(source, features, ranks, settings.batch, config.data.workers, track)
     return Judge(features, known, Classifier(*read_some(source, pixels.CLASSIFIER_IMAGES)) if classifier else None)
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unite_fast.config import require
 from unite_fast.data_pipeline import Source, read_readable
+from unite_fast.errors import require
 from unite_fast.evaluation.features import FeatureBatch
 
 NAME = "pixels"

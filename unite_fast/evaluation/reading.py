@@ -1,7 +1,7 @@
 """Images of a source in numbered batches, each process its own ones, read ahead by threads."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,13 +14,6 @@ from unite_fast.data_pipeline.inspection import open_data
 
 NAMED = 5
 """Of how many samples that cannot be read a result keeps name and reason; the others are only counted."""
-Shown = Callable[[Iterable, int, str], Iterable]
-"""(batches, how many there are, what is done to them) -> the same batches; shows how far it is."""
-
-
-def unseen(batches: Iterable, total: int, title: str) -> Iterable:
-    """Shows nothing."""
-    return batches
 
 
 def open_named(config: Config, data: str, split: str) -> Source:

@@ -8,17 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unite_fast.config import EvaluationSettings, PerceptualConfig
 from unite_fast.data_pipeline import Source
 from unite_fast.evaluation import scores
 from unite_fast.evaluation.judge import Judge, bias_warning
-from unite_fast.evaluation.reading import Shown, read_batches, unreadable
+from unite_fast.evaluation.reading import read_batches, unreadable
 from unite_fast.evaluation.reference import check_broken
-from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.evaluation.statistics import Moments, frechet_distance
-from unite_fast.perceptual import LPIPS, SMALLEST_SIDE, PerceptualConfig, load_lpips
+from unite_fast.lpips import LPIPS, SMALLEST_SIDE, load_lpips
 from unite_fast.ranks import Ranks
 from unite_fast.trained import TrainedUNITE
 from unite_fast.utils.device import exact_float32
+from unite_fast.utils.progress import Track
 
 LPIPS_BATCH = 16
 """Images at a time: VGG16's features of 256 x 256 pixels are the largest thing here."""
@@ -28,7 +29,7 @@ _SCORES = ("psnr", "mean_squared_error", "l1", "ssim", "lpips")
 
 
 def score_reconstructions(
-    model: TrainedUNITE, source: Source, judge: Judge, settings: EvaluationSettings, ranks: Ranks, shown: Shown
+    model: TrainedUNITE, source: Source, judge: Judge, settings: EvaluationSettings, ranks: Ranks, track: Track
 ) -> tuple[dict, tuple[Tensor, Tensor]]:
     """Scores of the reconstructions of `settings.reconstructions` images, spread over the source, or of all there are.
 
@@ -58,7 +59,7 @@ def score_reconstructions(
     pairs: tuple[Tensor, Tensor] | None = None
     batches = list(ranks.batches(count, settings.batch))
     reads = read_batches(source, [chosen[batch.start : batch.stop] for batch in batches], model.config.data.workers)
-    for batch, read in zip(batches, shown(reads, len(batches), "reconstructing"), strict=True):
+    for batch, read in zip(batches, track(reads, len(batches), "reconstructing"), strict=True):
         broken += read.broken
         if not len(read.images):
             continue

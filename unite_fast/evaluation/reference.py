@@ -10,10 +10,11 @@ from unite_fast.data_pipeline.readers import check_share
 from unite_fast.evaluation import scores
 from unite_fast.evaluation.features import Features
 from unite_fast.evaluation.pixels import PixelFeatures
-from unite_fast.evaluation.reading import NumberedBatch, Shown, read_batches, unreadable, unseen
+from unite_fast.evaluation.reading import NumberedBatch, read_batches, unreadable
 from unite_fast.evaluation.statistics import Moments, Reference
 from unite_fast.randomness import permutation
 from unite_fast.ranks import Ranks
+from unite_fast.utils.progress import Track, no_progress
 
 KEPT = 10_000
 """Images of each side whose features are kept one by one, for KID, precision and recall; the others only enter sums."""
@@ -60,12 +61,12 @@ class Kept:
 
 
 def make_reference(
-    source: Source, features: Features, ranks: Ranks, batch: int, workers: int, shown: Shown = unseen
+    source: Source, features: Features, ranks: Ranks, batch: int, workers: int, track: Track = no_progress
 ) -> Reference:
     """Statistics of all images of a source that can be read.
 
     Args:
-        shown: shows progress, see `unseen`.
+        track: shows progress; see `utils.progress`.
 
     Raises:
         UserError: fewer than two images, or many that cannot be read.
@@ -74,7 +75,7 @@ def make_reference(
     moments, kept, fingerprint = Moments(features.dimension, features.device), Kept(mixed), 0
     broken: list[str] = []
     batches = list(ranks.batches(len(source), batch))
-    for read in shown(read_batches(source, batches, workers), len(batches), "reading real images"):
+    for read in track(read_batches(source, batches, workers), len(batches), "reading real images"):
         broken += read.broken
         if not len(read.images):
             continue

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unite_fast.config import require
+from unite_fast.errors import require
 from unite_fast.ranks import Ranks
 
 SPLITS = 10

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unite_fast.config import require
-from unite_fast.errors import UserError, writing, writing_aside
+from unite_fast.errors import UserError, require
 from unite_fast.ranks import Ranks
-from unite_fast.weight_file import file_sha256
+from unite_fast.utils.files import writing, writing_aside
+from unite_fast.utils.pretrained import file_sha256
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,18 @@ from pathlib import Path
 
 import torch
 
-from unite_fast.config import require
+from unite_fast.config import EvaluationSettings
 from unite_fast.data_pipeline.inspection import open_data
+from unite_fast.errors import require
 from unite_fast.evaluation import pixels
 from unite_fast.evaluation.features import Features
 from unite_fast.evaluation.inception import load_inception
 from unite_fast.evaluation.judge import choose_features, fit_pixels_once
-from unite_fast.evaluation.reading import Shown, unseen
 from unite_fast.evaluation.reference import make_reference
-from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.evaluation.statistics import Reference, save_reference
-from unite_fast.outputs import check_target
 from unite_fast.ranks import Ranks
+from unite_fast.utils.files import check_target
+from unite_fast.utils.progress import Track, no_progress
 
 
 def save_statistics(
@@ -27,7 +27,7 @@ def save_statistics(
     ranks: Ranks,
     device: torch.device | str,
     workers: int = 2,
-    shown: Shown = unseen,
+    track: Track = no_progress,
 ) -> Reference:
     """Statistics of all images of a data folder, written by rank 0.
 
@@ -50,7 +50,7 @@ def save_statistics(
         features: Features = fit_pixels_once(source, ranks, device)
     else:
         features = load_inception(settings.inception, settings.inception_sha256, device)
-    made = make_reference(source, features, ranks, settings.batch, workers, shown)
+    made = make_reference(source, features, ranks, settings.batch, workers, track)
     made.about |= {"data": data, "source": kind, "split": split}
     if ranks.main:
         save_reference(made, out)

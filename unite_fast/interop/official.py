@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unite_fast.config import Config, DataConfig, DecoderConfig, EncoderConfig, ModelConfig, require
-from unite_fast.errors import UserError
+from unite_fast.config import Config, DataConfig, DecoderConfig, EncoderConfig, ModelConfig
+from unite_fast.errors import UserError, require
 from unite_fast.interop.names import FIXED_DRAWS, UNREAD, our_name, plain_name, their_name
 from unite_fast.model.layers import sincos_2d
 from unite_fast.model.unite import UNITE

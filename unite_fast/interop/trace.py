@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unite_fast.config import Config, require
-from unite_fast.errors import UserError
+from unite_fast.config import Config
+from unite_fast.errors import UserError, require
 from unite_fast.interop.official import load_released
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import StepDraws

@@ -23,9 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unite_fast.config import Config, require
-from unite_fast.errors import UserError, writing
+from unite_fast.config import Config
+from unite_fast.errors import UserError, require
 from unite_fast.recipes import from_tree, to_tree
+from unite_fast.utils.files import writing
 
 FORMAT = "unite_fast checkpoint 2"
 MANIFEST = "checkpoint.json"

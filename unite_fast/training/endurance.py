@@ -23,7 +23,8 @@ import torch
 from torch import distributed
 from torch.distributed import distributed_c10d
 
-from unite_fast.errors import UserError, writing_aside
+from unite_fast.errors import UserError
+from unite_fast.utils.files import writing_aside
 
 TEMPORARY = 75
 """Exit status of a process that lost contact with another: sysexits.h's "try again later"."""

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from unite_fast.config import Config, require
-from unite_fast.errors import UserError
+from unite_fast.config import Config
+from unite_fast.errors import UserError, require
 from unite_fast.model.unite import UNITE
 from unite_fast.recipes import to_tree
 from unite_fast.training.checkpoint import load_checkpoint

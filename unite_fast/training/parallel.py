@@ -19,7 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard
 
-from unite_fast.config import Config, ParallelConfig, require
+from unite_fast.config import Config, ParallelConfig
+from unite_fast.errors import require
 from unite_fast.model.layers import RMSNorm
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.groups import split_parameters

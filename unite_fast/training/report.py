@@ -12,10 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from unite_fast import sampling
 from unite_fast.config import Config
 from unite_fast.data_pipeline import open_source, read_readable
-from unite_fast.errors import UserError, writing
+from unite_fast.errors import UserError
 from unite_fast.kernels import backend
-from unite_fast.pictures import grid, pairs, save_curves
 from unite_fast.training.state import TrainState
+from unite_fast.utils.files import writing
+from unite_fast.utils.images import grid, pairs, save_curves
 
 PICTURE_ROWS = 8
 PICTURE_COLUMNS = 10
@@ -58,7 +59,7 @@ class Report:
 
     @contextmanager
     def progress_bar(self) -> Iterator[None]:
-        """Shown on a terminal; elsewhere each log interval prints a line."""
+        """Track on a terminal; elsewhere each log interval prints a line."""
         self.begun, self.first_step = time.perf_counter(), self.state.step
         line = "compiling" if self.config.train.compile else "starting"
         self.task = self.bar.add_task("train", total=self.config.train.steps, completed=self.state.step, line=line)

@@ -6,12 +6,13 @@ from typing import TextIO
 
 import yaml
 
-from unite_fast import lock
-from unite_fast.config import Config, EvaluationConfig, ParallelConfig, SamplingConfig, require
-from unite_fast.errors import writing
+from unite_fast.config import Config, EvaluationConfig, ParallelConfig, SamplingConfig
+from unite_fast.errors import require
 from unite_fast.recipes import to_tree
 from unite_fast.training.checkpoint import Checkpoint, Checkpoints
 from unite_fast.training.checkpoint_files import step_folders
+from unite_fast.utils import file_lock
+from unite_fast.utils.files import writing
 
 FREE_ON_RESUME = {
     "name",
@@ -59,12 +60,12 @@ def find_start(checkpoints: Checkpoints, folder: Path, config: Config, resume: b
 
 
 def hold(folder: Path) -> TextIO:
-    """Make a run's folder this process's own, see `unite_fast.lock.hold`.
+    """Make a run's folder this process's own, see `unite_fast.utils.file_lock.hold`.
 
     Raises:
         UserError: another process trains in it; no permission.
     """
-    return lock.hold(folder, "being trained", "choose another folder with train.out=FOLDER")
+    return file_lock.hold(folder, "being trained", "choose another folder with train.out=FOLDER")
 
 
 def write_config(folder: Path, config: Config) -> None:

@@ -18,10 +18,10 @@ from torch.distributed.fsdp import FSDPModule
 from unite_fast.config import Config
 from unite_fast.data_pipeline import Batch
 from unite_fast.kernels.casts import cast_once
+from unite_fast.lpips import LPIPS, dropout_masks, tap_shapes
 from unite_fast.model.layers import product_weights
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import Losses, StepDraws, draw_step, flow_losses, reconstruct
-from unite_fast.perceptual import LPIPS, dropout_masks, tap_shapes
 from unite_fast.randomness import Philox, Stream
 from unite_fast.training.clock import StepClock
 from unite_fast.training.gradients import added_at_once

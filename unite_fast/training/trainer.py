@@ -8,14 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unite_fast.config import Config, require
+from unite_fast.config import Config
 from unite_fast.data_pipeline import Batch, Loader, Source, choose_loader, open_source
-from unite_fast.errors import UserError
+from unite_fast.errors import UserError, require
 from unite_fast.evaluation.during_training import DuringTraining
 from unite_fast.kernels import backend
-from unite_fast.lock import LOCK
+from unite_fast.lpips import LPIPS, load_lpips
 from unite_fast.objective import Losses
-from unite_fast.perceptual import LPIPS, load_lpips
 from unite_fast.ranks import ALONE, Ranks
 from unite_fast.training.checkpoint import Checkpoint, Checkpoints
 from unite_fast.training.checkpoint_files import step_folders, step_of
@@ -39,6 +38,7 @@ from unite_fast.training.state import TrainState
 from unite_fast.training.train_step import TrainStep, autocast
 from unite_fast.training.wandb_log import WandbLog
 from unite_fast.utils.device import choose_device, use_numerics, use_threads
+from unite_fast.utils.file_lock import LOCK
 
 
 @dataclass

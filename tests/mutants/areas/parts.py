@@ -79,7 +79,7 @@ CHANGES = [
     ),
     (
         "kernels/tap_distance.py",
-        ("tests/test_perceptual.py",),
+        ("tests/test_lpips.py",),
         [
             ("EPS = 1e-10", "EPS = 1e-2"),
         ],

@@ -1,6 +1,6 @@
 """Progress where nobody watches a terminal."""
 
-from unite_fast.data_pipeline import progress as module
+from unite_fast.utils import progress as module
 
 
 def test_lines_with_rate_and_time_left(capsys, monkeypatch):

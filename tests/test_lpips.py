@@ -9,16 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unite_fast.config import PerceptualConfig
 from unite_fast.errors import UserError
-from unite_fast.perceptual import (
-    LINEAR_SHAPES,
-    LPIPS,
-    VGG_SHAPES,
-    PerceptualConfig,
-    dropout_masks,
-    load_lpips,
-    tap_shapes,
-)
+from unite_fast.lpips import LINEAR_SHAPES, LPIPS, VGG_SHAPES, dropout_masks, load_lpips, tap_shapes
 from unite_fast.randomness import Philox, Stream
 
 SIDE = 16  # the smallest that VGG16 can take

@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unite_fast.utils.files import check_target, writing
+
 GAP = 2
 """Pixels between the images of a grid, before small images are enlarged."""
 SMALLEST = 48
@@ -37,6 +39,37 @@ def pairs(originals: Tensor, reconstructions: Tensor, columns: int) -> Image.Ima
     """Rows of originals, each above the row of its reconstructions; both uint8 [n, 3, S, S]."""
     rows = zip(originals.split(columns), reconstructions.split(columns), strict=True)
     return grid(torch.cat([part for row in rows for part in row]), columns)
+
+
+def save_images(images: Tensor, labels: Tensor, out: Path, columns: int) -> None:
+    """uint8 [n, 3, S, S] as one PNG grid, an .npz (arr_0 uint8 [n, S, S, 3], arr_1 labels) or a folder of PNGs.
+
+    Raises:
+        UserError: see `check_target`; or no space left, or no permission.
+    """
+    check_target(out)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix == ".png":
+            grid(images, columns).save(out)
+        elif out.suffix == ".npz":
+            np.savez(out, images.permute(0, 2, 3, 1).numpy(), labels.numpy())
+        else:
+            out.mkdir(exist_ok=True)
+            for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / picture_name(i, int(label)))
+
+
+def save_pairs(originals: Tensor, copies: Tensor, out: Path) -> None:
+    """Originals, each above its copy, as one PNG.
+
+    Raises:
+        UserError: see `check_target`; or no space left, or no permission.
+    """
+    check_target(out, (".png",))
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        pairs(originals, copies, min(10, len(originals))).save(out)
 
 
 def save_curves(rows: list[dict], path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unite_fast.pictures import grid, pairs, save_curves
+from unite_fast.utils.images import grid, pairs, save_curves
 
 
 def flat(*colours: int, size: int) -> torch.Tensor:

@@ -13,17 +13,16 @@ The weights come from two files that the user names; nothing is downloaded. torc
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from unite_fast import kernels
-from unite_fast.errors import UserError
+from unite_fast.config import LPIPS_SHA256, VGG16_SHA256, PerceptualConfig
 from unite_fast.kernels.casts import cast
 from unite_fast.kernels.common import matmul_dtype
 from unite_fast.randomness import Philox, Stream
-from unite_fast.weight_file import WeightFile, is_digest
+from unite_fast.utils.pretrained import WeightFile
 
 # The convolutions before each tap: (index in torchvision's `features`, channels in, channels out).
 _BLOCKS = (
@@ -57,8 +56,6 @@ LINEAR_SHAPES: dict[str, tuple[int, ...]] = {
 """The tensors that `LPIPS` reads from the file of linear weights, name -> shape."""
 
 
-# Size and digest of vgg.pth were taken from the lpips 0.1.4 wheel; those of VGG16 are the published ones (its name
-# carries the first 8 hex digits).
 _NEEDED_BY = "LPIPS (perceptual.weight above 0, or asked for by an evaluation)"
 _VGG_FILE = WeightFile(
     key="perceptual.vgg_path",
@@ -67,7 +64,7 @@ _VGG_FILE = WeightFile(
     needed_by=_NEEDED_BY,
     source="torchvision's vgg16-397923af.pth",
     size=553_433_881,
-    sha256="397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+    sha256=VGG16_SHA256,
 )
 _LPIPS_FILE = WeightFile(
     key="perceptual.lpips_path",
@@ -76,41 +73,8 @@ _LPIPS_FILE = WeightFile(
     needed_by=_NEEDED_BY,
     source="vgg.pth from weights/v0.1 of the lpips package",
     size=7_289,
-    sha256="a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+    sha256=LPIPS_SHA256,
 )
-
-
-@dataclass
-class PerceptualConfig:
-    """The LPIPS part of the reconstruction loss.
-
-    Attributes:
-        weight: factor of LPIPS in the reconstruction loss; 0 switches it off, and no file is needed.
-        vgg_path: torchvision's vgg16-397923af.pth; empty: the environment variable UNITE_FAST_VGG16.
-        lpips_path: vgg.pth from weights/v0.1 of the lpips package; empty: the environment variable UNITE_FAST_LPIPS.
-        vgg_sha256: SHA-256 of that VGG16 file in hex, or its first digits (8 at least).
-        lpips_sha256: SHA-256 of that file of linear weights in hex, or its first digits (8 at least).
-        dropout: drop half of the squared differences while training, as the released training does.
-        input_range: "unit": images in [0, 1] go in as they are, as in the released training; "signed": they are mapped
-            to [-1, 1], as LPIPS is defined.
-    """
-
-    weight: float = 0.0
-    vgg_path: str = ""
-    lpips_path: str = ""
-    vgg_sha256: str = _VGG_FILE.sha256
-    lpips_sha256: str = _LPIPS_FILE.sha256
-    dropout: bool = True
-    input_range: str = "unit"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.weight < math.inf:
-            raise UserError(f"perceptual.weight must be a finite number, 0 or more, got {self.weight}")
-        for name in ("vgg_sha256", "lpips_sha256"):
-            if not is_digest(getattr(self, name)):
-                raise UserError(f"perceptual.{name} must be 8 to 64 hex digits, got {getattr(self, name)!r}")
-        if self.input_range not in ("unit", "signed"):
-            raise UserError(f"perceptual.input_range must be 'unit' or 'signed', got {self.input_range!r}")
 
 
 class Convolution(nn.Conv2d):

@@ -5,7 +5,6 @@ Nothing is downloaded.
 
 import hashlib
 import os
-import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,11 +112,6 @@ class WeightFile:
                 f"{origin}: {path} has SHA-256 {digest}, expected {expected}: a broken or truncated download "
                 f"of {self.source}? To use another file on purpose, set {self.sha256_key} to its digest"
             )
-
-
-def is_digest(text: str) -> bool:
-    """Whether it is a SHA-256 in hex, or its first digits (8 at least)."""
-    return re.fullmatch("[0-9a-fA-F]{8,64}", text) is not None
 
 
 def file_sha256(path: Path) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from unite_fast.errors import UserError
-from unite_fast.lock import LOCK, hold
+from unite_fast.utils.file_lock import LOCK, hold
 
 
 @pytest.fixture

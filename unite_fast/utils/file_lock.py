@@ -6,7 +6,8 @@ import socket
 from pathlib import Path
 from typing import TextIO
 
-from unite_fast.errors import UserError, writing
+from unite_fast.errors import UserError
+from unite_fast.utils.files import writing
 
 LOCK = ".lock"
 """The file in the folder. It says who holds it, and may stay: a lock on it lasts only as long as its process."""
