@@ -387,7 +387,7 @@ def checkpoint_warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[s
 @pytest.fixture(scope="session")
 def rewrite() -> Callable[[Path, Callable], None]:
     """Writes a run's newest checkpoint again, changed."""
-    from unite_fast.training.checkpoint import Checkpoints, load_checkpoint
+    from unite_fast.checkpoint.manager import Checkpoints, load_checkpoint
 
     def run(folder: Path, change: Callable) -> None:
         saved = load_checkpoint(folder)
@@ -402,7 +402,7 @@ def rewrite() -> Callable[[Path, Callable], None]:
 @pytest.fixture(scope="session")
 def assert_same_run() -> Callable[[Path, Path], None]:
     """Checks that two runs' latest checkpoints and metrics are equal to the last bit, speeds apart."""
-    from unite_fast.training.checkpoint import load_checkpoint
+    from unite_fast.checkpoint.manager import load_checkpoint
     from unite_fast.training.metrics import of_training
     from unite_fast.utils.files import read_rows
 

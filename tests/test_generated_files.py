@@ -18,11 +18,11 @@ from PIL import Image
 import unite_fast
 from unite_fast import generation
 from unite_fast.config import SamplingConfig
+from unite_fast.distributed.launch import ranks_of_torchrun
 from unite_fast.errors import UserError
 from unite_fast.evaluation.evaluate import weights_sha256
 from unite_fast.generated_files import generate_files, write_npz
 from unite_fast.generation import Generation
-from unite_fast.ranks import ranks_of_torchrun
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import torch
 
 import unite_fast
 from unite_fast.config import SamplingConfig
+from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError
 from unite_fast.generation import Generation, generate_batches
-from unite_fast.ranks import Ranks
 
 SAMPLING = SamplingConfig(solver="multistep", steps=3, guidance=2.0, interval=(0.2, 0.9))
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from unite_fast.training.checkpoint import load_checkpoint
-from unite_fast.training.checkpoint_files import step_folders, step_of
+from unite_fast.checkpoint.format import step_folders, step_of
+from unite_fast.checkpoint.manager import load_checkpoint
 from unite_fast.utils.files import read_rows
 
 EVERY = 2

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import unite_fast
+from unite_fast.checkpoint.manager import load_checkpoint
 from unite_fast.errors import UserError
-from unite_fast.training.checkpoint import load_checkpoint
 
 
 @pytest.fixture(scope="module")

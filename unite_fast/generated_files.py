@@ -21,10 +21,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unite_fast.distributed.process_group import ALONE, Ranks
 from unite_fast.errors import UserError, require
 from unite_fast.evaluation.evaluate import weights_sha256
 from unite_fast.generation import Generation, generate_batches
-from unite_fast.ranks import ALONE, Ranks
 from unite_fast.sampling import check_classes
 from unite_fast.trained import TrainedUNITE
 from unite_fast.utils.file_lock import LOCK, hold
@@ -58,7 +58,7 @@ def generate_files(model: TrainedUNITE, generation: Generation, out: Path, ranks
     check_classes(generation.labels.unique().tolist(), model.config.model.num_classes)
     parts = make_parts(out, manifest(model, generation), generation.labels, generation.batch, size)
     with closing(parts):
-        finished = _finished_before(parts, ranks)
+        finished = ranks.run_on_first(parts.resume)
         shown = min(len(finished) * generation.batch, total)
         bar = progress("generating", total, "images") if ranks.main else nullcontext(lambda done: None)
         with bar as show:
@@ -72,21 +72,6 @@ def generate_files(model: TrainedUNITE, generation: Generation, out: Path, ranks
         if ranks.main:
             parts.merge()
     return parts.about
-
-
-def _finished_before(parts: "Parts", ranks: Ranks) -> set[int]:
-    """As rank 0 found it, and so its complaint, if it had one."""
-    found: set[int] | UserError = set()
-    if ranks.main:
-        try:
-            parts.open()
-            found = parts.finished()
-        except UserError as error:
-            found = error
-    found = ranks.from_first(found)
-    if isinstance(found, UserError):
-        raise found
-    return found
 
 
 def _wait_for_all(ranks: Ranks) -> None:
@@ -149,6 +134,11 @@ class Parts:
             self.check(path)
         else:
             write_manifest(path, self.manifest)
+
+    def resume(self) -> set[int]:
+        """Open, and give the numbers of the batches that an earlier call finished. Raises what `open` raises."""
+        self.open()
+        return self.finished()
 
     def close(self) -> None:
         if self.lock:

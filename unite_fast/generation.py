@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from unite_fast.config import SamplingConfig, check_seed_and_batch
+from unite_fast.distributed.process_group import ALONE, Ranks
 from unite_fast.errors import require, require_choice
 from unite_fast.model.unite import UNITE
-from unite_fast.ranks import ALONE, Ranks
 from unite_fast.sampling import Network, check_classes, generate_batch
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from unite_fast import flops, memory
 from unite_fast.config import PRESETS, Config, DecoderConfig, EncoderConfig, ModelConfig
+from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError, require
 from unite_fast.hardware import GPU
-from unite_fast.ranks import Ranks
 from unite_fast.training import parallel
 
 BLOCK_BYTES = 138

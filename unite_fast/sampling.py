@@ -3,7 +3,7 @@
 B samples, N latent tokens, C latent channels, S image size.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -199,3 +199,14 @@ def tokenize(model: UNITE, images: Tensor, seed: int = 0, batch: int = 64, first
 def to_uint8(images: Tensor) -> Tensor:
     """Clamp to [0, 1] and truncate, as the released code does: [..., S, S] -> uint8 on the CPU."""
     return (images.float().clamp(0, 1) * 255).to(torch.uint8).cpu()
+
+
+def choose_labels(classes: Sequence[int], count: int, num_classes: int) -> Tensor:
+    """Labels that cycle through `classes` (all, if empty): int64 [count].
+
+    Raises:
+        UserError: a class out of range.
+    """
+    cycle = classes or range(num_classes)
+    check_classes(cycle, num_classes)  # before the tensor, which cannot hold a number of 20 digits
+    return torch.tensor([cycle[i % len(cycle)] for i in range(count)])

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from unite_fast import sampling
+from unite_fast.checkpoint.model_file import load_model
 from unite_fast.config import Config, check_seed_and_batch
 from unite_fast.errors import UserError, require
 from unite_fast.model.unite import UNITE
-from unite_fast.training.model_file import load_model
 
 
 class TrainedUNITE:

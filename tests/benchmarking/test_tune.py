@@ -7,8 +7,8 @@ import pytest
 from unite_fast.benchmarking import candidate, tune, tuned_file
 from unite_fast.benchmarking.candidate import FAILED, OK, OUT_OF_MEMORY, OUT_OF_TIME, Trial
 from unite_fast.benchmarking.tune import Axis, timed_batch
+from unite_fast.distributed.process_group import ALONE
 from unite_fast.errors import UserError
-from unite_fast.ranks import ALONE
 from unite_fast.recipes import TUNABLE, load_config
 
 

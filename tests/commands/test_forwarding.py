@@ -58,7 +58,7 @@ SAMPLED = {"guidance": 2.5, "interval": (0.2, 0.9), "solver": "heun", "steps": 7
 
 
 def test_sample(command, record, model, tmp_path):
-    drawn = record("unite_fast.outputs.generate_with_progress", result=[0, 0, 0])
+    drawn = record("unite_fast.commands.images.generate_with_progress", result=[0, 0, 0])
     saved = record("unite_fast.utils.images.save_images")
     out = tmp_path / "s.npz"
     ended = command(
@@ -103,7 +103,7 @@ def test_reconstruct(command, record, model, tmp_path):
     import torch
 
     originals, copies = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.full((2, 3, 8, 8), 9, dtype=torch.uint8)
-    read = record("unite_fast.outputs.read_images", result=originals)
+    read = record("unite_fast.commands.images.read_images", result=originals)
     saved = record("unite_fast.utils.images.save_pairs")
     model.reconstruct = lambda images: copies if images is originals else None
     out = tmp_path / "pairs.png"
@@ -283,10 +283,10 @@ def test_inspect(command, record, tmp_path):
 
 
 def test_export_and_info(command, record):
-    exported = record("unite_fast.training.model_file.export_model")
+    exported = record("unite_fast.checkpoint.model_file.export_model")
     assert command("export", "run", "out.safetensors").status == 0
     assert list(exported.arguments.values())[:2] == [Path("run"), Path("out.safetensors")]
-    described = record("unite_fast.outputs.describe", result="what it is")
+    described = record("unite_fast.checkpoint.model_file.describe", result="what it is")
     assert command("info", "run").out == "what it is\n"
     assert described.arguments["checkpoint"] == Path("run")
 

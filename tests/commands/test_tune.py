@@ -11,7 +11,7 @@ import yaml
 from unite_fast.benchmarking import candidate
 from unite_fast.benchmarking.candidate import FAILED, OUT_OF_MEMORY, OUT_OF_TIME
 from unite_fast.cli import main
-from unite_fast.ranks import ALONE
+from unite_fast.distributed.process_group import ALONE
 from unite_fast.recipes import load_config, read_tuned, to_tree
 
 

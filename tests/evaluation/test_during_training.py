@@ -10,6 +10,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import unite_fast
+from unite_fast.checkpoint.manager import Checkpoints
 from unite_fast.config import EvaluationSettings
 from unite_fast.errors import UserError
 from unite_fast.evaluation.during_training import DuringTraining
@@ -17,7 +18,6 @@ from unite_fast.evaluation.evaluate import evaluate
 from unite_fast.evaluation.gallery import curves
 from unite_fast.model.unite import UNITE
 from unite_fast.recipes import load_config
-from unite_fast.training.checkpoint import Checkpoints
 from unite_fast.training.state import TrainState
 from unite_fast.training.trainer import Trainer, train
 

@@ -12,10 +12,10 @@ import unite_fast
 from unite_fast import generation
 from unite_fast.commands.options import parse_range
 from unite_fast.config import EvaluationSettings
+from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError
 from unite_fast.evaluation.evaluate import described_machine, evaluate, weights_sha256
 from unite_fast.evaluation.guidance_search import UNGUIDED, Candidate, Grid, coarse_to_fine
-from unite_fast.ranks import Ranks
 
 SCALES, LOWS, HIGHS = (parse_range("", text) for text in ("1:5:0.2", "0:0.4:0.1", "0.8:1:0.1"))
 
@@ -255,9 +255,9 @@ def test_mistakes_are_said_in_a_line(command, trained_folder, tmp_path, options,
 def distances_of_ranks(folder: str, out: str) -> list[float]:
     import torch
 
+    from unite_fast.distributed.process_group import current_ranks
     from unite_fast.evaluation.guidance_search import Objective
     from unite_fast.evaluation.judge import open_judge
-    from unite_fast.ranks import current_ranks
 
     torch.distributed.init_process_group("gloo")
     ranks, model = current_ranks(), unite_fast.load(folder)

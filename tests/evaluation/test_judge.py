@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from unite_fast.distributed.process_group import Ranks, current_ranks
 from unite_fast.evaluation import reference, scores
 from unite_fast.evaluation.features import FeatureBatch
 from unite_fast.evaluation.judge import Judge
 from unite_fast.evaluation.reading import NumberedBatch
 from unite_fast.evaluation.reference import Kept, Mixed
 from unite_fast.evaluation.statistics import Moments, Reference, frechet_distance
-from unite_fast.ranks import Ranks, current_ranks
 
 COUNT = 150
 

@@ -12,13 +12,13 @@ import unite_fast
 from unite_fast.config import EvaluationSettings, PerceptualConfig
 from unite_fast.data_pipeline import open_source
 from unite_fast.data_pipeline.source import MemorySource
+from unite_fast.distributed.process_group import Ranks
 from unite_fast.evaluation import reconstruction, scores
 from unite_fast.evaluation.judge import Judge
 from unite_fast.evaluation.pixels import fit_pixels
 from unite_fast.evaluation.reconstruction import score_reconstructions
 from unite_fast.evaluation.reference import make_reference
 from unite_fast.lpips import LINEAR_SHAPES, VGG_SHAPES, load_lpips
-from unite_fast.ranks import Ranks
 from unite_fast.utils.progress import no_progress
 
 SIDE = 16

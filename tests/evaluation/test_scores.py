@@ -5,9 +5,9 @@ import pytest
 import scipy.ndimage
 import torch
 
+from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError
 from unite_fast.evaluation import scores
-from unite_fast.ranks import Ranks
 
 
 @pytest.fixture(scope="module")

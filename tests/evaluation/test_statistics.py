@@ -8,6 +8,7 @@ import pytest
 import scipy.linalg
 import torch
 
+from unite_fast.distributed.process_group import Ranks, current_ranks
 from unite_fast.errors import UserError
 from unite_fast.evaluation.statistics import (
     Moments,
@@ -17,7 +18,6 @@ from unite_fast.evaluation.statistics import (
     load_reference,
     save_reference,
 )
-from unite_fast.ranks import Ranks, current_ranks
 
 # What issue 6 asks for; measured: 4e-13 at full rank, 3e-8 where a covariance is singular. There scipy's own square
 # root of zero eigenvalues, which rounding leaves at 1e-16, is 1e-8.

@@ -13,8 +13,8 @@ import torch
 
 from unite_fast.config import Config
 from unite_fast.data_pipeline import Batch
+from unite_fast.distributed.process_group import ALONE
 from unite_fast.kernels import backend, native
-from unite_fast.ranks import ALONE
 from unite_fast.recipes import from_tree, load_config
 from unite_fast.training.metrics import Averages
 from unite_fast.training.parallel import build_model

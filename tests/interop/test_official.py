@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 import unite_fast
+from unite_fast.checkpoint.model_file import load_model
 from unite_fast.config import ModelConfig
 from unite_fast.errors import UserError
 from unite_fast.interop.names import COMPUTED, UNREAD, our_name, their_name
 from unite_fast.interop.official import export_official, import_official, load_released, our_state, their_state
 from unite_fast.interop.parity import relative_error
 from unite_fast.model.unite import UNITE
-from unite_fast.training.model_file import load_model
 
 OPTIONS = dict(decoder_heads=2, in_context_start=1)
 """What the tensors of the small model do not tell."""

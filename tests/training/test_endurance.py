@@ -14,29 +14,20 @@ import pytest
 import torch
 from torch import distributed
 
+from unite_fast.distributed import peers as peers_module
+from unite_fast.distributed import signals, watchdog
+from unite_fast.distributed.launch import fresh_store, launch_name
+from unite_fast.distributed.peers import TEMPORARY, LostContact, Peers
+from unite_fast.distributed.signals import exit_status, stop_on_signals
+from unite_fast.distributed.watchdog import HUNG, Watchdog, contact
 from unite_fast.errors import UserError
-from unite_fast.training import endurance
-from unite_fast.training.endurance import (
-    HUNG,
-    TEMPORARY,
-    LostContact,
-    Peers,
-    Watchdog,
-    contact,
-    exit_status,
-    fresh_store,
-    launch_name,
-    read_status,
-    restarted,
-    running,
-    stop_on_signals,
-    write_status,
-)
+from unite_fast.training.run_folder import read_status, restarted, running, write_status
 
 
 @pytest.fixture(autouse=True)
 def short_roll_call(monkeypatch):
-    monkeypatch.setattr(endurance, "ROLL_CALL", 1.5)
+    monkeypatch.setattr(watchdog, "ROLL_CALL", 1.5)
+    monkeypatch.setattr(peers_module, "ROLL_CALL", 1.5)
 
 
 def join(timeout: float = 30.0) -> Peers:
@@ -54,7 +45,7 @@ def sigint():
 
 
 def test_signals_are_remembered_and_a_second_one_acts_as_ever(sigint):
-    before = {number: signal.getsignal(number) for number in endurance.SIGNALS}
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
     with stop_on_signals(Peers()) as stop:
         assert stop.agreed() == 0
         os.kill(os.getpid(), signal.SIGTERM)
@@ -89,7 +80,7 @@ def _signalled(number: int) -> tuple[int, int]:
     return by, step
 
 
-@pytest.mark.parametrize("number", endurance.SIGNALS)
+@pytest.mark.parametrize("number", signals.SIGNALS)
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(ranks, number):
     assert ranks(3, _signalled, number) == [(number, 8)] * 3
 
@@ -166,11 +157,11 @@ def in_child(function: Callable, *arguments: object) -> int:
         os._exit(1)
     status = os.waitpid(pid, os.WUNTRACED)[1]
     if os.WIFSTOPPED(status):
-        time.sleep(2 * endurance.ROLL_CALL + 1)
+        time.sleep(2 * peers_module.ROLL_CALL + 1)
         os.kill(pid, signal.SIGKILL)
         status = os.waitpid(pid, 0)[1]
     if status and os.environ.get("RANK") == "0":
-        time.sleep(2 * endurance.ROLL_CALL)  # the others may still ask the store
+        time.sleep(2 * peers_module.ROLL_CALL)  # the others may still ask the store
     return os.waitstatus_to_exitcode(status)
 
 

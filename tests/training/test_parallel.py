@@ -8,13 +8,15 @@ import torch
 
 from unite_fast import sampling
 from unite_fast.config import ParallelConfig
+from unite_fast.distributed.dtensor import copy_whole, local, whole
+from unite_fast.distributed.launch import joined
+from unite_fast.distributed.process_group import Ranks
+from unite_fast.distributed.strategy import choose_strategy, share
 from unite_fast.errors import UserError
 from unite_fast.model.unite import UNITE
-from unite_fast.ranks import Ranks
 from unite_fast.recipes import load_config
-from unite_fast.sharding import copy_whole, local, whole
 from unite_fast.training import train_step
-from unite_fast.training.parallel import build_model, choose_strategy, joined, placement, share, state_bytes
+from unite_fast.training.parallel import build_model, placement, state_bytes
 from unite_fast.training.trainer import Trainer
 
 TOLERANCE = 1e-5

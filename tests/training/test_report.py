@@ -13,11 +13,11 @@ from rich.console import Console
 
 import unite_fast
 from unite_fast import sampling
+from unite_fast.checkpoint.manager import load_checkpoint
 from unite_fast.data_pipeline import open_source
 from unite_fast.model.unite import UNITE
 from unite_fast.recipes import load_config
 from unite_fast.training import report as report_module
-from unite_fast.training.checkpoint import load_checkpoint
 from unite_fast.training.report import PICTURE_COLUMNS, PICTURE_ROWS, Report, held_out_images
 from unite_fast.training.state import TrainState
 from unite_fast.training.trainer import Outcome, train

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unite_fast.checkpoint.manager import load_checkpoint
 from unite_fast.data_pipeline import open_source
+from unite_fast.distributed.dtensor import copy_whole, whole
 from unite_fast.interop.names import their_name
 from unite_fast.lpips import LINEAR_SHAPES, VGG_SHAPES
 from unite_fast.model.unite import UNITE
 from unite_fast.recipes import load_config
-from unite_fast.sharding import copy_whole, whole
-from unite_fast.training.checkpoint import load_checkpoint
 from unite_fast.training.trainer import train
 from unite_fast.utils.files import read_rows
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from unite_fast.checkpoint.manager import load_checkpoint
 from unite_fast.config import Config
+from unite_fast.distributed.process_group import current_ranks
 from unite_fast.errors import UserError
 from unite_fast.kernels import native
-from unite_fast.ranks import current_ranks
 from unite_fast.recipes import load_config
 from unite_fast.training import train_step
-from unite_fast.training.checkpoint import load_checkpoint
 from unite_fast.training.metrics import Averages
 from unite_fast.training.trainer import Trainer, train
 from unite_fast.utils.files import read_rows

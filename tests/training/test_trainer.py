@@ -11,11 +11,11 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from unite_fast.checkpoint.format import step_folders, step_of
+from unite_fast.checkpoint.manager import load_checkpoint
 from unite_fast.errors import UserError
 from unite_fast.recipes import load_config, to_tree
 from unite_fast.training import train_step
-from unite_fast.training.checkpoint import load_checkpoint
-from unite_fast.training.checkpoint_files import step_folders, step_of
 from unite_fast.training.clock import StepClock
 from unite_fast.training.metrics import of_training
 from unite_fast.training.run_folder import check_same_settings
@@ -363,7 +363,7 @@ def test_a_save_that_fails_stops_the_run(settings, monkeypatch):
         raise OSError(28, "No space left on device")
 
     folder = train(settings("train.steps=4")).folder
-    monkeypatch.setattr("unite_fast.training.checkpoint_files.save_file", fail)
+    monkeypatch.setattr("unite_fast.checkpoint.format.save_file", fail)
     with pytest.raises(UserError, match=r"could not save .*step_00000006: No space left on device; checkpoints saved"):
         train(settings("train.checkpoint_every=6"), resume=True)
     assert steps(folder) == [4]

@@ -7,11 +7,11 @@ from unite_fast.benchmarking.machine import describe
 from unite_fast.benchmarking.measure import Measured, Window
 from unite_fast.benchmarking.progress import number
 from unite_fast.config import Config
+from unite_fast.distributed.strategy import share
 from unite_fast.errors import UserError
 from unite_fast.flops import image_flops, parameters
 from unite_fast.hardware import GPU, recognise
 from unite_fast.kernels import backend
-from unite_fast.training.parallel import share
 
 PARTS = ("data", "forward", "backward", "optimizer", "other")
 

@@ -69,9 +69,9 @@ def evaluate(
 
     `torchrun --nproc-per-node 8 -m unite_fast evaluate runs/imagenet256_b --reference in256.npz --guidance 3`
     """
+    from unite_fast.distributed.launch import ranks_of_torchrun
     from unite_fast.evaluation.evaluate import evaluate as run
     from unite_fast.evaluation.report import default_folder, lines
-    from unite_fast.ranks import ranks_of_torchrun
     from unite_fast.utils.device import choose_device
     from unite_fast.utils.progress import track
 
@@ -122,9 +122,9 @@ def stats(
 
     `torchrun --nproc-per-node 8 -m unite_fast stats shards/train in256.npz --features inception`
     """
+    from unite_fast.distributed.launch import ranks_of_torchrun
     from unite_fast.evaluation.reading import unreadable_lines
     from unite_fast.evaluation.stats import save_statistics
-    from unite_fast.ranks import ranks_of_torchrun
     from unite_fast.utils.device import choose_device
     from unite_fast.utils.progress import track
 

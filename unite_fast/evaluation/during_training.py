@@ -12,11 +12,11 @@ import torch
 
 from unite_fast import sampling
 from unite_fast.config import TRAINING_SAMPLES, Config, EvaluationSettings
+from unite_fast.distributed.process_group import current_ranks
 from unite_fast.errors import require
 from unite_fast.evaluation.evaluate import described_sampling
 from unite_fast.evaluation.judge import bias_warning, open_judge
 from unite_fast.evaluation.statistics import Moments
-from unite_fast.ranks import current_ranks
 from unite_fast.training.metrics import MetricsLog
 from unite_fast.training.state import TrainState
 from unite_fast.utils.files import read_rows, writing, writing_aside

@@ -13,13 +13,13 @@ from torch import Tensor
 
 import unite_fast
 from unite_fast.config import EVALUATION_SAMPLES, EvaluationSettings, SamplingConfig
+from unite_fast.distributed.process_group import Ranks, current_ranks
 from unite_fast.errors import UserError
 from unite_fast.evaluation import report
 from unite_fast.evaluation.judge import open_judge
 from unite_fast.evaluation.reading import open_named
 from unite_fast.evaluation.reconstruction import score_reconstructions
 from unite_fast.generation import Drawn, Generation, generate_batches
-from unite_fast.ranks import Ranks, current_ranks
 from unite_fast.trained import TrainedUNITE
 from unite_fast.utils.progress import Track, no_progress
 
@@ -100,7 +100,7 @@ def evaluate(
     }
     if out is not None and ranks.main:
         report.save(result, pictures, pairs, out)
-    return ranks.from_first(result)
+    return ranks.broadcast(result)
 
 
 def samplings(model: TrainedUNITE, settings: EvaluationSettings) -> list[SamplingConfig]:

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 from unite_fast.config import SamplingConfig, check_seed_and_batch
+from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError, require, require_choice
 from unite_fast.evaluation.evaluate import described_checkpoint, described_sampling
 from unite_fast.evaluation.judge import Judge
 from unite_fast.evaluation.statistics import Moments
 from unite_fast.generation import Drawn, Generation, generate_batches
-from unite_fast.ranks import Ranks
 from unite_fast.sampling import Network
 from unite_fast.trained import TrainedUNITE
 from unite_fast.utils.files import save_text
@@ -261,7 +261,7 @@ class Cache:
     def __init__(self, path: Path, settings: dict, ranks: Ranks):
         self.path, self.ranks = path, ranks
         self.settings = json.loads(json.dumps(settings))  # as it comes back from the file: tuples are lists
-        outcome = ranks.from_first(self._read() if ranks.main else None)
+        outcome = ranks.broadcast(self._read() if ranks.main else None)
         if isinstance(outcome, UserError):
             raise outcome
         self.measured = {(one.candidate, one.first, one.count): one for one in outcome}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from unite_fast.config import Config, EvaluationSettings
 from unite_fast.data_pipeline import Source
+from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError, require
 from unite_fast.evaluation import pixels, scores
 from unite_fast.evaluation.features import Features
@@ -16,7 +17,6 @@ from unite_fast.evaluation.pixels import Classifier, PixelFeatures, fit_pixels, 
 from unite_fast.evaluation.reading import NumberedBatch, open_named
 from unite_fast.evaluation.reference import Kept, Mixed, make_reference
 from unite_fast.evaluation.statistics import Moments, Reference, frechet_distance, load_reference
-from unite_fast.ranks import Ranks
 from unite_fast.utils.progress import Track, no_progress
 
 SAMPLES_PER_DIMENSION = 10
@@ -67,7 +67,7 @@ class Judge:
         # Comparing one by one is work for one process; all get the same numbers.
         if ranks.main:
             result |= self._compared_one_by_one(samples)
-        return ranks.from_first(result)
+        return ranks.broadcast(result)
 
     def distance(self, moments: Moments, ranks: Ranks) -> float:
         """Frechet distance to the real images, the same on every process.
@@ -78,7 +78,7 @@ class Judge:
         moments.all_reduce(ranks)
         # The eigenvalues are work for one process.
         distance = frechet_distance(moments.statistics(), self.reference.statistics) if ranks.main else None
-        return ranks.from_first(distance)
+        return ranks.broadcast(distance)
 
     def _compared_one_by_one(self, samples: Tensor) -> dict:
         real = self.reference.samples
@@ -216,7 +216,7 @@ def _pixel_judge(
 def fit_pixels_once(source: Source, ranks: Ranks, device: torch.device | str) -> PixelFeatures:
     """Fitted by one process, so that all have the same components to the last bit."""
     fitted = fit_pixels(read_some(source, pixels.FITTED_IMAGES)[0]) if ranks.main else None
-    basis, about = ranks.from_first((fitted.basis, fitted.source) if fitted else None)
+    basis, about = ranks.broadcast((fitted.basis, fitted.source) if fitted else None)
     return PixelFeatures(basis, about, device)
 
 

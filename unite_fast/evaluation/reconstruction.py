@@ -10,13 +10,13 @@ from torch import Tensor
 
 from unite_fast.config import EvaluationSettings, PerceptualConfig
 from unite_fast.data_pipeline import Source
+from unite_fast.distributed.process_group import Ranks
 from unite_fast.evaluation import scores
 from unite_fast.evaluation.judge import Judge, bias_warning
 from unite_fast.evaluation.reading import read_batches, unreadable
 from unite_fast.evaluation.reference import check_broken
 from unite_fast.evaluation.statistics import Moments, frechet_distance
 from unite_fast.lpips import LPIPS, SMALLEST_SIDE, load_lpips
-from unite_fast.ranks import Ranks
 from unite_fast.trained import TrainedUNITE
 from unite_fast.utils.device import exact_float32
 from unite_fast.utils.progress import Track
@@ -88,7 +88,7 @@ def score_reconstructions(
         **unreadable(broken),
         "seed": settings.seed,
         "network_precision": "float32",
-        "frechet_distance": ranks.from_first(distance),
+        "frechet_distance": ranks.broadcast(distance),
         "psnr": mean["psnr"],
         "psnr_of_mean_error": float(scores.decibels(torch.tensor(mean["mean_squared_error"], dtype=torch.float64))),
         "l1": mean["l1"],

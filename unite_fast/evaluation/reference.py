@@ -7,13 +7,13 @@ from torch import Tensor
 
 from unite_fast.data_pipeline import Source
 from unite_fast.data_pipeline.readers import check_share
+from unite_fast.distributed.process_group import Ranks
 from unite_fast.evaluation import scores
 from unite_fast.evaluation.features import Features
 from unite_fast.evaluation.pixels import PixelFeatures
 from unite_fast.evaluation.reading import NumberedBatch, read_batches, unreadable
 from unite_fast.evaluation.statistics import Moments, Reference
 from unite_fast.randomness import permutation
-from unite_fast.ranks import Ranks
 from unite_fast.utils.progress import Track, no_progress
 
 KEPT = 10_000

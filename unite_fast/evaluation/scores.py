@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import require
-from unite_fast.ranks import Ranks
 
 SPLITS = 10
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000

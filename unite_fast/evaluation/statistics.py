@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError, require
-from unite_fast.ranks import Ranks
 from unite_fast.utils.files import writing, writing_aside
 from unite_fast.utils.pretrained import file_sha256
 

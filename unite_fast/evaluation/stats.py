@@ -6,6 +6,7 @@ import torch
 
 from unite_fast.config import EvaluationSettings
 from unite_fast.data_pipeline.inspection import open_data
+from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import require
 from unite_fast.evaluation import pixels
 from unite_fast.evaluation.features import Features
@@ -13,7 +14,6 @@ from unite_fast.evaluation.inception import load_inception
 from unite_fast.evaluation.judge import choose_features, fit_pixels_once
 from unite_fast.evaluation.reference import make_reference
 from unite_fast.evaluation.statistics import Reference, save_reference
-from unite_fast.ranks import Ranks
 from unite_fast.utils.files import check_target
 from unite_fast.utils.progress import Track, no_progress
 

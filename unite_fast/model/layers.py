@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unite_fast import kernels
-from unite_fast.sharding import copy_whole
+from unite_fast.distributed.dtensor import copy_whole
 
 
 class RMSNorm(nn.Module):

@@ -13,10 +13,10 @@ from torch import Tensor, distributed
 from torch.utils.tensorboard import SummaryWriter
 
 from unite_fast.config import Config
+from unite_fast.distributed.process_group import current_ranks
 from unite_fast.flops import image_flops
 from unite_fast.hardware import recognise
 from unite_fast.objective import Losses
-from unite_fast.ranks import current_ranks
 from unite_fast.training.clock import StepClock
 from unite_fast.training.wandb_log import WandbLog
 from unite_fast.utils.files import read_rows, writing, writing_aside

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from unite_fast.config import Config
+from unite_fast.distributed.dtensor import local, shard_group
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.adamw import adamw
 from unite_fast.optim.ema import EMA
 from unite_fast.optim.groups import split_parameters
 from unite_fast.optim.muon import Muon
 from unite_fast.optim.schedule import learning_rate
-from unite_fast.sharding import local, shard_group
 
 ADAMW_TENSORS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "FusedAdam": ("exp_avg", "exp_avg_sq")}
 """What torch's and apex's AdamW keep of a parameter; step is a scalar, the others have the parameter's shape. Apex's

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from unite_fast.config import Config
 from unite_fast.data_pipeline import Batch
+from unite_fast.distributed.strategy import UNSHARDED, Strategy
 from unite_fast.kernels.casts import cast_once
 from unite_fast.lpips import LPIPS, dropout_masks, tap_shapes
 from unite_fast.model.layers import product_weights
@@ -25,7 +26,7 @@ from unite_fast.objective import Losses, StepDraws, draw_step, flow_losses, reco
 from unite_fast.randomness import Philox, Stream
 from unite_fast.training.clock import StepClock
 from unite_fast.training.gradients import added_at_once
-from unite_fast.training.parallel import UNSHARDED, Strategy, reduce_gradients
+from unite_fast.training.parallel import reduce_gradients
 from unite_fast.training.state import TrainState
 
 

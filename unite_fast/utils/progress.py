@@ -53,7 +53,7 @@ def progress(title: str, total: int, unit: str, console: Console | None = None) 
 
 def track(batches: Iterable, total: int, title: str) -> Iterator:
     """The same batches; rank 0 shows progress on stderr."""
-    from unite_fast.ranks import current_ranks
+    from unite_fast.distributed.process_group import current_ranks
 
     if not current_ranks().main:
         yield from batches

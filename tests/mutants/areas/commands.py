@@ -16,7 +16,7 @@ CHANGES = [
             ("model.config.sampling.changed(**settings),", "model.config.sampling,"),
             ("precision or model.config.train.precision,", "model.config.train.precision,"),
             ('model.network.device.type == "cuda" if compile is None else compile', "compile is not None"),
-            ("outputs.save_pairs(originals, copies, out)", "outputs.save_pairs(copies, originals, out)"),
+            ("save_pairs(originals, copies, out)", "save_pairs(copies, originals, out)"),
         ],
     ),
     (

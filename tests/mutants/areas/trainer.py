@@ -107,8 +107,8 @@ CHANGES = [
         ],
     ),
     (
-        "unite_fast/training/model_file.py",
-        ("tests/interop", "tests/training/test_model_file.py"),
+        "unite_fast/checkpoint/model_file.py",
+        ("tests/interop", "tests/checkpoint/test_model_file.py"),
         [
             (
                 "save_model(out, model.config, model.step, model.averages)",
@@ -117,8 +117,8 @@ CHANGES = [
         ],
     ),
     (
-        "unite_fast/training/checkpoint.py",
-        ("tests/training/test_checkpoint.py", "tests/training/test_checkpoint_files.py"),
+        "unite_fast/checkpoint/manager.py",
+        ("tests/checkpoint/test_manager.py", "tests/checkpoint/test_format.py"),
         [
             ("files.check_sizes(partial, manifest.shards)", "pass"),
         ],

@@ -17,12 +17,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
+from unite_fast.checkpoint import format as files
+from unite_fast.checkpoint.format import step_folders, step_of, step_path
+from unite_fast.checkpoint.manager import Checkpoints, load_checkpoint
 from unite_fast.config import Config
+from unite_fast.distributed.dtensor import local
 from unite_fast.errors import UserError
-from unite_fast.sharding import local
-from unite_fast.training import checkpoint_files as files
-from unite_fast.training.checkpoint import Checkpoints, load_checkpoint
-from unite_fast.training.checkpoint_files import step_folders, step_of, step_path
 
 PROGRESS = {"averages": {"sums": [0.1 + 0.2, 1e-300], "count": 3}, "loader": {"batch": 7, "skipped": [["a", "b"]]}}
 ERROR = "could not save {}: No space left on device; checkpoints saved before are untouched"
@@ -147,7 +147,7 @@ def test_a_save_that_fails_leaves_what_was_there(checkpoints, folder, tensors, m
     # The same step again, too: a resumed run writes over what it wrote before.
     for step in (10, 20):
         with monkeypatch.context() as patch:
-            patch.setattr(f"unite_fast.training.checkpoint_files.{broken}", full_disk)
+            patch.setattr(f"unite_fast.checkpoint.format.{broken}", full_disk)
             checkpoints.save(step, Config(), {}, {"model.a": torch.zeros(1)})
             with pytest.raises(UserError) as failure:
                 checkpoints.wait()

@@ -6,19 +6,21 @@ The file's tensors have the network's names; its header holds, as JSON, the sett
 import json
 import os
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from unite_fast.checkpoint.format import flush, parse_config, partial_of, reason_of, save_safetensors
+from unite_fast.checkpoint.manager import load_checkpoint
 from unite_fast.config import Config
 from unite_fast.errors import UserError, require
 from unite_fast.model.unite import UNITE
 from unite_fast.recipes import to_tree
-from unite_fast.training.checkpoint import load_checkpoint
-from unite_fast.training.checkpoint_files import flush, parse_config, partial_of, reason_of, save_safetensors
 
 FORMAT = "unite_fast model 1"
 
@@ -126,3 +128,20 @@ def empty_network(config: Config) -> UNITE:
     """Names and shapes without memory."""
     with torch.device("meta"):
         return UNITE(config.model)
+
+
+def describe(checkpoint: Path) -> str:
+    """Step, parameters and settings of a checkpoint or model file, for a person to read."""
+    saved = load_model(checkpoint)
+    counts = Counter()
+    for name, parameter in empty_network(saved.config).named_parameters():
+        counts[name.split(".")[0]] += parameter.numel()
+    path = saved.path.resolve()
+    files = path.iterdir() if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files) / 2**20
+    lines = [
+        f"{path.name}: {saved.config.name}, {saved.step} optimizer steps, {size:.1f} MiB",
+        f"parameters: {sum(counts.values()):,} (encoder {counts['encoder']:,}, decoder {counts['decoder']:,})",
+        yaml.safe_dump(to_tree(saved.config), sort_keys=False).rstrip(),
+    ]
+    return "\n".join(lines)

@@ -6,10 +6,8 @@ import os
 import pytest
 import torch
 
-from unite_fast.config import Config
-from unite_fast.errors import UserError
-from unite_fast.training import checkpoint_files as files
-from unite_fast.training.checkpoint_files import (
+from unite_fast.checkpoint import format as files
+from unite_fast.checkpoint.format import (
     MANIFEST,
     DamagedCheckpoint,
     Manifest,
@@ -20,6 +18,8 @@ from unite_fast.training.checkpoint_files import (
     read_manifest,
     step_path,
 )
+from unite_fast.config import Config
+from unite_fast.errors import UserError
 
 PROGRESS = {"averages": {"sums": [0.1 + 0.2, 1e-300], "count": 3}, "loader": {"batch": 7, "skipped": [["a", "b"]]}}
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 import unite_fast
+from unite_fast.checkpoint import model_file
+from unite_fast.checkpoint.model_file import export_model, load_model, save_model
 from unite_fast.config import Config
 from unite_fast.errors import UserError
-from unite_fast.training import model_file
-from unite_fast.training.model_file import export_model, load_model, save_model
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_a_write_that_fails_leaves_what_was_there(exported, tmp_path, monkeypatc
 
     before = exported.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("unite_fast.training.checkpoint_files.save_file", fail)
+        patch.setattr("unite_fast.checkpoint.format.save_file", fail)
         with pytest.raises(UserError) as failure:
             save_model(exported, Config(), 1, {})
     assert str(failure.value) == f"could not write {exported}: No space left on device"

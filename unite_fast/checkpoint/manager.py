@@ -9,14 +9,11 @@ run code of the file's; the safetensors storage derives it from the headers of i
 import json
 import shutil
 import warnings
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import (
@@ -31,11 +28,12 @@ from torch.distributed.checkpoint import (
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 from torch.distributed.checkpoint.api import CheckpointException
 
+from unite_fast.checkpoint import format as files
+from unite_fast.checkpoint.format import DamagedCheckpoint, Manifest
 from unite_fast.config import Config
+from unite_fast.distributed.dtensor import local
+from unite_fast.distributed.process_group import ALONE, Ranks, current_ranks
 from unite_fast.errors import UserError
-from unite_fast.sharding import local
-from unite_fast.training import checkpoint_files as files
-from unite_fast.training.checkpoint_files import DamagedCheckpoint, Manifest
 
 # DCP remarks on every save and load of one process that there is only one. For the whole program and not around the
 # calls: they run in a thread, and filters that a thread sets are everybody's.
@@ -52,45 +50,6 @@ class Checkpoint:
     tensors: dict[str, Tensor]
 
 
-class Team:
-    """The processes that save or load together; one alone is a team too.
-
-    It has a group of its own, on the CPU: a save runs beside the steps, whose collectives must not mix with its own.
-    """
-
-    def __init__(self, alone: bool = False):
-        self.alone = alone or not dist.is_initialized()
-        self.group = None if self.alone else dist.new_group(backend="gloo")
-        self.rank = 0 if self.alone else dist.get_rank()
-        self.size = 1 if self.alone else dist.get_world_size()
-
-    def together(self, work: Callable[[], Any]) -> list:
-        """What `work` gave on each rank; where it fails on any, all raise that error.
-
-        Raises:
-            Exception: the first one's that failed.
-        """
-        try:
-            outcome = (True, work())
-        except (UserError, OSError) as error:
-            outcome = (False, error)
-        except Exception as error:
-            # Whatever it is, it can be sent: an error that cannot would leave the others waiting.
-            outcome = (False, RuntimeError(f"{type(error).__name__}: {error}"))
-        outcomes = [outcome]
-        if not self.alone:
-            outcomes = [None] * self.size
-            dist.all_gather_object(outcomes, outcome, group=self.group)
-        for succeeded, result in outcomes:
-            if not succeeded:
-                raise result
-        return [result for _, result in outcomes]
-
-    def first(self, work: Callable[[], Any]) -> Any:
-        """What `work` gave on rank 0, which alone runs it."""
-        return self.together(lambda: work() if self.rank == 0 else None)[0]
-
-
 class Checkpoints:
     """A run's checkpoints. In a process group every call is made by all ranks.
 
@@ -100,11 +59,12 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep_every: int):
         self.folder, self.keep_every = folder, keep_every
-        self.team = Team()
+        # A group of its own: a save runs beside the steps, whose collectives must not mix with its own.
+        self.ranks = current_ranks().with_own_group()
         self.copies: dict[str, Tensor] = {}
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future | None = None
-        self.team.first(lambda: files.repair(folder))
+        self.ranks.run_on_first(lambda: files.repair(folder))
 
     def save(self, step: int, config: Config, progress: dict, tensors: dict[str, Tensor]) -> None:
         """Begin to save, after the save before this one is done. The tensors may change when this returns.
@@ -146,9 +106,9 @@ class Checkpoints:
             UserError: it has some, all of them damaged.
         """
         self.wait()
-        if not self.team.first(lambda: files.step_folders(self.folder)):
+        if not self.ranks.run_on_first(lambda: files.step_folders(self.folder)):
             return None
-        return find_good(self.folder, self.team)
+        return find_good(self.folder, self.ranks)
 
     def load_into(self, found: Checkpoint, tensors: dict[str, Tensor]) -> None:
         """Copy a checkpoint's values into `tensors`; each rank reads what it holds of them.
@@ -157,13 +117,13 @@ class Checkpoints:
             UserError: names a tensor that is missing, that `tensors` has no place for, or of another shape or dtype.
         """
         self.wait()
-        _load(found.path, tensors, _StrictPlanner(), self.team)
+        _load(found.path, tensors, _StrictPlanner(), self.ranks)
 
     def all_finite(self, tensors: dict[str, Tensor]) -> bool:
         """Whether every value of every rank is a number."""
         self.wait()
         finite = torch.stack([local(tensor).isfinite().all() for tensor in tensors.values()]).all()
-        return all(self.team.together(lambda: bool(finite)))
+        return all(self.ranks.run_on_all(lambda: bool(finite)))
 
     def _copy(self, tensors: dict[str, Tensor]) -> None:
         """Into memory that the next save uses again; pinned, where the tensors are on a GPU, so that all copies run at
@@ -178,22 +138,22 @@ class Checkpoints:
 
     def _write(self, manifest: Manifest, tensors: dict[str, Tensor]) -> None:
         """Runs in the thread, on all ranks; on all of them it succeeds or fails."""
-        path, team = files.step_path(self.folder, manifest.step), self.team
+        path, ranks = files.step_path(self.folder, manifest.step), self.ranks
         partial = files.partial_of(path)
         try:
-            team.first(lambda: files.make_empty(partial))
+            ranks.run_on_first(lambda: files.make_empty(partial))
             writer = _ShardWriter(partial)
-            _save(tensors, self.copies, writer, team)
-            parts = team.together(lambda: [files.read_shard(shard) for shard in writer.written])
+            _save(tensors, self.copies, writer, ranks)
+            parts = ranks.run_on_all(lambda: [files.read_shard(shard) for shard in writer.written])
             manifest.shards = [shard for part in parts for shard in part]
-            team.first(lambda: self._finish(partial, path, manifest))
+            ranks.run_on_first(lambda: self._finish(partial, path, manifest))
         except (OSError, DamagedCheckpoint) as error:
             raise UserError(
                 f"could not save {path}: {files.reason_of(error)}; checkpoints saved before are untouched"
             ) from error
         finally:
             # After a success it is gone already. On a full disk it would take the room that the next try needs.
-            if team.rank == 0:
+            if ranks.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
 
     def _finish(self, partial: Path, path: Path, manifest: Manifest) -> None:
@@ -212,47 +172,46 @@ def load_checkpoint(path: str | Path, prefixes: tuple[str, ...] = ("",)) -> Chec
     Raises:
         UserError: no such checkpoint, or a damaged one.
     """
-    team = Team(alone=True)
-    found = find_good(Path(path), team)
-    stored = _ShardReader(found.path, team).read_metadata().state_dict_metadata
+    found = find_good(Path(path), ALONE)
+    stored = _ShardReader(found.path, ALONE).read_metadata().state_dict_metadata
     found.tensors = {
         name: torch.empty(info.size, dtype=info.properties.dtype)
         for name, info in stored.items()
         if name.startswith(prefixes)
     }
-    _load(found.path, found.tensors, DefaultLoadPlanner(flatten_state_dict=False), team)
+    _load(found.path, found.tensors, DefaultLoadPlanner(flatten_state_dict=False), ALONE)
     return found
 
 
-def find_good(path: Path, team: Team) -> Checkpoint:
+def find_good(path: Path, ranks: Ranks) -> Checkpoint:
     """The checkpoint that `path` means, without tensors, after a look at all its files. Of a run, the newest undamaged
     one; each damaged one that was passed over is a warning of the logger "unite_fast.checkpoint".
 
     Raises:
         UserError: none there, or none undamaged. Whoever names a damaged one is told of another.
     """
-    possible = team.first(lambda: files.candidates(path))
+    possible = ranks.run_on_first(lambda: files.candidates(path))
     damage: list[str] = []
     for candidate in possible:
         try:
-            manifest = _check(candidate, team)
+            manifest = _check(candidate, ranks)
         except DamagedCheckpoint as error:
             damage.append(str(error))
             continue
-        for line in damage if team.rank == 0 else ():
+        for line in damage if ranks.rank == 0 else ():
             files.log.warning("%s; using %s instead", line, candidate)
         return Checkpoint(candidate, manifest.config, manifest.step, manifest.progress, {})
     if possible != [path]:
         raise DamagedCheckpoint(f"{path} holds no checkpoint that is undamaged: {'; '.join(damage)}")
-    other = team.first(lambda: files.other_than(path))
+    other = ranks.run_on_first(lambda: files.other_than(path))
     raise DamagedCheckpoint(damage[0] + (f"; another one is {other}" if other else ""))
 
 
-def _check(path: Path, team: Team) -> Manifest:
+def _check(path: Path, ranks: Ranks) -> Manifest:
     """Look at every file; the ranks share the checksums."""
-    manifest = team.first(lambda: files.read_manifest(path))
-    team.first(lambda: files.check_sizes(path, manifest.shards))
-    team.together(lambda: files.check_checksums(path, manifest.shards[team.rank :: team.size]))
+    manifest = ranks.run_on_first(lambda: files.read_manifest(path))
+    ranks.run_on_first(lambda: files.check_sizes(path, manifest.shards))
+    ranks.run_on_all(lambda: files.check_checksums(path, manifest.shards[ranks.rank :: ranks.world]))
     return manifest
 
 
@@ -294,12 +253,12 @@ class _ShardWriter(HuggingFaceStorageWriter):
 class _ShardReader(HuggingFaceStorageReader):
     """Rank 0 reads the headers of all files, and tells the others."""
 
-    def __init__(self, folder: Path, team: Team):
+    def __init__(self, folder: Path, ranks: Ranks):
         super().__init__(str(folder))
-        self.team = team
+        self.ranks = ranks
 
     def read_metadata(self) -> Metadata:
-        return self.team.first(super().read_metadata)
+        return self.ranks.run_on_first(super().read_metadata)
 
 
 class _StrictPlanner(DefaultLoadPlanner):
@@ -323,18 +282,18 @@ class _StrictPlanner(DefaultLoadPlanner):
         return super().create_local_plan()
 
 
-def _save(tensors: dict[str, Tensor], copies: dict[str, Tensor], writer: _ShardWriter, team: Team) -> None:
+def _save(tensors: dict[str, Tensor], copies: dict[str, Tensor], writer: _ShardWriter, ranks: Ranks) -> None:
     planner = _HostCopies(copies)
     try:
-        dcp.save(tensors, storage_writer=writer, planner=planner, process_group=team.group, no_dist=team.alone)
+        dcp.save(tensors, storage_writer=writer, planner=planner, process_group=ranks.group, no_dist=ranks.world == 1)
     except CheckpointException as error:
         raise _first_failure(error) from None
 
 
-def _load(path: Path, tensors: dict[str, Tensor], planner: DefaultLoadPlanner, team: Team) -> None:
-    reader = _ShardReader(path, team)
+def _load(path: Path, tensors: dict[str, Tensor], planner: DefaultLoadPlanner, ranks: Ranks) -> None:
+    reader = _ShardReader(path, ranks)
     try:
-        dcp.load(tensors, storage_reader=reader, planner=planner, process_group=team.group, no_dist=team.alone)
+        dcp.load(tensors, storage_reader=reader, planner=planner, process_group=ranks.group, no_dist=ranks.world == 1)
     except CheckpointException as error:
         failure = _first_failure(error)
         raise UserError(f"the checkpoint {path} cannot be loaded: {files.reason_of(failure)}") from failure
