@@ -51,7 +51,7 @@ from unite_fast.model.unite import UNITE
 from unite_fast.optim import muon
 from unite_fast.recipes import load_config
 from unite_fast.training import train_step
-from unite_fast.training.state import TrainState
+from unite_fast.training.train_state import TrainState
 
 EXAMPLES = """examples:
   python benchmarks/launches.py

@@ -88,7 +88,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tests/test_torchrun.py")
     group.addoption("--kills", type=int, default=2, help="how often a process of a run is killed (default 2)")
     group.addoption("--torchrun", action="store_true", help="start runs by the command, not by its agent alone")
-    group = parser.getgroup("tests/training/test_parallel.py")
+    group = parser.getgroup("tests/training/test_parallelize.py")
     group.addoption("--every-strategy", action="store_true", help="compare the losses of all ways to share the work")
 
 
@@ -387,7 +387,8 @@ def checkpoint_warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[s
 @pytest.fixture(scope="session")
 def rewrite() -> Callable[[Path, Callable], None]:
     """Writes a run's newest checkpoint again, changed."""
-    from unite_fast.checkpoint.manager import Checkpoints, load_checkpoint
+    from unite_fast.checkpoint.manager import Checkpoints
+    from unite_fast.checkpoint.reader import load_checkpoint
 
     def run(folder: Path, change: Callable) -> None:
         saved = load_checkpoint(folder)
@@ -402,7 +403,7 @@ def rewrite() -> Callable[[Path, Callable], None]:
 @pytest.fixture(scope="session")
 def assert_same_run() -> Callable[[Path, Path], None]:
     """Checks that two runs' latest checkpoints and metrics are equal to the last bit, speeds apart."""
-    from unite_fast.checkpoint.manager import load_checkpoint
+    from unite_fast.checkpoint.reader import load_checkpoint
     from unite_fast.training.metrics import of_training
     from unite_fast.utils.files import read_rows
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from unite_fast.checkpoint.format import step_folders, step_of
-from unite_fast.checkpoint.manager import load_checkpoint
+from unite_fast.checkpoint.reader import load_checkpoint
 from unite_fast.utils.files import read_rows
 
 EVERY = 2

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from unite_fast.checkpoint.manager import load_checkpoint
+from unite_fast.checkpoint.reader import load_checkpoint
 from unite_fast.cli import main
 from unite_fast.training.run_folder import read_status
 from unite_fast.utils.files import read_rows

@@ -8,7 +8,7 @@ copies = model.reconstruct(images)
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from unite_fast.trained import TrainedUNITE
+    from unite_fast.sampling.pipeline import TrainedUNITE
 
 __version__ = "0.1.0"
 
@@ -24,6 +24,8 @@ def load(path, device: str = "cpu") -> "TrainedUNITE":
     Raises:
         UserError: no such checkpoint, or one that cannot be read.
     """
-    from unite_fast.trained import TrainedUNITE  # torch takes seconds to import: only who loads a model waits for it
+    from unite_fast.sampling.pipeline import (
+        TrainedUNITE,  # torch takes seconds to import: only who loads a model waits for it
+    )
 
     return TrainedUNITE.load(path, device)

@@ -31,7 +31,7 @@ from unite_fast.data_pipeline.shards.manifest import (
     write_manifest,
     write_whole,
 )
-from unite_fast.data_pipeline.shards.pictures import Pictures, find_pictures
+from unite_fast.data_pipeline.shards.raw_images import Pictures, find_pictures
 from unite_fast.data_pipeline.source import UnreadableSample
 from unite_fast.errors import UserError
 from unite_fast.randomness import permutation

@@ -19,7 +19,8 @@ from torch.distributed.tensor import Shard
 
 from unite_fast.checkpoint import format as files
 from unite_fast.checkpoint.format import step_folders, step_of, step_path
-from unite_fast.checkpoint.manager import Checkpoints, load_checkpoint
+from unite_fast.checkpoint.manager import Checkpoints
+from unite_fast.checkpoint.reader import load_checkpoint
 from unite_fast.config import Config
 from unite_fast.distributed.dtensor import local
 from unite_fast.errors import UserError

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from unite_fast import flops, planning
 from unite_fast.benchmarking import figures, measure, product_rate
 from unite_fast.cli import main
-from unite_fast.hardware import find_gpu
-from unite_fast.planning import RELEASED_IMAGES_PER_S
+from unite_fast.planning import flops, predict
+from unite_fast.planning.gpus import find_gpu
+from unite_fast.planning.predict import RELEASED_IMAGES_PER_S
 from unite_fast.recipes import load_config
 from unite_fast.training.trainer import Trainer
 
@@ -236,7 +236,7 @@ def test_a_card_of_the_table_has_a_prediction(tiny_run, monkeypatch):
     about = {"date": "", "commit": "c", "card": "NVIDIA H100 80GB HBM3", "torch": "2", "cuda": "13.0", "triton": "3.6"}
     monkeypatch.setattr(figures, "describe", lambda device: about)
     found = figures.row(config, measured, measure.Window(), "synthetic", ())
-    plan = planning.make_plan(config, planning.Cluster(find_gpu("h100"), 1, 1))
+    plan = predict.make_plan(config, predict.Cluster(find_gpu("h100"), 1, 1))
     assert found["datasheet_tflops"] == 989
     assert found["mfu_of_datasheet"] == pytest.approx(64 / 0.3 * flops.image_flops(config) / 989e12)
     assert found["predicted_images_per_s_slow"] == plan.slow.images_per_s < plan.fast.images_per_s

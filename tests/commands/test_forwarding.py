@@ -83,7 +83,7 @@ def test_sample(command, record, model, tmp_path):
     ],
 )
 def test_generate(command, record, model, tmp_path, extra, precision, compiled):
-    written = record("unite_fast.generated_files.generate_files", result="about.json")
+    written = record("unite_fast.sampling.sample_writer.generate_files", result="about.json")
     out = tmp_path / "g.npz"
     ended = command(
         *("generate", "run", "--num", 4, "--classes", "3,1", "--seed", 12, "--batch", 6, "--device", "cpu"),
@@ -154,7 +154,7 @@ def test_evaluate_by_default_leaves_the_choices_to_the_evaluation(command, recor
 def test_stats(command, record, tmp_path):
     statistics = SimpleNamespace(mean=[0.0] * 5)
     made = SimpleNamespace(count=77, statistics=statistics, features="pixels", about={})
-    saved = record("unite_fast.evaluation.stats.save_statistics", result=made)
+    saved = record("unite_fast.evaluation.reference.save_statistics", result=made)
     out = tmp_path / "s.npz"
     ended = command(
         *("stats", "data", out, "--features", "pixels", "--inception", "i.pt", "--inception-sha256", "abcdef12"),
@@ -172,7 +172,7 @@ def test_stats(command, record, tmp_path):
 @pytest.mark.parametrize(("counts", "expected"), [((), (500, 2000)), (("--count", 21, "--final-count", 22), (21, 22))])
 def test_search_guidance(command, record, model, tmp_path, counts, expected):
     judge = SimpleNamespace(features=SimpleNamespace(name="pixels"))
-    opened = record("unite_fast.evaluation.judge.open_judge", result=judge)
+    opened = record("unite_fast.evaluation.evaluator.open_judge", result=judge)
     judged = record("unite_fast.evaluation.guidance_search.Objective", result="objective")
     searched = record("unite_fast.evaluation.guidance_search.search", result="found")
     saved = record("unite_fast.evaluation.guidance_report.save")
@@ -233,8 +233,8 @@ def test_train(command, record, tmp_path):
 
 
 def test_plan(command, record):
-    made = record("unite_fast.planning.make_plan", result="plan")
-    said = record("unite_fast.planning_report.lines", result=["a plan"])
+    made = record("unite_fast.planning.predict.make_plan", result="plan")
+    said = record("unite_fast.planning.report.lines", result=["a plan"])
     ended = command(
         *("plan", "imagenet256_l", "train.micro_batch=16", "--gpu", "h200", "--nodes", 3, "--gpus-per-node", 4),
         *("--price", 2.5, "--data", "raw"),

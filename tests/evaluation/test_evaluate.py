@@ -16,11 +16,12 @@ from unite_fast.data_pipeline import open_source
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError
 from unite_fast.evaluation import evaluate as module
-from unite_fast.evaluation.evaluate import evaluate, samplings, weights_sha256
+from unite_fast.evaluation.evaluate import evaluate, samplings
+from unite_fast.evaluation.evaluator import bias_warning
 from unite_fast.evaluation.inception import inception_shapes
-from unite_fast.evaluation.judge import bias_warning
+from unite_fast.evaluation.reference import save_statistics
 from unite_fast.evaluation.report import lines
-from unite_fast.evaluation.stats import save_statistics
+from unite_fast.sampling.pipeline import weights_sha256
 
 
 def test_a_model_without_fault_and_one_of_a_single_class_get_what_they_deserve(perfect):

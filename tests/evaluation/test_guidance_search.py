@@ -9,13 +9,15 @@ import pytest
 from PIL import Image
 
 import unite_fast
-from unite_fast import generation
 from unite_fast.commands.options import parse_range
 from unite_fast.config import EvaluationSettings
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError
-from unite_fast.evaluation.evaluate import described_machine, evaluate, weights_sha256
+from unite_fast.evaluation.evaluate import evaluate
 from unite_fast.evaluation.guidance_search import UNGUIDED, Candidate, Grid, coarse_to_fine
+from unite_fast.evaluation.provenance import described_machine
+from unite_fast.sampling import distributed_sampler
+from unite_fast.sampling.pipeline import weights_sha256
 
 SCALES, LOWS, HIGHS = (parse_range("", text) for text in ("1:5:0.2", "0:0.4:0.1", "0.8:1:0.1"))
 
@@ -196,8 +198,8 @@ def test_a_killed_search_goes_on_where_it_was(command, searched, trained_folder,
     (out / "measured.json").write_text(json.dumps(cache))
     (out / "guidance.json").unlink()
     generated = []
-    original = generation.generate_batch
-    monkeypatch.setattr(generation, "generate_batch", lambda *a: generated.append(len(a[2])) or original(*a))
+    original = distributed_sampler.generate_batch
+    monkeypatch.setattr(distributed_sampler, "generate_batch", lambda *a: generated.append(len(a[2])) or original(*a))
     ended = command("search-guidance", trained_folder, *SMALL, "--out", out)
     assert ended.out == printed
     confirmed = len(json.loads(before)["confirmed"])
@@ -256,8 +258,8 @@ def distances_of_ranks(folder: str, out: str) -> list[float]:
     import torch
 
     from unite_fast.distributed.process_group import current_ranks
+    from unite_fast.evaluation.evaluator import open_judge
     from unite_fast.evaluation.guidance_search import Objective
-    from unite_fast.evaluation.judge import open_judge
 
     torch.distributed.init_process_group("gloo")
     ranks, model = current_ranks(), unite_fast.load(folder)

@@ -13,9 +13,9 @@ from unite_fast.config import EvaluationSettings, PerceptualConfig
 from unite_fast.data_pipeline import open_source
 from unite_fast.data_pipeline.source import MemorySource
 from unite_fast.distributed.process_group import Ranks
-from unite_fast.evaluation import reconstruction, scores
-from unite_fast.evaluation.judge import Judge
-from unite_fast.evaluation.pixels import fit_pixels
+from unite_fast.evaluation import metrics, reconstruction
+from unite_fast.evaluation.evaluator import Judge
+from unite_fast.evaluation.pixel_features import fit_pixels
 from unite_fast.evaluation.reconstruction import score_reconstructions
 from unite_fast.evaluation.reference import make_reference
 from unite_fast.lpips import LINEAR_SHAPES, VGG_SHAPES, load_lpips
@@ -69,9 +69,9 @@ def test_means_over_all_images_whatever_the_batch(source, judge, lpips_files, mo
     )
     assert torch.equal(originals, whole[:4]) and torch.equal(copies, copy(whole)[:4])
     pair = whole, copy(whole)
-    assert found["l1"] == pytest.approx(scores.l1(*pair).mean().item(), rel=1e-12)
-    assert found["ssim"] == pytest.approx(scores.ssim(*pair).mean().item(), rel=1e-12)
-    decibels = scores.psnr(*pair)
+    assert found["l1"] == pytest.approx(metrics.l1(*pair).mean().item(), rel=1e-12)
+    assert found["ssim"] == pytest.approx(metrics.ssim(*pair).mean().item(), rel=1e-12)
+    decibels = metrics.psnr(*pair)
     assert decibels[0] == float("inf")
     # One level off in one of the 768 values.
     decibels[0] = -10 * torch.log10(torch.tensor(1 / (255**2 * 3 * SIDE**2), dtype=torch.float64))

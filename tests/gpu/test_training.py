@@ -17,8 +17,8 @@ from unite_fast.distributed.process_group import ALONE
 from unite_fast.kernels import backend, native
 from unite_fast.recipes import from_tree, load_config
 from unite_fast.training.metrics import Averages
-from unite_fast.training.parallel import build_model
-from unite_fast.training.state import TrainState
+from unite_fast.training.parallelize import build_model
+from unite_fast.training.train_state import TrainState
 from unite_fast.training.train_step import TrainStep
 from unite_fast.training.trainer import Trainer, train
 
@@ -271,5 +271,5 @@ def test_two_processes_on_one_gpu(strategy, two_processes, tiny_run, tmp_path, d
     alone = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == len(alone) == 4
     apart = [abs(a["total"] - b["total"]) / abs(b["total"]) for a, b in zip(rows, alone, strict=True)]
-    # As of two processes on a CPU; see tests/training/test_parallel.py.
+    # As of two processes on a CPU; see tests/training/test_parallelize.py.
     assert max(apart) <= 1e-5, apart

@@ -7,7 +7,7 @@ import torch
 from unite_fast.errors import UserError
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.adamw import adamw
-from unite_fast.training.state import TrainState
+from unite_fast.training.train_state import TrainState
 
 
 def test_torchs_own_is_fused():

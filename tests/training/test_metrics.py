@@ -10,9 +10,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from unite_fast.config import Config
 from unite_fast.errors import UserError
-from unite_fast.flops import image_flops
-from unite_fast.hardware import find_gpu
 from unite_fast.objective import Losses
+from unite_fast.planning.flops import image_flops
+from unite_fast.planning.gpus import find_gpu
 from unite_fast.training import metrics
 from unite_fast.training.metrics import Averages, MetricsLog, Speedometer, loss_spike, of_training
 from unite_fast.utils.files import read_rows
@@ -125,7 +125,7 @@ class Elapsed:
 
 def test_a_row_has_rates_parts_and_memory(tiny_config):
     speed = Speedometer(tiny_config, torch.device("cpu"))
-    assert speed.about.endswith("no peak of a CPU is known (unite_fast/hardware.py)")
+    assert speed.about.endswith("no peak of a CPU is known (unite_fast/planning/gpus.py)")
     speed.clock = Elapsed()
     found = speed.row(4)
     assert 0.01 < found.pop("memory_gb") < 100

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unite_fast.checkpoint.manager import load_checkpoint
+from unite_fast.checkpoint.reader import load_checkpoint
 from unite_fast.data_pipeline import open_source
 from unite_fast.distributed.dtensor import copy_whole, whole
 from unite_fast.interop.names import their_name

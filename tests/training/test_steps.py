@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unite_fast.checkpoint.manager import load_checkpoint
+from unite_fast.checkpoint.reader import load_checkpoint
 from unite_fast.config import Config
 from unite_fast.distributed.process_group import current_ranks
 from unite_fast.errors import UserError

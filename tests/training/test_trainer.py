@@ -12,13 +12,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from unite_fast.checkpoint.format import step_folders, step_of
-from unite_fast.checkpoint.manager import load_checkpoint
+from unite_fast.checkpoint.reader import load_checkpoint
 from unite_fast.errors import UserError
 from unite_fast.recipes import load_config, to_tree
 from unite_fast.training import train_step
-from unite_fast.training.clock import StepClock
 from unite_fast.training.metrics import of_training
 from unite_fast.training.run_folder import check_same_settings
+from unite_fast.training.step_timer import StepClock
 from unite_fast.training.trainer import Trainer, train
 from unite_fast.utils.files import read_rows
 

@@ -15,7 +15,7 @@ from unite_fast.config import NONDETERMINISTIC_ATTENTION, Config
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError
 from unite_fast.kernels import backend, flash
-from unite_fast.planning import micro_batches
+from unite_fast.planning.predict import micro_batches
 
 MARGIN = 1.01
 """A candidate replaces the best one if it is so many times as fast: less is noise."""

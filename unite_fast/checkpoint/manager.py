@@ -10,7 +10,6 @@ import json
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,24 +29,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from unite_fast.checkpoint import format as files
 from unite_fast.checkpoint.format import DamagedCheckpoint, Manifest
+from unite_fast.checkpoint.reader import Checkpoint, find_good
 from unite_fast.config import Config
 from unite_fast.distributed.dtensor import local
-from unite_fast.distributed.process_group import ALONE, Ranks, current_ranks
+from unite_fast.distributed.process_group import Ranks, current_ranks
 from unite_fast.errors import UserError
 
 # DCP remarks on every save and load of one process that there is only one. For the whole program and not around the
 # calls: they run in a thread, and filters that a thread sets are everybody's.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-
-
-@dataclass
-class Checkpoint:
-    path: Path
-    config: Config
-    step: int
-    progress: dict
-    """What `Trainer` needs to go on and no tensor holds."""
-    tensors: dict[str, Tensor]
 
 
 class Checkpoints:
@@ -161,58 +151,6 @@ class Checkpoints:
         files.check_sizes(partial, manifest.shards)
         files.commit(partial, path)
         files.prune(self.folder, self.keep_every, manifest.step)
-
-
-def load_checkpoint(path: str | Path, prefixes: tuple[str, ...] = ("",)) -> Checkpoint:
-    """Read a checkpoint into memory, in this process alone: its tensors whose names start with one of `prefixes`.
-
-    Args:
-        path: a checkpoint, or the folder of a run, which means its newest undamaged one.
-
-    Raises:
-        UserError: no such checkpoint, or a damaged one.
-    """
-    found = find_good(Path(path), ALONE)
-    stored = _ShardReader(found.path, ALONE).read_metadata().state_dict_metadata
-    found.tensors = {
-        name: torch.empty(info.size, dtype=info.properties.dtype)
-        for name, info in stored.items()
-        if name.startswith(prefixes)
-    }
-    _load(found.path, found.tensors, DefaultLoadPlanner(flatten_state_dict=False), ALONE)
-    return found
-
-
-def find_good(path: Path, ranks: Ranks) -> Checkpoint:
-    """The checkpoint that `path` means, without tensors, after a look at all its files. Of a run, the newest undamaged
-    one; each damaged one that was passed over is a warning of the logger "unite_fast.checkpoint".
-
-    Raises:
-        UserError: none there, or none undamaged. Whoever names a damaged one is told of another.
-    """
-    possible = ranks.run_on_first(lambda: files.candidates(path))
-    damage: list[str] = []
-    for candidate in possible:
-        try:
-            manifest = _check(candidate, ranks)
-        except DamagedCheckpoint as error:
-            damage.append(str(error))
-            continue
-        for line in damage if ranks.rank == 0 else ():
-            files.log.warning("%s; using %s instead", line, candidate)
-        return Checkpoint(candidate, manifest.config, manifest.step, manifest.progress, {})
-    if possible != [path]:
-        raise DamagedCheckpoint(f"{path} holds no checkpoint that is undamaged: {'; '.join(damage)}")
-    other = ranks.run_on_first(lambda: files.other_than(path))
-    raise DamagedCheckpoint(damage[0] + (f"; another one is {other}" if other else ""))
-
-
-def _check(path: Path, ranks: Ranks) -> Manifest:
-    """Look at every file; the ranks share the checksums."""
-    manifest = ranks.run_on_first(lambda: files.read_manifest(path))
-    ranks.run_on_first(lambda: files.check_sizes(path, manifest.shards))
-    ranks.run_on_all(lambda: files.check_checksums(path, manifest.shards[ranks.rank :: ranks.world]))
-    return manifest
 
 
 class _HostCopies(DefaultSavePlanner):

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unite_fast.checkpoint.format import flush, parse_config, partial_of, reason_of, save_safetensors
-from unite_fast.checkpoint.manager import load_checkpoint
+from unite_fast.checkpoint.reader import load_checkpoint
 from unite_fast.config import Config
 from unite_fast.errors import UserError, require
 from unite_fast.model.unite import UNITE

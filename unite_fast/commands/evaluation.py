@@ -123,8 +123,8 @@ def stats(
     `torchrun --nproc-per-node 8 -m unite_fast stats shards/train in256.npz --features inception`
     """
     from unite_fast.distributed.launch import ranks_of_torchrun
-    from unite_fast.evaluation.reading import unreadable_lines
-    from unite_fast.evaluation.stats import save_statistics
+    from unite_fast.evaluation.batches import unreadable_lines
+    from unite_fast.evaluation.reference import save_statistics
     from unite_fast.utils.device import choose_device
     from unite_fast.utils.progress import track
 

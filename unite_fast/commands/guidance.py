@@ -69,8 +69,8 @@ def search_guidance(
     """
     from unite_fast.distributed.launch import ranks_of_torchrun
     from unite_fast.evaluation import guidance_report
+    from unite_fast.evaluation.evaluator import open_judge
     from unite_fast.evaluation.guidance_search import Grid, Objective, search
-    from unite_fast.evaluation.judge import open_judge
     from unite_fast.evaluation.report import check_folder, default_folder
     from unite_fast.utils.device import choose_device
     from unite_fast.utils.progress import track

@@ -46,7 +46,7 @@ def sample(
 
     Example: `unite-fast sample runs/digits --classes 7 --count 20 --guidance 2 --out sevens.png`
     """
-    from unite_fast.sampling import choose_labels
+    from unite_fast.sampling.sampler import choose_labels
     from unite_fast.utils.files import check_target
     from unite_fast.utils.images import save_images
 
@@ -87,9 +87,9 @@ def generate(
     `torchrun --nproc-per-node 8 -m unite_fast generate runs/imagenet256_b --count 50000 --out samples.npz`
     """
     from unite_fast.distributed.launch import ranks_of_torchrun
-    from unite_fast.generated_files import generate_files
-    from unite_fast.generation import Generation
-    from unite_fast.sampling import choose_labels
+    from unite_fast.sampling.distributed_sampler import Generation
+    from unite_fast.sampling.sample_writer import generate_files
+    from unite_fast.sampling.sampler import choose_labels
     from unite_fast.utils.device import choose_device
 
     settings = given(guidance=guidance, interval=parse_interval(interval), solver=solver, steps=steps)
@@ -121,7 +121,7 @@ def reconstruct(
     Example: `unite-fast reconstruct runs/imagenet cat.jpg dog.png --out pets.png`
     """
     from unite_fast.data_pipeline.image_folder import read_images
-    from unite_fast.evaluation.scores import psnr
+    from unite_fast.evaluation.metrics import psnr
     from unite_fast.utils.files import check_target
     from unite_fast.utils.images import save_pairs
 

@@ -18,12 +18,12 @@ import torch
 from unite_fast.config import SamplingConfig, check_seed_and_batch
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError, require, require_choice
-from unite_fast.evaluation.evaluate import described_checkpoint, described_sampling
-from unite_fast.evaluation.judge import Judge
-from unite_fast.evaluation.statistics import Moments
-from unite_fast.generation import Drawn, Generation, generate_batches
-from unite_fast.sampling import Network
-from unite_fast.trained import TrainedUNITE
+from unite_fast.evaluation.evaluator import Judge
+from unite_fast.evaluation.fid import Moments
+from unite_fast.evaluation.provenance import described_checkpoint, described_sampling
+from unite_fast.sampling.distributed_sampler import Drawn, Generation, generate_batches
+from unite_fast.sampling.pipeline import TrainedUNITE
+from unite_fast.sampling.sampler import Network
 from unite_fast.utils.files import save_text
 from unite_fast.utils.progress import Track, no_progress
 

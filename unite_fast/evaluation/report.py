@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from unite_fast.errors import require
-from unite_fast.evaluation.reading import unreadable_lines
+from unite_fast.evaluation.batches import unreadable_lines
 from unite_fast.utils.files import writing, writing_aside
 from unite_fast.utils.images import grid, pairs
 

@@ -18,7 +18,7 @@ from unite_fast.interop.official import load_released
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import StepDraws
 from unite_fast.recipes import from_tree
-from unite_fast.solvers import DOPRI5_ATOL, DOPRI5_RTOL
+from unite_fast.sampling.solvers import DOPRI5_ATOL, DOPRI5_RTOL
 
 SOLVERS = {"euler": "euler", "heun2": "heun", "dopri5": "dopri5"}
 """torchdiffeq's names of the solvers that we have too."""

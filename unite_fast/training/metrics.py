@@ -14,10 +14,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from unite_fast.config import Config
 from unite_fast.distributed.process_group import current_ranks
-from unite_fast.flops import image_flops
-from unite_fast.hardware import recognise
 from unite_fast.objective import Losses
-from unite_fast.training.clock import StepClock
+from unite_fast.planning.flops import image_flops
+from unite_fast.planning.gpus import recognise
+from unite_fast.training.step_timer import StepClock
 from unite_fast.training.wandb_log import WandbLog
 from unite_fast.utils.files import read_rows, writing, writing_aside
 
@@ -104,7 +104,7 @@ class Speedometer:
         if gpu:
             self.about += f"as a share of {gpu.tflops:g} dense bfloat16 TFLOP/s of {name} ({gpu.source})"
         else:
-            self.about += f"not told: no peak of {name} is known (unite_fast/hardware.py)"
+            self.about += f"not told: no peak of {name} is known (unite_fast/planning/gpus.py)"
 
     def row(self, steps: int) -> dict[str, float]:
         """Of `steps` steps since the last row: rates, mean seconds a step by part, memory. Waits for the device; all

@@ -9,7 +9,8 @@ from typing import TextIO
 import yaml
 
 from unite_fast.checkpoint.format import step_folders
-from unite_fast.checkpoint.manager import Checkpoint, Checkpoints
+from unite_fast.checkpoint.manager import Checkpoints
+from unite_fast.checkpoint.reader import Checkpoint
 from unite_fast.config import Config, EvaluationConfig, ParallelConfig, SamplingConfig
 from unite_fast.distributed.launch import launch_name, under_torchrun
 from unite_fast.distributed.peers import Peers

@@ -24,10 +24,10 @@ from unite_fast.model.layers import product_weights
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import Losses, StepDraws, draw_step, flow_losses, reconstruct
 from unite_fast.randomness import Philox, Stream
-from unite_fast.training.clock import StepClock
 from unite_fast.training.gradients import added_at_once
-from unite_fast.training.parallel import reduce_gradients
-from unite_fast.training.state import TrainState
+from unite_fast.training.parallelize import reduce_gradients
+from unite_fast.training.step_timer import StepClock
+from unite_fast.training.train_state import TrainState
 
 
 @dataclass(frozen=True)

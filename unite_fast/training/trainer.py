@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from unite_fast.checkpoint.format import step_folders, step_of
-from unite_fast.checkpoint.manager import Checkpoint, Checkpoints
+from unite_fast.checkpoint.manager import Checkpoints
+from unite_fast.checkpoint.reader import Checkpoint
 from unite_fast.config import Config
 from unite_fast.data_pipeline import Batch, Loader, Source, choose_loader, open_source
 from unite_fast.distributed.launch import joined
@@ -19,17 +20,17 @@ from unite_fast.distributed.signals import Stop, stop_on_signals
 from unite_fast.distributed.strategy import share
 from unite_fast.distributed.watchdog import Watchdog, contact
 from unite_fast.errors import UserError, require
-from unite_fast.evaluation.during_training import DuringTraining
 from unite_fast.kernels import backend
 from unite_fast.lpips import LPIPS, load_lpips
 from unite_fast.objective import Losses
+from unite_fast.training.console import Report
 from unite_fast.training.metrics import Averages, MetricsLog, Speedometer, loss_spike
-from unite_fast.training.parallel import build_model
+from unite_fast.training.parallelize import build_model
 from unite_fast.training.profiling import StepProfiler
-from unite_fast.training.report import Report
 from unite_fast.training.run_folder import ended, find_start, hold, restarted, running, write_config, write_status
-from unite_fast.training.state import TrainState
+from unite_fast.training.train_state import TrainState
 from unite_fast.training.train_step import TrainStep, autocast
+from unite_fast.training.validation import DuringTraining
 from unite_fast.training.wandb_log import WandbLog
 from unite_fast.utils.device import choose_device, use_numerics, use_threads
 from unite_fast.utils.file_lock import LOCK
