@@ -6,6 +6,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -212,6 +213,17 @@ def tiny_run() -> tuple[str, ...]:
     return TINY_RUN
 
 
+def pattern_of(*tokens: object) -> str:
+    """Matches a text with a line that holds every token as a whole word, in any order."""
+    return "".join(rf"(?=.*(?<![\w-]){re.escape(str(token))}(?!\w))" for token in tokens)
+
+
+@pytest.fixture(scope="session")
+def mentions() -> Callable[..., str]:
+    """`match=mentions("optim.eps", -1)`: a line of the message names key and value, whatever its words."""
+    return pattern_of
+
+
 @dataclass
 class Ended:
     """A command that has ended."""
@@ -220,11 +232,12 @@ class Ended:
     out: str
     err: str
 
-    def error(self) -> str:
-        """What a user's mistake must look like: status 2 and one line on stderr; gives the line."""
+    def error(self, *tokens: object) -> str:
+        """What a user's mistake must look like: status 2 and one line on stderr, with every token; gives the line."""
         assert self.status == 2, self
         lines = self.err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: "), self.err
+        assert re.search(pattern_of(*tokens), lines[0]), (tokens, lines[0])
         return lines[0].removeprefix("error: ")
 
 

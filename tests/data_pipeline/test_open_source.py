@@ -10,17 +10,17 @@ from unite_fast.data_pipeline import open_source
 from unite_fast.errors import UserError
 
 
-def test_unknown_names():
-    with pytest.raises(UserError, match="'webdata': choose one of digits, folder, idx"):
+def test_unknown_names(mentions):
+    with pytest.raises(UserError, match=mentions("data.source", "'webdata'", "digits", "folder", "idx", "shards")):
         open_source("webdata", None, 8, "train")
-    with pytest.raises(UserError, match="'valid': choose one of train, test"):
+    with pytest.raises(UserError, match=mentions("split", "'valid'", "train", "test")):
         open_source("digits", None, 8, "valid")
 
 
 @pytest.mark.parametrize("kind", ["folder", "idx"])
 @pytest.mark.parametrize("path", [None, ""])
-def test_a_path_is_needed(kind, path):
-    with pytest.raises(UserError, match=f"{kind} needs data.path"):
+def test_a_path_is_needed(kind, path, mentions):
+    with pytest.raises(UserError, match=mentions(kind, "data.path")):
         open_source(kind, path, 8, "train")
 
 

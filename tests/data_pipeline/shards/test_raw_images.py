@@ -72,7 +72,7 @@ def test_a_tar_of_folders_is_the_folder(by_class, expected, make, tmp_path):
     assert_same(make(path)[0], expected)
 
 
-def test_a_flat_tar_with_a_list_of_labels_is_the_folder(by_class, expected, make, tmp_path):
+def test_a_flat_tar_with_a_list_of_labels_is_the_folder(by_class, expected, make, tmp_path, mentions):
     """As ILSVRC2012_img_val.tar comes: the list is in the order of names, whatever the order in the file."""
     pairs = sorted((name, data, class_name) for class_name, files in by_class.items() for name, data in files)
     path, labels = tmp_path / "val.tar", tmp_path / "labels.txt"
@@ -84,37 +84,37 @@ def test_a_flat_tar_with_a_list_of_labels_is_the_folder(by_class, expected, make
     folder_order = [name for files in by_class.values() for name, _ in files]
     assert torch.equal(images[[int(name[:3]) for name in folder_order]], expected[0])
     labels.write_text("class0\n")
-    with pytest.raises(UserError, match=r"has 1 lines, but there are 41 images"):
+    with pytest.raises(UserError, match=mentions(labels, 1, 41)):
         make(path, labels=labels, out=tmp_path / "other")
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.8])
-def test_a_truncated_tar_is_one_line(by_class, make, tmp_path, share):
+def test_a_truncated_tar_is_one_line(by_class, make, tmp_path, share, mentions):
     path = tmp_path / "train.tar"
     whole = tar_of([(f"{name}.tar", tar_of(files)) for name, files in by_class.items()])
     path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(UserError, match="cannot read the tar file") as caught:
+    with pytest.raises(UserError, match=mentions(path)) as caught:
         make(path)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("blocks", [3, 10])
-def test_a_truncated_tar_within_a_tar_is_one_line(by_class, make, tmp_path, blocks):
+def test_a_truncated_tar_within_a_tar_is_one_line(by_class, make, tmp_path, blocks, mentions):
     inner = {name: tar_of(files) for name, files in by_class.items()}
     inner["class1"] = inner["class1"][: 512 * blocks]
     (tmp_path / "train.tar").write_bytes(tar_of([(f"{name}.tar", data) for name, data in inner.items()]))
-    with pytest.raises(UserError, match=r"cannot read the tar file .*class1\.tar in it ends early"):
+    with pytest.raises(UserError, match=mentions(tmp_path / "train.tar", "class1.tar")):
         make(tmp_path / "train.tar")
 
 
-def test_nothing_to_read(make, tmp_path):
+def test_nothing_to_read(make, tmp_path, mentions):
     (tmp_path / "text.tar").write_text("no tar file at all\n" * 100)
-    with pytest.raises(UserError, match="cannot read the tar file"):
+    with pytest.raises(UserError, match=mentions(tmp_path / "text.tar")):
         make(tmp_path / "text.tar")
     (tmp_path / "empty.tar").write_bytes(tar_of([]))
-    with pytest.raises(UserError, match="no images"):
+    with pytest.raises(UserError, match=mentions(tmp_path / "empty.tar")):
         make(tmp_path / "empty.tar")
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises(UserError, match=mentions(tmp_path / "nowhere")):
         make(tmp_path / "nowhere")
 
 
@@ -164,22 +164,22 @@ def test_parquet_splits_and_classes_without_names(parquet_folder, make, tmp_path
     assert list(make(folder)[1].classes) == ["0", "1", "2"]
 
 
-def test_a_parquet_file_that_is_none(parquet_folder, make, tmp_path):
+def test_a_parquet_file_that_is_none(parquet_folder, make, tmp_path, mentions):
     folder = parquet_folder()
     path = folder / "data" / "train-00001-of-00002.parquet"
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"cannot read .*00001-of-00002") as caught:
+    with pytest.raises(UserError, match=mentions(path)) as caught:
         make(folder)
     assert "\n" not in str(caught.value)
 
 
-def test_parquet_without_the_columns(make, tmp_path):
+def test_parquet_without_the_columns(make, tmp_path, mentions):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     from pyarrow import parquet
 
     (tmp_path / "other").mkdir()
     parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "other" / "train.parquet")
-    with pytest.raises(UserError, match="columns image and label"):
+    with pytest.raises(UserError, match=mentions("train.parquet", "image", "label")):
         make(tmp_path / "other")
 
 
