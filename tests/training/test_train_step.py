@@ -1,4 +1,4 @@
-"""The step against spec.md's "One training step", sample by sample in float64."""
+"""The step against docs/method.md's "One training step", sample by sample in float64."""
 
 import dataclasses
 import math
