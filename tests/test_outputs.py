@@ -10,10 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from unite_fast.checkpoint.model_file import describe
 from unite_fast.data_pipeline.image_folder import read_images
 from unite_fast.errors import UserError
 from unite_fast.sampling.sampler import choose_labels
-from unite_fast.utils.images import save_images
+from unite_fast.utils.files import check_target
+from unite_fast.utils.images import save_images, save_pairs
 
 
 @pytest.fixture
