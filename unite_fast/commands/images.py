@@ -88,7 +88,7 @@ def generate(
     """
     from unite_fast.distributed.launch import ranks_of_torchrun
     from unite_fast.sampling.distributed_sampler import Generation
-    from unite_fast.sampling.sample_writer import generate_files
+    from unite_fast.sampling.sample_writer import write_samples
     from unite_fast.sampling.sampler import choose_labels
     from unite_fast.utils.device import choose_device
 
@@ -104,7 +104,7 @@ def generate(
             precision or model.config.train.precision,
             model.network.device.type == "cuda" if compile is None else compile,
         )
-        about = generate_files(model, generation, out, ranks)
+        about = write_samples(model, generation, out, ranks)
     if ranks.main:
         typer.echo(f"{num} images in {out}, what they were made from in {about}")
 
