@@ -22,7 +22,7 @@ from unite_fast.errors import UserError
 from unite_fast.sampling import distributed_sampler
 from unite_fast.sampling.distributed_sampler import Generation
 from unite_fast.sampling.pipeline import weights_sha256
-from unite_fast.sampling.sample_writer import write_samples, write_npz
+from unite_fast.sampling.sample_writer import write_npz, write_samples
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ from unite_fast.randomness import Philox, Stream
 from unite_fast.sampling.sampler import (
     GuidedPrediction,
     Network,
-    sample_images,
-    sample_batch,
-    sample_latents,
     reconstruct,
+    sample_batch,
+    sample_images,
+    sample_latents,
     smooth_segments,
     solve,
     to_uint8,

@@ -12,11 +12,11 @@ from unite_fast.sampling import solvers
 from unite_fast.sampling.solvers import (
     dopri5,
     euler,
-    step_on_line,
     heun,
     multistep,
     multistep_times,
     remaining_noise,
+    step_on_line,
     velocity,
 )
 

@@ -15,7 +15,7 @@ from unite_fast.evaluation.batches import open_named
 from unite_fast.evaluation.evaluator import open_judge
 from unite_fast.evaluation.provenance import described_checkpoint, described_machine, described_sampling
 from unite_fast.evaluation.reconstruction import score_reconstructions
-from unite_fast.sampling.distributed_sampler import Samples, Generation, sample_distributed
+from unite_fast.sampling.distributed_sampler import Generation, Samples, sample_distributed
 from unite_fast.sampling.pipeline import TrainedUNITE
 from unite_fast.utils.progress import Track, no_progress
 

@@ -300,7 +300,9 @@ class Artist:
         return {**seen, 1.0: result}
 
     def _generate(self, labels: Tensor, **changes) -> Tensor:
-        return sampler.sample_images(self.model.network, labels, replace(self.settings, **changes), self.seed, self.batch)
+        return sampler.sample_images(
+            self.model.network, labels, replace(self.settings, **changes), self.seed, self.batch
+        )
 
     def _noise(self, count: int) -> Tensor:
         config, device = self.model.config.model, self.model.network.device

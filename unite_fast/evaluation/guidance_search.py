@@ -21,7 +21,7 @@ from unite_fast.errors import UserError, require, require_choice
 from unite_fast.evaluation.evaluator import Judge
 from unite_fast.evaluation.fid import Moments
 from unite_fast.evaluation.provenance import described_checkpoint, described_sampling
-from unite_fast.sampling.distributed_sampler import Samples, Generation, sample_distributed
+from unite_fast.sampling.distributed_sampler import Generation, Samples, sample_distributed
 from unite_fast.sampling.pipeline import TrainedUNITE
 from unite_fast.sampling.sampler import Network
 from unite_fast.utils.files import save_text

@@ -109,7 +109,7 @@ def sample_latents(model: UNITE, labels: Tensor, noise: Tensor, config: Sampling
     return solve(GuidedPrediction(denoise, labels, model.config.num_classes, config), noise)
 
 
-def generate(
+def sample_images(
     model: UNITE,
     labels: Tensor,
     config: SamplingConfig,
