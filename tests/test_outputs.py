@@ -1,6 +1,8 @@
 """What the commands read and write."""
 
+import errno
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +33,8 @@ def test_classes_are_taken_in_turn(classes, count, labels):
 
 
 @pytest.mark.parametrize("classes", [[5], [0, -1], [99999999999999999999]])
-def test_classes_out_of_range_are_refused(classes):
-    with pytest.raises(UserError, match=rf"class {classes[-1]} is out of range: this model has classes 0\.\.4"):
+def test_classes_out_of_range_are_refused(classes, mentions):
+    with pytest.raises(UserError, match=mentions("class", classes[-1], "0..4")):
         choose_labels(classes, 3, 5)
 
 
@@ -62,32 +64,32 @@ def test_a_png_holds_all_images(tmp_path, images):
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.PNG", "a.npy", "a.png.gz"])
-def test_another_ending_is_refused_before_anything_is_written(tmp_path, images, name):
-    with pytest.raises(UserError, match=r"what is written here is: \.png, \.npz, a folder"):
+def test_another_ending_is_refused_before_anything_is_written(tmp_path, images, name, mentions):
+    with pytest.raises(UserError, match=mentions(tmp_path / "new" / name, ".png", ".npz", "folder")):
         save_images(images, torch.zeros(4), tmp_path / "new" / name, 3)
-    with pytest.raises(UserError, match=r"what is written here is: \.png$"):
+    with pytest.raises(UserError, match=mentions(tmp_path / "new" / name, ".png")):
         save_pairs(images, images, tmp_path / "new" / name)
     assert os.listdir(tmp_path) == []
 
 
-def test_something_of_another_kind_in_the_way_is_refused(tmp_path):
+def test_something_of_another_kind_in_the_way_is_refused(tmp_path, mentions):
     (tmp_path / "a.png").mkdir()
     (tmp_path / "file").touch()
     for out in (tmp_path / "a.png", tmp_path / "file"):
-        with pytest.raises(UserError, match=f"{out} is in the way"):
+        with pytest.raises(UserError, match=mentions(out, "--out")):
             check_target(out)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.npz"])
-def test_a_full_disk_is_named(tmp_path, images, name):
+def test_a_full_disk_is_named(tmp_path, images, name, mentions):
     (tmp_path / name).symlink_to("/dev/full")
-    with pytest.raises(UserError, match=rf"cannot write .*{name}: No space left on device"):
+    with pytest.raises(UserError, match=mentions(tmp_path / name, os.strerror(errno.ENOSPC))):
         save_images(images, torch.zeros(4), tmp_path / name, 3)
 
 
-def test_a_file_where_a_folder_should_be_is_named(tmp_path, images):
+def test_a_file_where_a_folder_should_be_is_named(tmp_path, images, mentions):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot write .*file/a\.png: "):
+    with pytest.raises(UserError, match=mentions(tmp_path / "file" / "a.png")):
         save_images(images, torch.zeros(4), tmp_path / "file" / "a.png", 3)
 
 
@@ -99,9 +101,9 @@ def test_pictures_are_read_in_order_and_cropped(tmp_path):
     assert images[:, 0, 0, 0].tolist() == [200, 10]
 
 
-def test_a_description_says_step_size_and_settings(trained_folder):
+def test_a_description_says_step_size_and_settings(trained_folder, mentions):
     text = describe(trained_folder)
-    assert text.startswith("step_00000020: digits, 20 optimizer steps, ")
+    assert re.match(mentions("step_00000020", "digits", 20), text)
     total, encoder, decoder = (int(part.replace(",", "")) for part in numbers_after(text, "parameters: "))
     assert 0 < total - encoder - decoder < 100, "the LayerNorm between them"
     assert "width: 16" in text and "batch_size: 8" in text
@@ -112,6 +114,6 @@ def numbers_after(text: str, start: str) -> list[str]:
     return [word.strip("(),") for word in line.split() if word.strip("(),").replace(",", "").isdigit()]
 
 
-def test_a_description_of_nothing_is_refused(tmp_path):
-    with pytest.raises(UserError, match="there is no checkpoint"):
+def test_a_description_of_nothing_is_refused(tmp_path, mentions):
+    with pytest.raises(UserError, match=mentions(tmp_path / "nothing")):
         describe(Path(tmp_path / "nothing"))

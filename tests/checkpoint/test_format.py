@@ -1,5 +1,6 @@
 """Folders of checkpoints: whole or not there at all, the right one counts, no more of them than asked for."""
 
+import errno
 import json
 import os
 
@@ -83,10 +84,10 @@ def test_every_name_of_a_checkpoint_and_of_a_run(folder):
     assert candidates(folder) == [old], "a link that leads nowhere says nothing"
 
 
-def test_missing_checkpoints_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"there is no checkpoint .*nowhere"):
+def test_missing_checkpoints_are_named(tmp_path, mentions):
+    with pytest.raises(UserError, match=mentions(tmp_path / "nowhere")):
         candidates(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match=mentions(tmp_path, "latest")):
         candidates(tmp_path)
 
 
@@ -165,7 +166,7 @@ def test_other_files_in_the_folder_do_not_matter(folder):
     assert len(os.listdir(folder)) == 4
 
 
-def test_damage_to_a_shard_is_recognised(folder):
+def test_damage_to_a_shard_is_recognised(folder, mentions):
     path = write(folder, 10, bytes(1000))
     shards, shard = read_manifest(path).shards, path / "shard"
     check_sizes(path, shards)
@@ -174,27 +175,27 @@ def test_damage_to_a_shard_is_recognised(folder):
     flipped[617] ^= 1
     shard.write_bytes(flipped)
     check_sizes(path, shards)
-    with pytest.raises(DamagedCheckpoint, match="step_00000010 is damaged: shard does not hold what was written"):
+    with pytest.raises(DamagedCheckpoint, match=mentions("step_00000010", "shard")):
         check_checksums(path, shards)
     shard.write_bytes(bytes(999))
-    with pytest.raises(DamagedCheckpoint, match="shard has 999 bytes, not 1000"):
+    with pytest.raises(DamagedCheckpoint, match=mentions("shard", 999, 1000)):
         check_sizes(path, shards)
     shard.unlink()
     for check in (check_sizes, check_checksums):
-        with pytest.raises(DamagedCheckpoint, match="shard: No such file or directory"):
+        with pytest.raises(DamagedCheckpoint, match=mentions("shard", os.strerror(errno.ENOENT))):
             check(path, shards)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
-def test_a_torn_manifest_is_recognised(folder, share):
+def test_a_torn_manifest_is_recognised(folder, share, mentions):
     path = write(folder, 10)
     whole = (path / MANIFEST).read_bytes()
     (path / MANIFEST).write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(DamagedCheckpoint, match=r"step_00000010 is damaged: checkpoint\.json cannot be read"):
+    with pytest.raises(DamagedCheckpoint, match=mentions("step_00000010", MANIFEST)):
         read_manifest(path)
     (path / MANIFEST).unlink()
     assert candidates(path) == [path], "its name says what it was"
-    with pytest.raises(DamagedCheckpoint, match=r"checkpoint\.json is missing"):
+    with pytest.raises(DamagedCheckpoint, match=mentions("step_00000010", MANIFEST)):
         read_manifest(path)
 
 
@@ -207,21 +208,21 @@ def test_a_manifest_that_makes_no_sense_is_recognised(folder, text):
     assert "\n" not in str(refusal.value)
 
 
-def test_a_changed_manifest_is_recognised_and_one_of_another_version_named(folder):
+def test_a_changed_manifest_is_recognised_and_one_of_another_version_named(folder, mentions):
     path = write(folder, 10)
     outer = json.loads((path / MANIFEST).read_text())
     (path / MANIFEST).write_text(json.dumps(outer).replace('"step": 10', '"step": 11'))
-    with pytest.raises(DamagedCheckpoint, match=r"checkpoint\.json is not what was written"):
+    with pytest.raises(DamagedCheckpoint, match=mentions("step_00000010", MANIFEST)):
         read_manifest(path)
     (path / MANIFEST).write_text(json.dumps(outer | {"format": "unite_fast checkpoint 9"}))
-    with pytest.raises(UserError, match="is a 'unite_fast checkpoint 9'; this version reads 'unite_fast checkpoint 2'"):
+    with pytest.raises(UserError, match=mentions("step_00000010", "checkpoint 9", "checkpoint 2")):
         read_manifest(path)
 
 
-def test_settings_that_this_version_does_not_know_are_an_error(folder):
+def test_settings_that_this_version_does_not_know_are_an_error(folder, mentions):
     path = write(folder, 10)
     outer = json.loads((path / MANIFEST).read_text())
     outer["content"]["config"]["zzz"] = 1
     (path / MANIFEST).write_text(json.dumps(outer | {"crc32": files._crc32(outer["content"])}))
-    with pytest.raises(UserError, match=r"settings in .*step_00000010 are not of this version: unknown setting zzz"):
+    with pytest.raises(UserError, match=mentions("step_00000010", "zzz")):
         read_manifest(path)

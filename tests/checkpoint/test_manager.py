@@ -1,9 +1,11 @@
 """Checkpoints: bit-equal whatever the number of processes and their sharding, written beside the steps, never torn."""
 
+import errno
 import json
 import multiprocessing
 import os
 import pickletools
+import re
 import shutil
 import signal
 import struct
@@ -102,24 +104,24 @@ def test_a_checkpoint_is_json_and_numbers_without_pickles(checkpoints, folder, t
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "tokens"),
     [
-        (lambda places: places.update({"more": torch.zeros(1)}), "it lacks more"),
-        (lambda places: places.pop("ema.a"), "it holds ema.a, which has no place here"),
-        (lambda places: places.update({"ema.a": torch.zeros(5, 123)}), "ema.a is [123, 5], not [5, 123]"),
+        (lambda places: places.update({"more": torch.zeros(1)}), ("more",)),
+        (lambda places: places.pop("ema.a"), ("ema.a",)),
+        (lambda places: places.update({"ema.a": torch.zeros(5, 123)}), ("ema.a", "[123, 5]", "[5, 123]")),
         (
             lambda places: places.update({"ema.a": torch.zeros(123, 5).half()}),
-            "ema.a is torch.float32, not torch.float16",
+            ("ema.a", "torch.float32", "torch.float16"),
         ),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(checkpoints, folder, tensors, change, message):
+def test_tensors_that_do_not_fit_are_named(checkpoints, folder, tensors, change, tokens, mentions):
     save(checkpoints, 1, tensors)
     places = dict(tensors)
     change(places)
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError, match=mentions(step_path(folder, 1), *tokens)) as refusal:
         checkpoints.load_into(checkpoints.find(), places)
-    assert str(refusal.value) == f"the checkpoint {step_path(folder, 1)} cannot be loaded: {message}"
+    assert "\n" not in str(refusal.value)
 
 
 def test_steps_go_on_while_a_checkpoint_is_written(checkpoints, folder, tensors, monkeypatch):
@@ -161,7 +163,7 @@ def test_a_save_that_fails_leaves_what_was_there(checkpoints, folder, tensors, m
 
 @pytest.mark.parametrize("share", [0.0, 0.5, None])
 def test_a_shard_that_shrinks_or_goes_before_the_commit_fails_the_save(
-    checkpoints, folder, tensors, monkeypatch, share
+    checkpoints, folder, tensors, monkeypatch, share, mentions
 ):
     """As on a network's disk that took a write and lost it: its size is the last thing looked at."""
     save(checkpoints, 10, tensors)
@@ -178,21 +180,19 @@ def test_a_shard_that_shrinks_or_goes_before_the_commit_fails_the_save(
     with monkeypatch.context() as patch:
         patch.setattr(files, "write_manifest", lose)
         checkpoints.save(20, Config(), {}, tensors)
-        with pytest.raises(
-            UserError, match=r"could not save .*step_00000020: .* is damaged: .*checkpoints saved before"
-        ):
+        with pytest.raises(UserError, match=mentions(step_path(folder, 20), "shard_00001.safetensors")):
             checkpoints.wait()
     assert sorted(os.listdir(folder)) == ["latest", "step_00000010"]
     assert load_checkpoint(folder).step == 10
 
 
 def test_the_error_of_a_save_is_raised_by_the_next_one_and_the_one_after_works(
-    checkpoints, folder, tensors, monkeypatch
+    checkpoints, folder, tensors, monkeypatch, mentions
 ):
     with monkeypatch.context() as patch:
         patch.setattr(files, "save_file", full_disk)
         checkpoints.save(10, Config(), {}, tensors)
-        with pytest.raises(UserError, match=r"could not save .*step_00000010: No space left on device"):
+        with pytest.raises(UserError, match=mentions(step_path(folder, 10), os.strerror(errno.ENOSPC))):
             checkpoints.save(20, Config(), {}, tensors)
     assert steps(folder) == []
     checkpoints.save(30, Config(), {}, tensors)
@@ -200,11 +200,11 @@ def test_the_error_of_a_save_is_raised_by_the_next_one_and_the_one_after_works(
     assert load_checkpoint(folder).step == 30
 
 
-def test_something_in_the_way_is_an_error_of_one_line(tmp_path, tensors):
+def test_something_in_the_way_is_an_error_of_one_line(tmp_path, tensors, mentions):
     (tmp_path / "file").touch()
     checkpoints = Checkpoints(tmp_path / "file" / "checkpoints", 0)
     checkpoints.save(1, Config(), {}, tensors)
-    with pytest.raises(UserError, match=r"could not save .*: Not a directory; checkpoints saved before are untouched"):
+    with pytest.raises(UserError, match=mentions(step_path(checkpoints.folder, 1), os.strerror(errno.ENOTDIR))):
         checkpoints.close()
 
 
@@ -229,25 +229,24 @@ def test_kill_9_in_the_middle_of_a_save(checkpoints, folder, tensors):
     assert sorted(os.listdir(folder)) == ["latest", "step_00000010", "step_00000030"]
 
 
-def test_of_damaged_checkpoints_the_newest_whole_one_is_used(checkpoints, folder, tensors, checkpoint_warnings):
+def test_of_damaged_checkpoints_the_newest_whole_one_is_used(
+    checkpoints, folder, tensors, checkpoint_warnings, mentions
+):
     checkpoints.keep_every = 1
     for step in (10, 20, 30):
         save(checkpoints, step, tensors)
     flip_a_bit(step_path(folder, 30) / "shard_00001.safetensors")
     (step_path(folder, 20) / "shard_00001.safetensors").unlink()
     assert load_checkpoint(folder.parent).step == 10
-    assert checkpoint_warnings() == [
-        f"{step_path(folder, 30)} is damaged: shard_00001.safetensors does not hold what was written; "
-        f"using {step_path(folder, 10)} instead",
-        f"{step_path(folder, 20)} is damaged: shard_00001.safetensors: No such file or directory; "
-        f"using {step_path(folder, 10)} instead",
-    ]
+    newest, second = checkpoint_warnings()
+    assert re.match(mentions(step_path(folder, 30), "shard_00001.safetensors", step_path(folder, 10)), newest)
+    assert re.match(mentions(step_path(folder, 20), os.strerror(errno.ENOENT), step_path(folder, 10)), second)
     # Whoever names one gets that one or an error, and the advice is a whole one.
     for step in (20, 30):
-        with pytest.raises(UserError, match=r"is damaged: .*; another one is .*step_000000[13]0$"):
+        with pytest.raises(UserError, match=rf"{step_path(folder, step)} .*step_000000[13]0$"):
             load_checkpoint(step_path(folder, step))
     flip_a_bit(step_path(folder, 10) / "shard_00001.safetensors")
-    with pytest.raises(UserError, match=r"holds no checkpoint that is undamaged: .*step_00000030 is damaged"):
+    with pytest.raises(UserError, match=mentions(folder, step_path(folder, 30))):
         checkpoints.find()
 
 
@@ -406,17 +405,12 @@ def save_with_mishaps(folder) -> list:
     return [*seen, checkpoints.find().step, finite, checkpoints.all_finite(named)]
 
 
-def test_what_fails_on_one_rank_fails_on_all_and_the_checkpoint_before_survives(ranks, folder):
+def test_what_fails_on_one_rank_fails_on_all_and_the_checkpoint_before_survives(ranks, folder, mentions):
     for *seen, found, finite, still_finite in ranks(2, save_with_mishaps, folder):
-        reasons = ("No space left on device", "No such file or directory", "No space left on device")
-        assert seen == [
-            (
-                f"could not save {step_path(folder, step)}: {reason}; checkpoints saved before are untouched",
-                [10],
-                "step_00000010",
-            )
-            for step, reason in zip((20, 30, 40), reasons, strict=True)
-        ]
+        reasons = [os.strerror(number) for number in (errno.ENOSPC, errno.ENOENT, errno.ENOSPC)]
+        for step, reason, (message, *left) in zip((20, 30, 40), reasons, seen, strict=True):
+            assert re.search(mentions(step_path(folder, step), reason), message)
+            assert left == [[10], "step_00000010"]
         assert (found, finite, still_finite) == (10, True, False)
     shutil.rmtree(step_path(folder, 50))
     assert sorted(os.listdir(folder)) == ["latest", "step_00000010"]

@@ -1,7 +1,9 @@
 """Models as single files: what `export` writes is what `load` reads."""
 
+import errno
 import json
 import os
+import re
 import shutil
 import struct
 
@@ -47,40 +49,39 @@ def test_a_file_holds_averages_and_buffers_alone(trained_folder, exported):
     assert len(data) == 8 + length + sum(value.nbytes for value in file.averages.values())
 
 
-def test_a_file_can_be_exported_again_and_the_commands_take_it(command, exported, tmp_path):
+def test_a_file_can_be_exported_again_and_the_commands_take_it(command, exported, tmp_path, mentions):
     assert command("export", exported, tmp_path / "again.safetensors").status == 0
     assert (tmp_path / "again.safetensors").read_bytes() == exported.read_bytes()
     ended = command("info", exported)
-    assert ended.out.startswith("model.safetensors: digits, 20 optimizer steps, ")
+    assert re.match(mentions("model.safetensors", "digits", 20), ended.out)
     ended = command("sample", exported, "--count", 2, "--steps", 1, "--out", tmp_path / "a.png")
     assert (ended.status, ended.err) == (0, "")
-    message = command("export", exported, tmp_path / "model.bin").error()
-    assert message == f"{tmp_path}/model.bin must end in .safetensors, which is what is written"
+    command("export", exported, tmp_path / "model.bin").error(tmp_path / "model.bin", ".safetensors")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
-def test_a_torn_file_is_refused(exported, share):
+def test_a_torn_file_is_refused(exported, share, mentions):
     exported.write_bytes(exported.read_bytes()[: int(share * exported.stat().st_size)])
-    with pytest.raises(UserError, match="is not a readable model, or is incomplete") as refusal:
+    with pytest.raises(UserError, match=mentions(exported)) as refusal:
         load_model(exported)
     assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("content", [b"garbage" * 100, b"\xff" * 64, b"PK\x03\x04", b"\x80\x04\x95K."])
-def test_garbage_is_refused(tmp_path, content):
+def test_garbage_is_refused(tmp_path, content, mentions):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=f"{path} is not a readable model"):
+    with pytest.raises(UserError, match=mentions(path)):
         load_model(path)
 
 
-def test_foreign_files_and_checkpoints_of_earlier_versions_are_refused(tmp_path):
+def test_foreign_files_and_checkpoints_of_earlier_versions_are_refused(tmp_path, mentions):
     path = tmp_path / "other.safetensors"
     save_file({"weight": torch.zeros(3)}, path)
-    with pytest.raises(UserError, match="is a safetensors file but no model that unite-fast export wrote"):
+    with pytest.raises(UserError, match=mentions(path, "unite-fast export")):
         load_model(path)
     save_file({"model.a": torch.zeros(3), "optim.a.momentum": torch.zeros(3)}, path, {"unite_fast checkpoint 1": "{}"})
-    with pytest.raises(UserError, match="is a safetensors file but a training checkpoint of an earlier version"):
+    with pytest.raises(UserError, match=mentions(path, "checkpoint", "version")):
         load_model(path)
 
 
@@ -107,25 +108,24 @@ def test_a_header_that_makes_no_sense_is_refused(tmp_path, header):
     assert "\n" not in str(refusal.value)
 
 
-def test_a_write_that_fails_leaves_what_was_there(exported, tmp_path, monkeypatch):
+def test_a_write_that_fails_leaves_what_was_there(exported, tmp_path, monkeypatch, mentions):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
     before = exported.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr("unite_fast.checkpoint.format.save_file", fail)
-        with pytest.raises(UserError) as failure:
+        with pytest.raises(UserError, match=mentions(exported, os.strerror(errno.ENOSPC))):
             save_model(exported, Config(), 1, {})
-    assert str(failure.value) == f"could not write {exported}: No space left on device"
     assert exported.read_bytes() == before
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"could not write .*: Not a directory"):
+    with pytest.raises(UserError, match=mentions(tmp_path / "file" / "model.safetensors", os.strerror(errno.ENOTDIR))):
         save_model(tmp_path / "file" / "model.safetensors", Config(), 1, {})
     assert sorted(os.listdir(tmp_path)) == ["file", "model.safetensors"]
 
 
-def test_a_checkpoint_without_an_average_is_refused(trained_folder, rewrite, tmp_path):
+def test_a_checkpoint_without_an_average_is_refused(trained_folder, rewrite, tmp_path, mentions):
     shutil.copytree(trained_folder, tmp_path / "run", symlinks=True)
     rewrite(tmp_path / "run", lambda saved: saved.tensors.pop("ema.latent_norm.weight"))
-    with pytest.raises(UserError, match=r"lacks the average of latent_norm\.weight"):
+    with pytest.raises(UserError, match=mentions(tmp_path / "run", "latent_norm.weight")):
         load_model(tmp_path / "run")

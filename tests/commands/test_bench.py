@@ -195,12 +195,14 @@ def test_a_table_that_cannot_be_written_costs_no_figures(command, tiny_run, ment
     assert re.match(mentions("/proc/bench.csv"), ended.err.splitlines()[-1])
 
 
-def test_an_error_in_a_step_leaves_nothing(command, tiny_run, monkeypatch):
+def test_an_error_in_a_step_leaves_nothing(command, tiny_run, monkeypatch, mentions):
     def broken(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr(Trainer, "step", broken)
-    command("bench", "digits", *tiny_run).error("memory", "2 GiB", "train.micro_batch")
+    ended = command("bench", "digits", *tiny_run)
+    assert ended.status == 2
+    assert re.match(mentions("error: out of memory", "2 GiB", "train.micro_batch"), ended.err.splitlines()[-1])
     assert not os.path.exists("runs")
 
 

@@ -230,23 +230,23 @@ def _waits_for_the_device() -> None:
         time.sleep(100)
 
 
-def test_a_rank_that_dies_ends_the_others_even_if_they_are_stuck(ranks, capfd):
+def test_a_rank_that_dies_ends_the_others_even_if_they_are_stuck(ranks, capfd, mentions):
     begun = time.monotonic()
     assert ranks(4, in_child, _waits_for_the_device) == [TEMPORARY] * 3 + [-signal.SIGKILL]
     assert time.monotonic() - begun < 15
     lines, _ = errors(capfd)
-    assert lines == [f"error: rank {rank}: step 5: lost contact with rank 3 while writing metrics" for rank in range(3)]
+    for rank, line in zip(range(3), lines, strict=True):
+        assert re.match(mentions(f"error: rank {rank}", "step 5", "rank 3", "metrics"), line)
 
 
-def test_a_rank_that_hangs_ends_with_its_line_and_where(ranks, capfd):
+def test_a_rank_that_hangs_ends_with_its_line_and_where(ranks, capfd, mentions):
     """The others end by themselves, too, or because it has ended, whichever is first."""
     ended = ranks(3, in_child, a_loop, sleep, 1.0)
     assert ended[1] == HUNG and {ended[0], ended[2]} <= {HUNG, TEMPORARY}
     lines, printed = errors(capfd)
-    assert lines[1] == "error: rank 1: step 5: no progress for 1 s while reading images"
+    assert re.match(mentions("error: rank 1", "step 5", "1 s", "images"), lines[1])
     for rank in (0, 2):
-        what = "(no progress for 1 s|lost contact with another process|lost contact with rank 1)"
-        assert re.match(rf"error: rank {rank}: step [567]: {what} while waiting for the other processes", lines[rank])
+        assert re.match(rf"error: rank {rank}: step [567]: .*processes", lines[rank])
     assert "in sleep\n    time.sleep(100)\n" in printed
 
 
@@ -256,11 +256,7 @@ def test_a_rank_that_is_frozen_ends_the_others_which_name_it(ranks, capfd):
     lines, _ = errors(capfd)
     assert len(lines) == 2
     for line, rank in zip(lines, (0, 2), strict=True):
-        assert re.fullmatch(
-            rf"error: rank {rank}: step [567]: no progress for 1 s while waiting for the other processes; "
-            "no answer from rank 1",
-            line,
-        )
+        assert re.match(rf"error: rank {rank}: step [567]: .*\b1 s\b.*\brank 1\b", line)
 
 
 def test_a_patient_beat_may_take_ten_times_as_long(ranks):

@@ -176,7 +176,7 @@ def test_printed_report(small, write_trace, capsys, mentions):
 
     assert not run(write_trace(small | {"sample/latents": 2 * small["sample/latents"]}))
     printed = capsys.readouterr().out
-    assert re.search("FAILED *sample/latents", printed) and re.search(mentions(1, 3), printed.splitlines()[-1])
+    assert re.search("FAILED *sample/latents", printed) and re.match(r"1 of \d+", printed.splitlines()[-1])
 
     with pytest.raises(UserError, match=mentions("'magic'")):
         run(write_trace(small), "magic")

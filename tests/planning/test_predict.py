@@ -1,6 +1,7 @@
 """`unite-fast plan`: its arithmetic, and what it prints."""
 
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -186,33 +187,33 @@ def test_speed_and_cost_follow_the_machines(command):
     assert "measured" not in told.out
 
 
-def test_the_command_says_what_is_predicted_and_what_was_measured(command):
+def test_the_command_says_what_is_predicted_and_what_was_measured(command, mentions):
     told = command("plan", "imagenet256_b", "--gpu", "h200")
     assert told.status == 0
-    assert told.out.startswith("PREDICTION, not a measurement: imagenet256_b on 1 x 8 h200\n")
-    assert "the released code on 8 H200: 102.7 images/s a GPU" in told.out
+    assert re.match(mentions("PREDICTION", "imagenet256_b", "1 x 8 h200"), told.out)
+    assert re.search(mentions(8, "H200", "102.7 images/s"), told.out)
     found = plan("imagenet256_b", "h200", 1)
     assert f"{found.slow.images_per_s / 8:.0f} to {found.fast.images_per_s / 8:.0f}" in told.out
     for part in (*found.memory, *found.fast.seconds):
         assert f"  {part} " in told.out
-    assert f"bound by   {found.fast.bound_by}" in told.out and "assumptions\n" in told.out
+    assert re.search(mentions("bound", found.fast.bound_by), told.out) and "assumptions\n" in told.out
     # Another objective is another work: what was measured does not belong beside it.
     assert "102.7" not in command("plan", "imagenet256_b", "--gpu", "h200", "--", "objective.flow_draws=14").out
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "arguments, tokens",
     [
-        (("imagenet256_b", "--gpu", "h1000"), "there is no GPU 'h1000'"),
-        (("imagenet256_b", "--nodes", "3"), "train.batch_size is 1024; it must be a multiple of the 24 GPUs"),
-        (("imagenet256_b", "--nodes", "0"), "--nodes and --gpus-per-node must be positive"),
-        (("imagenet256_b", "--data", "floppy"), "--data is 'floppy'; it must be one of folder"),
-        (("digits",), "set train.precision=bfloat16"),
-        (("imagenet256_z",), "there is no recipe imagenet256_z"),
+        (("imagenet256_b", "--gpu", "h1000"), ("'h1000'", "h100")),
+        (("imagenet256_b", "--nodes", "3"), ("train.batch_size", 1024, 24)),
+        (("imagenet256_b", "--nodes", "0"), ("--nodes", "--gpus-per-node")),
+        (("imagenet256_b", "--data", "floppy"), ("--data", "'floppy'", "folder")),
+        (("digits",), ("train.precision=bfloat16",)),
+        (("imagenet256_z",), ("imagenet256_z", "imagenet256_b")),
     ],
 )
-def test_mistakes_are_named(command, arguments, message):
-    assert message in command("plan", *arguments).error()
+def test_mistakes_are_named(command, arguments, tokens):
+    command("plan", *arguments).error(*tokens)
 
 
 def test_an_unknown_format_is_an_error_of_the_library_too():

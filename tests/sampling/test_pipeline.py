@@ -78,25 +78,25 @@ def test_settings_of_sampling_are_used(trained_folder, model):
 
 
 @pytest.mark.parametrize(
-    ("labels", "settings", "message"),
+    ("labels", "settings", "tokens"),
     [
-        ([10], {}, r"class 10 is out of range: this model has classes 0\.\.9"),
-        ([3, -1], {}, "class -1 is out of range"),
-        ([], {}, "labels must be a list of classes"),
-        (3, {}, "labels must be a list of classes"),
-        ([[3]], {}, "labels must be a list of classes"),
-        ([3], {"seed": -1}, "the seed is -1"),
-        ([3], {"seed": 2**64}, "the seed is 18446744073709551616"),
-        ([3], {"batch": 0}, "the batch is 0 images"),
-        ([3], {"solver": "rk4"}, "sampling.solver is 'rk4'"),
-        ([3], {"guidence": 2.0}, "unknown setting sampling.guidence; known here: solver, steps, guidance, interval"),
-        ([3], {"steps": 0}, "sampling.steps must be positive"),
-        ([3], {"guidance": float("nan")}, "sampling.guidance must be finite"),
-        ([3], {"interval": (0.9, 0.1)}, "sampling.interval must be LOW,HIGH"),
+        ([10], {}, ("class", 10, "0..9")),
+        ([3, -1], {}, ("class", -1, "0..9")),
+        ([], {}, ("labels", "[]")),
+        (3, {}, ("labels", 3)),
+        ([[3]], {}, ("labels", "[[3]]")),
+        ([3], {"seed": -1}, ("seed", -1)),
+        ([3], {"seed": 2**64}, ("seed", 2**64)),
+        ([3], {"batch": 0}, ("batch", 0)),
+        ([3], {"solver": "rk4"}, ("sampling.solver", "'rk4'")),
+        ([3], {"guidence": 2.0}, ("sampling.guidence", "solver", "steps", "guidance", "interval")),
+        ([3], {"steps": 0}, ("sampling.steps", "positive")),
+        ([3], {"guidance": float("nan")}, ("sampling.guidance", "finite")),
+        ([3], {"interval": (0.9, 0.1)}, ("sampling.interval", "LOW,HIGH")),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(model, labels, settings, message):
-    with pytest.raises(UserError, match=message):
+def test_what_cannot_be_drawn_is_refused(model, labels, settings, tokens, mentions):
+    with pytest.raises(UserError, match=mentions(*tokens)):
         model.generate(labels, **settings)
 
 
@@ -118,7 +118,7 @@ def test_reconstructions_do_not_depend_on_the_batch(model, images):
     ],
 )
 def test_images_of_another_kind_are_refused(model, wrong):
-    with pytest.raises(UserError, match="reconstruct wants"):
+    with pytest.raises(UserError, match="reconstruct"):
         model.reconstruct(wrong)
 
 
@@ -126,27 +126,24 @@ NORM = "latent_norm.weight"
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "tokens"),
     [
-        (lambda s: setattr(s.config.model.encoder, "width", 32), r"do not fit its settings: .* is \["),
         (
-            lambda s: setattr(s.config.model.encoder, "depth", 3),
-            r"do not fit its settings: encoder\.blocks\..* missing",
+            lambda s: setattr(s.config.model.encoder, "width", 32),
+            ("encoder.blocks.0.attn.k_norm.weight", "[8]", "[16]"),
         ),
-        (lambda s: setattr(s.config.model.decoder, "mlp_width", 8), r"do not fit its settings: decoder\..* is \["),
-        (lambda s: s.tensors.pop(f"model.{NORM}"), r"do not fit its settings: latent_norm\.weight is missing"),
-        (lambda s: s.tensors.pop(f"ema.{NORM}"), r"lacks the average of latent_norm\.weight"),
-        (lambda s: s.tensors.update({f"ema.{NORM}": torch.zeros(5)}), r"latent_norm\.weight is \[5\], not \[4\]"),
-        (
-            lambda s: s.tensors.update({"model.foreign": torch.zeros(5)}),
-            "settings: foreign has no place in the model",
-        ),
-        (lambda s: s.tensors[f"ema.{NORM}"].fill_(torch.nan), r"are not finite: latent_norm\.weight"),
+        (lambda s: setattr(s.config.model.encoder, "depth", 3), ("encoder.blocks.2.attn.k_norm.weight",)),
+        (lambda s: setattr(s.config.model.decoder, "mlp_width", 8), ("decoder.layers.0.fc1.bias", "[16]", "[8]")),
+        (lambda s: s.tensors.pop(f"model.{NORM}"), (NORM,)),
+        (lambda s: s.tensors.pop(f"ema.{NORM}"), (NORM,)),
+        (lambda s: s.tensors.update({f"ema.{NORM}": torch.zeros(5)}), (NORM, "[5]", "[4]")),
+        (lambda s: s.tensors.update({"model.foreign": torch.zeros(5)}), ("foreign",)),
+        (lambda s: s.tensors[f"ema.{NORM}"].fill_(torch.nan), (NORM, "finite")),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(changed, change, message):
+def test_weights_that_do_not_fit_are_refused(changed, change, tokens, mentions):
     path = changed(change)
-    with pytest.raises(UserError, match=message) as refusal:
+    with pytest.raises(UserError, match=mentions(*tokens)) as refusal:
         unite_fast.load(path)
     assert str(path) in str(refusal.value)
     assert "\n" not in str(refusal.value)

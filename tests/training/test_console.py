@@ -137,14 +137,14 @@ def test_other_processes_say_nothing(make):
     assert written.getvalue() == ""
 
 
-def test_the_summary_names_what_was_left_out_and_how_to_go_on(make):
+def test_the_summary_names_what_was_left_out_and_how_to_go_on(make, mentions):
     report, written = make()
     skipped = {f"image{i:02d}.png": f"reason {i}" for i in range(12)}
     report.summary(Outcome(Path("x"), 5, 15, 9.6, 123.4), skipped)
     text = written.getvalue()
-    assert "5 steps, 10 s, 123 images/s" in text and "12 unreadable files" in text
-    assert "image09.png: reason 9" in text and "image10.png" not in text and "and 2 more" in text
-    assert "at step 5 of 6; --resume" in text and "unite-fast sample" not in text
+    assert re.search(mentions("5 steps", "10 s", "123 images/s"), text) and re.search(mentions("skipped", 12), text)
+    assert "image09.png: reason 9" in text and "image10.png" not in text and re.search(r"\b2 more", text)
+    assert re.search(mentions("step 5", 6, "--resume"), text) and "unite-fast sample" not in text
     written.truncate(0)
     report.summary(Outcome(Path("x"), 6, 0, 9.6, 123.4), {"one.png": "torn"})
-    assert "1 unreadable file:" in written.getvalue() and "unite-fast sample somewhere" in written.getvalue()
+    assert re.search(mentions("skipped", 1), written.getvalue()) and "unite-fast sample somewhere" in written.getvalue()

@@ -1,6 +1,7 @@
 """Several processes train as one does: the same start, the same losses, a part of the memory."""
 
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -302,31 +303,29 @@ def test_the_state_of_b_takes_three_and_a_half_gigabytes():
     assert round(state_bytes(model) / GB, 1) == 3.5
 
 
-def test_machines_with_different_numbers_of_processes_are_no_grid():
-    with pytest.raises(
-        UserError, match=r"hsdp wants as many processes on each machine, but 12 are no multiple of the 8"
-    ):
+def test_machines_with_different_numbers_of_processes_are_no_grid(mentions):
+    with pytest.raises(UserError, match=mentions("hsdp", 12, 8, "parallel.strategy=fsdp")):
         choose_strategy(ParallelConfig(strategy="hsdp"), Ranks(world=12, per_node=8), GB, GB)
 
 
-def test_more_processes_than_cuda_devices(monkeypatch):
+def test_more_processes_than_cuda_devices(monkeypatch, mentions):
     for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with (
-        pytest.raises(UserError, match="2 processes on this machine, but torch sees 1 CUDA devices"),
+        pytest.raises(UserError, match=mentions("2 processes", "1 CUDA")),
         joined("cuda", 1),
     ):
         pass
 
 
-def test_each_process_has_its_places_and_a_micro_batch_that_is_no_larger():
+def test_each_process_has_its_places_and_a_micro_batch_that_is_no_larger(mentions):
     assert share(Ranks(rank=2, world=4), 64, 0) == (slice(32, 48), 16)
     assert share(Ranks(rank=3, world=4), 64, 8) == (slice(48, 64), 8)
     assert share(Ranks(rank=1, world=64), 1024, 64) == (slice(16, 32), 16)
-    with pytest.raises(UserError, match=r"train\.batch_size is 64; it must be a multiple of .* processes \(3\)"):
+    with pytest.raises(UserError, match=mentions("train.batch_size", 64, 3)):
         share(Ranks(world=3), 64, 0)
-    with pytest.raises(UserError, match=r"train\.micro_batch is 6; it must divide the 16 images of train\.batch_size"):
+    with pytest.raises(UserError, match=mentions("train.micro_batch", 6, 16, "train.batch_size")):
         share(Ranks(world=4), 64, 6)
 
 
@@ -353,12 +352,12 @@ def train_and_save(config) -> int:
     return train(config).steps
 
 
-def test_a_whole_run_leaves_what_one_process_would(settings, ranks, capfd, trained_folder):
+def test_a_whole_run_leaves_what_one_process_would(settings, ranks, capfd, trained_folder, mentions):
     often = ("train.steps=4", "train.log_every=2", "train.checkpoint_every=2")
     config = settings(*often, "train.precision=bfloat16", "parallel.strategy=auto")
     assert ranks(2, train_and_save, config) == [4, 4]
     out = capfd.readouterr().out
-    assert "2 processes of 8 images: ddp; the training state takes 0.00 GB, and up to" in out
+    assert re.search(mentions(2, 8, "ddp"), out)
     assert out.count("run folder") == 1
     left = {path.name for path in Path(config.train.out).iterdir()}
     assert left == {path.name for path in trained_folder.iterdir()}

@@ -111,20 +111,20 @@ def test_it_is_due_at_the_first_step_after_its_epochs(epochs, steps, tiny_run):
 
 
 @pytest.mark.parametrize(
-    ("setting", "words"),
+    ("setting", "tokens"),
     [
-        ("evaluation.features=inception", "the FID needs statistics"),
-        ("evaluation.reference=missing.npz", "there is no file of statistics missing.npz"),
-        ("evaluation.features=clip", "evaluation.features is 'clip'"),
-        ("evaluation.count=1", "evaluation.count must be at least 2"),
-        ("evaluation.batch=0", "evaluation.batch must be positive"),
-        ("train.evaluate_every=-1", "train.evaluate_every must not be negative"),
-        ("train.evaluate_epochs=-1", "train.evaluate_epochs must not be negative"),
-        ("train.evaluate_epochs=1", "are two ways to say when"),
+        ("evaluation.features=inception", ("--reference", "--features inception")),
+        ("evaluation.reference=missing.npz", ("missing.npz", "unite-fast stats")),
+        ("evaluation.features=clip", ("evaluation.features", "'clip'")),
+        ("evaluation.count=1", ("evaluation.count", 2)),
+        ("evaluation.batch=0", ("evaluation.batch", "positive")),
+        ("train.evaluate_every=-1", ("train.evaluate_every", "negative")),
+        ("train.evaluate_epochs=-1", ("train.evaluate_epochs", "negative")),
+        ("train.evaluate_epochs=1", ("train.evaluate_epochs", "train.evaluate_every")),
     ],
 )
-def test_mistakes_are_found_before_the_run_begins(tiny_run, tmp_path, setting, words):
-    with pytest.raises(UserError, match=words):
+def test_mistakes_are_found_before_the_run_begins(tiny_run, tmp_path, setting, tokens, mentions):
+    with pytest.raises(UserError, match=mentions(*tokens)):
         train(load_config("digits", (*tiny_run, *EVALUATED, f"train.out={tmp_path / 'run'}", setting)))
     assert not (tmp_path / "run").exists()
 
@@ -152,6 +152,6 @@ def test_processes_share_the_work(ranks, evaluated, tiny_run, tmp_path, world):
     assert len(rows_of(tmp_path)) == 1
 
 
-def test_several_processes_need_a_solver_of_fixed_steps(ranks, evaluated, tiny_run, tmp_path):
-    with pytest.raises(AssertionError, match="UserError: evaluating a run on several processes needs a solver"):
+def test_several_processes_need_a_solver_of_fixed_steps(ranks, evaluated, tiny_run, tmp_path, mentions):
+    with pytest.raises(AssertionError, match=mentions("UserError", "sampling.solver=multistep")):
         ranks(2, run_in_ranks, evaluated, tmp_path, (*tiny_run, *EVALUATED, "sampling.solver=dopri5"))

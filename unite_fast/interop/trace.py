@@ -1,4 +1,4 @@
-"""A trace: an .npz without pickles that holds what the released code computed (spec: "The trace file").
+"""A trace: an .npz without pickles that holds what the released code computed (docs/method.md, "The trace file").
 
 Shapes: B images, N latent tokens, C latent channels, F flow draws, S image size.
 """

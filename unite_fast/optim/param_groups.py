@@ -1,4 +1,4 @@
-"""Which parameter belongs to which optimizer (spec: Optimizers)."""
+"""Which parameter belongs to which optimizer (docs/method.md, Optimizers)."""
 
 from torch import nn
 

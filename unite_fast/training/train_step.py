@@ -1,4 +1,4 @@
-"""One optimizer step, from uint8 images to new weights (spec.md: "One training step").
+"""One optimizer step, from uint8 images to new weights (docs/method.md, "One training step").
 
     for each micro-batch    z, L_rec = tokenize and decode;  backward of L_rec;
                             L_flow of z;                     backward of flow_weight * L_flow
