@@ -83,7 +83,7 @@ def test_sample(command, record, model, tmp_path, mentions):
     ],
 )
 def test_generate(command, record, model, tmp_path, extra, precision, compiled, mentions):
-    written = record("unite_fast.sampling.sample_writer.generate_files", result="about.json")
+    written = record("unite_fast.sampling.sample_writer.write_samples", result="about.json")
     out = tmp_path / "g.npz"
     ended = command(
         *("generate", "run", "--num", 4, "--classes", "3,1", "--seed", 12, "--batch", 6, "--device", "cpu"),

@@ -78,7 +78,7 @@ def generate(
     """
     from unite_fast.distributed.launch import ranks_of_torchrun
     from unite_fast.sampling.distributed_sampler import Generation
-    from unite_fast.sampling.sample_writer import generate_files
+    from unite_fast.sampling.sample_writer import write_samples
     from unite_fast.sampling.sampler import choose_labels
     from unite_fast.utils.device import choose_device
 
@@ -93,7 +93,7 @@ def generate(
             batch,
             *options.precision_and_compile(model, precision, compile),
         )
-        manifest = generate_files(model, generation, out, ranks)
+        manifest = write_samples(model, generation, out, ranks)
     if ranks.main:
         typer.echo(f"{num} images in {out}, their settings in {manifest}")
 

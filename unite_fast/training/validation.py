@@ -119,7 +119,7 @@ class DuringTraining:
             start = starts[min(mine, len(starts) - 1)]
             positions = torch.arange(start, min(start + config.evaluation.batch, self.count))
             labels = positions % config.model.num_classes
-            images, _ = sampler.generate_batch(
+            images, _ = sampler.sample_batch(
                 model, network, labels, positions, config.sampling, config.seed, config.train.precision
             )
             if mine < len(starts):
