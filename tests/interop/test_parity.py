@@ -177,7 +177,7 @@ def test_printed_report(small, write_trace, capsys):
     printed = capsys.readouterr().out
     assert "FAILED sample/latents" in printed and printed.splitlines()[-1].startswith("1 of 3")
 
-    with pytest.raises(UserError, match="no body called 'magic'"):
+    with pytest.raises(UserError, match="no backend 'magic'"):
         run(write_trace(small), "magic")
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unite_fast.kernels.product import in_float32
+from unite_fast.kernels.matmul import in_float32
 from unite_fast.optim.exchange import Exchange, layout
 from unite_fast.sharding import local
 
@@ -58,7 +58,7 @@ def newton_schulz_flops(shape: Sequence[int]) -> int:
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in the precision dtype, stored as float32 where products of it are faster so (see kernels/product.py)."""
+    """x in the precision dtype, stored as float32 where products of it are faster so (see kernels/matmul.py)."""
     x = x.to(dtype)
     return x.float() if in_float32(x) else x
 
