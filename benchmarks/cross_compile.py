@@ -33,7 +33,7 @@ import torch
 
 from unite_fast.kernels import registry
 from unite_fast.kernels.registry import OPS
-from unite_fast.perceptual import tap_shapes
+from unite_fast.lpips import tap_shapes
 
 BATCH = 64
 TOKENS = (544, 288)

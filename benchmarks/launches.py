@@ -45,13 +45,13 @@ from unite_fast.data_pipeline import Batch
 from unite_fast.errors import UserError
 from unite_fast.kernels import backend, fused_op, matmul
 from unite_fast.kernels.casts import cast_once
+from unite_fast.lpips import LINEAR_SHAPES, LPIPS, VGG_SHAPES
 from unite_fast.model.layers import SwiGLU
 from unite_fast.model.unite import UNITE
 from unite_fast.optim import muon
-from unite_fast.perceptual import LINEAR_SHAPES, LPIPS, VGG_SHAPES
 from unite_fast.recipes import load_config
 from unite_fast.training import train_step
-from unite_fast.training.state import TrainState
+from unite_fast.training.train_state import TrainState
 
 EXAMPLES = """examples:
   python benchmarks/launches.py

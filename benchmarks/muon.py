@@ -25,9 +25,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
 from unite_fast.model.unite import UNITE
-from unite_fast.optim.exchange import Exchange, Grid, Matrix
-from unite_fast.optim.groups import split_parameters
 from unite_fast.optim.muon import Muon, newton_schulz, newton_schulz_flops
+from unite_fast.optim.param_groups import split_parameters
+from unite_fast.optim.sharded_matrices import Exchange, Grid, Matrix
 from unite_fast.recipes import load_config
 
 SIZES = ("b", "l", "xl")

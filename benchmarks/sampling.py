@@ -27,15 +27,14 @@ from torch import Tensor
 import unite_fast
 from unite_fast.config import SamplingConfig
 from unite_fast.data_pipeline import open_source
-from unite_fast.evaluation.evaluate import device_name, versions, weights_sha256
-from unite_fast.evaluation.judge import fit_pixels_once
-from unite_fast.evaluation.pixels import PixelFeatures
+from unite_fast.distributed.process_group import Ranks
+from unite_fast.evaluation.fid import Moments, Statistics, frechet_distance
+from unite_fast.evaluation.pixel_features import PixelFeatures, fit_pixels_once
+from unite_fast.evaluation.provenance import device_name, versions
 from unite_fast.evaluation.reference import make_reference
-from unite_fast.evaluation.statistics import Moments, Statistics, frechet_distance
 from unite_fast.kernels import backend
-from unite_fast.ranks import Ranks
-from unite_fast.sampling import GuidedPrediction, Network, generate_batch
-from unite_fast.trained import TrainedUNITE
+from unite_fast.sampling.pipeline import TrainedUNITE, weights_sha256
+from unite_fast.sampling.sampler import GuidedPrediction, Network, generate_batch
 
 REFERENCE, EXACT = "dopri5", ("multistep", 100)
 STEPS = {"euler": (10, 20, 40), "heun": (5, 10, 20), "multistep": (8, 12, 16, 20, 24)}

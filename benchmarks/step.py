@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from unite_fast import flops
 from unite_fast.config import Config
 from unite_fast.data_pipeline import Batch, open_source
 from unite_fast.kernels import backend
+from unite_fast.lpips import random_lpips
 from unite_fast.model.unite import UNITE
-from unite_fast.perceptual import random_lpips
+from unite_fast.planning import flops
 from unite_fast.recipes import from_tree
-from unite_fast.training.state import TrainState
+from unite_fast.training.train_state import TrainState
 from unite_fast.training.train_step import TrainStep
 
 EXAMPLES = """examples:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
 from unite_fast.data_pipeline.images import adm_center_crop
 from unite_fast.data_pipeline.source import Source, UnreadableSample
@@ -149,3 +151,12 @@ def _refuse(error: OSError):
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def read_images(paths: list[Path], size: int) -> Tensor:
+    """Picture files, centre-cropped: uint8 [n, 3, size, size]."""
+    try:
+        images = [read_image(path, size) for path in paths]
+    except UnreadableSample as error:
+        raise UserError(f"cannot read {error.name}: {error.reason}") from error
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)

@@ -7,36 +7,17 @@ from pathlib import Path
 import torch
 
 from unite_fast.data_pipeline import dali
-from unite_fast.data_pipeline.catalog import open_source
-from unite_fast.data_pipeline.choice import choose_loader, fitting_loaders
+from unite_fast.data_pipeline.choose_loader import choose_loader, fitting_loaders
 from unite_fast.data_pipeline.loader import Loader
-from unite_fast.data_pipeline.shards.manifest import MANIFEST
-from unite_fast.data_pipeline.shards.remote import is_remote
+from unite_fast.data_pipeline.open_source import open_data
 from unite_fast.data_pipeline.shards.source import ShardSource
 from unite_fast.data_pipeline.source import Source, read_readable
-from unite_fast.errors import writing
-from unite_fast.pictures import grid
+from unite_fast.utils.files import writing
+from unite_fast.utils.images import grid
 
 _ROWS, _COLUMNS = 8, 8
 _CLASSES_NAMED = 10
 _BATCH = 64
-
-
-def open_data(path: str, image_size: int, split: str) -> tuple[str, Source]:
-    """The kind of data found at `path`, and its source.
-
-    Args:
-        path: "digits", or the folder or address of shards, a folder of IDX files or one of class folders.
-        image_size: 0 takes the size that shards of cropped images have, 8 for digits, 32 for IDX files, 256 elsewhere.
-    """
-    if path == "digits":
-        return "digits", open_source("digits", None, image_size or 8, split)
-    folder = Path(path).expanduser()
-    if is_remote(path) or any((folder / name / MANIFEST).is_file() for name in (".", "train", "val", "test")):
-        return "shards", open_source("shards", path, image_size, split)
-    if any(folder.glob("*-ubyte*")):
-        return "idx", open_source("idx", path, image_size or 32, split)
-    return "folder", open_source("folder", path, image_size or 256, split)
 
 
 def inspect_data(

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -35,7 +36,7 @@ from unite_fast.recipes import from_tree
 for variable in ("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS"):
     os.environ.pop(variable, None)
 
-# Every size differs from its neighbours, so that a mixed-up dimension cannot pass unseen.
+# Every size differs from its neighbours, so that a mixed-up dimension cannot pass no_progress.
 TINY = {
     "name": "tiny",
     "model": {
@@ -88,7 +89,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tests/test_torchrun.py")
     group.addoption("--kills", type=int, default=2, help="how often a process of a run is killed (default 2)")
     group.addoption("--torchrun", action="store_true", help="start runs by the command, not by its agent alone")
-    group = parser.getgroup("tests/training/test_parallel.py")
+    group = parser.getgroup("tests/training/test_parallelize.py")
     group.addoption("--every-strategy", action="store_true", help="compare the losses of all ways to share the work")
 
 
@@ -212,6 +213,17 @@ def tiny_run() -> tuple[str, ...]:
     return TINY_RUN
 
 
+def pattern_of(*tokens: object) -> str:
+    """Matches a text with a line that holds every token as a whole word, in any order."""
+    return "".join(rf"(?=.*(?<![\w-]){re.escape(str(token))}(?!\w))" for token in tokens)
+
+
+@pytest.fixture(scope="session")
+def mentions() -> Callable[..., str]:
+    """`match=mentions("optim.eps", -1)`: a line of the message names key and value, whatever its words."""
+    return pattern_of
+
+
 @dataclass
 class Ended:
     """A command that has ended."""
@@ -220,11 +232,12 @@ class Ended:
     out: str
     err: str
 
-    def error(self) -> str:
-        """What a user's mistake must look like: status 2 and one line on stderr; gives the line."""
+    def error(self, *tokens: object) -> str:
+        """What a user's mistake must look like: status 2 and one line on stderr, with every token; gives the line."""
         assert self.status == 2, self
         lines = self.err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: "), self.err
+        assert re.search(pattern_of(*tokens), lines[0]), (tokens, lines[0])
         return lines[0].removeprefix("error: ")
 
 
@@ -387,7 +400,8 @@ def checkpoint_warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[s
 @pytest.fixture(scope="session")
 def rewrite() -> Callable[[Path, Callable], None]:
     """Writes a run's newest checkpoint again, changed."""
-    from unite_fast.training.checkpoint import Checkpoints, load_checkpoint
+    from unite_fast.checkpoint.manager import Checkpoints
+    from unite_fast.checkpoint.reader import load_checkpoint
 
     def run(folder: Path, change: Callable) -> None:
         saved = load_checkpoint(folder)
@@ -402,8 +416,9 @@ def rewrite() -> Callable[[Path, Callable], None]:
 @pytest.fixture(scope="session")
 def assert_same_run() -> Callable[[Path, Path], None]:
     """Checks that two runs' latest checkpoints and metrics are equal to the last bit, speeds apart."""
-    from unite_fast.training.checkpoint import load_checkpoint
-    from unite_fast.training.metrics import of_training, read_rows
+    from unite_fast.checkpoint.reader import load_checkpoint
+    from unite_fast.training.metrics import of_training
+    from unite_fast.utils.files import read_rows
 
     def compare(one: Path, other: Path) -> None:
         a, b = load_checkpoint(one), load_checkpoint(other)

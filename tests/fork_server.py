@@ -14,7 +14,12 @@ import torch
 
 from unite_fast.cli import main
 
-for name in ("matplotlib.figure", "sklearn.model_selection", "unite_fast.outputs", "unite_fast.training.trainer"):
+for name in (
+    "matplotlib.figure",
+    "sklearn.model_selection",
+    "unite_fast.sampling.pipeline",
+    "unite_fast.training.trainer",
+):
     importlib.import_module(name)
 torch.set_num_threads(1)  # a process forked beside the threads of a pool would wait for them for ever
 print("ready", flush=True)

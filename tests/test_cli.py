@@ -22,7 +22,7 @@ COMMANDS = (
 
 
 @pytest.fixture
-def sample(command, trained_folder, tmp_path):
+def sample(command, trained_folder, tmp_path, mentions):
     """Runs `sample` with the trained model and gives the images and labels."""
 
     def draw(*options: object) -> tuple[np.ndarray, list[int]]:
@@ -30,7 +30,7 @@ def sample(command, trained_folder, tmp_path):
         ended = command("sample", trained_folder, "--out", out, *options)
         assert ended.status == 0, ended.err
         with np.load(out) as file:
-            assert ended.out == f"{len(file['arr_0'])} images in {out}\n"
+            assert re.fullmatch(rf"{mentions(len(file['arr_0']), out)}.*\n", ended.out)
             return file["arr_0"], file["arr_1"].tolist()
 
     return draw
@@ -105,7 +105,7 @@ def test_train_takes_a_recipe_and_settings_that_differ(command, tiny_run, tmp_pa
     ended = command("train", "a=b.yaml", "train.steps=2")
     assert ended.status == 0, ended.err
     assert ended.err == ""
-    assert ended.out.startswith("training mine: 0.0")
+    assert re.match(r"training mine: 0\.0", ended.out)
     saved = yaml.safe_load((tmp_path / "runs" / "mine" / "config.yaml").read_text())
     assert (saved["train"]["steps"], saved["train"]["batch_size"]) == (2, 8)
 
@@ -159,7 +159,7 @@ def test_samples_as_a_grid_and_as_a_folder(command, sample, trained_folder, tmp_
         assert np.array_equal(np.asarray(Image.open(tmp_path / "folder" / name)), image)
 
 
-def test_reconstruct_says_how_well_each_picture_comes_back(command, trained_folder, tmp_path):
+def test_reconstruct_says_how_well_each_picture_comes_back(command, trained_folder, tmp_path, mentions):
     generator = np.random.default_rng(0)
     paths = [tmp_path / f"{name}.png" for name in ("a", "b", "c")]
     for path in paths:
@@ -170,7 +170,7 @@ def test_reconstruct_says_how_well_each_picture_comes_back(command, trained_fold
     lines = ended.out.splitlines()
     for path, line in zip(paths, lines, strict=False):
         assert 0 < float(re.fullmatch(rf"{re.escape(str(path))}: ([\d.]+) dB", line)[1]) < 60
-    assert lines[3:] == [f"3 pairs in {out}"]
+    assert len(lines) == 4 and re.match(mentions(3, out), lines[3])
     with Image.open(out) as picture:
         assert picture.size == ((3 * 9 + 1) * 6, (2 * 9 + 1) * 6)
         assert len(np.unique(np.asarray(picture))) > 20

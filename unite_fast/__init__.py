@@ -5,25 +5,28 @@ images = model.generate([3, 1, 4], guidance=2.0)
 copies = model.reconstruct(images)
 """
 
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from unite_fast.trained import TrainedUNITE
+    from unite_fast.sampling.pipeline import TrainedUNITE
 
-__version__ = "0.1.0"
+__version__ = version("unite-fast")
 
 
 def load(path, device: str = "cpu") -> "TrainedUNITE":
-    """A trained model with its averaged (EMA) weights.
+    """Load a trained model with its averaged (EMA) weights.
 
     Args:
-        path: a run's folder, which means its newest undamaged checkpoint; a checkpoint; or a file that `unite-fast
-            export` wrote.
-        device: where to put it.
+        path: a run folder, which means its newest undamaged checkpoint; a checkpoint; or a file written by
+            `unite-fast export`.
+        device: cpu, cuda or cuda:N.
 
     Raises:
         UserError: no such checkpoint, or one that cannot be read.
     """
-    from unite_fast.trained import TrainedUNITE  # torch takes seconds to import: only who loads a model waits for it
+    from unite_fast.sampling.pipeline import (
+        TrainedUNITE,  # imports torch, which takes seconds
+    )
 
     return TrainedUNITE.load(path, device)

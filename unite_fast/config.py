@@ -1,28 +1,40 @@
-"""The settings: typed, each with its default and a line of what it does. `recipes.py` reads them from files.
+"""All settings: typed, with defaults and a line of documentation each. `recipes.py` reads them from YAML files.
 
-Values that make no sense are `UserError`s that name the dotted key.
+A value that cannot work raises a `UserError` that names the dotted key. This module imports nothing of the package but
+`errors`, so that every other module can import it.
 """
 
 import math
+import re
 from dataclasses import dataclass, field, fields, replace
 
-from unite_fast.data_pipeline.choice import LOADERS
-from unite_fast.errors import UserError
-from unite_fast.kernels import backend
-from unite_fast.optim import adamw
-from unite_fast.perceptual import PerceptualConfig
+from unite_fast.errors import UserError, require, require_choice
 
-NONDETERMINISTIC = ("sdpa_cudnn", "flash_attn")
-"""Kinds of attention whose backward pass adds up in an order that changes from run to run."""
+KERNELS = ("auto", "reference", "native", "triton")
+ATTENTION = ("sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "flash_attn")
+NONDETERMINISTIC_ATTENTION = ("sdpa_cudnn", "flash_attn")
+"""Attention backends whose backward pass sums in an order that changes from run to run."""
+LOADERS = ("auto", "memory", "folder", "raw", "webdataset", "dali")
+STRATEGIES = ("auto", "ddp", "fsdp", "hsdp")
+PRECISIONS = ("bfloat16", "float32")
+DEVICES = ("auto", "cpu", "cuda")
+ADAMW = ("torch", "apex")
+SOLVERS = ("euler", "heun", "multistep", "dopri5")
+FEATURES = ("auto", "inception", "pixels")
 
+TRAINING_SAMPLES = {"inception": 5_000, "pixels": 1_000}
+"""Generated images for an evaluation during training, by features."""
+EVALUATION_SAMPLES = {"inception": 50_000, "pixels": 1_000}
+"""Generated images for `unite-fast evaluate`, by features."""
+SEARCH_SAMPLES = {"inception": (5_000, 50_000), "pixels": (500, 2_000)}
+"""Generated images of a candidate in `unite-fast search-guidance`, by features: while searching, and to confirm."""
 
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    require(value in choices, f"{key} is {value!r}; it must be one of {', '.join(choices)}")
+VGG16_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
+"""Of torchvision's vgg16-397923af.pth."""
+LPIPS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
+"""Of vgg.pth, linear weights v0.1, taken from the lpips 0.1.4 wheel."""
+INCEPTION_SHA256 = "6726825d"
+"""First digits of torch-fidelity's weights-inception-2015-12-05-6726825d.pth; its name carries no more."""
 
 
 @dataclass
@@ -30,16 +42,21 @@ class EncoderConfig:
     """The Generative Encoder. `preset: B` (M, L, XL) fills in a published size."""
 
     width: int = 768
+    """Channels of a token."""
     depth: int = 12
+    """Transformer blocks."""
     heads: int = 12
+    """Attention heads; width / heads must be even, since RoPE rotates pairs."""
     in_context_tokens: int = 32
-    """Label tokens prepended before block `in_context_start`; 0 for none."""
+    """Label tokens, prepended before block `in_context_start`; 0 for none."""
     in_context_start: int = 4
+    """First block that sees the label tokens, counted from 0."""
     qk_norm: bool = True
+    """RMSNorm on queries and keys."""
 
     def __post_init__(self):
         check_transformer("model.encoder", self.width, self.depth, self.heads)
-        require(self.width // self.heads % 2 == 0, "model.encoder.width / heads must be even: RoPE turns pairs")
+        require(self.width // self.heads % 2 == 0, "model.encoder.width / heads must be even: RoPE rotates pairs")
         require(self.in_context_tokens >= 0, "model.encoder.in_context_tokens must not be negative")
         require(
             self.in_context_tokens == 0 or 0 <= self.in_context_start < self.depth,
@@ -52,9 +69,13 @@ class DecoderConfig:
     """The pixel decoder. `preset: S` (B, L) fills in a published size."""
 
     width: int = 768
+    """Channels of a token; a multiple of 4, for 2-D sin-cos positions."""
     depth: int = 12
+    """Transformer layers."""
     heads: int = 12
+    """Attention heads."""
     mlp_width: int = 3072
+    """Hidden channels of each MLP."""
     embed_width: int = 768
     """Width between the decoder's two input Linears; 768 in every published size."""
 
@@ -86,15 +107,22 @@ PRESETS = {
 
 @dataclass
 class ModelConfig:
+    """Sizes of the model: image, latents, encoder, decoder."""
+
     image_size: int = 256
     """Side of the square images, pixels."""
     patch_size: int = 16
+    """Side of a patch, pixels; it divides image_size."""
     latent_channels: int = 32
+    """Channels C of a latent token."""
     latent_tokens: int = 0
-    """0: as many as there are patches, which is also what the decoder needs."""
+    """Latent tokens N; 0: one for each patch, which the decoder requires."""
     num_classes: int = 1000
+    """Classes of the data."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """The Generative Encoder."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    """The pixel decoder."""
 
     def __post_init__(self):
         require(self.patch_size > 0 and self.image_size > 0, "model.image_size and patch_size must be positive")
@@ -107,7 +135,7 @@ class ModelConfig:
         self.latent_tokens = self.latent_tokens or self.patches
         require(
             self.latent_tokens == self.patches,
-            f"model.latent_tokens is {self.latent_tokens}; it must be {self.patches}: the decoder makes each a patch",
+            f"model.latent_tokens is {self.latent_tokens}; it must be {self.patches}, one for each patch",
         )
 
     @property
@@ -117,17 +145,19 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
+    """Training images."""
+
     source: str = "digits"
     """digits (built into scikit-learn), folder (one folder a class), idx (MNIST's file format), shards (made by
-    unite-fast shards) or synthetic (noise, to time a machine with)."""
+    unite-fast shards) or synthetic (noise, for timing)."""
     path: str = ""
-    """Folder of the data; for shards also https://HOST/FOLDER or pipe:COMMAND with {} for a file's name."""
+    """Folder of the data; for shards also https://HOST/FOLDER, or pipe:COMMAND with {} in place of a file's name."""
     loader: str = "auto"
     """auto (the fastest that fits), memory, folder, raw, webdataset or dali; see docs/data.md."""
     flip: bool = True
-    """Random horizontal flip."""
+    """Flip images horizontally with probability 1/2."""
     workers: int = 2
-    """Processes (or threads, where nothing is decoded) that read images ahead of need."""
+    """Processes (or threads, where nothing is decoded) that prefetch images."""
 
     def __post_init__(self):
         require_choice("data.loader", self.loader, LOADERS)
@@ -139,17 +169,23 @@ class ObjectiveConfig:
     """The joint loss. The defaults are the released recipe's."""
 
     flow_draws: int = 3
-    """F, flow draws an image: 3 in the released recipe, 14 for the published checkpoints."""
+    """F, flow draws of each image: 3 in the released recipe, 14 for the published checkpoints."""
     flow_weight: float = 1.0
+    """Weight of the flow loss, which sums over the F draws; the reconstruction loss has weight 1."""
     time_mean: float = 0.0
-    """Mean and standard deviation of the normal u in s = sigmoid(u)."""
+    """Mean of the normal u in s = sigmoid(u)."""
     time_std: float = 1.0
+    """Standard deviation of u."""
     time_shift: float = 0.5
     """a in t = a s / (1 + (a - 1) s)."""
     tokenize_time_max: float = 0.01
+    """The tokenizer pass draws its time uniformly from [0, this]."""
     decoder_noise_probability: float = 0.5
+    """Probability that noise is added to an image's latents before the decoder."""
     decoder_noise_time_min: float = 0.7
+    """That noise's time is uniform in [this, 1]; at 1 there is no noise."""
     label_drop: float = 0.1
+    """Probability that a flow draw gets the "no class" label, for classifier-free guidance."""
 
     def __post_init__(self):
         require(self.flow_draws > 0, "objective.flow_draws must be positive")
@@ -160,21 +196,54 @@ class ObjectiveConfig:
 
 
 @dataclass
+class PerceptualConfig:
+    """The LPIPS part of the reconstruction loss."""
+
+    weight: float = 0.0
+    """Weight of LPIPS in the reconstruction loss; 0 switches it off, and no file is needed."""
+    vgg_path: str = ""
+    """torchvision's vgg16-397923af.pth; empty: the environment variable UNITE_FAST_VGG16."""
+    lpips_path: str = ""
+    """vgg.pth from weights/v0.1 of the lpips package; empty: the environment variable UNITE_FAST_LPIPS."""
+    vgg_sha256: str = VGG16_SHA256
+    """SHA-256 of the VGG16 file in hex, or its first digits (8 at least)."""
+    lpips_sha256: str = LPIPS_SHA256
+    """SHA-256 of the linear weights' file in hex, or its first digits (8 at least)."""
+    dropout: bool = True
+    """Drop half of the squared differences while training, as the released training does."""
+    input_range: str = "unit"
+    """unit: images enter in [0, 1], as in the released training; signed: mapped to [-1, 1], as LPIPS is defined."""
+
+    def __post_init__(self):
+        require(0 <= self.weight < math.inf, f"perceptual.weight must be a finite number, 0 or more, got {self.weight}")
+        for name in ("vgg_sha256", "lpips_sha256"):
+            digest = getattr(self, name)
+            require(is_digest(digest), f"perceptual.{name} must be 8 to 64 hex digits, got {digest!r}")
+        require_choice("perceptual.input_range", self.input_range, ("unit", "signed"))
+
+
+@dataclass
 class ScheduleConfig:
-    """Learning rate by optimizer step: 0 -> lr, held, cosine to lr_2, held, cosine to lr_final, held."""
+    """Learning rate by optimizer step: 0 -> lr, constant, cosine to lr_2, constant, cosine to lr_final, constant."""
 
     lr: float = 1.0e-4
+    """Peak learning rate, reached after warmup."""
     lr_2: float = 0.5e-4
+    """Learning rate after the first cosine."""
     lr_final: float = 1.0e-5
+    """Learning rate after the second cosine."""
     reference_batch: int = 384
-    """The three rates are for this batch size and grow in proportion to the real one; 0: take them as they are."""
+    """The three rates hold at this batch size and scale linearly with the real one; 0: no scaling."""
     warmup_steps: int = 0
+    """Steps of linear warmup from 0."""
     hold_until: int = 0
+    """Step at which the cosine to lr_2 starts."""
     decay_until: int = 0
-    """Start and end of the cosine to lr_2; decay_until 0: it never comes."""
+    """Step at which it ends; 0: no cosine."""
     final_from: int = 0
+    """Step at which the cosine to lr_final starts."""
     final_until: int = 0
-    """Start and end of the cosine to lr_final; final_until 0: it never comes, as in the released recipe."""
+    """Step at which it ends; 0: no second cosine, as in the released recipe."""
 
     def __post_init__(self):
         stages = [self.warmup_steps]
@@ -196,19 +265,25 @@ class ScheduleConfig:
 
 @dataclass
 class OptimConfig:
+    """Muon for matrices, AdamW for all other parameters, gradient clipping, EMA."""
+
     clip_norm: float = 3.0
+    """Largest norm of the gradient over all parameters; larger gradients are scaled down to it."""
     ema_decay: float = 0.9978
+    """Decay of the averaged (EMA) weights per optimizer step."""
     muon_momentum: float = 0.95
+    """Momentum of Muon."""
     muon_dtype: str = "bfloat16"
-    """Precision of the Newton-Schulz products: bfloat16 (released) or float32."""
+    """Precision of the Newton-Schulz matmuls: bfloat16 (released) or float32."""
     adamw: str = "torch"
-    """Whose AdamW runs: torch's fused one, or apex, NVIDIA's, which you have to build yourself."""
+    """AdamW implementation: torch (fused) or apex (NVIDIA's FusedAdam, which you build yourself)."""
     adamw_betas: tuple[float, float] = (0.9, 0.999)
+    """Betas of AdamW."""
     eps: float = 1e-6
-    """Of both optimizers."""
+    """Epsilon of both optimizers."""
     nonfinite: str = "stop"
-    """What gradients that are not finite do: stop ends the run and names the step, skip leaves weights, optimizers and
-    averages as they are and goes on."""
+    """On gradients that are not finite: stop ends the run and names the step; skip leaves weights, optimizers and EMA
+    unchanged for that step."""
 
     def __post_init__(self):
         require(self.clip_norm > 0, "optim.clip_norm must be positive")
@@ -216,8 +291,8 @@ class OptimConfig:
         require(0 <= self.muon_momentum < 1, "optim.muon_momentum must be in [0, 1)")
         require(all(0 <= beta < 1 for beta in self.adamw_betas), "optim.adamw_betas must be in [0, 1)")
         require(self.eps > 0, "optim.eps must be positive")
-        require_choice("optim.muon_dtype", self.muon_dtype, ("bfloat16", "float32"))
-        require_choice("optim.adamw", self.adamw, adamw.BODIES)
+        require_choice("optim.muon_dtype", self.muon_dtype, PRECISIONS)
+        require_choice("optim.adamw", self.adamw, ADAMW)
         require_choice("optim.nonfinite", self.nonfinite, ("stop", "skip"))
         require(
             self.nonfinite == "stop" or self.adamw == "torch",
@@ -227,37 +302,41 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
+    """Length, batch, precision, logging and checkpoints of a run."""
+
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 1024
-    """Images an optimizer step, over all processes and micro-batches."""
+    """Images per optimizer step, over all processes and micro-batches."""
     micro_batch: int = 0
-    """Images a forward pass of one process, at most its share of the batch; 0: the share at once."""
+    """Images per forward pass of one process, at most its share of the batch; 0: the whole share."""
     precision: str = "bfloat16"
     """bfloat16 (autocast) or float32."""
     device: str = "auto"
-    """auto (a CUDA device if there is one), cpu or cuda."""
+    """auto (CUDA if there is one), cpu or cuda."""
     threads: int = 0
     """Threads of torch on a CPU; 0: torch's choice. Tiny models gain little from two and may lose much."""
     compile: bool = True
     """Compile the transformer blocks."""
     deterministic: bool = False
-    """The same seed gives the same bits on a GPU too. Slower: attention's backward pass adds up in a fixed order. On a
-    CPU this holds without it."""
+    """Give the same bits from the same seed on a GPU too, at a cost: attention's backward pass then sums in a fixed
+    order. A CPU does so anyway."""
     log_every: int = 50
+    """Steps between rows of metrics."""
     checkpoint_every: int = 1000
+    """Steps between checkpoints; the last step always gets one."""
     keep_every: int = 0
-    """Checkpoints at multiples of this many steps are never pruned; 0: only the newest two are kept."""
+    """Keep checkpoints at multiples of this many steps for good; 0: keep only the newest two."""
     picture_every: int = 0
     """Steps between sample and reconstruction grids; 0: only at the end."""
     evaluate_every: int = 0
-    """Steps between evaluations of the averaged weights (see `evaluation`); 0: none."""
+    """Steps between evaluations of the EMA weights (see `evaluation`); 0: none."""
     evaluate_epochs: float = 0.0
-    """The same in passes over the training images, of which it may be a part; give one of the two."""
+    """The same interval in epochs, fractions allowed; set only one of the two."""
     out: str = ""
-    """Folder of the run; empty: runs/NAME."""
+    """Run folder; empty: runs/NAME."""
     wandb: str = ""
-    """Project on Weights & Biases that gets every logged row; empty: none."""
+    """Weights & Biases project to log to; empty: none."""
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
@@ -266,22 +345,22 @@ class TrainConfig:
             require(getattr(self, name) >= 0, f"train.{name} must not be negative")
         require(
             not (self.evaluate_every and self.evaluate_epochs),
-            "train.evaluate_every and train.evaluate_epochs are two ways to say when; give one of them",
+            "train.evaluate_every and train.evaluate_epochs are both set; set only one of them",
         )
         require(
             self.micro_batch == 0 or self.batch_size % self.micro_batch == 0,
             f"train.batch_size is {self.batch_size}; it must be a multiple of train.micro_batch ({self.micro_batch})",
         )
-        require_choice("train.precision", self.precision, ("bfloat16", "float32"))
-        require_choice("train.device", self.device, ("auto", "cpu", "cuda"))
+        require_choice("train.precision", self.precision, PRECISIONS)
+        require_choice("train.device", self.device, DEVICES)
 
 
 @dataclass
 class ProfileConfig:
-    """A trace of some steps by torch's profiler, in the run's folder."""
+    """A trace of some steps by torch's profiler, in the run folder."""
 
     steps: str = ""
-    """FIRST:LAST, from step FIRST up to step LAST, which is not traced any more (the first step is 1); empty: none."""
+    """FIRST:LAST traces steps FIRST to LAST - 1, counted from 1; empty: none."""
 
     def __post_init__(self):
         _ = self.traced
@@ -292,51 +371,51 @@ class ProfileConfig:
         if not self.steps:
             return range(0)
         first, colon, last = self.steps.partition(":")
-        whole = bool(colon) and all(part.isdecimal() and len(part) < 19 for part in (first, last))
-        require(whole, f"profile.steps is {self.steps!r}; write FIRST:LAST, for example 10:13")
+        numbers = bool(colon) and all(part.isdecimal() and len(part) < 19 for part in (first, last))
+        require(numbers, f"profile.steps is {self.steps!r}; write FIRST:LAST, for example 10:13")
         require(0 < int(first) < int(last), f"profile.steps is {self.steps}; FIRST must be at least 1 and below LAST")
         return range(int(first), int(last))
 
 
 @dataclass
 class ParallelConfig:
-    """How several processes share the work; a single one needs none of it."""
+    """How several processes share the training state. A single process ignores it."""
 
     strategy: str = "auto"
-    """ddp (every process holds the whole training state), fsdp (each holds a part), hsdp (a part within a machine, the
-    same on every machine) or auto, which chooses by the state's size and the machines and says why."""
+    """ddp (replicate the training state), fsdp (shard it over all processes), hsdp (shard within a machine, replicate
+    across machines) or auto, which chooses by the size of the state and says why."""
     reshard_after_forward: bool = True
-    """Let go of a block's gathered weights between forward and backward pass: less memory, one more gathering."""
+    """Free a block's gathered weights between forward and backward pass: less memory, one more all-gather."""
     timeout: float = 600.0
-    """Seconds without progress after which a process ends itself: the images of a batch, a forward and backward pass,
-    another process. Ten times that for the start, the first step, a checkpoint, pictures, an evaluation."""
+    """Seconds without progress (a batch, a forward and backward pass, a collective) after which a process exits. Start,
+    first step, checkpoints, pictures and evaluations may take ten times as long."""
 
     def __post_init__(self):
-        require_choice("parallel.strategy", self.strategy, ("auto", "ddp", "fsdp", "hsdp"))
+        require_choice("parallel.strategy", self.strategy, STRATEGIES)
         require(self.timeout > 0, "parallel.timeout must be positive")
 
 
 @dataclass
 class SamplingConfig:
-    """How pictures are generated."""
+    """How images are generated."""
 
     solver: str = "multistep"
-    """euler, heun, multistep (second order, the cheapest) or dopri5 (adaptive: the released code's); solvers.py."""
+    """euler, heun, multistep (second order, the cheapest) or dopri5 (adaptive, the released code's)."""
     steps: int = 24
     """Steps of the fixed-step solvers; dopri5 chooses its own. With 24, multistep matches dopri5's Frechet distance on
-    the small recipes within 1 %, at less than a third of its evaluations; below 16 it is several percent off
-    (benchmarks/sampling.py)."""
+    the small recipes within 1 % with less than a third of the network evaluations; below 16 it is several percent off
+    (docs/sampling.md)."""
     guidance: float = 1.0
     """Guidance scale w; 1 is unguided."""
     interval: tuple[float, float] = (0.1, 1.0)
-    """Guidance acts for t in (low, high)."""
+    """Guidance is active for t in (low, high)."""
     order: str = "norm_first"
     """norm_first: LayerNorm both predictions, then combine. cfg_first: combine, no LayerNorm."""
     time_shift: float = 0.5
-    """The time grid of euler and heun is linspace(0, 1) pushed through this shift; multistep spaces its own steps."""
+    """Shift of the time grid of euler and heun, linspace(0, 1); multistep spaces its own steps."""
 
     def __post_init__(self):
-        require_choice("sampling.solver", self.solver, ("euler", "heun", "multistep", "dopri5"))
+        require_choice("sampling.solver", self.solver, SOLVERS)
         require_choice("sampling.order", self.order, ("norm_first", "cfg_first"))
         require(self.steps > 0, "sampling.steps must be positive")
         require(math.isfinite(self.guidance), "sampling.guidance must be finite")
@@ -345,10 +424,10 @@ class SamplingConfig:
         require(0 <= low <= high <= 1, "sampling.interval must be LOW,HIGH with 0 <= LOW <= HIGH <= 1")
 
     def changed(self, **settings) -> "SamplingConfig":
-        """The same but for these settings.
+        """A copy with these settings changed.
 
         Raises:
-            UserError: a setting that there is not, or one out of range.
+            UserError: unknown setting, or value out of range.
         """
         known = [field.name for field in fields(self)]
         unknown = [name for name in settings if name not in known]
@@ -359,55 +438,122 @@ class SamplingConfig:
 
 @dataclass
 class EvaluationConfig:
-    """How a run evaluates itself (when: `train.evaluate_every`, `train.evaluate_epochs`), with the guidance of
-    `sampling`."""
+    """How a run evaluates its EMA weights while it trains (`train.evaluate_every`, `train.evaluate_epochs`). Guidance
+    and solver are those of `sampling`."""
 
     features: str = "auto"
     """inception (FID), pixels (small images, no weights needed) or auto."""
     inception: str = ""
     """File of Inception's weights; empty: the environment variable UNITE_FAST_INCEPTION."""
     reference: str = ""
-    """A .npz with the statistics of real images; empty, with pixels: the training images."""
+    """An .npz with statistics of real images; empty, with pixels: the training images."""
     count: int = 0
-    """Generated images; 0: 5,000 with Inception, 1,000 with pixels. Distances of other counts are not comparable."""
+    """Generated images; 0: 5,000 with Inception, 1,000 with pixels. Distances at other counts are not comparable."""
     batch: int = 64
-    """Images a process generates at a time."""
+    """Images that a process generates at a time."""
 
     def __post_init__(self):
-        require_choice("evaluation.features", self.features, ("auto", "inception", "pixels"))
-        require(self.count == 0 or self.count >= 2, "evaluation.count must be at least 2, or 0")
+        require_choice("evaluation.features", self.features, FEATURES)
+        require(self.count == 0 or self.count >= 2, f"evaluation.count is {self.count}; it must be at least 2, or 0")
         require(self.batch > 0, "evaluation.batch must be positive")
 
 
 @dataclass
-class Config:
-    name: str = "digits"
-    """Name of the recipe and, unless train.out says otherwise, of its run folder."""
+class EvaluationSettings(EvaluationConfig):
+    """What `unite-fast evaluate`, `stats` and `search-guidance` are asked to do: `EvaluationConfig` and more."""
+
+    count: int = 0
+    """Generated images for each guidance scale; 0: 50,000 with Inception, 1,000 with pixels."""
+    batch: int = 128
+    """Images that a process generates at a time; another number may change the last bits of a result."""
+    inception_sha256: str = INCEPTION_SHA256
+    """SHA-256 of Inception's weights in hex, or its first digits (8 at least)."""
+    data: str = ""
+    """Folder or address of the data, of any kind; empty: the training data."""
+    guidance: tuple[float, ...] = ()
+    """Guidance scales to evaluate; empty: unguided, and the recipe's."""
+    sampling: dict = field(default_factory=dict)
+    """Sampling settings that differ from the recipe's: solver, steps, interval, order, time_shift."""
     seed: int = 0
-    kernels: str = "auto"
-    """Which body of the kernels runs: auto (triton on CUDA, native on a CPU), reference, native or triton."""
-    attention: str = "sdpa"
-    """Who computes attention: sdpa (as PyTorch chooses); on CUDA also sdpa_cudnn, sdpa_flash or sdpa_efficient, which
-    are PyTorch's, or flash_attn (that package, 2 to 4)."""
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    profile: ProfileConfig = field(default_factory=ProfileConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Seed of the noise."""
+    precision: str = ""
+    """Precision of generation: float32 or bfloat16; empty: that of training. Reconstructions are float32."""
+    compile: bool | None = None
+    """Compile the network for generation; None: on CUDA."""
+    reconstructions: int = 50_000
+    """Held-out images to reconstruct, at most; 0: none."""
 
     def __post_init__(self):
-        require(bool(self.name), "name must not be empty: the run's folder is called after it")
-        require(0 <= self.seed < 2**64, "seed must be in [0, 2**64)")
-        require_choice("kernels", self.kernels, backend.NAMES)
-        require_choice("attention", self.attention, backend.ATTENTION_NAMES)
+        require(self.count == 0 or self.count >= 2, f"the count is {self.count} images; a covariance needs at least 2")
+        super().__post_init__()
+        check_seed_and_batch(self.seed, self.batch)
+        require(is_digest(self.inception_sha256), "--inception-sha256 must be 8 to 64 hex digits")
+        require_choice("the precision", self.precision, ("", *PRECISIONS))
         require(
-            not self.train.deterministic or self.attention not in NONDETERMINISTIC,
+            self.reconstructions == 0 or self.reconstructions >= 2,
+            f"the number of reconstructions is {self.reconstructions}; a covariance needs at least 2, or give 0",
+        )
+        require(all(math.isfinite(scale) for scale in self.guidance), "guidance must be finite")
+        require("guidance" not in self.sampling, "sampling must not hold guidance; set the field guidance instead")
+
+
+@dataclass
+class Config:
+    """A recipe."""
+
+    name: str = "digits"
+    """Name of the recipe and, unless train.out is set, of its run folder."""
+    seed: int = 0
+    """Seed of initialisation, data order and every random draw."""
+    kernels: str = "auto"
+    """Backend of the fused ops: auto (triton on CUDA, native on a CPU), reference, native or triton."""
+    attention: str = "sdpa"
+    """Attention backend: sdpa (PyTorch chooses); on CUDA also PyTorch's sdpa_cudnn, sdpa_flash and sdpa_efficient, or
+    flash_attn (the flash-attn package, versions 2 to 4)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Training images."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Sizes of the model."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """The joint loss."""
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    """LPIPS."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning rate."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizers and EMA."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The run."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Traces."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Several processes."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Generation."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Evaluation during training."""
+
+    def __post_init__(self):
+        require(bool(self.name), "name must not be empty: it names the run folder")
+        require(0 <= self.seed < 2**64, "seed must be in [0, 2**64)")
+        require_choice("kernels", self.kernels, KERNELS)
+        require_choice("attention", self.attention, ATTENTION)
+        require(
+            not self.train.deterministic or self.attention not in NONDETERMINISTIC_ATTENTION,
             f"train.deterministic is set, but the backward pass of attention={self.attention} is not deterministic; "
             "set attention=sdpa",
         )
+
+
+def check_seed_and_batch(seed: int, batch: int) -> None:
+    """
+    Raises:
+        UserError: seed out of range, or no images at a time.
+    """
+    require(0 <= seed < 2**64, f"the seed is {seed}; it must be in [0, 2**64)")
+    require(batch > 0, f"the batch is {batch} images; it must be positive")
+
+
+def is_digest(text: str) -> bool:
+    """Whether `text` is a SHA-256 in hex, or its first digits (8 at least)."""
+    return re.fullmatch("[0-9a-fA-F]{8,64}", text) is not None

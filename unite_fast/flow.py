@@ -1,6 +1,6 @@
-"""The straight path from noise (t = 0) to data (t = 1), and its loss (Liu et al., arXiv 2209.03003).
+"""The straight path from noise e (t = 0) to data z (t = 1): x_t = t z + (1 - t) e (Liu et al., arXiv 2209.03003).
 
-x_t = t z + (1 - t) e. The network predicts the clean z; the velocity that follows is (x_hat - x_t) / (1 - t).
+The network predicts the clean z; its velocity is (x_hat - x_t) / (1 - t). The flow loss is `objective.flow_losses`.
 """
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from unite_fast.kernels.noise_injection import mix
 from unite_fast.randomness import NoiseKeys
 
 MIN_TIME_LEFT = 0.05
-"""Floor of 1 - t wherever it divides, in the loss and in sampling."""
+"""Lower bound of 1 - t as a divisor, in the loss and in sampling."""
 
 
 def shift_time(s: Tensor, shift: float) -> Tensor:
@@ -19,11 +19,14 @@ def shift_time(s: Tensor, shift: float) -> Tensor:
 
 
 def interpolate(z: Tensor, noise: Tensor | NoiseKeys, t: Tensor, gate: Tensor | None = None) -> Tensor:
-    """x_t of latents [B, N, C] at F times each, t [F, B] -> [F, B, N, C].
+    """x_t = t z + (1 - t) e: latents z [B, N, C] at F times each, t [F, B] -> [F, B, N, C].
+
+    In training, the noise is a function of (seed, step, position in the global batch), not a tensor: the kernel
+    computes it where it is used, so it never goes through memory, and 1 process or 64 draw the same numbers.
 
     Args:
-        noise: numbers that broadcast to [F, B, N, C], or keys, whose draw f belongs to F's f-th.
-        gate: bool [B]; a sample whose gate is shut stays as it is.
+        noise: the keys of that function; or a tensor that broadcasts to [F, B, N, C], for a trace or a test.
+        gate: bool [B]; where it is False, the sample stays clean.
     """
     if isinstance(noise, NoiseKeys):
         return kernels.noise_injection(z, t, noise.philox, noise.stream, gate)

@@ -1,6 +1,11 @@
-"""The two losses of a training step (spec: "One training step"); training/train_step.py puts them together.
+"""The joint loss of a training step (docs/method.md, "One training step"):
 
-B images of a micro-batch, N latent tokens, C latent channels, F flow draws an image.
+    L = L1(recon, image) + perceptual.weight * LPIPS(recon, image) + objective.flow_weight * L_flow
+
+`reconstruct` computes the first two terms, `flow_losses` the third, on latents without a gradient. So each term has a
+backward pass of its own; training/train_step.py runs both.
+
+B images of a micro-batch, N latent tokens, C latent channels, F flow draws of each image.
 """
 
 from dataclasses import dataclass
@@ -10,43 +15,43 @@ from torch import Tensor
 
 from unite_fast import flow
 from unite_fast.config import Config, ObjectiveConfig
+from unite_fast.lpips import LPIPS
 from unite_fast.model.unite import UNITE
-from unite_fast.perceptual import LPIPS
 from unite_fast.randomness import NoiseKeys, Philox, Stream
 
 
 @dataclass
 class StepDraws:
-    """Every random number of one step but the LPIPS dropout. Noise that a kernel can draw where it uses it comes as the
-    keys to draw it from, in training; as numbers where they are given: in a trace, in a test."""
+    """All random numbers of one step except LPIPS dropout. Noise is given as keys in training, where kernels draw it,
+    and as tensors in a trace or a test."""
 
     registers: Tensor
     """N(0, 1), [B, N, C]."""
     recon_time: Tensor
     """Time of the tokenizer pass, [B]."""
     decoder_noise_mask: Tensor
-    """Whose latents the decoder gets noisy, bool [B]."""
+    """Samples whose latents get noise before the decoder, bool [B]."""
     decoder_noise_time: Tensor
-    """[B]."""
+    """Time of that noise, [B]."""
     decoder_noise: Tensor | NoiseKeys
     """N(0, 1), [B, N, C]."""
     flow_time: Tensor
-    """[F, B]."""
+    """Times of the flow draws, [F, B]."""
     flow_noise: Tensor | NoiseKeys
     """N(0, 1), [F, B, N, C]."""
     label_drop: Tensor
-    """Whose label becomes "no class", bool [F, B]."""
+    """Flow draws whose label becomes "no class", bool [F, B]."""
 
 
 def draw_step(config: ObjectiveConfig, philox: Philox, latents: tuple[int, int]) -> StepDraws:
-    """The draws of `philox`'s step and samples; `latents` is (N, C)."""
-    noisy_from = config.decoder_noise_time_min
+    """The draws for the step and samples of `philox`; `latents` is (N, C)."""
+    time_min = config.decoder_noise_time_min
     normal_time = philox.normal(Stream.FLOW_TIME, draw=range(config.flow_draws))
     return StepDraws(
         registers=philox.normal(Stream.REGISTERS, latents),
         recon_time=config.tokenize_time_max * philox.uniform(Stream.RECON_TIME),
         decoder_noise_mask=philox.uniform(Stream.DECODER_NOISE_MASK) < config.decoder_noise_probability,
-        decoder_noise_time=noisy_from + (1 - noisy_from) * philox.uniform(Stream.DECODER_NOISE_TIME),
+        decoder_noise_time=time_min + (1 - time_min) * philox.uniform(Stream.DECODER_NOISE_TIME),
         decoder_noise=NoiseKeys(philox, Stream.DECODER_NOISE),
         flow_time=flow.shift_time(torch.sigmoid(config.time_mean + config.time_std * normal_time), config.time_shift),
         flow_noise=NoiseKeys(philox, Stream.FLOW_NOISE),
@@ -61,21 +66,21 @@ class Losses:
     total: Tensor
     l1: Tensor
     flow: Tensor
-    """Sum over the F draws."""
+    """Summed over the F draws, without its weight."""
     lpips: Tensor
     """Zero where LPIPS is off."""
 
 
 @dataclass
 class Reconstruction:
-    """What the tokenizer and the decoder make of a micro-batch."""
+    """Losses and latents of a micro-batch that went through tokenizer and decoder."""
 
     loss: Tensor
-    """l1 + perceptual.weight lpips: gradient flows from here."""
+    """l1 + perceptual.weight * lpips, with a gradient."""
     l1: Tensor
     lpips: Tensor
     z: Tensor
-    """The clean latents [B, N, C], without a gradient."""
+    """Clean latents [B, N, C], detached."""
 
 
 def reconstruct(
@@ -86,6 +91,11 @@ def reconstruct(
     lpips: LPIPS | None = None,
     lpips_dropout: list[Tensor] | None = None,
 ) -> Reconstruction:
+    """Tokenize images [B, 3, S, S] in [0, 1], decode them, and compare.
+
+    Args:
+        lpips_dropout: masks for LPIPS; see `lpips.dropout_masks`.
+    """
     z = model.tokenize(images, draws.registers, draws.recon_time)
     recon = model.decode(noise_decoder_input(z, draws)).float()
     l1 = (recon - images).abs().mean()
@@ -94,13 +104,19 @@ def reconstruct(
 
 
 def noise_decoder_input(z: Tensor, draws: StepDraws) -> Tensor:
-    """Latents [B, N, C], those under the mask mixed with noise."""
+    """Latents [B, N, C], with noise where the mask is True."""
     return flow.interpolate(z, draws.decoder_noise, draws.decoder_noise_time[None], draws.decoder_noise_mask)[0]
 
 
 def flow_losses(model: UNITE, z: Tensor, labels: Tensor, draws: StepDraws) -> Tensor:
-    """Sum over the F draws of the mean loss over the batch, for latents z [B, N, C] without a gradient. The draws share
-    one forward pass, as F B samples."""
+    """L_flow, unweighted: sum over the F draws of mean(((z - x_hat) / max(1 - t, 0.05))^2).
+
+    Args:
+        z: clean latents [B, N, C], detached.
+        labels: int64 [B].
+
+    The F draws of all samples go through the model as one batch of F B.
+    """
     x_t = flow.interpolate(z, draws.flow_noise, draws.flow_time)
     labels = torch.where(draws.label_drop, model.config.num_classes, labels)
     return model.denoising_loss(x_t, draws.flow_time, labels, z).mean() * len(draws.flow_time)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import yaml
 
-from unite_fast.config import PRESETS, Config, require
-from unite_fast.errors import UserError
+from unite_fast.config import PRESETS, Config
+from unite_fast.errors import UserError, require
 
 TUNABLE = (
     "kernels",

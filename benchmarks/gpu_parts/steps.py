@@ -12,7 +12,7 @@ from unite_fast.benchmarking.candidate import bench_command, printed_row
 from unite_fast.benchmarking.measure import opened, take_step
 from unite_fast.benchmarking.run import read_recipe
 from unite_fast.config import Config
-from unite_fast.memory import RUNTIME_BYTES, SLACK
+from unite_fast.planning.memory import RUNTIME_BYTES, SLACK
 
 RECIPE = "imagenet256_b"
 TINY = (

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from unite_fast.errors import UserError, writing
+from unite_fast.errors import UserError
+from unite_fast.utils.files import writing
 
 MANIFEST = "dataset.json"
 FORMATS = ("original", "cropped-jpeg", "raw")

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from unite_fast.data_pipeline.shards.manifest import MANIFEST, Shard, index_path, read_manifest
 from unite_fast.data_pipeline.shards.source import ShardSource
-from unite_fast.errors import UserError, writing
+from unite_fast.errors import UserError
 from unite_fast.randomness import permutation
+from unite_fast.utils.files import writing
 
 CACHE_VARIABLE = "UNITE_FAST_CACHE"
 _TRIES = 4

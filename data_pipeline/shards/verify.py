@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from unite_fast.data_pipeline.progress import progress
 from unite_fast.data_pipeline.shards.manifest import (
     IMAGE_EXTENSIONS,
     MANIFEST,
@@ -19,6 +18,7 @@ from unite_fast.data_pipeline.shards.manifest import (
     read_manifest,
 )
 from unite_fast.errors import UserError
+from unite_fast.utils.progress import progress
 
 
 def verify_shards(folder: Path, workers: int) -> list[str]:

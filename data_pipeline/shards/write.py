@@ -20,7 +20,6 @@ from PIL import Image
 
 from unite_fast.data_pipeline.image_folder import open_picture
 from unite_fast.data_pipeline.images import adm_center_crop, to_rgb
-from unite_fast.data_pipeline.progress import progress
 from unite_fast.data_pipeline.shards.manifest import (
     FORMATS,
     MANIFEST,
@@ -32,10 +31,12 @@ from unite_fast.data_pipeline.shards.manifest import (
     write_manifest,
     write_whole,
 )
-from unite_fast.data_pipeline.shards.pictures import Pictures, find_pictures
+from unite_fast.data_pipeline.shards.raw_images import Pictures, find_pictures
 from unite_fast.data_pipeline.source import UnreadableSample
-from unite_fast.errors import UserError, writing
+from unite_fast.errors import UserError
 from unite_fast.randomness import permutation
+from unite_fast.utils.files import writing
+from unite_fast.utils.progress import progress
 
 SKIPPED_LOG = "skipped.log"
 _PLAN = "plan.json"

@@ -222,7 +222,7 @@ def philox_normals(seed: int, step: int, stream: int, draws: range, positions: T
 
 
 def philox_dropout(seed: int, step: int, stream: int, draw: int, positions: Tensor, words: int) -> Tensor:
-    """The bits of the words as `unite_fast.perceptual.dropout_masks` has them: positions int64 [b] -> uint8 [b, 32
+    """The bits of the words as `unite_fast.lpips.dropout_masks` has them: positions int64 [b] -> uint8 [b, 32
     words], 0 or 2."""
     out = positions.new_empty((len(positions), 32 * words), dtype=torch.uint8)
     _draw(_dropout_kernel, seed, step, stream, range(draw, draw + 1), positions, words, out.view(torch.int32))

@@ -1,5 +1,6 @@
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -89,13 +90,13 @@ def test_the_rules(launches):
     assert counted(launches, torch._foreach_add_, [torch.zeros(2**20)] * 40, 1) == {"_foreach_add_": 2}
 
 
-def test_an_operator_whose_body_did_not_run_is_a_mistake(launches):
+def test_an_operator_whose_body_did_not_run_is_a_mistake(launches, mentions):
     x = torch.randn(2, 8)
-    with pytest.raises(AssertionError, match=r"swiglu\.default was counted as one"), launches.Launches():
+    with pytest.raises(AssertionError, match=mentions("swiglu.default")), launches.Launches():
         torch.ops.unite_fast.swiglu(x)
 
 
-def test_command(launches, monkeypatch, capsys):
+def test_command(launches, monkeypatch, capsys, mentions):
     monkeypatch.setattr(sys, "argv", ["launches.py", "--recipe", "digits", "--micro-batch", "2", "--json"])
     assert launches.main() == 0
     found = json.loads(capsys.readouterr().out)
@@ -106,4 +107,4 @@ def test_command(launches, monkeypatch, capsys):
     assert "a micro-batch" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["launches.py", "--recipe", "nothing"])
     assert launches.main() == 2
-    assert "there is no recipe nothing" in capsys.readouterr().err
+    assert re.search(mentions("nothing"), capsys.readouterr().err)

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.sampling import STEPS, AlwaysBoth, choose
 from unite_fast.config import SamplingConfig
-from unite_fast.sampling import GuidedPrediction
+from unite_fast.sampling.sampler import GuidedPrediction
 
 
 def result(**rows: tuple[float, float]) -> dict:

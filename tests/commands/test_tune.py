@@ -1,6 +1,7 @@
 """`unite-fast tune` with real candidates, each a process of its own."""
 
 import os
+import re
 import sys
 import tempfile
 import time
@@ -11,7 +12,7 @@ import yaml
 from unite_fast.benchmarking import candidate
 from unite_fast.benchmarking.candidate import FAILED, OUT_OF_MEMORY, OUT_OF_TIME
 from unite_fast.cli import main
-from unite_fast.ranks import ALONE
+from unite_fast.distributed.process_group import ALONE
 from unite_fast.recipes import load_config, read_tuned, to_tree
 
 
@@ -34,7 +35,7 @@ def test_the_fastest_of_the_table_is_written_and_trains(command, tiny_run, tmp_p
     assert len(fastest) == 1 and "kernels=auto" in ended.out
     # Which one it is, a busy machine may decide.
     expected = {"kernels": "auto"} if fastest[0].startswith("kernels=auto") else {}
-    assert ended.err.splitlines()[0].startswith("the recipe as it is: ")
+    assert re.search("recipe.*images/s", ended.err.splitlines()[0])
     assert read_tuned("new/tuned.yaml") == expected
     ended = command("train", path, *fixed, "train.steps=1", "train.out=run", "--tuned", "new/tuned.yaml")
     assert ended.status == 0, ended.err
@@ -54,16 +55,16 @@ def test_candidates_that_do_not_run(tiny_run, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "tokens"),
     [
-        (("nowhere",), "there is no recipe nowhere"),
-        (("digits", "data.path=x"), "data.path=x"),
-        (("digits", "--out", "."), "a folder"),
-        (("digits", "train.device=cuda"), "no CUDA device"),
+        (("nowhere",), ("nowhere", "digits")),
+        (("digits", "data.path=x"), ("data.path=x",)),
+        (("digits", "--out", "."), ("--out", "tuned.yaml")),
+        (("digits", "train.device=cuda"), ("cuda", "device")),
     ],
 )
-def test_mistakes(command, arguments, message):
-    assert message in command("tune", *arguments).error()
+def test_mistakes(command, arguments, tokens):
+    command("tune", *arguments).error(*tokens)
 
 
 def as_torchrun_does(folder: str, arguments: tuple[str, ...]) -> str:
@@ -95,7 +96,7 @@ def test_two_processes(ranks, tiny_run, tmp_path):
     ("out", "expected"),
     [
         ('{\n "a": 1\n}\n', {"a": 1}),
-        ('NCCL version 2.29\n{\n "a": {\n  "b": 2\n }\n}\nhost: NCCL INFO {\n', {"a": {"b": 2}}),
+        ('NCCL 2.29\n{\n "a": {\n  "b": 2\n }\n}\nhost: INFO {\n', {"a": {"b": 2}}),
         ("", None),
         ("NCCL version 2.29\n", None),
         ("{\ntorn", None),

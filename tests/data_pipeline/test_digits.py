@@ -31,8 +31,8 @@ def test_white_is_255():
     assert images.unique().tolist() == [round(value * 255 / 16) for value in range(17)]
 
 
-def test_another_size_is_refused():
-    with pytest.raises(UserError, match="set it to 8"):
+def test_another_size_is_refused(mentions):
+    with pytest.raises(UserError, match=mentions("image_size", 32, 8)):
         open_source("digits", None, 32, "train")
 
 

@@ -52,17 +52,17 @@ def test_values_padding_and_labels(folder, compressed, size, rows, columns):
     assert labels.tolist() == [0, 2]
 
 
-def test_the_test_split_has_its_own_files(folder):
-    with pytest.raises(UserError, match=r"no t10k-images-idx3-ubyte and no t10k-images-idx3-ubyte\.gz"):
+def test_the_test_split_has_its_own_files(folder, mentions):
+    with pytest.raises(UserError, match=mentions("t10k-images-idx3-ubyte", "t10k-images-idx3-ubyte.gz")):
         open_(folder, split="test")
     (folder / "t10k-images-idx3-ubyte").write_bytes(idx(PIXELS[:2]))
     (folder / "t10k-labels-idx1-ubyte").write_bytes(idx(CLASSES[:2]))
     assert len(open_(folder, split="test")) == 2
 
 
-def test_missing_labels(folder):
+def test_missing_labels(folder, mentions):
     (folder / LABELS).unlink()
-    with pytest.raises(UserError, match=f"no {LABELS} and no {LABELS}.gz"):
+    with pytest.raises(UserError, match=mentions(LABELS, f"{LABELS}.gz")):
         open_(folder)
 
 
@@ -71,8 +71,8 @@ def test_missing_folder(tmp_path):
         open_(tmp_path / "nowhere")
 
 
-def test_images_larger_than_asked_for(folder):
-    with pytest.raises(UserError, match="set image_size to 5"):
+def test_images_larger_than_asked_for(folder, mentions):
+    with pytest.raises(UserError, match=mentions("image_size", 4, 5)):
         open_(folder, size=4)
 
 
@@ -104,7 +104,7 @@ def test_a_wrong_file_is_named_in_one_line(folder, fault, compressed):
 
 
 @pytest.mark.parametrize("damage", ["short", "flipped", "not compressed"])
-def test_damaged_compression(folder, damage):
+def test_damaged_compression(folder, damage, mentions):
     compress(folder)
     file = folder / f"{IMAGES}.gz"
     data = bytearray(file.read_bytes())
@@ -115,9 +115,8 @@ def test_damaged_compression(folder, damage):
     else:
         data = idx(PIXELS)
     file.write_bytes(data)
-    with pytest.raises(UserError, match="fetch the file again") as caught:
+    with pytest.raises(UserError, match=mentions(file)):
         open_(folder)
-    assert str(file) in str(caught.value)
 
 
 @pytest.mark.skipif("UNITE_FAST_FASHION_MNIST" not in os.environ, reason="UNITE_FAST_FASHION_MNIST names no folder")

@@ -63,17 +63,17 @@ def test_split_folders(tmp_path, held_out):
     assert test.read([0])[1].tolist() == [1]
 
 
-def test_a_held_out_class_that_is_not_trained_on(tmp_path):
+def test_a_held_out_class_that_is_not_trained_on(tmp_path, mentions):
     for name in ("train/a/0.png", "val/z/1.png"):
         save(tmp_path / name)
-    with pytest.raises(UserError, match=r"val.z has no partner"):
+    with pytest.raises(UserError, match=mentions(tmp_path / "val" / "z", tmp_path / "train")):
         open_(tmp_path, "test")
 
 
-def test_only_train_has_no_test(tmp_path):
+def test_only_train_has_no_test(tmp_path, mentions):
     save(tmp_path / "train" / "a" / "0.png")
     assert open_(tmp_path).class_names == ["a"]
-    with pytest.raises(UserError, match="no val or test folder"):
+    with pytest.raises(UserError, match=mentions("val", "test", tmp_path)):
         open_(tmp_path, "test")
 
 
@@ -88,18 +88,18 @@ def test_without_split_folders_both_splits_are_the_same_images(tmp_path):
     assert open_(tmp_path, "test").name(0) == open_(tmp_path).name(0)
 
 
-def test_wrong_folders(tmp_path):
-    with pytest.raises(UserError, match=r"no folder .*nowhere.*data\.path"):
+def test_wrong_folders(tmp_path, mentions):
+    with pytest.raises(UserError, match=mentions(tmp_path / "nowhere", "data.path=FOLDER")):
         open_(tmp_path / "nowhere")
     file = save(tmp_path / "file.png")
-    with pytest.raises(UserError, match=r"no folder .*file\.png"):
+    with pytest.raises(UserError, match=mentions(file)):
         open_(file)
-    with pytest.raises(UserError, match=f"no class folders in {tmp_path}: put the images"):
+    with pytest.raises(UserError, match=mentions(tmp_path, "class")):
         open_(tmp_path)
     save(tmp_path / "a" / "0.png")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "readme.txt").write_text("soon")
-    with pytest.raises(UserError, match=r"class folder .*b: add some or remove it"):
+    with pytest.raises(UserError, match=mentions(tmp_path / "b", ".png")):
         open_(tmp_path)
 
 

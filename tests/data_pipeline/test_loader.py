@@ -207,7 +207,7 @@ def test_too_many_broken_samples_stop_the_run(kind, workers, n, bad, stops):
             take(loader, 2)
             assert len(loader.skipped) == bad
             return
-        with pytest.raises(UserError, match=f"of {n} samples cannot be read, the last one number .*broken") as caught:
+        with pytest.raises(UserError, match=rf"\b{n}\b.*number \d+.*broken") as caught:
             take(loader, 2)
         assert "\n" not in str(caught.value)
 
@@ -243,7 +243,7 @@ def test_stopping_early_leaves_no_threads_and_does_not_wait_for_what_is_queued()
 
 
 @pytest.mark.parametrize("by_signal", [True, False])
-def test_a_killed_process_is_one_line_and_no_hang(by_signal):
+def test_a_killed_process_is_one_line_and_no_hang(by_signal, mentions):
     """By what it reads, as when it takes too much memory, or while it waits for work."""
     loader = Loader(Numbers(30, (), "processes", kill=11 if by_signal else None), 3, seed=0, workers=2)
     whole = next(k for k in range(10) if 11 in loader.batch_indices(k))
@@ -254,7 +254,7 @@ def test_a_killed_process_is_one_line_and_no_hang(by_signal):
             os.kill(process.pid, signal.SIGKILL)
             process.join()
     begun = time.monotonic()
-    with pytest.raises(UserError, match=r"was killed.*data\.workers.*--resume") as caught:
+    with pytest.raises(UserError, match=mentions("killed", "data.workers", "--resume")) as caught:
         take(loader, 5)
     assert "\n" not in str(caught.value)
     assert time.monotonic() - begun < 5

@@ -108,16 +108,16 @@ def test_resume_and_broken_samples(kind, workers):
         assert after.skipped == skipped
 
 
-def test_too_many_broken_samples_and_killed_workers_come_out_of_next():
+def test_too_many_broken_samples_and_killed_workers_come_out_of_next(mentions):
     with (
         loader(Numbers("threads", range(N)), 2, Pin()) as pinned,
-        pytest.raises(UserError, match="samples cannot be read"),
+        pytest.raises(UserError, match=mentions(N, "broken")),
     ):
         next(pinned)
     begun = time.monotonic()
     with (
         loader(Numbers("processes", kill=11), 2, Pin()) as pinned,
-        pytest.raises(UserError, match=r"was killed.*data\.workers"),
+        pytest.raises(UserError, match=mentions("killed", "data.workers")),
     ):
         for _ in range(20):
             next(pinned)
@@ -127,9 +127,9 @@ def test_too_many_broken_samples_and_killed_workers_come_out_of_next():
 
 def test_what_pinning_raises_comes_out_of_next():
     def pin(batch):
-        raise RuntimeError("no memory to pin")
+        raise RuntimeError("no memory")
 
-    with loader(Numbers("none"), 0, pin) as pinned, pytest.raises(RuntimeError, match="no memory to pin"):
+    with loader(Numbers("none"), 0, pin) as pinned, pytest.raises(RuntimeError, match="no memory"):
         next(pinned)
 
 

@@ -48,8 +48,8 @@ def test_a_loader_reads_them():
         assert torch.equal(batch.images, loader.source.read(batch.ids)[0])
 
 
-def test_a_path_is_a_mistake():
-    with pytest.raises(UserError, match=r"no data\.path \(it is pictures\)"):
+def test_a_path_is_a_mistake(mentions):
+    with pytest.raises(UserError, match=mentions("data.path", "pictures")):
         open_source("synthetic", "pictures", 8, "train")
 
 

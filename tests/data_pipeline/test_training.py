@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 
 import pytest
@@ -41,9 +42,9 @@ def losses(folder):
     return [{name: row[name] for name in ("total", "l1", "flow", "grad_norm")} for row in rows]
 
 
-def test_the_same_pixels_give_the_same_run(train, small_shards, image_folder):
+def test_the_same_pixels_give_the_same_run(train, small_shards, image_folder, mentions):
     expected, said = train("folder", "folder", image_folder, "data.workers=0")
-    assert "data: 41 images, folder loader" in said
+    assert re.search(mentions("data", 41, "folder"), said)
     for name, format, workers in (
         ("raw0", "raw", 0),
         ("raw3", "raw", 3),
@@ -51,19 +52,19 @@ def test_the_same_pixels_give_the_same_run(train, small_shards, image_folder):
         ("original3", "original", 3),
     ):
         folder, said = train(name, "shards", small_shards / format, f"data.workers={workers}", "data.loader=auto")
-        assert f"{'raw' if format == 'raw' else 'webdataset'} loader (" in said
+        assert re.search(mentions("data", 41, "raw" if format == "raw" else "webdataset"), said)
         assert losses(folder) == losses(expected)
     assert len(losses(expected)) == 6
 
 
 @needs_dali
-def test_dali_trains_and_its_runs_go_on_with_it_alone(train, command, small_shards, tiny_run):
+def test_dali_trains_and_its_runs_go_on_with_it_alone(train, command, small_shards, tiny_run, mentions):
     folder, said = train("dali", "shards", small_shards / "original", "data.loader=dali")
-    assert "data: 41 images, dali loader (as data.loader says)" in said
+    assert re.search(mentions("data", 41, "dali", "data.loader"), said)
     assert len(losses(folder)) == 6
     again = ("shards", small_shards / "original", "train.steps=8", "--resume")
     train("dali", *again, "data.loader=dali")
-    with pytest.raises(AssertionError, match=r"dali decoded the run's images, pillow would now.*data\.loader=dali"):
+    with pytest.raises(AssertionError, match=mentions("dali", "pillow", "data.loader=dali")):
         train("dali", *again)
 
 
@@ -74,9 +75,9 @@ def test_cropped_jpegs_are_the_same_pixels_to_every_decoder(train, small_shards)
     assert losses(pillow) == losses(other)
 
 
-def test_digits_through_their_loader(train, command, tiny_run, tmp_path):
+def test_digits_through_their_loader(train, command, tiny_run, tmp_path, mentions):
     ended = command("train", *tiny_run, "train.steps=2", f"train.out={tmp_path / 'digits'}")
-    assert ended.status == 0 and "data: 1437 images, memory loader (the data fit in memory)" in ended.out
+    assert ended.status == 0 and re.search(mentions("data", 1437, "memory"), ended.out)
 
 
 def test_a_killed_worker_ends_the_run_in_one_line(command, tiny_run, small_shards, tmp_path, monkeypatch):
@@ -92,6 +93,6 @@ def test_a_killed_worker_ends_the_run_in_one_line(command, tiny_run, small_shard
     arguments = (*tiny_run, *settings, "data.workers=2", "train.checkpoint_every=1", f"train.out={tmp_path / 'run'}")
     monkeypatch.setattr(ShardSource, "read_into", deadly)
     ended = command("train", *arguments)
-    assert "was killed" in ended.error()
+    ended.error("killed", "data.workers", "--resume")
     monkeypatch.setattr(ShardSource, "read_into", real)
     assert command("train", *arguments, "--resume").status == 0

@@ -12,7 +12,7 @@ import unite_fast
 from unite_fast.data_pipeline import open_source
 from unite_fast.evaluation import evaluate
 from unite_fast.evaluation.inception import INCEPTION_FILE
-from unite_fast.generation import Drawn
+from unite_fast.sampling.distributed_sampler import Drawn
 
 
 @pytest.fixture(scope="session")

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 import unite_fast
+from unite_fast.config import EvaluationSettings, PerceptualConfig
 from unite_fast.data_pipeline import open_source
 from unite_fast.data_pipeline.source import MemorySource
-from unite_fast.evaluation import reconstruction, scores
-from unite_fast.evaluation.judge import Judge
-from unite_fast.evaluation.pixels import fit_pixels
-from unite_fast.evaluation.reading import unseen
+from unite_fast.distributed.process_group import Ranks
+from unite_fast.evaluation import metrics, reconstruction
+from unite_fast.evaluation.evaluator import Judge
+from unite_fast.evaluation.pixel_features import fit_pixels
 from unite_fast.evaluation.reconstruction import score_reconstructions
 from unite_fast.evaluation.reference import make_reference
-from unite_fast.evaluation.settings import EvaluationSettings
-from unite_fast.perceptual import LINEAR_SHAPES, VGG_SHAPES, PerceptualConfig, load_lpips
-from unite_fast.ranks import Ranks
+from unite_fast.lpips import LINEAR_SHAPES, VGG_SHAPES, load_lpips
+from unite_fast.utils.progress import no_progress
 
 SIDE = 16
 
@@ -65,13 +65,13 @@ def test_means_over_all_images_whatever_the_batch(source, judge, lpips_files, mo
     )
     whole = source.read(range(10))[0]
     found, (originals, copies) = score_reconstructions(
-        model, source, judge, EvaluationSettings(batch=4), Ranks(), unseen
+        model, source, judge, EvaluationSettings(batch=4), Ranks(), no_progress
     )
     assert torch.equal(originals, whole[:4]) and torch.equal(copies, copy(whole)[:4])
     pair = whole, copy(whole)
-    assert found["l1"] == pytest.approx(scores.l1(*pair).mean().item(), rel=1e-12)
-    assert found["ssim"] == pytest.approx(scores.ssim(*pair).mean().item(), rel=1e-12)
-    decibels = scores.psnr(*pair)
+    assert found["l1"] == pytest.approx(metrics.l1(*pair).mean().item(), rel=1e-12)
+    assert found["ssim"] == pytest.approx(metrics.ssim(*pair).mean().item(), rel=1e-12)
+    decibels = metrics.psnr(*pair)
     assert decibels[0] == float("inf")
     # One level off in one of the 768 values.
     decibels[0] = -10 * torch.log10(torch.tensor(1 / (255**2 * 3 * SIDE**2), dtype=torch.float64))
@@ -86,7 +86,7 @@ def test_means_over_all_images_whatever_the_batch(source, judge, lpips_files, mo
     (note,) = found["notes"]
     assert note.startswith("10 held-out images for 9 features: ")
     few, (originals, _) = score_reconstructions(
-        model, source, judge, EvaluationSettings(batch=4, reconstructions=4), Ranks(), unseen
+        model, source, judge, EvaluationSettings(batch=4, reconstructions=4), Ranks(), no_progress
     )
     # Spread over a source that may be sorted by class.
     assert few["images"] == 4 and torch.equal(originals, whole[[0, 3, 6, 9]])

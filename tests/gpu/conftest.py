@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unite_fast.kernels import backend
 from unite_fast.kernels.registry import OPS
-from unite_fast.perceptual import LINEAR_SHAPES, LPIPS, VGG_SHAPES
+from unite_fast.lpips import LINEAR_SHAPES, LPIPS, VGG_SHAPES
 from unite_fast.utils.device import exact_float32
 
 # cuBLAS repeats its bits only with this, and reads it when a process first multiplies.

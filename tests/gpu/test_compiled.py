@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from unite_fast.config import Config
 from unite_fast.kernels import backend
+from unite_fast.lpips import dropout_masks, tap_shapes
 from unite_fast.model.unite import UNITE
-from unite_fast.perceptual import dropout_masks, tap_shapes
 from unite_fast.randomness import Philox
 from unite_fast.recipes import from_tree
 

@@ -220,5 +220,5 @@ def test_poison_is_seen(judge, draw, poisoned, reference):
                 uw = uw.detach().requires_grad_()
                 return torch.autograd.grad(swiglu(uw), uw, d_out)[0]
 
-    with pytest.raises(AssertionError, match="output 0: error nan"):
+    with pytest.raises(AssertionError, match=r"output 0.*nan"):
         judge(Half.apply, swiglu, {"uw": draw(2, 5, 12)}, (F32,))

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 import unite_fast
+from unite_fast.checkpoint.model_file import load_model
 from unite_fast.config import ModelConfig
 from unite_fast.errors import UserError
 from unite_fast.interop.names import COMPUTED, UNREAD, our_name, their_name
 from unite_fast.interop.official import export_official, import_official, load_released, our_state, their_state
 from unite_fast.interop.parity import relative_error
 from unite_fast.model.unite import UNITE
-from unite_fast.training.model_file import load_model
 
 OPTIONS = dict(decoder_heads=2, in_context_start=1)
 """What the tensors of the small model do not tell."""
@@ -141,8 +141,8 @@ def test_choice_of_weights(theirs, save, tmp_path):
         import_official(save(content), tmp_path / "ours.safetensors", weights=weights, **OPTIONS)
         bias = unite_fast.load(tmp_path / "ours.safetensors").network.decoder.pred.bias
         assert torch.equal(bias, factor * theirs["decoder.decoder_pred.bias"])
-    refused(save({"model": theirs, "optimizer": {"a": 1}, "epoch": 3}), "no 'ema' weights", "model, optimizer")
-    refused(save({"epoch": 3}), "no 'ema' weights", "nothing")
+    refused(save({"model": theirs, "optimizer": {"a": 1}, "epoch": 3}), "'ema'", "model, optimizer")
+    refused(save({"epoch": 3}), "'ema'")
 
 
 def test_averages_without_the_fixed_frequencies(theirs, save, tmp_path):
@@ -150,7 +150,7 @@ def test_averages_without_the_fixed_frequencies(theirs, save, tmp_path):
     import_official(save({"model": theirs, "ema": trained}), tmp_path / "ours.safetensors", **OPTIONS)
     network = unite_fast.load(tmp_path / "ours.safetensors").network
     assert torch.equal(network.encoder.time_embed.frequencies, theirs["encoder.t_embedder.W"])
-    refused(save({"ema": trained}), "lacks encoder.t_embedder.W")
+    refused(save({"ema": trained}), "encoder.t_embedder.W")
 
 
 def test_half_precision_files(theirs, save, tmp_path):
@@ -175,22 +175,22 @@ def test_sizes_come_from_the_tensors(released, save, tmp_path):
 
 
 def test_what_the_tensors_do_not_tell(theirs, save):
-    refused(save(theirs), "32 is no multiple of 64", decoder_heads=None)
+    refused(save(theirs), "32", "64", "heads", decoder_heads=None)
     refused(save(theirs), "heads (5)", decoder_heads=5)
     refused(save(theirs), "in_context_start", in_context_start=4)
 
 
 def test_files_that_are_none(tmp_path, theirs, save):
-    refused(tmp_path / "none.pt", "there is no file")
-    refused(tmp_path, "not a file of torch.save")
+    refused(tmp_path / "none.pt", "none.pt")
+    refused(tmp_path, str(tmp_path))
     text = tmp_path / "text.pt"
     text.write_text("hello")
-    refused(text, "not a file of torch.save")
+    refused(text, "text.pt")
     torn = save(theirs)
     torn.write_bytes(torn.read_bytes()[:5000])
-    refused(torn, "incomplete")
-    refused(save([1, 2]), "holds a list")
-    refused(save({}), "no 'ema' weights")
+    refused(torn, torn.name)
+    refused(save([1, 2]), "list")
+    refused(save({}), "'ema'")
 
 
 def test_files_with_code_are_not_run(theirs, save, tmp_path):
@@ -198,7 +198,7 @@ def test_files_with_code_are_not_run(theirs, save, tmp_path):
         def __reduce__(self):
             return Path.touch, (tmp_path / "ran",)
 
-    refused(save({"model": theirs, "args": Mischief()}), "could run code")
+    refused(save({"model": theirs, "args": Mischief()}), "theirs.pt", "code")
     assert not (tmp_path / "ran").exists()
     refused(save({"model": theirs, "args": argparse.Namespace(lr=1)}), "argparse.Namespace")
 
@@ -207,27 +207,27 @@ def test_tensors_that_do_not_fit(theirs, save):
     def without(*names: str) -> dict[str, Tensor]:
         return {name: value for name, value in theirs.items() if name not in names}
 
-    refused(save(without("encoder.up_sample.weight")), "lacks encoder.up_sample.weight")
-    refused(save(without("decoder.decoder_norm.bias")), "lacks decoder.decoder_norm.bias")
+    refused(save(without("encoder.up_sample.weight")), "encoder.up_sample.weight")
+    refused(save(without("decoder.decoder_norm.bias")), "decoder.decoder_norm.bias")
     two = ("encoder.blocks.1.mlp.w3.bias", "encoder.blocks.2.norm1.weight")
-    refused(save(without(*two)), "encoder.blocks.1.mlp.w3.bias and 1 more")
+    refused(save(without(*two)), "encoder.blocks.1.mlp.w3.bias", "1 more")
     refused(
         save(theirs | {"encoder.blocks.0.mlp.w4.weight": torch.ones(2)}),
-        "encoder.blocks.0.mlp.w4.weight is not a tensor",
+        "encoder.blocks.0.mlp.w4.weight",
     )
-    refused(save({"ema": theirs | {"encoder.up_sample.bias": 3}}), "encoder.up_sample.bias is a int")
-    refused(save(theirs | {"up_sample_decoder.bias": torch.ones(7)}), "up_sample_decoder.bias is [7]")
-    refused(save(theirs | {"latent_tokens": theirs["latent_tokens"][:, :7]}), "7 latent tokens make no square image")
-    refused(save(theirs | {"latent_tokens": theirs["latent_tokens"][0]}), "latent_tokens is [16, 32]")
+    refused(save({"ema": theirs | {"encoder.up_sample.bias": 3}}), "encoder.up_sample.bias", "int")
+    refused(save(theirs | {"up_sample_decoder.bias": torch.ones(7)}), "up_sample_decoder.bias", "[7]")
+    refused(save(theirs | {"latent_tokens": theirs["latent_tokens"][:, :7]}), "7 latent tokens")
+    refused(save(theirs | {"latent_tokens": theirs["latent_tokens"][0]}), "latent_tokens", "[16, 32]")
     table = "patch_embed.position_embeddings"
-    refused(save(theirs | {table: theirs[table] + 0.1}), table, "fixed")
+    refused(save(theirs | {table: theirs[table] + 0.1}), table)
     refused(save(theirs | {table: theirs[table][:, 1:]}), table, "[1, 16, 32]")
 
 
-def test_a_tensor_of_another_model(released, theirs):
+def test_a_tensor_of_another_model(released, theirs, mentions):
     model = UNITE(ModelConfig(image_size=32, patch_size=8))
     extra = theirs | {"encoder.blocks.99.norm1.weight": torch.ones(32)}
-    with pytest.raises(UserError, match=r"encoder\.blocks\.99\.norm1\.weight does not belong"):
+    with pytest.raises(UserError, match=mentions("theirs.pt", "encoder.blocks.99.norm1.weight")):
         load_released(model, extra, "theirs.pt")
 
 
@@ -240,24 +240,24 @@ def test_import_does_not_spoil_what_was_there(theirs, save, tmp_path):
     assert out.read_bytes() == before
 
 
-def test_export_errors(theirs, save, tmp_path):
+def test_export_errors(theirs, save, tmp_path, mentions):
     ours = tmp_path / "ours.safetensors"
-    with pytest.raises(UserError, match="there is no checkpoint"):
+    with pytest.raises(UserError, match=mentions(ours)):
         export_official(ours, tmp_path / "back.pt")
     import_official(save(theirs), ours, **OPTIONS)
     (tmp_path / "folder.pt").mkdir()
-    with pytest.raises(UserError, match=r"could not write .*folder\.pt"):
+    with pytest.raises(UserError, match=mentions(tmp_path / "folder.pt")):
         export_official(ours, tmp_path / "folder.pt")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="could not write"):
+    with pytest.raises(UserError, match=mentions(tmp_path / "file" / "back.pt")):
         export_official(ours, tmp_path / "file" / "back.pt")
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_names_go_both_ways(official):
+def test_names_go_both_ways(official, mentions):
     named = {name: our_name(name) for name in official.below("state/")}
     kept = {theirs: ours for theirs, ours in named.items() if ours}
     assert {their_name(ours) for ours in kept.values()} == set(kept)
     assert set(named) - set(kept) == {*COMPUTED, *UNREAD}
-    with pytest.raises(UserError, match="not a tensor of the released UNITE"):
+    with pytest.raises(UserError, match=mentions("encoder.blocks.0.attn.rotary")):
         our_name("encoder.blocks.0.attn.rotary")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -167,7 +168,7 @@ def test_step_numbers_do_not_hide_the_kind():
     assert list(kinds.values()) == ["learning rates", "gradients", "losses", "final parameters"]
 
 
-def test_printed_report(small, write_trace, capsys):
+def test_printed_report(small, write_trace, capsys, mentions):
     assert run(write_trace(small))
     printed = capsys.readouterr().out
     assert all(kind in printed for kind in KINDS) and "FAILED" not in printed
@@ -175,9 +176,9 @@ def test_printed_report(small, write_trace, capsys):
 
     assert not run(write_trace(small | {"sample/latents": 2 * small["sample/latents"]}))
     printed = capsys.readouterr().out
-    assert "FAILED sample/latents" in printed and printed.splitlines()[-1].startswith("1 of 3")
+    assert re.search("FAILED *sample/latents", printed) and re.match(r"1 of \d+", printed.splitlines()[-1])
 
-    with pytest.raises(UserError, match="no backend 'magic'"):
+    with pytest.raises(UserError, match=mentions("'magic'")):
         run(write_trace(small), "magic")
 
 

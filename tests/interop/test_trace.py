@@ -21,33 +21,33 @@ def refused(path, *words: str) -> None:
 
 
 def test_missing_file(tmp_path):
-    refused(tmp_path / "none.npz", "there is no trace", "none.npz")
-    refused(tmp_path, "there is no trace")
+    refused(tmp_path / "none.npz", "none.npz")
+    refused(tmp_path, str(tmp_path))
 
 
 def test_no_zip(tmp_path):
     path = tmp_path / "trace.npz"
     path.write_text("hello")
-    refused(path, "not an .npz file")
+    refused(path, str(path), ".npz file")
 
 
 def test_a_lone_array(tmp_path):
     np.save(tmp_path / "trace.npy", np.zeros(3))
-    refused(tmp_path / "trace.npy", "not an .npz file")
+    refused(tmp_path / "trace.npy", "trace.npy", ".npz file")
 
 
 def test_another_zip(tmp_path):
     path = tmp_path / "trace.npz"
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("readme.txt", "hello")
-    refused(path, "lacks meta_json")
+    refused(path, "meta_json")
 
 
 def test_torn_file(small, write_trace):
     path = write_trace(small)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    refused(path, "incomplete")
+    refused(path, str(path))
 
 
 def test_damaged_file(small, write_trace):
@@ -55,21 +55,21 @@ def test_damaged_file(small, write_trace):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 255
     path.write_bytes(content)
-    refused(path, "not a readable .npz")
+    refused(path, str(path))
 
 
 def test_pickles_are_not_read(write_trace):
-    refused(write_trace({"meta_json": np.array([{"a": 1}], dtype=object)}), "without pickles")
+    refused(write_trace({"meta_json": np.array([{"a": 1}], dtype=object)}), "pickle")
 
 
 @pytest.mark.parametrize("text", [b"{not json", b"\xff\xfe"])
 def test_meta_that_is_no_json(small, write_trace, text):
-    refused(write_trace(small | {"meta_json": np.frombuffer(text, np.uint8)}), "meta_json is not JSON")
+    refused(write_trace(small | {"meta_json": np.frombuffer(text, np.uint8)}), "meta_json", "JSON")
 
 
 @pytest.mark.parametrize("meta", [[], 3, {"config": {}}, {"config": None}])
 def test_meta_of_another_format(small, write_trace, meta):
-    refused(write_trace(small, meta), "known format")
+    refused(write_trace(small, meta), "format")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_meta_of_another_format(small, write_trace, meta):
 def test_missing_arrays(small, write_trace, name):
     gone = name if name.endswith("/") else name + "\0"
     arrays = {own: array for own, array in small.items() if not (own + "\0").startswith(gone)}
-    refused(write_trace(arrays), "lacks", name.removeprefix("state/"))
+    refused(write_trace(arrays), name.removeprefix("state/"))
 
 
 @pytest.mark.parametrize(
@@ -114,11 +114,11 @@ def test_wrong_arrays(small, write_trace, name, change):
 
 def test_weights_that_do_not_fit(small, write_trace):
     name = "state/encoder.blocks.0.mlp.w3.weight"
-    refused(write_trace(small | {name: small[name][:, 1:]}), "encoder.blocks.0.mlp.w3.weight is [32, 84]")
+    refused(write_trace(small | {name: small[name][:, 1:]}), "encoder.blocks.0.mlp.w3.weight", "[32, 84]")
     refused(
         write_trace(small | {"state/encoder.blocks.9.norm1.weight": np.ones(32, np.float32)}), "encoder.blocks.9.norm1"
     )
-    refused(write_trace(small | {"state/spare": np.ones(3, np.float32)}), "spare is not a tensor of the released UNITE")
+    refused(write_trace(small | {"state/spare": np.ones(3, np.float32)}), "spare")
     refused(write_trace(small | {"final_norm/spare": np.float32(1)}), "spare")
 
 

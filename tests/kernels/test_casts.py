@@ -9,9 +9,9 @@ import torch
 from unite_fast import kernels
 from unite_fast.kernels import backend, casts
 from unite_fast.kernels.casts import cast, cast_once, joined
+from unite_fast.lpips import LINEAR_SHAPES, LPIPS, VGG_SHAPES
 from unite_fast.model.layers import SwiGLU, product_weights
 from unite_fast.model.unite import UNITE
-from unite_fast.perceptual import LINEAR_SHAPES, LPIPS, VGG_SHAPES
 
 HALF = torch.bfloat16
 
@@ -184,7 +184,7 @@ def test_the_weights_of_a_model_that_profit(tiny_config):
     left_out = {name for name in linears if f"{name}.weight" not in names}
     assert left_out == {"encoder.time_embed.fc1", "encoder.time_embed.fc2"}
     assert all(named[name].dim() <= 2 for name in names)
-    assert SwiGLU(24).missing == 0
+    assert SwiGLU(24).padding == 0
 
 
 def test_lpips_takes_copies(draw, backend_name):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from unite_fast.kernels import backend
-from unite_fast.perceptual import dropout_masks
+from unite_fast.lpips import dropout_masks
 from unite_fast.randomness import Philox, Stream
 
 WORD = 2**32 - 1

@@ -1,4 +1,4 @@
-"""Each backend. tests/test_perceptual.py (LPIPS itself) has the reference against the formula in plain loops."""
+"""Each backend. tests/test_lpips.py (LPIPS itself) has the reference against the formula in plain loops."""
 
 import pytest
 import torch

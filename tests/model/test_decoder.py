@@ -1,4 +1,4 @@
-"""The decoder against spec.md written out a second time."""
+"""The decoder against docs/method.md written out a second time."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""The Generative Encoder against spec.md written out a second time, token by token and without a short cut."""
+"""The Generative Encoder against docs/method.md written out a second time, token by token and without a short cut."""
 
 import dataclasses
 import math

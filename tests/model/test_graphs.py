@@ -11,9 +11,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unite_fast.kernels import backend
+from unite_fast.lpips import LINEAR_SHAPES, LPIPS, VGG_SHAPES
 from unite_fast.model.decoder import DecoderLayer
 from unite_fast.model.generative_encoder import Block
-from unite_fast.perceptual import LINEAR_SHAPES, LPIPS, VGG_SHAPES
 
 B, T, D, HEADS, SIDE = 2, 24, 64, 4, 32
 

@@ -14,10 +14,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from torch.utils.flop_counter import FlopCounterMode
 
+from unite_fast.distributed.dtensor import local
 from unite_fast.model.layers import SwiGLU
 from unite_fast.optim import muon as muon_module
 from unite_fast.optim.muon import COEFFICIENTS, Muon, newton_schulz, newton_schulz_flops
-from unite_fast.sharding import local
 
 SHAPES = [(16, 40), (40, 16), (24, 24), (96, 32), (5, 123), (1, 7)]
 

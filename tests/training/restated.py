@@ -1,7 +1,7 @@
 """Training once more, as plainly as possible, from raw images to weights, averages and rows of metrics.
 
-Written from spec.md and not from `unite_fast/training`; the network is tests/interop/released.py's. Of `unite_fast` it
-takes the random numbers, whose own tests are in tests/test_randomness.py, and the names of the settings.
+Written from docs/method.md and not from `unite_fast/training`; the network is tests/interop/released.py's. From
+`unite_fast` it takes the random numbers, which tests/test_randomness.py tests, and the names of the settings.
 
 Shapes: B global batch, N latent tokens, C latent channels, F flow draws, S image size.
 """

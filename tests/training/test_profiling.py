@@ -56,13 +56,13 @@ def test_nothing_is_traced_unasked(tmp_path):
 @pytest.mark.parametrize(
     "steps", ["10", "5:5", "13:10", "0:3", "a:b", ":", "1:", "-1:3", "1:2:3", "1:²", "1:99999999999999999999"]
 )
-def test_a_bad_range_is_named(steps):
-    with pytest.raises(UserError, match=r"profile\.steps is "):
+def test_a_bad_range_is_named(steps, mentions):
+    with pytest.raises(UserError, match=mentions("profile.steps")):
         ProfileConfig(steps)
 
 
-def test_what_cannot_be_written_is_named(tmp_path):
+def test_what_cannot_be_written_is_named(tmp_path, mentions):
     (tmp_path / "profile").write_text("in the way")
     profiler = StepProfiler(ProfileConfig("1:2"), tmp_path, CPU, lambda line: None)
-    with pytest.raises(UserError, match=r"cannot write .*rank0_step1\.json\.gz"):
+    with pytest.raises(UserError, match=mentions(tmp_path / "profile" / "rank0_step1.json.gz")):
         traced(profiler, range(1, 3))

@@ -8,7 +8,7 @@ import torch
 from unite_fast.data_pipeline import Batch
 from unite_fast.model.unite import UNITE
 from unite_fast.recipes import load_config
-from unite_fast.training.state import TrainState
+from unite_fast.training.train_state import TrainState
 from unite_fast.training.train_step import TrainStep
 
 

@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unite_fast.checkpoint.reader import load_checkpoint
 from unite_fast.data_pipeline import open_source
+from unite_fast.distributed.dtensor import copy_whole, whole
 from unite_fast.interop.names import their_name
+from unite_fast.lpips import LINEAR_SHAPES, VGG_SHAPES
 from unite_fast.model.unite import UNITE
-from unite_fast.perceptual import LINEAR_SHAPES, VGG_SHAPES
 from unite_fast.recipes import load_config
-from unite_fast.sharding import copy_whole, whole
-from unite_fast.training.checkpoint import load_checkpoint
-from unite_fast.training.metrics import read_rows
 from unite_fast.training.trainer import train
+from unite_fast.utils.files import read_rows
 
 STEPS, BATCH, SIDE = 3, 6, 16
 LOSS = 2e-6
@@ -31,7 +31,7 @@ MOVED = 1e-3
 of small singular values by up to 3.4445^5 = 485, that of 6e-8 to 3e-5. Measured: 2e-5 to 3e-5."""
 KINKS = 50
 """With LPIPS these are this many times larger: rounding switches one of VGG16's million ReLUs now and then,
-which changes the gradient of a reconstruction by up to 5e-3 (tests/test_perceptual.py)."""
+which changes the gradient of a reconstruction by up to 5e-3 (tests/test_lpips.py)."""
 NEAREST = 2e-6
 """No pixel may come nearer to its image: float32 could turn its gradient around."""
 

@@ -1,5 +1,6 @@
 """Ordinary steps: what does not wait for a device, and what all processes decide alike."""
 
+import re
 import threading
 from collections.abc import Callable
 
@@ -7,15 +8,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from unite_fast.checkpoint.reader import load_checkpoint
 from unite_fast.config import Config
+from unite_fast.distributed.process_group import current_ranks
 from unite_fast.errors import UserError
 from unite_fast.kernels import native
-from unite_fast.ranks import current_ranks
 from unite_fast.recipes import load_config
 from unite_fast.training import train_step
-from unite_fast.training.checkpoint import load_checkpoint
-from unite_fast.training.metrics import Averages, read_rows
+from unite_fast.training.metrics import Averages
 from unite_fast.training.trainer import Trainer, train
+from unite_fast.utils.files import read_rows
 
 
 @pytest.fixture
@@ -62,10 +64,10 @@ def test_a_nan_of_one_rank_is_skipped_by_all(ranks, config, strategy):
     assert [(row["step"], row["skipped_steps"]) for row in read_rows(folder / "metrics.jsonl")][1:] == [(8, 1), (12, 1)]
 
 
-def test_a_nan_of_one_rank_stops_all_with_the_step(ranks, config):
+def test_a_nan_of_one_rank_stops_all_with_the_step(ranks, config, mentions):
     config = config("parallel.strategy=ddp")
-    message = "the loss or gradient of step 5 is not finite; the last good checkpoint is {}/checkpoints/step_00000004"
-    assert ranks(2, _with_a_nan, config) == [(message.format(config.train.out), 0)] * 2
+    for end, skipped in ranks(2, _with_a_nan, config):
+        assert re.search(mentions("step 5", f"{config.train.out}/checkpoints/step_00000004"), end) and skipped == 0
 
 
 class NoWaiting(TorchDispatchMode):
@@ -118,7 +120,7 @@ def test_an_ordinary_step_does_not_wait_for_the_device(ranks, config, world, pol
 
 def test_what_would_wait_is_found():
     for waits in (torch.Tensor.item, torch.Tensor.nonzero, bool, lambda x: x[x > 0]):
-        with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
+        with pytest.raises(AssertionError, match="waits"), NoWaiting():
             waits(torch.ones(1))
 
 

@@ -1,7 +1,9 @@
 """Runs: resumed bit for bit, kept apart, stopped where they must stop, and all that they leave on disk."""
 
+import errno
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +13,16 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from unite_fast.checkpoint.format import step_folders, step_of
+from unite_fast.checkpoint.reader import load_checkpoint
 from unite_fast.errors import UserError
 from unite_fast.recipes import load_config, to_tree
 from unite_fast.training import train_step
-from unite_fast.training.checkpoint import load_checkpoint
-from unite_fast.training.checkpoint_files import step_folders, step_of
-from unite_fast.training.clock import StepClock
-from unite_fast.training.metrics import of_training, read_rows
+from unite_fast.training.metrics import of_training
 from unite_fast.training.run_folder import check_same_settings
+from unite_fast.training.step_timer import StepClock
 from unite_fast.training.trainer import Trainer, train
+from unite_fast.utils.files import read_rows
 
 
 @pytest.fixture
@@ -57,9 +60,9 @@ def steps(folder) -> list[int]:
     ("at", "overrides"),
     [
         pytest.param(10, (), id="plain"),
-        pytest.param(7, ("train.micro_batch=2", "data.flip=true"), id="micro-batches, between two logs, flips"),
-        pytest.param(3, ("train.precision=bfloat16", "optim.muon_dtype=bfloat16"), id="bfloat16, before the first log"),
-        pytest.param(19, ("train.log_every=20", "train.checkpoint_every=4"), id="one step before the only log"),
+        pytest.param(7, ("train.micro_batch=2", "data.flip=true"), id="micro-batches-flips"),
+        pytest.param(3, ("train.precision=bfloat16", "optim.muon_dtype=bfloat16"), id="bfloat16"),
+        pytest.param(19, ("train.log_every=20", "train.checkpoint_every=4"), id="before-the-log"),
     ],
 )
 def test_twenty_steps_are_some_and_a_save_and_the_rest(settings, assert_same_run, at, overrides):
@@ -187,15 +190,15 @@ def test_old_checkpoints_go_and_multiples_stay(settings):
     assert len(os.listdir(folder / "checkpoints")) == 5
 
 
-def test_a_run_is_not_overwritten(settings):
+def test_a_run_is_not_overwritten(settings, mentions):
     folder = train(settings("train.steps=2")).folder
     written = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=r"run holds a run already; continue it with --resume or choose another folder"):
+    with pytest.raises(UserError, match=mentions(folder, "--resume", "train.out=FOLDER")):
         train(settings())
     # Without its config.yaml it is a run all the same: fresh checkpoints would be pruned among the old ones.
     (folder / "config.yaml").unlink()
     del written[folder / "config.yaml"]
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match=mentions(folder, "--resume")):
         train(settings())
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == written
 
@@ -219,27 +222,27 @@ def test_resuming_a_finished_run_changes_nothing(settings, assert_same_run):
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "tokens"),
     [
-        ("model.encoder.width=32", "model.encoder.width is 32 now and was 16 in the run"),
-        ("seed=5", "seed is 5 now and was 0 in the run"),
-        ("schedule.lr=1.0", "schedule.lr is 1.0 now and was 0.0025 in the run"),
-        ("train.batch_size=4", "train.batch_size is 4 now and was 8 in the run"),
-        ("train.micro_batch=2", "train.micro_batch is 2 now and was 0 in the run"),
-        ("train.precision=bfloat16", "train.precision is bfloat16 now and was float32 in the run"),
-        ("optim.adamw_betas=0.8,0.9", "optim.adamw_betas is [0.8, 0.9] now and was [0.9, 0.999] in the run"),
+        ("model.encoder.width=32", ("model.encoder.width", 32, 16)),
+        ("seed=5", ("seed", 5, 0)),
+        ("schedule.lr=1.0", ("schedule.lr", "1.0", "0.0025")),
+        ("train.batch_size=4", ("train.batch_size", 4, 8)),
+        ("train.micro_batch=2", ("train.micro_batch", 2, 0)),
+        ("train.precision=bfloat16", ("train.precision", "bfloat16", "float32")),
+        ("optim.adamw_betas=0.8,0.9", ("optim.adamw_betas", "[0.8, 0.9]", "[0.9, 0.999]")),
     ],
 )
-def test_settings_that_change_what_a_step_computes_cannot_change(settings, override, message):
-    with pytest.raises(UserError) as refusal:
+def test_settings_that_change_what_a_step_computes_cannot_change(settings, override, tokens, mentions):
+    with pytest.raises(UserError, match=mentions(*tokens)) as refusal:
         check_same_settings(settings(), settings(override))
-    assert str(refusal.value) == f"cannot resume: {message}; give the same settings as then"
+    assert "\n" not in str(refusal.value)
 
 
-def test_images_that_another_program_decoded_are_not_gone_on_with(settings, rewrite):
+def test_images_that_another_program_decoded_are_not_gone_on_with(settings, rewrite, mentions):
     folder = train(settings("train.steps=2")).folder
     rewrite(folder, lambda saved: saved.progress.update(decoder="dali"))
-    with pytest.raises(UserError, match=r"cannot resume: dali .* pillow .* set data\.loader=dali"):
+    with pytest.raises(UserError, match=mentions("dali", "pillow", "data.loader=dali")):
         train(settings("train.steps=4"), resume=True)
 
 
@@ -258,93 +261,82 @@ def test_a_resumed_run_writes_down_its_new_settings(settings):
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "tokens"),
     [
-        ("data.workers=-1", "data.workers must not be negative"),
-        ("model.num_classes=9", "the data have 10 classes, but model.num_classes is 9"),
-        ("data.path=somewhere", "the digits have no data.path"),
-        ("data.source=folder", "data.source folder needs data.path"),
-        ("perceptual.weight=1.0", "perceptual"),
+        ("data.workers=-1", ("data.workers", "negative")),
+        ("model.num_classes=9", ("model.num_classes", 10, 9)),
+        ("data.path=somewhere", ("data.path", "somewhere")),
+        ("data.source=folder", ("data.source", "folder", "data.path")),
+        ("perceptual.weight=1.0", ("perceptual.vgg_path",)),
     ],
 )
-def test_a_mistake_found_at_the_start_leaves_no_run_behind(settings, override, message, monkeypatch):
+def test_a_mistake_found_at_the_start_leaves_no_run_behind(settings, override, tokens, monkeypatch, mentions):
     for variable in [name for name in os.environ if name.startswith("UNITE_FAST")]:
         monkeypatch.delenv(variable)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=mentions(*tokens)):
         train(settings(override))
     assert not os.path.exists(settings().train.out)
 
 
-def test_cuda_asked_for_and_absent_is_an_error(settings, monkeypatch):
+def test_cuda_asked_for_and_absent_is_an_error(settings, monkeypatch, mentions):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="the device is cuda, but torch sees no CUDA device here"):
+    with pytest.raises(UserError, match=mentions("device", "cuda")):
         train(settings("train.device=cuda"))
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(settings, rewrite):
+def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(settings, rewrite, mentions):
     folder = train(settings("train.steps=6", "train.checkpoint_every=3")).folder
     # From here on a huge rate: the next step's update spoils the weights, the loss of the one after shows it.
     good = step_folders(folder / "checkpoints")[-1]
     rewrite(folder, lambda saved: setattr(saved.config.schedule, "lr", 1e30))
-    with pytest.raises(UserError) as stop:
+    with pytest.raises(UserError, match=mentions("step 8", good)):
         train(settings("schedule.lr=1e30", "train.log_every=2", "train.checkpoint_every=100"), resume=True)
-    assert str(stop.value) == f"the loss or gradient of step 8 is not finite; the last good checkpoint is {good}"
     assert steps(folder) == [3, 6]
     assert load_checkpoint(folder).step == 6
     assert [row["step"] for row in read_rows(folder / "metrics.jsonl")] == [5]
 
 
-def test_a_loss_that_is_not_finite_before_any_checkpoint_says_so(settings):
+def test_a_loss_that_is_not_finite_before_any_checkpoint_says_so(settings, mentions):
     config = settings("schedule.lr=1e30", "schedule.warmup_steps=1")
-    with pytest.raises(UserError, match=r"step 3 is not finite; no checkpoint was saved before it"):
+    with pytest.raises(UserError, match=mentions("step 3", "finite")):
         train(config)
     assert steps(Path(config.train.out)) == []
 
 
-def test_weights_that_are_not_finite_are_not_saved(settings):
+def test_weights_that_are_not_finite_are_not_saved(settings, mentions):
     trainer = Trainer(settings(), False)
     trainer.step(next(trainer.loader))
     with torch.no_grad():
         next(trainer.state.model.parameters()).view(-1)[0] = float("nan")
-    with pytest.raises(UserError, match="the weights after step 1 are not finite; no checkpoint was saved before it"):
+    with pytest.raises(UserError, match=mentions("weights", "step 1", "finite")):
         trainer.save()
     trainer.close()
     assert steps(trainer.folder) == []
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("spoil", "tokens"),
     [
-        (lambda saved: saved.tensors.pop("model.latent_norm.weight"), "it lacks model.latent_norm.weight"),
-        (
-            lambda saved: saved.tensors.pop("optim.latent_norm.weight.exp_avg"),
-            "it lacks optim.latent_norm.weight.exp_avg",
-        ),
+        (lambda saved: saved.tensors.pop("model.latent_norm.weight"), ("model.latent_norm.weight",)),
+        (lambda saved: saved.tensors.pop("optim.latent_norm.weight.exp_avg"), ("optim.latent_norm.weight.exp_avg",)),
         (
             lambda saved: saved.tensors.update({"ema.latent_norm.weight": torch.zeros(5)}),
-            "ema.latent_norm.weight is [5], not [4]",
+            ("ema.latent_norm.weight", "[5]", "[4]"),
         ),
-        (
-            lambda saved: saved.tensors.update({"ema.foreign": torch.zeros(5)}),
-            "it holds ema.foreign, which has no place here",
-        ),
-        (lambda saved: saved.progress.pop("averages"), "it lacks 'averages'"),
+        (lambda saved: saved.tensors.update({"ema.foreign": torch.zeros(5)}), ("ema.foreign",)),
+        (lambda saved: saved.progress.pop("averages"), ("'averages'",)),
     ],
 )
-def test_a_checkpoint_that_lacks_or_misfits_something_is_not_resumed(settings, rewrite, spoil, message):
+def test_a_checkpoint_that_lacks_or_misfits_something_is_not_resumed(settings, rewrite, spoil, tokens, mentions):
     folder = train(settings("train.steps=2")).folder
     rewrite(folder, spoil)
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError, match=mentions(folder / "checkpoints" / "step_00000002", *tokens)) as refusal:
         train(settings("train.steps=4"), resume=True)
-    checkpoint = folder / "checkpoints" / "step_00000002"
-    assert str(refusal.value) in (
-        f"the checkpoint {checkpoint} cannot be loaded: {message}",
-        f"cannot resume from {checkpoint}: {message}",
-    )
+    assert "\n" not in str(refusal.value)
 
 
 def test_of_a_damaged_checkpoint_and_the_one_before_it_the_latter_is_resumed(
-    settings, assert_same_run, checkpoint_warnings
+    settings, assert_same_run, checkpoint_warnings, mentions
 ):
     whole = train(settings(folder="whole"))
     folder = train(settings()).folder
@@ -352,36 +344,35 @@ def test_of_a_damaged_checkpoint_and_the_one_before_it_the_latter_is_resumed(
     shard.write_bytes(shard.read_bytes()[:-1] + b"!")
     assert_same_run(whole.folder, train(settings(), resume=True).folder)
     damaged, used = shard.parent, shard.parents[1] / "step_00000010"
-    assert checkpoint_warnings() == [
-        f"{damaged} is damaged: shard_00001.safetensors does not hold what was written; using {used} instead"
-    ]
+    (warning,) = checkpoint_warnings()
+    assert re.match(mentions(damaged, shard.name, used), warning)
 
 
-def test_a_save_that_fails_stops_the_run(settings, monkeypatch):
+def test_a_save_that_fails_stops_the_run(settings, monkeypatch, mentions):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
     folder = train(settings("train.steps=4")).folder
-    monkeypatch.setattr("unite_fast.training.checkpoint_files.save_file", fail)
-    with pytest.raises(UserError, match=r"could not save .*step_00000006: No space left on device; checkpoints saved"):
+    monkeypatch.setattr("unite_fast.checkpoint.format.save_file", fail)
+    with pytest.raises(UserError, match=mentions(folder / "checkpoints" / "step_00000006", os.strerror(errno.ENOSPC))):
         train(settings("train.checkpoint_every=6"), resume=True)
     assert steps(folder) == [4]
     assert [row["step"] for row in read_rows(folder / "metrics.jsonl")][-1] <= 12, "it stops at the next save"
 
 
-def test_truncated_pictures_are_skipped_counted_and_named(settings, pictures, capfd, caplog):
+def test_truncated_pictures_are_skipped_counted_and_named(settings, pictures, capfd, caplog, mentions):
     data = pictures(truncated=("cats/03.png", "dogs/11.png"))
     train(settings("data.source=folder", f"data.path={data}", "model.num_classes=2"))
     out = capfd.readouterr().out
-    assert "skipped          2 unreadable files:\n" in out
+    assert re.search(mentions("skipped", 2), out)
     for name in ("cats/03.png", "dogs/11.png"):
-        assert f"                  {name}: " in out
-        assert sum(f"skipped {name}: " in message for message in caplog.messages) == 1
+        assert re.search(mentions(f"{name}:"), out)
+        assert sum(f"{name}: " in message for message in caplog.messages) == 1
 
 
-def test_pictures_none_of_which_can_be_read_are_an_error(settings, pictures):
+def test_pictures_none_of_which_can_be_read_are_an_error(settings, pictures, mentions):
     data = pictures(truncated=tuple(f"{kind}/{i:02d}.png" for kind in ("cats", "dogs") for i in range(12)))
-    with pytest.raises(UserError, match=r"none of the 24 images can be read, e\.g\. cats/00\.png"):
+    with pytest.raises(UserError, match=mentions(24, "cats/00.png")):
         train(settings("data.source=folder", f"data.path={data}", "model.num_classes=2"))
 
 
@@ -389,7 +380,7 @@ def test_the_summary_says_where_everything_is_whatever_the_names(settings, capfd
     """Not cut off, not wrapped, and not taken for markup or emoji."""
     folder = train(settings("train.steps=5", "name='[/b]'", folder=f"{'long' * 40}/[/red]:car:x")).folder
     out = capfd.readouterr().out.splitlines()
-    assert f" run folder       {folder}" in out
+    assert any(line.endswith(f" {folder}") for line in out)
     for label, file in {
         "checkpoint": "checkpoints/latest",
         "samples": "samples.png",
@@ -397,6 +388,6 @@ def test_the_summary_says_where_everything_is_whatever_the_names(settings, capfd
         "curves": "curves.png",
         "metrics": "metrics.jsonl",
     }.items():
-        assert f" {label:<16} {folder / file}" in out
+        assert any(line.split()[0] == label and line.endswith(f" {folder / file}") for line in out if line)
         assert (folder / file).exists()
     assert out[0].startswith("training [/b]: ")

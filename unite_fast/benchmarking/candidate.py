@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-from unite_fast.ranks import Ranks
+from unite_fast.distributed.process_group import Ranks
 
 WARMUP, STEPS, SECONDS = 2, 10, 5.0
 """Of each: steps before, and timed ones, as many as fit into this time."""
@@ -136,7 +136,7 @@ def _environment(ranks: Ranks) -> dict[str, str]:
         return dict(os.environ)
     with socket.socket() as free:
         free.bind(("", 0))
-        port = ranks.from_first(free.getsockname()[1])
+        port = ranks.broadcast(free.getsockname()[1])
     # torchrun's own store stays that of these processes.
     kept = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
     return kept | {"MASTER_PORT": str(port)}

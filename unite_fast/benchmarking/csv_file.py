@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from unite_fast.errors import UserError, writing, writing_aside
+from unite_fast.errors import UserError
+from unite_fast.utils.files import writing, writing_aside
 
 
 def append(path: Path, row: dict) -> None:

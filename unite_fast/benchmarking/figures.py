@@ -2,16 +2,17 @@
 
 import statistics
 
-from unite_fast import __version__, planning
+from unite_fast import __version__
 from unite_fast.benchmarking.machine import describe
 from unite_fast.benchmarking.measure import Measured, Window
 from unite_fast.benchmarking.progress import number
 from unite_fast.config import Config
+from unite_fast.distributed.strategy import share
 from unite_fast.errors import UserError
-from unite_fast.flops import image_flops, parameters
-from unite_fast.hardware import GPU, recognise
 from unite_fast.kernels import backend
-from unite_fast.training.parallel import share
+from unite_fast.planning import predict
+from unite_fast.planning.flops import image_flops, parameters
+from unite_fast.planning.gpus import GPU, recognise
 
 PARTS = ("data", "forward", "backward", "optimizer", "other")
 
@@ -69,8 +70,8 @@ def row(config: Config, measured: Measured, window: Window, data: str, overrides
         "bad_step": measured.bad_step,
     }
     found |= prediction(config, measured, gpu)
-    released = gpu is not None and planning.of_released_speed(config)
-    return found | {"released_images_per_s_per_gpu": planning.RELEASED_IMAGES_PER_S if released else None}
+    released = gpu is not None and predict.of_released_speed(config)
+    return found | {"released_images_per_s_per_gpu": predict.RELEASED_IMAGES_PER_S if released else None}
 
 
 def quantiles(seconds: list[float]) -> tuple[float, float, float]:
@@ -86,10 +87,10 @@ def prediction(config: Config, measured: Measured, gpu: GPU | None) -> dict:
     names = ("predicted_images_per_s_slow", "predicted_images_per_s_fast", "predicted_memory_gb")
     nothing = dict.fromkeys(names)
     if gpu is None:
-        return nothing | {"why_no_prediction": "this card is not in the table (unite_fast/hardware.py)"}
+        return nothing | {"why_no_prediction": "this card is not in the table (unite_fast/planning/gpus.py)"}
     ranks = measured.ranks
     try:
-        plan = planning.make_plan(config, planning.Cluster(gpu, ranks.nodes, ranks.per_node))
+        plan = predict.make_plan(config, predict.Cluster(gpu, ranks.nodes, ranks.per_node))
     except UserError as error:
         return nothing | {"why_no_prediction": str(error)}
     numbers = plan.slow.images_per_s, plan.fast.images_per_s, sum(plan.memory.values()) / 1e9

@@ -21,11 +21,12 @@ from unite_fast.benchmarking.product_rate import product_rate, synchronize
 from unite_fast.benchmarking.progress import ProgressLine
 from unite_fast.benchmarking.top_kernels import top_kernels
 from unite_fast.config import Config, ProfileConfig
+from unite_fast.distributed.launch import joined
+from unite_fast.distributed.peers import Peers
+from unite_fast.distributed.process_group import Ranks
+from unite_fast.distributed.watchdog import Watchdog, contact
 from unite_fast.errors import UserError
-from unite_fast.perceptual import has_weights, random_lpips
-from unite_fast.ranks import Ranks
-from unite_fast.training.endurance import Peers, Watchdog, contact
-from unite_fast.training.parallel import joined
+from unite_fast.lpips import has_weights, random_lpips
 from unite_fast.training.trainer import Trainer
 from unite_fast.utils.device import choose_device
 
@@ -98,7 +99,7 @@ def measure(config: Config, window: Window) -> Measured:
             first_step = first_step or seconds
         steps = window.steps
         if window.seconds:
-            steps = trainer.ranks.from_first(max(1, min(steps, int(window.seconds / max(seconds, 1e-6)))))
+            steps = trainer.ranks.broadcast(max(1, min(steps, int(window.seconds / max(seconds, 1e-6)))))
         whole, step_seconds, parts = timed_steps(trainer, steps, line)
         line.show("profiling" if window.profile else "measuring the product rate", steps, force=True)
         top = top_kernels(lambda: take_step(trainer), trainer.device) if window.profile else None

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from unite_fast.benchmarking import csv_file
-from unite_fast.errors import UserError, writing_aside
+from unite_fast.errors import UserError
+from unite_fast.utils.files import writing_aside
 
 
 def draw(table: Path, out: Path) -> int:

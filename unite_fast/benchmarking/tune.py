@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 from unite_fast.benchmarking.candidate import OK, OUT_OF_MEMORY, OUT_OF_TIME, Trial
 from unite_fast.benchmarking.machine import usable_cores
-from unite_fast.config import NONDETERMINISTIC, Config
+from unite_fast.config import NONDETERMINISTIC_ATTENTION, Config
+from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError
 from unite_fast.kernels import backend, flash
-from unite_fast.planning import micro_batches
-from unite_fast.ranks import Ranks
+from unite_fast.planning.predict import micro_batches
 
 MARGIN = 1.01
 """A candidate replaces the best one if it is so many times as fast: less is noise."""
@@ -101,7 +101,7 @@ def axes(config: Config, cuda: bool, world: int, fixed: set[str]) -> list[Axis]:
 
 def attentions(deterministic: bool) -> list[str]:
     """Those that may run here; a candidate that cannot after all says why."""
-    out = NONDETERMINISTIC if deterministic else ()
+    out = NONDETERMINISTIC_ATTENTION if deterministic else ()
     return [
         name
         for name in backend.ATTENTION_NAMES
@@ -121,7 +121,7 @@ def search(every: list[Axis], run: Run, budget: float, ranks: Ranks, say: Callab
 
     def left() -> float:
         # Processes decide alike, by the clock of one.
-        return ranks.from_first(budget - (time.monotonic() - begun))
+        return ranks.broadcast(budget - (time.monotonic() - begun))
 
     def attempt(settings: dict[str, object]) -> Trial | None:
         seconds = left()

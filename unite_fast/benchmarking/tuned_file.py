@@ -6,7 +6,8 @@ import yaml
 
 from unite_fast.benchmarking.candidate import OK
 from unite_fast.benchmarking.tune import Found, describe
-from unite_fast.errors import UserError, writing, writing_aside
+from unite_fast.errors import UserError
+from unite_fast.utils.files import writing, writing_aside
 
 
 def check(path: Path) -> None:

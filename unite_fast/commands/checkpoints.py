@@ -16,9 +16,9 @@ def info(checkpoint: Checkpoint) -> None:
 
     Example: `unite-fast info runs/digits`
     """
-    from unite_fast import outputs
+    from unite_fast.checkpoint.model_file import describe
 
-    typer.echo(outputs.describe(checkpoint))
+    typer.echo(describe(checkpoint))
 
 
 @app.command()
@@ -32,7 +32,7 @@ def export(
 
     Example: `unite-fast export runs/digits digits.safetensors`
     """
-    from unite_fast.training.model_file import export_model
+    from unite_fast.checkpoint.model_file import export_model
 
     export_model(checkpoint, out)
     typer.echo(f"{out}: try unite-fast sample {out}")

@@ -99,9 +99,9 @@ def inspect(
 
     Example: `unite-fast inspect shards/train --workers 8`
     """
-    from unite_fast import outputs
     from unite_fast.data_pipeline.inspection import inspect_data
+    from unite_fast.utils.files import check_target
 
-    outputs.check_target(out, (".png",))
+    check_target(out, (".png",))
     for line in inspect_data(data, image_size, split, workers, seconds, seed, out):
         typer.echo(line)

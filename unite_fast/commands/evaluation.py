@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from unite_fast.commands.options import (
-    INCEPTION_SHA256,
     Checkpoint,
     Compile,
     Data,
@@ -25,6 +24,8 @@ from unite_fast.commands.options import (
     parse_interval,
     parse_numbers,
 )
+from unite_fast.config import INCEPTION_SHA256, EvaluationSettings
+from unite_fast.errors import require
 
 app = typer.Typer()
 
@@ -68,12 +69,11 @@ def evaluate(
 
     `torchrun --nproc-per-node 8 -m unite_fast evaluate runs/imagenet256_b --reference in256.npz --guidance 3`
     """
+    from unite_fast.distributed.launch import ranks_of_torchrun
     from unite_fast.evaluation.evaluate import evaluate as run
     from unite_fast.evaluation.report import default_folder, lines
-    from unite_fast.evaluation.settings import EvaluationSettings
-    from unite_fast.evaluation.terminal import shown
-    from unite_fast.ranks import ranks_of_torchrun
     from unite_fast.utils.device import choose_device
+    from unite_fast.utils.progress import track
 
     settings = EvaluationSettings(
         features=features,
@@ -81,7 +81,7 @@ def evaluate(
         inception_sha256=inception_sha256,
         reference=reference,
         data=data,
-        count=count,
+        count=count or 0,
         guidance=tuple(parse_numbers("--guidance", guidance, float)) if guidance else (),
         sampling=given(interval=parse_interval(interval), solver=solver, steps=steps),
         seed=seed,
@@ -90,10 +90,11 @@ def evaluate(
         compile=compile,
         **given(reconstructions=reconstructions),
     )
+    require(count != 0, "--count is 0; a covariance needs at least 2 images")
     folder = out or default_folder(checkpoint)
     with ranks_of_torchrun(choose_device(device)) as ranks:
         model = load(checkpoint, device)
-        result = run(model, settings, folder, str(checkpoint), shown)
+        result = run(model, settings, folder, str(checkpoint), track)
     if ranks.main:
         for line in lines(result):
             typer.echo(line)
@@ -121,16 +122,17 @@ def stats(
 
     `torchrun --nproc-per-node 8 -m unite_fast stats shards/train in256.npz --features inception`
     """
-    from unite_fast.evaluation.reading import unreadable_lines
-    from unite_fast.evaluation.settings import EvaluationSettings
-    from unite_fast.evaluation.stats import save_statistics
-    from unite_fast.evaluation.terminal import shown
-    from unite_fast.ranks import ranks_of_torchrun
+    from unite_fast.distributed.launch import ranks_of_torchrun
+    from unite_fast.evaluation.batches import unreadable_lines
+    from unite_fast.evaluation.reference import save_statistics
     from unite_fast.utils.device import choose_device
+    from unite_fast.utils.progress import track
 
-    settings = EvaluationSettings(features, inception, inception_sha256, batch=batch)
+    settings = EvaluationSettings(
+        features=features, inception=inception, inception_sha256=inception_sha256, batch=batch
+    )
     with ranks_of_torchrun(choose_device(device)) as ranks:
-        made = save_statistics(data, image_size, split, settings, out, ranks, choose_device(device), workers, shown)
+        made = save_statistics(data, image_size, split, settings, out, ranks, choose_device(device), workers, track)
     if ranks.main:
         typer.echo(f"{made.count} images, {len(made.statistics.mean)} {made.features} features: {out}")
         for line in unreadable_lines(made.about, "images"):

@@ -48,11 +48,11 @@ def gallery(
 
     Example: `unite-fast gallery runs/digits --out digits.html`
     """
-    from unite_fast import outputs
     from unite_fast.evaluation.gallery import Wishes, make_gallery
     from unite_fast.evaluation.gallery_page import render
+    from unite_fast.utils.files import check_target, save_text
 
-    outputs.check_target(out, (".html",))
+    check_target(out, (".html",))
     wishes = Wishes(
         classes=parse_classes(classes),
         per_class=per_class,
@@ -64,6 +64,6 @@ def gallery(
     )
     head, sections = make_gallery(load(checkpoint, device), checkpoint, wishes)
     page = render(head, sections, date.today().isoformat())
-    outputs.save_text(page, out)
+    save_text(page, out)
     images = sum(len(figure.images) for section in sections for row in section.rows for figure in row.figures)
     typer.echo(f"{images} images, {len(page.encode()) / 2**20:.1f} MiB, in {out}")

@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from unite_fast.commands.options import (
-    INCEPTION_SHA256,
     Checkpoint,
     Compile,
     Data,
@@ -23,6 +22,7 @@ from unite_fast.commands.options import (
     load,
     parse_range,
 )
+from unite_fast.config import INCEPTION_SHA256, SEARCH_SAMPLES, EvaluationSettings
 
 app = typer.Typer()
 
@@ -67,24 +67,30 @@ def search_guidance(
 
     `torchrun --nproc-per-node 8 -m unite_fast search-guidance runs/imagenet256_b --reference in256.npz`
     """
+    from unite_fast.distributed.launch import ranks_of_torchrun
     from unite_fast.evaluation import guidance_report
-    from unite_fast.evaluation.guidance_search import COUNTS, Grid, Objective, search
-    from unite_fast.evaluation.judge import open_judge
+    from unite_fast.evaluation.evaluator import open_judge
+    from unite_fast.evaluation.guidance_search import Grid, Objective, search
     from unite_fast.evaluation.report import check_folder, default_folder
-    from unite_fast.evaluation.settings import EvaluationSettings
-    from unite_fast.evaluation.terminal import shown
-    from unite_fast.ranks import ranks_of_torchrun
     from unite_fast.utils.device import choose_device
+    from unite_fast.utils.progress import track
 
-    settings = EvaluationSettings(features, inception, inception_sha256, reference, data, batch=batch)
+    settings = EvaluationSettings(
+        features=features,
+        inception=inception,
+        inception_sha256=inception_sha256,
+        reference=reference,
+        data=data,
+        batch=batch,
+    )
     ranges = (("--scales", scales), ("--lows", lows), ("--highs", highs))
     grid = Grid(*(parse_range(option, text) for option, text in ranges))
     folder = out or default_folder(checkpoint).with_name("guidance")
     check_folder(folder)
     with ranks_of_torchrun(choose_device(device)) as ranks:
         model = load(checkpoint, device)
-        judge = open_judge(model.config, settings, ranks, model.network.device, shown, classifier=False)
-        few, many = COUNTS[judge.features.name]
+        judge = open_judge(model.config, settings, ranks, model.network.device, track, classifier=False)
+        few, many = SEARCH_SAMPLES[judge.features.name]
         config = model.config.sampling.changed(**given(solver=solver, steps=steps))
         objective = Objective(
             model,
@@ -97,7 +103,7 @@ def search_guidance(
             model.network.device.type == "cuda" if compile is None else compile,
             folder,
             ranks,
-            shown,
+            track,
             str(checkpoint),
         )
         found = search(grid, objective, confirm)

@@ -46,15 +46,17 @@ def sample(
 
     Example: `unite-fast sample runs/digits --classes 7 --count 20 --guidance 2 --out sevens.png`
     """
-    from unite_fast import outputs
+    from unite_fast.sampling.sampler import choose_labels
+    from unite_fast.utils.files import check_target
+    from unite_fast.utils.images import save_images
 
-    outputs.check_target(out)
+    check_target(out)
     wanted = parse_classes(classes)
     model = load(checkpoint, device)
-    labels = outputs.choose_labels(wanted, count, model.config.model.num_classes)
+    labels = choose_labels(wanted, count, model.config.model.num_classes)
     settings = given(guidance=guidance, interval=parse_interval(interval), solver=solver, steps=steps)
-    images = outputs.generate_with_progress(model, labels, seed, batch, settings)
-    outputs.save_images(images, labels, out, columns=10)
+    images = generate_with_progress(model, labels, seed, batch, settings)
+    save_images(images, labels, out, columns=10)
     typer.echo(f"{len(images)} images in {out}")
 
 
@@ -84,10 +86,10 @@ def generate(
 
     `torchrun --nproc-per-node 8 -m unite_fast generate runs/imagenet256_b --count 50000 --out samples.npz`
     """
-    from unite_fast.generated_files import generate_files
-    from unite_fast.generation import Generation
-    from unite_fast.outputs import choose_labels
-    from unite_fast.ranks import ranks_of_torchrun
+    from unite_fast.distributed.launch import ranks_of_torchrun
+    from unite_fast.sampling.distributed_sampler import Generation
+    from unite_fast.sampling.sample_writer import generate_files
+    from unite_fast.sampling.sampler import choose_labels
     from unite_fast.utils.device import choose_device
 
     settings = given(guidance=guidance, interval=parse_interval(interval), solver=solver, steps=steps)
@@ -118,14 +120,32 @@ def reconstruct(
 
     Example: `unite-fast reconstruct runs/imagenet cat.jpg dog.png --out pets.png`
     """
-    from unite_fast import outputs
-    from unite_fast.evaluation.scores import psnr
+    from unite_fast.data_pipeline.image_folder import read_images
+    from unite_fast.evaluation.metrics import psnr
+    from unite_fast.utils.files import check_target
+    from unite_fast.utils.images import save_pairs
 
-    outputs.check_target(out, (".png",))
+    check_target(out, (".png",))
     model = load(checkpoint, device)
-    originals = outputs.read_images(images, model.config.model.image_size)
+    originals = read_images(images, model.config.model.image_size)
     copies = model.reconstruct(originals)
     for path, decibels in zip(images, psnr(originals, copies), strict=True):
         typer.echo(f"{path}: {decibels:.2f} dB")
-    outputs.save_pairs(originals, copies, out)
+    save_pairs(originals, copies, out)
     typer.echo(f"{len(images)} pairs in {out}")
+
+
+def generate_with_progress(model, labels, seed: int, batch: int, settings: dict):
+    """`TrainedUNITE.generate` with a progress bar."""
+    import torch
+
+    from unite_fast.config import check_seed_and_batch
+    from unite_fast.utils.progress import track
+
+    check_seed_and_batch(seed, batch)
+    starts = range(0, len(labels), batch)
+    parts = [
+        model.generate(labels[start : start + batch], seed, batch, first=start, **settings)
+        for start in track(starts, len(starts), "generating")
+    ]
+    return torch.cat(parts)

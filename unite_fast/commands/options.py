@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from unite_fast.config import SOLVERS
 from unite_fast.errors import UserError
 
 Checkpoint = Annotated[
@@ -12,7 +13,7 @@ Checkpoint = Annotated[
 ]
 Guidance = Annotated[float | None, typer.Option(help="guidance scale; 1 is unguided [default: the recipe's]")]
 Interval = Annotated[str | None, typer.Option(metavar="LOW,HIGH", help="times in which guidance acts")]
-Solver = Annotated[str | None, typer.Option(help="euler, heun, multistep or dopri5")]
+Solver = Annotated[str | None, typer.Option(help=" or ".join((", ".join(SOLVERS[:-1]), SOLVERS[-1])))]
 Steps = Annotated[int | None, typer.Option(help="steps of euler, heun and multistep")]
 Classes = Annotated[str, typer.Option(help="classes to draw in turn, e.g. 3,1,4; all by default")]
 Seed = Annotated[int, typer.Option(help="what the noise is drawn from")]
@@ -24,8 +25,6 @@ Inception = Annotated[
     str, typer.Option(metavar="PATH", help="torch-fidelity's Inception weights [default: $UNITE_FAST_INCEPTION]")
 ]
 InceptionSha256 = Annotated[str, typer.Option(help="what the SHA-256 of other weights starts with", show_default=False)]
-# As evaluation.inception.INCEPTION_FILE has it, whose import takes torch's time from every --help.
-INCEPTION_SHA256 = "6726825d"
 Reference = Annotated[
     str, typer.Option(metavar="REF.npz", help="statistics of real images [default, pixels: the training images]")
 ]

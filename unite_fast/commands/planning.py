@@ -25,9 +25,9 @@ def plan(
 
     `unite-fast plan imagenet256_l --gpu h100 --nodes 8 --price 2.5 train.micro_batch=16`
     """
-    from unite_fast.hardware import find_gpu
-    from unite_fast.planning import Cluster, make_plan
-    from unite_fast.planning_report import lines
+    from unite_fast.planning.gpus import find_gpu
+    from unite_fast.planning.predict import Cluster, make_plan
+    from unite_fast.planning.report import lines
     from unite_fast.recipes import load_config
 
     config = load_config(recipe, tuple(overrides or ()))

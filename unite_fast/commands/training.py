@@ -26,8 +26,8 @@ def train(
 
     `unite-fast train my.yaml train.steps=20000 model.encoder.preset=L --resume`
     """
+    from unite_fast.distributed.signals import exit_status
     from unite_fast.recipes import load_config
-    from unite_fast.training.endurance import exit_status
     from unite_fast.training.trainer import train as run
 
     words = arguments or []

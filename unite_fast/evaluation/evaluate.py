@@ -1,29 +1,24 @@
 """The evaluation of a trained model: generated images against real ones, reconstructions against their originals."""
 
-import hashlib
-import platform
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-import unite_fast
-from unite_fast.config import SamplingConfig
+from unite_fast.config import EVALUATION_SAMPLES, EvaluationSettings, SamplingConfig
+from unite_fast.distributed.process_group import Ranks, current_ranks
 from unite_fast.errors import UserError
 from unite_fast.evaluation import report
-from unite_fast.evaluation.judge import open_judge
-from unite_fast.evaluation.reading import Shown, open_named, unseen
+from unite_fast.evaluation.batches import open_named
+from unite_fast.evaluation.evaluator import open_judge
+from unite_fast.evaluation.provenance import described_checkpoint, described_machine, described_sampling
 from unite_fast.evaluation.reconstruction import score_reconstructions
-from unite_fast.evaluation.settings import EvaluationSettings
-from unite_fast.generation import Drawn, Generation, generate_batches
-from unite_fast.ranks import Ranks, current_ranks
-from unite_fast.trained import TrainedUNITE
+from unite_fast.sampling.distributed_sampler import Drawn, Generation, generate_batches
+from unite_fast.sampling.pipeline import TrainedUNITE
+from unite_fast.utils.progress import Track, no_progress
 
-COUNTS = {"inception": 50_000, "pixels": 1_000}
 GRID = 80
 """Generated images in the picture beside a result."""
 
@@ -33,7 +28,7 @@ def evaluate(
     settings: EvaluationSettings,
     out: Path | None = None,
     checkpoint: str = "",
-    shown: Shown = unseen,
+    track: Track = no_progress,
 ) -> dict:
     """Reconstruct, score, generate, score. Processes of an initialised `torch.distributed` share the work.
 
@@ -41,7 +36,7 @@ def evaluate(
         model: on the device that shall do the work.
         out: folder for evaluation.json, evaluation.md and the grids, written by rank 0; None: nothing is written.
         checkpoint: where the model comes from, for the JSON.
-        shown: shows progress.
+        track: shows progress; see `utils.progress`.
 
     Returns:
         What evaluation.json holds, the same on every process. `generated` is a list, one entry a guidance scale.
@@ -53,8 +48,8 @@ def evaluate(
         report.check_folder(out)
     begun, ranks = time.perf_counter(), current_ranks()
     wanted = samplings(model, settings)  # first, since it costs nothing and may be refused
-    judge = open_judge(model.config, settings, ranks, model.network.device, shown)
-    count = settings.count or COUNTS[judge.features.name]
+    judge = open_judge(model.config, settings, ranks, model.network.device, track)
+    count = settings.count or EVALUATION_SAMPLES[judge.features.name]
     series = planned(model, wanted, settings, count)
     opened = time.perf_counter() - begun
     # First, since it is short and what may be missing for it should not show after hours of generating.
@@ -66,13 +61,13 @@ def evaluate(
             raise UserError(
                 f"{error}; name held-out images with --data FOLDER, or give --reconstructions 0 to do without"
             ) from error
-        reconstruction, pairs = score_reconstructions(model, source, judge, settings, ranks, shown)
+        reconstruction, pairs = score_reconstructions(model, source, judge, settings, ranks, track)
     generated, pictures = [], {}
     for generation in series:
         begun_here, first, scale = time.perf_counter(), FirstImages(GRID), generation.sampling.guidance
         batches = generate_batches(model.network, generation, ranks)
         total = -(-generation.batches // ranks.world)
-        scores = judge.score(first.watch(shown(batches, total, f"generating with guidance {scale:g}")), count, ranks)
+        scores = judge.score(first.watch(track(batches, total, f"generating with guidance {scale:g}")), count, ranks)
         generated.append(
             {
                 **described_sampling(generation.sampling),
@@ -101,7 +96,7 @@ def evaluate(
     }
     if out is not None and ranks.main:
         report.save(result, pictures, pairs, out)
-    return ranks.from_first(result)
+    return ranks.broadcast(result)
 
 
 def samplings(model: TrainedUNITE, settings: EvaluationSettings) -> list[SamplingConfig]:
@@ -147,52 +142,3 @@ class FirstImages:
     def gathered(self, ranks: Ranks) -> Tensor:
         together = {number: image for part in ranks.gather(self.kept) for number, image in part.items()}
         return torch.stack([image for _, image in sorted(together.items())])
-
-
-def described_checkpoint(model: TrainedUNITE, path: str) -> dict:
-    """For the JSON of a result: which weights it is of."""
-    return {
-        "path": path,
-        "weights_sha256": weights_sha256(model),
-        "weights": "EMA",
-        "step": model.step,
-        "name": model.config.name,
-    }
-
-
-def described_sampling(config: SamplingConfig) -> dict:
-    """For the JSON of a result: the settings, None for those that the solver does not use."""
-    settings = asdict(config)
-    if config.solver == "dopri5":
-        settings["steps"] = None
-    if config.solver not in ("euler", "heun"):
-        settings["time_shift"] = None
-    return settings
-
-
-def described_machine(device: torch.device, ranks: Ranks) -> dict:
-    """For the JSON of a result: what computed it."""
-    return {"processes": ranks.world, "device": device_name(device), "versions": versions()}
-
-
-def weights_sha256(model: TrainedUNITE) -> str:
-    """SHA-256 of the averaged weights: names, shapes and float32 numbers, in the order of the names. It does not depend
-    on the kind of file they came from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.network.state_dict().items()):
-        array = tensor.detach().cpu().contiguous().numpy()
-        digest.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
-    return digest.hexdigest()
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
-
-
-def versions() -> dict[str, str]:
-    return {
-        "unite_fast": unite_fast.__version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }

@@ -10,17 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from unite_fast import sampling
-from unite_fast.config import SamplingConfig, require
-from unite_fast.errors import UserError
+from unite_fast.config import SamplingConfig, check_seed_and_batch
+from unite_fast.errors import UserError, require
+from unite_fast.evaluation.batches import open_named
 from unite_fast.evaluation.gallery_page import Chart, Figure, Row, Section
-from unite_fast.evaluation.pixels import read_some
-from unite_fast.evaluation.reading import open_named
-from unite_fast.evaluation.scores import psnr
-from unite_fast.evaluation.terminal import shown
+from unite_fast.evaluation.metrics import psnr
+from unite_fast.evaluation.pixel_features import read_some
 from unite_fast.randomness import Philox, Stream
-from unite_fast.trained import TrainedUNITE, check_drawing
-from unite_fast.training.metrics import read_rows
+from unite_fast.sampling import sampler
+from unite_fast.sampling.pipeline import TrainedUNITE
+from unite_fast.utils.files import read_rows
+from unite_fast.utils.progress import track
 
 CURVES = (("l1", "L1 of the reconstruction"), ("lpips", "LPIPS"), ("flow", "flow loss"))
 """Columns of metrics.jsonl that are shown, where they are not zero throughout."""
@@ -75,7 +75,7 @@ class Wishes:
     """Settings of `SamplingConfig` that differ from the recipe's."""
 
     def __post_init__(self):
-        check_drawing(self.seed, self.batch)
+        check_seed_and_batch(self.seed, self.batch)
         require(self.per_class is None or self.per_class > 0, "the images per class must be positive")
         require(len(self.scales) > 0 and all(map(math.isfinite, self.scales)), "the guidance scales must be finite")
 
@@ -95,14 +95,14 @@ def make_gallery(model: TrainedUNITE, checkpoint: Path, wishes: Wishes) -> tuple
     if wishes.per_class:
         counts.per_class = wishes.per_class
     classes = wishes.classes or spread(config.model.num_classes, counts.classes)
-    sampling.check_classes(classes, config.model.num_classes)
+    sampler.check_classes(classes, config.model.num_classes)
     held_out, names = None, [f"class {label}" for label in range(config.model.num_classes)]
     if wishes.data is not None:
         held_out, names = real_images(model, wishes.data, max(counts.pairs, 2 * counts.ways))
     artist = Artist(model, settings, names, classes, list(wishes.scales), counts, held_out, wishes.seed, wishes.batch)
     of_real = [artist.reconstructions, artist.between_images] if held_out else []
     drawn = [artist.samples, artist.guidance, *of_real, artist.between_noises, artist.denoising]
-    sections = [draw() for draw in shown(drawn, len(drawn), "drawing")]
+    sections = [draw() for draw in track(drawn, len(drawn), "drawing")]
     return about(model, settings, wishes.seed, checkpoint), sections + curves(checkpoint)
 
 
@@ -291,16 +291,16 @@ class Artist:
     def _denoising_path(self, labels: Tensor, noise: Tensor) -> dict[float, Tensor]:
         """x_hat [B, N, C] at each time the solver looked at, and the result at t = 1."""
         network = self.model.network
-        denoise = sampling.Network.of(network, self.settings.order).denoise
+        denoise = sampler.Network.of(network, self.settings.order).denoise
         predict = Watched(denoise, labels.to(network.device), network.config.num_classes, self.settings)
         with torch.no_grad():
-            result = sampling.solve(predict, noise)
+            result = sampler.solve(predict, noise)
         # Heun's last look is at t = 1, and dopri5's last step goes past it: neither lies on the way.
         seen = {t: prediction for t, prediction in predict.seen.items() if t < 1}
         return {**seen, 1.0: result}
 
     def _generate(self, labels: Tensor, **changes) -> Tensor:
-        return sampling.generate(self.model.network, labels, replace(self.settings, **changes), self.seed, self.batch)
+        return sampler.generate(self.model.network, labels, replace(self.settings, **changes), self.seed, self.batch)
 
     def _noise(self, count: int) -> Tensor:
         config, device = self.model.config.model, self.model.network.device
@@ -312,15 +312,15 @@ class Artist:
     def _latents(self, labels: Tensor, noise: Tensor) -> Tensor:
         network = self.model.network
         parts = zip(labels.to(network.device).split(self.batch), noise.split(self.batch), strict=True)
-        return torch.cat([sampling.generate_latents(network, part, start, self.settings) for part, start in parts])
+        return torch.cat([sampler.generate_latents(network, part, start, self.settings) for part, start in parts])
 
     @torch.no_grad()
     def _tokenize(self, images: Tensor) -> Tensor:
-        return sampling.tokenize(self.model.network, images, self.seed, self.batch)
+        return sampler.tokenize(self.model.network, images, self.seed, self.batch)
 
     @torch.no_grad()
     def _decode(self, latents: Tensor) -> Tensor:
-        parts = [sampling.to_uint8(self.model.network.decode(part)) for part in latents.split(self.batch)]
+        parts = [sampler.to_uint8(self.model.network.decode(part)) for part in latents.split(self.batch)]
         return torch.cat(parts)
 
     def _held_out(self, count: int) -> HeldOut:
@@ -342,7 +342,7 @@ class Artist:
 
 
 @dataclass
-class Watched(sampling.GuidedPrediction):
+class Watched(sampler.GuidedPrediction):
     seen: dict[float, Tensor] = field(default_factory=dict)
     """The first prediction at each time."""
 

@@ -4,10 +4,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from unite_fast.errors import writing_aside
-from unite_fast.evaluation.evaluate import described_machine
 from unite_fast.evaluation.guidance_search import UNGUIDED, Found, Grid, Measured, Objective
-from unite_fast.outputs import save_text
+from unite_fast.evaluation.provenance import described_machine
+from unite_fast.utils.files import save_text, writing_aside
 
 JSON, TABLE, CURVES = "guidance.json", "guidance.md", "guidance.png"
 

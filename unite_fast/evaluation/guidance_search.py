@@ -15,20 +15,18 @@ from pathlib import Path
 
 import torch
 
-from unite_fast.config import SamplingConfig, require, require_choice
-from unite_fast.errors import UserError
-from unite_fast.evaluation.evaluate import described_checkpoint, described_sampling
-from unite_fast.evaluation.judge import Judge
-from unite_fast.evaluation.reading import Shown, unseen
-from unite_fast.evaluation.statistics import Moments
-from unite_fast.generation import Drawn, Generation, generate_batches
-from unite_fast.outputs import save_text
-from unite_fast.ranks import Ranks
-from unite_fast.sampling import Network
-from unite_fast.trained import TrainedUNITE, check_drawing
+from unite_fast.config import SamplingConfig, check_seed_and_batch
+from unite_fast.distributed.process_group import Ranks
+from unite_fast.errors import UserError, require, require_choice
+from unite_fast.evaluation.evaluator import Judge
+from unite_fast.evaluation.fid import Moments
+from unite_fast.evaluation.provenance import described_checkpoint, described_sampling
+from unite_fast.sampling.distributed_sampler import Drawn, Generation, generate_batches
+from unite_fast.sampling.pipeline import TrainedUNITE
+from unite_fast.sampling.sampler import Network
+from unite_fast.utils.files import save_text
+from unite_fast.utils.progress import Track, no_progress
 
-COUNTS = {"inception": (5_000, 50_000), "pixels": (500, 2_000)}
-"""Samples a candidate, in the search and to confirm, by features."""
 COARSEST = (6, 3, 3)
 """Points of the first grid along scale, low and high, at most."""
 KEPT = 2
@@ -176,7 +174,7 @@ class Objective:
         compile: bool,
         out: Path,
         ranks: Ranks,
-        shown: Shown = unseen,
+        track: Track = no_progress,
         checkpoint: str = "",
     ):
         """
@@ -191,12 +189,12 @@ class Objective:
         Raises:
             UserError: a folder with measurements of other settings.
         """
-        check_drawing(seed, batch)
+        check_seed_and_batch(seed, batch)
         require_choice("the precision", precision, ("float32", "bfloat16"))
         require(min(counts) >= 2, f"a Frechet distance needs at least 2 images, got counts {counts[0]} and {counts[1]}")
         self.model, self.judge, self.config = model, judge, config
         self.count, self.final_count = counts
-        self.seed, self.batch, self.precision, self.ranks, self.shown = seed, batch, precision, ranks, shown
+        self.seed, self.batch, self.precision, self.ranks, self.track = seed, batch, precision, ranks, track
         self.compile, self.network = compile, Network.of(model.network, config.order, compile)
         self.checkpoint = described_checkpoint(model, checkpoint)
         how = {key: value for key, value in described_sampling(config).items() if key not in ("guidance", "interval")}
@@ -254,7 +252,7 @@ class Objective:
         batches = generate_batches(self.model.network, generation, self.ranks, network=self.network)
         rounds = -(-generation.batches // self.ranks.world)
         title = f"{count} images, guidance {candidate.scale:g} in ({candidate.low:g}, {candidate.high:g})"
-        return self.shown(batches, rounds, title)
+        return self.track(batches, rounds, title)
 
 
 class Cache:
@@ -263,7 +261,7 @@ class Cache:
     def __init__(self, path: Path, settings: dict, ranks: Ranks):
         self.path, self.ranks = path, ranks
         self.settings = json.loads(json.dumps(settings))  # as it comes back from the file: tuples are lists
-        outcome = ranks.from_first(self._read() if ranks.main else None)
+        outcome = ranks.broadcast(self._read() if ranks.main else None)
         if isinstance(outcome, UserError):
             raise outcome
         self.measured = {(one.candidate, one.first, one.count): one for one in outcome}

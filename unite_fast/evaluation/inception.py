@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from unite_fast.config import INCEPTION_SHA256
 from unite_fast.evaluation.features import FeatureBatch
 from unite_fast.utils.device import exact_float32
-from unite_fast.weight_file import WeightFile, file_sha256
+from unite_fast.utils.pretrained import WeightFile, file_sha256
 
 SIDE = 299
 DIMENSION, CLASSES = 2048, 1008
@@ -29,8 +30,7 @@ INCEPTION_FILE = WeightFile(
     variable="UNITE_FAST_INCEPTION",
     needed_by="features inception",
     source="torch-fidelity's weights-inception-2015-12-05-6726825d.pth (release v0.2.0 on GitHub)",
-    # The file's name carries these digits; its size is not known to us.
-    sha256="6726825d",
+    sha256=INCEPTION_SHA256,
 )
 
 # A step is a convolution (name, channels, kernel, stride), a pooling, or a list of branches that start from the same
@@ -157,7 +157,7 @@ class InceptionFeatures(nn.Module):
 
 
 def load_inception(
-    path: str = "", sha256: str = INCEPTION_FILE.sha256, device: torch.device | str = "cpu"
+    path: str = "", sha256: str = INCEPTION_SHA256, device: torch.device | str = "cpu"
 ) -> InceptionFeatures:
     """The network with the weights of the file that `path` or the environment variable UNITE_FAST_INCEPTION names.
 

@@ -8,17 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unite_fast.config import EvaluationSettings, PerceptualConfig
 from unite_fast.data_pipeline import Source
-from unite_fast.evaluation import scores
-from unite_fast.evaluation.judge import Judge, bias_warning
-from unite_fast.evaluation.reading import Shown, read_batches, unreadable
+from unite_fast.distributed.process_group import Ranks
+from unite_fast.evaluation import metrics
+from unite_fast.evaluation.batches import read_batches, unreadable
+from unite_fast.evaluation.evaluator import Judge, bias_warning
+from unite_fast.evaluation.fid import Moments, frechet_distance
 from unite_fast.evaluation.reference import check_broken
-from unite_fast.evaluation.settings import EvaluationSettings
-from unite_fast.evaluation.statistics import Moments, frechet_distance
-from unite_fast.perceptual import LPIPS, SMALLEST_SIDE, PerceptualConfig, load_lpips
-from unite_fast.ranks import Ranks
-from unite_fast.trained import TrainedUNITE
+from unite_fast.lpips import LPIPS, SMALLEST_SIDE, load_lpips
+from unite_fast.sampling.pipeline import TrainedUNITE
 from unite_fast.utils.device import exact_float32
+from unite_fast.utils.progress import Track
 
 LPIPS_BATCH = 16
 """Images at a time: VGG16's features of 256 x 256 pixels are the largest thing here."""
@@ -28,7 +29,7 @@ _SCORES = ("psnr", "mean_squared_error", "l1", "ssim", "lpips")
 
 
 def score_reconstructions(
-    model: TrainedUNITE, source: Source, judge: Judge, settings: EvaluationSettings, ranks: Ranks, shown: Shown
+    model: TrainedUNITE, source: Source, judge: Judge, settings: EvaluationSettings, ranks: Ranks, track: Track
 ) -> tuple[dict, tuple[Tensor, Tensor]]:
     """Scores of the reconstructions of `settings.reconstructions` images, spread over the source, or of all there are.
 
@@ -48,8 +49,8 @@ def score_reconstructions(
     count = min(len(source), settings.reconstructions)
     chosen = np.linspace(0, len(source) - 1, count).round().astype(int).tolist()
     lpips, notes = _lpips(model.config.perceptual, source.image_size, model.network.device)
-    if source.image_size < scores.SSIM_WINDOW:
-        notes.append(f"no SSIM: its window of {scores.SSIM_WINDOW} pixels is larger than the images")
+    if source.image_size < metrics.SSIM_WINDOW:
+        notes.append(f"no SSIM: its window of {metrics.SSIM_WINDOW} pixels is larger than the images")
 
     real, rebuilt = (Moments(judge.features.dimension, judge.features.device) for _ in range(2))
     sums = torch.zeros(len(_SCORES), dtype=torch.float64)
@@ -58,7 +59,7 @@ def score_reconstructions(
     pairs: tuple[Tensor, Tensor] | None = None
     batches = list(ranks.batches(count, settings.batch))
     reads = read_batches(source, [chosen[batch.start : batch.stop] for batch in batches], model.config.data.workers)
-    for batch, read in zip(batches, shown(reads, len(batches), "reconstructing"), strict=True):
+    for batch, read in zip(batches, track(reads, len(batches), "reconstructing"), strict=True):
         broken += read.broken
         if not len(read.images):
             continue
@@ -87,11 +88,11 @@ def score_reconstructions(
         **unreadable(broken),
         "seed": settings.seed,
         "network_precision": "float32",
-        "frechet_distance": ranks.from_first(distance),
+        "frechet_distance": ranks.broadcast(distance),
         "psnr": mean["psnr"],
-        "psnr_of_mean_error": float(scores.decibels(torch.tensor(mean["mean_squared_error"], dtype=torch.float64))),
+        "psnr_of_mean_error": float(metrics.decibels(torch.tensor(mean["mean_squared_error"], dtype=torch.float64))),
         "l1": mean["l1"],
-        "ssim": mean["ssim"] if source.image_size >= scores.SSIM_WINDOW else None,
+        "ssim": mean["ssim"] if source.image_size >= metrics.SSIM_WINDOW else None,
         "lpips": mean["lpips"] if lpips is not None else None,
         "lpips_input": "[-1, 1], as LPIPS is defined" if lpips is not None else None,
         "real_class_agreement": real_right,
@@ -106,13 +107,13 @@ def _sums(originals: Tensor, copies: Tensor, lpips: LPIPS | None) -> Tensor:
     """Over the images of a batch, of each of `_SCORES`: float64 [5]; 0 for what is not computed."""
     # An equal copy counts as one level off in one value, or its infinite PSNR would be the mean.
     smallest = 1 / (255**2 * originals[0].numel())
-    error = scores.mean_squared_error(originals, copies).clamp(min=smallest)
+    error = metrics.mean_squared_error(originals, copies).clamp(min=smallest)
     none = torch.zeros_like(error)
     each = (
-        scores.decibels(error),
+        metrics.decibels(error),
         error,
-        scores.l1(originals, copies),
-        scores.ssim(originals, copies) if originals.shape[-1] >= scores.SSIM_WINDOW else none,
+        metrics.l1(originals, copies),
+        metrics.ssim(originals, copies) if originals.shape[-1] >= metrics.SSIM_WINDOW else none,
         _lpips_of(lpips, originals, copies) if lpips is not None else none,
     )
     return torch.stack(each).sum(dim=1).cpu()

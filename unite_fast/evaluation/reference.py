@@ -1,19 +1,26 @@
 """Statistics of real images, made batch by batch, and which samples' features are kept one by one."""
 
 import hashlib
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from unite_fast.config import EvaluationSettings
 from unite_fast.data_pipeline import Source
+from unite_fast.data_pipeline.open_source import open_data
 from unite_fast.data_pipeline.readers import check_share
-from unite_fast.evaluation import scores
+from unite_fast.distributed.process_group import Ranks
+from unite_fast.errors import require
+from unite_fast.evaluation import metrics, pixel_features
+from unite_fast.evaluation.batches import NumberedBatch, read_batches, unreadable
 from unite_fast.evaluation.features import Features
-from unite_fast.evaluation.pixels import PixelFeatures
-from unite_fast.evaluation.reading import NumberedBatch, Shown, read_batches, unreadable, unseen
-from unite_fast.evaluation.statistics import Moments, Reference
+from unite_fast.evaluation.fid import Moments, Reference, save_reference
+from unite_fast.evaluation.inception import load_inception
+from unite_fast.evaluation.pixel_features import PixelFeatures, fit_pixels_once
 from unite_fast.randomness import permutation
-from unite_fast.ranks import Ranks
+from unite_fast.utils.files import check_target
+from unite_fast.utils.progress import Track, no_progress
 
 KEPT = 10_000
 """Images of each side whose features are kept one by one, for KID, precision and recall; the others only enter sums."""
@@ -32,7 +39,7 @@ class Mixed:
         return self._places[indices]
 
     def splits(self, indices: Tensor) -> Tensor:
-        return self.places(indices) * scores.SPLITS // self.count
+        return self.places(indices) * metrics.SPLITS // self.count
 
 
 class Kept:
@@ -60,12 +67,12 @@ class Kept:
 
 
 def make_reference(
-    source: Source, features: Features, ranks: Ranks, batch: int, workers: int, shown: Shown = unseen
+    source: Source, features: Features, ranks: Ranks, batch: int, workers: int, track: Track = no_progress
 ) -> Reference:
     """Statistics of all images of a source that can be read.
 
     Args:
-        shown: shows progress, see `unseen`.
+        track: shows progress; see `utils.progress`.
 
     Raises:
         UserError: fewer than two images, or many that cannot be read.
@@ -74,7 +81,7 @@ def make_reference(
     moments, kept, fingerprint = Moments(features.dimension, features.device), Kept(mixed), 0
     broken: list[str] = []
     batches = list(ranks.batches(len(source), batch))
-    for read in shown(read_batches(source, batches, workers), len(batches), "reading real images"):
+    for read in track(read_batches(source, batches, workers), len(batches), "reading real images"):
         broken += read.broken
         if not len(read.images):
             continue
@@ -114,3 +121,65 @@ def check_broken(broken: list[str], total: int) -> None:
     if broken:
         name, _, reason = broken[-1].partition(": ")
         check_share(len(broken), total, (name, reason))
+
+
+def choose_features(settings: EvaluationSettings, image_size: int, of_inception: bool = False) -> str:
+    if settings.features != "auto":
+        return settings.features
+    return (
+        "inception"
+        if settings.inception or of_inception or image_size > pixel_features.LARGEST
+        else pixel_features.NAME
+    )
+
+
+def check_fit(reference: Reference, features: Features) -> None:
+    """
+    Raises:
+        UserError: statistics of other features.
+    """
+    d = len(reference.statistics.mean)
+    require(
+        d == features.dimension and reference.features in ("", features.name),
+        f"{reference.path} has statistics of {d} {reference.features or 'unnamed'} features, and {features.name} has "
+        f"{features.dimension}: they cannot be compared; make a reference with --features {features.name}",
+    )
+
+
+def save_statistics(
+    data: str,
+    image_size: int,
+    split: str,
+    settings: EvaluationSettings,
+    out: Path,
+    ranks: Ranks,
+    device: torch.device | str,
+    workers: int = 2,
+    track: Track = no_progress,
+) -> Reference:
+    """Statistics of all images of a data folder, written by rank 0.
+
+    Args:
+        data: folder or address of data, or "digits".
+        image_size: side to which images are cropped; 0: what suits the data.
+
+    Raises:
+        UserError: data or weights that are missing, images too large for pixels, or a file that cannot be written.
+    """
+    check_target(out, (".npz",))
+    kind, source = open_data(data, image_size, split)
+    size = source.image_size
+    if choose_features(settings, size) == pixel_features.NAME:
+        require(
+            size <= pixel_features.LARGEST,
+            f"these images are {size} x {size}; features pixels are for sides up to {pixel_features.LARGEST}: "
+            "use --features inception",
+        )
+        features: Features = fit_pixels_once(source, ranks, device)
+    else:
+        features = load_inception(settings.inception, settings.inception_sha256, device)
+    made = make_reference(source, features, ranks, settings.batch, workers, track)
+    made.about |= {"data": data, "source": kind, "split": split}
+    if ranks.main:
+        save_reference(made, out)
+    return made

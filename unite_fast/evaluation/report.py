@@ -5,10 +5,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from unite_fast.config import require
-from unite_fast.errors import writing, writing_aside
-from unite_fast.evaluation.reading import unreadable_lines
-from unite_fast.pictures import grid, pairs
+from unite_fast.errors import require
+from unite_fast.evaluation.batches import unreadable_lines
+from unite_fast.utils.files import writing, writing_aside
+from unite_fast.utils.images import grid, pairs
 
 JSON, TABLE, PAIRS = "evaluation.json", "evaluation.md", "reconstructions.png"
 _COLUMNS = 10

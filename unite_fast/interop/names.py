@@ -2,7 +2,7 @@
 
 import re
 
-from unite_fast.config import require
+from unite_fast.errors import require
 
 NAMES = {
     "latent_tokens": "encoder.latent_tokens",

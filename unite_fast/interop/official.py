@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unite_fast.config import Config, DataConfig, DecoderConfig, EncoderConfig, ModelConfig, require
-from unite_fast.errors import UserError
+from unite_fast.checkpoint.model_file import load_model, save_model
+from unite_fast.config import Config, DataConfig, DecoderConfig, EncoderConfig, ModelConfig
+from unite_fast.errors import UserError, require
 from unite_fast.interop.names import FIXED_DRAWS, UNREAD, our_name, plain_name, their_name
 from unite_fast.model.layers import sincos_2d
 from unite_fast.model.unite import UNITE
 from unite_fast.recipes import load_config
-from unite_fast.training.model_file import load_model, save_model
 
 RECIPE = "imagenet256_b"
 """Whose sampling an imported model gets, as a checkpoint says nothing of it; all three of ImageNet sample alike."""

@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unite_fast import sampling
 from unite_fast.config import Config
 from unite_fast.errors import UserError
 from unite_fast.interop.names import our_name
 from unite_fast.interop.trace import Trace
 from unite_fast.kernels import backend as bodies
 from unite_fast.model.unite import UNITE
-from unite_fast.training.state import TrainState
+from unite_fast.sampling import sampler
+from unite_fast.training.train_state import TrainState
 from unite_fast.training.train_step import MicroBatch, accumulate_gradients
 from unite_fast.utils.device import exact_float32
 
@@ -238,7 +238,7 @@ def _sample_rows(trace: Trace, model: UNITE, config: Config) -> list[Row]:
     noise = trace.shaped("sample/noise", len(labels), config.model.latent_tokens, config.model.latent_channels)
 
     def sample(noise: Tensor) -> dict[str, Tensor]:
-        latents = sampling.generate_latents(model, labels, noise, config.sampling)
+        latents = sampler.generate_latents(model, labels, noise, config.sampling)
         return {"sample/latents": latents, "sample/images_f16": model.decode(latents).half()}
 
     ours = sample(noise)

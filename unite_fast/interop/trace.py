@@ -1,4 +1,4 @@
-"""A trace: an .npz without pickles that holds what the released code computed (spec: "The trace file").
+"""A trace: an .npz without pickles that holds what the released code computed (docs/method.md, "The trace file").
 
 Shapes: B images, N latent tokens, C latent channels, F flow draws, S image size.
 """
@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unite_fast.config import Config, require
-from unite_fast.errors import UserError
+from unite_fast.config import Config
+from unite_fast.errors import UserError, require
 from unite_fast.interop.official import load_released
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import StepDraws
 from unite_fast.recipes import from_tree
-from unite_fast.solvers import DOPRI5_ATOL, DOPRI5_RTOL
+from unite_fast.sampling.solvers import DOPRI5_ATOL, DOPRI5_RTOL
 
 SOLVERS = {"euler": "euler", "heun2": "heun", "dopri5": "dopri5"}
 """torchdiffeq's names of the solvers that we have too."""

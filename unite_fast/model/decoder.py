@@ -14,6 +14,8 @@ LAYER_NORM_EPS = 1e-12
 
 
 class DecoderLayer(nn.Module):
+    """A pre-norm transformer layer."""
+
     def __init__(self, width: int, heads: int, mlp_width: int):
         super().__init__()
         self.heads = heads
@@ -25,15 +27,22 @@ class DecoderLayer(nn.Module):
         self.fc2 = nn.Linear(mlp_width, width)
 
     def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x and branch [B, T, D]: the residual, and what the layer before has yet to add to it -> the same of this
-        layer. So each addition is one with the norm that follows it."""
+        """x = x + attn(norm1(x)); x = x + mlp(norm2(x)), with each addition left to the norm after it, as one kernel.
+
+        Args:
+            x: residual, [B, T, D].
+            branch: MLP output of the previous layer, still to be added to x, [B, T, D]; None in the first layer.
+
+        Returns:
+            The same of this layer.
+        """
         x, qkv = norm_linear(x, branch, self.norm1, self.qkv)
         x, hidden = norm_linear(x, self.proj(kernels.attention(qkv, self.heads)), self.norm2, self.fc1)
         return x, kernels.gelu_linear(hidden, self.fc2.weight, self.fc2.bias)
 
 
 def norm_linear(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    """x + branch, and a Linear of its LayerNorm."""
+    """x + branch, and linear(norm(x + branch))."""
     weights = norm.weight, norm.bias, linear.weight, linear.bias, norm.eps
     if branch is None:
         return x, kernels.layer_norm_linear(x, *weights)
@@ -41,6 +50,8 @@ def norm_linear(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, linear: nn
 
 
 class Decoder(nn.Module):
+    """Linears, a class token, 2-D sin-cos positions, transformer layers, and a Linear from tokens to patches."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         size = config.decoder
@@ -66,8 +77,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """PyTorch's default start values (spec: "The decoder keeps..."), drawn from `generator`, and the table; see
-        `GenerativeEncoder.initialize`."""
+        """Initialise Linears as PyTorch does by default, and fill the table; see `GenerativeEncoder.initialize`."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 bound = module.in_features**-0.5

@@ -18,10 +18,18 @@ from unite_fast.model.layers import Attention, Linear, RMSNorm, SwiGLU, TimeEmbe
 
 
 class Block(nn.Module):
-    """One block, from the modulated input of its attention to the modulated input of the next block's.
+    """One transformer block with adaLN (DiT, Peebles and Xie, arXiv 2212.09748) and a norm of its output:
 
-    Cutting the network there, and not at the residual, lets each run of elementwise work between two matrix products be
-    one kernel. What enters before that cut, norm1 and the adaLN Linear, is the encoder's.
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = adaLN(SiLU(c))
+        x = x + gate_msa * attn(modulate(norm1(x), shift_msa, scale_msa))
+        x = x + gate_mlp * mlp(modulate(norm2(x), shift_mlp, scale_mlp))
+        x = norm3(x)
+
+    with modulate(y, shift, scale) = y * (1 + scale) + shift. All norms are RMSNorms.
+
+    `forward` computes this rotated by one line: it starts after norm1 and its modulation, and ends after those of the
+    next block. Then all elementwise work between two matmuls is one kernel. The encoder holds norm1 and the adaLN
+    Linear of every block, because they are used before the block runs.
     """
 
     def __init__(self, width: int, heads: int, qk_norm: bool):
@@ -36,33 +44,38 @@ class Block(nn.Module):
         x: Tensor,
         h: Tensor,
         modulation: tuple[Tensor, ...],
-        following: tuple[Tensor, Tensor, Tensor],
+        next_norm: tuple[Tensor, Tensor, Tensor],
         cos: Tensor,
         sin: Tensor,
-        wanted: tuple[int, int] | None = None,
+        token_range: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
-            x: the residual, [B, T, D].
-            h: x normalised by norm1 and modulated, [B, T, D].
-            modulation: gate1, shift2, scale2, gate2, each [B, D].
-            following: norm weight [D], shift and scale [B, D] of what comes next: a block's norm1 or the final layer.
-            wanted: first and last: compute only these tokens (all of them still serve as keys and values).
+            x: residual, [B, T, D].
+            h: modulate(norm1(x), shift_msa, scale_msa), [B, T, D].
+            modulation: gate_msa, shift_mlp, scale_mlp, gate_mlp, each [B, D].
+            next_norm: norm weight [D], shift and scale [B, D] of the next block's norm1, or of the final layer.
+            cos, sin: rotary table, float32 [T, K / 2].
+            token_range: (start, end): compute these tokens alone. All tokens still serve as keys and values.
 
         Returns:
-            x and h for what comes next.
+            x and h for the next block.
         """
-        gate1, shift2, scale2, gate2 = modulation
-        attended = self.attn(h, cos, sin, wanted)
-        if wanted is not None:
-            x = x[:, slice(*wanted)]
-        x, branch = self.mlp(x, attended, gate1, self.norm2.weight, shift2, scale2)
+        gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+        attention = self.attn(h, cos, sin, token_range)
+        if token_range is not None:
+            x = x[:, slice(*token_range)]
+        # x = x + gate_msa * attention;  mlp = mlp(modulate(norm2(x), shift_mlp, scale_mlp))
+        x, mlp = self.mlp(x, attention, gate_msa, self.norm2.weight, shift_mlp, scale_mlp)
+        # x = norm3(x + gate_mlp * mlp);  h = modulate(next norm1(x), next shift_msa, next scale_msa)
         return kernels.gated_residual_norm_adaln(
-            x, branch, gate2, self.norm3.weight, *following, out_dtype=matmul_dtype(x)
+            x, mlp, gate_mlp, self.norm3.weight, *next_norm, out_dtype=matmul_dtype(x)
         )
 
 
 class FinalLayer(nn.Module):
+    """linear(modulate(norm(x), shift, scale)), with shift and scale from an adaLN Linear of SiLU(c)."""
+
     def __init__(self, width: int, channels: int):
         super().__init__()
         self.norm = RMSNorm(width)
@@ -71,9 +84,10 @@ class FinalLayer(nn.Module):
 
 
 class GenerativeEncoder(nn.Module):
-    """See `forward`.
+    """A DiT with in-context label tokens (see `Block` and `forward`).
 
-    The names `patch_embed`, `final_layer`, `in_context_posemb` and `latent_tokens` tell the optimizers whose they are.
+    `optim/param_groups.py` picks the parameters for AdamW by the names `patch_embed`, `final_layer`,
+    `in_context_posemb` and `latent_tokens`.
     """
 
     def __init__(self, config: ModelConfig):
@@ -86,13 +100,13 @@ class GenerativeEncoder(nn.Module):
         self.latent_tokens = nn.Parameter(torch.empty(1, config.latent_tokens, size.width))
         self.patch_embed = nn.Conv2d(3, size.width, config.patch_size, config.patch_size)
         self.time_embed = TimeEmbedding(size.width)
-        # The released table has a row more than it uses; the row after the last class is "no class".
+        # The row after the last class is "no class". The released table has one more row, which nothing uses.
         self.label_embed = nn.Embedding(config.num_classes + 2, size.width)
         if self.in_context:
             self.in_context_posemb = nn.Parameter(torch.empty(1, self.in_context, size.width))
         self.blocks = nn.ModuleList(Block(size.width, size.heads, size.qk_norm) for _ in range(size.depth))
-        # Of block i, but not inside it: they are used before block i runs, and a sharded module's parameters are whole
-        # only while it runs itself.
+        # They belong to block i but are used before it runs, and FSDP gathers a module's parameters only while that
+        # module runs.
         self.norm1 = nn.ModuleList(RMSNorm(size.width) for _ in range(size.depth))
         self.modulation = nn.ModuleList(Linear(size.width, 6 * size.width) for _ in range(size.depth))
         self.final_layer = FinalLayer(size.width, config.latent_channels)
@@ -102,63 +116,67 @@ class GenerativeEncoder(nn.Module):
         self.register_buffer("rope_sin", sin, persistent=False)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor, images: Tensor | None = None) -> Tensor:
-        """Latent tokens in, latent tokens out, not yet normalised.
+        """Encode images (with `images`) or denoise latents (without).
 
         Args:
-            x: registers or noisy latents, [B, N, C].
+            x: registers ~ N(0, 1) when encoding, noisy latents when denoising, [B, N, C].
             t: times, float32 [B].
             labels: int64 [B]; `no_class` for none.
-            images: [B, 3, S, S] in [0, 1]; given when encoding, absent when denoising.
+            images: [B, 3, S, S] in [0, 1], or None.
 
         Returns:
-            [B, N, C], float32 or the autocast dtype.
+            Latents before LayerNorm, [B, N, C], float32 or the autocast dtype.
         """
         n = x.shape[1]
         x = self.input_proj(x) + self.latent_tokens
         if images is not None:
             x = torch.cat((x, self.patch_embed(images).flatten(2).transpose(1, 2).to(x.dtype)), dim=1)
         label = self.label_embed(labels)
-        modulations, entries = self.modulations(F.silu(self.time_embed(t) + label))
+        modulations, norms = self.modulations(F.silu(self.time_embed(t) + label))
 
-        first = self.in_context  # rows of the rotary table before this one belong to in-context tokens
+        first = self.in_context  # the rotary table starts with rows for the in-context tokens
         rope = self.rope_cos[first : first + x.shape[1]], self.rope_sin[first : first + x.shape[1]]
-        wanted = 0, n
-        h = kernels.adaln_modulate(x, *entries[0], out_dtype=matmul_dtype(x))
+        latents = 0, n
+        h = kernels.adaln_modulate(x, *norms[0], out_dtype=matmul_dtype(x))
         for i, block in enumerate(self.blocks):
             if self.in_context and i == self.in_context_start:
                 context = (label.unsqueeze(1) + self.in_context_posemb).to(x.dtype)
-                h = torch.cat((kernels.adaln_modulate(context, *entries[i], out_dtype=h.dtype), h), dim=1)
+                h = torch.cat((kernels.adaln_modulate(context, *norms[i], out_dtype=h.dtype), h), dim=1)
                 x = torch.cat((context, x), dim=1)
                 rope = self.rope_cos[: x.shape[1]], self.rope_sin[: x.shape[1]]
-                wanted = first, first + n
+                latents = first, first + n
             last = i == len(self.blocks) - 1
-            x, h = block(x, h, modulations[i], entries[i + 1], *rope, wanted if last else None)
+            x, h = block(x, h, modulations[i], norms[i + 1], *rope, latents if last else None)
         return self.final_layer.linear(h)
 
     def modulations(self, condition: Tensor) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, Tensor, Tensor]]]:
-        """Every adaLN product of SiLU(c) [B, D]: what each block needs itself (see `Block.forward`), and weight, shift
-        and scale of each place that normalises and modulates on the way in: the blocks' norm1 and the final layer."""
-        # One product of all, since each by itself is small: a few hundred rows.
+        """The adaLN Linears of all blocks and of the final layer, applied to SiLU(c) [B, D].
+
+        Returns:
+            For each block gate_msa, shift_mlp, scale_mlp, gate_mlp; and for each norm1, then the final norm, weight,
+            shift and scale.
+        """
+        # One matmul for all: each by itself is small, with a few hundred rows.
         linears = [*self.modulation, self.final_layer.modulation]
-        all_of_them = kernels.linears(condition, [m.weight for m in linears], [m.bias for m in linears])
-        vectors = iter(all_of_them.split(condition.shape[-1], dim=-1))
-        modulations, entries = [], []
+        joint = kernels.linears(condition, [m.weight for m in linears], [m.bias for m in linears])
+        vectors = iter(joint.split(condition.shape[-1], dim=-1))
+        modulations, norms = [], []
         for norm1 in self.norm1:
-            shift, scale, *own = itertools.islice(vectors, 6)
-            entries.append((norm1.weight, shift, scale))
-            modulations.append(tuple(own))
-        entries.append((self.final_layer.norm.weight, *vectors))
-        return modulations, entries
+            shift, scale, *rest = itertools.islice(vectors, 6)
+            norms.append((norm1.weight, shift, scale))
+            modulations.append(tuple(rest))
+        norms.append((self.final_layer.norm.weight, *vectors))
+        return modulations, norms
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """The released start values (spec: "Start values"), drawn from `generator`, and the tables, which a model that
-        was built without memory lacks. Of a sharded model, each process keeps its part of the same values."""
+        """Initialise parameters as the released code does (docs/method.md, "Initialisation"), and fill the tables,
+        which `to_empty` leaves undefined. In a sharded model every rank keeps its shard of the same values."""
         xavier, normal = nn.init.xavier_uniform_, nn.init.normal_
         for layer in self._linears():
             fill(layer.weight, xavier, generator=generator)
             fill(layer.bias, nn.init.zeros_)
-        # Only now zero: a seed's other values must not depend on which Linears start so.
+        # Zero only now, so that the other values drawn from a seed do not depend on which Linears start at zero.
         for layer in [*self.modulation, self.final_layer.modulation, self.final_layer.linear]:
             fill(layer.weight, nn.init.zeros_)
             fill(layer.bias, nn.init.zeros_)
@@ -166,7 +184,7 @@ class GenerativeEncoder(nn.Module):
             if isinstance(module, RMSNorm):
                 fill(module.weight, nn.init.ones_)
         fill(self.latent_tokens, lambda table: table.copy_(sincos_1d(torch.arange(table.shape[1]), table.shape[2])))
-        # The released code leaves this one as PyTorch makes it: uniform within 1 / sqrt(inputs).
+        # The released code keeps PyTorch's default here: uniform within 1 / sqrt(inputs).
         bound = self.patch_embed.weight[0].numel() ** -0.5
         fill(self.patch_embed.weight, nn.init.uniform_, -bound, bound, generator=generator)
         fill(self.patch_embed.bias, nn.init.uniform_, -bound, bound, generator=generator)
@@ -180,7 +198,7 @@ class GenerativeEncoder(nn.Module):
         self.rope_sin.copy_(sin)
 
     def _linears(self) -> Iterator[nn.Linear]:
-        """In the order in which they are drawn: a block's adaLN Linear after its others."""
+        """In the order of initialisation: a block's adaLN Linear after its other Linears."""
         yield from (self.input_proj, self.time_embed.fc1, self.time_embed.fc2)
         for block, modulation in zip(self.blocks, self.modulation, strict=True):
             yield from (block.attn.qkv, block.attn.proj, block.mlp.fc_in, block.mlp.fc_out, modulation)

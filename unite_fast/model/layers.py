@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unite_fast import kernels
-from unite_fast.sharding import copy_whole
+from unite_fast.distributed.dtensor import copy_whole
 
 
 class RMSNorm(nn.Module):
@@ -40,14 +40,14 @@ class TimeEmbedding(nn.Module):
 
 
 class Linear(nn.Linear):
-    """nn.Linear, by way of `kernels.linear`."""
+    """nn.Linear computed by `kernels.linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with normalised, rotated queries and keys."""
+    """Multi-head self-attention with RMSNorm (optional) and RoPE on queries and keys."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool):
         super().__init__()
@@ -57,21 +57,21 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(width // heads) if qk_norm else None
         self.proj = Linear(width, width)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, wanted: tuple[int, int] | None = None) -> Tensor:
-        """x [B, T, D], cos and sin [T, K / 2] -> [B, T, D], or only the tokens `wanted` = (first, last) of it."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, token_range: tuple[int, int] | None = None) -> Tensor:
+        """x [B, T, D], cos and sin [T, K / 2] -> [B, T, D], or only its tokens start to end of `token_range`."""
         q_weight = None if self.q_norm is None else self.q_norm.weight
         k_weight = None if self.k_norm is None else self.k_norm.weight
         qkv = self.qkv(x)
-        return self.proj(kernels.attention(qkv, self.heads, q_weight, k_weight, cos, sin, wanted))
+        return self.proj(kernels.attention(qkv, self.heads, q_weight, k_weight, cos, sin, token_range))
 
 
 def hidden_width(width: int) -> int:
-    """Of a SwiGLU of this width (spec: Sizes)."""
+    """Hidden channels of a SwiGLU: int(2/3 * 4 width)."""
     return int(2 / 3 * 4 * width)
 
 
 class SwiGLU(nn.Module):
-    """Linear, SiLU(u) * w, Linear. The hidden width is int(2/3 * 4 D)."""
+    """fc_out(SiLU(u) * w) with [u, w] = fc_in(x)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -82,47 +82,54 @@ class SwiGLU(nn.Module):
     def forward(
         self, x: Tensor, branch: Tensor, gate: Tensor, norm_weight: Tensor, shift: Tensor, scale: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """From the residual and the branch to be added to it, both [B, T, D], with norm weight [D] and gate, shift and
-        scale [B, D]: the new residual and the SwiGLU of it, normalised and modulated."""
+        """
+        Args:
+            x, branch: residual, and the attention output to add to it, [B, T, D].
+            gate, shift, scale: adaLN vectors, [B, D].
+            norm_weight: weight of norm2, [D].
+
+        Returns:
+            x + gate * branch, and the SwiGLU of its modulated norm; both [B, T, D].
+        """
         fc_in, bias_in, fc_out = self.weights(padded=x.is_cuda)
         x, uw = kernels.gated_residual_adaln_linear(x, branch, gate, norm_weight, shift, scale, fc_in, bias_in)
         return x, kernels.swiglu_linear(uw, fc_out, self.fc_out.bias)
 
     @property
-    def missing(self) -> int:
-        """What the hidden width lacks to be a multiple of 64."""
+    def padding(self) -> int:
+        """Channels to add to make the hidden width a multiple of 64."""
         return -self.fc_out.in_features % 64
 
     def weights(self, padded: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """fc_in's weight and bias and fc_out's weight; padded by zeros, which change nothing, to a hidden width that
-        is a multiple of 64. Rows of 2730 (widths 1024) are not aligned, and such products are slow on a GPU."""
+        """fc_in's weight and bias, and fc_out's weight. `padded` appends zeros, which change no result, to make the
+        hidden width a multiple of 64: rows of 2730 (width 1024) are unaligned, which makes matmuls slow on a GPU."""
         fc_in, bias_in, fc_out = self.fc_in.weight, self.fc_in.bias, self.fc_out.weight
-        missing = self.missing
-        if not padded or not missing:
+        padding = self.padding
+        if not padded or not padding:
             return fc_in, bias_in, fc_out
-        fc_in = F.pad(fc_in.unflatten(0, (2, -1)), (0, 0, 0, missing)).flatten(0, 1)
-        bias_in = F.pad(bias_in.unflatten(0, (2, -1)), (0, missing)).flatten()
-        return fc_in, bias_in, F.pad(fc_out, (0, missing))
+        fc_in = F.pad(fc_in.unflatten(0, (2, -1)), (0, 0, 0, padding)).flatten(0, 1)
+        bias_in = F.pad(bias_in.unflatten(0, (2, -1)), (0, padding)).flatten()
+        return fc_in, bias_in, F.pad(fc_out, (0, padding))
 
 
 def product_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The weights and biases that `kernels` rounds for products: what `kernels.casts.cast_once` is for. Left out are
-    the time embedding, which stays float32, and SwiGLU's weights where they are padded first on a GPU."""
-    others = set()
+    """Weights and biases that the ops round to bfloat16 for matmuls, for `kernels.casts.cast_once`. Not among them: the
+    time embedding, which stays float32, and SwiGLU weights that are padded first."""
+    excluded = set()
     for module in model.modules():
         if isinstance(module, TimeEmbedding):
-            others.update(module.parameters())
-        elif isinstance(module, SwiGLU) and module.fc_out.weight.is_cuda and module.missing:
-            others.update((module.fc_in.weight, module.fc_in.bias, module.fc_out.weight))
+            excluded.update(module.parameters())
+        elif isinstance(module, SwiGLU) and module.fc_out.weight.is_cuda and module.padding:
+            excluded.update((module.fc_in.weight, module.fc_in.bias, module.fc_out.weight))
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    # Weights beside weights: `kernels.linears` takes several as one.
-    every = [linear.weight for linear in linears] + [linear.bias for linear in linears]
-    return [parameter for parameter in every if parameter not in others]
+    # All weights first, then all biases: `kernels.linears` takes neighbours as one tensor.
+    parameters = [linear.weight for linear in linears] + [linear.bias for linear in linears]
+    return [parameter for parameter in parameters if parameter not in excluded]
 
 
 def fill(tensor: Tensor, draw: Callable[..., object], *arguments, **options) -> None:
-    """Give a tensor its start value: draw(whole, *arguments, **options), drawn whole on a CPU, whatever part of it this
-    process holds and wherever. So the numbers are the same on all machines and for every number of processes."""
+    """Initialise a tensor by `draw(full, *arguments, **options)`. The full tensor is drawn on the CPU even if this rank
+    holds a shard on a GPU, so the values are the same on all machines and for every world size."""
     value = torch.empty(tensor.shape, dtype=tensor.dtype)
     draw(value, *arguments, **options)
     copy_whole(tensor, value)
@@ -131,8 +138,8 @@ def fill(tensor: Tensor, draw: Callable[..., object], *arguments, **options) -> 
 def rope_table(positions: int, head_dim: int, unrotated: int = 0, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotary angles, each float32 [unrotated + positions, head_dim / 2].
 
-    The first `unrotated` rows turn by nothing: they are for tokens without a position. Pair i of position p turns by
-    p * theta^(-2i / head_dim).
+    The first `unrotated` rows have angle 0, for tokens without a position. Pair i at position p has the angle
+    p * theta^(-2i / head_dim) (Su et al., arXiv 2104.09864).
     """
     rates = theta ** (-torch.arange(0, head_dim, 2).double() / head_dim)
     angle = torch.outer(torch.arange(positions).double(), rates)

@@ -1,6 +1,6 @@
-"""UNITE: the Generative Encoder, the LayerNorm that both its jobs share, and the decoder.
+"""UNITE: the Generative Encoder, a LayerNorm on its latents, and the pixel decoder.
 
-The model never calls a random generator: every draw is an argument.
+The forward passes never call a random generator: every draw is an argument.
 """
 
 import torch
@@ -26,14 +26,14 @@ class UNITE(nn.Module):
 
     @classmethod
     def create(cls, config: ModelConfig, seed: int) -> "UNITE":
-        """A model with start values."""
+        """An initialised model."""
         model = cls(config)
         model.initialize(seed)
         return model
 
     def initialize(self, seed: int) -> None:
-        """Start values, the same on every machine and for every number of processes, and the tables: all that a model
-        needs that was built on the meta device and given memory (`to_empty`)."""
+        """Initialise all parameters and tables, the same on every machine and for every world size. A model built on
+        the meta device needs this after `to_empty`."""
         generator = torch.Generator().manual_seed(seed % 2**63)
         self.encoder.initialize(generator)
         with torch.no_grad():
@@ -47,14 +47,16 @@ class UNITE(nn.Module):
         return self._normalise(self.encoder(registers, t, no_class, images))
 
     def denoise(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """Clean latents from noisy ones: x_t [B, N, C], t [B], labels int64 [B] (num_classes: none) -> [B, N, C]."""
+        """Predict clean latents: x_t [B, N, C], t [B], labels int64 [B] (num_classes means none) -> [B, N, C]."""
         return self._normalise(self.encoder(x_t, t, labels))
 
     def denoising_loss(self, x_t: Tensor, t: Tensor, labels: Tensor, z: Tensor) -> Tensor:
-        """The flow loss of `denoise`, whose result is not written anywhere.
+        """The flow loss of `denoise` in one kernel, without the predicted latents in memory.
+
+        Per sample: mean over N and C of ((x_hat - z) / max(1 - t, MIN_TIME_LEFT))^2, the error of the velocity.
 
         Args:
-            x_t: F noisy versions of each sample's latents, [F, B, N, C].
+            x_t: F noisy versions of every sample's latents, [F, B, N, C].
             t: their times, [F, B].
             labels: int64 [F, B].
             z: the clean latents, [B, N, C], without a gradient.
@@ -67,7 +69,7 @@ class UNITE(nn.Module):
         return kernels.flow_loss(latents, norm.weight, norm.bias, z, t, flow.MIN_TIME_LEFT, norm.eps)
 
     def _normalise(self, latents: Tensor) -> Tensor:
-        # Autocast on CUDA runs LayerNorm in float32, on a CPU it does not: there, z would be bfloat16 without this.
+        # CUDA autocast runs LayerNorm in float32, CPU autocast does not: without this, z would be bfloat16 there.
         return self.latent_norm(upcast(latents))
 
     def decode(self, z: Tensor) -> Tensor:

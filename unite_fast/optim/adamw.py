@@ -7,16 +7,16 @@ from torch import Tensor
 
 from unite_fast.errors import UserError
 
-BODIES = ("torch", "apex")
 
-
-def adamw(body: str, parameters: Iterable[Tensor], betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
+def adamw(
+    implementation: str, parameters: Iterable[Tensor], betas: tuple[float, float], eps: float
+) -> torch.optim.Optimizer:
     """AdamW without weight decay; its learning rate is set before each step.
 
     Raises:
         UserError: apex is asked for and not installed.
     """
-    if body == "torch":
+    if implementation == "torch":
         return torch.optim.AdamW(parameters, 0.0, betas, eps, weight_decay=0.0, fused=True)
     try:
         from apex.optimizers import FusedAdam

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from unite_fast.sharding import local
+from unite_fast.distributed.dtensor import local
 
 
 class EMA:

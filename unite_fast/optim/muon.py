@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from unite_fast.distributed.dtensor import local
 from unite_fast.kernels.matmul import in_float32
-from unite_fast.optim.exchange import Exchange, layout
-from unite_fast.sharding import local
+from unite_fast.optim.sharded_matrices import Exchange, layout
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5

@@ -13,13 +13,13 @@ from torch import Tensor, distributed
 from torch.utils.tensorboard import SummaryWriter
 
 from unite_fast.config import Config
-from unite_fast.errors import writing, writing_aside
-from unite_fast.flops import image_flops
-from unite_fast.hardware import recognise
+from unite_fast.distributed.process_group import current_ranks
 from unite_fast.objective import Losses
-from unite_fast.ranks import current_ranks
-from unite_fast.training.clock import StepClock
+from unite_fast.planning.flops import image_flops
+from unite_fast.planning.gpus import recognise
+from unite_fast.training.step_timer import StepClock
 from unite_fast.training.wandb_log import WandbLog
+from unite_fast.utils.files import read_rows, writing, writing_aside
 
 AVERAGED = ("total", "l1", "lpips", "flow", "grad_norm")
 MACHINE = ("images_per_s", "images_per_s_per_gpu", "mfu", "memory_gb", "seconds_")
@@ -104,7 +104,7 @@ class Speedometer:
         if gpu:
             self.about += f"as a share of {gpu.tflops:g} dense bfloat16 TFLOP/s of {name} ({gpu.source})"
         else:
-            self.about += f"not told: no peak of {name} is known (unite_fast/hardware.py)"
+            self.about += f"not told: no peak of {name} is known (unite_fast/planning/gpus.py)"
 
     def row(self, steps: int) -> dict[str, float]:
         """Of `steps` steps since the last row: rates, mean seconds a step by part, memory. Waits for the device; all
@@ -194,17 +194,3 @@ class MetricsLog:
             self.wandb.close()
         with writing(self.events_path):
             self.events.close()
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line that a killed process or a full disk left unfinished is passed over."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and "step" in row:
-                rows.append(row)
-    return rows

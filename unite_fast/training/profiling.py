@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from unite_fast.config import ProfileConfig
-from unite_fast.errors import writing
+from unite_fast.utils.files import writing
 
 
 class StepProfiler:

@@ -1,17 +1,23 @@
 """The folder of a run: whether it may be begun or gone on with, and the settings that it keeps."""
 
+import os
+import signal
 from dataclasses import fields
 from pathlib import Path
 from typing import TextIO
 
 import yaml
 
-from unite_fast import lock
-from unite_fast.config import Config, EvaluationConfig, ParallelConfig, SamplingConfig, require
-from unite_fast.errors import writing
+from unite_fast.checkpoint.format import step_folders
+from unite_fast.checkpoint.manager import Checkpoints
+from unite_fast.checkpoint.reader import Checkpoint
+from unite_fast.config import Config, EvaluationConfig, ParallelConfig, SamplingConfig
+from unite_fast.distributed.launch import launch_name, under_torchrun
+from unite_fast.distributed.peers import Peers
+from unite_fast.errors import require
 from unite_fast.recipes import to_tree
-from unite_fast.training.checkpoint import Checkpoint, Checkpoints
-from unite_fast.training.checkpoint_files import step_folders
+from unite_fast.utils import file_lock
+from unite_fast.utils.files import writing, writing_aside
 
 FREE_ON_RESUME = {
     "name",
@@ -59,12 +65,12 @@ def find_start(checkpoints: Checkpoints, folder: Path, config: Config, resume: b
 
 
 def hold(folder: Path) -> TextIO:
-    """Make a run's folder this process's own, see `unite_fast.lock.hold`.
+    """Make a run's folder this process's own, see `unite_fast.utils.file_lock.hold`.
 
     Raises:
         UserError: another process trains in it; no permission.
     """
-    return lock.hold(folder, "being trained", "choose another folder with train.out=FOLDER")
+    return file_lock.hold(folder, "being trained", "choose another folder with train.out=FOLDER")
 
 
 def write_config(folder: Path, config: Config) -> None:
@@ -86,3 +92,31 @@ def flatten(tree: dict, path: str = "") -> dict:
     for key, value in tree.items():
         flat |= flatten(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
     return flat
+
+
+def restarted(folder: Path, peers: Peers) -> bool:
+    """Whether torchrun started these processes again, to go on with what they began. Not so if they never came as far
+    as that, say because the folder holds another run."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    # Each machine's torchrun counts for itself, and not all of them see the folder's last change at once.
+    return bool(peers.largest(again).result() and peers.largest(read_status(folder) == running()).result())
+
+
+def running() -> str:
+    """A run's status until it has ended."""
+    return f"running under torchrun {launch_name()}" if under_torchrun() else "running"
+
+
+def ended(step: int, stopped_by: int) -> str:
+    """A run's status from then on."""
+    return f"stopped at step {step} by {signal.Signals(stopped_by).name}" if stopped_by else f"finished at step {step}"
+
+
+def read_status(folder: Path) -> str:
+    path = folder / "status"
+    return path.read_text().strip() if path.exists() else ""
+
+
+def write_status(folder: Path, status: str) -> None:
+    with writing_aside(folder / "status") as partial:
+        partial.write_text(status + "\n")

@@ -1,4 +1,4 @@
-"""One optimizer step, from uint8 images to new weights (spec.md: "One training step").
+"""One optimizer step, from uint8 images to new weights (docs/method.md, "One training step").
 
     for each micro-batch    z, L_rec = tokenize and decode;  backward of L_rec;
                             L_flow of z;                     backward of flow_weight * L_flow
@@ -17,16 +17,17 @@ from torch.distributed.fsdp import FSDPModule
 
 from unite_fast.config import Config
 from unite_fast.data_pipeline import Batch
+from unite_fast.distributed.strategy import UNSHARDED, Strategy
 from unite_fast.kernels.casts import cast_once
+from unite_fast.lpips import LPIPS, dropout_masks, tap_shapes
 from unite_fast.model.layers import product_weights
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import Losses, StepDraws, draw_step, flow_losses, reconstruct
-from unite_fast.perceptual import LPIPS, dropout_masks, tap_shapes
 from unite_fast.randomness import Philox, Stream
-from unite_fast.training.clock import StepClock
 from unite_fast.training.gradients import added_at_once
-from unite_fast.training.parallel import UNSHARDED, Strategy, reduce_gradients
-from unite_fast.training.state import TrainState
+from unite_fast.training.parallelize import reduce_gradients
+from unite_fast.training.step_timer import StepClock
+from unite_fast.training.train_state import TrainState
 
 
 @dataclass(frozen=True)

@@ -8,37 +8,32 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unite_fast.config import Config, require
+from unite_fast.checkpoint.format import step_folders, step_of
+from unite_fast.checkpoint.manager import Checkpoints
+from unite_fast.checkpoint.reader import Checkpoint
+from unite_fast.config import Config
 from unite_fast.data_pipeline import Batch, Loader, Source, choose_loader, open_source
-from unite_fast.errors import UserError
-from unite_fast.evaluation.during_training import DuringTraining
+from unite_fast.distributed.launch import joined
+from unite_fast.distributed.peers import Peers
+from unite_fast.distributed.process_group import ALONE, Ranks
+from unite_fast.distributed.signals import Stop, stop_on_signals
+from unite_fast.distributed.strategy import share
+from unite_fast.distributed.watchdog import Watchdog, contact
+from unite_fast.errors import UserError, require
 from unite_fast.kernels import backend
-from unite_fast.lock import LOCK
+from unite_fast.lpips import LPIPS, load_lpips
 from unite_fast.objective import Losses
-from unite_fast.perceptual import LPIPS, load_lpips
-from unite_fast.ranks import ALONE, Ranks
-from unite_fast.training.checkpoint import Checkpoint, Checkpoints
-from unite_fast.training.checkpoint_files import step_folders, step_of
-from unite_fast.training.endurance import (
-    Peers,
-    Stop,
-    Watchdog,
-    contact,
-    ended,
-    restarted,
-    running,
-    stop_on_signals,
-    write_status,
-)
+from unite_fast.training.console import Report
 from unite_fast.training.metrics import Averages, MetricsLog, Speedometer, loss_spike
-from unite_fast.training.parallel import build_model, joined, share
+from unite_fast.training.parallelize import build_model
 from unite_fast.training.profiling import StepProfiler
-from unite_fast.training.report import Report
-from unite_fast.training.run_folder import find_start, hold, write_config
-from unite_fast.training.state import TrainState
+from unite_fast.training.run_folder import ended, find_start, hold, restarted, running, write_config, write_status
+from unite_fast.training.train_state import TrainState
 from unite_fast.training.train_step import TrainStep, autocast
+from unite_fast.training.validation import DuringTraining
 from unite_fast.training.wandb_log import WandbLog
 from unite_fast.utils.device import choose_device, use_numerics, use_threads
+from unite_fast.utils.file_lock import LOCK
 
 
 @dataclass

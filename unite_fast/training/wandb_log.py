@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from unite_fast.config import Config
-from unite_fast.errors import UserError, writing
+from unite_fast.errors import UserError
 from unite_fast.recipes import to_tree
+from unite_fast.utils.files import writing
 
 
 class WandbLog:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from unite_fast.config import require, require_choice
+from unite_fast.errors import require, require_choice
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 """cuBLAS repeats its bits only with a workspace of fixed size (cuBLAS documentation, "Results reproducibility")."""

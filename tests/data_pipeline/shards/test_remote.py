@@ -80,8 +80,8 @@ def test_a_server_that_breaks_off_is_asked_again(server, shards, monkeypatch):
     assert torch.equal(images, ShardSource(shards("raw"), SIZE).read(range(41))[0])
 
 
-def test_what_a_server_does_not_have_is_one_line(server):
-    with pytest.raises(UserError, match=r"cannot fetch dataset.json from .*/nowhere \(4 tries\): .*") as caught:
+def test_what_a_server_does_not_have_is_one_line(server, mentions):
+    with pytest.raises(UserError, match=mentions("dataset.json", f"{server}/nowhere", 4)) as caught:
         open_(f"{server}/nowhere")
     assert "\n" not in str(caught.value)
 
@@ -160,23 +160,23 @@ def test_a_shard_whose_hash_is_wrong_is_never_used(shards, tmp_path, cache):
         data[2000] ^= 1
         path.write_bytes(data)
     source = open_(f"pipe:cat {copy}/{{}}")
-    with pytest.raises(UserError, match=r"cannot fetch shard-\d+\.tar .*its hash is .*, the manifest says ") as caught:
+    with pytest.raises(UserError, match=r"shard-\d+\.tar.*[0-9a-f]{40}.*[0-9a-f]{40}") as caught:
         source.read([0])
     assert "\n" not in str(caught.value)
     assert not list(cache.rglob("*.tar"))
 
 
-def test_a_command_that_fails_after_its_output_is_not_believed(shards):
-    with pytest.raises(UserError, match=r"cannot fetch dataset\.json"):
+def test_a_command_that_fails_after_its_output_is_not_believed(shards, mentions):
+    with pytest.raises(UserError, match=mentions("dataset.json", "false")):
         open_(f"pipe:cat {shards('raw')}/{{}}; false")
 
 
-def test_a_pipe_without_a_place_for_the_name():
-    with pytest.raises(UserError, match=r"has no \{\}"):
+def test_a_pipe_without_a_place_for_the_name(mentions):
+    with pytest.raises(UserError, match=mentions("pipe:cat shard.tar", "{}")):
         open_("pipe:cat shard.tar")
 
 
-def test_an_address_is_quoted(tmp_path):
-    with pytest.raises(UserError, match="cannot fetch"):
+def test_an_address_is_quoted(tmp_path, mentions):
+    with pytest.raises(UserError, match=mentions("dataset.json", "127.0.0.1:9")):
         open_(f"http://127.0.0.1:9/'; touch {tmp_path}/harm; '")
     assert not (tmp_path / "harm").exists()

@@ -1,7 +1,9 @@
 """Reading shards: numbers of samples, DALI's and webdataset's view of the files, and each way a set can be damaged."""
 
+import errno
 import json
 import os
+import re
 import shutil
 import tarfile
 
@@ -105,27 +107,27 @@ def test_split_folders(shards, tmp_path):
     assert open_source("shards", str(tmp_path / "both" / "val"), SIZE, "train").manifest.format == "original"
 
 
-def test_what_is_no_set(tmp_path, shards):
-    assert "no dataset.json" in error_of(tmp_path)
-    with pytest.raises(UserError, match="image_size is 64: set it to 32"):
+def test_what_is_no_set(tmp_path, shards, mentions):
+    assert re.search(mentions("dataset.json", tmp_path), error_of(tmp_path))
+    with pytest.raises(UserError, match=mentions("image_size", 64, 32)):
         open_source("shards", str(shards("raw")), 64, "train")
 
 
-def test_a_missing_shard(damaged):
+def test_a_missing_shard(damaged, mentions):
     folder = damaged()
     (folder / "shard-00002.tar").unlink()
-    assert "shard-00002.tar is missing" in error_of(folder)
+    assert re.search(mentions("shard-00002.tar", os.strerror(errno.ENOENT)), error_of(folder))
     assert any("shard-00002.tar" in fault for fault in verify_shards(folder, 2))
 
 
-def test_a_truncated_tar(damaged):
+def test_a_truncated_tar(damaged, mentions):
     folder = damaged()
     os.truncate(folder / "shard-00001.tar", 5000)
-    assert "shard-00001.tar is truncated: 5000 bytes" in error_of(folder)
-    assert verify_shards(folder, 1)[0].startswith("shard-00001.tar has 5000 bytes")
+    assert re.search(mentions("shard-00001.tar", 5000), error_of(folder))
+    assert re.search(mentions("shard-00001.tar", 5000), verify_shards(folder, 1)[0])
 
 
-def test_a_missing_truncated_or_foreign_index(damaged):
+def test_a_missing_truncated_or_foreign_index(damaged, mentions):
     folder = damaged()
     index = folder / "shard-00001.idx"
     text = index.read_text()
@@ -134,9 +136,9 @@ def test_a_missing_truncated_or_foreign_index(damaged):
         assert "shard-00001.idx" in error_of(folder)
     lines = text.splitlines()
     index.write_text("\n".join([f"v1.2 {len(lines) - 2}", *lines[1:-1]]) + "\n")
-    assert "has 8 samples, the manifest says 9" in error_of(folder)
+    assert re.search(mentions("shard-00001.idx", 8, 9), error_of(folder))
     index.unlink()
-    assert "cannot read" in error_of(folder)
+    assert re.search(mentions("shard-00001.idx", os.strerror(errno.ENOENT)), error_of(folder))
 
 
 @pytest.mark.parametrize(
@@ -151,16 +153,16 @@ def test_a_missing_truncated_or_foreign_index(damaged):
         lambda tree: tree.pop("seed"),
     ],
 )
-def test_a_manifest_that_is_none(damaged, change):
+def test_a_manifest_that_is_none(damaged, change, mentions):
     folder = damaged()
     tree = json.loads((folder / "dataset.json").read_text())
     change(tree)
     (folder / "dataset.json").write_text(json.dumps(tree))
-    assert "is no manifest" in error_of(folder)
+    assert "dataset.json" in error_of(folder)
     (folder / "dataset.json").write_text("[]")
-    assert "is no manifest" in error_of(folder)
+    assert "dataset.json" in error_of(folder)
     (folder / "dataset.json").write_text("{")
-    assert "is not JSON" in error_of(folder)
+    assert re.search(mentions("dataset.json", "JSON"), error_of(folder))
 
 
 def test_verify_finds_one_changed_byte_and_says_where(damaged, command):
@@ -172,41 +174,45 @@ def test_verify_finds_one_changed_byte_and_says_where(damaged, command):
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     ended = command("shards", "verify", folder)
-    assert ended.status == 1 and ended.out.startswith("shard-00003.tar has the hash ")
+    assert ended.status == 1 and ended.out.startswith("shard-00003.tar ")
     assert len(ended.out.splitlines()) == 1
 
 
-def test_verify_compares_index_and_counts(damaged):
+def test_verify_compares_index_and_counts(damaged, mentions):
     folder = damaged()
     index = folder / "shard-00000.idx"
     index.write_text(index.read_text().replace("cls 512", "cls 513", 1))
-    assert verify_shards(folder, 1) == ["shard-00000.idx does not say where the samples of shard-00000.tar lie"]
+    (fault,) = verify_shards(folder, 1)
+    assert re.search(mentions("shard-00000.idx", "shard-00000.tar"), fault)
     shutil.rmtree(folder)
     folder = damaged()
     tree = json.loads((folder / "dataset.json").read_text())
     tree["classes"] = {"class0": 15, "class1": 13, "class2": 13}
     (folder / "dataset.json").write_text(json.dumps(tree))
-    assert verify_shards(folder, 1) == [
-        "class class0 has 14 images, the manifest says 15",
-        "class class1 has 14 images, the manifest says 13",
-    ]
+    first, second = verify_shards(folder, 1)
+    assert re.search(mentions("class0", 14, 15), first)
+    assert re.search(mentions("class1", 14, 13), second)
 
 
-def spoil(folder, number, data):
-    """Overwrite the image of a sample, whose length stays."""
-    source = ShardSource(folder, SIZE)
-    offset, _ = source._images[number].tolist()
-    with open(source.shard_path(int(source.shard_of[number])), "r+b") as file:
-        file.seek(offset)
-        file.write(data)
+def spoil(folder, name, data):
+    """Overwrite the start of a member of one of the tar files, whose length stays."""
+    for path in folder.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            offsets = [member.offset_data for member in tar if member.name == name]
+        if offsets:
+            with open(path, "r+b") as file:
+                file.seek(offsets[0])
+                file.write(data)
+            return
+    raise AssertionError(f"{name} is in no shard of {folder}")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_sample_damaged_after_the_set_was_made_is_skipped(damaged, workers):
     folder = damaged()
-    spoil(folder, 7, b"no picture")
+    spoil(folder, "000000000007.jpg", b"no picture")
     source = open_(folder)
-    with pytest.raises(UnreadableSample, match=":000000000007: not an image"):
+    with pytest.raises(UnreadableSample, match=r"shard-\d+\.tar:000000000007: "):
         source.read([7])
     with Loader(source, 41, 0, workers) as loader:
         ids = next(loader).ids.tolist()
@@ -214,39 +220,35 @@ def test_a_sample_damaged_after_the_set_was_made_is_skipped(damaged, workers):
     assert list(loader.skipped) == [source.name(7)]
 
 
-def test_a_wrong_label_or_length_is_an_unreadable_sample(damaged):
+def test_a_wrong_label_or_length_is_an_unreadable_sample(damaged, mentions):
     folder = damaged("raw")
+    spoil(folder, "000000000004.cls", b"9")
+    for index in folder.glob("*.idx"):
+        index.write_text(re.sub(r" 3072 (000000000005\.)", r" 3071 \1", index.read_text()))
     source = open_(folder)
-    start, _ = source._labels[4].tolist()
-    with open(source.shard_path(int(source.shard_of[4])), "r+b") as file:
-        file.seek(start)
-        file.write(b"9")
-    with pytest.raises(UnreadableSample, match="its label is b'9'"):
+    with pytest.raises(UnreadableSample, match=mentions("000000000004", "b'9'")):
         source.read([4])
-    source._images[5, 1] -= 1
-    with pytest.raises(UnreadableSample, match="3071 bytes, not 3072"):
+    with pytest.raises(UnreadableSample, match=mentions("000000000005", 3071, 3072)):
         source.read([5])
+    assert source.read([6])[0].shape == (1, 3, SIZE, SIZE)
 
 
 @pytest.mark.parametrize("format, workers", [("raw", 0), ("raw", 2), ("original", 2)])
 def test_a_shard_that_shrinks_or_goes_while_it_is_read_stops_the_run(damaged, format, workers):
     folder = damaged(format)
-    source = open_(folder)
+    source, unread = open_(folder), open_(folder)
     for path in folder.glob("*.tar"):
         os.truncate(path, 600)
-    with Loader(source, 8, 0, workers) as loader, pytest.raises(UserError, match="became shorter") as caught:
+    with (
+        Loader(source, 8, 0, workers) as loader,
+        pytest.raises(UserError, match=r"shard-\d+\.tar.*--resume") as caught,
+    ):
         next(loader)
     assert "\n" not in str(caught.value)
     for path in folder.glob("*.tar"):
         path.unlink()
-    with pytest.raises(UserError, match=r"cannot open shard .*: No such file"):
-        ShardSource.read(_reopened(source), [0])
-
-
-def _reopened(source):
-    """The same source, as a process sees it that has no shard open yet."""
-    source._open.cache_clear()
-    return source
+    with pytest.raises(UserError, match=rf"shard-\d+\.tar.*{os.strerror(errno.ENOENT)}.*--resume"):
+        unread.read([0])
 
 
 def test_more_shards_than_files_may_be_open(image_folder, make, monkeypatch):
@@ -261,13 +263,13 @@ def test_more_shards_than_files_may_be_open(image_folder, make, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) <= before + 2
 
 
-def test_a_set_made_by_hand_with_a_key_twice(damaged):
+def test_a_set_made_by_hand_with_a_key_twice(damaged, mentions):
     folder = damaged()
     index = folder / "shard-00000.idx"
     lines = index.read_text().splitlines()
     lines[2] = lines[1]
     index.write_text("\n".join(lines) + "\n")
-    assert "holds a sample twice" in error_of(folder)
+    assert re.search(mentions(folder, "sample"), error_of(folder))
 
 
 def test_tar_files_have_nothing_but_their_samples(shards):

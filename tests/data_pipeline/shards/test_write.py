@@ -103,19 +103,20 @@ def test_kill_9_and_again(process, image_folder, tmp_path):
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
-def test_other_settings_or_images_do_not_mix(image_folder, make, tmp_path):
+def test_other_settings_or_images_do_not_mix(image_folder, make, tmp_path, mentions):
     out, _ = make(image_folder)
     before = contents(out)
     make(image_folder)
     assert contents(out) == before, "made already: nothing to do"
-    with pytest.raises(UserError, match="other images or settings"):
+    with pytest.raises(UserError, match=mentions(out)):
         make(image_folder, seed=3)
     shutil.copytree(image_folder, tmp_path / "more")
     Image.new("RGB", (40, 40)).save(tmp_path / "more" / "class0" / "new.png")
-    with pytest.raises(UserError, match="other images or settings"):
+    with pytest.raises(UserError, match=mentions(out)):
         make(tmp_path / "more")
+    assert contents(out) == before
     (out / "plan.json").unlink()
-    with pytest.raises(UserError, match="not made here"):
+    with pytest.raises(UserError, match=mentions(out)):
         make(image_folder)
 
 
@@ -132,7 +133,7 @@ def test_broken_images_are_left_out_counted_and_named(format, image_folder, make
     lines = (out / "skipped.log").read_text().splitlines()
     assert len(lines) == 2
     assert lines[0].startswith("class1/001.jpg: ") and "truncated" in lines[0]
-    assert lines[1] == "class2/002.jpg: not an image of a known format"
+    assert lines[1].startswith("class2/002.jpg: ")
     source = ShardSource(out, SIZE)
     good = [index for index in range(41) if open_(folder).name(index) not in ("class1/001.jpg", "class2/002.jpg")]
     if format != "cropped-jpeg":
@@ -143,10 +144,10 @@ def open_(folder):
     return open_source("folder", str(folder), SIZE, "train")
 
 
-def test_nothing_but_broken_images(make, tmp_path):
+def test_nothing_but_broken_images(make, tmp_path, mentions):
     (tmp_path / "bad" / "a").mkdir(parents=True)
     (tmp_path / "bad" / "a" / "0.jpg").write_text("no")
-    with pytest.raises(UserError, match="none of the 1 images can be read"):
+    with pytest.raises(UserError, match=mentions(1, "a/0.jpg")):
         make(tmp_path / "bad")
 
 
@@ -179,7 +180,7 @@ def test_wrong_settings(settings, words):
         Settings(**settings)
 
 
-def test_a_killed_worker_is_one_line_and_the_rest_is_kept(image_folder, make, tmp_path, monkeypatch):
+def test_a_killed_worker_is_one_line_and_the_rest_is_kept(image_folder, make, tmp_path, monkeypatch, mentions):
     from unite_fast.data_pipeline.shards import write
 
     real = write._encode
@@ -190,7 +191,7 @@ def test_a_killed_worker_is_one_line_and_the_rest_is_kept(image_folder, make, tm
         return real(data, name, settings)
 
     monkeypatch.setattr(write, "_encode", deadly)
-    with pytest.raises(UserError, match="was killed") as caught:
+    with pytest.raises(UserError, match=mentions("killed", "--workers")) as caught:
         make(image_folder, workers=1)
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(write, "_encode", real)

@@ -16,7 +16,7 @@ CHANGES = [
             ("model.config.sampling.changed(**settings),", "model.config.sampling,"),
             ("precision or model.config.train.precision,", "model.config.train.precision,"),
             ('model.network.device.type == "cuda" if compile is None else compile', "compile is not None"),
-            ("outputs.save_pairs(originals, copies, out)", "outputs.save_pairs(copies, originals, out)"),
+            ("save_pairs(originals, copies, out)", "save_pairs(copies, originals, out)"),
         ],
     ),
     (
@@ -111,7 +111,7 @@ CHANGES = [
         ],
     ),
     (
-        "unite_fast/planning.py",
+        "unite_fast/planning/predict.py",
         ("tests/commands/test_bench.py",),
         [
             ("config.model == sizes and config.objective.flow_draws == 3", "config.model == sizes"),
@@ -151,8 +151,8 @@ CHANGES = [
         ],
     ),
     (
-        "unite_fast/planning.py",
-        ("tests/test_planning.py",),
+        "unite_fast/planning/predict.py",
+        ("tests/planning/test_predict.py",),
         [
             ("memory.FLOAT * every - activations", "memory.FLOAT * every + activations"),
         ],

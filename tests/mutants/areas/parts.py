@@ -2,18 +2,18 @@
 
 CHANGES = [
     (
-        "unite_fast/evaluation/scores.py",
-        ("tests/evaluation/test_scores.py", "tests/evaluation/test_statistics.py"),
+        "unite_fast/evaluation/metrics.py",
+        ("tests/evaluation/test_metrics.py", "tests/evaluation/test_fid.py"),
         [
             ("KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000", "KID_SUBSETS, KID_SUBSET_SIZE = 50, 1000"),
             ("kthvalue(neighbours + 1)", "kthvalue(neighbours)"),
         ],
     ),
     (
-        "unite_fast/evaluation/scores.py",
+        "unite_fast/evaluation/metrics.py",
         (
-            "tests/evaluation/test_scores.py",
-            "tests/evaluation/test_statistics.py",
+            "tests/evaluation/test_metrics.py",
+            "tests/evaluation/test_fid.py",
             "tests/evaluation/test_reconstruction.py",
         ),
         [
@@ -35,15 +35,15 @@ CHANGES = [
         ],
     ),
     (
-        "unite_fast/solvers.py",
-        ("tests/test_solvers.py",),
+        "unite_fast/sampling/solvers.py",
+        ("tests/sampling/test_solvers.py",),
         [
             ("x = x + step / 2 * (slope", "x = x + step * (slope"),
         ],
     ),
     (
-        "unite_fast/sampling.py",
-        ("tests/test_sampling.py",),
+        "unite_fast/sampling/sampler.py",
+        ("tests/sampling/test_sampler.py",),
         [
             ("(low == 0 or t > low)", "t > low"),
             ("return unconditional + self.config.guidance", "return conditional + self.config.guidance"),
@@ -79,14 +79,14 @@ CHANGES = [
     ),
     (
         "kernels/tap_distance.py",
-        ("tests/test_perceptual.py",),
+        ("tests/test_lpips.py",),
         [
             ("EPS = 1e-10", "EPS = 1e-2"),
         ],
     ),
     (
-        "unite_fast/flops.py",
-        ("tests/test_flops.py",),
+        "unite_fast/planning/flops.py",
+        ("tests/planning/test_flops.py",),
         [
             ("return Flops(2 * once, once)", "return Flops(once, once)"),
         ],
@@ -103,7 +103,7 @@ CHANGES = [
         ],
     ),
     (
-        "data_pipeline/choice.py",
+        "data_pipeline/choose_loader.py",
         ("tests/data_pipeline/test_pinning.py",),
         [
             ('pinned(open_reader, device) if device.type == "cuda"', "pinned(open_reader, device) if True"),

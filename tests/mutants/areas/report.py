@@ -2,8 +2,8 @@
 
 CHANGES = [
     (
-        "unite_fast/training/report.py",
-        ("tests/training/test_report.py", "tests/training/test_trainer.py"),
+        "unite_fast/training/console.py",
+        ("tests/training/test_console.py", "tests/training/test_trainer.py"),
         [
             ("with self.state.ema.applied(), torch.compiler", "with torch.compiler"),
             (
@@ -54,14 +54,14 @@ CHANGES = [
     ),
     (
         "unite_fast/training/metrics.py",
-        ("tests/training/test_metrics.py", "tests/training/test_restated.py", "tests/training/test_parallel.py"),
+        ("tests/training/test_metrics.py", "tests/training/test_restated.py", "tests/training/test_parallelize.py"),
         [
             ('"images_per_s_per_gpu": rate / current_ranks().world', '"images_per_s_per_gpu": rate'),
         ],
     ),
     (
-        "unite_fast/training/clock.py",
-        ("tests/training/test_clock.py", "tests/training/test_trainer.py"),
+        "unite_fast/training/step_timer.py",
+        ("tests/training/test_step_timer.py", "tests/training/test_trainer.py"),
         [
             (
                 'return whole, {**parts, "other": max(0.0, whole - sum(parts.values()))}',

@@ -64,7 +64,7 @@ CHANGES = [
     ),
     (
         "unite_fast/training/train_step.py",
-        ("tests/training/test_parallel.py",),
+        ("tests/training/test_parallelize.py",),
         [
             (
                 "reduce_gradients(model, strategy, decoder=last, rest=False)",
@@ -87,8 +87,8 @@ CHANGES = [
         ],
     ),
     (
-        "unite_fast/training/state.py",
-        ("tests/training/test_state.py", "tests/training/test_restated.py"),
+        "unite_fast/training/train_state.py",
+        ("tests/training/test_train_state.py", "tests/training/test_restated.py"),
         [
             ("self.ema.update(skipped)\n        self.model.zero_grad", "self.model.zero_grad"),
             (
@@ -111,15 +111,15 @@ CHANGES = [
         ],
     ),
     (
-        "unite_fast/training/state.py",
-        ("tests/training/test_restated.py", "tests/training/test_parallel.py"),
+        "unite_fast/training/train_state.py",
+        ("tests/training/test_restated.py", "tests/training/test_parallelize.py"),
         [
             ("torch.distributed.all_reduce(square, group=group)", "pass"),
         ],
     ),
     (
         "unite_fast/optim/ema.py",
-        ("tests/training/test_state.py", "tests/training/test_restated.py"),
+        ("tests/training/test_train_state.py", "tests/training/test_restated.py"),
         [
             (
                 "torch._foreach_lerp_(averages, parameters, 1 - self.decay)",
@@ -144,15 +144,15 @@ CHANGES = [
         ],
     ),
     (
-        "unite_fast/optim/schedule.py",
-        ("tests/optim/test_schedule.py",),
+        "unite_fast/optim/lr_schedule.py",
+        ("tests/optim/test_lr_schedule.py",),
         [
             ("progress = (step - first) / (last - first)", "progress = (step + 1 - first) / (last - first)"),
         ],
     ),
     (
-        "unite_fast/optim/groups.py",
-        ("tests/optim/test_groups.py",),
+        "unite_fast/optim/param_groups.py",
+        ("tests/optim/test_param_groups.py",),
         [
             ('"in_context_posemb", "latent_tokens")', '"in_context_posemb")'),
         ],

@@ -68,7 +68,7 @@ CHANGES = [
     ),
     (
         "unite_fast/training/trainer.py",
-        ("tests/test_kill.py", "tests/training/test_endurance.py", "tests/test_faults.py"),
+        ("tests/test_kill.py", "tests/distributed/test_watchdog.py", "tests/test_faults.py"),
         [
             (
                 "write_status(self.folder, ended(outcome.steps, outcome.stopped_by))",
@@ -78,14 +78,14 @@ CHANGES = [
     ),
     (
         "unite_fast/training/trainer.py",
-        ("tests/test_device.py",),
+        ("tests/utils/test_device.py",),
         [
             ("use_numerics(config.train.precision, config.train.deterministic)", "pass"),
         ],
     ),
     (
         "unite_fast/utils/device.py",
-        ("tests/test_device.py",),
+        ("tests/utils/test_device.py",),
         [
             ('if precision == "float32":', 'if precision == "bfloat16":'),
             ("torch.use_deterministic_algorithms(deterministic)", "torch.use_deterministic_algorithms(False)"),
@@ -93,22 +93,22 @@ CHANGES = [
         ],
     ),
     (
-        "unite_fast/training/parallel.py",
+        "unite_fast/training/parallelize.py",
         ("tests/training/test_restated.py", "tests/training/test_trainer.py", "tests/training/test_steps.py"),
         [
             ("return slice(ranks.rank * own, (ranks.rank + 1) * own), micro", "return slice(0, own), micro"),
         ],
     ),
     (
-        "unite_fast/training/parallel.py",
-        ("tests/training/test_parallel.py",),
+        "unite_fast/training/parallelize.py",
+        ("tests/training/test_parallelize.py",),
         [
             ("model.set_requires_gradient_sync(rest)", "model.set_requires_gradient_sync(True)"),
         ],
     ),
     (
-        "unite_fast/training/model_file.py",
-        ("tests/interop", "tests/training/test_model_file.py"),
+        "unite_fast/checkpoint/model_file.py",
+        ("tests/interop", "tests/checkpoint/test_model_file.py"),
         [
             (
                 "save_model(out, model.config, model.step, model.averages)",
@@ -117,8 +117,8 @@ CHANGES = [
         ],
     ),
     (
-        "unite_fast/training/checkpoint.py",
-        ("tests/training/test_checkpoint.py", "tests/training/test_checkpoint_files.py"),
+        "unite_fast/checkpoint/manager.py",
+        ("tests/checkpoint/test_manager.py", "tests/checkpoint/test_format.py"),
         [
             ("files.check_sizes(partial, manifest.shards)", "pass"),
         ],

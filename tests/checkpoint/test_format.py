@@ -1,0 +1,228 @@
+"""Folders of checkpoints: whole or not there at all, the right one counts, no more of them than asked for."""
+
+import errno
+import json
+import os
+
+import pytest
+import torch
+
+from unite_fast.checkpoint import format as files
+from unite_fast.checkpoint.format import (
+    MANIFEST,
+    DamagedCheckpoint,
+    Manifest,
+    Shard,
+    candidates,
+    check_checksums,
+    check_sizes,
+    read_manifest,
+    step_path,
+)
+from unite_fast.config import Config
+from unite_fast.errors import UserError
+
+PROGRESS = {"averages": {"sums": [0.1 + 0.2, 1e-300], "count": 3}, "loader": {"batch": 7, "skipped": [["a", "b"]]}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "run" / "checkpoints"
+
+
+def write(folder, step, content=b"numbers", config=None):
+    """What a save does, without processes and tensors."""
+    path = step_path(folder, step)
+    partial = files.partial_of(path)
+    files.make_empty(partial)
+    (partial / "shard").write_bytes(content)
+    files.write_manifest(partial, Manifest(config or Config(), step, PROGRESS, [files.read_shard(partial / "shard")]))
+    files.commit(partial, path)
+    return path
+
+
+def steps(folder) -> list[int]:
+    return [files.step_of(path) for path in files.step_folders(folder)]
+
+
+def best(path) -> int:
+    return read_manifest(candidates(path)[0]).step
+
+
+def test_what_a_manifest_says_is_what_is_read(folder, tiny_config):
+    manifest = read_manifest(write(folder, 12, b"123456789", tiny_config))
+    assert (manifest.config, manifest.step, manifest.progress) == (tiny_config, 12, PROGRESS)
+    # The check value that the standard CRC-32 is defined by.
+    assert manifest.shards == [Shard("shard", 9, 0xCBF43926)]
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [((), "0o644"), ((0o077,), "0o600"), ((0o002,), "0o664")])
+def test_shards_may_be_read_by_whom_the_umask_lets(folder, wanted, expected):
+    before = os.umask(*wanted or (0o022,))
+    try:
+        files.make_empty(folder)
+        files.save_safetensors({"a": torch.zeros(3)}, folder / "shard", {})
+    finally:
+        os.umask(before)
+    assert oct((folder / "shard").stat().st_mode & 0o777) == expected
+
+
+def test_latest_is_a_link_that_survives_a_move_of_the_folder(folder):
+    write(folder, 1)
+    write(folder, 2)
+    assert os.readlink(folder / "latest") == "step_00000002"
+    assert best(folder.parent.rename(folder.parents[1] / "moved")) == 2
+
+
+def test_every_name_of_a_checkpoint_and_of_a_run(folder):
+    old, new = write(folder, 1), write(folder, 2)
+    assert candidates(folder.parent) == candidates(folder) == [new, old]
+    assert candidates(old) == [old]
+    assert candidates(folder / "latest") == [folder / "latest"]
+    new.rename(folder.parents[1] / "copy")
+    assert candidates(folder.parents[1] / "copy") == [folder.parents[1] / "copy"], "whatever its name"
+    assert candidates(folder) == [old], "a link that leads nowhere says nothing"
+
+
+def test_missing_checkpoints_are_named(tmp_path, mentions):
+    with pytest.raises(UserError, match=mentions(tmp_path / "nowhere")):
+        candidates(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=mentions(tmp_path, "latest")):
+        candidates(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keep_every", "kept"), [(0, [50, 60]), (20, [20, 40, 50, 60]), (30, [30, 50, 60]), (7, [50, 60])]
+)
+def test_all_but_the_newest_two_and_the_multiples_are_deleted(folder, keep_every, kept):
+    for step in range(10, 70, 10):
+        write(folder, step)
+        files.prune(folder, keep_every, step)
+    assert steps(folder) == kept
+    assert len(os.listdir(folder)) == len(kept) + 1
+    assert best(folder) == 60
+
+
+def test_no_checkpoint_is_deleted_for_the_sake_of_a_later_step(folder):
+    """Someone pointed the link at an older checkpoint, or a kill came between a save and its link: the run goes on from
+    the older one, beside folders of steps that it has yet to reach."""
+    for step in (10, 30, 40):
+        write(folder, step)
+    files.point_latest(step_path(folder, 10))
+    assert best(folder) == 10
+    write(folder, 20)
+    files.prune(folder, 0, 20)
+    assert steps(folder) == [10, 20, 30, 40]
+    assert candidates(folder) == [step_path(folder, 20), step_path(folder, 10)]
+
+
+def test_what_a_killed_save_left_is_no_checkpoint_and_is_cleared_away(folder):
+    write(folder, 10)
+    aside = files.partial_of(step_path(folder, 20))
+    files.make_empty(aside)
+    (aside / "shard").write_bytes(b"half")
+    assert steps(folder) == [10]
+    files.prune(folder, 0, 10)
+    assert sorted(os.listdir(folder)) == ["latest", "step_00000010"]
+
+
+@pytest.mark.parametrize("calls_before_the_kill", [0, 1, 2, 3])
+def test_a_kill_while_a_step_is_written_again_loses_nothing(folder, monkeypatch, calls_before_the_kill):
+    """A resumed run that ends where it began, or that passes a damaged checkpoint."""
+
+    class Kill(BaseException):
+        pass
+
+    real, calls = os.replace, []
+
+    def replace(*arguments):
+        if len(calls) == calls_before_the_kill:
+            raise Kill
+        calls.append(arguments)
+        real(*arguments)
+
+    write(folder, 10, b"before")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        if calls_before_the_kill < 3:
+            with pytest.raises(Kill):
+                write(folder, 10, b"again")
+        else:
+            write(folder, 10, b"again")
+    files.repair(folder)
+    assert (step_path(folder, 10) / "shard").read_bytes() == (b"before" if calls_before_the_kill < 2 else b"again")
+    write(folder, 10, b"the next run")
+    files.prune(folder, 0, 10)
+    assert sorted(os.listdir(folder)) == ["latest", "step_00000010"]
+    assert (folder / "latest" / "shard").read_bytes() == b"the next run"
+
+
+def test_other_files_in_the_folder_do_not_matter(folder):
+    write(folder, 10)
+    (folder / "step_best").write_bytes(b"")
+    (folder / "step_00000010 (copy)").mkdir()
+    files.prune(folder, 0, 10)
+    assert steps(folder) == [10]
+    assert len(os.listdir(folder)) == 4
+
+
+def test_damage_to_a_shard_is_recognised(folder, mentions):
+    path = write(folder, 10, bytes(1000))
+    shards, shard = read_manifest(path).shards, path / "shard"
+    check_sizes(path, shards)
+    check_checksums(path, shards)
+    flipped = bytearray(1000)
+    flipped[617] ^= 1
+    shard.write_bytes(flipped)
+    check_sizes(path, shards)
+    with pytest.raises(DamagedCheckpoint, match=mentions("step_00000010", "shard")):
+        check_checksums(path, shards)
+    shard.write_bytes(bytes(999))
+    with pytest.raises(DamagedCheckpoint, match=mentions("shard", 999, 1000)):
+        check_sizes(path, shards)
+    shard.unlink()
+    for check in (check_sizes, check_checksums):
+        with pytest.raises(DamagedCheckpoint, match=mentions("shard", os.strerror(errno.ENOENT))):
+            check(path, shards)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_a_torn_manifest_is_recognised(folder, share, mentions):
+    path = write(folder, 10)
+    whole = (path / MANIFEST).read_bytes()
+    (path / MANIFEST).write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(DamagedCheckpoint, match=mentions("step_00000010", MANIFEST)):
+        read_manifest(path)
+    (path / MANIFEST).unlink()
+    assert candidates(path) == [path], "its name says what it was"
+    with pytest.raises(DamagedCheckpoint, match=mentions("step_00000010", MANIFEST)):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "{}", '{"format": "unite_fast checkpoint 2"}'])
+def test_a_manifest_that_makes_no_sense_is_recognised(folder, text):
+    path = write(folder, 10)
+    (path / MANIFEST).write_text(text)
+    with pytest.raises(DamagedCheckpoint) as refusal:
+        read_manifest(path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_changed_manifest_is_recognised_and_one_of_another_version_named(folder, mentions):
+    path = write(folder, 10)
+    outer = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps(outer).replace('"step": 10', '"step": 11'))
+    with pytest.raises(DamagedCheckpoint, match=mentions("step_00000010", MANIFEST)):
+        read_manifest(path)
+    (path / MANIFEST).write_text(json.dumps(outer | {"format": "unite_fast checkpoint 9"}))
+    with pytest.raises(UserError, match=mentions("step_00000010", "checkpoint 9", "checkpoint 2")):
+        read_manifest(path)
+
+
+def test_settings_that_this_version_does_not_know_are_an_error(folder, mentions):
+    path = write(folder, 10)
+    outer = json.loads((path / MANIFEST).read_text())
+    outer["content"]["config"]["zzz"] = 1
+    (path / MANIFEST).write_text(json.dumps(outer | {"crc32": files._crc32(outer["content"])}))
+    with pytest.raises(UserError, match=mentions("step_00000010", "zzz")):
+        read_manifest(path)

@@ -1,0 +1,131 @@
+"""Models as single files: what `export` writes is what `load` reads."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import struct
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import unite_fast
+from unite_fast.checkpoint import model_file
+from unite_fast.checkpoint.model_file import export_model, load_model, save_model
+from unite_fast.config import Config
+from unite_fast.errors import UserError
+
+
+@pytest.fixture
+def exported(trained_folder, tmp_path):
+    export_model(trained_folder, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+def test_a_file_draws_what_its_run_draws(trained_folder, exported):
+    one, other = unite_fast.load(trained_folder), unite_fast.load(exported)
+    assert (one.config, one.step) == (other.config, other.step)
+    for name, value in one.network.state_dict().items():
+        assert torch.equal(other.network.state_dict()[name], value), name
+    assert torch.equal(one.generate([1, 2]), other.generate([1, 2]))
+
+
+def test_a_file_holds_averages_and_buffers_alone(trained_folder, exported):
+    run, file = load_model(trained_folder), load_model(exported)
+    assert file.averages.keys() == run.averages.keys() == run.weights.keys()
+    assert "encoder.time_embed.frequencies" in file.averages  # drawn once, never trained
+    assert all(torch.equal(value, run.averages[name]) for name, value in file.averages.items())
+    assert any(not torch.equal(value, run.weights[name]) for name, value in file.averages.items())
+    assert file.weights is file.averages
+    plain = exported.with_name("plain")
+    plain.touch()
+    assert exported.stat().st_mode == plain.stat().st_mode
+    data = exported.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    assert json.loads(header["__metadata__"][model_file.FORMAT])["step"] == 20
+    assert len(data) == 8 + length + sum(value.nbytes for value in file.averages.values())
+
+
+def test_a_file_can_be_exported_again_and_the_commands_take_it(command, exported, tmp_path, mentions):
+    assert command("export", exported, tmp_path / "again.safetensors").status == 0
+    assert (tmp_path / "again.safetensors").read_bytes() == exported.read_bytes()
+    ended = command("info", exported)
+    assert re.match(mentions("model.safetensors", "digits", 20), ended.out)
+    ended = command("sample", exported, "--count", 2, "--steps", 1, "--out", tmp_path / "a.png")
+    assert (ended.status, ended.err) == (0, "")
+    command("export", exported, tmp_path / "model.bin").error(tmp_path / "model.bin", ".safetensors")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_a_torn_file_is_refused(exported, share, mentions):
+    exported.write_bytes(exported.read_bytes()[: int(share * exported.stat().st_size)])
+    with pytest.raises(UserError, match=mentions(exported)) as refusal:
+        load_model(exported)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("content", [b"garbage" * 100, b"\xff" * 64, b"PK\x03\x04", b"\x80\x04\x95K."])
+def test_garbage_is_refused(tmp_path, content, mentions):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=mentions(path)):
+        load_model(path)
+
+
+def test_foreign_files_and_checkpoints_of_earlier_versions_are_refused(tmp_path, mentions):
+    path = tmp_path / "other.safetensors"
+    save_file({"weight": torch.zeros(3)}, path)
+    with pytest.raises(UserError, match=mentions(path, "unite-fast export")):
+        load_model(path)
+    save_file({"model.a": torch.zeros(3), "optim.a.momentum": torch.zeros(3)}, path, {"unite_fast checkpoint 1": "{}"})
+    with pytest.raises(UserError, match=mentions(path, "checkpoint", "version")):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "not json",
+        "[]",
+        "3",
+        "{}",
+        '{"config": {}}',
+        '{"config": [], "step": 1}',
+        '{"config": {"zzz": 1}, "step": 1}',
+        '{"config": {}, "step": "one"}',
+        '{"config": {}, "step": null}',
+    ],
+)
+def test_a_header_that_makes_no_sense_is_refused(tmp_path, header):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(3)}, path, {model_file.FORMAT: header})
+    with pytest.raises(UserError) as refusal:
+        load_model(path)
+    assert str(path) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_write_that_fails_leaves_what_was_there(exported, tmp_path, monkeypatch, mentions):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    before = exported.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("unite_fast.checkpoint.format.save_file", fail)
+        with pytest.raises(UserError, match=mentions(exported, os.strerror(errno.ENOSPC))):
+            save_model(exported, Config(), 1, {})
+    assert exported.read_bytes() == before
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=mentions(tmp_path / "file" / "model.safetensors", os.strerror(errno.ENOTDIR))):
+        save_model(tmp_path / "file" / "model.safetensors", Config(), 1, {})
+    assert sorted(os.listdir(tmp_path)) == ["file", "model.safetensors"]
+
+
+def test_a_checkpoint_without_an_average_is_refused(trained_folder, rewrite, tmp_path, mentions):
+    shutil.copytree(trained_folder, tmp_path / "run", symlinks=True)
+    rewrite(tmp_path / "run", lambda saved: saved.tensors.pop("ema.latent_norm.weight"))
+    with pytest.raises(UserError, match=mentions(tmp_path / "run", "latent_norm.weight")):
+        load_model(tmp_path / "run")

@@ -1,0 +1,85 @@
+"""Components of pixels against an independent decomposition; the classifier where the answer is known."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unite_fast.data_pipeline import open_source
+from unite_fast.errors import UserError
+from unite_fast.evaluation.pixel_features import Classifier, PixelFeatures, fit_pixels, read_some
+
+
+@pytest.fixture(scope="module")
+def digits():
+    train, test = (open_source("digits", "", 8, split) for split in ("train", "test"))
+    return train.read(range(len(train))), test.read(range(len(test)))
+
+
+@pytest.mark.parametrize("n", [1437, 100], ids=["more images than pixels", "fewer"])
+def test_components_are_the_principal_ones(digits, n):
+    images = digits[0][0][:n]
+    features = fit_pixels(images)
+    pixels = images.flatten(1).numpy() / 255
+    _, singular, directions = np.linalg.svd(pixels - pixels.mean(0), full_matrices=False)
+    share = np.cumsum(singular**2) / (singular**2).sum()
+    k = int(np.searchsorted(share, 0.99)) + 1
+    assert features.dimension == k < 64 and features.image_size == 8
+    assert features.source["fitted_to"] == n
+    assert features.source["share_of_variance"] == pytest.approx(share[k - 1])
+    # Up to their signs. The last ones differ little in variance from those left out: 3e-5 measured.
+    overlap = np.abs(features.components.numpy() @ directions[:k].T)
+    np.testing.assert_allclose(np.diag(overlap), 1, atol=1e-4)
+    pool = features(images).pool
+    assert features(images).logits is None and pool.dtype == torch.float32
+    np.testing.assert_allclose(pool.numpy().var(0), singular[:k] ** 2 / n, rtol=1e-3)
+
+
+def test_the_number_of_components_is_bounded():
+    noise = torch.randint(0, 256, (300, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    assert fit_pixels(noise).dimension == 64
+
+
+def test_the_same_components_give_the_same_features(digits):
+    features = fit_pixels(digits[0][0])
+    again = PixelFeatures(features.basis)
+    assert torch.equal(again(digits[1][0]).pool, features(digits[1][0]).pool)
+
+
+def test_images_that_do_not_fit(digits, mentions):
+    with pytest.raises(UserError, match=mentions(8, 16)):
+        fit_pixels(digits[0][0])(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    with pytest.raises(UserError, match=mentions("pixel", "same")):
+        fit_pixels(digits[0][0][:1].repeat(3, 1, 1, 1))
+
+
+def test_the_classifier_knows_the_digits(digits):
+    classifier = Classifier(*digits[0])
+    images, labels = digits[1]
+    # Issue 1 asks for 98 % on held-out digits; measured: 358 of 360.
+    assert classifier.right(images, labels) >= 0.98 * len(labels)
+    assert classifier.right(images, (labels + 1) % 10) < 0.02 * len(labels)
+
+
+@pytest.fixture
+def sorted_pictures(tmp_path):
+    for kind, colour in (("a", 30), ("b", 120), ("c", 210)):
+        (tmp_path / kind).mkdir()
+        for i in range(8):
+            Image.fromarray(np.full((8, 8, 3), colour + i, np.uint8)).save(tmp_path / kind / f"{i}.png")
+    return tmp_path
+
+
+def test_a_part_of_a_sorted_source_has_all_its_classes(sorted_pictures):
+    source = open_source("folder", str(sorted_pictures), 8, "train")
+    images, labels = read_some(source, 6)
+    assert len(images) == 6
+    assert labels.bincount().tolist() == [2, 2, 2]
+    assert read_some(source, 100)[1].bincount().tolist() == [8, 8, 8]
+
+
+def test_broken_pictures_are_left_out(sorted_pictures):
+    (sorted_pictures / "b" / "3.png").write_bytes(b"no picture")
+    images, labels = read_some(open_source("folder", str(sorted_pictures), 8, "train"), 100)
+    assert len(images) == 23
+    assert labels.bincount().tolist() == [8, 7, 8]

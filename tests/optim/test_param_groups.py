@@ -1,0 +1,43 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from unite_fast.config import Config, ModelConfig
+from unite_fast.interop.official import our_name
+from unite_fast.interop.parity import Trace
+from unite_fast.model.unite import UNITE
+from unite_fast.optim.param_groups import split_parameters
+
+TRACE = Path(__file__).parents[1] / "data" / "official_tiny_a.npz"
+
+
+def test_the_split_is_the_released_codes():
+    meta = json.loads(bytes(np.load(TRACE)["meta_json"]))
+    config: Config = Trace(TRACE).config()
+    with torch.device("meta"):
+        muon, adamw = split_parameters(UNITE(config.model))
+
+    def ours(names: list[str]) -> set[str]:
+        return {our_name(name) for name in names} - {None}  # None: a tensor without a counterpart here
+
+    assert set(muon) == ours(meta["muon_params"])
+    assert set(adamw) == ours(meta["adamw_params"])
+
+
+def test_every_trained_parameter_is_in_one_group_and_muon_has_matrices():
+    with torch.device("meta"):
+        model = UNITE(ModelConfig())
+    muon, adamw = split_parameters(model)
+    assert not muon.keys() & adamw.keys()
+    assert {id(p) for p in (muon | adamw).values()} == {id(p) for p in model.parameters()}
+    assert all(p.dim() == 2 for p in muon.values())
+
+
+@pytest.mark.parametrize("frozen", ["encoder.label_embed.weight", "latent_norm.bias"])
+def test_a_frozen_parameter_is_in_none(frozen, tiny_model):
+    tiny_model.get_parameter(frozen).requires_grad_(False)
+    muon, adamw = split_parameters(tiny_model)
+    assert frozen not in muon | adamw

@@ -1,0 +1,152 @@
+"""The formulas against torch's own counter, against the model, and against the figures of the released code."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from unite_fast.config import PRESETS, Config, DecoderConfig, EncoderConfig, ModelConfig
+from unite_fast.kernels import backend
+from unite_fast.lpips import LINEAR_SHAPES, LPIPS, VGG_SHAPES
+from unite_fast.model.unite import UNITE
+from unite_fast.objective import draw_step, flow_losses, reconstruct
+from unite_fast.optim import muon
+from unite_fast.optim.param_groups import split_parameters
+from unite_fast.planning import flops
+from unite_fast.randomness import Philox
+from unite_fast.recipes import from_tree, to_tree
+
+
+def published(encoder: str) -> Config:
+    sizes = {"encoder": {"preset": encoder}, "decoder": {"preset": "B"}}
+    return from_tree(Config, {"model": sizes, "perceptual": {"weight": 1.0}})
+
+
+def changed(config: Config, **encoder) -> Config:
+    tree = to_tree(config)
+    tree["model"]["encoder"] |= encoder
+    return from_tree(Config, tree)
+
+
+@pytest.mark.parametrize("encoder, millions", [("B", 217.64), ("M", 318.82), ("L", 545.53), ("XL", 762.78)])
+def test_the_published_sizes_have_the_published_numbers_of_parameters(encoder, millions):
+    model = published(encoder).model
+    assert round(sum(flops.parameters(model).values()) / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize("encoder", [{}, {"qk_norm": False}, {"in_context_tokens": 0}, PRESETS[EncoderConfig]["L"]])
+def test_every_shape_is_one_of_the_model_and_has_its_optimizer(tiny_config, encoder):
+    config = changed(tiny_config, **encoder)
+    with torch.device("meta"):
+        model = UNITE(config.model)
+    found = Counter()
+    for of_muon, parameters in zip((True, False), split_parameters(model), strict=True):
+        found.update((tuple(p.shape), of_muon) for p in parameters.values())
+    expected = Counter()
+    for shape in flops.parameter_shapes(config.model):
+        expected[shape.shape, shape.muon] += shape.count
+    assert expected == found
+    by_part = {"encoder": model.encoder, "norm": model.latent_norm, "decoder": model.decoder}
+    assert flops.parameters(config.model) == {
+        name: sum(p.numel() for p in part.parameters()) for name, part in by_part.items()
+    }
+
+
+# Counted on the released code when this project was designed: GFLOP an image by part, and in all for F = 3 and 14.
+RELEASED = {
+    "B": (304.2, 150.2, 140.1, 120.3, 1015, 2667),
+    "L": (1063.3, 536.7, 140.1, 120.3, 2934, 8838),
+    "XL": (1558.3, 790.9, 140.1, 120.3, 4191, 12891),
+}
+
+
+@pytest.mark.parametrize("encoder", RELEASED)
+def test_the_released_code_s_work_comes_out(encoder):
+    config = published(encoder)
+    tokenizer, draw, decoder, lpips, three, fourteen = RELEASED[encoder]
+    parts = flops.parts(config, skip_unread=False)
+    assert parts["tokenizer"].total / 1e9 == pytest.approx(tokenizer, abs=0.06)
+    assert parts["flow"].total / 3e9 == pytest.approx(draw, abs=0.06)
+    assert parts["decoder"].total / 1e9 == pytest.approx(decoder, abs=0.06)
+    assert parts["lpips"].total / 1e9 == pytest.approx(lpips, abs=0.06)
+    assert flops.image_flops(config, skip_unread=False) / 1e9 == pytest.approx(three, abs=0.6)
+    config.objective.flow_draws = 14
+    assert flops.image_flops(config, skip_unread=False) / 1e9 == pytest.approx(fourteen, abs=1.5)
+
+
+def test_ours_leaves_out_what_nobody_reads():
+    """Of B's last block: queries, output and SwiGLU of 288 tokens of the tokenizer's and of 32 of each flow draw."""
+    config = published("B")
+    d, hidden = 768, 2048
+
+    def unread(count: int, keys: int) -> int:
+        return 3 * count * (2 * d * d + 6 * d * hidden + 4 * keys * d)
+
+    saved = flops.image_flops(config, skip_unread=False) - flops.image_flops(config)
+    assert saved == unread(288, 544) + 3 * unread(32, 288)
+    assert flops.image_flops(config) / 1e9 == pytest.approx(1001.2, abs=0.05)
+
+
+MIDDLE = {
+    "model": {
+        "image_size": 64,
+        "encoder": {"width": 128, "depth": 4, "heads": 2, "in_context_tokens": 8, "in_context_start": 1},
+        "decoder": {"width": 96, "depth": 3, "heads": 2, "mlp_width": 512},
+    },
+    "objective": {"flow_draws": 2},
+}
+
+
+@pytest.mark.parametrize("encoder", [{}, {"qk_norm": False}, {"in_context_tokens": 0}, {"depth": 1}, "middle"])
+def test_a_step_has_the_flops_that_torch_counts(tiny_config, encoder):
+    if encoder == "middle":
+        config = from_tree(Config, MIDDLE)
+    else:
+        config = changed(tiny_config, in_context_start=0, **encoder)
+    images, size = 2, config.model.image_size
+    model = UNITE.create(config.model, seed=0)
+    draws = draw_step(
+        config.objective, Philox(0, 0, torch.arange(images)), (config.model.patches, model.config.latent_channels)
+    )
+    labels = torch.zeros(images, dtype=torch.int64)
+    # The reference bodies show their products; attention written out shows its own.
+    with backend.using("reference"), sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            found = reconstruct(model, torch.rand(images, 3, size, size), draws, config)
+            loss = found.loss + flow_losses(model, found.z, labels, draws)
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+    parts = flops.parts(config).values()
+    assert images * sum(part.forward for part in parts) == forward.get_total_flops()
+    assert images * sum(part.backward for part in parts) == backward.get_total_flops()
+
+
+def test_lpips_has_the_flops_that_torch_counts():
+    vgg = {name: torch.full(shape, 0.01) for name, shape in VGG_SHAPES.items()}
+    lpips = LPIPS(vgg, {name: torch.ones(shape) for name, shape in LINEAR_SHAPES.items()})
+    recon = torch.rand(2, 3, 32, 32, requires_grad=True)
+    with FlopCounterMode(display=False) as forward:
+        distance = lpips(torch.rand(2, 3, 32, 32), recon).sum()
+    with FlopCounterMode(display=False) as backward:
+        distance.backward()
+    expected = flops.lpips_flops(32)
+    assert (forward.get_total_flops(), backward.get_total_flops()) == (2 * expected.forward, 2 * expected.backward)
+
+
+def test_newton_schulz_has_the_flops_that_torch_counts(tiny_config):
+    model = UNITE.create(tiny_config.model, seed=0)
+    matrices, _ = split_parameters(model)
+    with FlopCounterMode(display=False) as counter:
+        for p in matrices.values():
+            muon._newton_schulz(p.detach()[None], 1e-6)
+    assert flops.newton_schulz(tiny_config.model) == counter.get_total_flops()
+
+
+def test_decoder_presets_are_counted_too():
+    for name, sizes in PRESETS[DecoderConfig].items():
+        model = ModelConfig(decoder=DecoderConfig(**sizes))
+        with torch.device("meta"):
+            expected = sum(p.numel() for p in UNITE(model).decoder.parameters())
+        assert flops.parameters(model)["decoder"] == expected, name

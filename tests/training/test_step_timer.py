@@ -1,0 +1,84 @@
+"""The parts of a step's time."""
+
+import time
+from typing import ClassVar
+
+import pytest
+import torch
+
+from unite_fast.training import step_timer as clocks
+from unite_fast.training.step_timer import StepClock
+
+
+def test_parts_and_the_rest_make_the_whole(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: now[0])
+    clock = StepClock(torch.device("cpu"))
+    for spent, name in ((1, "data"), (2, "forward"), (4, "backward"), (8, "optimizer"), (16, None), (32, "forward")):
+        if name is None:
+            now[0] += spent
+        else:
+            with clock.part(name):
+                now[0] += spent
+    assert clock.take() == (63, {"data": 1, "forward": 34, "backward": 4, "optimizer": 8, "other": 16})
+    now[0] += 5
+    assert clock.take() == (5, {"data": 0, "forward": 0, "backward": 0, "optimizer": 0, "other": 5})
+    now[0] += 7
+    clock.start()
+    assert clock.take()[0] == 0
+
+
+class Event:
+    """In the place of a CUDA event: a device that is half a second behind whoever asks."""
+
+    made = 0
+    asked_of: ClassVar[list] = []
+
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
+        Event.made += 1
+
+    def record(self) -> None:
+        self.time = time.perf_counter() + 0.5
+
+    def synchronize(self) -> None:
+        Event.asked_of.append(self)
+
+    def elapsed_time(self, end: "Event") -> float:
+        return (end.time - self.time) * 1e3
+
+
+def test_a_gpu_is_asked_only_when_the_seconds_are_taken(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = StepClock(torch.device("cuda"))
+    for _ in range(3):
+        with clock.part("data"):
+            now[0] += 1
+        with clock.part("forward"):
+            now[0] += 2
+    assert Event.made == 6 and not Event.asked_of
+    whole, parts = clock.take()
+    assert (whole, parts["data"], parts["forward"], parts["other"]) == (9, 3, pytest.approx(6), pytest.approx(0))
+    assert len(Event.asked_of) == 3
+    # The events of one interval serve the next.
+    for _ in range(3):
+        with clock.part("backward"):
+            now[0] += 1
+    assert clock.take()[1]["backward"] == pytest.approx(3) and Event.made == 6
+
+
+@pytest.mark.gpu
+def test_a_gpu_s_own_time_is_counted():
+    clock = StepClock(torch.device("cuda"))
+    a = torch.randn(4096, 4096, device="cuda")
+    a @ a
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    with clock.part("forward"):
+        for _ in range(50):
+            a @ a
+    asked = time.perf_counter() - begun
+    _, parts = clock.take()
+    assert parts["forward"] > 2 * asked

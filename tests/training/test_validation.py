@@ -1,0 +1,157 @@
+"""Evaluation of a run while it trains: it changes nothing, and measures what `evaluate` measures."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import unite_fast
+from unite_fast.checkpoint.manager import Checkpoints
+from unite_fast.config import EvaluationSettings
+from unite_fast.errors import UserError
+from unite_fast.evaluation.evaluate import evaluate
+from unite_fast.evaluation.gallery import curves
+from unite_fast.model.unite import UNITE
+from unite_fast.recipes import load_config
+from unite_fast.training.train_state import TrainState
+from unite_fast.training.trainer import Trainer, train
+from unite_fast.training.validation import DuringTraining
+
+EVALUATED = ("train.evaluate_every=4", "evaluation.count=70", "sampling.guidance=3")
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny_run, tmp_path_factory) -> Path:
+    """The folder of a run that evaluated itself, to look at and not to change."""
+    folder = tmp_path_factory.mktemp("evaluated") / "run"
+    train(load_config("digits", (*tiny_run, *EVALUATED, f"train.out={folder}")))
+    return folder
+
+
+def rows_of(folder: Path) -> list[dict]:
+    """Without their times."""
+    rows = [json.loads(line) for line in (folder / "evaluation" / "curve.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def test_the_run_is_the_same_with_and_without_it(evaluated, tiny_run, tmp_path, assert_same_run):
+    train(load_config("digits", (*tiny_run, "sampling.guidance=3", f"train.out={tmp_path / 'plain'}")))
+    assert_same_run(evaluated, tmp_path / "plain")
+    assert not (tmp_path / "plain" / "evaluation").exists()
+
+
+def test_what_is_written_says_how_it_was_measured(evaluated):
+    rows = rows_of(evaluated)
+    assert [row["step"] for row in rows] == [4, 8, 12, 16, 20]
+    assert {row["count"] for row in rows} == {70}
+    assert {row["title"] for row in rows} == {"Frechet distance of PCA-reduced pixels"}
+    assert {(row["sampling.guidance"], row["sampling.solver"], row["weights"]) for row in rows} == {(3, "euler", "EMA")}
+    settings = EvaluationSettings(count=70, guidance=(3.0,), batch=64, reconstructions=0)
+    measured = evaluate(unite_fast.load(evaluated), settings)["generated"][0]["frechet_distance"]
+    assert rows[-1]["distance"] == pytest.approx(measured, rel=1e-9)
+    events = EventAccumulator(str(evaluated / "tensorboard")).Reload().Scalars("frechet_distance")
+    assert [event.step for event in events] == [4, 8, 12, 16, 20]
+    assert events[-1].value == pytest.approx(measured, rel=1e-6)
+    with Image.open(evaluated / "evaluation" / "curve.png") as picture:
+        assert picture.width == 660
+
+
+def test_the_gallery_shows_the_curve(evaluated):
+    for checkpoint in (evaluated, evaluated / "checkpoints" / "latest"):
+        (section,) = curves(checkpoint)
+        chart = {chart.title: chart for chart in section.charts}["Frechet distance of PCA-reduced pixels"]
+        assert chart.steps == [4, 8, 12, 16, 20]
+        assert chart.values == [row["distance"] for row in rows_of(evaluated)]
+
+
+def test_a_resumed_run_has_the_same_curve(evaluated, tiny_run, tmp_path, assert_same_run):
+    """As if killed at step 13: the checkpoint of step 10 is the last, and the row of step 12 comes after it."""
+    killed = tmp_path / "killed"
+    shutil.copytree(evaluated, killed, symlinks=True)
+    checkpoints = killed / "checkpoints"
+    shutil.rmtree(checkpoints / "step_00000020")
+    (checkpoints / "latest").unlink()
+    curve = killed / "evaluation" / "curve.jsonl"
+    curve.write_text("".join(curve.read_text().splitlines(keepends=True)[:3]) + '{"step": 16, "dist')
+    settings = (*tiny_run, *EVALUATED, f"train.out={killed}")
+    trainer = Trainer(load_config("digits", settings), resume=True)
+    assert [row["step"] for row in rows_of(killed)] == [4, 8], "what comes after the checkpoint is dropped at once"
+    trainer.run()
+    trainer.close()
+    assert rows_of(killed) == rows_of(evaluated)
+    assert_same_run(killed, evaluated)
+
+
+def test_a_resumed_run_may_evaluate_otherwise(evaluated, tiny_run, tmp_path):
+    more = tmp_path / "more"
+    shutil.copytree(evaluated, more, symlinks=True)
+    changed = ("train.evaluate_every=1", "evaluation.count=9", "sampling.guidance=3", "train.steps=21")
+    train(load_config("digits", (*tiny_run, *changed, f"train.out={more}")), resume=True)
+    assert [(row["step"], row["count"]) for row in rows_of(more)][-2:] == [(20, 70), (21, 9)]
+
+
+def test_it_is_due_at_multiples_of_its_steps(tiny_run):
+    config = load_config("digits", (*tiny_run, "train.evaluate_every=10"))
+    evaluation = DuringTraining(config, Path("nowhere"), torch.device("cpu"), 0, 1437)
+    assert evaluation.count == 1000 and not evaluation.warning
+    assert [step for step in range(1, 31) if evaluation.due(step)] == [10, 20, 30]
+    assert not Path("nowhere").exists()
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, [90, 180, 270]), (0.5, [45, 90, 135, 180, 225, 270]), (2.5, [225])])
+def test_it_is_due_at_the_first_step_after_its_epochs(epochs, steps, tiny_run):
+    """1,437 images in batches of 16: an epoch is 89.8 steps."""
+    config = load_config("digits", (*tiny_run, "train.batch_size=16", f"train.evaluate_epochs={epochs}"))
+    evaluation = DuringTraining(config, Path("nowhere"), torch.device("cpu"), 0, 1437)
+    assert [step for step in range(1, 301) if evaluation.due(step)] == steps
+
+
+@pytest.mark.parametrize(
+    ("setting", "tokens"),
+    [
+        ("evaluation.features=inception", ("--reference", "--features inception")),
+        ("evaluation.reference=missing.npz", ("missing.npz", "unite-fast stats")),
+        ("evaluation.features=clip", ("evaluation.features", "'clip'")),
+        ("evaluation.count=1", ("evaluation.count", 2)),
+        ("evaluation.batch=0", ("evaluation.batch", "positive")),
+        ("train.evaluate_every=-1", ("train.evaluate_every", "negative")),
+        ("train.evaluate_epochs=-1", ("train.evaluate_epochs", "negative")),
+        ("train.evaluate_epochs=1", ("train.evaluate_epochs", "train.evaluate_every")),
+    ],
+)
+def test_mistakes_are_found_before_the_run_begins(tiny_run, tmp_path, setting, tokens, mentions):
+    with pytest.raises(UserError, match=mentions(*tokens)):
+        train(load_config("digits", (*tiny_run, *EVALUATED, f"train.out={tmp_path / 'run'}", setting)))
+    assert not (tmp_path / "run").exists()
+
+
+def run_in_ranks(folder: Path, out: Path, settings: tuple[str, ...]) -> tuple[str, list[dict]]:
+    torch.distributed.init_process_group("gloo")
+    config = load_config("digits", settings)
+    state = TrainState(UNITE(config.model), config)
+    checkpoints = Checkpoints(folder / "checkpoints", 0)
+    found = checkpoints.find()
+    checkpoints.load_into(found, state.tensors())
+    state.resume_at(found.step)
+    evaluation = DuringTraining(config, out, torch.device("cpu"), 0, 1437)
+    return evaluation.run(state, None), evaluation.rows
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_the_work(ranks, evaluated, tiny_run, tmp_path, world):
+    """70 samples in batches of 16 make five: for two or three processes one has nothing left in the last round."""
+    settings = (*tiny_run, *EVALUATED, "evaluation.batch=16")
+    results = ranks(world, run_in_ranks, evaluated, tmp_path, settings)
+    for _, rows in results:
+        assert rows[0]["distance"] == pytest.approx(rows_of(evaluated)[-1]["distance"], rel=1e-9)
+        assert rows[0]["distance"] == results[0][1][0]["distance"]
+    assert len(rows_of(tmp_path)) == 1
+
+
+def test_several_processes_need_a_solver_of_fixed_steps(ranks, evaluated, tiny_run, tmp_path, mentions):
+    with pytest.raises(AssertionError, match=mentions("UserError", "sampling.solver=multistep")):
+        ranks(2, run_in_ranks, evaluated, tmp_path, (*tiny_run, *EVALUATED, "sampling.solver=dopri5"))

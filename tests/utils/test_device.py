@@ -1,0 +1,87 @@
+"""How exactly PyTorch computes: what the settings switch, and that they are switched back."""
+
+import os
+
+import pytest
+import torch
+
+from unite_fast.config import Config
+from unite_fast.errors import UserError
+from unite_fast.recipes import from_tree, load_config
+from unite_fast.training.trainer import Trainer
+from unite_fast.utils import device
+from unite_fast.utils.device import CUBLAS_WORKSPACE, choose_device, exact_float32, use_numerics
+
+
+def tf32() -> tuple[bool, bool]:
+    return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.fixture(autouse=True)
+def put_back(monkeypatch):
+    monkeypatch.delenv(CUBLAS_WORKSPACE, raising=False)
+    before, filled = tf32(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(False)
+    os.environ.pop(CUBLAS_WORKSPACE, None)
+
+
+@pytest.mark.parametrize(("precision", "rounded"), [("float32", (False, False)), ("bfloat16", (True, True))])
+def test_float32_is_not_tf32(precision, rounded):
+    use_numerics(precision, deterministic=False)
+    assert tf32() == rounded
+    assert not torch.are_deterministic_algorithms_enabled() and CUBLAS_WORKSPACE not in os.environ
+
+
+def test_deterministic_is_strict_and_reaches_cublas():
+    use_numerics("bfloat16", deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    # Only warned, flash attention keeps the algorithm that is not deterministic.
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert os.environ[CUBLAS_WORKSPACE] == ":4096:8"
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    use_numerics("bfloat16", deterministic=False)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_exact_float32_is_for_a_while():
+    with exact_float32():
+        assert tf32() == (False, False)
+    assert tf32() == (True, True)
+    with pytest.raises(KeyError), exact_float32():
+        raise KeyError
+    assert tf32() == (True, True)
+
+
+def test_a_trainer_switches_what_its_settings_say(tiny_run, tmp_path):
+    config = load_config("digits", (*tiny_run, f"train.out={tmp_path / 'run'}", "train.deterministic=true"))
+    trainer = Trainer(config, False)
+    try:
+        assert tf32() == (False, False) and torch.are_deterministic_algorithms_enabled()
+        trainer.step(trainer.read())  # nothing in a step lacks a deterministic body
+    finally:
+        trainer.close()
+
+
+@pytest.mark.parametrize("attention", ["flash_attn"])
+def test_attention_that_cannot_be_deterministic_is_refused(attention, mentions):
+    tree = {"attention": attention, "train": {"deterministic": True}}
+    with pytest.raises(UserError, match=mentions("train.deterministic", f"attention={attention}", "attention=sdpa")):
+        from_tree(Config, tree)
+    assert from_tree(Config, tree | {"attention": "sdpa"}).train.deterministic
+
+
+def test_the_device_asked_for(monkeypatch, mentions):
+    assert choose_device("cpu").type == "cpu"
+    for there in (False, True):
+        monkeypatch.setattr(device.torch.cuda, "is_available", lambda there=there: there)
+        assert choose_device("auto").type == ("cuda" if there else "cpu")
+    assert choose_device("cuda").type == "cuda"
+    monkeypatch.setattr(device.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=mentions("device", "cuda")):
+        choose_device("cuda")
+    with pytest.raises(UserError, match=mentions("device", "'gpu'", "auto", "cpu", "cuda")):
+        choose_device("gpu")

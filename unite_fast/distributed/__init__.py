@@ -1,0 +1,1 @@
+"""Several processes: process groups, launch by torchrun, sharding strategy, signals and the watchdog."""

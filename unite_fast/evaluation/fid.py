@@ -1,0 +1,198 @@
+"""Means and covariances of features, the Frechet distance between them, and the files that hold those of real images.
+
+n samples, D dimensions.
+"""
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unite_fast.distributed.process_group import Ranks
+from unite_fast.errors import UserError, require
+from unite_fast.utils.files import writing, writing_aside
+from unite_fast.utils.pretrained import file_sha256
+
+
+@dataclass(frozen=True)
+class Statistics:
+    mean: Tensor
+    """float64 [D]."""
+    covariance: Tensor
+    """float64 [D, D], divided by n - 1."""
+
+
+class Moments:
+    """Running sums in float64, whose memory does not grow with the number of samples.
+
+    Sums of products of float32 numbers are exact to about 1e-16 n relative, so the order of the samples and the way
+    they are spread over processes hardly matter.
+    """
+
+    def __init__(self, dimension: int, device: torch.device | str = "cpu"):
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.sum = torch.zeros(dimension, dtype=torch.float64, device=device)
+        self.products = torch.zeros(dimension, dimension, dtype=torch.float64, device=device)
+
+    def update(self, features: Tensor) -> None:
+        """features: [n, D], any float dtype."""
+        x = features.to(self.sum)
+        self.count += len(x)
+        self.sum += x.sum(dim=0)
+        self.products.addmm_(x.T, x)
+
+    def all_reduce(self, ranks: Ranks) -> None:
+        """Add up what all processes saw. Call it once, at the end."""
+        for tensor in (self.count, self.sum, self.products):
+            ranks.sum(tensor)
+
+    def statistics(self) -> Statistics:
+        """On the CPU.
+
+        Raises:
+            UserError: fewer than two samples.
+        """
+        n = int(self.count)
+        require(n >= 2, f"a covariance needs at least 2 images, there are {n}")
+        mean = self.sum / n
+        covariance = (self.products - n * torch.outer(mean, mean)) / (n - 1)
+        return Statistics(mean.cpu(), ((covariance + covariance.T) / 2).cpu())
+
+
+def frechet_distance(a: Statistics, b: Statistics) -> float:
+    """|mu_a - mu_b|^2 + tr(A) + tr(B) - 2 tr((A B)^(1/2)), the squared Frechet distance of two Gaussians (Dowson,
+    Landau, 1982; Heusel et al., arXiv 1706.08500).
+
+    With A = S S^T, the eigenvalues of A B are those of S^T B S, which is symmetric and has none below zero; so nothing
+    complex ever appears and no ridge is added, however singular A and B are. Directions in which a covariance is zero
+    but for rounding are left out, or the square root would raise their noise from 1e-16 to 1e-8.
+
+    Raises:
+        UserError: statistics of different dimensions.
+    """
+    require(
+        a.mean.shape == b.mean.shape,
+        f"statistics of {len(a.mean)} and of {len(b.mean)} dimensions cannot be compared: they are of other features",
+    )
+    values, vectors = torch.linalg.eigh(a.covariance)
+    kept = _above_rounding(values)
+    root = vectors[:, kept] * values[kept].sqrt()
+    product = torch.linalg.eigvalsh(root.T @ b.covariance @ root)
+    trace_of_root = product[_above_rounding(product)].sqrt().sum()
+    offset = (a.mean - b.mean).square().sum()
+    return float(offset + a.covariance.trace() + b.covariance.trace() - 2 * trace_of_root)
+
+
+def _above_rounding(eigenvalues: Tensor) -> Tensor:
+    largest = eigenvalues.max().clamp(min=0) if len(eigenvalues) else 0.0
+    return eigenvalues > largest * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
+
+
+@dataclass
+class Reference:
+    """Statistics of real images, and what they were made from.
+
+    A file of others (for example ADM's or JiT's) holds `mu` and `sigma` alone; ours says the rest.
+    """
+
+    statistics: Statistics
+    features: str = ""
+    """Name of the features; empty where the file does not say."""
+    count: int = 0
+    """Images; 0 where the file does not say."""
+    about: dict = field(default_factory=dict)
+    """Data, their fingerprint, the features' source; empty where the file does not say."""
+    samples: Tensor | None = None
+    """float32 [m, D]: features of some of the images, for KID, precision and recall."""
+    basis: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the features were fitted to be, by name (`pixels.py`), so that they are the same later."""
+    path: str = ""
+    sha256: str = ""
+
+    def described(self) -> dict:
+        """For the JSON of a result."""
+        return {"path": self.path, "sha256": self.sha256, "features": self.features, "images": self.count, **self.about}
+
+
+def save_reference(reference: Reference, path: Path) -> None:
+    """Write a .npz: mu [D], sigma [D, D], and what else the reference knows.
+
+    Raises:
+        UserError: no space left, or no permission.
+    """
+    arrays = {
+        "mu": reference.statistics.mean,
+        "sigma": reference.statistics.covariance,
+        **({} if reference.samples is None else {"samples": reference.samples}),
+        **{f"basis/{name}": tensor for name, tensor in reference.basis.items()},
+    }
+    about = {"features": reference.features, "count": reference.count, "about": reference.about}
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing_aside(path) as partial, partial.open("wb") as file:
+        text = np.frombuffer(json.dumps(about).encode(), np.uint8)
+        np.savez(file, meta_json=text, **{name: tensor.numpy() for name, tensor in arrays.items()})
+
+
+def load_reference(path: str | Path) -> Reference:
+    """Read a .npz with `mu` [D] and `sigma` [D, D]: ours or others'. Nothing is unpickled.
+
+    Raises:
+        UserError: no such file, no .npz, or without such arrays.
+    """
+    path = Path(path).expanduser()
+    require(
+        path.is_file(),
+        f"there is no file of statistics {path}: make one with unite-fast stats DATA {path.name or 'OUT.npz'}",
+    )
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            require(
+                not isinstance(file, np.ndarray) and {"mu", "sigma"} <= set(file.files),
+                f"{path} holds no statistics (arrays mu and sigma)",
+            )
+            # Others may keep all their images in the same file.
+            wanted = {"mu", "sigma", "samples", "meta_json"}
+            arrays = {name: file[name] for name in file.files if name in wanted or name.startswith("basis/")}
+        meta = json.loads(bytes(arrays.pop("meta_json", np.frombuffer(b"{}", np.uint8))))
+        return _reference(arrays, meta, path)
+    except PermissionError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; make it readable") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile, zlib.error) as error:
+        # Their own words are no help: numpy's of what is no .npz advise to unpickle it.
+        raise UserError(
+            f"{path} is not a readable .npz of statistics: it is another kind of file, or damaged; fetch it again, or "
+            "make one with unite-fast stats DATA OUT.npz"
+        ) from error
+
+
+def _reference(arrays: dict[str, np.ndarray], meta: dict, path: Path) -> Reference:
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items() if array.dtype.kind == "f"}
+    mean, covariance = tensors.pop("mu").double(), tensors.pop("sigma").double()
+    d = len(mean) if mean.dim() == 1 else -1
+    require(
+        covariance.shape == (d, d),
+        f"{path}: mu and sigma have shapes {list(mean.shape)} and {list(covariance.shape)}, expected [D] and [D, D]",
+    )
+    require(
+        bool(mean.isfinite().all() and covariance.isfinite().all()),
+        f"{path}: the statistics hold numbers that are not finite",
+    )
+    samples = tensors.pop("samples", None)
+    basis = {name.removeprefix("basis/"): tensor for name, tensor in tensors.items() if name.startswith("basis/")}
+    return Reference(
+        Statistics(mean, covariance),
+        str(meta.get("features", "")),
+        int(meta.get("count", 0)),
+        dict(meta.get("about", {})),
+        samples,
+        basis,
+        str(path),
+        file_sha256(path),
+    )

@@ -1,0 +1,255 @@
+"""LPIPS, the perceptual distance of the reconstruction loss, on VGG16.
+
+Zhang, Isola, Efros, Shechtman, Wang, "The unreasonable effectiveness of deep features as a perceptual metric"
+(arXiv 1801.03924, equation 1), on the 13 convolutions of VGG16 (Simonyan, Zisserman, arXiv 1409.1556, table 1, D):
+
+    d(x, y) = sum_l mean_hw sum_c  w_lc m_lchw (x_lchw / |x_lhw| - y_lchw / |y_lhw|)^2
+
+x_l and y_l are the features after relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, w_l >= 0 the learned linear weights
+(version 0.1) and m_l the dropout mask of the released training (0 or 2), absent everywhere else.
+
+The weights come from two files that the user names; nothing is downloaded. torchvision itself is not needed.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from unite_fast import kernels
+from unite_fast.config import LPIPS_SHA256, VGG16_SHA256, PerceptualConfig
+from unite_fast.kernels.casts import cast
+from unite_fast.kernels.tensors import matmul_dtype
+from unite_fast.randomness import Philox, Stream
+from unite_fast.utils.pretrained import WeightFile
+
+# The convolutions before each tap: (index in torchvision's `features`, channels in, channels out).
+_BLOCKS = (
+    ((0, 3, 64), (2, 64, 64)),
+    ((5, 64, 128), (7, 128, 128)),
+    ((10, 128, 256), (12, 256, 256), (14, 256, 256)),
+    ((17, 256, 512), (19, 512, 512), (21, 512, 512)),
+    ((24, 512, 512), (26, 512, 512), (28, 512, 512)),
+)
+_TAP_CHANNELS = tuple(block[-1][2] for block in _BLOCKS)
+SMALLEST_SIDE = 2 ** (len(_BLOCKS) - 1)  # four poolings leave one pixel
+
+# ImageNet's mean and deviation for pixels in [-1, 1], as LPIPS 0.1 rounds them.
+_SHIFT = (-0.030, -0.088, -0.188)
+_SCALE = (0.458, 0.448, 0.450)
+
+VGG_SHAPES: dict[str, tuple[int, ...]] = {
+    name: shape
+    for block in _BLOCKS
+    for index, inputs, outputs in block
+    for name, shape in (
+        (f"features.{index}.weight", (outputs, inputs, 3, 3)),
+        (f"features.{index}.bias", (outputs,)),
+    )
+}
+"""The tensors that `LPIPS` reads from torchvision's VGG16 file, name -> shape."""
+
+LINEAR_SHAPES: dict[str, tuple[int, ...]] = {
+    f"lin{layer}.model.1.weight": (1, channels, 1, 1) for layer, channels in enumerate(_TAP_CHANNELS)
+}
+"""The tensors that `LPIPS` reads from the file of linear weights, name -> shape."""
+
+
+_NEEDED_BY = "LPIPS (perceptual.weight above 0, or asked for by an evaluation)"
+_VGG_FILE = WeightFile(
+    key="perceptual.vgg_path",
+    sha256_key="perceptual.vgg_sha256",
+    variable="UNITE_FAST_VGG16",
+    needed_by=_NEEDED_BY,
+    source="torchvision's vgg16-397923af.pth",
+    size=553_433_881,
+    sha256=VGG16_SHA256,
+)
+_LPIPS_FILE = WeightFile(
+    key="perceptual.lpips_path",
+    sha256_key="perceptual.lpips_sha256",
+    variable="UNITE_FAST_LPIPS",
+    needed_by=_NEEDED_BY,
+    source="vgg.pth from weights/v0.1 of the lpips package",
+    size=7_289,
+    sha256=LPIPS_SHA256,
+)
+
+
+class Convolution(nn.Conv2d):
+    """nn.Conv2d in the autocast dtype of the caller, its weights rounded by `kernels.casts.cast`: autocast itself would
+    round frozen ones at each use."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = matmul_dtype(x)
+        return self._conv_forward(x.to(dtype), cast(self.weight, dtype), cast(self.bias, dtype))
+
+
+class LPIPS(nn.Module):
+    """LPIPS 0.1 on VGG16, frozen.
+
+    No parameter takes a gradient, and there is no training mode: dropout happens exactly when masks are given. The
+    convolutions run in channels-last and in the autocast dtype of the caller; normalisation, squares and sums run in
+    float32.
+
+    Args:
+        vgg: tensors with the names and shapes of `VGG_SHAPES`; others are ignored.
+        linear: tensors with the names and shapes of `LINEAR_SHAPES`; others are ignored.
+        input_range: "unit" or "signed", see `PerceptualConfig`.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, vgg: dict[str, Tensor], linear: dict[str, Tensor], input_range: str = "unit") -> None:
+        super().__init__()
+        self.input_range = input_range
+        self.blocks = nn.ModuleList(_block(vgg, layer) for layer in range(len(_BLOCKS)))
+        self.linear = nn.ParameterList(_frozen(linear[name].reshape(-1, 1, 1)) for name in LINEAR_SHAPES)
+        self.register_buffer("shift", torch.tensor(_SHIFT).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(_SCALE).reshape(3, 1, 1), persistent=False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "LPIPS":
+        """Does nothing: the module stays in evaluation mode when a parent is switched to training."""
+        return super().train(False)
+
+    def product_weights(self) -> list[nn.Parameter]:
+        """What `kernels.casts.cast_once` is for."""
+        return list(self.blocks.parameters())
+
+    def forward(self, image: Tensor, recon: Tensor, dropout_masks: Sequence[Tensor] | None = None) -> Tensor:
+        """The distance of each reconstruction from its image.
+
+        Args:
+            image: [B, 3, H, W], values in [0, 1], any float dtype, H and W at least 16. Gets no gradient.
+            recon: [B, 3, H, W], like `image` but not clamped.
+            dropout_masks: five factors [B, C_l, H_l, W_l] for the squared differences, shaped as `tap_shapes` says and
+                with 1/(1-p) included, as the function `dropout_masks` gives them. None: no dropout.
+
+        Returns:
+            float32 [B]; float64 [B] once the module and the images are float64, to check gradients with.
+
+        Raises:
+            ValueError: for another shape than these.
+        """
+        if image.shape != recon.shape or image.dim() != 4 or image.shape[1] != 3:
+            raise ValueError(f"image and recon must both be [B, 3, H, W], got {image.shape} and {recon.shape}")
+        if min(image.shape[2:]) < SMALLEST_SIDE:
+            raise ValueError(f"VGG16 needs sides of {SMALLEST_SIDE} pixels or more, got {tuple(image.shape[2:])}")
+        masks = (None,) * len(_BLOCKS) if dropout_masks is None else dropout_masks
+        if len(masks) != len(_BLOCKS):
+            raise ValueError(f"dropout_masks must hold {len(_BLOCKS)} tensors, got {len(masks)}")
+
+        # Block by block, so that a target feature is freed as soon as its successor and its distance exist.
+        x, y = self._scaled(image.detach()), self._scaled(recon)
+        distances = []
+        for block, weight, mask in zip(self.blocks, self.linear, masks, strict=True):
+            with torch.no_grad():
+                x = block(x)
+            y = block(y)
+            distances.append(kernels.tap_distance(y, x, weight.flatten(), mask))
+        return torch.stack(distances).sum(dim=0)
+
+    def _scaled(self, image: Tensor) -> Tensor:
+        image = _wide(image)
+        if self.input_range == "signed":
+            image = 2 * image - 1
+        return ((image - self.shift) / self.scale).contiguous(memory_format=torch.channels_last)
+
+
+def tap_shapes(height: int, width: int) -> list[tuple[int, int, int]]:
+    """The shapes (C, H, W) of an image's five features: each pooling halves both sides, rounding down."""
+    return [(channels, height >> layer, width >> layer) for layer, channels in enumerate(_TAP_CHANNELS)]
+
+
+def dropout_masks(philox: Philox, shapes: Sequence[tuple[int, int, int]]) -> list[Tensor]:
+    """The masks of dropout with p = 1/2: 0 or 1/(1-p) = 2, each with probability 1/2.
+
+    One random bit decides one element: word `(h W + w) C/32 + j` of draw `layer` holds the channels 32 j to 32 j + 31
+    of pixel (h, w), lowest bit first. So the channels of a pixel share words, and a 256 x 256 image costs 0.25 M words
+    instead of 8 M.
+
+    Args:
+        philox: the draws of the step.
+        shapes: (C, H, W) of each feature, C a multiple of 32; see `tap_shapes`.
+
+    Returns:
+        uint8 [b, C, H, W] for each shape, channels-last like the features: one byte an element.
+
+    Raises:
+        ValueError: if C is no multiple of 32.
+    """
+    masks = []
+    for layer, (c, h, w) in enumerate(shapes):
+        if c % 32 != 0:
+            raise ValueError(f"dropout_masks needs a multiple of 32 channels, got {c}")
+        words = h * w * c // 32
+        masks.append(_mask(philox, layer, words).view(-1, h, w, c).permute(0, 3, 1, 2))
+    return masks
+
+
+def _mask(philox: Philox, draw: int, words: int) -> Tensor:
+    """uint8 [b, 32 words], 0 or 2: the bits of each word, the lowest first."""
+    if philox.on_triton:
+        from unite_fast.kernels.triton_kernels.philox import philox_dropout
+
+        return philox_dropout(philox.seed, philox.step, Stream.LPIPS_DROPOUT, draw, philox.positions, words)
+    device = philox.positions.device
+    # By way of bytes, since 32 int64 a word would take eight times the memory of the mask.
+    drawn = philox.words(Stream.LPIPS_DROPOUT, (words,), draw)
+    octets = ((drawn[..., None] >> torch.arange(0, 32, 8, device=device)) & 0xFF).to(torch.uint8)
+    keep = (octets[..., None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
+    return (2 * keep).flatten(1)
+
+
+def load_lpips(config: PerceptualConfig) -> LPIPS:
+    """LPIPS with the weights of the two files that `config` or the environment names, on the CPU in float32.
+
+    Raises:
+        UserError: a path is not set, or its file is missing, of another size or SHA-256 than expected, no file of
+            `torch.save`, or without the tensors of VGG16 or LPIPS.
+    """
+    vgg = _VGG_FILE.load(config.vgg_path, config.vgg_sha256, VGG_SHAPES)
+    linear = _LPIPS_FILE.load(config.lpips_path, config.lpips_sha256, LINEAR_SHAPES)
+    return LPIPS(vgg, linear, config.input_range)
+
+
+def has_weights(config: PerceptualConfig) -> bool:
+    """Whether `config` or the environment names a file of weights, right or wrong."""
+    return _VGG_FILE.named(config.vgg_path) or _LPIPS_FILE.named(config.lpips_path)
+
+
+def random_lpips(config: PerceptualConfig) -> LPIPS:
+    """LPIPS with random weights: as much work, and no distance that means anything. To time a training step with."""
+    position = torch.zeros(1, dtype=torch.int64)
+    tensors = {}
+    for draw, (name, shape) in enumerate((VGG_SHAPES | LINEAR_SHAPES).items()):
+        # He initialisation: features neither grow nor vanish over the 13 layers.
+        scale = math.sqrt(2 / math.prod(shape[1:])) if len(shape) == 4 else 0.0
+        tensors[name] = scale * Philox(0, 0, position).normal(Stream.SYNTHETIC, shape, draw)[0]
+    return LPIPS(tensors, {name: tensors[name].abs() for name in LINEAR_SHAPES}, config.input_range)
+
+
+def _block(vgg: dict[str, Tensor], layer: int) -> nn.Sequential:
+    """What lies between two taps: pooling (but not before the first), then convolutions, each with its ReLU."""
+    modules: list[nn.Module] = [nn.MaxPool2d(2)] if layer > 0 else []
+    for index, inputs, outputs in _BLOCKS[layer]:
+        # On "meta", so that no start values are drawn for weights that are replaced at once.
+        conv = Convolution(inputs, outputs, 3, padding=1, device="meta")
+        conv.weight = _frozen(vgg[f"features.{index}.weight"], torch.channels_last)
+        conv.bias = _frozen(vgg[f"features.{index}.bias"])
+        # In place: no backward reads the convolution's output, only the ReLU's.
+        modules += [conv, nn.ReLU(inplace=True)]
+    return nn.Sequential(*modules)
+
+
+def _frozen(weight: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> nn.Parameter:
+    # A copy, since the tensor may be a view of a mapped file.
+    copy = weight.detach().to(torch.float32, copy=True).contiguous(memory_format=memory_format)
+    return nn.Parameter(copy, requires_grad=False)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

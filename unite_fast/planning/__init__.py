@@ -1,0 +1,1 @@
+"""Predictions of memory, speed and cost, without a GPU."""

@@ -1,0 +1,1 @@
+"""Generation and reconstruction with a trained model."""

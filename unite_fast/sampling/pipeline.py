@@ -1,0 +1,92 @@
+"""A trained model, ready for use: generate and reconstruct."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unite_fast.checkpoint.model_file import load_model
+from unite_fast.config import Config, check_seed_and_batch
+from unite_fast.errors import UserError, require
+from unite_fast.model.unite import UNITE
+from unite_fast.sampling import sampler
+
+
+class TrainedUNITE:
+    """
+    Attributes:
+        network: the model with its averaged weights, float32, without gradients.
+        config: the settings it was trained with.
+        step: optimizer steps it was trained for.
+    """
+
+    def __init__(self, network: UNITE, config: Config, step: int):
+        self.network = network.requires_grad_(False).eval()
+        self.config = config
+        self.step = step
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "cpu") -> "TrainedUNITE":
+        """See `unite_fast.load`."""
+        saved = load_model(path)
+        network = UNITE(saved.config.model)
+        network.load_state_dict(saved.averages)
+        for name, parameter in network.named_parameters():
+            require(bool(parameter.isfinite().all()), f"the weights in {path} are not finite: {name}")
+        return cls(network.to(device), saved.config, saved.step)
+
+    def generate(
+        self, labels: Sequence[int] | Tensor, seed: int = 0, batch: int = 64, first: int = 0, **settings
+    ) -> Tensor:
+        """Images of the given classes.
+
+        Args:
+            labels: classes, [n].
+            seed: image i is drawn from (seed, first + i).
+            batch: images at a time.
+            first: number of the first image, to draw a long series in parts.
+            settings: any of `SamplingConfig`, for example `guidance=2.0, solver="euler", steps=20`; the others are the
+                recipe's.
+
+        Returns:
+            uint8 [n, 3, S, S].
+
+        Raises:
+            UserError: a class or a setting that is out of range.
+        """
+        config = self.config.sampling.changed(**settings)
+        labels = torch.as_tensor(labels, dtype=torch.int64)
+        require(labels.dim() == 1 and len(labels) > 0, f"labels must be a list of classes, got {labels.tolist()}")
+        check_seed_and_batch(seed, batch)
+        return sampler.generate(self.network, labels, config, seed, batch, first)
+
+    def reconstruct(self, images: Tensor | np.ndarray, seed: int = 0, batch: int = 64, first: int = 0) -> Tensor:
+        """Images through tokenizer and decoder: uint8 [n, 3, S, S] -> uint8 [n, 3, S, S].
+
+        Image i's registers are drawn from (seed, first + i).
+
+        Raises:
+            UserError: images of another size or dtype, or none.
+        """
+        images = torch.as_tensor(images)
+        size = self.config.model.image_size
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1:] != (3, size, size):
+            raise UserError(
+                f"reconstruct wants uint8 images [n, 3, {size}, {size}], got {images.dtype} {list(images.shape)}"
+            )
+        require(len(images) > 0, "reconstruct wants at least one image")
+        check_seed_and_batch(seed, batch)
+        return sampler.reconstruct(self.network, images, seed, batch, first)
+
+
+def weights_sha256(model: TrainedUNITE) -> str:
+    """SHA-256 of the averaged weights: names, shapes and float32 numbers, in the order of the names. It does not depend
+    on the kind of file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.network.state_dict().items()):
+        array = tensor.detach().cpu().contiguous().numpy()
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,139 @@
+"""What a person sees of a run: progress bar, pictures, closing summary."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from unite_fast.config import Config
+from unite_fast.data_pipeline import open_source, read_readable
+from unite_fast.errors import UserError
+from unite_fast.kernels import backend
+from unite_fast.sampling import sampler
+from unite_fast.training.train_state import TrainState
+from unite_fast.utils.files import writing
+from unite_fast.utils.images import grid, pairs, save_curves
+
+PICTURE_ROWS = 8
+PICTURE_COLUMNS = 10
+NAMED = 10
+"""Unreadable files that the summary names."""
+
+
+class Report:
+    def __init__(
+        self, folder: Path, config: Config, device: torch.device, state: TrainState, resumed: bool, main: bool = True
+    ):
+        """`main`: whether this process is the one of a run's that prints and writes."""
+        self.folder, self.config, self.state, self.main = folder, config, state, main
+        # The names of runs, folders and files are no markup.
+        self.console = Console(markup=False, emoji=False, highlight=False, quiet=not main)
+        parameters = sum(p.numel() for p in state.model.parameters()) / 1e6
+        train = config.train
+        how = "compiled" if train.compile else "eager"
+        self.say(
+            f"{'resuming' if resumed else 'training'} {config.name}: {parameters:.2f} M parameters, "
+            f"{train.precision} on {device}, {backend.backend_on(device)} kernels, {backend.attention_on(device)} "
+            f"attention, {how}, batch {train.batch_size}, "
+            f"steps {state.step}..{train.steps}, in {folder}"
+        )
+        self.held_out = held_out_images(config)
+        self.bar = Progress(
+            TextColumn("{task.fields[line]}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not (main and self.console.is_terminal),
+        )
+
+    def say(self, line: str) -> None:
+        """Print a line whole, however long a path is in it."""
+        self.console.print(line, soft_wrap=True)
+
+    @contextmanager
+    def progress_bar(self) -> Iterator[None]:
+        """Track on a terminal; elsewhere each log interval prints a line."""
+        self.begun, self.first_step = time.perf_counter(), self.state.step
+        line = "compiling" if self.config.train.compile else "starting"
+        self.task = self.bar.add_task("train", total=self.config.train.steps, completed=self.state.step, line=line)
+        with self.bar:
+            yield
+
+    def advance(self) -> None:
+        self.bar.update(self.task, completed=self.state.step)
+
+    def show(self, row: dict) -> None:
+        lpips = f" lpips {row['lpips']:.4f}" if self.config.perceptual.weight else ""
+        mfu = f" mfu {row['mfu']:.1%}" if "mfu" in row else ""
+        line = f"{row['images_per_s']:.0f} img/s{mfu}  l1 {row['l1']:.4f}{lpips} flow {row['flow']:.3f}"
+        self.bar.update(self.task, line=line)
+        if not self.console.is_terminal:
+            per_step = (time.perf_counter() - self.begun) / (self.state.step - self.first_step)
+            left = per_step * (self.config.train.steps - self.state.step)
+            self.say(f"step {row['step']}/{self.config.train.steps}  {line}  lr {row['lr']:.2e}  {left:.0f} s left")
+
+    @torch.no_grad()
+    def save_pictures(self, rows: list[dict]) -> None:
+        """Samples, reconstructions of held-out images and curves, drawn with the averaged weights."""
+        model, config = self.state.model, self.config
+        labels = torch.arange(PICTURE_ROWS * PICTURE_COLUMNS) % min(config.model.num_classes, PICTURE_COLUMNS)
+        # Sampling meets shapes of its own; compiling for them would take longer than drawing.
+        with self.state.ema.applied(), torch.compiler.set_stance("force_eager"):
+            samples = sampler.generate(model, labels, config.sampling, config.seed, precision=config.train.precision)
+            reconstructions = sampler.reconstruct(model, self.held_out, config.seed)
+        if not self.main:
+            return
+        name = f"step_{self.state.step:08d}.png"
+        for kind, picture in (
+            ("samples", grid(samples, PICTURE_COLUMNS)),
+            ("reconstructions", pairs(self.held_out, reconstructions, PICTURE_COLUMNS)),
+        ):
+            with writing(self.folder / kind):
+                (self.folder / kind).mkdir(exist_ok=True)
+                picture.save(self.folder / kind / name)
+                picture.save(self.folder / f"{kind}.png")
+        if rows:
+            with writing(self.folder / "curves.png"):
+                save_curves(rows, self.folder / "curves.png")
+
+    def summary(self, outcome, skipped: dict[str, str]) -> None:
+        """Where everything is, a line each."""
+        self._line("run folder", self.folder)
+        trained = f"{outcome.steps} steps, {outcome.seconds:.0f} s, {outcome.images_per_s:.0f} images/s"
+        self._line("trained", trained)
+        self._line("checkpoint", self.folder / "checkpoints" / "latest")
+        for picture in ("samples", "reconstructions", "curves"):
+            if (self.folder / f"{picture}.png").exists():
+                self._line(picture, self.folder / f"{picture}.png")
+        self._line("metrics", self.folder / "metrics.jsonl")
+        self._line("events", f"tensorboard --logdir {self.folder / 'tensorboard'}")
+        if skipped:
+            self._line("skipped", f"{len(skipped)} unreadable file{'s' * (len(skipped) > 1)}:")
+            for name, reason in list(skipped.items())[:NAMED]:
+                self._line("", f"{name}: {reason}")
+            if len(skipped) > NAMED:
+                self._line("", f"and {len(skipped) - NAMED} more, each named in a warning when it was met")
+        if outcome.stopped_by:
+            self._line("stopped", f"at step {outcome.steps} of {self.config.train.steps}; --resume continues")
+        else:
+            self._line("next", f"unite-fast sample {self.folder} --guidance 2")
+
+    def _line(self, label: str, text: object) -> None:
+        self.say(f" {label:<16} {text}")
+
+
+def held_out_images(config: Config) -> torch.Tensor:
+    """Some images of the test split, or of the training data where there is no test split: uint8 [n, 3, S, S]."""
+    data = (config.data.source, config.data.path, config.model.image_size)
+    try:
+        source = open_source(*data, "test", config.model.num_classes)
+    except UserError:
+        source = open_source(*data, "train", config.model.num_classes)
+    return read_readable(source, range(len(source)), most=PICTURE_ROWS * PICTURE_COLUMNS // 2)[0]

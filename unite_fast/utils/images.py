@@ -1,0 +1,88 @@
+"""Pictures of results: image grids and loss curves, as PNG files."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unite_fast.utils.files import check_target, writing
+
+GAP = 2
+"""Pixels between the images of a grid, before small images are enlarged."""
+SMALLEST = 48
+"""Images smaller than this are enlarged by a whole factor, so that a person can see them."""
+
+
+def picture_name(index: int, label: int) -> str:
+    """Of one generated image's file."""
+    return f"{index:06d}_class{label}.png"
+
+
+def grid(images: Tensor, columns: int) -> Image.Image:
+    """uint8 [n, 3, S, S] -> one picture, row by row, on white."""
+    n, _, size, _ = images.shape
+    rows = -(-n // columns)
+    factor = -(-SMALLEST // size)
+    gap = GAP if factor == 1 else 1
+    cell = size + gap
+    canvas = torch.full((rows * cell + gap, columns * cell + gap, 3), 255, dtype=torch.uint8)
+    for i, image in enumerate(images):
+        top, left = gap + i // columns * cell, gap + i % columns * cell
+        canvas[top : top + size, left : left + size] = image.permute(1, 2, 0)
+    picture = Image.fromarray(canvas.numpy())
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def pairs(originals: Tensor, reconstructions: Tensor, columns: int) -> Image.Image:
+    """Rows of originals, each above the row of its reconstructions; both uint8 [n, 3, S, S]."""
+    rows = zip(originals.split(columns), reconstructions.split(columns), strict=True)
+    return grid(torch.cat([part for row in rows for part in row]), columns)
+
+
+def save_images(images: Tensor, labels: Tensor, out: Path, columns: int) -> None:
+    """uint8 [n, 3, S, S] as one PNG grid, an .npz (arr_0 uint8 [n, S, S, 3], arr_1 labels) or a folder of PNGs.
+
+    Raises:
+        UserError: see `check_target`; or no space left, or no permission.
+    """
+    check_target(out)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix == ".png":
+            grid(images, columns).save(out)
+        elif out.suffix == ".npz":
+            np.savez(out, images.permute(0, 2, 3, 1).numpy(), labels.numpy())
+        else:
+            out.mkdir(exist_ok=True)
+            for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / picture_name(i, int(label)))
+
+
+def save_pairs(originals: Tensor, copies: Tensor, out: Path) -> None:
+    """Originals, each above its copy, as one PNG.
+
+    Raises:
+        UserError: see `check_target`; or no space left, or no permission.
+    """
+    check_target(out, (".png",))
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        pairs(originals, copies, min(10, len(originals))).save(out)
+
+
+def save_curves(rows: list[dict], path: Path) -> None:
+    """Losses, gradient norm, learning rate and speed against the step, from the rows of metrics.jsonl."""
+    from matplotlib.figure import Figure  # slow to import, needed once a run
+
+    panels = [("l1", "L1"), ("flow", "flow loss (sum of F)"), ("grad_norm", "gradient norm"), ("lr", "learning rate")]
+    if any(row["lpips"] for row in rows):
+        panels.insert(1, ("lpips", "LPIPS"))
+    figure = Figure(figsize=(3.2 * len(panels), 2.8), layout="constrained")
+    steps = np.array([row["step"] for row in rows])
+    for axes, (key, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        axes.plot(steps, [row[key] for row in rows], linewidth=1)
+        axes.set(title=title, xlabel="step", yscale="linear" if key == "lr" else "log")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)

@@ -1,0 +1,71 @@
+"""Progress of long work: on a terminal a bar, in a pipe a line every 30 seconds."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 30
+
+Track = Callable[[Iterable, int, str], Iterable]
+"""(batches, their number, title) -> the same batches, showing progress: `track` or `no_progress`."""
+
+
+def progress_bar(console: Console, show: bool = True) -> Progress:
+    """A bar of the form "title [bar] done/total elapsed left remaining", drawn on a terminal alone."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not (show and console.is_terminal),
+    )
+
+
+@contextmanager
+def progress(title: str, total: int, unit: str, console: Console | None = None) -> Iterator[Callable[[int], None]]:
+    """Give a function to call with the amount done so far, of `total`."""
+    console = console or Console(markup=False, emoji=False, highlight=False)
+    start = last_line = time.perf_counter()
+    first: int | None = None
+    bar = progress_bar(console)
+    task = bar.add_task(title, total=total)
+
+    def show(done: int) -> None:
+        nonlocal last_line, first
+        now = time.perf_counter()
+        first = done if first is None else first  # an earlier run's work says nothing about this one's speed
+        rate = (done - first) / (now - start)
+        bar.update(task, completed=done, description=f"{title} {rate:.{0 if rate >= 10 else 1}f} {unit}/s")
+        if not console.is_terminal and now - last_line > _SECONDS_BETWEEN_LINES:
+            last_line = now
+            left = f"{(total - done) / rate:.0f} s left" if rate else "no rate yet"
+            console.print(f"{title} {done}/{total}  {rate:.{0 if rate >= 10 else 1}f} {unit}/s  {left}", soft_wrap=True)
+
+    with bar:
+        yield show
+
+
+def track(batches: Iterable, total: int, title: str) -> Iterator:
+    """The same batches; rank 0 shows progress on stderr."""
+    from unite_fast.distributed.process_group import current_ranks
+
+    if not current_ranks().main:
+        yield from batches
+        return
+    console = Console(stderr=True, markup=False, emoji=False, highlight=False)
+    with progress(title, total, "batches", console) as show:
+        show(0)
+        for done, batch in enumerate(batches, 1):
+            yield batch
+            show(done)
+
+
+def no_progress(batches: Iterable, total: int, title: str) -> Iterable:
+    """The same batches, without progress."""
+    return batches
