@@ -60,7 +60,7 @@ def test_block_bytes_are_those_of_the_benchmark(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     traffic = importlib.import_module("traffic")
     sys.modules.pop("traffic")
-    assert round(traffic.block_bytes(torch.float32, "triton", made_again=True)) == predict.BLOCK_BYTES
+    assert round(traffic.block_bytes(torch.float32, "triton", recompute=True)) == predict.BLOCK_BYTES
 
 
 class Moved(TorchDispatchMode):

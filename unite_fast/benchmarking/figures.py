@@ -38,7 +38,7 @@ def row(config: Config, measured: Measured, window: Window, data: str, overrides
         "batch_size": batch,
         "micro_batch": share(measured.ranks, batch, config.train.micro_batch)[1],
         "precision": config.train.precision,
-        "kernels": backend.body_on(measured.device),
+        "kernels": backend.backend_on(measured.device),
         "attention": backend.attention_on(measured.device),
         "compile": config.train.compile,
         "strategy": measured.strategy,

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from unite_fast import kernels
 from unite_fast.config import ModelConfig
-from unite_fast.kernels.common import matmul_dtype
+from unite_fast.kernels.tensors import matmul_dtype
 from unite_fast.model.layers import Attention, Linear, RMSNorm, SwiGLU, TimeEmbedding, fill, rope_table, sincos_1d
 
 
