@@ -1,11 +1,11 @@
 """Who owns which matrix and what travels, without processes; test_muon.py exchanges over real ones."""
 
 from collections import Counter, defaultdict
-from itertools import pairwise
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -58,8 +58,8 @@ def test_owners_of_b_have_equally_much_to_do_and_shapes_together(processes, b_sh
     bound = max(sum(costs) / processes, sum(dearest[processes - 1 : processes + 1]))
     # Measured: 1.00, 1.01, 1.02 and 1.095 of it.
     assert max(loads(costs, owners, processes)) <= (1.1 if processes == 64 else 1.02) * bound
-    if processes == 8:
-        assert batches(b_shapes, owners) == 19
+    # Measured: 19 on 8 processes; 60 where only the load counts.
+    assert processes != 8 or batches(b_shapes, owners) <= 25
 
 
 def test_what_batches_may_cost_in_balance_is_bounded():
@@ -122,17 +122,35 @@ def test_what_is_sent_is_what_others_own(grid):
         assert sorted(exchange.supplied) == [k for k, owner in enumerate(owners) if owner // shards == place.copy]
 
 
-def test_replicas_share_everything_once_in_order():
-    exchanges = [Exchange([Matrix(s) for s in SHAPES], [s.numel() for s in SHAPES], Grid(3, 1, r)) for r in range(3)]
-    assert len({tuple(exchange.shared) for exchange in exchanges}) == 1
-    shared = exchanges[0].shared
-    assert shared[0][0] == 0 and shared[-1][1] == exchanges[0].width
-    assert all(before[1] == after[0] and after[0] <= after[1] for before, after in pairwise(shared))
-    for exchange in exchanges:  # nothing goes before it is there
-        there = 0
-        for i, bucket in enumerate(exchange.buckets[:-1]):
-            there += bucket.sizes[exchange.grid.copy]
-            assert shared[i][1] <= there
+class Arrived:
+    def wait(self) -> None:
+        pass
+
+
+def share_at_once() -> tuple[list[list], int, int]:
+    """Results of one of three replicas, how much it was to send, and how much it sent. All-gathers that have happened
+    when they are asked for send whatever is there by then: too early, and others get what nobody has worked on."""
+    dist.init_process_group("gloo")
+    sent, all_gather = [], dist.all_gather
+
+    def gather(targets: list[Tensor], source: Tensor, group: dist.ProcessGroup, async_op: bool) -> Arrived:
+        sent.append(source.numel())
+        all_gather(targets, source, group)
+        return Arrived()
+
+    dist.all_gather = gather
+    grid = Grid(dist.get_world_size(), 1, dist.get_rank(), 0, column=dist.group.WORLD)
+    exchange = Exchange([Matrix(shape) for shape in SHAPES], [shape.numel() for shape in SHAPES], grid)
+    matrices = {k: torch.full(shape, float(k)) for k, shape in enumerate(SHAPES)}
+    results = exchange.apply(lambda batch: 2 * batch + 1, matrices, torch.float32, torch.device("cpu"))
+    return [result.tolist() for result in results], exchange.elements_sent(), (grid.copies - 1) * sum(sent)
+
+
+def test_replicas_share_everything_once_and_nothing_before_it_is_there(ranks):
+    for results, announced, sent in ranks(3, share_at_once):
+        for k, (result, shape) in enumerate(zip(results, SHAPES, strict=True)):
+            assert result == torch.full(shape, 2.0 * k + 1).tolist(), k
+        assert sent == announced
 
 
 def strange_layouts() -> list[str]:
@@ -156,5 +174,5 @@ def strange_layouts() -> list[str]:
 
 def test_other_layouts_are_refused(ranks):
     mixed, line, placed = ranks(1, strange_layouts)[0]
-    assert mixed == line and "all as DTensors on one mesh of two dimensions" in line
+    assert mixed == line and "DTensor" in line
     assert "(Shard(dim=0), Replicate())" in placed
