@@ -26,7 +26,7 @@ from unite_fast.training.train_state import TrainState
 from unite_fast.training.train_step import TrainStep
 
 EXAMPLES = """examples:
-  python benchmarks/step.py --size bench                        # the fast bodies
+  python benchmarks/step.py --size bench                        # the fast backends
   python benchmarks/step.py --size bench --kernels reference
   python benchmarks/step.py --size tiny --batch 4 --lpips --json
 """
@@ -152,7 +152,7 @@ def main() -> None:
             "size": options.size,
             "batch": options.batch,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "kernels": backend.body_on(device),
+            "kernels": backend.backend_on(device),
             "lpips": options.lpips,
             "torch": torch.__version__,
             **count(*make_step(options.size, options.batch, options.lpips, device)),

@@ -79,9 +79,9 @@ def test_the_page_s_predictions_are_those_of_plan():
         images = found.config.train.steps * 1024
         assert strategy == found.strategy and passes == f"{found.micro_batch} x {found.micro_steps}"
         assert used == f"{sum(found.memory.values()) / 1e9:.0f} of {found.cluster.gpu.memory}"
-        assert int(largest) == found.largest
+        assert int(largest) == found.largest_micro_batch
         assert rate == f"{found.slow.images_per_s:.0f} to {found.fast.images_per_s:.0f}"
-        assert mfu == f"{found.slow.share_of_peak:.0%} to {found.fast.share_of_peak:.0%}"
+        assert mfu == f"{found.slow.mfu:.0%} to {found.fast.mfu:.0%}"
         fast, slow = (images / speed.images_per_s / 3600 for speed in (found.fast, found.slow))
         assert hours == f"{fast:.0f} to {slow:.0f}"
         assert bound == ", ".join(dict.fromkeys((found.fast.bound_by, found.slow.bound_by)))

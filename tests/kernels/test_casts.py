@@ -17,8 +17,8 @@ HALF = torch.bfloat16
 
 
 @pytest.fixture
-def body(fast_body_on_a_cpu):
-    return fast_body_on_a_cpu
+def backend_name(fast_backend_on_a_cpu):
+    return fast_backend_on_a_cpu
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ OPS = {
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", OPS)
-def test_operators_take_copies_forward_and_backward(name, compiled, weight, draw, body):
+def test_operators_take_copies_forward_and_backward(name, compiled, weight, draw, backend_name):
     op, width = OPS[name]
     x, bias = draw(2, 3, width, dtype=HALF).requires_grad_(), draw(24).requires_grad_()
 
@@ -187,7 +187,7 @@ def test_the_weights_of_a_model_that_profit(tiny_config):
     assert SwiGLU(24).padding == 0
 
 
-def test_lpips_takes_copies(draw, body):
+def test_lpips_takes_copies(draw, backend_name):
     weights = ({name: draw(*shape).abs() for name, shape in shapes.items()} for shapes in (VGG_SHAPES, LINEAR_SHAPES))
     lpips = LPIPS(*weights)
     image, recon = draw(1, 3, 16, 16), draw(1, 3, 16, 16)

@@ -80,7 +80,7 @@ def test_activations_of_the_native_bodies(size, images):
     assert predicted.peak(images) == pytest.approx(max(reconstruction, flow), rel=MARGIN)
 
 
-def test_activations_of_the_triton_bodies():
+def test_activations_of_the_triton_kernels():
     if missing := backend.why_missing("triton"):
         pytest.skip(missing)
     tree = {

@@ -38,7 +38,7 @@ def row(config: Config, measured: Measured, window: Window, data: str, overrides
         "batch_size": batch,
         "micro_batch": share(measured.ranks, batch, config.train.micro_batch)[1],
         "precision": config.train.precision,
-        "kernels": backend.body_on(measured.device),
+        "kernels": backend.backend_on(measured.device),
         "attention": backend.attention_on(measured.device),
         "compile": config.train.compile,
         "strategy": measured.strategy,
@@ -70,7 +70,7 @@ def row(config: Config, measured: Measured, window: Window, data: str, overrides
         "bad_step": measured.bad_step,
     }
     found |= prediction(config, measured, gpu)
-    released = gpu is not None and predict.of_released_speed(config)
+    released = gpu is not None and predict.has_released_speed(config)
     return found | {"released_images_per_s_per_gpu": predict.RELEASED_IMAGES_PER_S if released else None}
 
 

@@ -238,7 +238,7 @@ def _sample_rows(trace: Trace, model: UNITE, config: Config) -> list[Row]:
     noise = trace.shaped("sample/noise", len(labels), config.model.latent_tokens, config.model.latent_channels)
 
     def sample(noise: Tensor) -> dict[str, Tensor]:
-        latents = sampler.generate_latents(model, labels, noise, config.sampling)
+        latents = sampler.sample_latents(model, labels, noise, config.sampling)
         return {"sample/latents": latents, "sample/images_f16": model.decode(latents).half()}
 
     ours = sample(noise)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from unite_fast.distributed.dtensor import local
-from unite_fast.kernels.product import in_float32
+from unite_fast.kernels.matmul import in_float32
 from unite_fast.optim.sharded_matrices import Exchange, layout
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -58,7 +58,7 @@ def newton_schulz_flops(shape: Sequence[int]) -> int:
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in the precision dtype, stored as float32 where products of it are faster so (see kernels/product.py)."""
+    """x in the precision dtype, stored as float32 where products of it are faster so (see kernels/matmul.py)."""
     x = x.to(dtype)
     return x.float() if in_float32(x) else x
 

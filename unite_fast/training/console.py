@@ -37,7 +37,7 @@ class Report:
         how = "compiled" if train.compile else "eager"
         self.say(
             f"{'resuming' if resumed else 'training'} {config.name}: {parameters:.2f} M parameters, "
-            f"{train.precision} on {device}, {backend.body_on(device)} kernels, {backend.attention_on(device)} "
+            f"{train.precision} on {device}, {backend.backend_on(device)} kernels, {backend.attention_on(device)} "
             f"attention, {how}, batch {train.batch_size}, "
             f"steps {state.step}..{train.steps}, in {folder}"
         )
@@ -86,7 +86,9 @@ class Report:
         labels = torch.arange(PICTURE_ROWS * PICTURE_COLUMNS) % min(config.model.num_classes, PICTURE_COLUMNS)
         # Sampling meets shapes of its own; compiling for them would take longer than drawing.
         with self.state.ema.applied(), torch.compiler.set_stance("force_eager"):
-            samples = sampler.generate(model, labels, config.sampling, config.seed, precision=config.train.precision)
+            samples = sampler.sample_images(
+                model, labels, config.sampling, config.seed, precision=config.train.precision
+            )
             reconstructions = sampler.reconstruct(model, self.held_out, config.seed)
         if not self.main:
             return

@@ -1,12 +1,13 @@
-"""The two passes of a Linear, as the ops in linear.py and attention.py need them.
+"""Forward and backward of a Linear, for the ops in linear.py and attention.py.
 
     y = x W^T + b,    dx = dy W,  dW = dy^T x,  db = sum of dy over the rows
 
-x, y, dx and dy are in the precision of the products (bfloat16 or float32), W and b are parameters in float32 and so are
-their gradients: a bfloat16 sum over all tokens of a batch would lose digits for nothing.
+x, y, dx and dy have the dtype of the matmul (bfloat16 or float32). W and b are float32 parameters, and their gradients
+are float32 too: a bfloat16 sum over all tokens of a batch would lose digits without saving anything.
 
-A CPU without bfloat16 instructions takes bfloat16 products ten times slower than float32 ones. There, the same rounded
-operands are multiplied in float32: products of two bfloat16 numbers are exact in it, and sums are float32 either way.
+A CPU without bfloat16 instructions runs bfloat16 matmuls ten times slower than float32 ones. There, the operands are
+rounded to bfloat16 and multiplied in float32: the product of two bfloat16 numbers is exact in float32, and sums are
+float32 in both cases.
 """
 
 import torch
@@ -16,21 +17,21 @@ from unite_fast.kernels.casts import cast
 
 
 def bfloat16_instructions() -> bool:
-    """Whether PyTorch has fast bfloat16 products on this CPU."""
+    """Whether PyTorch has fast bfloat16 matmuls on this CPU."""
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def in_float32(x: Tensor) -> bool:
-    """Whether products of tensors like x are taken in float32 after a cast, which is exact."""
+    """Whether matmuls of tensors like x run in float32 after an (exact) cast."""
     return x.dtype == torch.bfloat16 and x.is_cpu and not bfloat16_instructions()
 
 
 def sums_in_float32(x: Tensor) -> bool:
-    """Whether this device gives the float32 sums of a bfloat16 product without a pass that casts them."""
+    """Whether x's device can return a bfloat16 matmul in float32, so that no pass is needed to cast it."""
     return x.is_cuda and x.dtype == torch.bfloat16
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def matmul(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x [..., K], weight [N, K], bias [N] -> [..., N] in x's dtype; weight and bias are rounded to it."""
     weight, bias = cast(weight, x.dtype), cast(bias, x.dtype)
     if in_float32(x):
@@ -38,7 +39,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def product_backward(d_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def matmul_backward(d_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """d_y [..., N], x [..., K], weight [N, K] -> d_x [..., K] in d_y's dtype, d_weight and d_bias in float32."""
     return input_gradient(d_y, weight), *weight_gradients(d_y, x)
 

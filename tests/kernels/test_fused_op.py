@@ -1,12 +1,11 @@
-"""The C++ and the Triton bodies of the fused ops, by force. tests/kernels/test_OP.py has what holds for any body.
+"""What the C++ and Triton backends of every op of a block must do; tests/kernels/test_OP.py has what only one op does.
 
-The Triton bodies run on a GPU if there is one, else in Triton's interpreter, which needs milliseconds for a program
+The Triton backends run on a GPU if there is one, else in Triton's interpreter, which needs milliseconds for a program
 instance: hence their small shapes.
 """
 
-import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -16,13 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from unite_fast import kernels
 from unite_fast.kernels import backend
-from unite_fast.kernels.adaln_modulate import adaln_modulate_ref
-from unite_fast.kernels.gated_residual_adaln import gated_residual_adaln_ref
-from unite_fast.kernels.gated_residual_norm_adaln import gated_residual_norm_adaln_ref
+from unite_fast.kernels.fused_op import as_tuple
 from unite_fast.kernels.qk_norm_rope import qk_norm_rope_ref
-from unite_fast.kernels.swiglu import swiglu_ref
+from unite_fast.kernels.registry import OPS, Op, Size
 
-OPS = ["adaln_modulate", "gated_residual_adaln", "gated_residual_norm_adaln", "qk_norm_rope", "swiglu"]
 HEAD_DIM = 14
 DTYPES = {
     "float32": (torch.float32, torch.float32),
@@ -36,79 +32,52 @@ SHAPES = [
 ]
 """More than one chunk of tokens, widths that are no multiple of a vector, a single token."""
 SEVERAL_CHUNKS = {"native": 70, "triton": 21}
-"""Tokens, more than one program or task of a body takes."""
+"""Tokens, more than one program or task of a backend takes."""
 
 
 @pytest.fixture(autouse=True, params=["native", "triton"])
-def body(request):
+def backend_name(request):
     if missing := backend.why_missing(request.param):
         pytest.skip(missing)
     with backend.using(request.param):
         yield request.param
 
 
-native_only = pytest.mark.parametrize("body", ["native"], indirect=True)
+native_only = pytest.mark.parametrize("backend_name", ["native"], indirect=True)
 
 
 @dataclass
-class Op:
-    """One body of one op, called with the tensors that have a gradient; gives a tuple."""
+class Call:
+    """The public function of an op or its reference, called with the tensors that get a gradient; returns a tuple. In
+    float64, everything else is float64 too."""
 
-    name: str
-    body: Callable
-    heads: int
-    angle: Tensor
-    out_dtype: torch.dtype
+    op: Op
+    function: Callable
+    example: dict
 
     def __call__(self, *inputs):
-        if self.name == "qk_norm_rope":
-            tables = (table.to(inputs[1].dtype) for table in (self.angle.cos(), self.angle.sin()))
-            outputs = self.body(inputs[0], self.heads, *inputs[1:], *tables)
-        elif self.name == "swiglu":
-            outputs = self.body(*inputs)
-        else:
-            exact = inputs[0].dtype == torch.float64
-            outputs = self.body(*inputs, out_dtype=torch.float64 if exact else self.out_dtype)
-        return outputs if isinstance(outputs, tuple) else (outputs,)
-
-    def flat(self, *inputs):
-        """All arguments in the order of unite_fast::NAME."""
-        if self.name == "qk_norm_rope":
-            return *inputs, self.angle.cos(), self.angle.sin(), self.heads, 1e-6
-        return inputs if self.name == "swiglu" else (*inputs, 1e-6, self.out_dtype)
+        example = self.example | dict(zip(self.op.gradients, inputs, strict=True))
+        if inputs[0].dtype == torch.float64:
+            example = {name: exact(value) for name, value in example.items()}
+        return as_tuple(self.function(**example))
 
 
-@pytest.fixture(params=OPS)
+def exact(value):
+    if isinstance(value, torch.dtype):
+        return torch.float64
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@pytest.fixture(params=[name for name, op in OPS.items() if op.part == "block"])
 def case(request, draw):
-    """Makes (op, reference, inputs with a gradient) for a size and a pair of types."""
-    name = request.param
-    names, reference = {
-        "adaln_modulate": ("x weight shift scale", adaln_modulate_ref),
-        "gated_residual_adaln": ("x branch gate weight shift scale", gated_residual_adaln_ref),
-        "gated_residual_norm_adaln": ("x branch gate norm_weight weight shift scale", gated_residual_norm_adaln_ref),
-        "qk_norm_rope": ("qkv q_weight k_weight", qk_norm_rope_ref),
-        "swiglu": ("uw", swiglu_ref),
-    }[name]
+    """Makes (op, reference, inputs with a gradient) for a size and a pair of dtypes."""
+    op = OPS[request.param]
 
     def make(b=2, t=9, d=42, residual=torch.float32, other=torch.float32):
         heads = max(d // HEAD_DIM, 1)
-        shift, scale, gate = draw(b, 3 * d, dtype=other).chunk(3, dim=-1)
-        given = {
-            "x": 3 * draw(b, t, d, dtype=residual),
-            "branch": draw(b, t, d, dtype=other),
-            "gate": gate,
-            "norm_weight": draw(d, around=1.0),
-            "weight": draw(d, around=1.0),
-            "shift": shift,
-            "scale": scale,
-            "qkv": draw(b, t, 3 * heads * HEAD_DIM, dtype=other),
-            "q_weight": draw(HEAD_DIM, around=1.0),
-            "k_weight": draw(HEAD_DIM, around=1.0),
-            "uw": draw(b, t, 2 * d, dtype=other),
-        }
-        ours = Op(name, getattr(kernels, name), heads, 3 * draw(t, HEAD_DIM // 2), other)
-        inputs = {n: given[n].detach().requires_grad_() for n in names.split()}
-        return ours, replace(ours, body=reference), inputs
+        example = op.example(Size(b, t, d, heads, HEAD_DIM, hidden=d, residual=residual, other=other), draw)
+        inputs = {name: example[name].detach().requires_grad_() for name in op.gradients}
+        return Call(op, op.function, example), Call(op, op.reference, example), inputs
 
     return make
 
@@ -135,16 +104,15 @@ def result_dtypes(outputs):
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize(("body", "shape"), SHAPES, indirect=["body"])
+@pytest.mark.parametrize(("backend_name", "shape"), SHAPES, indirect=["backend_name"])
 def test_outputs_and_gradients_against_float64(case, shape, dtypes, judge):
     op, reference, inputs = case(*shape, *DTYPES[dtypes])
-    # A bfloat16 x_out is rounded before h is made of it.
-    roundings = 3 if op.name.startswith("gated") and dtypes == "bfloat16" else 1
+    roundings = op.op.roundings if dtypes == "bfloat16" else 1
     judge(op, reference, inputs, result_dtypes(op(*inputs.values())), roundings)
 
 
-def test_a_result_that_nobody_uses_is_one_with_a_zero_gradient(case, body):
-    op, _, inputs = case(2, SEVERAL_CHUNKS[body], 42)
+def test_a_result_that_nobody_uses_is_one_with_a_zero_gradient(case, backend_name):
+    op, _, inputs = case(2, SEVERAL_CHUNKS[backend_name], 42)
     outputs = op(*inputs.values())
     incoming = incoming_gradients(outputs)
     for i, (output, gradient) in enumerate(zip(outputs, incoming, strict=True)):
@@ -170,8 +138,8 @@ def test_strided_inputs(case, layout, judge):
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_the_same_bits_again(case, dtypes, body):
-    op, _, inputs = case(2, SEVERAL_CHUNKS[body], 42, *DTYPES[dtypes])
+def test_the_same_bits_again(case, dtypes, backend_name):
+    op, _, inputs = case(2, SEVERAL_CHUNKS[backend_name], 42, *DTYPES[dtypes])
     assert_same(*(run(op, list(inputs.values())) for _ in range(2)))
 
 
@@ -204,7 +172,7 @@ def test_an_incoming_gradient_is_left_as_it_was(case):
 @pytest.mark.parametrize("shape", [(0, 5, 42), (3, 0, 42), (0, 0, 42)])
 def test_no_samples_and_no_tokens(case, shape):
     op, reference, inputs = case(*shape)
-    ours, want = (run(body, list(inputs.values())) for body in (op, reference))
+    ours, want = (run(backend_name, list(inputs.values())) for backend_name in (op, reference))
     assert_same(ours, want)
 
 
@@ -227,12 +195,11 @@ def test_what_is_not_finite_stays_so_and_stays_in_its_token(case, bad):
 def test_opcheck(case, dtypes):
     """PyTorch's own examination of an op: schema, fake, gradient, and both under a dynamic trace."""
     op, _, inputs = case(2, 9, 42, *DTYPES[dtypes])
-    fused = importlib.import_module(f"unite_fast.kernels.{op.name}")._fused
-    arguments = op.flat(*inputs.values())
+    fused = op.op.fused
+    arguments = op.op.inputs(op.example | inputs)
     torch.library.opcheck(fused.op, arguments)
     outputs = fused.op(*arguments)
-    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-    outputs = [o.detach() for o in outputs]
+    outputs = [o.detach() for o in as_tuple(outputs)]
     incoming = [torch.randn_like(o) for o in outputs[: fused.results]]
     saved = [x if x is None else x.detach() for x in fused.saved(arguments, outputs)]
     torch.library.opcheck(fused.backward_op, (*incoming, *saved))
@@ -292,9 +259,9 @@ def test_other_modulation_types_are_read_as_float32(draw):
 def test_head_dimensions(head_dim, dtype, judge, draw):
     angle = draw(7, head_dim // 2)
 
-    def bind(body):
+    def bind(function):
         def op(qkv, q_weight, k_weight):
-            return body(qkv, 3, q_weight, k_weight, angle.cos().to(q_weight), angle.sin().to(q_weight))
+            return function(qkv, 3, q_weight, k_weight, angle.cos().to(q_weight), angle.sin().to(q_weight))
 
         return op
 
@@ -327,5 +294,5 @@ def test_silu_to_the_last_place():
 def test_silu_far_out(device):
     u = torch.tensor([-3e38, -1e4, -90.0, 90.0, 1e4, 3e38], device=device)
     got = kernels.swiglu(torch.stack((u, torch.ones_like(u)), dim=-1))[:, 0]
-    # The C++ body's exp ends near 2^-126, so that far out this part of u is left of it.
+    # The C++ backend's exp ends near 2^-126, so that far out this part of u is left of it.
     assert (got[:3].abs() <= 2.0**-125 * u[:3].abs()).all() and torch.equal(got[3:], u[3:])

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from unite_fast.kernels import layout
+from unite_fast.kernels import tensors
 
 ELEMENTS = 2048
 """Of a tile: 16 a thread of 4 warps. With 32 channels 64 tokens, a quarter of a sample of 256."""
@@ -37,7 +37,7 @@ def _flow_loss_fwd_kernel(
     partial,
     share,
     mean,
-    inverse,
+    rstd,
     samples,
     N,
     min_time_left,
@@ -59,7 +59,7 @@ def _flow_loss_fwd_kernel(
     time_left = tl.where(time_left < min_time_left, min_time_left, time_left)
     b_share = 1.0 / (time_left * time_left * (N * C))
     tl.store(mean + i_sample * N + o_t, b_mean, mask=o_t < N)
-    tl.store(inverse + i_sample * N + o_t, b_inverse, mask=o_t < N)
+    tl.store(rstd + i_sample * N + o_t, b_inverse, mask=o_t < N)
     tl.store(share + i_sample, b_share, mask=tl.program_id(1) == 0)
     b_loss = b_share * tl.sum(tl.sum(b_error * b_error, axis=1), axis=0)
     tl.store(partial + i_sample * tl.num_programs(1) + tl.program_id(1), b_loss)
@@ -74,7 +74,7 @@ def _flow_loss_bwd_kernel(
     z,
     share,
     mean,
-    inverse,
+    rstd,
     d_y,
     partial_weight,
     partial_bias,
@@ -89,7 +89,7 @@ def _flow_loss_bwd_kernel(
     b_y = tl.load(y + i_sample * N * C + o, mask=m, other=0.0).to(tl.float32)
     b_z = tl.load(z + i_sample % samples * N * C + o, mask=m, other=0.0).to(tl.float32)
     b_mean = tl.load(mean + i_sample * N + o_t, mask=m_t, other=0.0)[:, None]
-    b_inverse = tl.load(inverse + i_sample * N + o_t, mask=m_t, other=0.0)[:, None]
+    b_inverse = tl.load(rstd + i_sample * N + o_t, mask=m_t, other=0.0)[:, None]
     b_weight = _channels(weight, C, BC)
     b_n = tl.where(m, (b_y - b_mean) * b_inverse, 0.0)
     b_error = tl.where(m, b_n * b_weight + _channels(bias, C, BC) - b_z, 0.0)
@@ -107,28 +107,33 @@ def _flow_loss_bwd_kernel(
 
 def flow_loss_forward(y, weight, bias, z, t, min_time_left, eps):
     """y [F, B, N, C], weight and bias [C], z [B, N, C], t [F, B] -> float32: loss [F, B], what a squared error counts
-    in it [F, B], mean and inverse deviation of y's tokens [F, B, N]."""
+    in it [F, B], mean and rstd of y's tokens [F, B, N]."""
     sizes, (programs, chunks) = _sizes(y), _grid(y)
     share = y.new_empty(t.shape, dtype=torch.float32)
     partial = y.new_empty((*t.shape, chunks), dtype=torch.float32)
-    mean, inverse = (y.new_empty(y.shape[:3], dtype=torch.float32) for _ in range(2))
+    mean, rstd = (y.new_empty(y.shape[:3], dtype=torch.float32) for _ in range(2))
     if programs:
-        inputs = y.contiguous(), *map(layout.floats, (weight, bias)), layout.typed(z).contiguous(), layout.floats(t)
-        outputs = partial, share, mean, inverse
+        inputs = (
+            y.contiguous(),
+            *map(tensors.as_float32, (weight, bias)),
+            tensors.as_supported(z).contiguous(),
+            tensors.as_float32(t),
+        )
+        outputs = partial, share, mean, rstd
         _flow_loss_fwd_kernel[(programs, chunks)](*inputs, *outputs, *y.shape[1:3], min_time_left, eps, **sizes)
-    return partial.sum(-1), share, mean, inverse
+    return partial.sum(-1), share, mean, rstd
 
 
-def flow_loss_backward(d_loss, y, weight, bias, z, share, mean, inverse):
+def flow_loss_backward(d_loss, y, weight, bias, z, share, mean, rstd):
     """d_loss [F, B] and what the forward pass took and gave -> d_y in y's type, d_weight and d_bias [C] float32."""
     sizes, (programs, chunks) = _sizes(y), _grid(y)
-    d_y = layout.room(y)
+    d_y = tensors.empty_like(y)
     partial_weight, partial_bias = (y.new_empty((programs * chunks, sizes["C"]), dtype=torch.float32) for _ in range(2))
     if programs:
-        inputs = y.contiguous(), *map(layout.floats, (weight, bias)), layout.typed(z).contiguous()
+        inputs = y.contiguous(), *map(tensors.as_float32, (weight, bias)), tensors.as_supported(z).contiguous()
         outputs = d_y, partial_weight, partial_bias
         _flow_loss_bwd_kernel[(programs, chunks)](
-            layout.floats(d_loss), *inputs, share, mean, inverse, *outputs, *y.shape[1:3], **sizes
+            tensors.as_float32(d_loss), *inputs, share, mean, rstd, *outputs, *y.shape[1:3], **sizes
         )
     return d_y, partial_weight.sum(0), partial_bias.sum(0)
 

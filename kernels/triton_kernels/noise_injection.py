@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from unite_fast.kernels import layout
-from unite_fast.kernels.triton_bodies.philox import as_int32, normals
+from unite_fast.kernels import tensors
+from unite_fast.kernels.triton_kernels.philox import as_int32, normals
 
 BLOCKS = 256
 """Of Philox, a program of 4 warps: 8 normals a thread."""
@@ -58,7 +58,7 @@ def noise_injection_forward(z, t, positions, gate, seed_low, seed_high, step, st
     if out.numel():
         _noise_injection_fwd_kernel[(samples, triton.cdiv(elements, 4 * BLOCKS), draws)](
             z.contiguous(),
-            layout.floats(t),
+            tensors.as_float32(t),
             positions.contiguous(),
             None if gate is None else gate.contiguous(),
             out,
@@ -76,7 +76,7 @@ def noise_injection_backward(d_out, t, gate):
     if d_z.numel():
         _noise_injection_bwd_kernel[(samples, triton.cdiv(elements, ELEMENTS))](
             d_out.contiguous(),
-            layout.floats(t),
+            tensors.as_float32(t),
             None if gate is None else gate.contiguous(),
             d_z,
             *(samples, draws, elements),

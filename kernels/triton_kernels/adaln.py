@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from unite_fast.kernels import layout
-from unite_fast.kernels.triton_bodies.sums import sum_rows
+from unite_fast.kernels import tensors
+from unite_fast.kernels.triton_kernels.sums import sum_rows
 
 TOKENS = 16
 """Of a program: the partial sums then cost half a byte for each token and channel, written and read."""
@@ -31,7 +31,7 @@ def _vector(p, o_d, m_d):
 
 
 @triton.jit
-def _inverse_rms(b_x, eps, D: tl.constexpr):
+def _rms_rstd(b_x, eps, D: tl.constexpr):
     return tl.rsqrt(tl.sum(b_x * b_x, axis=0) / D + eps)
 
 
@@ -46,7 +46,7 @@ def _adaln_fwd_kernel(
     scale,
     x_out,
     h,
-    inverse,
+    rstd,
     x_stride_b,
     x_stride_t,
     branch_stride_b,
@@ -77,18 +77,18 @@ def _adaln_fwd_kernel(
         if branch is not None:
             b_x += b_gate * _vector(branch + (i_b * branch_stride_b + i_t * branch_stride_t) * UNIT, o_d, m_d)
             if norm_weight is not None:
-                b_r = _inverse_rms(b_x, eps, D)
-                tl.store(inverse + i_row, b_r)
+                b_r = _rms_rstd(b_x, eps, D)
+                tl.store(rstd + i_row, b_r)
                 b_x = b_x * b_r * b_norm_weight
             # What the next op reads is the rounded residual: h is made of the same.
             b_x = b_x.to(x_out.dtype.element_ty)
             tl.store(x_out + i_row * D + o_d, b_x, mask=m_d)
             b_x = b_x.to(tl.float32)
-        b_r = _inverse_rms(b_x, eps, D)
-        p_inverse = inverse + i_row
+        b_r = _rms_rstd(b_x, eps, D)
+        p_rstd = rstd + i_row
         if norm_weight is not None:
-            p_inverse += tl.num_programs(0).to(tl.int64) * T
-        tl.store(p_inverse, b_r)
+            p_rstd += tl.num_programs(0).to(tl.int64) * T
+        tl.store(p_rstd, b_r)
         tl.store(h + i_row * D + o_d, (b_x * b_r * b_factor + b_shift).to(h.dtype.element_ty), mask=m_d)
 
 
@@ -109,7 +109,7 @@ def _adaln_bwd_kernel(
     weight,
     shift,
     scale,
-    inverse,
+    rstd,
     d_x,
     d_branch,
     h,
@@ -149,7 +149,7 @@ def _adaln_bwd_kernel(
     for i_t in range(i_chunk * TOKENS, tl.minimum((i_chunk + 1) * TOKENS, T)):
         i_row = i_b * T + i_t
         b_x = _vector(x + (i_b * x_stride_b + i_t * x_stride_t) * UNIT, o_d, m_d)
-        p_inverse = inverse + i_row
+        p_rstd = rstd + i_row
         if branch is not None:
             b_branch = _vector(branch + (i_b * branch_stride_b + i_t * branch_stride_t) * UNIT, o_d, m_d)
             # Before the first sum over the row: all loads wait for memory together.
@@ -157,11 +157,11 @@ def _adaln_bwd_kernel(
         b_d_h = _vector(d_h + (i_b * d_h_stride_b + i_t * d_h_stride_t) * UNIT, o_d, m_d)
         if norm_weight is not None:
             # Kept were x and branch; y, normalised, and x_out follow from them.
-            b_norm_r = tl.load(p_inverse)
-            p_inverse += tl.num_programs(0).to(tl.int64) * T
+            b_norm_r = tl.load(p_rstd)
+            p_rstd += tl.num_programs(0).to(tl.int64) * T
             b_y = (b_x + b_gate * b_branch) * b_norm_r
             b_x = (b_y * b_norm_weight).to(x.dtype.element_ty).to(tl.float32)
-        b_r = tl.load(p_inverse)
+        b_r = tl.load(p_rstd)
         b_n = b_x * b_r
         if h is not None:
             tl.store(h + i_row * D + o_d, (b_n * b_factor + b_shift).to(h.dtype.element_ty), mask=m_d)
@@ -234,11 +234,11 @@ def _adaln_sums_kernel(
         tl.store(over_samples + samples * D + o, tl.sum(b_d_norm, axis=0), mask=m_d)
 
 
-def _launch(kernel, x, tensors, arguments, strides) -> None:
-    (b, t, d), (unit, strides) = x.shape, layout.in_units(strides)
+def _launch(kernel, x, pointers, arguments, strides) -> None:
+    (b, t, d), (unit, strides) = x.shape, tensors.in_units(strides)
     lanes = triton.next_power_of_2(d)
     kernel[(b, triton.cdiv(t, TOKENS))](
-        *tensors,
+        *pointers,
         *strides,
         t,
         *arguments,
@@ -251,39 +251,39 @@ def _launch(kernel, x, tensors, arguments, strides) -> None:
 
 
 def _forward(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype):
-    (b, t, _), x = x.shape, layout.dense(x)
-    h, inverse = layout.room(x, out_dtype), x.new_empty((b, t), dtype=torch.float32)
-    x_out = None if branch is None else layout.room(x)
+    (b, t, _), x = x.shape, tensors.dense(x)
+    h, rstd = tensors.empty_like(x, out_dtype), x.new_empty((b, t), dtype=torch.float32)
+    x_out = None if branch is None else tensors.empty_like(x)
     if norm_weight is not None:
-        inverse = x.new_empty((2, b, t), dtype=torch.float32)
+        rstd = x.new_empty((2, b, t), dtype=torch.float32)
     shift, scale, weight, norm_weight = map(_vectors, (shift, scale, weight, norm_weight))
     branch, gate = map(_vectors, (branch, gate))
     if h.numel():
         strides = *_two(x), *_two(branch), _one(gate), _one(shift), _one(scale)
-        tensors = x, branch, gate, norm_weight, weight, shift, scale, x_out, h, inverse
-        _launch(_adaln_fwd_kernel, x, tensors, (eps,), strides)
-    return x_out, h, inverse
+        pointers = x, branch, gate, norm_weight, weight, shift, scale, x_out, h, rstd
+        _launch(_adaln_fwd_kernel, x, pointers, (eps,), strides)
+    return x_out, h, rstd
 
 
-def _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, inverse, shift=None):
+def _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, rstd, shift=None):
     """Gradients of x, branch, gate, norm_weight, weight, shift and scale, None where there is no such input; and h in
     d_h's type where shift is given."""
-    (b, t, d), x = x.shape, layout.dense(x)
-    d_x, d_branch = layout.room(x), None if branch is None else layout.room_typed(branch)
-    h = None if shift is None else layout.room(d_h)
-    d_h = layout.gradient(d_h, x.shape, x)
+    (b, t, d), x = x.shape, tensors.dense(x)
+    d_x, d_branch = tensors.empty_like(x), None if branch is None else tensors.empty_gradient(branch)
+    h = None if shift is None else tensors.empty_like(d_h)
+    d_h = tensors.gradient_or_zeros(d_h, x.shape, x)
     if branch is not None:
-        d_x_out = layout.gradient(d_x_out, x.shape, x)
+        d_x_out = tensors.gradient_or_zeros(d_x_out, x.shape, x)
     own = norm_weight, weight, branch, gate, shift, scale
     sums = 2 + (branch is not None) + (norm_weight is not None)
     partial = x.new_empty((sums, b, triton.cdiv(t, TOKENS), d), dtype=torch.float32)
     norm_weight, weight, branch, gate, shift, scale = map(_vectors, own)
     if d_x.numel():
         strides = *_two(d_x_out), *_two(d_h), *_two(x), *_two(branch), _one(gate), _one(shift), _one(scale)
-        inputs = d_x_out, d_h, x, branch, gate, norm_weight, weight, shift, scale, inverse
-        tensors = *inputs, d_x, d_branch, h, partial
-        _launch(_adaln_bwd_kernel, x, tensors, (), strides)
-    d_shift, d_scale, d_gate = (None if v is None else layout.room(v) for v in (scale, scale, gate))
+        inputs = d_x_out, d_h, x, branch, gate, norm_weight, weight, shift, scale, rstd
+        pointers = *inputs, d_x, d_branch, h, partial
+        _launch(_adaln_bwd_kernel, x, pointers, (), strides)
+    d_shift, d_scale, d_gate = (None if v is None else tensors.empty_like(v) for v in (scale, scale, gate))
     over_samples = x.new_empty((1 + (norm_weight is not None), b, d), dtype=torch.float32)
     if d_shift.numel():
         _adaln_sums_kernel[(b, triton.cdiv(d, SUM_LANES))](
@@ -300,7 +300,7 @@ def _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, inverse
 
 def _vectors(x):
     """Dense, in a type that the kernels load; a weight as float32."""
-    return None if x is None else layout.floats(x) if x.dim() == 1 else layout.typed(x)
+    return None if x is None else tensors.as_float32(x) if x.dim() == 1 else tensors.as_supported(x)
 
 
 def _two(x):
@@ -312,39 +312,39 @@ def _one(x):
 
 
 def adaln_modulate_forward(x, weight, shift, scale, eps, out_dtype):
-    """x [B, T, D], weight [D], shift and scale [B, D] -> h [B, T, D], inverse RMS [B, T] float32."""
+    """x [B, T, D], weight [D], shift and scale [B, D] -> h [B, T, D], rstd [B, T] float32."""
     return _forward(x, None, None, None, weight, shift, scale, eps, out_dtype)[1:]
 
 
-def adaln_modulate_backward(d_out, x, weight, scale, inverse):
+def adaln_modulate_backward(d_out, x, weight, scale, rstd):
     """-> gradients of x, weight, shift and scale."""
-    d_x, _, _, _, *others, _ = _backward(None, d_out, x, None, None, None, weight, scale, inverse)
+    d_x, _, _, _, *others, _ = _backward(None, d_out, x, None, None, None, weight, scale, rstd)
     return d_x, *others
 
 
 def gated_residual_adaln_forward(x, branch, gate, weight, shift, scale, eps, out_dtype):
-    """x and branch [B, T, D], gate, shift and scale [B, D], weight [D] -> x_out, h [B, T, D], inverse RMS [B, T]."""
+    """x and branch [B, T, D], gate, shift and scale [B, D], weight [D] -> x_out, h [B, T, D], rstd [B, T]."""
     return _forward(x, branch, gate, None, weight, shift, scale, eps, out_dtype)
 
 
-def gated_residual_adaln_backward(d_x_out, d_h, x_out, branch, gate, weight, scale, inverse):
+def gated_residual_adaln_backward(d_x_out, d_h, x_out, branch, gate, weight, scale, rstd):
     """-> gradients of x, branch, gate, weight, shift and scale."""
-    return gated_residual_adaln_backward_again(d_x_out, d_h, x_out, branch, gate, weight, None, scale, inverse)[:-1]
+    return gated_residual_adaln_backward_recompute(d_x_out, d_h, x_out, branch, gate, weight, None, scale, rstd)[:-1]
 
 
-def gated_residual_adaln_backward_again(d_x_out, d_h, x_out, branch, gate, weight, shift, scale, inverse):
+def gated_residual_adaln_backward_recompute(d_x_out, d_h, x_out, branch, gate, weight, shift, scale, rstd):
     """As gated_residual_adaln_backward, and h once more in d_h's type, made by the same kernel -> gradients of x,
     branch, gate, weight, shift and scale, and h."""
-    found = _backward(d_x_out, d_h, x_out, branch, gate, None, weight, scale, inverse, shift)
+    found = _backward(d_x_out, d_h, x_out, branch, gate, None, weight, scale, rstd, shift)
     d_x, d_branch, d_gate, _, *others = found
     return d_x, d_branch, d_gate, *others
 
 
 def gated_residual_norm_adaln_forward(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype):
-    """As gated_residual_adaln_forward, with norm_weight [D] -> x_out, h, inverse RMS of y and of x_out, [2, B, T]."""
+    """As gated_residual_adaln_forward, with norm_weight [D] -> x_out, h, rstd of y and of x_out, [2, B, T]."""
     return _forward(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype)
 
 
-def gated_residual_norm_adaln_backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, inverses):
+def gated_residual_norm_adaln_backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, rstds):
     """-> gradients of x, branch, gate, norm_weight, weight, shift and scale."""
-    return _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, inverses)[:-1]
+    return _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, rstds)[:-1]

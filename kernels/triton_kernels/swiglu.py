@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unite_fast.kernels import layout
+from unite_fast.kernels import tensors
 
 BLOCK = 1024
 """Elements a program: 8 a thread, one access of 16 bytes of bfloat16 for each of u, w and out."""
@@ -63,17 +63,17 @@ def swiglu_backward(d_out: Tensor, uw: Tensor) -> tuple[Tensor]:
     return (_backward(d_out, uw, None),)
 
 
-def swiglu_backward_again(d_out: Tensor, uw: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_backward_recompute(d_out: Tensor, uw: Tensor) -> tuple[Tensor, Tensor]:
     """As swiglu_backward, and the result of the forward pass, made by the same kernel -> d_uw, out."""
     out = uw.new_empty(d_out.shape)
     return _backward(d_out, uw, out), out
 
 
 def _backward(d_out: Tensor, uw: Tensor, out: Tensor | None) -> Tensor:
-    d_uw = layout.room(uw)
+    d_uw = tensors.empty_like(uw)
     if d_out.numel():
-        tensors = d_out.contiguous(), uw.contiguous(), d_uw, out
-        _swiglu_bwd_kernel[_grid(d_out)](*tensors, d_out.numel(), M=d_out.shape[-1], BLOCK=BLOCK)
+        pointers = d_out.contiguous(), uw.contiguous(), d_uw, out
+        _swiglu_bwd_kernel[_grid(d_out)](*pointers, d_out.numel(), M=d_out.shape[-1], BLOCK=BLOCK)
     return d_uw
 
 

@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from unite_fast.kernels import layout
-from unite_fast.kernels.tap_distance import EPS, pixels_first, room_channels_last
+from unite_fast.kernels import tensors
+from unite_fast.kernels.tap_distance import EPS, empty_channels_last, pixels_first
 
 ELEMENTS = 2048
 """Of a tile: 16 a thread of 4 warps."""
@@ -109,20 +109,25 @@ def tap_distance_forward(y, x, weight, mask):
     b, pixels, sizes = y.shape[0], y.shape[2] * y.shape[3], _sizes(y)
     partial = y.new_empty((b, _chunks(pixels, sizes)), dtype=torch.float32)
     if partial.numel():
-        inputs = pixels_first(y), pixels_first(x), layout.floats(weight), None if mask is None else pixels_first(mask)
+        inputs = _inputs(y, x, weight, mask)
         _tap_distance_fwd_kernel[partial.shape](*inputs, partial, pixels, 1 / pixels, **sizes)
     return (partial.sum(-1),)
 
 
 def tap_distance_backward(d_out, y, x, weight, mask):
     """d_out [B] and what the forward pass took -> (d_y like y, channels-last,)."""
-    b, pixels, sizes, d_y = y.shape[0], y.shape[2] * y.shape[3], _sizes(y), room_channels_last(y)
+    b, pixels, sizes, d_y = y.shape[0], y.shape[2] * y.shape[3], _sizes(y), empty_channels_last(y)
     if d_y.numel():
-        inputs = pixels_first(y), pixels_first(x), layout.floats(weight), None if mask is None else pixels_first(mask)
+        inputs = _inputs(y, x, weight, mask)
         _tap_distance_bwd_kernel[(b, _chunks(pixels, sizes))](
             d_out, *inputs, d_y, d_out.stride(0), pixels, 1 / pixels, **sizes
         )
     return (d_y,)
+
+
+def _inputs(y, x, weight, mask):
+    mask = None if mask is None else pixels_first(mask)
+    return pixels_first(y), pixels_first(x), tensors.as_float32(weight), mask
 
 
 def _sizes(y) -> dict[str, int]:

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from unite_fast.kernels import layout
-from unite_fast.kernels.triton_bodies.sums import sum_rows
+from unite_fast.kernels import tensors
+from unite_fast.kernels.triton_kernels.sums import sum_rows
 
 TOKENS = 16
 """Rows of a program: the partial sums then cost half a byte for each number of x, written and read."""
@@ -29,7 +29,7 @@ def _layer_norm_fwd_kernel(
     x_out,
     out,
     mean,
-    inverse,
+    rstd,
     rows,
     eps,
     D: tl.constexpr,
@@ -53,7 +53,7 @@ def _layer_norm_fwd_kernel(
         b_x = tl.where(m_d, b_x - b_mean, 0.0)
         b_inverse = tl.rsqrt(tl.sum(b_x * b_x, axis=0) / D + eps)
         tl.store(mean + i_row, b_mean)
-        tl.store(inverse + i_row, b_inverse)
+        tl.store(rstd + i_row, b_inverse)
         b_out = b_x * b_inverse * b_weight + b_bias
         tl.store(out + i_row * D + o_d, b_out.to(out.dtype.element_ty), mask=m_d)
 
@@ -66,7 +66,7 @@ def _layer_norm_bwd_kernel(
     weight,
     bias,
     mean,
-    inverse,
+    rstd,
     d_x,
     d_branch,
     out,
@@ -89,7 +89,7 @@ def _layer_norm_bwd_kernel(
         b_g = tl.load(d_out + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
         if d_x_out is not None:
             b_d_x_out = tl.load(d_x_out + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
-        b_r = tl.load(inverse + i_row)
+        b_r = tl.load(rstd + i_row)
         b_n = tl.where(m_d, (b_x - tl.load(mean + i_row)) * b_r, 0.0)
         b_d_weight += b_g * b_n
         b_d_bias += b_g
@@ -108,51 +108,53 @@ def _layer_norm_bwd_kernel(
 
 
 def layer_norm_forward(x, weight, bias, eps, out_dtype):
-    """x [..., D], weight and bias [D] -> out [..., D] in `out_dtype`, mean and inverse deviation [..., 1] float32."""
+    """x [..., D], weight and bias [D] -> out [..., D] in `out_dtype`, mean and rstd [..., 1] float32."""
     return _forward(x, None, weight, bias, eps, out_dtype)[1:]
 
 
 def residual_layer_norm_forward(x, branch, weight, bias, eps, out_dtype):
-    """As layer_norm_forward, of x + branch, both [..., D] -> x_out like x, out, mean, inverse."""
+    """As layer_norm_forward, of x + branch, both [..., D] -> x_out like x, out, mean, rstd."""
     return _forward(x, branch, weight, bias, eps, out_dtype)
 
 
 def _forward(x, branch, weight, bias, eps, out_dtype):
-    x, out = x.contiguous(), layout.room(x, out_dtype)
-    x_out, branch = (None, None) if branch is None else (layout.room(x), layout.typed(branch).contiguous())
-    mean, inverse = (x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(2))
+    x, out = x.contiguous(), tensors.empty_like(x, out_dtype)
+    x_out = None
+    if branch is not None:
+        x_out, branch = tensors.empty_like(x), tensors.as_supported(branch).contiguous()
+    mean, rstd = (x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(2))
     if out.numel():
-        tensors = x, branch, *map(layout.floats, (weight, bias)), x_out, out, mean, inverse
-        _layer_norm_fwd_kernel[_grid(x)](*tensors, mean.numel(), eps, **_sizes(x))
-    return x_out, out, mean, inverse
+        pointers = x, branch, *map(tensors.as_float32, (weight, bias)), x_out, out, mean, rstd
+        _layer_norm_fwd_kernel[_grid(x)](*pointers, mean.numel(), eps, **_sizes(x))
+    return x_out, out, mean, rstd
 
 
-def layer_norm_backward(d_out, x, weight, mean, inverse):
+def layer_norm_backward(d_out, x, weight, mean, rstd):
     """d_out [..., D] and what the forward pass took and gave -> d_x like x, d_weight and d_bias [D] float32."""
-    d_x, _, *others, _ = _backward(None, d_out, x, None, weight, None, mean, inverse, None)
+    d_x, _, *others, _ = _backward(None, d_out, x, None, weight, None, mean, rstd, None)
     return d_x, *others
 
 
-def layer_norm_backward_again(d_out, x, weight, bias, mean, inverse):
+def layer_norm_backward_recompute(d_out, x, weight, bias, mean, rstd):
     """As layer_norm_backward, and the result of the forward pass in d_out's type, made by the same kernel -> d_x,
     d_weight, d_bias, out."""
-    d_x, _, *others = _backward(None, d_out, x, None, weight, bias, mean, inverse, layout.room(d_out))
+    d_x, _, *others = _backward(None, d_out, x, None, weight, bias, mean, rstd, tensors.empty_like(d_out))
     return d_x, *others
 
 
-def residual_layer_norm_backward_again(d_x_out, d_out, x_out, branch_dtype, weight, bias, mean, inverse):
+def residual_layer_norm_backward_recompute(d_x_out, d_out, x_out, branch_dtype, weight, bias, mean, rstd):
     """d_x_out like x_out or None -> d_x, d_branch in `branch_dtype`, d_weight, d_bias, out as above."""
     if d_x_out is not None:
         d_x_out = d_x_out.contiguous()
-    d_branch = layout.room(x_out, branch_dtype)
-    return _backward(d_x_out, d_out, x_out, d_branch, weight, bias, mean, inverse, layout.room(d_out))
+    d_branch = tensors.empty_like(x_out, branch_dtype)
+    return _backward(d_x_out, d_out, x_out, d_branch, weight, bias, mean, rstd, tensors.empty_like(d_out))
 
 
-def _backward(d_x_out, d_out, x, d_branch, weight, bias, mean, inverse, out):
-    x, d_x = x.contiguous(), layout.room(x)
+def _backward(d_x_out, d_out, x, d_branch, weight, bias, mean, rstd, out):
+    x, d_x = x.contiguous(), tensors.empty_like(x)
     partial = x.new_empty((2, *_grid(x), x.shape[-1]), dtype=torch.float32)
     if d_x.numel():
-        inputs = d_x_out, d_out.contiguous(), x, *map(layout.floats, (weight, bias)), mean, inverse
+        inputs = d_x_out, d_out.contiguous(), x, *map(tensors.as_float32, (weight, bias)), mean, rstd
         _layer_norm_bwd_kernel[_grid(x)](*inputs, d_x, d_branch, out, partial, mean.numel(), **_sizes(x))
     return d_x, d_branch, *sum_rows(partial), out
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from unite_fast.kernels import layout
+from unite_fast.kernels import tensors
 
 ELEMENTS = 256
 """Of a tile (tokens, head dimension): 8 a thread, one access of 16 bytes of bfloat16."""
@@ -49,10 +49,10 @@ def _rotate(b_x, b_cos, b_sin, BT: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def _norm_rotate(b_x, b_weight, p_inverse, b_cos, b_sin, m_t, eps, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
+def _norm_rotate(b_x, b_weight, p_rstd, b_cos, b_sin, m_t, eps, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
     if b_weight is not None:
         b_r = tl.rsqrt(tl.sum(b_x * b_x, axis=1) / K + eps)
-        tl.store(p_inverse, b_r, mask=m_t)
+        tl.store(p_rstd, b_r, mask=m_t)
         b_x = b_x * b_r[:, None] * b_weight
     return _rotate(b_x, b_cos, b_sin, BT, BK)
 
@@ -67,7 +67,7 @@ def _qk_norm_rope_fwd_kernel(
     q,
     k,
     v,
-    inverse,
+    rstd,
     stride_b,
     stride_t,
     T,
@@ -90,17 +90,17 @@ def _qk_norm_rope_fwd_kernel(
         b_k = tl.load(p_x + (H + i_h) * K, mask=m, other=0.0).to(tl.float32)
         b_v = tl.load(p_x + (2 * H + i_h) * K, mask=m, other=0.0)
         o_out = ((i_b * T + o_t) * H + i_h)[:, None] * K + o_k[None, :]
-        p_inverse = inverse + (i_b * T + o_t) * (2 * H) + i_h
-        b_q = _norm_rotate(b_q, b_q_weight, p_inverse, b_cos, b_sin, m_t, eps, K, BT, BK)
-        b_k = _norm_rotate(b_k, b_k_weight, p_inverse + H, b_cos, b_sin, m_t, eps, K, BT, BK)
+        p_rstd = rstd + (i_b * T + o_t) * (2 * H) + i_h
+        b_q = _norm_rotate(b_q, b_q_weight, p_rstd, b_cos, b_sin, m_t, eps, K, BT, BK)
+        b_k = _norm_rotate(b_k, b_k_weight, p_rstd + H, b_cos, b_sin, m_t, eps, K, BT, BK)
         tl.store(q + o_out, b_q.to(q.dtype.element_ty), mask=m)
         tl.store(k + o_out, b_k.to(k.dtype.element_ty), mask=m)
         tl.store(v + o_out, b_v, mask=m)
 
 
 @triton.jit
-def _inverse(p_inverse, b_weight, m_t):
-    return None if b_weight is None else tl.load(p_inverse, mask=m_t, other=0.0)[:, None]
+def _load_rstd(p_rstd, b_weight, m_t):
+    return None if b_weight is None else tl.load(p_rstd, mask=m_t, other=0.0)[:, None]
 
 
 @triton.jit
@@ -129,7 +129,7 @@ def _qk_norm_rope_bwd_kernel(
     k_weight,
     cos,
     sin,
-    inverse,
+    rstd,
     d_qkv,
     partial,
     d_q_stride_b,
@@ -169,8 +169,8 @@ def _qk_norm_rope_bwd_kernel(
         b_d_v = tl.load(p_d_v + i_h * tl.cast(d_v_stride_h, tl.int64) * UNIT, mask=m, other=0.0)
         b_q = tl.load(p_x + i_h * K, mask=m, other=0.0)
         b_k = tl.load(p_x + (H + i_h) * K, mask=m, other=0.0)
-        p_inverse = inverse + (i_b * T + o_t) * (2 * H) + i_h
-        b_q_r, b_k_r = _inverse(p_inverse, b_q_weight, m_t), _inverse(p_inverse + H, b_k_weight, m_t)
+        p_rstd = rstd + (i_b * T + o_t) * (2 * H) + i_h
+        b_q_r, b_k_r = _load_rstd(p_rstd, b_q_weight, m_t), _load_rstd(p_rstd + H, b_k_weight, m_t)
         b_d_q, b_d_weight = _back(b_d_q, b_q, b_q_weight, b_q_r, b_cos, b_sin, K, BT, BK)
         b_d_q_weight += b_d_weight
         b_d_k, b_d_weight = _back(b_d_k, b_k, b_k_weight, b_k_r, b_cos, b_sin, K, BT, BK)
@@ -187,36 +187,36 @@ def _qk_norm_rope_bwd_kernel(
 
 def qk_norm_rope_forward(qkv, q_weight, k_weight, cos, sin, heads, eps):
     """qkv [B, T, 3 H K], weights [K] or None, cos and sin [T, K / 2] -> q, k, v [B, H, T, K] in qkv's dtype and the
-    inverse RMS [B, T, 2, H] float32, left unwritten without weights."""
+    rstd [B, T, 2, H] float32, left unwritten without weights."""
     b, t, packed = qkv.shape
     sizes = _sizes(heads, packed // (3 * heads))
     q, k, v = (qkv.new_empty((b, t, heads, sizes["K"])).transpose(1, 2) for _ in range(3))
-    inverse = qkv.new_empty((b, t, 2, heads), dtype=torch.float32)
+    rstd = qkv.new_empty((b, t, 2, heads), dtype=torch.float32)
     if q.numel():
-        qkv = layout.dense(qkv)
-        unit, strides = layout.in_units(qkv.stride()[:2])
-        weights_and_angles = map(layout.floats, (q_weight, k_weight, cos, sin))
-        results = q, k, v, inverse
+        qkv = tensors.dense(qkv)
+        unit, strides = tensors.in_units(qkv.stride()[:2])
+        weights_and_angles = map(tensors.as_float32, (q_weight, k_weight, cos, sin))
+        results = q, k, v, rstd
         _qk_norm_rope_fwd_kernel[(_programs(b, t, sizes),)](
             qkv, *weights_and_angles, *results, *strides, t, eps, **sizes, UNIT=unit, num_warps=1
         )
-    return q, k, v, inverse
+    return q, k, v, rstd
 
 
-def qk_norm_rope_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, inverse):
+def qk_norm_rope_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, rstd):
     """The gradients of the results, [B, H, T, K] or None, and what the forward pass took and gave -> d_qkv in qkv's
     dtype, d_q_weight and d_k_weight [K] float32, of no size without weights."""
-    (b, t, packed), heads = qkv.shape, inverse.shape[3]
+    (b, t, packed), heads = qkv.shape, rstd.shape[3]
     sizes = _sizes(heads, packed // (3 * heads))
-    d_qkv, programs = layout.room(qkv), _programs(b, t, sizes)
+    d_qkv, programs = tensors.empty_like(qkv), _programs(b, t, sizes)
     partial = qkv.new_empty((2, programs, sizes["K"] if q_weight is not None else 0), dtype=torch.float32)
     if d_qkv.numel():
-        incoming = [layout.gradient(d, (b, heads, t, sizes["K"]), qkv) for d in (d_q, d_k, d_v)]
-        qkv = layout.dense(qkv)
-        unit, strides = layout.in_units([*(s for d in incoming for s in d.stride()[:3]), *qkv.stride()[:2]])
-        weights_and_angles = map(layout.floats, (q_weight, k_weight, cos, sin))
+        incoming = [tensors.gradient_or_zeros(d, (b, heads, t, sizes["K"]), qkv) for d in (d_q, d_k, d_v)]
+        qkv = tensors.dense(qkv)
+        unit, strides = tensors.in_units([*(s for d in incoming for s in d.stride()[:3]), *qkv.stride()[:2]])
+        weights_and_angles = map(tensors.as_float32, (q_weight, k_weight, cos, sin))
         _qk_norm_rope_bwd_kernel[(programs,)](
-            *incoming, qkv, *weights_and_angles, inverse, d_qkv, partial, *strides, t, **sizes, UNIT=unit, num_warps=1
+            *incoming, qkv, *weights_and_angles, rstd, d_qkv, partial, *strides, t, **sizes, UNIT=unit, num_warps=1
         )
     return d_qkv, *partial.sum(1)
 
