@@ -34,7 +34,7 @@ from unite_fast.evaluation.provenance import device_name, versions
 from unite_fast.evaluation.reference import make_reference
 from unite_fast.kernels import backend
 from unite_fast.sampling.pipeline import TrainedUNITE, weights_sha256
-from unite_fast.sampling.sampler import GuidedPrediction, Network, generate_batch
+from unite_fast.sampling.sampler import GuidedPrediction, Network, sample_batch
 
 REFERENCE, EXACT = "dopri5", ("multistep", 100)
 STEPS = {"euler": (10, 20, 40), "heun": (5, 10, 20), "multistep": (8, 12, 16, 20, 24)}
@@ -86,7 +86,7 @@ class Run:
         """Images uint8 [n, 3, S, S] and evaluations for each of them."""
         model, positions = self.model.network, torch.tensor(numbers)
         network, labels = Network.of(model, config.order), positions % model.config.num_classes
-        return generate_batch(model, network, labels, positions, config, seed, predictor=predictor)
+        return sample_batch(model, network, labels, positions, config, seed, predictor=predictor)
 
     def distance(self, statistics: Statistics) -> float:
         return frechet_distance(statistics, self.real)

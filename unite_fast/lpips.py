@@ -83,6 +83,7 @@ class Convolution(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = matmul_dtype(x)
+        assert self.bias is not None
         return self._conv_forward(x.to(dtype), cast(self.weight, dtype), cast(self.bias, dtype))
 
 

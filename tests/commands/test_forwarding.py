@@ -49,8 +49,7 @@ def model(monkeypatch):
         loaded.asked = checkpoint, device
         return loaded
 
-    for module in ("images", "evaluation", "guidance", "gallery"):
-        monkeypatch.setattr(f"unite_fast.commands.{module}.load", load)
+    monkeypatch.setattr(options_module, "load", load)
     return loaded
 
 
@@ -84,7 +83,7 @@ def test_sample(command, record, model, tmp_path, mentions):
     ],
 )
 def test_generate(command, record, model, tmp_path, extra, precision, compiled, mentions):
-    written = record("unite_fast.sampling.sample_writer.generate_files", result="about.json")
+    written = record("unite_fast.sampling.sample_writer.write_samples", result="about.json")
     out = tmp_path / "g.npz"
     ended = command(
         *("generate", "run", "--num", 4, "--classes", "3,1", "--seed", 12, "--batch", 6, "--device", "cpu"),
@@ -104,7 +103,7 @@ def test_reconstruct(command, record, model, tmp_path):
     import torch
 
     originals, copies = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.full((2, 3, 8, 8), 9, dtype=torch.uint8)
-    read = record("unite_fast.commands.images.read_images", result=originals)
+    read = record("unite_fast.data_pipeline.image_folder.read_images", result=originals)
     saved = record("unite_fast.utils.images.save_pairs")
     model.reconstruct = lambda images: copies if images is originals else None
     out = tmp_path / "pairs.png"

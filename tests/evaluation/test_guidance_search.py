@@ -199,8 +199,8 @@ def test_a_killed_search_goes_on_where_it_was(command, searched, trained_folder,
     (out / "measured.json").write_text(json.dumps(cache))
     (out / "guidance.json").unlink()
     generated = []
-    original = distributed_sampler.generate_batch
-    monkeypatch.setattr(distributed_sampler, "generate_batch", lambda *a: generated.append(len(a[2])) or original(*a))
+    original = distributed_sampler.sample_batch
+    monkeypatch.setattr(distributed_sampler, "sample_batch", lambda *a: generated.append(len(a[2])) or original(*a))
     ended = command("search-guidance", trained_folder, *SMALL, "--out", out)
     assert ended.out == printed
     confirmed = len(json.loads(before)["confirmed"])

@@ -96,9 +96,9 @@ def test_what_native_cannot_take():
     backend.use("auto")
     assert torch.equal(kernels.swiglu(x), swiglu_ref(x))
     backend.use("native")
-    with pytest.raises(UserError, match="not torch.float16 on cpu"):
+    with pytest.raises(UserError, match=r"not torch.float16 on cpu"):
         kernels.swiglu(x)
-    with pytest.raises(UserError, match="not torch.float32 on meta"):
+    with pytest.raises(UserError, match=r"not torch.float32 on meta"):
         kernels.swiglu(torch.empty(3, 8, device="meta"))
     with pytest.raises(UserError, match=r"not torch.float32 to torch.float16 on cpu"):
         kernels.adaln_modulate(

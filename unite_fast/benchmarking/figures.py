@@ -70,7 +70,7 @@ def row(config: Config, measured: Measured, window: Window, data: str, overrides
         "bad_step": measured.bad_step,
     }
     found |= prediction(config, measured, gpu)
-    released = gpu is not None and predict.of_released_speed(config)
+    released = gpu is not None and predict.has_released_speed(config)
     return found | {"released_images_per_s_per_gpu": predict.RELEASED_IMAGES_PER_S if released else None}
 
 

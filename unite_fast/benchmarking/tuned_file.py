@@ -7,7 +7,7 @@ import yaml
 from unite_fast.benchmarking.candidate import OK
 from unite_fast.benchmarking.tune import Found, describe
 from unite_fast.errors import UserError
-from unite_fast.utils.files import writing, writing_aside
+from unite_fast.utils.files import atomic_write, writing
 
 
 def check(path: Path) -> None:
@@ -42,5 +42,5 @@ def write(path: Path, found: Found, command: str) -> None:
             tree.setdefault(group, {})[name] = value
         else:
             tree[key] = value
-    with writing_aside(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("".join(f"# {line}\n" for line in about) + yaml.safe_dump(tree, sort_keys=False))

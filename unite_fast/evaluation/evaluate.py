@@ -15,7 +15,7 @@ from unite_fast.evaluation.batches import open_named
 from unite_fast.evaluation.evaluator import open_judge
 from unite_fast.evaluation.provenance import described_checkpoint, described_machine, described_sampling
 from unite_fast.evaluation.reconstruction import score_reconstructions
-from unite_fast.sampling.distributed_sampler import Drawn, Generation, generate_batches
+from unite_fast.sampling.distributed_sampler import Generation, Samples, sample_distributed
 from unite_fast.sampling.pipeline import TrainedUNITE
 from unite_fast.utils.progress import Track, no_progress
 
@@ -65,7 +65,7 @@ def evaluate(
     generated, pictures = [], {}
     for generation in series:
         begun_here, first, scale = time.perf_counter(), FirstImages(GRID), generation.sampling.guidance
-        batches = generate_batches(model.network, generation, ranks)
+        batches = sample_distributed(model.network, generation, ranks)
         total = -(-generation.batches // ranks.world)
         scores = judge.score(first.watch(track(batches, total, f"generating with guidance {scale:g}")), count, ranks)
         generated.append(
@@ -132,7 +132,7 @@ class FirstImages:
         self.most = most
         self.kept: dict[int, Tensor] = {}
 
-    def watch(self, batches: Iterable[Drawn]) -> Iterator[Drawn]:
+    def watch(self, batches: Iterable[Samples]) -> Iterator[Samples]:
         for batch in batches:
             for number, image in zip(batch.indices.tolist(), batch.images, strict=True):
                 if number < self.most:

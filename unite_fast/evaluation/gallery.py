@@ -300,7 +300,9 @@ class Artist:
         return {**seen, 1.0: result}
 
     def _generate(self, labels: Tensor, **changes) -> Tensor:
-        return sampler.generate(self.model.network, labels, replace(self.settings, **changes), self.seed, self.batch)
+        return sampler.sample_images(
+            self.model.network, labels, replace(self.settings, **changes), self.seed, self.batch
+        )
 
     def _noise(self, count: int) -> Tensor:
         config, device = self.model.config.model, self.model.network.device
@@ -312,7 +314,7 @@ class Artist:
     def _latents(self, labels: Tensor, noise: Tensor) -> Tensor:
         network = self.model.network
         parts = zip(labels.to(network.device).split(self.batch), noise.split(self.batch), strict=True)
-        return torch.cat([sampler.generate_latents(network, part, start, self.settings) for part, start in parts])
+        return torch.cat([sampler.sample_latents(network, part, start, self.settings) for part, start in parts])
 
     @torch.no_grad()
     def _tokenize(self, images: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from unite_fast.errors import UserError, require, require_choice
 from unite_fast.evaluation.evaluator import Judge
 from unite_fast.evaluation.fid import Moments
 from unite_fast.evaluation.provenance import described_checkpoint, described_sampling
-from unite_fast.sampling.distributed_sampler import Drawn, Generation, generate_batches
+from unite_fast.sampling.distributed_sampler import Generation, Samples, sample_distributed
 from unite_fast.sampling.pipeline import TrainedUNITE
 from unite_fast.sampling.sampler import Network
 from unite_fast.utils.files import save_text
@@ -238,7 +238,7 @@ class Objective:
         self.cache.add(measured)
         return measured
 
-    def _draw(self, candidate: Candidate, first: int, count: int) -> Iterable[Drawn]:
+    def _draw(self, candidate: Candidate, first: int, count: int) -> Iterable[Samples]:
         """This process's share of samples first..first + count - 1."""
         generation = Generation(
             (first + torch.arange(count)) % self.model.config.model.num_classes,
@@ -249,7 +249,7 @@ class Objective:
             self.compile,
             first,
         )
-        batches = generate_batches(self.model.network, generation, self.ranks, network=self.network)
+        batches = sample_distributed(self.model.network, generation, self.ranks, network=self.network)
         rounds = -(-generation.batches // self.ranks.world)
         title = f"{count} images, guidance {candidate.scale:g} in ({candidate.low:g}, {candidate.high:g})"
         return self.track(batches, rounds, title)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from unite_fast.config import EvaluationSettings
 from unite_fast.data_pipeline import Source
-from unite_fast.data_pipeline.open_source import open_data
-from unite_fast.data_pipeline.readers import check_share
+from unite_fast.data_pipeline.open_source import detect_source, open_source
+from unite_fast.data_pipeline.readers import check_broken_fraction
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import require
 from unite_fast.evaluation import metrics, pixel_features
@@ -120,7 +120,7 @@ def check_broken(broken: list[str], total: int) -> None:
     """
     if broken:
         name, _, reason = broken[-1].partition(": ")
-        check_share(len(broken), total, (name, reason))
+        check_broken_fraction(len(broken), total, (name, reason))
 
 
 def choose_features(settings: EvaluationSettings, image_size: int, of_inception: bool = False) -> str:
@@ -167,7 +167,8 @@ def save_statistics(
         UserError: data or weights that are missing, images too large for pixels, or a file that cannot be written.
     """
     check_target(out, (".npz",))
-    kind, source = open_data(data, image_size, split)
+    kind, path = detect_source(data)
+    source = open_source(kind, path, image_size, split)
     size = source.image_size
     if choose_features(settings, size) == pixel_features.NAME:
         require(

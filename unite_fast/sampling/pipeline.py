@@ -1,4 +1,4 @@
-"""A trained model, ready for use: generate and reconstruct."""
+"""A trained model ready to generate and reconstruct images."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,11 +16,12 @@ from unite_fast.sampling import sampler
 
 
 class TrainedUNITE:
-    """
+    """A trained model with the settings it was trained with.
+
     Attributes:
-        network: the model with its averaged weights, float32, without gradients.
-        config: the settings it was trained with.
-        step: optimizer steps it was trained for.
+        network: the model with its EMA weights, float32, without gradients.
+        config: the settings of its training.
+        step: optimizer steps of its training.
     """
 
     def __init__(self, network: UNITE, config: Config, step: int):
@@ -41,50 +42,49 @@ class TrainedUNITE:
     def generate(
         self, labels: Sequence[int] | Tensor, seed: int = 0, batch: int = 64, first: int = 0, **settings
     ) -> Tensor:
-        """Images of the given classes.
+        """Generate one image per label.
 
         Args:
             labels: classes, [n].
-            seed: image i is drawn from (seed, first + i).
-            batch: images at a time.
-            first: number of the first image, to draw a long series in parts.
-            settings: any of `SamplingConfig`, for example `guidance=2.0, solver="euler", steps=20`; the others are the
-                recipe's.
+            seed: the noise of image i is drawn from (seed, first + i).
+            batch: images per forward pass.
+            first: offset of the first image, to generate a long series in parts.
+            settings: fields of `SamplingConfig`, for example `guidance=2.0, solver="euler", steps=20`; the recipe sets
+                the others.
 
         Returns:
             uint8 [n, 3, S, S].
 
         Raises:
-            UserError: a class or a setting that is out of range.
+            UserError: class or setting out of range.
         """
         config = self.config.sampling.changed(**settings)
         labels = torch.as_tensor(labels, dtype=torch.int64)
         require(labels.dim() == 1 and len(labels) > 0, f"labels must be a list of classes, got {labels.tolist()}")
         check_seed_and_batch(seed, batch)
-        return sampler.generate(self.network, labels, config, seed, batch, first)
+        return sampler.sample_images(self.network, labels, config, seed, batch, first)
 
     def reconstruct(self, images: Tensor | np.ndarray, seed: int = 0, batch: int = 64, first: int = 0) -> Tensor:
-        """Images through tokenizer and decoder: uint8 [n, 3, S, S] -> uint8 [n, 3, S, S].
+        """Encode and decode images: uint8 [n, 3, S, S] -> uint8 [n, 3, S, S].
 
-        Image i's registers are drawn from (seed, first + i).
+        The registers of image i are drawn from (seed, first + i).
 
         Raises:
-            UserError: images of another size or dtype, or none.
+            UserError: no images, or images of another size or dtype.
         """
         images = torch.as_tensor(images)
         size = self.config.model.image_size
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1:] != (3, size, size):
             raise UserError(
-                f"reconstruct wants uint8 images [n, 3, {size}, {size}], got {images.dtype} {list(images.shape)}"
+                f"reconstruct takes uint8 images [n, 3, {size}, {size}], got {images.dtype} {list(images.shape)}"
             )
-        require(len(images) > 0, "reconstruct wants at least one image")
+        require(len(images) > 0, "reconstruct needs at least one image")
         check_seed_and_batch(seed, batch)
         return sampler.reconstruct(self.network, images, seed, batch, first)
 
 
 def weights_sha256(model: TrainedUNITE) -> str:
-    """SHA-256 of the averaged weights: names, shapes and float32 numbers, in the order of the names. It does not depend
-    on the kind of file they came from."""
+    """SHA-256 of the EMA weights (names, shapes, float32 values, sorted by name), whatever file they came from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.network.state_dict().items()):
         array = tensor.detach().cpu().contiguous().numpy()

@@ -86,7 +86,9 @@ class Report:
         labels = torch.arange(PICTURE_ROWS * PICTURE_COLUMNS) % min(config.model.num_classes, PICTURE_COLUMNS)
         # Sampling meets shapes of its own; compiling for them would take longer than drawing.
         with self.state.ema.applied(), torch.compiler.set_stance("force_eager"):
-            samples = sampler.generate(model, labels, config.sampling, config.seed, precision=config.train.precision)
+            samples = sampler.sample_images(
+                model, labels, config.sampling, config.seed, precision=config.train.precision
+            )
             reconstructions = sampler.reconstruct(model, self.held_out, config.seed)
         if not self.main:
             return

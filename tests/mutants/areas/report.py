@@ -7,10 +7,10 @@ CHANGES = [
         [
             ("with self.state.ema.applied(), torch.compiler", "with torch.compiler"),
             (
-                "sampling.generate(model, labels, config.sampling, config.seed,",
-                "sampling.generate(model, labels, config.sampling, 0,",
+                "sampler.sample_images(model, labels, config.sampling, config.seed,",
+                "sampler.sample_images(model, labels, config.sampling, 0,",
             ),
-            ("sampling.reconstruct(model, self.held_out, config.seed)", "sampling.reconstruct(model, self.held_out)"),
+            ("sampler.reconstruct(model, self.held_out, config.seed)", "sampler.reconstruct(model, self.held_out)"),
             ('("samples", grid(samples, PICTURE_COLUMNS)),', '("samples", grid(samples.flip(0), PICTURE_COLUMNS)),'),
             (
                 "pairs(self.held_out, reconstructions, PICTURE_COLUMNS)",
