@@ -59,7 +59,7 @@ def evaluate(
         Path | None, typer.Option(metavar="FOLDER", help="for JSON, table and grids [default: RUN/evaluation]")
     ] = None,
 ) -> None:
-    """Judge a model: generated images against real ones, and reconstructions of held-out images.
+    """Evaluator a model: generated images against real ones, and reconstructions of held-out images.
 
     Under torchrun the processes share the work, and the result is the same.
 
@@ -135,5 +135,5 @@ def stats(
         made = save_statistics(data, image_size, split, settings, out, ranks, choose_device(device), workers, track)
     if ranks.main:
         typer.echo(f"{made.count} images, {len(made.statistics.mean)} {made.features} features: {out}")
-        for line in unreadable_lines(made.about, "images"):
+        for line in unreadable_lines(made.provenance, "images"):
             typer.echo(line)

@@ -48,12 +48,12 @@ def gallery(
 
     Example: `unite-fast gallery runs/digits --out digits.html`
     """
-    from unite_fast.evaluation.gallery import Wishes, make_gallery
+    from unite_fast.evaluation.gallery import GallerySettings, make_gallery
     from unite_fast.evaluation.gallery_page import render
     from unite_fast.utils.files import check_target, save_text
 
     check_target(out, (".html",))
-    wishes = Wishes(
+    settings = GallerySettings(
         classes=parse_classes(classes),
         per_class=per_class,
         scales=tuple(parse_numbers("--scales", scales, float)),
@@ -62,7 +62,7 @@ def gallery(
         batch=batch,
         sampling=given(guidance=guidance, interval=parse_interval(interval), solver=solver, steps=steps),
     )
-    head, sections = make_gallery(load(checkpoint, device), checkpoint, wishes)
+    head, sections = make_gallery(load(checkpoint, device), checkpoint, settings)
     page = render(head, sections, date.today().isoformat())
     save_text(page, out)
     images = sum(len(figure.images) for section in sections for row in section.rows for figure in row.figures)

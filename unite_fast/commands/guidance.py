@@ -69,8 +69,8 @@ def search_guidance(
     """
     from unite_fast.distributed.launch import ranks_of_torchrun
     from unite_fast.evaluation import guidance_report
-    from unite_fast.evaluation.evaluator import open_judge
-    from unite_fast.evaluation.guidance_search import Grid, Objective, search
+    from unite_fast.evaluation.evaluator import open_evaluator
+    from unite_fast.evaluation.guidance_search import Grid, Objective, SearchSettings, search
     from unite_fast.evaluation.report import check_folder, default_folder
     from unite_fast.utils.device import choose_device
     from unite_fast.utils.progress import track
@@ -89,23 +89,18 @@ def search_guidance(
     check_folder(folder)
     with ranks_of_torchrun(choose_device(device)) as ranks:
         model = load(checkpoint, device)
-        judge = open_judge(model.config, settings, ranks, model.network.device, track, classifier=False)
-        few, many = SEARCH_SAMPLES[judge.features.name]
-        config = model.config.sampling.changed(**given(solver=solver, steps=steps))
-        objective = Objective(
-            model,
-            judge,
-            config,
-            (few if count is None else count, many if final_count is None else final_count),
+        evaluator = open_evaluator(model.config, settings, ranks, model.network.device, track, classifier=False)
+        few, many = SEARCH_SAMPLES[evaluator.features.name]
+        search_settings = SearchSettings(
+            model.config.sampling.changed(**given(solver=solver, steps=steps)),
+            few if count is None else count,
+            many if final_count is None else final_count,
             seed,
             batch,
             precision or model.config.train.precision,
             model.network.device.type == "cuda" if compile is None else compile,
-            folder,
-            ranks,
-            track,
-            str(checkpoint),
         )
+        objective = Objective(model, evaluator, search_settings, folder, ranks, track, str(checkpoint))
         found = search(grid, objective, confirm)
         if ranks.main:
             guidance_report.save(found, grid, objective, folder)
