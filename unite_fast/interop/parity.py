@@ -272,7 +272,7 @@ def _train(trace: Trace, model: UNITE, config: Config) -> _Training:
         batch = MicroBatch(images, labels, trace.draws(step, config))
         losses = accumulate_gradients(model, [batch], 1, config)
         if step == 0:
-            gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         norm = state.apply_gradients()
         values = {"l1": losses.l1, "flow": losses.flow, "total": losses.total, "grad_norm": norm}
         steps.append({"lr": rate} | {name: value.item() for name, value in values.items()})
