@@ -71,6 +71,15 @@ def test_files_exist(page):
 
 
 @every_page
+def test_names_are_in_the_files_that_they_link_to(page):
+    text, link = page.read_text(), r"\]\(([^)#]+\.(?:py|cpp))\)"
+    named = re.findall(rf"`([\w.]+)` in \[[^\]]*{link}", text) + re.findall(rf"\[`([A-Z]\w*(?:\.\w+)?)`{link}", text)
+    named += [(name, path) for path, name in re.findall(rf"{link}: (?:the )?`([\w.]+)`", text)]
+    for name, path in named:
+        assert re.search(rf"\b{name.split('.')[-1]}\b", (page.parent / path).read_text()), (name, path)
+
+
+@every_page
 def test_commands_and_options_exist(page):
     for name, *words in calls(page):
         assert name in COMMANDS, name
