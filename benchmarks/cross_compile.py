@@ -145,30 +145,29 @@ def all_kernels() -> set[str]:
 
 def launch(op: str, inputs: tuple) -> None:
     """Run the Triton kernels of an op, forward and backward, or the draws of a micro-batch."""
-    modules = triton_modules()
+    run = {name: function for module in triton_modules().values() for name, function in vars(module).items()}
     if op == "draws":
-        philox, positions = modules["philox"], empty(BATCH, dtype=torch.int64)
-        keys = 1, 3, 4, range(1), positions, LATENT[0] * LATENT[1]
-        philox.philox_uniforms(*keys)
-        philox.philox_normals(*keys)
-        philox.philox_words(*keys)
-        philox.philox_dropout(1, 3, 4, 0, positions, 256 * 256 * 64 // 32)
-    elif op == "layer_norm":  # a part of layer_norm_linear
-        out, *statistics = modules["layer_norm"].layer_norm_forward(*inputs)
-        modules["layer_norm"].layer_norm_backward_recompute(out, *inputs[:3], *statistics)
-    elif op == "residual_layer_norm":
-        x_out, out, *statistics = modules["layer_norm"].residual_layer_norm_forward(*inputs)
-        into_backward = x_out, out, x_out, out.dtype, *inputs[2:4], *statistics
-        modules["layer_norm"].residual_layer_norm_backward_recompute(*into_backward)
-    else:
-        fused = OPS[op].fused
-        outputs = fused.backends["triton"].forward(*inputs)
-        into_backward = *outputs[: fused.results], *fused.saved(inputs, outputs)
-        fused.backends["triton"].backward(*into_backward)
+        positions = empty(BATCH, dtype=torch.int64)
+        for name in ("philox_uniforms", "philox_normals", "philox_words"):
+            run[name](1, 3, 4, range(1), positions, LATENT[0] * LATENT[1])
+        run["philox_dropout"](1, 3, 4, 0, positions, 256 * 256 * 64 // 32)
+        return
+    outputs = run[f"{op}_forward"](*inputs)
+    if op == "layer_norm":  # a part of layer_norm_linear
+        out, *statistics = outputs
+        run["layer_norm_backward_recompute"](out, *inputs[:3], *statistics)
+        return
+    if op == "residual_layer_norm":
+        x_out, out, *statistics = outputs
+        run["residual_layer_norm_backward_recompute"](x_out, out, x_out, out.dtype, *inputs[2:4], *statistics)
+        return
+    fused = OPS[op].fused
+    into_backward = *outputs[: fused.results], *fused.saved(inputs, outputs)
+    run[f"{op}_backward"](*into_backward)
+    if recompute := run.get(f"{op}_backward_recompute"):
         if op == "gated_residual_adaln":
             into_backward = *into_backward[:6], inputs[4], *into_backward[6:]  # and shift
-        if recompute := fused.backends["triton"].backward_recompute:
-            recompute(*into_backward)
+        recompute(*into_backward)
 
 
 class StandIn:

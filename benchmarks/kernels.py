@@ -309,7 +309,7 @@ def main() -> int:
         "--shape", action="append", type=parse_shape, metavar="BxTxD", help=f"may be repeated {defaults}"
     )
     parser.add_argument("--device", default="cpu", choices=SHAPES, help="[cpu]")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of measuring a case, all its bodies together [3]")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of measuring a case, all its backends together [3]")
     parser.add_argument("--no-compiled", action="store_true", help="leave out torch.compile, which takes minutes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU [as torch has them]")
     parser.add_argument("--json", action="store_true", help="print a list of rows instead of the table")

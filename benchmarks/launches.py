@@ -260,7 +260,7 @@ def table(found: dict, largest: int) -> str:
     parts = {part: names for part, names in found["micro_batch"].items() if names}
     where = "tensors without memory on a CUDA device"
     if found["device"] == "cpu":
-        where = "no CUDA device: tensors without memory on the CPU, with a GPU's bodies and products"
+        where = "no CUDA device: tensors without memory on the CPU, with a GPU's backends and matmuls"
     lines = [where, "", f"{'part':28}{'launches':>9}  most of them"]
     for part, names in parts.items():
         most = ", ".join(f"{name} {number:g}" for name, number in list(names.items())[:6])

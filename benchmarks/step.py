@@ -141,7 +141,7 @@ def main() -> None:
     )
     parser.add_argument("--size", choices=SIZES, default="bench", help="encoder, decoder and image size [bench]")
     parser.add_argument("--batch", type=int, default=8, help="images a step [8]")
-    parser.add_argument("--kernels", choices=backend.available(), default="auto", help="which bodies run [auto]")
+    parser.add_argument("--kernels", choices=backend.available(), default="auto", help="which backend runs [auto]")
     parser.add_argument("--lpips", action="store_true", help="with LPIPS, of random weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="print one object")

@@ -4,20 +4,31 @@ The extension is optional. `available()` says whether it was built, `reason()` w
 an error, never a silent fallback.
 """
 
+import hashlib
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from unite_fast.kernels import tensors
 
-VERSION = 2
-"""Of the C++ that this file calls: kVersion in csrc/module.cpp."""
+
+def _hash_of_sources() -> str:
+    """The hash of csrc/, as in CMakeLists.txt; empty in a wheel, which has no sources."""
+    files = sorted(file for file in (Path(__file__).parent / "csrc").glob("*") if file.suffix in (".cpp", ".h"))
+    hashes = "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    return hashlib.sha256(hashes.encode()).hexdigest() if files else ""
+
 
 _missing = ""
 try:
     from unite_fast.kernels import _native
 
-    if getattr(_native, "version", 0) != VERSION:
-        _missing = "unite_fast.kernels._native was built from other sources than these; reinstall unite-fast with pip"
+    if _hash_of_sources() not in ("", getattr(_native, "sources", None)):
+        _missing = (
+            "unite_fast.kernels._native was built from other C++ sources than these; rebuild it with "
+            "`pip install -e . --no-deps`, or as CONTRIBUTING.md says"
+        )
 except ImportError as error:
     # It was never built, or it was built for another Python or against a library that is gone. The text says which.
     _missing = (

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Where no GPU can run them, the Triton bodies run in Triton's interpreter. It looks at this when it is imported.
+    # Where no GPU can run them, the Triton kernels run in Triton's interpreter. It looks at this when it is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
 from unite_fast.cli import main

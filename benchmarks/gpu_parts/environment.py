@@ -41,7 +41,7 @@ def measure(c: Context) -> None:
     missing = {name: why for name in (*NEEDED, *OPTIONAL) if (why := why_missing(name))}
     c.say("packages", ok=not missing.keys() & set(NEEDED), missing=missing)
     c.say(
-        "bodies",
+        "backends",
         ok=not backend.why_missing(c.backend_name),
         native=native.reason() or "built",
         triton=backend.why_missing("triton") or "can run",

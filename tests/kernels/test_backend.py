@@ -96,9 +96,9 @@ def test_what_native_cannot_take():
     backend.use("auto")
     assert torch.equal(kernels.swiglu(x), swiglu_ref(x))
     backend.use("native")
-    with pytest.raises(UserError, match=r"takes and gives float32 and bfloat16 on cpu, not torch.float16 on cpu"):
+    with pytest.raises(UserError, match=r"not torch.float16 on cpu"):
         kernels.swiglu(x)
-    with pytest.raises(UserError, match=r"not torch.float32 on meta; choose the backend 'auto' or 'reference'"):
+    with pytest.raises(UserError, match=r"not torch.float32 on meta"):
         kernels.swiglu(torch.empty(3, 8, device="meta"))
     with pytest.raises(UserError, match=r"not torch.float32 to torch.float16 on cpu"):
         kernels.adaln_modulate(

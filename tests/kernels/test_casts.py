@@ -42,7 +42,7 @@ def test_nothing_is_held_afterwards_nor_after_an_error(weight):
         copy = weakref.ref(held(weight).untyped_storage())
         raise RuntimeError("on purpose")
     gc.collect()
-    assert not casts._held
+    assert not casts._copies
     assert copy() is None
 
 
@@ -74,14 +74,14 @@ def test_within_another(weight, draw):
             assert held(other).data_ptr() == inner
         assert held(weight).data_ptr() == outer
         assert casts._find(other, HALF) is None
-    assert not casts._held
+    assert not casts._copies
 
 
 def test_what_needs_no_copy_has_none(draw):
     with cast_once([draw(4, 4, dtype=HALF), draw(4, 4).double()]):
-        assert not casts._held
+        assert not casts._copies
     with cast_once([draw(4, 4)], torch.float32):
-        assert not casts._held
+        assert not casts._copies
     with torch.inference_mode():
         inference = torch.randn(4, 4)
     with cast_once([inference]):

@@ -135,7 +135,7 @@ def backend_name(fast_backend_on_a_cpu):
     return fast_backend_on_a_cpu
 
 
-native_only = pytest.mark.parametrize("fast_body_on_a_cpu", ["native"], indirect=True)
+native_only = pytest.mark.parametrize("fast_backend_on_a_cpu", ["native"], indirect=True)
 
 
 @pytest.fixture(params=CASES)

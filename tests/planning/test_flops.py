@@ -112,7 +112,7 @@ def test_a_step_has_the_flops_that_torch_counts(tiny_config, encoder):
         config.objective, Philox(0, 0, torch.arange(images)), (config.model.patches, model.config.latent_channels)
     )
     labels = torch.zeros(images, dtype=torch.int64)
-    # The reference bodies show their products; attention written out shows its own.
+    # The reference backends show their products; attention written out shows its own.
     with backend.using("reference"), sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward:
             found = reconstruct(model, torch.rand(images, 3, size, size), draws, config)

@@ -39,7 +39,9 @@ class Network:
 
     def compiled(self, **options) -> "Network":
         """A compiled copy, for one batch size: compiles a guided step, an unguided step and the decoder."""
-        return Network(*(torch.compile(part, dynamic=False, **options) for part in (self.denoise, self.decode)))
+        return Network(
+            torch.compile(self.denoise, dynamic=False, **options), torch.compile(self.decode, dynamic=False, **options)
+        )
 
 
 @dataclass
