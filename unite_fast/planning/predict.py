@@ -14,7 +14,6 @@ from unite_fast.errors import UserError, require
 from unite_fast.planning import flops, memory
 from unite_fast.planning.gpus import GPU
 from unite_fast.recipes import from_tree
-from unite_fast.recipes import from_tree
 
 BLOCK_BYTES = 138
 """Elementwise and norm bytes per (token x channel) of an encoder block, forward and backward with recomputation, Triton

@@ -41,11 +41,6 @@ class WeightFile:
         path = path or os.environ.get(self.variable, "")
         return bool(path) and Path(path).expanduser().is_file()
 
-    def exists(self, path: str) -> bool:
-        """Whether the file that `path` or the environment variable names exists."""
-        path = path or os.environ.get(self.variable, "")
-        return bool(path) and Path(path).expanduser().is_file()
-
     def path(self, path: str) -> Path:
         """The file that `path` names, or the environment variable if `path` is empty.
 

@@ -6,12 +6,12 @@ CHANGES = [
         ("tests/commands/test_forwarding.py", "tests/commands/test_options.py"),
         [
             (
-                "outputs.generate_with_progress(model, labels, seed, batch, settings)",
-                "outputs.generate_with_progress(model, labels, 0, batch, settings)",
+                "generate_with_progress(model, labels, seed, batch, settings)",
+                "generate_with_progress(model, labels, 0, batch, settings)",
             ),
             (
-                "outputs.generate_with_progress(model, labels, seed, batch, settings)",
-                "outputs.generate_with_progress(model, labels, seed, 64, settings)",
+                "generate_with_progress(model, labels, seed, batch, settings)",
+                "generate_with_progress(model, labels, seed, 64, settings)",
             ),
             ("model.config.sampling.changed(**settings),", "model.config.sampling,"),
             ("precision or model.config.train.precision,", "model.config.train.precision,"),
@@ -24,7 +24,7 @@ CHANGES = [
         ("tests/commands/test_forwarding.py", "tests/commands/test_options.py"),
         [
             ("        seed=seed,\n", ""),
-            ("        count=count,\n", ""),
+            ("        count=count or 0,\n", ""),
             ('        precision=precision or "",\n', ""),
             ("        **given(reconstructions=reconstructions),\n", ""),
             ("folder = out or default_folder(checkpoint)", "folder = default_folder(checkpoint)"),
@@ -154,7 +154,7 @@ CHANGES = [
         "unite_fast/planning/predict.py",
         ("tests/planning/test_predict.py",),
         [
-            ("memory.FLOAT * every - activations", "memory.FLOAT * every + activations"),
+            ("memory.FLOAT * total - activations", "memory.FLOAT * total + activations"),
         ],
     ),
 ]
