@@ -170,7 +170,7 @@ def test_words_about_few_images():
     assert "covariance has rank 99 at most, which makes the Frechet distance too large" in bias_warning(
         100, 100, "real"
     )
-    assert "falls in proportion to 1 / images" in bias_warning(999, 100, "generated")
+    assert "falls as 1 / count" in bias_warning(999, 100, "generated")
     assert bias_warning(1000, 100, "generated") == ""
 
 
