@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from unite_fast import kernels
 from unite_fast.config import LPIPS_SHA256, VGG16_SHA256, PerceptualConfig
 from unite_fast.kernels.casts import cast
-from unite_fast.kernels.common import matmul_dtype
+from unite_fast.kernels.tensors import matmul_dtype
 from unite_fast.randomness import Philox, Stream
 from unite_fast.utils.pretrained import WeightFile
 
@@ -83,6 +83,7 @@ class Convolution(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = matmul_dtype(x)
+        assert self.bias is not None
         return self._conv_forward(x.to(dtype), cast(self.weight, dtype), cast(self.bias, dtype))
 
 
@@ -193,7 +194,7 @@ def dropout_masks(philox: Philox, shapes: Sequence[tuple[int, int, int]]) -> lis
 def _mask(philox: Philox, draw: int, words: int) -> Tensor:
     """uint8 [b, 32 words], 0 or 2: the bits of each word, the lowest first."""
     if philox.on_triton:
-        from unite_fast.kernels.triton_bodies.philox import philox_dropout
+        from unite_fast.kernels.triton_kernels.philox import philox_dropout
 
         return philox_dropout(philox.seed, philox.step, Stream.LPIPS_DROPOUT, draw, philox.positions, words)
     device = philox.positions.device

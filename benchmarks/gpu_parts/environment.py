@@ -41,8 +41,8 @@ def measure(c: Context) -> None:
     missing = {name: why for name in (*NEEDED, *OPTIONAL) if (why := why_missing(name))}
     c.say("packages", ok=not missing.keys() & set(NEEDED), missing=missing)
     c.say(
-        "bodies",
-        ok=not backend.why_missing(c.body),
+        "backends",
+        ok=not backend.why_missing(c.backend_name),
         native=native.reason() or "built",
         triton=backend.why_missing("triton") or "can run",
     )
@@ -96,7 +96,7 @@ def why_missing(name: str) -> str:
 
 
 def linear(c: Context, rows: int, inputs: int, outputs: int) -> dict:
-    """Microseconds and TFLOP/s of a Linear's passes as kernels/product.py takes them."""
+    """Microseconds and TFLOP/s of a Linear's passes as kernels/matmul.py takes them."""
     x = torch.randn(rows, inputs, device=c.device, dtype=torch.bfloat16)
     d_y = torch.randn(rows, outputs, device=c.device, dtype=torch.bfloat16)
     weight = torch.randn(outputs, inputs, device=c.device, dtype=torch.bfloat16)

@@ -38,7 +38,7 @@ ANNOTATIONS = r"PART |Optimizer\.|ProfilerStep"
 
 
 def measure(c: Context) -> None:
-    with open_trainer(config(c, c.body, False, IMAGES)) as trainer:
+    with open_trainer(config(c, c.backend_name, False, IMAGES)) as trainer:
         for _ in range(3):  # compiles and chooses algorithms
             take_step(trainer)
         c.wait()

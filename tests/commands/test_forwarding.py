@@ -49,8 +49,7 @@ def model(monkeypatch):
         loaded.asked = checkpoint, device
         return loaded
 
-    for module in ("images", "evaluation", "guidance", "gallery"):
-        monkeypatch.setattr(f"unite_fast.commands.{module}.load", load)
+    monkeypatch.setattr(options_module, "load", load)
     return loaded
 
 
@@ -104,7 +103,7 @@ def test_reconstruct(command, record, model, tmp_path):
     import torch
 
     originals, copies = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.full((2, 3, 8, 8), 9, dtype=torch.uint8)
-    read = record("unite_fast.commands.images.read_images", result=originals)
+    read = record("unite_fast.data_pipeline.image_folder.read_images", result=originals)
     saved = record("unite_fast.utils.images.save_pairs")
     model.reconstruct = lambda images: copies if images is originals else None
     out = tmp_path / "pairs.png"

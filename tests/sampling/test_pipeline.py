@@ -117,8 +117,8 @@ def test_reconstructions_do_not_depend_on_the_batch(model, images):
         torch.zeros(0, 3, 8, 8, dtype=torch.uint8),
     ],
 )
-def test_images_of_another_kind_are_refused(model, wrong):
-    with pytest.raises(UserError, match="reconstruct"):
+def test_images_of_another_kind_are_refused(model, wrong, mentions):
+    with pytest.raises(UserError, match=mentions("reconstruct", list(wrong.shape) if len(wrong) else "one image")):
         model.reconstruct(wrong)
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from unite_fast.errors import UserError
-from unite_fast.utils.files import writing, writing_aside
+from unite_fast.utils.files import atomic_write, writing
 
 
 def append(path: Path, row: dict) -> None:
@@ -24,7 +24,7 @@ def append(path: Path, row: dict) -> None:
         columns, rows = parse(path, path.read_text()) if path.exists() else ([], [])
         missing = [name for name in row if name not in columns]
         if missing:
-            with writing_aside(path) as partial:
+            with atomic_write(path) as partial:
                 partial.write_text(table([*columns, *missing], [*rows, row], header=True))
         else:
             with writing(path), path.open("a", newline="") as file:

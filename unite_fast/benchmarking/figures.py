@@ -38,7 +38,7 @@ def row(config: Config, measurement: Measurement, window: Window, data: str, ove
         "batch_size": batch,
         "micro_batch": share(measurement.ranks, batch, config.train.micro_batch)[1],
         "precision": config.train.precision,
-        "kernels": backend.body_on(measurement.device),
+        "kernels": backend.backend_on(measurement.device),
         "attention": backend.attention_on(measurement.device),
         "compile": config.train.compile,
         "strategy": measurement.strategy,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from unite_fast.benchmarking import csv_file
 from unite_fast.errors import UserError
-from unite_fast.utils.files import writing_aside
+from unite_fast.utils.files import atomic_write
 
 
 def draw(table: Path, out: Path) -> int:
@@ -42,7 +42,7 @@ def draw(table: Path, out: Path) -> int:
         axes.set_ylabel("images/s")
         axes.set_ylim(0, 1.1 * max(rates + fast))
         axes.set_title(title, fontsize=9)
-    with writing_aside(out) as partial:
+    with atomic_write(out) as partial:
         figure.savefig(partial, format="png", dpi=150)
     pyplot.close(figure)
     return len(rows)

@@ -12,7 +12,7 @@ from unite_fast.benchmarking import candidate, csv_file, figures, plot, tuned_fi
 from unite_fast.benchmarking.measure import Window, measure, sigterm_unwinds
 from unite_fast.benchmarking.tune import axes, lines, search, timed_batch
 from unite_fast.config import Config
-from unite_fast.data_pipeline.open_source import open_data
+from unite_fast.data_pipeline.open_source import detect_source
 from unite_fast.distributed.launch import ranks_of_torchrun
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError
@@ -40,8 +40,7 @@ def read_recipe(words: list[str], tuned: str, data: str) -> tuple[Config, tuple[
         if override.startswith(DATA_KEYS):
             raise UserError(f"{override}: bench uses synthetic images, or those of --data PATH; leave this setting out")
     config = load_config(recipe, overrides, tuned)
-    kind = open_data(data, config.model.image_size, "train")[0] if data else "synthetic"
-    path = "" if kind == "digits" else data  # "digits" is a name, not a path
+    kind, path = detect_source(data) if data else ("synthetic", "")
     # The recipe's loader may not fit another source.
     loader = config.data.loader if data else "auto"
     return replace(config, data=replace(config.data, source=kind, path=path, loader=loader)), overrides

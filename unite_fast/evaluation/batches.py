@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from unite_fast.config import Config
-from unite_fast.data_pipeline import Source, UnreadableSample, open_source
-from unite_fast.data_pipeline.open_source import open_data
+from unite_fast.data_pipeline import Source, UnreadableSample, detect_source, open_source
 
 MAX_NAMED = 5
 """Unreadable samples that a result lists by name and reason; the others are only counted."""
@@ -24,7 +23,7 @@ def open_images(config: Config, data: str, split: str) -> Source:
     """
     size = config.model.image_size
     if data:
-        return open_data(data, size, split)[1]
+        return open_source(*detect_source(data), size, split)
     return open_source(config.data.source, config.data.path, size, split, config.model.num_classes)
 
 

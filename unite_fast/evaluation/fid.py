@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError, require
-from unite_fast.utils.files import writing, writing_aside
+from unite_fast.utils.files import atomic_write, writing
 from unite_fast.utils.pretrained import file_sha256
 
 
@@ -136,7 +136,7 @@ def save_reference(reference: Reference, path: Path) -> None:
     meta = {"features": reference.features, "count": reference.count, "about": reference.provenance}
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with writing_aside(path) as partial, partial.open("wb") as file:
+    with atomic_write(path) as partial, partial.open("wb") as file:
         text = np.frombuffer(json.dumps(meta).encode(), np.uint8)
         np.savez(file, **{"meta_json": text, **{name: tensor.numpy() for name, tensor in arrays.items()}})
 

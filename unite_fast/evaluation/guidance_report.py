@@ -6,7 +6,7 @@ from pathlib import Path
 
 from unite_fast.evaluation.guidance_search import UNGUIDED, Grid, Measurement, Objective, SearchResult
 from unite_fast.evaluation.provenance import machine_info
-from unite_fast.utils.files import save_text, writing_aside
+from unite_fast.utils.files import atomic_write, save_text
 
 JSON, TABLE, CURVES = "guidance.json", "guidance.md", "guidance.png"
 
@@ -111,5 +111,5 @@ def save_curves(search: SearchResult, title: str, path: Path) -> None:
     axes.set(xlabel="guidance scale", ylabel=f"{title}, {search.searched[0].count} samples", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend(title="interval", fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    with writing_aside(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, dpi=110, format="png")

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from unite_fast.config import EvaluationSettings
 from unite_fast.data_pipeline import Source
-from unite_fast.data_pipeline.open_source import open_data
-from unite_fast.data_pipeline.readers import check_share
+from unite_fast.data_pipeline.open_source import detect_source, open_source
+from unite_fast.data_pipeline.readers import check_broken_fraction
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import require
 from unite_fast.evaluation import metrics, pixel_features
@@ -121,7 +121,7 @@ def check_unreadable(unreadable: list[str], total: int) -> None:
     """
     if unreadable:
         name, _, reason = unreadable[-1].partition(": ")
-        check_share(len(unreadable), total, (name, reason))
+        check_broken_fraction(len(unreadable), total, (name, reason))
 
 
 def choose_features(settings: EvaluationSettings, image_size: int, of_inception: bool = False) -> str:
@@ -171,7 +171,8 @@ def save_statistics(
         UserError: data or weights are missing, images are too large for pixel features, or `out` cannot be written.
     """
     check_target(out, (".npz",))
-    kind, source = open_data(data, image_size, split)
+    kind, path = detect_source(data)
+    source = open_source(kind, path, image_size, split)
     size = source.image_size
     if choose_features(settings, size) == pixel_features.NAME:
         require(

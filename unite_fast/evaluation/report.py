@@ -7,7 +7,7 @@ from torch import Tensor
 
 from unite_fast.errors import require
 from unite_fast.evaluation.batches import unreadable_lines
-from unite_fast.utils.files import writing, writing_aside
+from unite_fast.utils.files import atomic_write, writing
 from unite_fast.utils.images import grid, pairs
 
 JSON, TABLE, PAIRS = "evaluation.json", "evaluation.md", "reconstructions.png"
@@ -50,10 +50,10 @@ def save(result: dict, samples: dict[str, Tensor], reconstructions: tuple[Tensor
         for stale in out.glob("samples_guidance_*.png"):
             stale.unlink()
         for name, image in grids.items():
-            with writing_aside(out / name) as partial:
+            with atomic_write(out / name) as partial:
                 image.save(partial, format="png")
         for name, text in ((TABLE, table(result)), (JSON, json.dumps(result, indent=1))):
-            with writing_aside(out / name) as partial:
+            with atomic_write(out / name) as partial:
                 partial.write_text(text)
 
 

@@ -26,9 +26,9 @@ from unite_fast.errors import UserError, require
 from unite_fast.sampling.distributed_sampler import Generation, sample_distributed
 from unite_fast.sampling.pipeline import TrainedUNITE, weights_sha256
 from unite_fast.sampling.sampler import check_classes
-from unite_fast.utils.file_lock import LOCK, hold
-from unite_fast.utils.files import writing, writing_aside
-from unite_fast.utils.images import picture_name
+from unite_fast.utils.file_lock import LOCK, lock_folder
+from unite_fast.utils.files import atomic_write, writing
+from unite_fast.utils.images import image_file_name
 from unite_fast.utils.progress import progress
 
 MANIFEST = "generation.json"
@@ -128,7 +128,7 @@ class Parts:
             UserError: `out` exists, parts of other settings, another process is writing them, no permission.
         """
         self.check_free()
-        self.lock = hold(self.folder, "being written", "choose another --out")
+        self.lock = lock_folder(self.folder, "being written", "choose another --out")
         self.check_free()  # the process that held the lock may just have finished
         path = self.folder / MANIFEST
         if path.exists():
@@ -262,7 +262,7 @@ class NpzParts(Parts):
         return {b for b in self.batches if sizes.get(self.path(b).name) == len(self.samples(b)) * image}
 
     def write(self, number: int, images: Tensor) -> None:
-        with writing_aside(self.path(number)) as partial:
+        with atomic_write(self.path(number)) as partial:
             partial.write_bytes(images.permute(0, 2, 3, 1).contiguous().numpy().data)
 
     def merge(self) -> None:
@@ -304,7 +304,7 @@ class PngParts(Parts):
         return self.out / MANIFEST
 
     def path(self, index: int) -> Path:
-        return self.folder / picture_name(index, int(self.labels[index]))
+        return self.folder / image_file_name(index, int(self.labels[index]))
 
     def finished(self) -> set[int]:
         written = {entry.name for entry in os.scandir(self.folder) if entry.stat().st_size}
@@ -312,7 +312,7 @@ class PngParts(Parts):
 
     def write(self, number: int, images: Tensor) -> None:
         for index, image in zip(self.samples(number), images.permute(0, 2, 3, 1).numpy(), strict=True):
-            with writing_aside(self.path(index)) as partial:
+            with atomic_write(self.path(index)) as partial:
                 Image.fromarray(image).save(partial, format="PNG")
 
     def merge(self) -> None:
@@ -332,7 +332,7 @@ def make_parts(out: Path, manifest: dict, labels: Tensor, batch: int, size: int)
 
 
 def write_manifest(path: Path, manifest: dict) -> None:
-    with writing_aside(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(manifest, indent=1))
 
 

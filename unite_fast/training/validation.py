@@ -20,7 +20,7 @@ from unite_fast.sampling import sampler
 from unite_fast.sampling.solvers import ADAPTIVE_SOLVERS
 from unite_fast.training.metrics import MetricsLog
 from unite_fast.training.train_state import TrainState
-from unite_fast.utils.files import read_rows, writing, writing_aside
+from unite_fast.utils.files import atomic_write, read_rows, writing
 
 FOLDER, ROWS, CURVE = "evaluation", "curve.jsonl", "curve.png"
 
@@ -133,7 +133,7 @@ class DuringTraining:
             self.folder.mkdir(parents=True, exist_ok=True)
             rows = "".join(json.dumps(row) + "\n" for row in self.rows)
             for name, save in ((ROWS, lambda path: path.write_text(rows)), (CURVE, self.save_curve)):
-                with writing_aside(self.folder / name) as partial:
+                with atomic_write(self.folder / name) as partial:
                     save(partial)
 
     def save_curve(self, path: Path) -> None:
