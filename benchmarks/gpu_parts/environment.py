@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from gpu_parts.context import Context
 from kernels import copy_bandwidth  # benchmarks/kernels.py
 from unite_fast.benchmarking.machine import commit
-from unite_fast.benchmarking.product_rate import product_rate
+from unite_fast.benchmarking.matmul_rate import matmul_rate
 from unite_fast.kernels import backend, native
 
 NEEDED = (
@@ -47,7 +47,7 @@ def measure(c: Context) -> None:
         triton=backend.why_missing("triton") or "can run",
     )
     c.say("copy", tb_per_s=float(f"{copy_bandwidth(c.device, 0.1 if c.tiny else 0.5) / 1e12:.4g}"))
-    c.say("bfloat16 product", tflops=float(f"{product_rate(c.device) / 1e12:.4g}"))
+    c.say("bfloat16 product", tflops=float(f"{matmul_rate(c.device) / 1e12:.4g}"))
     for name, (inputs, outputs) in PRODUCTS.items():
         c.say("products", linear=name, **linear(c, TOKENS // (256 if c.tiny else 1), inputs, outputs))
 

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gpu_parts.context import Context
 from unite_fast.benchmarking.candidate import bench_command, printed_row
-from unite_fast.benchmarking.measure import opened, take_step
+from unite_fast.benchmarking.measure import open_trainer, take_step
 from unite_fast.benchmarking.run import read_recipe
 from unite_fast.config import Config
 from unite_fast.planning.memory import RUNTIME_BYTES, SLACK
@@ -99,7 +99,7 @@ def warm_triton(c: Context) -> None:
     gc.collect()
     torch.cuda.empty_cache()
     # Integers that 16 divides are compiled for, so 16 images take the same kernels as 64 and 128.
-    with opened(config(c, c.backend_name, False, 16)) as trainer:
+    with open_trainer(config(c, c.backend_name, False, 16)) as trainer:
         for _ in range(2):
             take_step(trainer)
         c.wait()
@@ -115,7 +115,7 @@ def compile_layers(c: Context, backend_name: str, images: int = 64) -> None:
     nothing of it is kept for the others. So this can share the GPU with other parts."""
     tree = config(c, backend_name, True, images)
     tree.perceptual.weight = 0.0
-    with opened(tree) as trainer:
+    with open_trainer(tree) as trainer:
         model = trainer.state.model
         for layer in (*model.encoder.blocks, *model.decoder.layers):
             by_itself(layer)

@@ -96,8 +96,8 @@ def test_the_setting_wins_over_the_environment(lpips_files, tmp_path, monkeypatc
     paths = {"vgg_path": str(tmp_path / "vgg.pth"), "lpips_path": str(tmp_path / "lpips.pth")}
     for variable in ("UNITE_FAST_VGG16", "UNITE_FAST_LPIPS"):
         monkeypatch.setenv(variable, "/nowhere")
-    assert reconstruction._lpips(lpips_files, SIDE, torch.device("cpu"))[0] is None
-    found, notes = reconstruction._lpips(replace(lpips_files, **paths), SIDE, torch.device("cpu"))
+    assert reconstruction._load_lpips(lpips_files, SIDE, torch.device("cpu"))[0] is None
+    found, notes = reconstruction._load_lpips(replace(lpips_files, **paths), SIDE, torch.device("cpu"))
     assert found is not None and notes == []
 
 

@@ -192,8 +192,8 @@ def _pixel_evaluator(
     size = config.model.image_size
     require(
         size <= pixel_features.LARGEST,
-        f"the model's images are {size} x {size}; pixel features work up to {pixel_features.LARGEST} pixels: "
-        "use --features inception",
+        f"the model's images are {size} x {size}; --features pixels works up to "
+        f"{pixel_features.LARGEST} x {pixel_features.LARGEST}: use --features inception",
     )
     features = None
     if reference is not None:

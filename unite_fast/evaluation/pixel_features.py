@@ -69,7 +69,7 @@ def fit_pixels(images: Tensor) -> PixelFeatures:
     Raises:
         UserError: all images are equal.
     """
-    require(bool((images != images[0]).any()), "pixel features cannot be fitted: all images are equal")
+    require(bool((images != images[0]).any()), "pixel features cannot be fitted: all images are the same")
     pixels = images.double().flatten(1) / 255
     mean = pixels.mean(dim=0)
     centred = pixels - mean

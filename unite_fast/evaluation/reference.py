@@ -177,8 +177,8 @@ def save_statistics(
     if choose_features(settings, size) == pixel_features.NAME:
         require(
             size <= pixel_features.LARGEST,
-            f"these images are {size} x {size}; pixel features work up to {pixel_features.LARGEST} pixels: "
-            "use --features inception",
+            f"these images are {size} x {size}; --features pixels works up to "
+            f"{pixel_features.LARGEST} x {pixel_features.LARGEST}: use --features inception",
         )
         features: Features = fit_pixels_on_main(source, ranks, device)
     else:

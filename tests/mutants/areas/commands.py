@@ -6,12 +6,12 @@ CHANGES = [
         ("tests/commands/test_forwarding.py", "tests/commands/test_options.py"),
         [
             (
-                "outputs.generate_with_progress(model, labels, seed, batch, settings)",
-                "outputs.generate_with_progress(model, labels, 0, batch, settings)",
+                "generate_with_progress(model, labels, seed, batch, settings)",
+                "generate_with_progress(model, labels, 0, batch, settings)",
             ),
             (
-                "outputs.generate_with_progress(model, labels, seed, batch, settings)",
-                "outputs.generate_with_progress(model, labels, seed, 64, settings)",
+                "generate_with_progress(model, labels, seed, batch, settings)",
+                "generate_with_progress(model, labels, seed, 64, settings)",
             ),
             ("model.config.sampling.changed(**settings),", "model.config.sampling,"),
             ("precision or model.config.train.precision,", "model.config.train.precision,"),
@@ -24,7 +24,7 @@ CHANGES = [
         ("tests/commands/test_forwarding.py", "tests/commands/test_options.py"),
         [
             ("        seed=seed,\n", ""),
-            ("        count=count,\n", ""),
+            ("        count=count or 0,\n", ""),
             ('        precision=precision or "",\n', ""),
             ("        **given(reconstructions=reconstructions),\n", ""),
             ("folder = out or default_folder(checkpoint)", "folder = default_folder(checkpoint)"),
@@ -105,7 +105,7 @@ CHANGES = [
         "unite_fast/benchmarking/figures.py",
         ("tests/commands/test_bench.py",),
         [
-            ("rate / world * flops / measured.product_rate", "rate * flops / measured.product_rate / world / 2"),
+            ("rate / world * flops / measurement.matmul_rate", "rate * flops / measurement.matmul_rate / world / 2"),
             ('"images_per_s_slow": batch / slow', '"images_per_s_slow": batch / fast'),
             ('"images_per_s_per_gpu": rate / world', '"images_per_s_per_gpu": rate'),
         ],
@@ -136,8 +136,8 @@ CHANGES = [
         "unite_fast/benchmarking/tune.py",
         ("tests/benchmarking/test_tune.py",),
         [
-            ("> MARGIN * found.best.images_per_s", "> found.best.images_per_s"),
-            ("attempt(found.best.settings | {axis.key: value})", "attempt({axis.key: value})"),
+            ("> MARGIN * result.best.images_per_s", "> result.best.images_per_s"),
+            ("attempt(result.best.settings | {axis.key: value})", "attempt({axis.key: value})"),
             ("climbed.add(axis.key)", "pass"),
             ("if walls and seconds < min(walls):", "if seconds < 0:"),
             ("[axis for axis in every if axis.smaller] +", "[axis for axis in every if axis.climbs][:1] +"),
@@ -154,7 +154,7 @@ CHANGES = [
         "unite_fast/planning/predict.py",
         ("tests/planning/test_predict.py",),
         [
-            ("memory.FLOAT * every - activations", "memory.FLOAT * every + activations"),
+            ("memory.FLOAT * total - activations", "memory.FLOAT * total + activations"),
         ],
     ),
 ]

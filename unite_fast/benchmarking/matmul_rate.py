@@ -1,4 +1,4 @@
-"""The rate at which a device multiplies large matrices: what MFU is a share of, where it is measured."""
+"""Measured matmul rate of a device: the denominator of the measured MFU."""
 
 import time
 from collections.abc import Callable
@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 
 
-def product_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16, seconds: float = 0.5) -> float:
-    """FLOP/s of a large matrix product as a Linear takes it, the best within `seconds`."""
+def matmul_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16, seconds: float = 0.5) -> float:
+    """FLOP/s of a large matmul as in a Linear, the best within `seconds`."""
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + seconds
@@ -17,12 +17,12 @@ def product_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16, seco
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, the device's work included."""
+    """Seconds of one call, including its work on the device."""
     synchronize(device)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     run()
     synchronize(device)
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
 def synchronize(device: torch.device) -> None:
