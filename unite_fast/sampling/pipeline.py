@@ -30,7 +30,7 @@ class TrainedUNITE:
         self.step = step
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "cpu") -> "TrainedUNITE":
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "TrainedUNITE":
         """See `unite_fast.load`."""
         saved = load_model(path)
         network = UNITE(saved.config.model)
