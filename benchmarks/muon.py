@@ -4,7 +4,7 @@ agreement with torch.optim.Muon on the shapes of UNITE-B.
     work        counted, not timed: what the busiest rank computes, and the most that one sends, for B, L and XL
     times       process CPU seconds of one thread for all of B's matrices, one by one and batched by shape, in turn
     agreement   one update of each of B's shapes on 2 x 2 gloo processes against torch.optim.Muon in this one: its
-                bfloat16 takes minutes on a CPU without such products
+                bfloat16 takes minutes on a CPU without such matmuls
 """
 
 import argparse
@@ -27,7 +27,7 @@ from torch.distributed.tensor import distribute_tensor
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.muon import Muon, newton_schulz, newton_schulz_flops
 from unite_fast.optim.param_groups import split_parameters
-from unite_fast.optim.sharded_matrices import Exchange, Grid, Matrix
+from unite_fast.optim.sharded_matrices import Grid, Matrix, ShardedMap
 from unite_fast.recipes import load_config
 
 SIZES = ("b", "l", "xl")
@@ -51,19 +51,19 @@ def muon_shapes(size: str) -> list[torch.Size]:
     return [parameter.shape for parameter in split_parameters(model)[0].values()]
 
 
-def work(shapes: list[torch.Size], copies: int, shards: int) -> dict:
+def work(shapes: list[torch.Size], replicas: int, shards: int) -> dict:
     """Of the busiest rank: Newton-Schulz GFLOP, batches, MB sent."""
     matrices, costs = [Matrix(shape) for shape in shapes], [newton_schulz_flops(shape) for shape in shapes]
-    places = [Grid(copies, shards, copy, shard) for copy in range(copies) for shard in range(shards)]
-    exchanges = [Exchange(matrices, costs, grid) for grid in places]
-    loads = [0] * len(places)
-    for cost, owner in zip(costs, exchanges[0].owners, strict=True):
+    grids = [Grid(replicas, shards, replica, shard) for replica in range(replicas) for shard in range(shards)]
+    maps = [ShardedMap(matrices, costs, grid) for grid in grids]
+    loads = [0] * len(grids)
+    for cost, owner in zip(costs, maps[0].owners, strict=True):
         loads[owner] += cost
     return {
         "gflop": max(loads) / 1e9,
         "everywhere": sum(costs) / 1e9,
-        "batches": max(sum(bool(bucket.own) for bucket in exchange.buckets) for exchange in exchanges),
-        "sent_mb": max(exchange.elements_sent() for exchange in exchanges) * BF16_BYTES / 1e6,
+        "batches": max(sum(bool(bucket.owned) for bucket in one.buckets) for one in maps),
+        "sent_mb": max(one.elements_sent() for one in maps) * BF16_BYTES / 1e6,
     }
 
 

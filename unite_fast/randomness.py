@@ -132,7 +132,7 @@ class Philox:
         self._check(draws)
         elements = math.prod(shape)
         if self.on_triton:
-            from unite_fast.kernels.triton_bodies import philox
+            from unite_fast.kernels.triton_kernels import philox
 
             numbers = getattr(philox, name)(self.seed, self.step, int(stream), draws, self.positions, elements)
         elif isinstance(draw, range):
@@ -147,7 +147,7 @@ class Philox:
         """Whether the Triton kernels draw."""
         device = self.positions.device
         runs_triton = device.type == "cuda" or backend.interpreted()
-        return runs_triton and backend.body_on(device) == "triton"
+        return runs_triton and backend.backend_on(device) == "triton"
 
     def _words(self, stream: Stream, elements: int, draw: int) -> Tensor:
         """int64 [b, elements]."""
@@ -167,7 +167,7 @@ class Philox:
         return ((self._words(stream, elements, draw) >> 9).float() + 0.5) * 2.0**-23
 
     def _normals(self, stream: Stream, elements: int, draw: int) -> Tensor:
-        if self.positions.device.type == "cpu" and backend.body_on(self.positions.device) == "native":
+        if self.positions.device.type == "cpu" and backend.backend_on(self.positions.device) == "native":
             return native.philox_normals(self.seed, self.step, int(stream), draw, self.positions, elements)
         words = self._words(stream, -(-elements // 4) * 4, draw)
         return box_muller(words.unflatten(1, (-1, 2))).flatten(1)[:, :elements]

@@ -1,18 +1,18 @@
-"""Who owns which matrix and what travels, without processes; test_muon.py exchanges over real ones."""
+"""Owners and communication of sharded matrices, without processes; test_muon.py runs real ones."""
 
 from collections import Counter, defaultdict
-from itertools import pairwise
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.muon import newton_schulz_flops
 from unite_fast.optim.param_groups import split_parameters
-from unite_fast.optim.sharded_matrices import SLACK, Exchange, Grid, Matrix, batches_by_owner, choose_owners, layout
+from unite_fast.optim.sharded_matrices import SLACK, Grid, Matrix, ShardedMap, batches_by_owner, choose_owners, layout
 from unite_fast.recipes import load_config
 
 GRIDS = [(1, 1), (1, 3), (3, 1), (2, 3), (1, 8)]
@@ -45,7 +45,7 @@ def test_shards_are_those_of_torch_chunk(rows, dim):
         for shard, part in enumerate(want):
             matrix = Matrix(whole.shape, dim)
             assert matrix.shard_shape(shards, shard) == part.shape
-            assert torch.equal(whole.narrow(dim, *matrix.extent(shards, shard)), part)
+            assert torch.equal(whole.narrow(dim, *matrix.shard_range(shards, shard)), part)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 8, 64])
@@ -58,8 +58,8 @@ def test_owners_of_b_have_equally_much_to_do_and_shapes_together(processes, b_sh
     bound = max(sum(costs) / processes, sum(dearest[processes - 1 : processes + 1]))
     # Measured: 1.00, 1.01, 1.02 and 1.095 of it.
     assert max(loads(costs, owners, processes)) <= (1.1 if processes == 64 else 1.02) * bound
-    if processes == 8:
-        assert batches(b_shapes, owners) == 19
+    # Measured: 19 on 8 processes; 60 where only the load counts.
+    assert processes != 8 or batches(b_shapes, owners) <= 25
 
 
 def test_what_batches_may_cost_in_balance_is_bounded():
@@ -84,7 +84,7 @@ def test_each_matrix_is_in_one_batch_of_its_owner_with_others_of_its_shape():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_process_applies_the_function_to_batches_of_one_shape(dtype):
     matrices = [torch.full(shape, float(k)) for k, shape in enumerate(SHAPES)]
-    exchange = Exchange([Matrix(shape) for shape in SHAPES], [1] * len(SHAPES), Grid())
+    sharded_map = ShardedMap([Matrix(shape) for shape in SHAPES], [1] * len(SHAPES), Grid())
     called = []
 
     def function(batch):
@@ -92,47 +92,65 @@ def test_one_process_applies_the_function_to_batches_of_one_shape(dtype):
         assert batch.dtype == dtype
         return 2 * batch + 1
 
-    results = exchange.apply(function, dict(enumerate(matrices)), dtype, torch.device("cpu"))
+    results = sharded_map.apply(function, dict(enumerate(matrices)), dtype, torch.device("cpu"))
     assert sorted(called) == sorted((n, *shape) for shape, n in Counter(SHAPES).items())
     for result, matrix in zip(results, matrices, strict=True):
         assert torch.equal(result, (2 * matrix + 1).to(dtype))
-    assert exchange.elements_sent() == 0
+    assert sharded_map.elements_sent() == 0
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_what_is_sent_is_what_others_own(grid):
-    """Counted matrix by matrix: an owner's row sends it all but its own shard and gets as much back; rows pass on."""
-    copies, shards = grid
+def test_elements_sent_are_those_that_others_own(grid):
+    """Counted by matrix: each rank in the owner's row sends its shard and gets it back; rows share their results."""
+    replicas, shards = grid
     matrices = [Matrix(shape) for shape in SHAPES]
-    places = [Grid(*grid, copy, shard) for copy in range(copies) for shard in range(shards)]
-    exchanges = [Exchange(matrices, [shape.numel() for shape in SHAPES], place) for place in places]
-    owners, sent, of_row = exchanges[0].owners, defaultdict(int), defaultdict(int)
+    grids = [Grid(*grid, replica, shard) for replica in range(replicas) for shard in range(shards)]
+    maps = [ShardedMap(matrices, [shape.numel() for shape in SHAPES], one) for one in grids]
+    owners, sent, results = maps[0].owners, defaultdict(int), defaultdict(int)
     for k, matrix in enumerate(matrices):
-        copy, owner = divmod(owners[k], shards)
+        row, owner = divmod(owners[k], shards)
         for shard in range(shards):
             numel = matrix.shard_shape(shards, shard).numel()
-            of_row[copy, shard] += numel
+            results[row, shard] += numel
             if shard != owner:
-                sent[copy, shard] += numel
-                sent[copy, owner] += numel
-    for place, exchange in zip(places, exchanges, strict=True):
-        assert exchange.owners == owners
-        row_by_row = [of_row[copy, place.shard] for copy in range(copies)]
-        assert exchange.elements_sent() == sent[place.copy, place.shard] + (copies - 1) * max(row_by_row)
-        assert sorted(exchange.supplied) == [k for k, owner in enumerate(owners) if owner // shards == place.copy]
+                sent[row, shard] += numel
+                sent[row, owner] += numel
+    for one, sharded_map in zip(grids, maps, strict=True):
+        assert sharded_map.owners == owners
+        largest_row = max(results[row, one.shard] for row in range(replicas))
+        assert sharded_map.elements_sent() == sent[one.replica, one.shard] + (replicas - 1) * largest_row
+        assert sorted(sharded_map.inputs) == [k for k, owner in enumerate(owners) if owner // shards == one.replica]
 
 
-def test_replicas_share_everything_once_in_order():
-    exchanges = [Exchange([Matrix(s) for s in SHAPES], [s.numel() for s in SHAPES], Grid(3, 1, r)) for r in range(3)]
-    assert len({tuple(exchange.shared) for exchange in exchanges}) == 1
-    shared = exchanges[0].shared
-    assert shared[0][0] == 0 and shared[-1][1] == exchanges[0].width
-    assert all(before[1] == after[0] and after[0] <= after[1] for before, after in pairwise(shared))
-    for exchange in exchanges:  # nothing goes before it is there
-        there = 0
-        for i, bucket in enumerate(exchange.buckets[:-1]):
-            there += bucket.sizes[exchange.grid.copy]
-            assert shared[i][1] <= there
+class Arrived:
+    def wait(self) -> None:
+        pass
+
+
+def share_at_once() -> tuple[list[list], int, int]:
+    """Results of one of three replicas, how much it was to send, and how much it sent. All-gathers that have happened
+    when they are asked for send whatever is there by then: too early, and others get what nobody has worked on."""
+    dist.init_process_group("gloo")
+    sent, all_gather = [], dist.all_gather
+
+    def gather(targets: list[Tensor], source: Tensor, group: dist.ProcessGroup, async_op: bool) -> Arrived:
+        sent.append(source.numel())
+        all_gather(targets, source, group)
+        return Arrived()
+
+    dist.all_gather = gather
+    grid = Grid(dist.get_world_size(), 1, dist.get_rank(), 0, column=dist.group.WORLD)
+    sharded_map = ShardedMap([Matrix(shape) for shape in SHAPES], [shape.numel() for shape in SHAPES], grid)
+    matrices = {k: torch.full(shape, float(k)) for k, shape in enumerate(SHAPES)}
+    results = sharded_map.apply(lambda batch: 2 * batch + 1, matrices, torch.float32, torch.device("cpu"))
+    return [result.tolist() for result in results], sharded_map.elements_sent(), (grid.replicas - 1) * sum(sent)
+
+
+def test_replicas_share_everything_once_and_nothing_before_it_is_there(ranks):
+    for results, announced, sent in ranks(3, share_at_once):
+        for k, (result, shape) in enumerate(zip(results, SHAPES, strict=True)):
+            assert result == torch.full(shape, 2.0 * k + 1).tolist(), k
+        assert sent == announced
 
 
 def strange_layouts() -> list[str]:
@@ -156,5 +174,5 @@ def strange_layouts() -> list[str]:
 
 def test_other_layouts_are_refused(ranks):
     mixed, line, placed = ranks(1, strange_layouts)[0]
-    assert mixed == line and "all as DTensors on one mesh of two dimensions" in line
+    assert mixed == line and "DTensor" in line
     assert "(Shard(dim=0), Replicate())" in placed

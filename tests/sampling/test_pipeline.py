@@ -117,9 +117,9 @@ def test_reconstructions_do_not_depend_on_the_batch(model, images):
         torch.zeros(0, 3, 8, 8, dtype=torch.uint8),
     ],
 )
-def test_images_of_another_kind_are_refused(model, wrong):
+def test_images_of_another_kind_are_refused(model, wrong, mentions):
     for use in (model.reconstruct, model.encode):
-        with pytest.raises(UserError, match="image"):
+        with pytest.raises(UserError, match=mentions(list(wrong.shape) if len(wrong) else "one image")):
             use(wrong)
 
 

@@ -64,12 +64,12 @@ def test_a_folder_of_pngs(command, trained_folder, model, tmp_path):
     names = sorted(os.listdir(out))
     assert names == [
         *(f"{i:06d}_class{label}.png" for i, label in enumerate([7, 2, 7, 2, 7])),
-        "distributed_sampler.json",
+        "generation.json",
     ]
     want = model.generate([7, 2, 7, 2, 7]).permute(0, 2, 3, 1).numpy()
     for name, image in zip(names, want, strict=False):
         assert np.array_equal(np.asarray(Image.open(out / name)), image)
-    assert json.loads((out / "distributed_sampler.json").read_text())["images"] == 5
+    assert json.loads((out / "generation.json").read_text())["images"] == 5
     assert os.listdir(tmp_path) == ["pictures"]
 
 
@@ -283,7 +283,7 @@ def test_killed_while_the_parts_were_deleted(model, made, stopped, killed, kept,
     assert [path.name for path in left] == [
         ".lock",
         *(f"batch_{n:08d}.uint8" for n in range(6)),
-        "distributed_sampler.json",
+        "generation.json",
     ]
     for path in left[:-kept]:
         path.unlink()

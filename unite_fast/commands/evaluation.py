@@ -117,5 +117,5 @@ def stats(
         )
     if ranks.main:
         typer.echo(f"{reference.count} images, {len(reference.statistics.mean)} {reference.features} features: {out}")
-        for line in unreadable_lines(reference.about, "images"):
+        for line in unreadable_lines(reference.provenance, "images"):
             typer.echo(line)

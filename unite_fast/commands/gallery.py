@@ -37,12 +37,12 @@ def gallery(
 
     Example: `unite-fast gallery runs/digits --out digits.html`
     """
-    from unite_fast.evaluation.gallery import Wishes, make_gallery
+    from unite_fast.evaluation.gallery import GallerySettings, make_gallery
     from unite_fast.evaluation.gallery_page import render
     from unite_fast.utils.files import check_target, save_text
 
     check_target(out, (".html",))
-    wishes = Wishes(
+    settings = GallerySettings(
         classes=options.parse_classes(classes),
         per_class=per_class,
         scales=tuple(options.parse_numbers("--scales", scales, float)),
@@ -51,7 +51,7 @@ def gallery(
         batch=batch,
         sampling=options.sampling_changes(guidance, interval, solver, steps),
     )
-    head, sections = make_gallery(options.load(checkpoint, device), checkpoint, wishes)
+    head, sections = make_gallery(options.load(checkpoint, device), checkpoint, settings)
     page = render(head, sections, date.today().isoformat())
     save_text(page, out)
     images = sum(len(figure.images) for section in sections for row in section.rows for figure in row.figures)

@@ -55,8 +55,8 @@ def search_guidance(
     """
     from unite_fast.distributed.launch import ranks_of_torchrun
     from unite_fast.evaluation import guidance_report
-    from unite_fast.evaluation.evaluator import open_judge
-    from unite_fast.evaluation.guidance_search import Grid, Objective, search
+    from unite_fast.evaluation.evaluator import open_evaluator
+    from unite_fast.evaluation.guidance_search import Grid, Objective, SearchSettings, search
     from unite_fast.evaluation.report import check_folder, default_folder
     from unite_fast.utils.device import choose_device
     from unite_fast.utils.progress import track
@@ -78,22 +78,17 @@ def search_guidance(
     check_folder(folder)
     with ranks_of_torchrun(choose_device(device)) as ranks:
         model = options.load(checkpoint, device)
-        judge = open_judge(model.config, settings, ranks, model.network.device, track, classifier=False)
-        few, many = SEARCH_SAMPLES[judge.features.name]
-        config = model.config.sampling.changed(**options.sampling_changes(solver=solver, steps=steps))
-        objective = Objective(
-            model,
-            judge,
-            config,
-            (few if count is None else count, many if final_count is None else final_count),
+        evaluator = open_evaluator(model.config, settings, ranks, model.network.device, track, classifier=False)
+        few, many = SEARCH_SAMPLES[evaluator.features.name]
+        search_settings = SearchSettings(
+            model.config.sampling.changed(**options.sampling_changes(solver=solver, steps=steps)),
+            few if count is None else count,
+            many if final_count is None else final_count,
             seed,
             batch,
             *options.precision_and_compile(model, precision, compile),
-            folder,
-            ranks,
-            track,
-            str(checkpoint),
         )
+        objective = Objective(model, evaluator, search_settings, folder, ranks, track, str(checkpoint))
         found = search(grid, objective, confirm)
         if ranks.main:
             guidance_report.save(found, grid, objective, folder)

@@ -1,6 +1,6 @@
 """Exponential moving average of the trainable parameters."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -13,8 +13,8 @@ from unite_fast.distributed.dtensor import local
 class EMA:
     """average = decay * average + (1 - decay) * parameter after each optimizer step, float32.
 
-    The averages start as the parameters and are sharded like them. They are tensors beside the model, so compiling the
-    model cannot tie them to it.
+    The averages start at the parameters' values and are sharded like them. They are plain tensors outside the model, so
+    compiling the model does not affect them.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -26,21 +26,21 @@ class EMA:
     def update(self, skipped: Tensor | None = None) -> None:
         """
         Args:
-            skipped: a scalar on the parameters' device; where it is 1 the averages stay as they are.
+            skipped: None, or a float32 scalar on the parameters' device; if it is 1, the averages do not change.
         """
         averages, parameters = self._local(self.averages), self._local(self.parameters)
         if skipped is None:
             torch._foreach_lerp_(averages, parameters, 1 - self.decay)
         else:
-            moves = torch._foreach_sub(parameters, averages)
-            torch._foreach_mul_(moves, (1 - self.decay) * (1 - skipped))
-            torch._foreach_add_(averages, moves)
+            updates = torch._foreach_sub(parameters, averages)
+            torch._foreach_mul_(updates, (1 - self.decay) * (1 - skipped))
+            torch._foreach_add_(averages, updates)
 
     @contextmanager
     @torch.no_grad()
     def applied(self) -> Iterator[None]:
-        """Inside, the model has the averaged weights. Values are copied, not pointers exchanged: what shards a model
-        would not see those."""
+        """Context in which the model has the averaged weights. Values are copied, because FSDP would not notice swapped
+        tensors."""
         parameters = self._local(self.parameters)
         weights = [parameter.clone() for parameter in parameters]
         self._assign(parameters, self._local(self.averages))
@@ -51,10 +51,10 @@ class EMA:
 
     def _assign(self, parameters: list[Tensor], values: list[Tensor]) -> None:
         torch._foreach_copy_(parameters, values)
-        # A sharded model may still hold whole parameters, gathered from what was there before.
+        # Parameters that FSDP gathered before the copy are stale.
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def _local(self, tensors: dict[str, Tensor]) -> list[Tensor]:
+    def _local(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         return [local(tensor.detach()) for tensor in tensors.values()]

@@ -6,9 +6,9 @@ from unite_fast.config import ScheduleConfig
 
 
 def learning_rate(config: ScheduleConfig, batch_size: int, step: int) -> float:
-    """Rate of optimizer step `step` (0-based); both optimizers share it."""
-    growth = batch_size / config.reference_batch if config.reference_batch else 1.0
-    lr, lr_2, lr_final = (growth * rate for rate in (config.lr, config.lr_2, config.lr_final))
+    """Learning rate of optimizer step `step` (0-based), for both optimizers. It scales with the batch size."""
+    scale = batch_size / config.reference_batch if config.reference_batch else 1.0
+    lr, lr_2, lr_final = (scale * rate for rate in (config.lr, config.lr_2, config.lr_final))
     if step < config.warmup_steps:
         return lr * (step / config.warmup_steps)
     if step < config.hold_until or not config.decay_until:
@@ -23,5 +23,6 @@ def learning_rate(config: ScheduleConfig, batch_size: int, step: int) -> float:
 
 
 def cosine(start: float, end: float, step: int, first: int, last: int) -> float:
+    """Half a cosine from `start` at step `first` to `end` at step `last`."""
     progress = (step - first) / (last - first)
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))

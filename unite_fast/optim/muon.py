@@ -4,8 +4,8 @@
     u  = newton_schulz(lerp(g, m, momentum))          (Nesterov)
     w <- w - lr * 0.2 sqrt(max(rows, columns)) * u    (RMS of AdamW's update: Liu et al., arXiv 2502.16982)
 
-Matrices of one shape go through Newton-Schulz as one batch: a few large products instead of many small ones. Where many
-processes train together, each of them has a share of the matrices to do.
+Matrices of one shape go through Newton-Schulz as one batch: a few large matmuls instead of many small ones. With
+several ranks, each matrix is computed on one of them (sharded_matrices.py).
 """
 
 from collections import defaultdict
@@ -15,19 +15,22 @@ import torch
 from torch import Tensor
 
 from unite_fast.distributed.dtensor import local
-from unite_fast.kernels.product import in_float32
-from unite_fast.optim.sharded_matrices import Exchange, layout
+from unite_fast.kernels.matmul import in_float32
+from unite_fast.optim.sharded_matrices import ShardedMap, layout
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
 
 def newton_schulz(g: Tensor, eps: float) -> Tensor:
-    """Push the singular values of matrices towards 1: [n, rows, columns] -> the same shape and precision.
+    """Push the singular values of matrices towards 1: [n, rows, columns] -> the same shape and dtype.
 
-    Five steps of the quintic X <- aX + bAX + cA(AX) with A = X X^T. They end near 1 (0.7 to 1.2), not at 1.
+    Five steps of the quintic X <- aX + bAX + cA(AX) with A = X X^T. The values end between 0.7 and 1.2.
+
+    Args:
+        eps: floor of the Frobenius norm by which each matrix is divided first.
     """
-    # A dispatch mode counts it as one operator; for nobody else is that worth its 200 us a call.
+    # As a custom op, dispatch modes (FLOP counters) see one operator. It costs 200 us a call, so only they get it.
     return (_operator if torch._C._len_torch_dispatch_stack() else _newton_schulz)(g, eps)
 
 
@@ -51,36 +54,36 @@ _operator.register_fake(lambda g, eps: torch.empty_like(g))
 def newton_schulz_flops(shape: Sequence[int]) -> int:
     """Floating-point operations of `newton_schulz` on one matrix: 5 (4 m^2 n + 2 m^3) for sides m <= n.
 
-    A product of [a, b] and [b, c] counts 2abc. An iteration takes X X^T (2 m^2 n), A A (2 m^3) and B X (2 m^2 n).
+    A matmul of [a, b] and [b, c] counts 2abc. An iteration takes X X^T (2 m^2 n), A A (2 m^3) and B X (2 m^2 n).
     """
     m, n = sorted(shape)
     return ITERATIONS * (4 * m * m * n + 2 * m**3)
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in the precision dtype, stored as float32 where products of it are faster so (see kernels/product.py)."""
+    """x rounded to `dtype`; stored as float32 where matmuls of it are faster that way (see kernels/matmul.py)."""
     x = x.to(dtype)
     return x.float() if in_float32(x) else x
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum and no weight decay for parameters of two dimensions.
+    """Muon with Nesterov momentum and without weight decay, for two-dimensional parameters.
 
-    The parameters are plain tensors (one process), or DTensors as `fully_shard` on a mesh (copies, shards) makes them:
-    momentum stays cut as they are, each matrix goes through Newton-Schulz on one process alone (see exchange.py), and
-    the update is what one process would have made, up to the rounding of sums.
+    The parameters are plain tensors (one process) or DTensors that `fully_shard` made on a (replicas, shards) mesh.
+    Momentum is sharded like them; Newton-Schulz runs on whole matrices. The update equals that of one process up to the
+    rounding of sums.
 
     Args:
-        parameters: matrices, at their true shapes: the update's scale follows from it. Those without a gradient, the
-            same ones on all processes, are left alone.
-        lr: learning rate of AdamW's scale.
+        parameters: matrices in their original shapes, which set the scale of the update. `step` skips those without a
+            gradient; they must be the same on all ranks.
+        lr: learning rate, on AdamW's scale.
         momentum: decay of the momentum.
-        eps: floor of the norm that a gradient is divided by.
-        dtype: precision of the Newton-Schulz products, and of what travels between processes.
+        eps: see `newton_schulz`.
+        dtype: precision of the Newton-Schulz matmuls and of the communication.
 
     Attributes:
-        found_inf: None, or a float32 scalar on the parameters' device, the same on all processes. Where it is 1, `step`
-            leaves parameters and momenta as they are, whatever the gradients hold; nothing waits to learn its value.
+        found_inf: None, or a float32 scalar on the parameters' device, the same on all ranks. If it is 1, `step`
+            changes neither parameters nor momenta. The host does not wait for its value.
     """
 
     def __init__(self, parameters, lr: float, momentum: float, eps: float, dtype: torch.dtype):
@@ -89,54 +92,55 @@ class Muon(torch.optim.Optimizer):
         self.found_inf: Tensor | None = None
         for parameter in self._parameters():
             self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-        self._exchanges: dict[tuple[int, ...], Exchange] = {}
+        self._sharded_maps: dict[tuple[int, ...], ShardedMap] = {}
 
     @torch.no_grad()
     def step(self) -> None:
         parameters = self._parameters()
-        used = tuple(k for k, p in enumerate(parameters) if p.grad is not None)
-        if not used:
+        with_gradient = tuple(k for k, p in enumerate(parameters) if p.grad is not None)
+        if not with_gradient:
             return
-        parameters = [parameters[k] for k in used]
-        if used not in self._exchanges:
-            self._exchanges[used] = exchange(parameters)
-        way = self._exchanges[used]
-        directions = self._directions(parameters, way.supplied)
+        parameters = [parameters[k] for k in with_gradient]
+        if with_gradient not in self._sharded_maps:
+            self._sharded_maps[with_gradient] = newton_schulz_map(parameters)
+        sharded_map = self._sharded_maps[with_gradient]
+        directions = self._update_momenta(parameters, sharded_map.inputs)
         device = local(parameters[0]).device
-        updates = way.apply(lambda batch: newton_schulz(batch, self.eps), directions, self.dtype, device)
+        updates = sharded_map.apply(lambda batch: newton_schulz(batch, self.eps), directions, self.dtype, device)
         if self.found_inf is not None:
             torch._foreach_mul_(updates, (1 - self.found_inf).to(self.dtype))
-        self._move(dict(zip(parameters, updates, strict=True)))
+        self._apply_updates(dict(zip(parameters, updates, strict=True)))
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _directions(self, parameters: list[Tensor], wanted: list[int]) -> dict[int, Tensor]:
-        """Let all momenta follow the gradients. Where both together point, as it is cut, for the parameters wanted."""
-        gradients = [local(p.grad) for p in parameters]
+    def _update_momenta(self, parameters: list[Tensor], inputs: list[int]) -> dict[int, Tensor]:
+        """Update all momenta. Returns this rank's shards of the Nesterov directions lerp(g, m, momentum) for the
+        parameters with index in `inputs`."""
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]  # `step` keeps only these parameters
         momenta = [local(self.state[p]["momentum"]) for p in parameters]
         if self.found_inf is not None:
-            # A product with zero would keep a NaN. Towards itself, the momentum does not move by a single bit.
+            # Multiplying by zero would keep a NaN. A lerp of the momentum towards itself changes no bit.
             skip = self.found_inf.bool()
             gradients = [torch.where(skip, m, g) for g, m in zip(gradients, momenta, strict=True)]
         torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
-        if not wanted:
+        if not inputs:
             return {}
-        directions = torch._foreach_lerp([gradients[k] for k in wanted], [momenta[k] for k in wanted], self.momentum)
-        return dict(zip(wanted, directions, strict=True))
+        directions = torch._foreach_lerp([gradients[k] for k in inputs], [momenta[k] for k in inputs], self.momentum)
+        return dict(zip(inputs, directions, strict=True))
 
-    def _move(self, updates: dict[Tensor, Tensor]) -> None:
+    def _apply_updates(self, updates: dict[Tensor, Tensor]) -> None:
         for group in self.param_groups:
-            same_scale = defaultdict(list)
+            by_side = defaultdict(list)  # equal longer sides have equal scales
             for p in group["params"]:
                 if p in updates:
-                    same_scale[max(p.shape)].append(p)
-            for side, parameters in same_scale.items():
-                moved, by = [local(p) for p in parameters], [updates[p] for p in parameters]
-                torch._foreach_add_(moved, by, alpha=-group["lr"] * 0.2 * side**0.5)
+                    by_side[max(p.shape)].append(p)
+            for side, parameters in by_side.items():
+                weights = [local(p) for p in parameters]
+                torch._foreach_add_(weights, [updates[p] for p in parameters], alpha=-group["lr"] * 0.2 * side**0.5)
 
 
-def exchange(parameters: list[Tensor]) -> Exchange:
-    """The way of parameters through Newton-Schulz, by what it costs on each."""
+def newton_schulz_map(parameters: list[Tensor]) -> ShardedMap:
+    """`newton_schulz` over these parameters, balanced by FLOPs."""
     grid, matrices = layout(parameters)
-    return Exchange(matrices, [newton_schulz_flops(matrix.shape) for matrix in matrices], grid)
+    return ShardedMap(matrices, [newton_schulz_flops(matrix.shape) for matrix in matrices], grid)

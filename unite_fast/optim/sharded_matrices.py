@@ -1,16 +1,21 @@
-"""Work on whole matrices, of which each process holds a shard or a copy, done once and split over all processes.
+"""Apply a function to whole matrices that are sharded over ranks: each matrix on one rank, its owner.
 
-The processes form a grid of R copies by S shards, as `fully_shard` on a two-dimensional mesh makes it: every matrix is
-cut into S shards along one dimension, as torch.chunk cuts, and the processes of one column hold the same shard. Each
-matrix has one owner on the grid. It works on whole matrices, batched by shape; the others only send and receive:
+The ranks form a grid of R replicas (rows) by S shards (columns), the mesh of `fully_shard`. Every matrix is cut into S
+shards along one dimension, as torch.chunk cuts. All ranks in a column hold the same shard.
 
-    gather      within the owner's row, every process sends the owner its shard   (all-to-all; nothing if S = 1)
-    work        the owner's function, on a batch of matrices of one shape
-    give back   the reverse of gather                                             (all-to-all; nothing if S = 1)
-    share       within a column, each row passes on what its owners made          (all-gather; nothing if R = 1)
+    R = 2, S = 3; a matrix W whose owner is the rank in row 0, column 1:
 
-A bucket holds one batch of each owner and travels at once. All gathers start together; while a bucket is worked on,
-later ones still come and earlier ones go back (or, where S = 1, are shared).
+               column 0        column 1        column 2
+    row 0      W[0] ---------> W <--------- W[2]           1. gather    all-to-all in the row      (S > 1)
+                               f(W)                        2. compute   on the owner alone
+               f(W)[0] <------ f(W) ------> f(W)[2]        3. scatter   all-to-all in the row      (S > 1)
+                  |            f(W)[1]      |
+                  v               v         v              4. share     all-gather in each column  (R > 1)
+    row 1      f(W)[0]         f(W)[1]      f(W)[2]
+
+Owners batch their matrices by shape. A bucket holds one batch per owner, and its shards travel in one collective. All
+gathers start at once, so the owners compute on one bucket while later buckets arrive and earlier ones are scattered
+(or, if S = 1, shared).
 """
 
 from collections import defaultdict
@@ -26,222 +31,244 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 @dataclass(frozen=True)
 class Grid:
-    """R = copies times S = shards processes, and where this one stands: in row `copy`, column `shard`."""
+    """R x S ranks, and the position of this rank: row `replica`, column `shard`."""
 
-    copies: int = 1
+    replicas: int = 1
     shards: int = 1
-    copy: int = 0
+    replica: int = 0
     shard: int = 0
     row: dist.ProcessGroup | None = None
-    """The processes of this row: together they hold each matrix once."""
+    """Ranks of this row; together they hold each matrix once."""
     column: dist.ProcessGroup | None = None
-    """The processes of this column: each holds the same shards."""
+    """Ranks of this column; each holds the same shards."""
 
     @property
-    def processes(self) -> int:
-        return self.copies * self.shards
+    def size(self) -> int:
+        return self.replicas * self.shards
 
     @property
-    def place(self) -> int:
-        return self.copy * self.shards + self.shard
+    def rank(self) -> int:
+        """Rank in the grid, counted row by row."""
+        return self.replica * self.shards + self.shard
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """The shape of a whole matrix, and the dimension along which it is cut."""
+    """Shape of a whole matrix and the dimension along which it is sharded."""
 
     shape: torch.Size
     dim: int = 0
 
-    def extent(self, shards: int, shard: int) -> tuple[int, int]:
-        """Start and length of a shard along `dim`: as torch.chunk cuts, so the last ones may be shorter or empty."""
-        whole = self.shape[self.dim]
-        chunk = -(-whole // shards)
-        start = min(shard * chunk, whole)
-        return start, min(chunk, whole - start)
+    def shard_range(self, shards: int, shard: int) -> tuple[int, int]:
+        """Start and length of a shard along `dim`. As with torch.chunk, the last shards may be shorter or empty."""
+        length = self.shape[self.dim]
+        chunk = -(-length // shards)
+        start = min(shard * chunk, length)
+        return start, min(chunk, length - start)
 
     def shard_shape(self, shards: int, shard: int) -> torch.Size:
         shape = list(self.shape)
-        shape[self.dim] = self.extent(shards, shard)[1]
+        shape[self.dim] = self.shard_range(shards, shard)[1]
         return torch.Size(shape)
 
 
 def layout(parameters: Sequence[Tensor]) -> tuple[Grid, list[Matrix]]:
-    """How plain tensors (one process), or DTensors on one mesh (copies, shards), are spread.
+    """Grid and shapes of plain tensors (one process) or of DTensors on one (replicas, shards) mesh.
 
     Raises:
-        ValueError: another mesh or placement, or a mixture.
+        ValueError: another mesh or placement, or a mixture of plain tensors and DTensors.
     """
-    meshes = {p.device_mesh if isinstance(p, DTensor) else None for p in parameters}
-    if meshes <= {None}:
+    sharded = [p for p in parameters if isinstance(p, DTensor)]
+    if not sharded:
         return Grid(), [Matrix(p.shape) for p in parameters]
-    if len(meshes) > 1 or any(mesh is None or mesh.ndim != 2 for mesh in meshes):
+    mesh = sharded[0].device_mesh
+    if len(sharded) < len(parameters) or mesh.ndim != 2 or any(p.device_mesh != mesh for p in sharded):
         raise ValueError("give all matrices as plain tensors, or all as DTensors on one mesh of two dimensions")
-    for p in parameters:
+    matrices = []
+    for p in sharded:
         across, within = p.placements
         if not isinstance(across, Replicate) or type(within) is not Shard:
             raise ValueError(f"a matrix is placed as {p.placements}; make it (Replicate(), Shard(dim))")
-    (mesh,) = meshes
-    grid = Grid(*mesh.shape, *mesh.get_coordinate(), row=mesh.get_group(1), column=mesh.get_group(0))
-    return grid, [Matrix(p.shape, p.placements[1].dim) for p in parameters]
+        matrices.append(Matrix(p.shape, within.dim))
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None  # None only on ranks outside the mesh, and these hold no parameters
+    replicas, shards = mesh.shape
+    replica, shard = coordinate
+    return Grid(replicas, shards, replica, shard, row=mesh.get_group(1), column=mesh.get_group(0)), matrices
 
 
 SLACK = 1.01
-"""What batches may cost in balance. One per cent leaves B on 8 processes 19 batches of one shape instead of 60."""
+"""Imbalance of load allowed for the sake of larger batches. One per cent leaves model B on 8 ranks with 19 batches
+instead of 60."""
 
 
-def choose_owners(shapes: Sequence[torch.Size], costs: Sequence[int], processes: int) -> list[int]:
-    """The process 0 .. processes - 1 that owns each matrix.
+def choose_owners(shapes: Sequence[torch.Size], costs: Sequence[int], size: int) -> list[int]:
+    """The owner of each matrix, a rank 0 .. size - 1 in the grid.
 
-    Greedy by longest processing time (Graham, 1969): the dearest first, each to the process with the least to do. Then
-    again, with matrices of one shape kept together as far as they fit below the load that the first time ended with.
-    Depends on the arguments alone, so that all processes choose the same.
+    Greedy, longest processing time first (Graham, 1969): each matrix, in order of falling cost, goes to the rank with
+    the least load. A second pass prefers ranks that already own a matrix of the same shape, as long as their load stays
+    within SLACK of the first pass's maximum. The result depends on the arguments alone, so all ranks choose the same.
     """
-    owners, worst = _greedy(shapes, costs, processes, limit=0)
-    together, load = _greedy(shapes, costs, processes, limit=SLACK * worst)
-    return together if load <= SLACK * worst else owners
+    owners, max_load = _assign(shapes, costs, size, limit=0)
+    grouped, grouped_load = _assign(shapes, costs, size, limit=SLACK * max_load)
+    return grouped if grouped_load <= SLACK * max_load else owners
 
 
-def _greedy(shapes: Sequence[torch.Size], costs: Sequence[int], processes: int, limit: float) -> tuple[list[int], int]:
-    """Owners, and the largest load; one that has a shape gets more of it while that keeps its load within the limit."""
-    loads, held, owners = [0] * processes, [set() for _ in range(processes)], [0] * len(shapes)
+def _assign(shapes: Sequence[torch.Size], costs: Sequence[int], size: int, limit: float) -> tuple[list[int], int]:
+    """Owners and the largest load. Ranks that own a matrix of the same shape come first while within `limit`."""
+    loads, owned_shapes, owners = [0] * size, [set() for _ in range(size)], [0] * len(shapes)
     for k in sorted(range(len(shapes)), key=lambda k: (-costs[k], shapes[k], k)):
-        have = [i for i in range(processes) if shapes[k] in held[i] and loads[i] + costs[k] <= limit]
-        owners[k] = owner = min(have or range(processes), key=lambda i: loads[i])
+        same_shape = [r for r in range(size) if shapes[k] in owned_shapes[r] and loads[r] + costs[k] <= limit]
+        owners[k] = owner = min(same_shape or range(size), key=lambda r: loads[r])
         loads[owner] += costs[k]
-        held[owner].add(shapes[k])
+        owned_shapes[owner].add(shapes[k])
     return owners, max(loads)
 
 
-def batches_by_owner(shapes: Sequence[torch.Size], owners: Sequence[int], processes: int) -> list[list[list[int]]]:
-    """For each bucket, for each process, the matrices of its batch: all it owns of one shape, or none."""
-    batches = [defaultdict(list) for _ in range(processes)]
+def batches_by_owner(shapes: Sequence[torch.Size], owners: Sequence[int], size: int) -> list[list[list[int]]]:
+    """Matrix indices as [bucket][owner][matrix]: each batch has one shape, and may be empty."""
+    by_shape = [defaultdict(list) for _ in range(size)]
     for k, owner in enumerate(owners):
-        batches[owner][shapes[k]].append(k)
-    # Large batches first: their way back is hidden behind the smaller ones.
-    ordered = [sorted(own.values(), key=lambda batch: -len(batch) * shapes[batch[0]].numel()) for own in batches]
+        by_shape[owner][shapes[k]].append(k)
+    # Large batches first, so that their scatter overlaps with computing on the smaller ones.
+    ordered = [sorted(own.values(), key=lambda batch: -len(batch) * shapes[batch[0]].numel()) for own in by_shape]
     return [[own[i] if i < len(own) else [] for own in ordered] for i in range(max(len(own) for own in ordered))]
 
 
 class Bucket:
-    """One batch of each owner: which part of it each process of this row holds, and its way there and back in a step.
+    """One batch per owner: which shards of it each rank in this row holds, and the all-to-alls that gather them and
+    scatter the result. `packed` is this rank's side of both: its shards of the row's matrices, owner by owner.
 
     Attributes:
-        own: the matrices of the batch that this process owns, by number; maybe none.
-        of_row: for each row, the matrices of its owners' batches, in the order in which shards of them are packed.
-        sizes: for each row, how many elements of those this column holds.
+        owned: matrices in this rank's batch, by index; may be empty.
+        by_row: for each row, the matrices of its owners' batches, in the order of `packed`.
+        row_sizes: for each row, the elements of `packed`.
     """
+
+    packed: Tensor
+    received: Tensor
+    work: dist.Work
 
     def __init__(self, matrices: Sequence[Matrix], batches: Sequence[list[int]], grid: Grid):
         self.grid = grid
-        self.own = batches[grid.place]
-        rows = [batches[copy * grid.shards : (copy + 1) * grid.shards] for copy in range(grid.copies)]
-        self.of_row = [[k for batch in row for k in batch] for row in rows]
+        self.owned = batches[grid.rank]
+        rows = [batches[row * grid.shards : (row + 1) * grid.shards] for row in range(grid.replicas)]
+        self.by_row = [[k for batch in row for k in batch] for row in rows]
 
-        here = [matrix.shard_shape(grid.shards, grid.shard) for matrix in matrices]
-        self.shapes = [[here[k] for k in row] for row in self.of_row]
-        self.sizes = [sum(shape.numel() for shape in row) for row in self.shapes]
-        self.to_owner = [sum(here[k].numel() for k in batch) for batch in rows[grid.copy]]
+        local_shapes = [matrix.shard_shape(grid.shards, grid.shard) for matrix in matrices]
+        self.shard_shapes = [[local_shapes[k] for k in row] for row in self.by_row]
+        self.row_sizes = [sum(shape.numel() for shape in row) for row in self.shard_shapes]
+        self.send_sizes = [sum(local_shapes[k].numel() for k in batch) for batch in rows[grid.replica]]
+        """Elements that this rank sends to each owner of its row."""
 
         shards = range(grid.shards)
-        self.pieces = [matrices[k].shard_shape(grid.shards, shard) for shard in shards for k in self.own]
-        """Of what comes to this owner: shard 0 of each matrix, then shard 1, and so on."""
-        self.places = [
-            (i, matrices[k].dim, *matrices[k].extent(grid.shards, shard))
+        self.piece_shapes = [matrices[k].shard_shape(grid.shards, shard) for shard in shards for k in self.owned]
+        """Shapes of what this owner receives: shard 0 of each owned matrix, then shard 1, and so on."""
+        self.piece_slots = [
+            (i, matrices[k].dim, *matrices[k].shard_range(grid.shards, shard))
             for shard in shards
-            for i, k in enumerate(self.own)
+            for i, k in enumerate(self.owned)
         ]
-        """Where each piece belongs in the batch: matrix, dimension, start and length along it."""
-        self.from_shard = [
-            sum(piece.numel() for piece in self.pieces[shard * len(self.own) : (shard + 1) * len(self.own)])
-            for shard in shards
+        """Where each piece goes in the batch: index of the matrix, dimension, start and length along it."""
+        count = len(self.owned)
+        self.receive_sizes = [
+            sum(shape.numel() for shape in self.piece_shapes[shard * count : (shard + 1) * count]) for shard in shards
         ]
-        self.batch_shape = (len(self.own), *matrices[self.own[0]].shape) if self.own else None
+        """Elements that this owner receives from each rank of its row."""
+        self.batch_shape = (count, *matrices[self.owned[0]].shape) if self.owned else (0,)
 
     def elements_sent(self) -> int:
-        there, back = sum(self.to_owner), sum(self.from_shard)
-        return there - self.to_owner[self.grid.shard] + back - self.from_shard[self.grid.shard]
+        """Elements that this rank sends to others in gather and scatter."""
+        gather, scatter, own = sum(self.send_sizes), sum(self.receive_sizes), self.grid.shard
+        return gather - self.send_sizes[own] + scatter - self.receive_sizes[own]
 
-    def gather(self, shards: Mapping[int, Tensor], packed: Tensor) -> None:
-        """Start to bring this process's shards to the owners of its row, packed and cast into `packed`."""
+    def start_gather(self, shards: Mapping[int, Tensor], packed: Tensor) -> None:
+        """Copy this rank's shards into `packed`, in its dtype, and start to send them to the owners in this row."""
         self.packed = packed
-        copy_all(self.unpack(packed, self.grid.copy), [shards[k] for k in self.of_row[self.grid.copy]])
+        foreach_copy(self.shard_views(packed, self.grid.replica), [shards[k] for k in self.by_row[self.grid.replica]])
         if self.grid.shards > 1:
-            self.received = packed.new_empty(sum(self.from_shard))
-            self.work = self._all_to_all(self.received, self.from_shard, packed, self.to_owner)
+            self.received = packed.new_empty(sum(self.receive_sizes))
+            self.work = self._all_to_all(self.received, self.receive_sizes, packed, self.send_sizes)
 
-    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Wait for the batch that this process owns, work on it, and start to bring the results back to `packed`."""
+    def compute(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Wait for this rank's batch, apply `function` to it, and start to scatter the result into `packed`."""
         if self.grid.shards == 1:
-            if self.own:
+            if self.owned:
                 self.packed.copy_(function(self.packed.view(self.batch_shape)).flatten())
             return
         self.work.wait()
-        if self.own:
-            pieces, batch = cut(self.received, self.pieces), self.packed.new_empty(self.batch_shape)
-            copy_all(self._places_in(batch), pieces)
-            copy_all(pieces, self._places_in(function(batch)))
-        self.work = self._all_to_all(self.packed, self.to_owner, self.received, self.from_shard)
+        if self.owned:
+            pieces, batch = views(self.received, self.piece_shapes), self.packed.new_empty(self.batch_shape)
+            foreach_copy(self._slots(batch), pieces)
+            foreach_copy(pieces, self._slots(function(batch)))
+        self.work = self._all_to_all(self.packed, self.send_sizes, self.received, self.receive_sizes)
 
-    def arrive(self) -> None:
-        """Wait for the results of this row's owners, and let the buffers go."""
+    def finish(self) -> None:
+        """Wait until `packed` holds the results of this row's owners, and release the buffers."""
         if self.grid.shards > 1:
             self.work.wait()
-        self.packed = self.received = self.work = None
+            del self.received, self.work
+        del self.packed
 
-    def unpack(self, packed: Tensor, copy: int) -> list[Tensor]:
-        """Views of this column's shards of a row's matrices."""
-        return cut(packed, self.shapes[copy])
+    def shard_views(self, packed: Tensor, row: int) -> list[Tensor]:
+        """Views of this column's shards of the row's matrices."""
+        return views(packed, self.shard_shapes[row])
 
-    def _all_to_all(self, target: Tensor, received: list[int], source: Tensor, sent: list[int]) -> dist.Work:
-        return dist.all_to_all_single(target, source, received, sent, self.grid.row, async_op=True)
+    def _all_to_all(self, output: Tensor, output_sizes: list[int], input: Tensor, input_sizes: list[int]) -> dist.Work:
+        return started(dist.all_to_all_single(output, input, output_sizes, input_sizes, self.grid.row, async_op=True))
 
-    def _places_in(self, batch: Tensor) -> list[Tensor]:
-        return [batch[i].narrow(dim, start, length) for i, dim, start, length in self.places]
+    def _slots(self, batch: Tensor) -> list[Tensor]:
+        return [batch[i].narrow(dim, start, length) for i, dim, start, length in self.piece_slots]
 
 
-def cut(packed: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """Views of the given shapes, one after another, of the start of a vector."""
+def views(packed: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Views of the given shapes, one after another, from the start of a vector."""
     sizes = [shape.numel() for shape in shapes]
     parts = packed[: sum(sizes)].split(sizes)
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+def foreach_copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     if targets:  # foreach functions refuse empty lists
         torch._foreach_copy_(targets, sources)
 
 
-class Exchange:
-    """Applies a function to whole matrices that are spread over a grid.
+def started(work: dist.Work | None) -> dist.Work:
+    assert work is not None  # torch returns None only on ranks outside the group
+    return work
+
+
+class ShardedMap:
+    """Applies a function to whole matrices that are sharded over a grid of ranks.
 
     Args:
-        matrices: their shapes and how they are cut, the same on all processes.
-        costs: what the function costs on each, in any unit.
-        grid: how they are spread.
+        matrices: shapes and shard dimensions, the same on all ranks.
+        costs: cost of the function on each matrix, in any unit.
+        grid: the ranks.
 
     Attributes:
-        owners: the process of each matrix, counted row by row.
-        supplied: the matrices, by number, of which this process's shard is asked for: those that its row owns.
+        owners: rank in the grid that computes each matrix.
+        inputs: indices of the matrices owned in this row; `apply` needs this rank's shards of these.
     """
 
     def __init__(self, matrices: Sequence[Matrix], costs: Sequence[int], grid: Grid):
         self.grid = grid
         shapes = [matrix.shape for matrix in matrices]
-        self.owners = choose_owners(shapes, costs, grid.processes)
-        buckets = batches_by_owner(shapes, self.owners, grid.processes)
+        self.owners = choose_owners(shapes, costs, grid.size)
+        buckets = batches_by_owner(shapes, self.owners, grid.size)
         self.buckets = [Bucket(matrices, batches, grid) for batches in buckets]
-        self.supplied = [k for bucket in self.buckets for k in bucket.of_row[grid.copy]]
-        # A row's results lie one after another. gloo has no all-gather of unequal parts, and NCCL makes R broadcasts of
-        # one. So what is shared after a bucket is as much as every row has by then, and only the end is padded.
-        ends = [list(accumulate(sizes)) for sizes in zip(*(bucket.sizes for bucket in self.buckets), strict=True)]
-        ready = [min(end) for end in zip(*ends, strict=True)]
-        self.width = max(end[-1] for end in ends)
-        self.shared = list(pairwise([0, *ready[:-1], self.width]))
+        self.inputs = [k for bucket in self.buckets for k in bucket.by_row[grid.replica]]
+        # Rows own different numbers of elements, but gloo has no all-gather of unequal parts, and NCCL's is R
+        # broadcasts. So the all-gather after a bucket covers what every row has finished by then; the last one covers
+        # the rest, padded to the largest row.
+        ends = [list(accumulate(sizes)) for sizes in zip(*(bucket.row_sizes for bucket in self.buckets), strict=True)]
+        finished = [min(end) for end in zip(*ends, strict=True)]
+        self.row_size = max(end[-1] for end in ends)
+        self.all_gather_ranges = list(pairwise([0, *finished[:-1], self.row_size]))
 
     def elements_sent(self) -> int:
-        """What this process sends to others when `apply` runs once; an all-gather sends as a ring's would."""
-        return sum(bucket.elements_sent() for bucket in self.buckets) + (self.grid.copies - 1) * self.width
+        """Elements that this rank sends to others in one `apply`; an all-gather is counted as a ring."""
+        return sum(bucket.elements_sent() for bucket in self.buckets) + (self.grid.replicas - 1) * self.row_size
 
     def apply(
         self,
@@ -250,43 +277,45 @@ class Exchange:
         dtype: torch.dtype,
         device: torch.device,
     ) -> list[Tensor]:
-        """function, of batches [n, rows, columns] in dtype, on all matrices.
+        """Apply `function` to all matrices. All ranks call this together.
 
         Args:
-            shards: what this process holds of the matrices `supplied`, in any precision, on device.
+            function: maps a batch [n, rows, columns] of `dtype` to one of the same shape.
+            shards: this rank's shards of the matrices in `inputs`, in any precision, on `device`.
 
         Returns:
-            What it holds of the result of each matrix, in dtype.
+            This rank's shards of all results, in `dtype`.
         """
-        packed = torch.empty(self.width, dtype=dtype, device=device)
-        sizes = [bucket.sizes[self.grid.copy] for bucket in self.buckets]
+        packed = torch.empty(self.row_size, dtype=dtype, device=device)
+        sizes = [bucket.row_sizes[self.grid.replica] for bucket in self.buckets]
         for bucket, part in zip(self.buckets, packed[: sum(sizes)].split(sizes), strict=True):
-            bucket.gather(shards, part)
-        rows = packed[None] if self.grid.copies == 1 else packed.new_empty(self.grid.copies, self.width)
-        sharing = []
+            bucket.start_gather(shards, part)
+        rows = packed[None] if self.grid.replicas == 1 else packed.new_empty(self.grid.replicas, self.row_size)
+        all_gathers = []
         for i, bucket in enumerate(self.buckets):
-            bucket.apply(function)
-            if self.grid.shards == 1:  # nothing has to come back before it can be shared
-                sharing += self._share(i, packed, rows)
+            bucket.compute(function)
+            if self.grid.shards == 1:  # nothing is scattered, so the result can be shared at once
+                all_gathers += self._finish_and_share(i, packed, rows)
         if self.grid.shards > 1:
             for i in range(len(self.buckets)):
-                sharing += self._share(i, packed, rows)
-        for work in sharing:
+                all_gathers += self._finish_and_share(i, packed, rows)
+        for work in all_gathers:
             work.wait()
-        return self._unpack(rows)
+        return self._results(rows)
 
-    def _share(self, i: int, packed: Tensor, rows: Tensor) -> list[dist.Work]:
-        """Wait for this row's results of bucket i, then start to pass on to the other rows what all have by then."""
-        self.buckets[i].arrive()
-        start, end = self.shared[i]
-        if self.grid.copies == 1 or start == end:
+    def _finish_and_share(self, i: int, packed: Tensor, rows: Tensor) -> list[dist.Work]:
+        """Wait for bucket i's results, then start the all-gather of what all rows have finished."""
+        self.buckets[i].finish()
+        start, end = self.all_gather_ranges[i]
+        if self.grid.replicas == 1 or start == end:
             return []
-        return [dist.all_gather(list(rows[:, start:end]), packed[start:end], self.grid.column, async_op=True)]
+        outputs = list(rows[:, start:end])
+        return [started(dist.all_gather(outputs, packed[start:end], self.grid.column, async_op=True))]
 
-    def _unpack(self, rows: Tensor) -> list[Tensor]:
+    def _results(self, rows: Tensor) -> list[Tensor]:
         results = {}
-        for copy, row in enumerate(rows):
+        for i, row in enumerate(rows):
             for bucket in self.buckets:
-                results |= zip(bucket.of_row[copy], bucket.unpack(row, copy), strict=True)
-                row = row[bucket.sizes[copy] :]
+                results |= zip(bucket.by_row[i], bucket.shard_views(row, i), strict=True)
+                row = row[bucket.row_sizes[i] :]
         return [results[k] for k in range(len(results))]

@@ -13,13 +13,13 @@ from math import prod
 from typing import NamedTuple
 
 from unite_fast.config import Config, DecoderConfig, EncoderConfig, ModelConfig
-from unite_fast.lpips import VGG_SHAPES
+from unite_fast.lpips import VGG_BLOCKS, VGG_SHAPES
 from unite_fast.model.layers import hidden_width
 from unite_fast.optim.muon import newton_schulz_flops
 
 TIME_FEATURES = 512
 """Inputs of the time embedding: sines and cosines of 256 frequencies."""
-VGG_CONVOLUTIONS = (2, 2, 3, 3, 3)
+VGG_CONVOLUTIONS = tuple(map(len, VGG_BLOCKS))
 """Convolutions of VGG16 before each of the five taps; pooling between two taps halves the sides."""
 
 

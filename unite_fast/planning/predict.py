@@ -7,12 +7,13 @@ peaks, in two sets of assumptions: the fast and the slow end of the range.
 
 from dataclasses import dataclass
 
-from unite_fast.config import PRESETS, Config, DecoderConfig, EncoderConfig, ModelConfig
+from unite_fast.config import Config, ModelConfig
 from unite_fast.distributed import strategy as sharing
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError, require
 from unite_fast.planning import flops, memory
 from unite_fast.planning.gpus import GPU
+from unite_fast.recipes import from_tree
 
 BLOCK_BYTES = 138
 """Elementwise and norm bytes per (token x channel) of an encoder block, forward and backward with recomputation, Triton
@@ -269,9 +270,7 @@ def fitting_micro_batch(config: Config, cluster: Cluster, strategy: str) -> int:
 
 def has_released_speed(config: Config) -> bool:
     """Whether `RELEASED_IMAGES_PER_S` was measured for this model and number of flow draws."""
-    sizes = ModelConfig(
-        encoder=EncoderConfig(**PRESETS[EncoderConfig]["B"]), decoder=DecoderConfig(**PRESETS[DecoderConfig]["B"])
-    )
+    sizes = from_tree(ModelConfig, {"encoder": {"preset": "B"}, "decoder": {"preset": "B"}})
     return config.model == sizes and config.objective.flow_draws == 3
 
 

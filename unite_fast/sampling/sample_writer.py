@@ -263,7 +263,7 @@ class NpzParts(Parts):
 
     def write(self, number: int, images: Tensor) -> None:
         with atomic_write(self.path(number)) as partial:
-            partial.write_bytes(images.permute(0, 2, 3, 1).contiguous().numpy())
+            partial.write_bytes(images.permute(0, 2, 3, 1).contiguous().numpy().data)
 
     def merge(self) -> None:
         if not self.only_cleanup_left():

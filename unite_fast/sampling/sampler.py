@@ -14,7 +14,7 @@ from torch import Tensor
 from unite_fast import flow
 from unite_fast.config import SamplingConfig
 from unite_fast.errors import require
-from unite_fast.kernels.common import upcast
+from unite_fast.kernels.tensors import upcast
 from unite_fast.model.unite import UNITE
 from unite_fast.randomness import Philox, Stream
 from unite_fast.sampling.solvers import RELEASED_SOLVERS, multistep, multistep_times
@@ -39,7 +39,9 @@ class Network:
 
     def compiled(self, **options) -> "Network":
         """A compiled copy, for one batch size: compiles a guided step, an unguided step and the decoder."""
-        return Network(*(torch.compile(part, dynamic=False, **options) for part in (self.denoise, self.decode)))
+        return Network(
+            torch.compile(self.denoise, dynamic=False, **options), torch.compile(self.decode, dynamic=False, **options)
+        )
 
 
 @dataclass

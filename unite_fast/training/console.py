@@ -37,7 +37,7 @@ class Report:
         how = "compiled" if train.compile else "eager"
         self.say(
             f"{'resuming' if resumed else 'training'} {config.name}: {parameters:.2f} M parameters, "
-            f"{train.precision} on {device}, {backend.body_on(device)} kernels, {backend.attention_on(device)} "
+            f"{train.precision} on {device}, {backend.backend_on(device)} kernels, {backend.attention_on(device)} "
             f"attention, {how}, batch {train.batch_size}, "
             f"steps {state.step}..{train.steps}, in {folder}"
         )

@@ -13,10 +13,11 @@ import torch
 from unite_fast.config import TRAINING_SAMPLES, Config, EvaluationSettings
 from unite_fast.distributed.process_group import current_ranks
 from unite_fast.errors import require
-from unite_fast.evaluation.evaluator import bias_warning, open_judge
+from unite_fast.evaluation.evaluator import bias_warning, open_evaluator
 from unite_fast.evaluation.fid import Moments
-from unite_fast.evaluation.provenance import described_sampling
+from unite_fast.evaluation.provenance import sampling_info
 from unite_fast.sampling import sampler
+from unite_fast.sampling.solvers import ADAPTIVE_SOLVERS
 from unite_fast.training.metrics import MetricsLog
 from unite_fast.training.train_state import TrainState
 from unite_fast.utils.files import atomic_write, read_rows, writing
@@ -55,14 +56,14 @@ class DuringTraining:
             return
         # Of a sharded model all processes run each pass together, and dopri5 takes as many as its samples ask for.
         require(
-            self.ranks.world == 1 or config.sampling.solver != "dopri5",
+            self.ranks.world == 1 or config.sampling.solver not in ADAPTIVE_SOLVERS,
             "evaluating a run on several processes needs a solver of fixed steps: set sampling.solver=multistep",
         )
         wanted = config.evaluation
         settings = EvaluationSettings(wanted.features, wanted.inception, reference=wanted.reference)
-        self.judge = open_judge(config, settings, self.ranks, device, classifier=False)
-        self.count = wanted.count or TRAINING_SAMPLES[self.judge.features.name]
-        self.warning = bias_warning(self.count, self.judge.features.dimension, "generated")
+        self.evaluator = open_evaluator(config, settings, self.ranks, device, classifier=False)
+        self.count = wanted.count or TRAINING_SAMPLES[self.evaluator.features.name]
+        self.warning = bias_warning(self.count, self.evaluator.features.dimension, "generated")
 
     def due(self, step: int) -> bool:
         return self.every > 0 and int(step / self.every) > int((step - 1) / self.every)
@@ -83,19 +84,19 @@ class DuringTraining:
         # Sampling meets shapes of its own; compiling for them would take longer than drawing.
         with state.ema.applied(), torch.compiler.set_stance("force_eager"):
             distance = self.distance(state)
-        features, reference = self.judge.features, self.judge.reference
+        features, reference = self.evaluator.features, self.evaluator.reference
         row = {
             "step": state.step,
             "distance": distance,
             "title": features.title,
             "features": features.name,
             "reference": reference.path or "training images",
-            "reference_sha256": reference.sha256 or reference.about.get("data_sha256", ""),
+            "reference_sha256": reference.sha256 or reference.provenance.get("data_sha256", ""),
             "count": self.count,
             "weights": "EMA",
             "precision": self.config.train.precision,
             "seed": self.config.seed,
-            **{f"sampling.{key}": value for key, value in described_sampling(self.config.sampling).items()},
+            **{f"sampling.{key}": value for key, value in sampling_info(self.config.sampling).items()},
             "seconds": time.perf_counter() - begun,
         }
         self.rows.append(row)
@@ -109,8 +110,8 @@ class DuringTraining:
     def distance(self, state: TrainState) -> float:
         """Of samples 0..count - 1, whose classes come in turn; the same on every process."""
         config, model = self.config, state.model
-        network, device = sampler.Network.of(model, config.sampling.order), self.judge.features.device
-        moments = Moments(self.judge.features.dimension, device)
+        network, device = sampler.Network.of(model, config.sampling.order), self.evaluator.features.device
+        moments = Moments(self.evaluator.features.dimension, device)
         starts = range(0, self.count, config.evaluation.batch)
         for first in range(0, len(starts), self.ranks.world):
             # In the last round some processes have nothing left. They draw the last batch along, for a sharded model
@@ -123,8 +124,8 @@ class DuringTraining:
                 model, network, labels, positions, config.sampling, config.seed, config.train.precision
             )
             if mine < len(starts):
-                moments.update(self.judge.features(images.to(device)).pool)
-        return self.judge.distance(moments, self.ranks)
+                moments.update(self.evaluator.features(images.to(device)).pool)
+        return self.evaluator.distance(moments, self.ranks)
 
     def write(self) -> None:
         """curve.jsonl and curve.png, written aside and renamed."""

@@ -35,6 +35,11 @@ class WeightFile:
         """Whether `path` or the environment variable is set; the file may be missing."""
         return bool(path or os.environ.get(self.variable))
 
+    def exists(self, path: str) -> bool:
+        """Whether the file that `path` or the environment variable names exists."""
+        path = path or os.environ.get(self.variable, "")
+        return bool(path) and Path(path).expanduser().is_file()
+
     def path(self, path: str) -> Path:
         """The file at `path`; if that is empty, at the environment variable's path.
 

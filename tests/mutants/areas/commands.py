@@ -106,7 +106,7 @@ CHANGES = [
         "unite_fast/benchmarking/figures.py",
         ("tests/commands/test_bench.py",),
         [
-            ("rate / world * flops / measured.product_rate", "rate * flops / measured.product_rate / world / 2"),
+            ("rate / world * flops / measurement.matmul_rate", "rate * flops / measurement.matmul_rate / world / 2"),
             ('"images_per_s_slow": batch / slow', '"images_per_s_slow": batch / fast'),
             ('"images_per_s_per_gpu": rate / world', '"images_per_s_per_gpu": rate'),
         ],
@@ -137,8 +137,8 @@ CHANGES = [
         "unite_fast/benchmarking/tune.py",
         ("tests/benchmarking/test_tune.py",),
         [
-            ("> MARGIN * found.best.images_per_s", "> found.best.images_per_s"),
-            ("attempt(found.best.settings | {axis.key: value})", "attempt({axis.key: value})"),
+            ("> MARGIN * result.best.images_per_s", "> result.best.images_per_s"),
+            ("attempt(result.best.settings | {axis.key: value})", "attempt({axis.key: value})"),
             ("climbed.add(axis.key)", "pass"),
             ("if walls and seconds < min(walls):", "if seconds < 0:"),
             ("[axis for axis in every if axis.smaller] +", "[axis for axis in every if axis.climbs][:1] +"),
@@ -155,7 +155,7 @@ CHANGES = [
         "unite_fast/planning/predict.py",
         ("tests/planning/test_predict.py",),
         [
-            ("memory.FLOAT * every - activations", "memory.FLOAT * every + activations"),
+            ("memory.FLOAT * total - activations", "memory.FLOAT * total + activations"),
         ],
     ),
 ]

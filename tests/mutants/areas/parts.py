@@ -182,7 +182,7 @@ CHANGES = [
         ("tests/kernels/test_casts.py",),
         [
             ("copy.version == weight._version", "True"),
-            ("_held = before\n", "pass\n"),
+            ("_copies = before\n", "pass\n"),
         ],
     ),
 ]
