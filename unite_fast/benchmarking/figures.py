@@ -7,7 +7,7 @@ from unite_fast.benchmarking.machine import describe
 from unite_fast.benchmarking.measure import Measured, Window
 from unite_fast.benchmarking.progress import number
 from unite_fast.config import Config
-from unite_fast.distributed.strategy import share
+from unite_fast.distributed.strategy import split_batch
 from unite_fast.errors import UserError
 from unite_fast.kernels import backend
 from unite_fast.planning import predict
@@ -36,7 +36,7 @@ def row(config: Config, measured: Measured, window: Window, data: str, overrides
         "gpus": world,
         "nodes": measured.ranks.nodes,
         "batch_size": batch,
-        "micro_batch": share(measured.ranks, batch, config.train.micro_batch)[1],
+        "micro_batch": split_batch(measured.ranks, batch, config.train.micro_batch)[1],
         "precision": config.train.precision,
         "kernels": backend.body_on(measured.device),
         "attention": backend.attention_on(measured.device),

@@ -21,10 +21,10 @@ from unite_fast.benchmarking.product_rate import product_rate, synchronize
 from unite_fast.benchmarking.progress import ProgressLine
 from unite_fast.benchmarking.top_kernels import top_kernels
 from unite_fast.config import Config, ProfileConfig
-from unite_fast.distributed.launch import joined
+from unite_fast.distributed.launch import join_training
 from unite_fast.distributed.peers import Peers
 from unite_fast.distributed.process_group import Ranks
-from unite_fast.distributed.watchdog import Watchdog, contact
+from unite_fast.distributed.watchdog import Watchdog, report_lost_contact
 from unite_fast.errors import UserError
 from unite_fast.lpips import has_weights, random_lpips
 from unite_fast.training.trainer import Trainer
@@ -183,9 +183,9 @@ def opened(config: Config) -> Iterator[Trainer]:
     timeout = config.parallel.timeout
     with (
         sigterm_unwinds(),
-        joined(choose_device(config.train.device).type, timeout) as (ranks, device),
+        join_training(choose_device(config.train.device).type, timeout) as (ranks, device),
         Watchdog(Peers(ranks.rank, ranks.world), timeout) as watchdog,
-        contact(watchdog),
+        report_lost_contact(watchdog),
         temporary_folder() as folder,
     ):
         perceptual, lpips = config.perceptual, None

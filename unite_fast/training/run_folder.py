@@ -99,7 +99,7 @@ def restarted(folder: Path, peers: Peers) -> bool:
     as that, say because the folder holds another run."""
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     # Each machine's torchrun counts for itself, and not all of them see the folder's last change at once.
-    return bool(peers.largest(again).result() and peers.largest(read_status(folder) == running()).result())
+    return bool(peers.start_max(again).result() and peers.start_max(read_status(folder) == running()).result())
 
 
 def running() -> str:

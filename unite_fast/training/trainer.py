@@ -13,12 +13,12 @@ from unite_fast.checkpoint.manager import Checkpoints
 from unite_fast.checkpoint.reader import Checkpoint
 from unite_fast.config import Config
 from unite_fast.data_pipeline import Batch, Loader, Source, choose_loader, open_source
-from unite_fast.distributed.launch import joined
+from unite_fast.distributed.launch import join_training
 from unite_fast.distributed.peers import Peers
 from unite_fast.distributed.process_group import ALONE, Ranks
-from unite_fast.distributed.signals import Stop, stop_on_signals
-from unite_fast.distributed.strategy import share
-from unite_fast.distributed.watchdog import Watchdog, contact
+from unite_fast.distributed.signals import StopVote, stop_on_signals
+from unite_fast.distributed.strategy import split_batch
+from unite_fast.distributed.watchdog import Watchdog, report_lost_contact
 from unite_fast.errors import UserError, require
 from unite_fast.kernels import backend
 from unite_fast.lpips import LPIPS, load_lpips
@@ -57,9 +57,9 @@ def train(config: Config, resume: bool = False) -> Outcome:
     """
     timeout = config.parallel.timeout
     with (
-        joined(choose_device(config.train.device).type, timeout) as (ranks, device),
+        join_training(choose_device(config.train.device).type, timeout) as (ranks, device),
         Watchdog(Peers(ranks.rank, ranks.world), timeout) as watchdog,
-        contact(watchdog),
+        report_lost_contact(watchdog),
     ):
         trainer = Trainer(config, resume, ranks, device, watchdog)
         try:
@@ -98,7 +98,7 @@ class Trainer:
             config.data.source, config.data.path, config.model.image_size, "train", config.model.num_classes
         )
         check_data(self.source, config)
-        places, micro_batch = share(ranks, config.train.batch_size, config.train.micro_batch)
+        places, micro_batch = split_batch(ranks, config.train.batch_size, config.train.micro_batch)
         if config.perceptual.weight:
             lpips = (lpips or load_lpips(config.perceptual)).to(self.device)
 
@@ -168,8 +168,8 @@ class Trainer:
         begun = time.perf_counter()
         self.logged_step, stopped_by = self.first_step, 0
         self.speed.clock.start()
-        # `contact` within: torchrun sends the survivors SIGTERM while they find out who is missing.
-        with stop_on_signals(self.peers) as stop, contact(self.watchdog), self.report.progress_bar():
+        # `report_lost_contact` within: torchrun sends the survivors SIGTERM while they find out who is missing.
+        with stop_on_signals(self.peers) as stop, report_lost_contact(self.watchdog), self.report.progress_bar():
             while state.step < config.steps and not (stopped_by := self.stopped(stop)):
                 if self.profiler:
                     self.profiler.before(state.step + 1)
@@ -203,10 +203,10 @@ class Trainer:
         self.report.summary(outcome, dict(self.broken_samples()))
         return outcome
 
-    def stopped(self, stop: Stop) -> int:
+    def stopped(self, stop_vote: StopVote) -> int:
         """The signal for which all processes stop now; 0: they go on."""
         self.watchdog.beat(self.state.step + 1, "waiting for the other processes")
-        return stop.agreed()
+        return stop_vote.next_result()
 
     def read(self) -> Batch:
         self.watchdog.beat(self.state.step + 1, "reading images")

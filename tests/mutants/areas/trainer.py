@@ -68,7 +68,7 @@ CHANGES = [
     ),
     (
         "unite_fast/training/trainer.py",
-        ("tests/test_kill.py", "tests/distributed/test_watchdog.py", "tests/test_faults.py"),
+        ("tests/test_torchrun.py",),
         [
             (
                 "write_status(self.folder, ended(outcome.steps, outcome.stopped_by))",
@@ -93,10 +93,13 @@ CHANGES = [
         ],
     ),
     (
-        "unite_fast/training/parallelize.py",
-        ("tests/training/test_restated.py", "tests/training/test_trainer.py", "tests/training/test_steps.py"),
+        "unite_fast/distributed/strategy.py",
+        ("tests/training/test_restated.py", "tests/distributed/test_strategy.py"),
         [
-            ("return slice(ranks.rank * own, (ranks.rank + 1) * own), micro", "return slice(0, own), micro"),
+            (
+                "return slice(ranks.rank * per_rank, (ranks.rank + 1) * per_rank), micro",
+                "return slice(0, per_rank), micro",
+            ),
         ],
     ),
     (
