@@ -151,7 +151,7 @@ def timed_steps(trainer: Trainer, count: int, line: ProgressLine) -> tuple[float
 
 def take_step(trainer: Trainer) -> None:
     """One step of `Trainer.run`, without what it does only now and then."""
-    with trainer.speed.clock.part("data"):
+    with trainer.speed.clock.measure("data"):
         batch = trainer.read()
     losses, grad_norm = trainer.step(batch)
     trainer.averages.add(trainer.state.step, losses, grad_norm)
