@@ -7,7 +7,6 @@ through the shards' indices, and DALI only decodes, resizes and crops: the order
 import importlib.util
 import io
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -16,9 +15,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from unite_fast.data_pipeline.images import crop_region
-from unite_fast.data_pipeline.readers import Batch, Broken, Reader, first_readable
+from unite_fast.data_pipeline.readers import Batch, Broken, OpenReader, Reader, first_readable
 from unite_fast.data_pipeline.shards.source import ShardSource
-from unite_fast.data_pipeline.source import UnreadableSample
+from unite_fast.data_pipeline.source import Source, UnreadableSample
 from unite_fast.errors import UserError
 
 
@@ -29,7 +28,7 @@ def missing() -> str | None:
     return None
 
 
-def dali_reader(device: torch.device) -> Callable[[ShardSource, int, int], Reader]:
+def dali_reader(device: torch.device) -> OpenReader:
     """The `reader` argument of a Loader that decodes on `device`.
 
     Raises:
@@ -37,7 +36,12 @@ def dali_reader(device: torch.device) -> Callable[[ShardSource, int, int], Reade
     """
     if reason := missing():
         raise UserError(f"data.loader is dali, but {reason}")
-    return lambda source, b, workers: DaliReader(source, b, workers, device)
+
+    def open_dali(source: Source, b: int, workers: int) -> Reader:
+        assert isinstance(source, ShardSource), "the only source with the loader dali"
+        return DaliReader(source, b, workers, device)
+
+    return open_dali
 
 
 class DaliReader:
@@ -88,7 +92,7 @@ class DaliReader:
         if self.pipeline is None:
             self.pipeline = build_pipeline(self.b, self.workers, self.device, self.source.image_size, self.crop)
             self.pipeline.build()
-        inputs = {"files": [np.frombuffer(data, np.uint8) for data in files]}
+        inputs: dict[str, list[np.ndarray] | np.ndarray] = {"files": [np.frombuffer(data, np.uint8) for data in files]}
         if self.crop:
             regions = [crop_region(*encoded_size(data), self.source.image_size) for data in files]
             inputs["start"] = np.array([region[:2] for region in regions], dtype=np.float32)
@@ -126,7 +130,7 @@ def build_pipeline(b: int, threads: int, device: torch.device, size: int, crop: 
     The crop approximates ADM's: DALI resizes in one bicubic step with a stretched filter, where ADM halves with a box
     filter first. tests/data_pipeline/test_dali.py bounds the difference.
     """
-    from nvidia.dali import Pipeline, fn, types
+    from nvidia.dali import Pipeline, fn, types  # pyright: ignore[reportMissingImports]  # an optional dependency
 
     gpu = device.type == "cuda"
     device_id = (device.index or 0) if gpu else None

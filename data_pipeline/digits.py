@@ -1,5 +1,7 @@
 """The 1797 handwritten digits of scikit-learn: 8 x 8 pixels, no download."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -22,7 +24,7 @@ def open_digits(image_size: int, split: str) -> MemorySource:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    digits = load_digits()
+    digits: Any = load_digits()  # a Bunch, which the type stubs do not know
     train, test = train_test_split(np.arange(len(digits.target)), test_size=0.2, random_state=0, stratify=digits.target)
     chosen = np.sort(train if split == "train" else test)
     images = np.rint(digits.images[chosen] * (255 / _WHITE)).astype(np.uint8)

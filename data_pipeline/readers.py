@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from unite_fast.data_pipeline.source import Source, UnreadableSample
 from unite_fast.errors import UserError
 
+Result = TypeVar("Result")
 Broken = tuple[str, str]
 """A broken sample: its name and the reason."""
 
@@ -58,6 +59,7 @@ class Reader(Protocol):
     def take(self) -> tuple[Batch, list[Broken]]:
         """Wait for the oldest batch begun. Each broken sample is replaced by the next readable one in the source, and
         returned as well, in the order of the batch."""
+        ...
 
     def close(self) -> None:
         """Stop, even in the middle of a batch."""
@@ -87,8 +89,8 @@ def check_broken_fraction(count: int, n: int, last: Broken) -> None:
 
 
 def first_readable(
-    source: Source, index: int, read: Callable[[int], object], known_broken: dict[int, Broken], broken: list[Broken]
-):
+    source: Source, index: int, read: Callable[[int], Result], known_broken: dict[int, Broken], broken: list[Broken]
+) -> tuple[int, Result]:
     """Call `read(index)`; if that sample is broken, try the next ones in the source until one is readable.
 
     Args:

@@ -6,7 +6,8 @@ import numpy as np
 from PIL import Image
 
 try:
-    from unite_fast.data_pipeline import _resample
+    # The C++ extension, which a type checker does not see.
+    from unite_fast.data_pipeline import _resample  # pyright: ignore[reportAttributeAccessIssue]
 except ImportError:
     _resample = None
 

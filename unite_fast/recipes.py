@@ -172,7 +172,7 @@ def _convert(hint, value, dotted: str):
 
 def to_tree(config) -> dict:
     """A config as nested dictionaries, the inverse of `from_tree`."""
-    return _tuples_to_lists(dataclasses.asdict(config))
+    return {key: _tuples_to_lists(value) for key, value in dataclasses.asdict(config).items()}
 
 
 def _tuples_to_lists(value):

@@ -92,17 +92,17 @@ def kernels(c: Context, trainer: Trainer) -> None:
     """Profile one step by part. The device is synchronised between parts, so the kernels of a part are those that ran
     during it."""
     clock, names = trainer.speed.clock, defaultdict(int)
-    original = clock.part
+    original = clock.measure
 
     @contextmanager
-    def part(name: str):
+    def measure(name: str):
         names[name] += 1
         c.wait()
         with record_function(f"PART {name} {names[name]}"), original(name):
             yield
             c.wait()
 
-    clock.part = part
+    clock.measure = measure
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if c.cuda else [])]
     batch = trainer.read()
     c.wait()
@@ -114,7 +114,7 @@ def kernels(c: Context, trainer: Trainer) -> None:
                 c.wait()
             wall = 1e3 * (time.perf_counter() - start)
     finally:
-        del clock.part
+        del clock.measure
     cuda = torch.autograd.DeviceType.CUDA
     events = list(trace.events())
     parts = {e.name[5:]: e.time_range for e in events if e.name.startswith("PART ") and e.device_type != cuda}

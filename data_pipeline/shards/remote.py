@@ -107,13 +107,13 @@ class RemoteShardSource(ShardSource):
 
     def _fetch_once(self, target: Path, shard: Shard | None) -> str | None:
         """Try to fetch a file; returns why that failed, or None."""
-        import webdataset
+        from webdataset.gopen import gopen
 
         partial = target.with_name(target.name + ".partial")
         digest = hashlib.sha256()
         with open(partial, "wb") as out:
             try:
-                with webdataset.gopen(self._command(target.name)) as stream:
+                with gopen(self._command(target.name)) as stream:
                     while chunk := stream.read(2**20):
                         digest.update(chunk)
                         out.write(chunk)

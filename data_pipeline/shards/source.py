@@ -131,7 +131,7 @@ class ShardSource(Source):
         if read != size:
             raise UserError(f"shard {file.name} was truncated during the run: restore it, then use --resume")
 
-    def _label(self, index: int, digits: bytes) -> int:
+    def _label(self, index: int, digits: bytearray) -> int:
         label = int(digits) if digits.isdigit() else -1
         if not 0 <= label < len(self.class_names):
             raise UnreadableSample(self.name(index), f"its label is {bytes(digits)!r}")

@@ -86,5 +86,5 @@ def scan(path: Path) -> Index:
                 extensions.append(extension)
             else:
                 raise ValueError(f"{member.name} belongs to no sample")
-    pairs = [np.array(places, dtype=np.int64).reshape(-1, 2) for places in (labels, images)]
-    return Index(np.array(keys), *pairs, extensions)
+    label_places, image_places = (np.array(places, np.int64).reshape(-1, 2) for places in (labels, images))
+    return Index(np.array(keys), label_places, image_places, extensions)

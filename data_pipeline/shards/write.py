@@ -162,7 +162,9 @@ def _start_worker(*job) -> None:
 
 def _end_with_parent() -> None:
     """Exit with the parent: an orphaned worker would write to the files of the next run."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this runs in a worker"
+    parent.join()
     os._exit(1)
 
 

@@ -15,6 +15,7 @@ from unite_fast.randomness import Philox, Stream
 from unite_fast.sampling.sampler import (
     GuidedPrediction,
     Network,
+    choose_labels,
     reconstruct,
     sample_batch,
     sample_images,
@@ -248,3 +249,18 @@ def test_uint8_is_clamped_and_truncated():
     values = torch.tensor([-1.0, 0.0, 0.5, 254.99 / 255, 1.0, 1.7])
     assert to_uint8(values).tolist() == [0, 0, 127, 254, 255, 255]
     assert to_uint8(values.bfloat16()[[0, 2, 5]]).tolist() == [0, 127, 255]
+
+
+@pytest.mark.parametrize(
+    ("classes", "count", "labels"),
+    [([], 7, [0, 1, 2, 3, 4, 0, 1]), ([3], 2, [3, 3]), ([3, 1, 4], 5, [3, 1, 4, 3, 1]), ([0, 2], 1, [0])],
+)
+def test_classes_are_taken_in_turn(classes, count, labels):
+    chosen = choose_labels(classes, count, num_classes=5)
+    assert chosen.tolist() == labels and chosen.dtype == torch.int64
+
+
+@pytest.mark.parametrize("classes", [[5], [0, -1], [99999999999999999999]])
+def test_classes_out_of_range_are_refused(classes, mentions):
+    with pytest.raises(UserError, match=mentions("class", classes[-1], "0..4")):
+        choose_labels(classes, 3, 5)

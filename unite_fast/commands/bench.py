@@ -61,4 +61,5 @@ def bench(
         config, overrides = read_recipe(words, tuned, data)
         run(config, overrides, data, warmup, steps, seconds, profile, table, json)
     if plot is not None:
+        assert table is not None  # checked above
         draw(table, plot)

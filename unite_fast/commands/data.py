@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from unite_fast.commands import options
 
 app = typer.Typer()
 
 
-class _MakeByDefault(typer.core.TyperGroup):
+class _MakeByDefault(TyperGroup):
     """`unite-fast shards SOURCE OUT` is `unite-fast shards make SOURCE OUT`."""
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:

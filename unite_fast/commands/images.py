@@ -124,8 +124,8 @@ def reconstruct(
     typer.echo(f"{len(images)} pairs in {out}")
 
 
-def generate_with_progress(model: "TrainedUNITE", labels: "Tensor", seed: int, batch: int, changes: dict) -> "Tensor":
-    """`TrainedUNITE.generate` with a progress bar; `changes` are its sampling settings."""
+def generate_with_progress(model: "TrainedUNITE", labels: "Tensor", seed: int, batch: int, settings: dict) -> "Tensor":
+    """`TrainedUNITE.generate` with a progress bar; `settings` are its sampling settings."""
     import torch
 
     from unite_fast.config import check_seed_and_batch
@@ -134,7 +134,7 @@ def generate_with_progress(model: "TrainedUNITE", labels: "Tensor", seed: int, b
     check_seed_and_batch(seed, batch)
     starts = range(0, len(labels), batch)
     parts = [
-        model.generate(labels[start : start + batch], seed, batch, first=start, **changes)
+        model.generate(labels[start : start + batch], seed, batch, first=start, **settings)
         for start in track(starts, len(starts), "generating")
     ]
     return torch.cat(parts)

@@ -1,4 +1,4 @@
-"""A trained model ready to generate and reconstruct images."""
+"""A trained model ready to generate, encode and decode images."""
 
 import hashlib
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class TrainedUNITE:
         self.step = step
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "cpu") -> "TrainedUNITE":
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "TrainedUNITE":
         """See `unite_fast.load`."""
         saved = load_model(path)
         network = UNITE(saved.config.model)
@@ -72,15 +72,38 @@ class TrainedUNITE:
         Raises:
             UserError: no images, or images of another size or dtype.
         """
+        return self.decode(self.encode(images, seed, batch, first), batch)
+
+    def encode(self, images: Tensor | np.ndarray, seed: int = 0, batch: int = 64, first: int = 0) -> Tensor:
+        """Images uint8 [n, 3, S, S] -> latents float32 [n, N, C] on the model's device.
+
+        N tokens, as many as patches, of C channels; each is the output of a LayerNorm. `decode` maps them back. The
+        registers of image i are drawn from (seed, first + i).
+
+        Raises:
+            UserError: no images, or images of another size or dtype.
+        """
         images = torch.as_tensor(images)
         size = self.config.model.image_size
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1:] != (3, size, size):
-            raise UserError(
-                f"reconstruct takes uint8 images [n, 3, {size}, {size}], got {images.dtype} {list(images.shape)}"
-            )
-        require(len(images) > 0, "reconstruct needs at least one image")
+            raise UserError(f"images must be uint8 [n, 3, {size}, {size}], got {images.dtype} {list(images.shape)}")
+        require(len(images) > 0, "there must be at least one image")
         check_seed_and_batch(seed, batch)
-        return sampler.reconstruct(self.network, images, seed, batch, first)
+        return sampler.tokenize(self.network, images, seed, batch, first)
+
+    def decode(self, latents: Tensor | np.ndarray, batch: int = 64) -> Tensor:
+        """Latents [n, N, C] -> images uint8 [n, 3, S, S] on the CPU.
+
+        Raises:
+            UserError: no latents, or latents of another shape.
+        """
+        latents = torch.as_tensor(latents, dtype=torch.float32, device=self.network.device)
+        shape = (self.config.model.latent_tokens, self.config.model.latent_channels)
+        if latents.dim() != 3 or latents.shape[1:] != shape:
+            raise UserError(f"latents must be [n, {shape[0]}, {shape[1]}], got {list(latents.shape)}")
+        require(len(latents) > 0, "there must be at least one image's latents")
+        check_seed_and_batch(0, batch)
+        return sampler.decode(self.network, latents, batch)
 
 
 def weights_sha256(model: TrainedUNITE) -> str:

@@ -178,8 +178,13 @@ def check_classes(labels: Iterable[int], num_classes: int) -> None:
 @torch.no_grad()
 def reconstruct(model: UNITE, images: Tensor, seed: int = 0, batch: int = 64, first: int = 0) -> Tensor:
     """Encode and decode images: uint8 [n, 3, S, S] -> uint8 [n, 3, S, S] on the CPU; see `tokenize`."""
-    parts = tokenize(model, images, seed, batch, first).split(batch)
-    return torch.cat([to_uint8(model.decode(part)) for part in parts])
+    return decode(model, tokenize(model, images, seed, batch, first), batch)
+
+
+@torch.no_grad()
+def decode(model: UNITE, latents: Tensor, batch: int = 64) -> Tensor:
+    """Decode latents: float32 [n, N, C] on the model's device -> images uint8 [n, 3, S, S] on the CPU."""
+    return torch.cat([to_uint8(model.decode(part)) for part in latents.split(batch)])
 
 
 @torch.no_grad()

@@ -46,17 +46,17 @@ def use_numerics(precision: str, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault(CUBLAS_WORKSPACE, ":4096:8")
         # Our kernels write every element before it is read, so filling new tensors would only cost time.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        # (Set on the module, which is no attribute to a type checker.)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     torch.use_deterministic_algorithms(deterministic)
 
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
     """Within the context, float32 convolutions and matmuls on CUDA do not round to TF32 (see `use_numerics`)."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:
         yield
     finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = before
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before

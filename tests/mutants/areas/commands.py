@@ -6,17 +6,15 @@ CHANGES = [
         ("tests/commands/test_forwarding.py", "tests/commands/test_options.py"),
         [
             (
-                "generate_with_progress(model, labels, seed, batch, settings)",
-                "generate_with_progress(model, labels, 0, batch, settings)",
+                "= generate_with_progress(model, labels, seed, batch, changes)",
+                "= generate_with_progress(model, labels, 0, batch, changes)",
             ),
             (
-                "generate_with_progress(model, labels, seed, batch, settings)",
-                "generate_with_progress(model, labels, seed, 64, settings)",
+                "= generate_with_progress(model, labels, seed, batch, changes)",
+                "= generate_with_progress(model, labels, seed, 64, changes)",
             ),
-            ("model.config.sampling.changed(**settings),", "model.config.sampling,"),
-            ("precision or model.config.train.precision,", "model.config.train.precision,"),
-            ('model.network.device.type == "cuda" if compile is None else compile', "compile is not None"),
-            ("save_pairs(originals, copies, out)", "save_pairs(copies, originals, out)"),
+            ("model.config.sampling.changed(**changes),", "model.config.sampling,"),
+            ("save_pairs(originals, reconstructions, out)", "save_pairs(reconstructions, originals, out)"),
         ],
     ),
     (
@@ -26,7 +24,7 @@ CHANGES = [
             ("        seed=seed,\n", ""),
             ("        count=count or 0,\n", ""),
             ('        precision=precision or "",\n', ""),
-            ("        **given(reconstructions=reconstructions),\n", ""),
+            ("        reconstructions=reconstructions,\n", ""),
             ("folder = out or default_folder(checkpoint)", "folder = default_folder(checkpoint)"),
         ],
     ),
@@ -88,6 +86,9 @@ CHANGES = [
         ("tests/commands/test_forwarding.py", "tests/commands/test_options.py"),
         [
             ("use_threads(model.config.train.threads)", "pass"),
+            ("return precision or model.config.train.precision,", "return model.config.train.precision,"),
+            ("on_cuda if compile is None else compile", "compile is not None"),
+            ('"interval": parse_interval(interval), ', ""),
         ],
     ),
     (
