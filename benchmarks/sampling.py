@@ -92,7 +92,7 @@ class Run:
 
 
 def measure_quality(run: Run, count: int) -> dict:
-    """Rows of solver, steps, evaluations and distance, dopri5 first, then the exact solution; and the distance of
+    """Rows of solver, steps, evaluations and distance (dopri5, the exact solution, the others), and the distance of
     dopri5 with another seed."""
     variants = [(REFERENCE, 0), *((solver, n) for solver, steps in STEPS.items() for n in steps)]
     exact = run.generate(replace(run.recipe, solver=EXACT[0], steps=EXACT[1]), count)

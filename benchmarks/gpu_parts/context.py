@@ -56,8 +56,8 @@ class Context:
         return statistics.median(seconds)
 
     def device_seconds(self, run: Callable[[], object], repeats: int) -> float:
-        """Median seconds of a call by the device's clock. On a GPU the calls are queued behind a wait of about 20 ms,
-        so that launch overhead is not measured."""
+        """Median seconds of a call by the device's clock. On a GPU the calls queue behind a wait of about 20 ms, so
+        that launch overhead is not measured."""
         if not self.cuda:
             return self.seconds(run, repeats)
         run()
