@@ -70,7 +70,7 @@ def evaluate(
         compile=compile,
         reconstructions=reconstructions,
     )
-    require(count != 0, "--count is 0; it must be at least 2, since a covariance needs two images")
+    require(count != 0, "--count: the count is 0; it must be at least 2, since a covariance needs two images")
     folder = out or default_folder(checkpoint)
     with ranks_of_torchrun(choose_device(device)) as ranks:
         model = options.load(checkpoint, device)
