@@ -1,11 +1,11 @@
-"""How many images a second each loader gives, beside a plain DataLoader with Pillow: in one run, turn by turn.
+"""images/s of each loader and of a plain DataLoader with Pillow, measured in turn within one run.
 
     python benchmarks/data.py
     python benchmarks/data.py --json --workers 2 --images 2000 --data photographs
 
-The photographs are random crops of those that scikit-image and scikit-learn carry, at ImageNet's usual sizes. Every
-loader reads the same images with the same number of workers; a round is one epoch of each, and what is printed is the
-median of the rounds, the ratio that of the ratios within a round. CPU seconds count worker processes and their start.
+The photographs are random crops of those in scikit-image and scikit-learn, at ImageNet's usual sizes. Every loader
+reads the same images with the same number of workers. A round is one epoch of each; printed are medians over the
+rounds, also of the ratios within a round. CPU seconds include the worker processes and their start.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from unite_fast.data_pipeline.shards.write import Settings, make_shards
 
 SIZE = 256
 GPUS, IMAGES_PER_GPU = 8, 487
-"""Half of the peak of an H200 on UNITE-B, by eight."""
+"""Images/s of one of eight H200 at half of its peak, on UNITE-B."""
 NAMES = ("astronaut", "chelsea", "coffee", "rocket", "retina", "hubble_deep_field")
 
 
@@ -43,25 +43,25 @@ def photographs() -> list[Image.Image]:
 
 
 def make_photographs(folder: Path, count: int) -> None:
-    """JPEGs of quality 90, 500 x 375 on average, a quarter of them upright, in ten classes."""
-    chance = np.random.default_rng(0)
+    """Write JPEGs of quality 90 in ten classes, 500 x 375 on average, a quarter of them in portrait format."""
+    rng = np.random.default_rng(0)
     photos = photographs()
     for number in range(count):
-        width, height = (int(side) for side in chance.normal((500, 375), (60, 40)).clip(260, 700))
+        width, height = (int(side) for side in rng.normal((500, 375), (60, 40)).clip(260, 700))
         if number % 4 == 3:
             width, height = height, width
         photo = photos[number % len(photos)]
         enlarge = max(width / photo.width, height / photo.height, 1)
         if enlarge > 1:
             photo = photo.resize((int(np.ceil(photo.width * enlarge)), int(np.ceil(photo.height * enlarge))))
-        left, top = (int(chance.integers(0, rest + 1)) for rest in (photo.width - width, photo.height - height))
+        left, top = (int(rng.integers(0, rest + 1)) for rest in (photo.width - width, photo.height - height))
         file = folder / f"class{number % 10}" / f"{number:05d}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
         photo.crop((left, top, left + width, top + height)).save(file, quality=90)
 
 
 class PlainFolder(torch.utils.data.Dataset):
-    """What the released code's data pipeline does: Pillow, the ADM crop, a random flip, floats in [0, 1]."""
+    """The data pipeline of the released code: Pillow, the ADM crop, a random flip, floats in [0, 1]."""
 
     def __init__(self, folder: Path):
         self.files = sorted(folder.rglob("*.jpg"))
@@ -103,30 +103,27 @@ def cpu_seconds() -> float:
 
 
 def measure(start: Callable[[], Iterator], batch: int) -> tuple[float, float]:
-    """Images a second after the first batch, CPU seconds for 1,000 images from start to end."""
-    cpu, batches = cpu_seconds(), 0
+    """images/s after the first batch, and CPU seconds per 1,000 images for the whole epoch."""
+    cpu, ends = cpu_seconds(), []
     for _ in start():
-        batches += 1
-        if batches == 1:
-            begun = time.perf_counter()
-    passed = time.perf_counter() - begun
-    return (batches - 1) * batch / passed, (cpu_seconds() - cpu) / (batches * batch) * 1000
+        ends.append(time.perf_counter())
+    return (len(ends) - 1) * batch / (ends[-1] - ends[0]), (cpu_seconds() - cpu) / (len(ends) * batch) * 1000
 
 
-def contestants(data: Path, batch: int, workers: int) -> dict[tuple[str, str], Callable[[], Iterator]]:
+def loaders(data: Path, batch: int, workers: int) -> dict[tuple[str, str], Callable[[], Iterator]]:
     def ours(kind: str, path: Path, name: str) -> Callable[[], Iterator]:
         return lambda: our_batches(kind, path, name, batch, workers)
 
-    found = {
+    starts = {
         ("plain", "folder"): lambda: plain_batches(data / "folder", batch, workers),
         ("folder", "folder"): ours("folder", data / "folder", "folder"),
     }
     for format in ("original", "cropped-jpeg"):
-        found["webdataset", format] = ours("shards", data / format, "webdataset")
+        starts["webdataset", format] = ours("shards", data / format, "webdataset")
         if dali.missing() is None:
-            found["dali", format] = ours("shards", data / format, "dali")
-    found["raw", "raw"] = ours("shards", data / "raw", "raw")
-    return found
+            starts["dali", format] = ours("shards", data / format, "dali")
+    starts["raw", "raw"] = ours("shards", data / "raw", "raw")
+    return starts
 
 
 def run(data: Path, images: int, batch: int, workers: int, rounds: int) -> list[dict]:
@@ -134,12 +131,12 @@ def run(data: Path, images: int, batch: int, workers: int, rounds: int) -> list[
         make_photographs(data / "folder", images)
     for format in ("original", "cropped-jpeg", "raw"):
         make_shards(data / "folder", data / format, Settings(format, SIZE, per_shard=500), workers)
-    starts = contestants(data, batch, workers)
+    starts = loaders(data, batch, workers)
     speeds, cpu = {key: [] for key in starts}, {key: [] for key in starts}
     for round_ in range(rounds + 1):
         for key, start in starts.items():
             speed, seconds = measure(start, batch)
-            if round_:  # the first fills the page cache
+            if round_:  # the first round fills the page cache
                 speeds[key].append(speed)
                 cpu[key].append(seconds)
             print(f"round {round_} {' '.join(key)}: {speed:.0f} images/s", file=sys.stderr, flush=True)
@@ -167,7 +164,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--data", type=Path, help="keep photographs and shards here, and use them again")
+    parser.add_argument("--data", type=Path, help="folder to keep photographs and shards in for reuse")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,15 +1,15 @@
-"""What one GPU can tell about unite_fast in one command of at most seven minutes: is it right, then how fast is it.
+"""Test and measure unite_fast on one GPU in one command of at most seven minutes: first correctness, then speed.
 
     python benchmarks/gpu.py --out DIR                     # on a machine with a GPU, after `pip install -e .`
     python benchmarks/gpu.py --out DIR --only env,bench_triton
-    python benchmarks/gpu.py --out DIR --device cpu --tiny   # the same code on a CPU, small: to try the command itself
+    python benchmarks/gpu.py --out DIR --device cpu --tiny   # the same code on a CPU with toy sizes, to try the command
 
-Every part is a process group of its own with a time limit, so a part that hangs, crashes or dies costs itself alone.
-Parts that judge numbers run side by side first; parts that are timed run alone after them, the most important first.
-What no longer fits into --budget is written as skipped. DIR gets results.jsonl (one line a result, as it comes),
-log.txt (whatever else the parts print) and summary.md (a table for docs/performance.md). Nothing is downloaded.
+Every part runs in its own process group with a time limit, so a part that hangs or crashes does not affect the others.
+Parts that check numbers run first, in parallel; timed parts run alone after them, the most important first. Parts that
+no longer fit into --budget are skipped. DIR gets results.jsonl (one line per result, written at once), log.txt (other
+output of the parts) and summary.md (tables for docs/performance.md). Nothing is downloaded.
 
-Exit status: 0 all is right, 1 a result is wrong or a part failed, 2 a mistake in the arguments.
+Exit status: 0 everything correct, 1 a result is wrong or a part failed, 2 wrong arguments.
 """
 
 import argparse
@@ -24,10 +24,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [part.name for part in PARTS]
     parser.add_argument("--out", type=Path, default=Path("gpu_results"), help="folder for the results [gpu_results]")
-    parser.add_argument("--budget", type=float, default=380.0, help="seconds for everything [380]")
-    parser.add_argument("--only", default="", help=f"only these parts, by commas: {', '.join(names)}")
+    parser.add_argument("--budget", type=float, default=380.0, help="total seconds [380]")
+    parser.add_argument("--only", default="", help=f"only these parts, separated by commas: {', '.join(names)}")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="[cuda]")
-    parser.add_argument("--tiny", action="store_true", help="toy sizes: tries the command, measures nothing")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, to try the command")
     parser.add_argument("--part", choices=names, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:

@@ -1,10 +1,10 @@
-"""Muon's share of a step: Newton-Schulz work and bytes sent on each rank, batches against single matrices, and
+"""Muon's share of a step: Newton-Schulz FLOPs and communication per rank, batched against single matrices, and
 agreement with torch.optim.Muon on the shapes of UNITE-B.
 
-    work        counted, not timed: what the busiest rank computes, and the most that one sends, for B, L and XL
-    times       process CPU seconds of one thread for all of B's matrices, one by one and batched by shape, in turn
-    agreement   one update of each of B's shapes on 2 x 2 gloo processes against torch.optim.Muon in this one: its
-                bfloat16 takes minutes on a CPU without such matmuls
+    work        FLOPs of the busiest rank and the most bytes that a rank sends, for B, L and XL; counted, not timed
+    times       CPU seconds on one thread for all matrices of B, one by one and batched by shape, measured in turn
+    agreement   one update of each shape of B on 2 x 2 gloo processes against torch.optim.Muon in one process; its
+                bfloat16 takes minutes on a CPU without bfloat16 matmuls
 """
 
 import argparse
@@ -52,7 +52,7 @@ def muon_shapes(size: str) -> list[torch.Size]:
 
 
 def work(shapes: list[torch.Size], replicas: int, shards: int) -> dict:
-    """Of the busiest rank: Newton-Schulz GFLOP, batches, MB sent."""
+    """Newton-Schulz GFLOP, batches and MB sent, each on the busiest rank."""
     matrices, costs = [Matrix(shape) for shape in shapes], [newton_schulz_flops(shape) for shape in shapes]
     grids = [Grid(replicas, shards, replica, shard) for replica in range(replicas) for shard in range(shards)]
     maps = [ShardedMap(matrices, costs, grid) for grid in grids]
@@ -69,7 +69,7 @@ def work(shapes: list[torch.Size], replicas: int, shards: int) -> dict:
 
 def print_work() -> None:
     print(
-        "Newton-Schulz GFLOP a step on the busiest rank; released: all matrices on every rank. MB (10^6) of bfloat16."
+        "Newton-Schulz GFLOP per step on the busiest rank (released: all matrices on every rank); MB (10^6) of bfloat16"
     )
     print(f"{'size':5}{'matrices':>9} {'ranks':14}{'released':>9}{'ours':>9}{'ratio':>8}{'batches':>9}{'MB sent':>9}")
     for size in SIZES:
@@ -94,7 +94,7 @@ def one_by_one(batch: Tensor) -> None:
 
 
 def print_times(repeats: int) -> None:
-    print(f"B's matrices through Newton-Schulz, one thread, bfloat16, CPU seconds (median of {repeats}):")
+    print(f"Newton-Schulz on all matrices of B, one thread, bfloat16, CPU seconds (median of {repeats}):")
     print(f"{'shape':>14}{'matrices':>9}{'one by one':>12}{'batched':>9}{'ratio':>7}")
     sums = {one_by_one: 0.0, newton_schulz: 0.0}
     for shape, count in Counter(muon_shapes("b")).items():
@@ -104,7 +104,7 @@ def print_times(repeats: int) -> None:
         for _ in range(repeats):
             seconds[one_by_one].append(cpu_seconds(one_by_one, batch))
             seconds[newton_schulz].append(cpu_seconds(newton_schulz, batch, EPS))
-        alone, batched = (statistics.median(seconds[way]) for way in sums)
+        alone, batched = (statistics.median(seconds[function]) for function in sums)
         sums[one_by_one] += alone
         sums[newton_schulz] += batched
         print(
@@ -118,8 +118,8 @@ def gradient(k: int, shape: torch.Size) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(k))
 
 
-def spread_update(rank: int, port: int, shapes: list[torch.Size], dtype: torch.dtype, results: list[Tensor]) -> None:
-    """One step from zero with rate 1, on one of four processes; rank 0 writes whole updates into results."""
+def sharded_update(rank: int, port: int, shapes: list[torch.Size], dtype: torch.dtype, results: list[Tensor]) -> None:
+    """One step from zero with learning rate 1, on one of four ranks; rank 0 writes the full updates to `results`."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="4", MASTER_ADDR="localhost", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -130,18 +130,18 @@ def spread_update(rank: int, port: int, shapes: list[torch.Size], dtype: torch.d
         p.grad = distribute_tensor(gradient(k, p.shape), p.device_mesh, p.placements, src_data_rank=None)
     Muon(model.parameters(), lr=1.0, momentum=0.95, eps=EPS, dtype=dtype).step()
     for result, p in zip(results, model.parameters(), strict=True):
-        whole = p.full_tensor().detach()
+        full = p.full_tensor().detach()
         if rank == 0:
-            result.copy_(whole)
+            result.copy_(full)
     dist.destroy_process_group()
 
 
-def spread_updates(shapes: list[torch.Size], dtype: torch.dtype) -> list[Tensor]:
+def sharded_updates(shapes: list[torch.Size], dtype: torch.dtype) -> list[Tensor]:
     results = [torch.zeros(shape).share_memory_() for shape in shapes]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(spread_update, (port, shapes, dtype, results), nprocs=4)
+    torch.multiprocessing.spawn(sharded_update, (port, shapes, dtype, results), nprocs=4)
     return results
 
 
@@ -151,7 +151,7 @@ def torch_update(g: Tensor, dtype: torch.dtype) -> Tensor:
     optimizer = torch.optim.Muon(
         [parameter], lr=1.0, weight_decay=0.0, momentum=0.95, eps=EPS, adjust_lr_fn="match_rms_adamw"
     )
-    # Its Newton-Schulz casts to bfloat16, always: in float32 is it only without that.
+    # torch's Newton-Schulz always casts to bfloat16; patch the cast away for float32.
     in_float32 = mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone)
     with in_float32 if dtype == torch.float32 else nullcontext():
         optimizer.step()
@@ -168,10 +168,8 @@ def agreement(got: Tensor, want: Tensor) -> tuple[float, float]:
 def print_agreement() -> None:
     shapes = list(Counter(muon_shapes("b")))
     dtypes = (torch.float32, torch.bfloat16)
-    ours = {dtype: spread_updates(shapes, dtype) for dtype in dtypes}
-    print(
-        "One update of each of B's shapes on 2 x 2 gloo processes against torch.optim.Muon: 1 - cosine, relative error"
-    )
+    ours = {dtype: sharded_updates(shapes, dtype) for dtype in dtypes}
+    print("One update of each shape of B on 2 x 2 gloo processes against torch.optim.Muon: 1 - cosine, relative error")
     print(f"{'shape':>14}{'float32':>20}{'bfloat16':>20}")
     for k, shape in enumerate(shapes):
         errors = [agreement(ours[dtype][k], torch_update(gradient(k, shape), dtype)) for dtype in dtypes]
@@ -181,14 +179,16 @@ def print_agreement() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help="work, times or agreement; all if none is named")
-    parser.add_argument("--repeats", type=int, default=1, help="for times: runs of each shape (1 takes two minutes)")
-    given = parser.parse_args()
-    parts = {"work": print_work, "times": lambda: print_times(given.repeats), "agreement": print_agreement}
-    if unknown := set(given.parts) - parts.keys():
-        parser.error(f"{unknown.pop()} is no part: choose of {', '.join(parts)}")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="work, times or agreement [all]")
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="for times: repetitions per shape [1, takes two minutes]"
+    )
+    options = parser.parse_args()
+    parts = {"work": print_work, "times": lambda: print_times(options.repeats), "agreement": print_agreement}
+    if unknown := set(options.parts) - parts.keys():
+        parser.error(f"{unknown.pop()} is not a part; choose from {', '.join(parts)}")
     torch.set_num_threads(1)
-    for part in given.parts or parts:
+    for part in options.parts or parts:
         parts[part]()
 
 

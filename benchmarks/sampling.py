@@ -1,16 +1,15 @@
-"""Quality against cost of the solvers: Frechet distance of PCA-reduced pixels against network evaluations.
+"""Quality and cost of the solvers: Frechet distance of PCA-reduced pixels against network evaluations.
 
     python benchmarks/sampling.py runs/digits runs/fashion_mnist --out solvers --count 5000
 
-For each run of small images, every solver and number of steps generates the same samples: the same classes, each
-from the same noise. An evaluation is one pass of one image through the network, so a guided step has two. All settings
-of sampling but solver and steps are the run's recipe's, or those given. Distances are to all training images. The
-difference of the images is the root of the mean squared one to the exact solution's, of pixels in [0, 1]; multistep
-with 100 steps stands for the exact solution. The same with another seed, for dopri5, says how far a distance moves
-when only the noise does.
+For each run with small images, every solver and number of steps generates the same samples: same classes, same noise.
+An evaluation is one pass of one image through the network, so a guided step has two. Sampling settings other than
+solver and steps come from the recipe of the run, or from options. Distances are to all training images. The image
+difference is the RMS difference to the exact solution, for pixels in [0, 1]; multistep with 100 steps stands in for the
+exact solution. dopri5 with another seed shows how much the distance depends on the noise.
 
-Then, in the same process and turn by turn, the time of the released procedure (dopri5, both passes at every time,
-PyTorch's own operators, eager), of the same with our kernels, and of the chosen solver.
+Then it times, in the same process and in turn, the released procedure (dopri5, both passes at every time, PyTorch's own
+operators, eager), the same with our kernels, and the chosen solver.
 
 Writes sampling.json, sampling.md and sampling.png into the folder --out.
 """
@@ -39,12 +38,12 @@ from unite_fast.sampling.sampler import GuidedPrediction, Network, sample_batch
 REFERENCE, EXACT = "dopri5", ("multistep", 100)
 STEPS = {"euler": (10, 20, 40), "heun": (5, 10, 20), "multistep": (8, 12, 16, 20, 24)}
 WITHIN, CHEAPER = 0.01, 3
-"""A solver can take dopri5's place if its distance is dopri5's within this share, on either side, at that many times
+"""A solver can replace dopri5 if its distance is within this share of dopri5's, above or below, with this many times
 fewer evaluations."""
 
 
 class AlwaysBoth(GuidedPrediction):
-    """The released procedure: the pass without label runs at every time, and counts inside the interval only."""
+    """The released procedure: the unconditional pass runs at every time, but counts only inside the interval."""
 
     def __call__(self, t: float, x: Tensor, guided: bool | None = None) -> Tensor:
         without_label = torch.full_like(self.labels, self.no_class)
@@ -55,7 +54,7 @@ class AlwaysBoth(GuidedPrediction):
 
 
 class Run:
-    """A trained model, and what its pictures are compared with."""
+    """A trained model, and statistics of its training images."""
 
     def __init__(self, path: Path, data: str, batch: int, **settings):
         self.model: TrainedUNITE = unite_fast.load(path)
@@ -67,24 +66,24 @@ class Run:
         self.real = make_reference(source, self.features, Ranks(), batch, config.data.workers).statistics
 
     def generate(self, config: SamplingConfig, count: int, seed: int = 0) -> tuple[Tensor, float, float]:
-        """`count` images, evaluations an image, and the Frechet distance."""
+        """`count` images, evaluations per image, and their Frechet distance."""
         moments, evaluations, parts = Moments(self.features.dimension), 0, []
         for start in range(0, count, self.batch):
-            images, spent = self.draw(config, range(start, min(start + self.batch, count)), seed)
+            images, passes = self.sample(config, range(start, min(start + self.batch, count)), seed)
             moments.update(self.features(images).pool)
-            evaluations += spent * len(images)
+            evaluations += passes * len(images)
             parts.append(images)
         return torch.cat(parts), evaluations / count, self.distance(moments.statistics())
 
-    def draw(
+    def sample(
         self,
         config: SamplingConfig,
-        numbers: range,
+        indices: range,
         seed: int = 0,
         predictor: type[GuidedPrediction] = GuidedPrediction,
     ) -> tuple[Tensor, int]:
-        """Images uint8 [n, 3, S, S] and evaluations for each of them."""
-        model, positions = self.model.network, torch.tensor(numbers)
+        """Images uint8 [n, 3, S, S] and evaluations per image."""
+        model, positions = self.model.network, torch.tensor(indices)
         network, labels = Network.of(model, config.order), positions % model.config.num_classes
         return sample_batch(model, network, labels, positions, config, seed, predictor=predictor)
 
@@ -93,16 +92,16 @@ class Run:
 
 
 def measure_quality(run: Run, count: int) -> dict:
-    """Rows of solver, steps, evaluations and distance, dopri5 first, then the exact solution, and dopri5's distance
-    with another seed."""
+    """Rows of solver, steps, evaluations and distance (dopri5, the exact solution, the others), and the distance of
+    dopri5 with another seed."""
     variants = [(REFERENCE, 0), *((solver, n) for solver, steps in STEPS.items() for n in steps)]
     exact = run.generate(replace(run.recipe, solver=EXACT[0], steps=EXACT[1]), count)
     rows = []
     for solver, steps in variants:
         config = replace(run.recipe, solver=solver, steps=steps or run.recipe.steps)
-        rows.append(measured(solver, steps, run.generate(config, count), exact[0], rows))
+        rows.append(quality_row(solver, steps, run.generate(config, count), exact[0], rows))
         if solver == REFERENCE:
-            rows.append(measured("exact", 0, exact, exact[0], rows))
+            rows.append(quality_row("exact", 0, exact, exact[0], rows))
     for row in rows:
         print(run.name, *(f"{key} {value}" for key, value in row.items()), flush=True)
     other = run.generate(replace(run.recipe, solver=REFERENCE), count, seed=1)[2]
@@ -119,9 +118,11 @@ def measure_quality(run: Run, count: int) -> dict:
     }
 
 
-def measured(solver: str, steps: int, made: tuple[Tensor, float, float], exact: Tensor, rows: list[dict]) -> dict:
-    """A row after `rows`, of what `Run.generate` made."""
-    images, evaluations, distance = made
+def quality_row(
+    solver: str, steps: int, generated: tuple[Tensor, float, float], exact: Tensor, rows: list[dict]
+) -> dict:
+    """The next row after `rows`, from the result of `Run.generate`."""
+    images, evaluations, distance = generated
     return {
         "solver": solver,
         "steps": steps,
@@ -133,14 +134,14 @@ def measured(solver: str, steps: int, made: tuple[Tensor, float, float], exact: 
 
 
 def rms(images: Tensor, others: Tensor) -> float:
-    """Root of the mean squared difference, of pixels in [0, 1]."""
+    """RMS difference, for pixels in [0, 1]."""
     return float(((images.double() - others.double()) / 255).square().mean().sqrt())
 
 
 def choose(results: list[dict]) -> tuple[str, int] | None:
-    """Solver and steps of the fewest evaluations that match dopri5 on every run, as all its larger numbers of steps do:
-    one alone can match by luck."""
-    found = []
+    """Solver and steps with the fewest evaluations that match dopri5 on every run. All larger numbers of steps of that
+    solver must match as well: a single one can match by chance."""
+    matching = []
     for solver, all_steps in STEPS.items():
         for steps in all_steps:
             rows = [
@@ -155,8 +156,8 @@ def choose(results: list[dict]) -> tuple[str, int] | None:
             )
             if near and cheap:
                 cost = max(row["evaluations"] for row, _ in rows if row["steps"] == steps)
-                found.append((cost, solver, steps))
-    return min(found)[1:] if found else None
+                matching.append((cost, solver, steps))
+    return min(matching)[1:] if matching else None
 
 
 def measure_time(run: Run, chosen: tuple[str, int], count: int) -> dict:
@@ -168,25 +169,25 @@ def measure_time(run: Run, chosen: tuple[str, int], count: int) -> dict:
         "released, our kernels": (released, AlwaysBoth, ours),
         "chosen": (fast, GuidedPrediction, ours),
     }
-    found = {
+    timings = {
         name: {"cpu_seconds": 0.0, "wall_seconds": 0.0, "moments": Moments(run.features.dimension)}
         for name in procedures
     }
-    run.draw(fast, range(run.batch))  # the first call of a process pays for all later ones
+    run.sample(fast, range(run.batch))  # warm up
     for start in range(0, count, run.batch):
         for name, (config, predictor, kernels) in procedures.items():
             cpu, wall = time.process_time(), time.perf_counter()
             with backend.using(kernels):
-                images, _ = run.draw(config, range(start, min(start + run.batch, count)), predictor=predictor)
-            found[name]["cpu_seconds"] += time.process_time() - cpu
-            found[name]["wall_seconds"] += time.perf_counter() - wall
-            found[name]["moments"].update(run.features(images).pool)
-    for part in found.values():
+                images, _ = run.sample(config, range(start, min(start + run.batch, count)), predictor=predictor)
+            timings[name]["cpu_seconds"] += time.process_time() - cpu
+            timings[name]["wall_seconds"] += time.perf_counter() - wall
+            timings[name]["moments"].update(run.features(images).pool)
+    for part in timings.values():
         part["distance"] = run.distance(part.pop("moments").statistics())
         part["cpu_ratio"], part["wall_ratio"] = (
-            part[f"{kind}_seconds"] / found["chosen"][f"{kind}_seconds"] for kind in ("cpu", "wall")
+            part[f"{kind}_seconds"] / timings["chosen"][f"{kind}_seconds"] for kind in ("cpu", "wall")
         )
-    return {"images": count, "batch": run.batch, "procedures": found}
+    return {"images": count, "batch": run.batch, "procedures": timings}
 
 
 def write(results: list[dict], chosen: tuple[str, int] | None, out: Path) -> None:
@@ -209,7 +210,7 @@ def table(results: list[dict], chosen: tuple[str, int] | None) -> list[str]:
             f"## {result['run']}: {result['images']} images, guidance {sampling['guidance']:g} for t in "
             f"({sampling['interval'][0]:g}, {sampling['interval'][1]:g}), {result['dimension']} components",
             "",
-            "| solver | steps | evaluations an image | Frechet distance | against dopri5 | difference to exact |",
+            "| solver | steps | evaluations per image | Frechet distance | against dopri5 | difference to exact |",
             "|---|---|---|---|---|---|",
         ]
         for row in result["rows"]:
@@ -221,9 +222,9 @@ def table(results: list[dict], chosen: tuple[str, int] | None) -> list[str]:
         if "time" in result:
             spent = result["time"]
             lines += [
-                f"{spent['images']} images, batch {spent['batch']}, in turns:",
+                f"{spent['images']} images, batch {spent['batch']}, timed in turn:",
                 "",
-                "| procedure | seconds of CPU | times the chosen one's | by the clock | Frechet distance |",
+                "| procedure | CPU seconds | CPU ratio to chosen | wall ratio to chosen | Frechet distance |",
                 "|---|---|---|---|---|",
             ]
             for name, part in spent["procedures"].items():
@@ -247,7 +248,7 @@ def plot(results: list[dict], path: Path) -> None:
             axes.plot(evaluations, distances, "o-" if solver != REFERENCE else "k*", markersize=4, label=solver)
         reference = result["rows"][0]["distance"]
         axes.axhspan(reference * (1 - WITHIN), reference * (1 + WITHIN), color="0.85", label="dopri5 ± 1 %")
-        axes.set(title=result["run"], xlabel="network evaluations an image", ylabel="Frechet distance (PCA pixels)")
+        axes.set(title=result["run"], xlabel="network evaluations per image", ylabel="Frechet distance (PCA pixels)")
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.legend(fontsize=8)
@@ -257,14 +258,16 @@ def plot(results: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="trained runs of images of at most 64 x 64")
+    parser.add_argument("runs", nargs="+", type=Path, help="trained runs with images of at most 64 x 64")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--count", type=int, default=1000, help="images of each solver and number of steps [1000]")
-    parser.add_argument("--timed", type=int, default=1000, help="images that are timed [1000]; 0: no timing")
-    parser.add_argument("--batch", type=int, default=250, help="images at a time [250]")
-    parser.add_argument("--data", default="", help="folder of the data, if not the one trained on")
-    parser.add_argument("--guidance", type=float, help="guidance scale, if not the recipe's")
-    parser.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="of guidance, likewise")
+    parser.add_argument("--count", type=int, default=1000, help="images per solver and number of steps [1000]")
+    parser.add_argument("--timed", type=int, default=1000, help="timed images [1000]; 0: no timing")
+    parser.add_argument("--batch", type=int, default=250, help="batch size [250]")
+    parser.add_argument("--data", default="", help="folder of the data [that of the training]")
+    parser.add_argument("--guidance", type=float, help="guidance scale [that of the recipe]")
+    parser.add_argument(
+        "--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guidance interval [that of the recipe]"
+    )
     options = parser.parse_args()
     settings = {"guidance": options.guidance, "interval": options.interval and tuple(options.interval)}
     settings = {name: value for name, value in settings.items() if value is not None}

@@ -1,10 +1,10 @@
-"""What one training step costs that is the same on every machine: bytes kept, operators, bytes moved. Times are
-`unite-fast bench`'s.
+"""Machine-independent costs of one training step: saved bytes, operators and bytes moved. `unite-fast bench` measures
+times.
 
-Counted at the trainer's own step (unite_fast/training/train_step.py), eager: bytes that autograd keeps for each of its
-two backward passes (saved-tensor hooks; parameters and buffers left out, each storage once), and operators and their
-bytes, inputs plus outputs (dispatch mode; views, detach and empty tensors left out). Operators of ours count as one.
-What moves inside those that hold several passes is not in these figures; docs/performance.md has it.
+Counted on the trainer's own step (unite_fast/training/train_step.py), eager: bytes that autograd saves for each of the
+two backward passes (saved-tensor hooks; without parameters and buffers, each storage once), and operators with the
+bytes of their inputs and outputs (dispatch mode; without views, detach and empty tensors). Each of our ops counts as
+one operator; docs/performance.md has the traffic inside them.
 """
 
 import argparse
@@ -53,7 +53,7 @@ FREE = {
     "lift_fresh",
     "_local_scalar_dense",
 }
-"""Operators that move nothing, beside views."""
+"""Operators that move no data, besides views."""
 
 
 class Traffic(TorchDispatchMode):
@@ -73,35 +73,35 @@ class Traffic(TorchDispatchMode):
 
 
 class Saved(torch.autograd.graph.saved_tensors_hooks):
-    """Bytes that forward passes keep for their backward passes, but for the tensors of a module.
+    """Bytes that forward passes save for backward, without the parameters and buffers of a module.
 
     Attributes:
-        passes: bytes of each forward pass; one ends where a backward pass begins.
+        passes: bytes of each forward pass; a new one starts after a backward pass.
     """
 
     def __init__(self, module: torch.nn.Module):
         self.own = {x.untyped_storage().data_ptr() for x in (*module.parameters(), *module.buffers())}
         self.passes: list[int] = []
         self.backward = True
-        super().__init__(self.keep, self.give)
+        super().__init__(self.pack, self.unpack)
 
-    def keep(self, x: Tensor) -> Tensor:
+    def pack(self, x: Tensor) -> Tensor:
         if self.backward:
             self.passes.append(0)
-            self.backward, self.found = False, {}
+            self.backward, self.storages = False, {}
         storage = x.untyped_storage()
-        if storage.data_ptr() not in self.own and storage.data_ptr() not in self.found:
-            self.found[storage.data_ptr()] = storage  # held, so that its address is not given to another
+        if storage.data_ptr() not in self.own and storage.data_ptr() not in self.storages:
+            self.storages[storage.data_ptr()] = storage  # kept alive, so that its address is not reused
             self.passes[-1] += storage.nbytes()
         return x
 
-    def give(self, x: Tensor) -> Tensor:
+    def unpack(self, x: Tensor) -> Tensor:
         self.backward = True
         return x
 
 
 def make_step(size: str, batch: int, lpips: bool, device: torch.device) -> tuple[TrainStep, Batch]:
-    """The trainer's step in bfloat16, and what it is to be taken on."""
+    """The trainer's step in bfloat16, and a batch for it."""
     tree = {
         "model": SIZES[size],
         "train": {"batch_size": batch, "compile": False},
@@ -116,7 +116,7 @@ def make_step(size: str, batch: int, lpips: bool, device: torch.device) -> tuple
 
 
 def count(step: TrainStep, batch: Batch) -> dict:
-    step(batch)  # the optimizers' state is there from now on
+    step(batch)  # allocates the optimizer state
     with Traffic() as traffic:
         step(batch)
     saved = Saved(step.state.model)
@@ -140,11 +140,11 @@ def main() -> None:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=SIZES, default="bench", help="encoder, decoder and image size [bench]")
-    parser.add_argument("--batch", type=int, default=8, help="images a step [8]")
+    parser.add_argument("--batch", type=int, default=8, help="images per step [8]")
     parser.add_argument("--kernels", choices=backend.available(), default="auto", help="which backend runs [auto]")
-    parser.add_argument("--lpips", action="store_true", help="with LPIPS, of random weights")
+    parser.add_argument("--lpips", action="store_true", help="with LPIPS, random weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", action="store_true", help="print one object")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
     device = torch.device(options.device)
     with backend.using(options.kernels):

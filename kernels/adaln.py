@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from unite_fast.kernels import backend, native, tensors
-from unite_fast.kernels.fused_op import Backend, FusedOp, triton_backend
+from unite_fast.kernels import backend, tensors
+from unite_fast.kernels.fused_op import FusedOp, native_backend, triton_backend
 from unite_fast.kernels.registry import New, Size, register
 from unite_fast.kernels.tensors import argument_error, modulate, rms_norm, upcast
 
@@ -32,42 +32,20 @@ def _gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     return upcast(x) + upcast(gate).unsqueeze(1) * upcast(branch)
 
 
-# The functions below serve all three ops: branch, gate and norm_weight are None for an op without them, and so are the
-# results that belong to them.
+# The two functions below serve all three ops: branch, gate and norm_weight are None for an op without them, and so are
+# the results that belong to them.
 
 
 def _empty_outputs(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype):
-    """x_out, h and the rstd of the norms."""
+    """Uninitialised x_out, h and rstd of the norms."""
     b, t, _ = x.shape
     x_out = None if branch is None else tensors.empty_like(x)
     rstd = x.new_empty((b, t) if norm_weight is None else (2, b, t), dtype=torch.float32)
     return x_out, tensors.empty_like(x, out_dtype), rstd
 
 
-def _native_forward(name, x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype):
-    x_out, h, rstd = _empty_outputs(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype)
-    x, branch, gate = tensors.dense(x), _supported(branch), _supported(gate)
-    norm_weight, weight = tensors.as_float32(norm_weight), tensors.as_float32(weight)
-    shift, scale = _supported(shift), _supported(scale)
-    native.run(
-        f"{name}_forward",
-        *x.shape,
-        eps,
-        *native.rows(x),
-        *_branch_arguments(branch, gate),
-        *_address(norm_weight),
-        weight.data_ptr(),
-        *native.vectors(shift),
-        *native.vectors(scale),
-        *(() if x_out is None else native.rows(x_out)),
-        *native.rows(h),
-        rstd.data_ptr(),
-    )
-    return x_out, h, rstd
-
-
 def _empty_gradients(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, rstd):
-    """Of x, branch, gate, norm_weight, weight, shift and scale."""
+    """Uninitialised gradients of x, branch, gate, norm_weight, weight, shift and scale."""
     gated, normed = branch is not None, norm_weight is not None
     return (
         tensors.empty_like(x),
@@ -80,61 +58,26 @@ def _empty_gradients(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, 
     )
 
 
-def _native_backward(name, d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, rstd):
-    gradients = _empty_gradients(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, rstd)
-    d_x, d_branch, d_gate, d_norm_weight, d_weight, d_shift, d_scale = gradients
-    d_h = tensors.gradient_or_zeros(d_h, x.shape, x)
-    if branch is not None:
-        d_x_out = tensors.gradient_or_zeros(d_x_out, x.shape, x)
-    x, branch, gate = tensors.dense(x), _supported(branch), _supported(gate)
-    norm_weight, weight, scale = tensors.as_float32(norm_weight), tensors.as_float32(weight), _supported(scale)
-    native.run(
-        f"{name}_backward",
-        *x.shape,
-        *(() if branch is None else native.rows(d_x_out)),
-        *native.rows(d_h),
-        *native.rows(x),
-        *_branch_arguments(branch, gate),
-        *_address(norm_weight),
-        weight.data_ptr(),
-        *native.vectors(scale),
-        rstd.data_ptr(),
-        *native.rows(d_x),
-        *_branch_arguments(d_branch, d_gate),
-        *_address(d_norm_weight),
-        d_weight.data_ptr(),
-        *native.vectors(d_shift),
-        *native.vectors(d_scale),
-    )
-    return gradients
-
-
-def _supported(x: Tensor | None) -> Tensor | None:
-    return None if x is None else tensors.as_supported(x)
-
-
-def _branch_arguments(branch: Tensor | None, gate: Tensor | None) -> tuple[int, ...]:
-    return () if branch is None else (*native.rows(branch), *native.vectors(gate))
-
-
-def _address(x: Tensor | None) -> tuple[int, ...]:
-    return () if x is None else (x.data_ptr(),)
-
-
 def _adaln_op(
     name: str, expand: Callable[..., tuple], expand_backward: Callable[..., tuple], recompute: bool = False, **schema
 ) -> FusedOp:
     """One of the three ops. `expand` inserts None for the inputs that it does not have."""
 
-    def apply(run: Callable[..., tuple], expand: Callable[..., tuple], *leading) -> Callable[..., tuple]:
-        return lambda *inputs: tuple(r for r in run(*leading, *expand(*inputs)) if r is not None)
+    def present(results: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+        return tuple(result for result in results if result is not None)
+
+    def fake_forward(*inputs):
+        return present(_empty_outputs(*expand(*inputs)))
+
+    def fake_backward(*inputs):
+        return present(_empty_gradients(*expand_backward(*inputs)))
 
     return FusedOp(
         name,
-        fake_forward=apply(_empty_outputs, expand),
-        fake_backward=apply(_empty_gradients, expand_backward),
+        fake_forward=fake_forward,
+        fake_backward=fake_backward,
         backends={
-            "native": Backend(apply(_native_forward, expand, name), apply(_native_backward, expand_backward, name)),
+            "native": native_backend(name, fake_forward, fake_backward),
             "triton": triton_backend("adaln", name, recompute),
         },
         **schema,
@@ -147,7 +90,6 @@ adaln_modulate_op = _adaln_op(
     lambda d_h, x, *vectors: (None, d_h, x, None, None, None, *vectors),
     inputs="Tensor x, Tensor weight, Tensor shift, Tensor scale, float eps, ScalarType? out_dtype",
     outputs="Tensor, Tensor",
-    results=1,
     backward_inputs="Tensor d_out, Tensor x, Tensor weight, Tensor scale, Tensor rstd",
     backward_outputs="Tensor, Tensor, Tensor, Tensor",
     saved=lambda inputs, outputs: (inputs[0], inputs[1], inputs[3], outputs[1]),
@@ -342,28 +284,26 @@ def adaln_inputs(size: Size, new: New, names: str) -> dict[str, Tensor]:
     return {name: inputs[name] for name in names.split()}
 
 
-def _entry(names: str) -> dict:
-    """`gradients` and `example` of an op's entry in the registry."""
-
+def _example(names: str) -> Callable[[Size, New], dict]:
     def example(size, new):
         return {**adaln_inputs(size, new, names), "eps": 1e-6, "out_dtype": size.other}
 
-    return {"gradients": tuple(names.split()), "example": example}
+    return example
 
 
+register(adaln_modulate, adaln_modulate_ref, adaln_modulate_op, example=_example("x weight shift scale"))
 # Three roundings: of x_out, before h is computed from it, of the result, and of the gradient of x_out.
-register(adaln_modulate, adaln_modulate_ref, adaln_modulate_op, **_entry("x weight shift scale"))
 register(
     gated_residual_adaln,
     gated_residual_adaln_ref,
     gated_residual_adaln_op,
+    example=_example("x branch gate weight shift scale"),
     roundings=3,
-    **_entry("x branch gate weight shift scale"),
 )
 register(
     gated_residual_norm_adaln,
     gated_residual_norm_adaln_ref,
     gated_residual_norm_adaln_op,
+    example=_example("x branch gate norm_weight weight shift scale"),
     roundings=3,
-    **_entry("x branch gate norm_weight weight shift scale"),
 )

@@ -73,7 +73,6 @@ attention_op = FusedOp(
     inputs="Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, SymInt heads, SymInt first, "
     "SymInt last",
     outputs="Tensor, Tensor",
-    results=1,
     fake_forward=_fake_forward,
     backward_inputs="Tensor d_out, Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, "
     "Tensor out, Tensor log_sum, SymInt first",
@@ -133,7 +132,6 @@ register(
     attention_ref,
     attention_op,
     example=lambda size, new: qk_inputs(size, new) | {"token_range": (1, size.tokens)},
-    gradients=("qkv", "q_weight", "k_weight"),
     part="linear",
     op_inputs=_op_inputs,
 )

@@ -59,14 +59,13 @@ flow_loss_op = FusedOp(
     "flow_loss",
     inputs="Tensor y, Tensor weight, Tensor bias, Tensor z, Tensor t, float min_time_left, float eps",
     outputs="Tensor, Tensor, Tensor, Tensor",
-    results=1,
     fake_forward=_fake_forward,
     backward_inputs="Tensor d_loss, Tensor y, Tensor weight, Tensor bias, Tensor z, Tensor share, Tensor mean, "
     "Tensor rstd",
     backward_outputs="Tensor, Tensor, Tensor",
     fake_backward=_fake_backward,
     saved=lambda inputs, outputs: (*inputs[:4], *outputs[1:]),
-    backends={"native": Backend(_native_forward, _native_backward), "triton": triton_backend("flow_loss", "flow_loss")},
+    backends={"native": Backend(_native_forward, _native_backward), "triton": triton_backend("flow_loss")},
 )
 
 
@@ -130,4 +129,4 @@ def _example(size, new):
     }
 
 
-register(flow_loss, flow_loss_ref, flow_loss_op, example=_example, gradients=("y", "weight", "bias"), part="latents")
+register(flow_loss, flow_loss_ref, flow_loss_op, example=_example, part="latents")

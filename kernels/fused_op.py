@@ -7,6 +7,7 @@ the same code on the same numbers.
 """
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from unite_fast.kernels import backend
+from unite_fast.kernels import backend, native, tensors
 
 _library = torch.library.Library("unite_fast", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -35,14 +36,15 @@ class Backend(NamedTuple):
     """`backward` that also recomputes the op's result, for an op that does not save it: gradients, then result."""
 
 
-def triton_backend(module: str, name: str, recompute: bool = False) -> Backend:
+def triton_backend(module: str, name: str | None = None, recompute: bool = False) -> Backend:
     """The functions NAME_forward, NAME_backward and, with `recompute`, NAME_backward_recompute of
-    kernels/triton_kernels/MODULE.py. The module is imported by the first call: Triton is not on every machine."""
+    kernels/triton_kernels/MODULE.py; NAME is MODULE by default. The module is imported by the first call: Triton is not
+    on every machine."""
 
     def launcher(suffix: str) -> Callable[..., Results]:
         def call(*inputs):
             kernels = importlib.import_module(f"unite_fast.kernels.triton_kernels.{module}")
-            return getattr(kernels, f"{name}_{suffix}")(*inputs)
+            return getattr(kernels, f"{name or module}_{suffix}")(*inputs)
 
         return call
 
@@ -53,15 +55,40 @@ def triton_backend(module: str, name: str, recompute: bool = False) -> Backend:
     )
 
 
+def native_backend(name: str, fake_forward: Callable[..., Results], fake_backward: Callable[..., Results]) -> Backend:
+    """The C++ functions NAME_forward and NAME_backward of an op whose first output and first gradient are [B, T, D].
+
+    Their arguments are B, T and D, the inputs and the outputs in the order of the op, as `native.run` passes them;
+    dtypes are left out. An incoming gradient that is None is passed as zeros [B, T, D].
+    """
+
+    def forward(*inputs):
+        outputs = fake_forward(*inputs)
+        numbers = (value for value in inputs if not isinstance(value, torch.dtype | None))
+        native.run(f"{name}_forward", *outputs[0].shape, *numbers, *outputs)
+        return outputs
+
+    def backward(*inputs):
+        gradients = fake_backward(*inputs)
+        shape, like = gradients[0].shape, gradients[0]
+        inputs = (tensors.gradient_or_zeros(None, shape, like) if value is None else value for value in inputs)
+        native.run(f"{name}_backward", *shape, *inputs, *gradients)
+        return gradients
+
+    return Backend(forward, backward)
+
+
 class FusedOp:
     """A differentiable op with several backends. docs/adding-a-kernel.md builds one step by step.
 
     Args:
         name: name in `torch.ops.unite_fast`.
-        inputs, outputs: the types, as PyTorch's operator schemas write them.
+        inputs, outputs: the types, as PyTorch's operator schemas write them. Without `inputs`, each parameter of
+            `fake_forward` is a Tensor.
         results: the first so many outputs are the caller's; the others are saved for backward.
         fake_forward: `forward` on tensors without data: allocates outputs of the right shape, dtype and strides.
-        backward_inputs: gradients of the results, then what `saved` returns.
+        backward_inputs: gradients of the results, then what `saved` returns. By default, each parameter of
+            `fake_backward` is a Tensor.
         backward_outputs: gradients of the first inputs, one for each.
         fake_backward: `backward` on tensors without data.
         saved: (inputs, outputs) -> what backward needs.
@@ -72,16 +99,17 @@ class FusedOp:
         self,
         name: str,
         *,
-        inputs: str,
-        outputs: str,
-        results: int,
+        inputs: str | None = None,
+        outputs: str = "Tensor",
+        results: int = 1,
         fake_forward: Callable[..., Results],
-        backward_inputs: str,
+        backward_inputs: str | None = None,
         backward_outputs: str,
         fake_backward: Callable[..., Results],
         saved: Callable[[tuple, Results], tuple],
         backends: dict[str, Backend],
     ):
+        inputs, backward_inputs = inputs or _tensors(fake_forward), backward_inputs or _tensors(fake_backward)
         self.name = name
         self.results = results
         self.fake_forward = fake_forward
@@ -146,6 +174,10 @@ def needs_dispatcher(x: Tensor) -> bool:
     """Whether a call on x must go through the dispatcher: x is fake or traced, so that it has no address, or a dispatch
     mode is active."""
     return type(x) not in _PLAIN or bool(torch._C._len_torch_dispatch_stack())
+
+
+def _tensors(fake: Callable[..., Results]) -> str:
+    return ", ".join(f"Tensor {name}" for name in inspect.signature(fake).parameters)
 
 
 def _without_autocast(implementation: Backend) -> Backend:

@@ -67,11 +67,7 @@ def _activation_linear(name: str, activation: dict[str, Backend]) -> FusedOp:
 
     return FusedOp(
         name,
-        inputs="Tensor x, Tensor weight, Tensor bias",
-        outputs="Tensor",
-        results=1,
         fake_forward=lambda x, weight, bias: (_fake_matmul(x, weight),),
-        backward_inputs="Tensor d_y, Tensor x, Tensor weight",
         backward_outputs="Tensor, Tensor, Tensor",
         fake_backward=lambda d_y, x, weight: (tensors.empty_like(x), *_fake_matmul_gradients(weight)),
         saved=lambda inputs, outputs: inputs[:2],
@@ -141,7 +137,6 @@ layer_norm_linear_op = FusedOp(
     inputs="Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, float eps, "
     "ScalarType out_dtype",
     outputs="Tensor, Tensor, Tensor",
-    results=1,
     fake_forward=lambda x, norm_weight, norm_bias, weight, bias, eps, out_dtype: (
         _fake_matmul(x, weight, out_dtype),
         *(x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(2)),
@@ -514,7 +509,6 @@ def _register(function: Callable, fused: FusedOp, names: str, **constants) -> No
         None,
         fused,
         example=lambda size, new: _example(size, new, names) | constants,
-        gradients=tuple(names.split()),
         part="linear",
         op_inputs=lambda **example: (*example.values(), torch.bfloat16)[: len(fused.op._schema.arguments)],
     )

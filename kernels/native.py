@@ -5,6 +5,7 @@ an error, never a silent fallback.
 """
 
 import hashlib
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -67,9 +68,19 @@ def heads(x: Tensor) -> tuple[int, int, int, int]:
     return x.data_ptr(), *x.stride()[:3]
 
 
-def run(name: str, *arguments: int | float) -> None:
-    """Call a C++ function with torch's number of threads."""
-    getattr(_native, name)(*arguments, torch.get_num_threads())
+def run(name: str, *arguments: int | float | Tensor) -> None:
+    """Call a C++ function with torch's number of threads. A tensor of three dimensions is passed as `rows`, of two as
+    `vectors`, and a weight [D] as the address of its float32 numbers; other tensors must be passed as numbers."""
+    dense = [_dense(x) if isinstance(x, Tensor) else x for x in arguments]  # alive until the call returns
+    numbers = (_PASSED_AS[x.dim()](x) if isinstance(x, Tensor) else (x,) for x in dense)
+    getattr(_native, name)(*chain.from_iterable(numbers), torch.get_num_threads())
+
+
+def _dense(x: Tensor) -> Tensor:
+    return tensors.as_float32(x) if x.dim() == 1 else tensors.as_supported(x)
+
+
+_PASSED_AS = {1: lambda x: (x.data_ptr(),), 2: vectors, 3: rows}
 
 
 def philox_words(seed: int, step: int, stream: int, draw: int, positions: Tensor, elements: int) -> Tensor:

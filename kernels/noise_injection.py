@@ -72,8 +72,6 @@ def _native_sizes(out: Tensor, t: Tensor, gate: Tensor | None):
 noise_injection_op = FusedOp(
     "noise_injection",
     inputs="Tensor z, Tensor t, Tensor positions, Tensor? gate, int seed_low, int seed_high, int step, int stream",
-    outputs="Tensor",
-    results=1,
     fake_forward=_fake_forward,
     backward_inputs="Tensor d_out, Tensor t, Tensor? gate",
     backward_outputs="Tensor",
@@ -81,7 +79,7 @@ noise_injection_op = FusedOp(
     saved=lambda inputs, outputs: (inputs[1], inputs[3]),
     backends={
         "native": Backend(_native_forward, _native_backward),
-        "triton": triton_backend("noise_injection", "noise_injection"),
+        "triton": triton_backend("noise_injection"),
     },
 )
 
@@ -164,7 +162,6 @@ register(
     noise_injection_ref,
     noise_injection_op,
     example=_example,
-    gradients=("z",),
     part="latents",
     op_inputs=_op_inputs,
 )

@@ -110,7 +110,7 @@ qk_norm_rope_op = FusedOp(
     saved=lambda inputs, outputs: (*inputs[:5], outputs[3]),
     backends={
         "native": Backend(_native_forward, _native_backward, _native_eager_forward),
-        "triton": triton_backend("qk_norm_rope", "qk_norm_rope"),
+        "triton": triton_backend("qk_norm_rope"),
     },
 )
 
@@ -198,6 +198,5 @@ register(
     qk_norm_rope_ref,
     qk_norm_rope_op,
     example=lambda size, new: qk_inputs(size, new) | {"eps": 1e-6},
-    gradients=("qkv", "q_weight", "k_weight"),
     unread=_unread,
 )

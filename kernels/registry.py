@@ -53,8 +53,6 @@ class Op:
     fused: FusedOp
     example: Callable[[Size, New], dict[str, Any]]
     """(size, new) -> keyword arguments of the function."""
-    gradients: tuple[str, ...]
-    """Names of the arguments that get a gradient."""
     part: Literal["block", "latents", "linear", "lpips"] = "block"
     """Where the model uses it. An op of a block has results [B, T, ...] or [B, H, T, K], and
     tests/kernels/test_fused_op.py compares it with its reference; ops of blocks and latents are benchmarked."""
@@ -68,6 +66,12 @@ class Op:
     @property
     def name(self) -> str:
         return self.fused.name
+
+    @property
+    def gradients(self) -> list[str]:
+        """Names of the arguments that get a gradient."""
+        count = len(self.fused.backward_op._schema.returns)
+        return [argument.name for argument in self.fused.op._schema.arguments[:count]]
 
     @property
     def reads_residual(self) -> bool:

@@ -41,17 +41,13 @@ def _native_backward(d_out, uw):
 
 swiglu_op = FusedOp(
     "swiglu",
-    inputs="Tensor uw",
-    outputs="Tensor",
-    results=1,
     fake_forward=_fake_forward,
-    backward_inputs="Tensor d_out, Tensor uw",
     backward_outputs="Tensor",
     fake_backward=_fake_backward,
     saved=lambda inputs, outputs: inputs,
     backends={
         "native": Backend(_native_forward, _native_backward),
-        "triton": triton_backend("swiglu", "swiglu", recompute=True),
+        "triton": triton_backend("swiglu", recompute=True),
     },
 )
 
@@ -82,4 +78,4 @@ def _example(size, new):
     return {"uw": new(size.batch, size.tokens, 2 * size.hidden, dtype=size.other)}
 
 
-register(swiglu, swiglu_ref, swiglu_op, example=_example, gradients=("uw",))
+register(swiglu, swiglu_ref, swiglu_op, example=_example)

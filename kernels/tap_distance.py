@@ -38,14 +38,12 @@ def empty_channels_last(x: Tensor) -> Tensor:
 tap_distance_op = FusedOp(
     "tap_distance",
     inputs="Tensor y, Tensor x, Tensor weight, Tensor? mask",
-    outputs="Tensor",
-    results=1,
     fake_forward=lambda y, x, weight, mask: (y.new_empty(y.shape[0], dtype=torch.float32),),
     backward_inputs="Tensor d_out, Tensor y, Tensor x, Tensor weight, Tensor? mask",
     backward_outputs="Tensor",
     fake_backward=lambda d_out, y, x, weight, mask: (empty_channels_last(y),),
     saved=lambda inputs, outputs: inputs,
-    backends={"triton": triton_backend("tap_distance", "tap_distance")},
+    backends={"triton": triton_backend("tap_distance")},
 )
 
 
@@ -91,4 +89,4 @@ def _example(size, new):
     return {"y": y, "x": x, "weight": new(size.width, dtype=size.weights), "mask": (x == x).to(torch.uint8)}
 
 
-register(tap_distance, tap_distance_ref, tap_distance_op, example=_example, gradients=("y",), part="lpips")
+register(tap_distance, tap_distance_ref, tap_distance_op, example=_example, part="lpips")

@@ -417,7 +417,7 @@ def rewrite() -> Callable[[Path, Callable], None]:
 def assert_same_run() -> Callable[[Path, Path], None]:
     """Checks that two runs' latest checkpoints and metrics are equal to the last bit, speeds apart."""
     from unite_fast.checkpoint.reader import load_checkpoint
-    from unite_fast.training.metrics import of_training
+    from unite_fast.training.metrics import training_metrics
     from unite_fast.utils.files import read_rows
 
     def compare(one: Path, other: Path) -> None:
@@ -427,7 +427,7 @@ def assert_same_run() -> Callable[[Path, Path], None]:
         assert a.tensors.keys() == b.tensors.keys()
         assert any(name.startswith("optim.") for name in a.tensors)
         assert [name for name, value in a.tensors.items() if not torch.equal(value, b.tensors[name])] == []
-        rows = [[of_training(row) for row in read_rows(folder / "metrics.jsonl")] for folder in (one, other)]
+        rows = [[training_metrics(row) for row in read_rows(folder / "metrics.jsonl")] for folder in (one, other)]
         assert rows[0] == rows[1]
 
     return compare

@@ -1,4 +1,4 @@
-"""The parts of gpu.py, in the order in which they begin, and how one of them runs in its own process."""
+"""The parts of gpu.py in order of execution, and the entry point that runs one in its own process."""
 
 import importlib
 import os
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 SIDE_BY_SIDE, ALONE = "side by side", "alone"
 RESULT = "RESULT "
-"""What a line of a part's stdout begins with that is a result; all others are the log's."""
+"""Prefix of lines of a part's stdout that are results; other lines go to the log."""
 
 
 class Part(NamedTuple):
@@ -17,15 +17,15 @@ class Part(NamedTuple):
     run: str
     """module:function of this package; takes a `context.Context`."""
     limit: float
-    """Seconds, at most."""
+    """Time limit, seconds."""
     how: str = ALONE
     cuda_only: bool = False
-    """Whether a CPU can run no part of it."""
+    """Whether it cannot run on a CPU at all."""
 
 
 PARTS = (
     Part("env", "environment:measure", 60),
-    # Judged and not timed: they share the GPU. The last two compile what the timed parts below use.
+    # Not timed, so they share the GPU. The last two fill the compiler caches for the timed parts below.
     Part("ops", "suites:ops", 150, SIDE_BY_SIDE),
     Part("linears_draws", "suites:linears_draws", 120, SIDE_BY_SIDE),
     Part("graphs", "suites:compiled", 150, SIDE_BY_SIDE),
@@ -46,11 +46,11 @@ PARTS = (
 )
 
 BREAK = "UNITE_FAST_BREAK_GPU_PART"
-"""For the tests of this command: PART=crash, PART=hang or PART=wrong; several by commas."""
+"""For tests of this command: PART=crash, PART=hang or PART=wrong; several separated by commas."""
 
 
 def run_part(name: str, device: str, tiny: bool) -> int:
-    """Run a part in this process; its results go to stdout, a line of JSON each.
+    """Run a part in this process; results go to stdout as lines of JSON.
 
     Returns:
         0, or 1 if the part raised.
@@ -72,12 +72,12 @@ def run_part(name: str, device: str, tiny: bool) -> int:
     return 0
 
 
-def _break(how: str, context) -> None:
-    way = dict(one.split("=") for one in how.split(",") if one).get(context.part)
-    if way == "crash":
+def _break(setting: str, context) -> None:
+    failure = dict(one.split("=") for one in setting.split(",") if one).get(context.part)
+    if failure == "crash":
         os.abort()
-    if way == "hang":
+    if failure == "hang":
         print("hanging", flush=True)
         time.sleep(3600)
-    if way == "wrong":
-        context.say("a wrong number", ok=False, got=1, wanted=2)
+    if failure == "wrong":
+        context.say("a wrong number", ok=False, got=1, expected=2)

@@ -1,4 +1,4 @@
-"""The GPU's numbers against others': the released code's (a trace), and a CPU's in a run of the digits."""
+"""Compare the GPU's numbers with the released code (a trace) and with a CPU (a run of the digits recipe)."""
 
 import json
 import os
@@ -15,16 +15,16 @@ from unite_fast.kernels import backend
 
 TRACE = Path(__file__).parents[2] / "tests/data/official_tiny_a.npz"
 FIRST_ROW = 1e-4
-"""Relative difference of the mean losses of the first five steps, on two devices in float32. Between the C++ and the
-reference backends of one CPU it was 1e-6; a GPU's matmuls sum in another order too."""
+"""Maximum relative difference of the mean losses of the first five steps on two devices in float32. Between the C++ and
+the reference backend on one CPU it was 1e-6; a GPU's matmuls also sum in another order."""
 LAST_ROW = 0.05
-"""And of the last five of 200: rounding grows from step to step, but both runs learn the same."""
+"""The same for the last five of 200 steps: rounding grows from step to step, but both runs learn equally."""
 
 
 def parity(c: Context) -> None:
-    """Every quantity that the released code left in the trace: forward, samples, gradients, steps, final weights."""
+    """All quantities of the trace: forward, samples, gradients, steps, final weights."""
     for backend_name in (c.backend_name,) if c.tiny else (c.backend_name, "reference"):
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         with backend.using(backend_name):
             rows = traces.compare(Trace(TRACE, c.device))
         failed = [[row.name, row.error, row.tolerance] for row in rows if not row.passed]
@@ -32,7 +32,7 @@ def parity(c: Context) -> None:
             group.kind: f"{group.worst.error:.1e} of {group.worst.tolerance:.1e} allowed"
             for group in traces.summarise(rows)
         }
-        seconds = round(time.perf_counter() - begun, 1)
+        seconds = round(time.perf_counter() - start_time, 1)
         c.say(
             f"{TRACE.stem}, {backend_name}",
             ok=not failed,
@@ -44,7 +44,7 @@ def parity(c: Context) -> None:
 
 
 def digits(c: Context) -> None:
-    """The same run of the digits recipe, in float32, on the GPU and on the CPU, side by side."""
+    """The same run of the digits recipe in float32 on the GPU and on the CPU, in parallel."""
     steps = 10 if c.tiny else 200
     device, other = c.device.type, "cpu"
     folder = Path.cwd() / f"digits_{os.getpid()}"
@@ -55,24 +55,24 @@ def digits(c: Context) -> None:
             ("cpu", other, "auto" if c.cuda else "reference"),
         )
     }
-    found = {}
+    rows = {}
     for name, process in runs.items():
-        said, _ = process.communicate()
-        print(said[-3000:])
+        output, _ = process.communicate()
+        print(output[-3000:])
         if process.returncode:
-            c.say(f"run on {device if name == 'ours' else other}", ok=False, error=said[-500:])
+            c.say(f"run on {device if name == 'ours' else other}", ok=False, error=output[-500:])
             continue
-        found[name] = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        rows[name] = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     shutil.rmtree(folder, ignore_errors=True)
-    if len(found) < 2:
+    if len(rows) < 2:
         return
     apart = {
         row["step"]: {key: float(f"{abs(row[key] - cpu[key]) / abs(cpu[key]):.1e}") for key in ("total", "l1", "flow")}
-        for row, cpu in zip(found["ours"], found["cpu"], strict=True)
+        for row, cpu in zip(rows["ours"], rows["cpu"], strict=True)
     }
-    first, last = (apart[found["ours"][i]["step"]] for i in (0, -1))
-    learns = found["ours"][-1]["total"] < found["ours"][0]["total"]
-    speeds = {f"images_per_s_{name}": round(rows[-1]["images_per_s"], 1) for name, rows in found.items()}
+    first, last = (apart[rows["ours"][i]["step"]] for i in (0, -1))
+    learns = rows["ours"][-1]["total"] < rows["ours"][0]["total"]
+    speeds = {f"images_per_s_{name}": round(run_rows[-1]["images_per_s"], 1) for name, run_rows in rows.items()}
     c.say("first steps agree", ok=max(first.values()) <= FIRST_ROW, apart=first, allowed=FIRST_ROW)
     c.say("last steps agree", ok=max(last.values()) <= LAST_ROW and learns, apart=last, allowed=LAST_ROW, **speeds)
     c.say("all steps", apart={step: values["total"] for step, values in apart.items()})

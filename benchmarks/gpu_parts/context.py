@@ -1,4 +1,4 @@
-"""What a part of gpu.py has at hand: the device, a way to write results, a clock."""
+"""Context of a part of gpu.py: device, output of results, timing."""
 
 import json
 import os
@@ -14,27 +14,28 @@ from gpu_parts import RESULT
 
 
 class Context:
-    """
+    """Device, output and timing of a part.
+
     Attributes:
         part: name of the part.
         device: cuda or cpu.
-        tiny: toy sizes.
-        backend: the fast backends of this device.
+        tiny: whether to use toy sizes.
+        backend_name: the fast kernels backend of this device.
     """
 
     def __init__(self, part: str, device: str, tiny: bool):
         self.part, self.device, self.tiny = part, torch.device(device), tiny
         self.cuda = device == "cuda"
         self.backend_name = "triton" if self.cuda else "native"
-        # A descriptor of its own: pytest takes the process's while tests run.
+        # A duplicate descriptor: pytest captures the original one while tests run.
         self.out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
         if self.cuda and not torch.cuda.is_available():
-            raise SystemExit("torch sees no CUDA device here; --device cpu --tiny tries the command without one")
+            raise SystemExit("torch finds no CUDA device; use --device cpu --tiny to try the command without one")
 
     def say(self, name: str, ok: bool | None = None, **facts) -> None:
-        """Write a result: `ok` is True or False of what can be wrong, None of what is only measured."""
+        """Write a result. `ok`: whether it is correct; None for measurements."""
         line = RESULT + json.dumps({"part": self.part, "name": name, "ok": ok, **facts}, default=str)
-        # A line of its own, whatever stands before it: pytest's dots have no end of line.
+        # Start a new line: pytest's dots do not end with one.
         self.out.write(f"\n{line}\n")
         self.out.flush()
 
@@ -43,20 +44,20 @@ class Context:
             torch.cuda.synchronize()
 
     def seconds(self, run: Callable[[], object], repeats: int) -> float:
-        """Median seconds of a call, the device waited for; one call before warms up."""
+        """Median seconds of a call, with the device synchronised, after one warm-up call."""
         run()
-        found = []
+        seconds = []
         for _ in range(repeats):
             self.wait()
-            begun = time.perf_counter()
+            start = time.perf_counter()
             run()
             self.wait()
-            found.append(time.perf_counter() - begun)
-        return statistics.median(found)
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds)
 
     def device_seconds(self, run: Callable[[], object], repeats: int) -> float:
-        """Median seconds of a call on the device's own clock: short calls are not timed by the host, which on a GPU
-        queues them behind a wait of about 20 ms."""
+        """Median seconds of a call by the device's clock. On a GPU the calls queue behind a wait of about 20 ms, so
+        that launch overhead is not measured."""
         if not self.cuda:
             return self.seconds(run, repeats)
         run()

@@ -1,4 +1,4 @@
-"""The machine: versions, what is missing, and the ceilings that the other parts are held against."""
+"""The machine: versions, missing packages, and the copy and matmul rates that other parts are compared with."""
 
 import importlib
 import os
@@ -29,11 +29,11 @@ NEEDED = (
     "tensorboard",
 )
 OPTIONAL = ("webdataset", "flash_attn", "flash_attn.cute", "nvidia.dali")
-"""What single features need: shards of JPEGs, the other attention, decoding on the GPU."""
+"""Packages of single features: shards of JPEGs, other attention backends, decoding on the GPU."""
 PRODUCTS = {"qkv": (768, 2304), "proj": (768, 768), "fc_in": (768, 4096), "fc_out": (2048, 768), "fc1": (768, 3072)}
 """Inputs and outputs of the Linears of UNITE-B."""
 TOKENS = 64 * 544
-"""Rows of a product: the longest sequences of a tokenizer pass of 64 images."""
+"""Rows of a matmul: tokens of a tokenizer pass of 64 images, with in-context tokens."""
 
 
 def measure(c: Context) -> None:
@@ -78,7 +78,7 @@ def machine(c: Context) -> dict:
 
 
 def driver() -> str | None:
-    """Of the card, as nvidia-smi tells it."""
+    """Driver version, maximum clock and power limit, from nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
@@ -90,23 +90,23 @@ def why_missing(name: str) -> str:
     """Why a package cannot be imported; empty if it can."""
     try:
         importlib.import_module(name)
-    except Exception as error:  # a package for another GPU or version fails in its own way
+    except Exception as error:  # a package for another GPU or version may raise anything
         return f"{type(error).__name__}: {error}"[:120]
     return ""
 
 
 def linear(c: Context, rows: int, inputs: int, outputs: int) -> dict:
-    """Microseconds and TFLOP/s of a Linear's passes as kernels/matmul.py takes them."""
+    """Microseconds and TFLOP/s of the passes of a Linear as in kernels/matmul.py."""
     x = torch.randn(rows, inputs, device=c.device, dtype=torch.bfloat16)
     d_y = torch.randn(rows, outputs, device=c.device, dtype=torch.bfloat16)
     weight = torch.randn(outputs, inputs, device=c.device, dtype=torch.bfloat16)
     bias = torch.randn(outputs, device=c.device, dtype=torch.bfloat16)
     passes = {"forward": lambda: F.linear(x, weight, bias), "d_x": lambda: d_y @ weight, "d_weight": lambda: d_y.mT @ x}
-    if c.cuda:  # a CPU has no product with a result of another type
+    if c.cuda:  # on a CPU torch.mm has no out_dtype
         passes["d_weight"] = lambda: torch.mm(d_y.mT, x, out_dtype=torch.float32)
-    found = {"shape": [rows, inputs, outputs]}
+    result: dict = {"shape": [rows, inputs, outputs]}
     for name, run in passes.items():
         seconds = c.device_seconds(run, 3 if c.tiny else 20)
-        found[name] = {"us": round(1e6 * seconds, 1), "tflops": round(2 * rows * inputs * outputs / seconds / 1e12, 1)}
+        result[name] = {"us": round(1e6 * seconds, 1), "tflops": round(2 * rows * inputs * outputs / seconds / 1e12, 1)}
     seconds = c.device_seconds(lambda: d_y.sum(0, dtype=torch.float32), 3 if c.tiny else 20)
-    return found | {"d_bias": {"us": round(1e6 * seconds, 1), "tb_per_s": float(f"{d_y.nbytes / seconds / 1e12:.4g}")}}
+    return result | {"d_bias": {"us": round(1e6 * seconds, 1), "tb_per_s": float(f"{d_y.nbytes / seconds / 1e12:.4g}")}}

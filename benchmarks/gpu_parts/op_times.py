@@ -1,4 +1,4 @@
-"""Each op's time and its share of a copy's bandwidth, by the clock and the byte counts of benchmarks/kernels.py."""
+"""Time of each op and its share of the copy bandwidth, with timing and byte counts of benchmarks/kernels.py."""
 
 import statistics
 import traceback
@@ -12,7 +12,7 @@ SHAPES = [(64, 544, 768), (192, 288, 768)]
 """A tokenizer pass and three flow draws of 64 images, in UNITE-B."""
 TINY = [(2, 24, 128)]
 SECONDS = 0.8
-"""Of measuring a case, both backends together."""
+"""Measuring time per case, both backends together."""
 PREDICTED = {
     "adaln_modulate": (0.85, 0.59),
     "gated_residual_adaln": (0.81, 0.59),
@@ -20,8 +20,8 @@ PREDICTED = {
     "qk_norm_rope": (0.75, 0.68),
     "swiglu": (0.89, 0.89),
 }
-"""Shares of a copy's bandwidth, forward and backward: predicted for an H100 on 2026-11-26 at d6aaa46, from the compiled
-code, before any GPU had run it."""
+"""Shares of the copy bandwidth, forward and backward: predicted for an H100 on 2026-11-26 at d6aaa46 from the compiled
+code, before any run on a GPU."""
 
 
 def measure(c: Context) -> None:

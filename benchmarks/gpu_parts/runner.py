@@ -1,4 +1,4 @@
-"""The parent of all parts of gpu.py: starts them, ends those that take too long, writes what they say."""
+"""Runs the parts of gpu.py in subprocesses with time limits, and writes their results."""
 
 import json
 import os
@@ -18,40 +18,40 @@ from gpu_parts import RESULT, SIDE_BY_SIDE, Part, summary
 
 SCRIPT = Path(__file__).parents[1] / "gpu.py"
 RESERVE = 4.0
-"""Seconds of the budget kept for the summary."""
+"""Seconds of the budget reserved for the summary."""
 SHORTEST = 12.0
-"""A part that would have less than this does not begin."""
-AT_ONCE_ON_A_CPU = 2
+"""Minimum seconds for a part to start."""
+PARALLEL_ON_CPU = 2
 LOG_BYTES = 12_000_000
-"""Of log.txt, at most."""
+"""Maximum size of log.txt."""
 
 
 class Runner:
     def __init__(self, options: Namespace, parts: Sequence[Part]):
         self.options = options
-        wanted = options.only.split(",") if options.only else [part.name for part in parts]
-        self.parts = [part for part in parts if part.name in wanted]
+        names = options.only.split(",") if options.only else [part.name for part in parts]
+        self.parts = [part for part in parts if part.name in names]
         options.out.mkdir(parents=True, exist_ok=True)
-        self.begun, self.lock = time.monotonic(), threading.Lock()
+        self.started, self.lock = time.monotonic(), threading.Lock()
         self.lines: list[dict] = []
         self.logged = 0
         self.results = (options.out / "results.jsonl").open("w")
         self.log = (options.out / "log.txt").open("w")
 
     def run(self) -> int:
-        """All parts. Returns the exit status of the command."""
+        """Run all parts; return the exit status of the command."""
         self.write(
             {"part": "start", "name": "command", "ok": None, "argv": sys.argv, "date": time.strftime("%Y-%m-%d %H:%M")}
         )
-        together = [part for part in self.parts if part.how == SIDE_BY_SIDE]
+        parallel = [part for part in self.parts if part.how == SIDE_BY_SIDE]
         first = [part for part in self.parts if part.name == "env"]
-        later = [part for part in self.parts if part not in together and part not in first]
+        later = [part for part in self.parts if part not in parallel and part not in first]
         for part in first:
             self.run_part(part)
-        if together:
-            at_once = len(together) if self.options.device == "cuda" else AT_ONCE_ON_A_CPU
-            with ThreadPoolExecutor(at_once) as pool:
-                list(pool.map(self.run_part, together))
+        if parallel:
+            workers = len(parallel) if self.options.device == "cuda" else PARALLEL_ON_CPU
+            with ThreadPoolExecutor(workers) as pool:
+                list(pool.map(self.run_part, parallel))
         for part in later:
             self.run_part(part)
         wrong = sum(line["ok"] is False for line in self.lines)
@@ -62,18 +62,18 @@ class Runner:
         return int(bool(wrong))
 
     def spent(self) -> float:
-        return round(time.monotonic() - self.begun, 1)
+        return round(time.monotonic() - self.started, 1)
 
     def write(self, line: dict) -> None:
         line = {"at": self.spent(), **line}
         with self.lock:
             self.lines.append(line)
-            print(in_short(line), flush=True)
+            print(summary_line(line), flush=True)
             self.results.write(json.dumps(line) + "\n")
             self.results.flush()
 
     def run_part(self, part: Part) -> None:
-        """Run a part, whatever it does; a line says how it ended."""
+        """Run a part and write a line on how it ended, whatever happens."""
         if part.cuda_only and self.options.device != "cuda":
             self.write({"part": part.name, "name": "skipped", "ok": None, "why": "needs a CUDA device"})
             return
@@ -83,10 +83,10 @@ class Runner:
                 {"part": part.name, "name": "skipped", "ok": None, "why": f"{left:.0f} s of the budget are left"}
             )
             return
-        limit, begun = min(part.limit, left), time.monotonic()
+        limit, start = min(part.limit, left), time.monotonic()
         command = [sys.executable, str(SCRIPT), "--part", part.name, "--device", self.options.device]
         command += ["--tiny"] * self.options.tiny
-        # A session of its own: what it started ends with it.
+        # Its own session, so that its children can be killed with it.
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -94,7 +94,7 @@ class Runner:
             text=True,
             errors="backslashreplace",
             env=environment(),
-            cwd=scratch(),  # not the repository's root: an installed unite_fast must not be shadowed by ./unite_fast
+            cwd=scratch(),  # not the repository root, where ./unite_fast would shadow the installed package
             start_new_session=True,
         )
         tail: list[str] = []
@@ -106,10 +106,10 @@ class Runner:
         except subprocess.TimeoutExpired:
             late = True
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # also what a part that ended has left behind
+            os.killpg(process.pid, signal.SIGKILL)  # also leftovers of a part that ended
         process.wait()
-        reader.join(5)  # what escaped the group may hold the pipe open
-        took, status = round(time.monotonic() - begun, 1), process.returncode
+        reader.join(5)  # a process outside the group may keep the pipe open
+        took, status = round(time.monotonic() - start, 1), process.returncode
         end = {"part": part.name, "name": "part ended", "ok": status == 0 and not late, "seconds": took}
         if late:
             end |= {"error": f"stopped after {limit:.0f} s", "tail": "".join(tail[-8:])[-800:]}
@@ -118,10 +118,10 @@ class Runner:
         self.write(end)
 
     def read(self, name: str, process: subprocess.Popen, tail: list[str]) -> None:
-        """Results are written, all else is logged."""
+        """Write results; log other lines."""
         for text in process.stdout:
             if text.startswith(RESULT):
-                with suppress(json.JSONDecodeError):  # cut short by the end of its process
+                with suppress(json.JSONDecodeError):  # truncated because its process was killed
                     self.write(json.loads(text.removeprefix(RESULT)))
                 continue
             if text == "\n":
@@ -135,24 +135,24 @@ class Runner:
                     self.log.flush()
 
 
-def in_short(line: dict) -> str:
-    """A result on one line of the terminal; what is wrong in full."""
+def summary_line(line: dict) -> str:
+    """A result as one line for the terminal; more details if it is wrong."""
     facts = json.dumps({key: value for key, value in line.items() if key not in ("at", "part", "name", "ok")})
-    most = 1500 if line["ok"] is False else 170
+    limit = 1500 if line["ok"] is False else 170
     verdict = {True: "right", False: "WRONG", None: "     "}[line["ok"]]
-    facts = facts if len(facts) < most else facts[:most] + " ..."
+    facts = facts if len(facts) < limit else facts[:limit] + " ..."
     return f"{line['at']:6.1f} {verdict} {line['part']}: {line['name']} {facts}"
 
 
 def scratch() -> Path:
-    """A folder that all parts share, and later commands too, for what was compiled and for runs."""
+    """Folder for compiler caches and runs, shared by all parts and by later commands."""
     folder = Path(tempfile.gettempdir()) / f"unite_fast_gpu_{os.getuid()}"
     folder.mkdir(exist_ok=True)
     return folder
 
 
 def environment() -> dict[str, str]:
-    """Of the parts. Compiled kernels are shared through the caches of Inductor and Triton."""
+    """Environment of the parts, which share the caches of Inductor and Triton."""
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(scratch() / "inductor"), "TRITON_CACHE_DIR": str(scratch() / "triton")}
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4")}
     return {**os.environ, **caches, **threads, "PYTHONUNBUFFERED": "1"}

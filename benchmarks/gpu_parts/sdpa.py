@@ -1,4 +1,4 @@
-"""Attention's backends at the model's shapes, forward and backward, and what the layout of q, k and v costs."""
+"""Attention backends at the model's shapes, forward and backward, with two layouts of q, k and v."""
 
 import torch
 from torch.nn import functional as F
@@ -12,7 +12,7 @@ SHAPES = {
     "decoder B": (64, 12, 257, 64),
     "tokenizer XL": (64, 16, 544, 72),
 }
-"""B, heads, T, head dimension of 64 images."""
+"""B, heads, T, head dimension for 64 images."""
 BACKENDS = ("sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient")
 
 
@@ -24,33 +24,33 @@ def measure(c: Context) -> None:
                 facts = {"shape": shape, "layout": layout, "backend": backend}
                 try:
                     c.say(name, **facts, **one(c, shape, layout, ATTEND[backend]))
-                except RuntimeError as error:  # no such backend for this shape here
+                except RuntimeError as error:  # the backend does not support this shape or device
                     c.say(name, **facts, refused=str(error)[:160])
 
 
 def one(c: Context, shape: tuple[int, ...], layout: str, attend: Attend) -> dict:
-    """Milliseconds of both passes, the copy to [B, T, H K] among them, as in the model; its largest relative error."""
+    """Milliseconds of both passes, including the copy to [B, T, H K] as in the model, and the relative error."""
     b, heads, t, k = shape
 
-    def numbers() -> torch.Tensor:
+    def random() -> torch.Tensor:
         if layout == "BHTK":
             x = torch.randn(b, heads, t, k, device=c.device, dtype=torch.bfloat16)
         else:
             x = torch.randn(b, t, heads, k, device=c.device, dtype=torch.bfloat16).transpose(1, 2)
         return x.requires_grad_()
 
-    q, key, v = numbers(), numbers(), numbers()
+    q, key, v = random(), random(), random()
     d_out = torch.randn(b, t, heads * k, device=c.device, dtype=torch.bfloat16)
 
     def run() -> tuple[torch.Tensor, ...]:
         out = attend(q, key, v).transpose(1, 2).flatten(2)
         return out, *torch.autograd.grad(out, (q, key, v), d_out)
 
-    found = run()
+    result = run()
     few = slice(0, 2)
     exact = F.scaled_dot_product_attention(*(x[few].detach().double() for x in (q, key, v))).transpose(1, 2).flatten(2)
-    error = ((found[0][few].double() - exact).norm() / exact.norm()).item()
-    del found, exact
+    error = ((result[0][few].double() - exact).norm() / exact.norm()).item()
+    del result, exact
     seconds = c.device_seconds(run, 3 if c.tiny else 12)
     flops = 3.5 * 4 * b * heads * t * t * k
     return {"ms": round(1e3 * seconds, 3), "tflops": round(flops / seconds / 1e12, 1), "error": float(f"{error:.1e}")}

@@ -1,4 +1,4 @@
-"""Inside a step of UNITE-B: where the host waits, how long it takes to ask for a step, which kernels run."""
+"""Profile of a step of UNITE-B: host synchronisations, launch time of a step, and kernels."""
 
 import re
 import statistics
@@ -19,7 +19,7 @@ from unite_fast.training.trainer import Trainer
 
 IMAGES = 64
 FEW = 4
-"""Images of a step that a GPU ends before the host has asked for it."""
+"""Images of a step that is bound by the host."""
 TOP = 25
 KINDS = (
     ("attention", r"fmha|flash|attention|cudnn.*sdpa|sdpa"),
@@ -32,9 +32,9 @@ KINDS = (
     ("sums", r"reduce_kernel|sum"),
     ("elementwise", r"elementwise|vectorized|unrolled"),
 )
-"""Of kernels, by name, the first that matches."""
+"""Kinds of kernels by name; the first match counts."""
 ANNOTATIONS = r"PART |Optimizer\.|ProfilerStep"
-"""What else a trace has on the GPU's side: spans of the host's, not kernels."""
+"""Entries on the GPU side of a trace that are spans of the host, not kernels."""
 
 
 def measure(c: Context) -> None:
@@ -42,17 +42,17 @@ def measure(c: Context) -> None:
         for _ in range(3):  # compiles and chooses algorithms
             take_step(trainer)
         c.wait()
-        waits(c, trainer)
-        asking(c, trainer)
+        host_synchronisations(c, trainer)
+        host_time(c, trainer)
         kernels(c, trainer)
 
 
-def waits(c: Context, trainer: Trainer) -> None:
-    """Places where PyTorch says that the host waits for the GPU."""
+def host_synchronisations(c: Context, trainer: Trainer) -> None:
+    """Places where the host synchronises with the GPU, by PyTorch's warnings."""
     if not c.cuda:
         c.say("host waits", skipped="needs a CUDA device")
         return
-    with warnings.catch_warnings(record=True) as met:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
@@ -60,61 +60,61 @@ def waits(c: Context, trainer: Trainer) -> None:
                 take_step(trainer)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    places = [f"{w.filename.rpartition('/')[2]}:{w.lineno} {str(w.message)[:70]}" for w in met]
+    places = [f"{w.filename.rpartition('/')[2]}:{w.lineno} {str(w.message)[:70]}" for w in caught]
     places = [place for place in places if "synchroniz" in place]
     c.say("host waits", ok=not places, in_steps=2, places=sorted(set(places))[:10], peak_gb=peak_gb(c))
 
 
-def asking(c: Context, trainer: Trainer) -> None:
-    """Milliseconds that the host needs for a step. At 64 images it would wait for room in the GPU's queue."""
+def host_time(c: Context, trainer: Trainer) -> None:
+    """Milliseconds that the host needs to launch a step. With 64 images the full launch queue would block it."""
     few = 2 if c.tiny else FEW
     step = TrainStep(trainer.state, trainer.config, slice(0, few), few, trainer.train_step.lpips)
     batch = trainer.read()
     batch = replace(batch, images=batch.images[:few], labels=batch.labels[:few], ids=batch.ids[:few])
-    asked, done = [], []
+    launched, done = [], []
     for number in range(4 if c.tiny else 9):
         c.wait()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         step(batch)
-        asked.append(1e3 * (time.perf_counter() - begun))
+        launched.append(1e3 * (time.perf_counter() - start))
         c.wait()
-        if number > 1:  # other sizes may be compiled for
-            done.append(1e3 * (time.perf_counter() - begun))
+        if number > 1:  # the first steps may compile for the new size
+            done.append(1e3 * (time.perf_counter() - start))
     c.say(
         "host",
         images=few,
-        ms_to_ask=round(statistics.median(asked[2:]), 2),
+        ms_to_ask=round(statistics.median(launched[2:]), 2),
         ms_to_end=round(statistics.median(done), 2),
     )
 
 
 def kernels(c: Context, trainer: Trainer) -> None:
-    """A profile of one step, its parts kept apart: the device is waited for between them, and each part's kernels are
-    those that ran meanwhile."""
+    """Profile one step by part. The device is synchronised between parts, so the kernels of a part are those that ran
+    during it."""
     clock, names = trainer.speed.clock, defaultdict(int)
-    plain = clock.part
+    original = clock.measure
 
     @contextmanager
-    def part(name: str):
+    def measure(name: str):
         names[name] += 1
         c.wait()
-        with record_function(f"PART {name} {names[name]}"), plain(name):
+        with record_function(f"PART {name} {names[name]}"), original(name):
             yield
             c.wait()
 
-    clock.part = part
+    clock.measure = measure
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if c.cuda else [])]
     batch = trainer.read()
     c.wait()
     try:
         with profile(activities=activities) as trace:
-            begun = time.perf_counter()
+            start = time.perf_counter()
             with record_function("PART all"):
                 trainer.train_step(batch)
                 c.wait()
-            wall = 1e3 * (time.perf_counter() - begun)
+            wall = 1e3 * (time.perf_counter() - start)
     finally:
-        del clock.part
+        del clock.measure
     cuda = torch.autograd.DeviceType.CUDA
     events = list(trace.events())
     parts = {e.name[5:]: e.time_range for e in events if e.name.startswith("PART ") and e.device_type != cuda}
@@ -128,7 +128,7 @@ def kernels(c: Context, trainer: Trainer) -> None:
     whole = parts.pop("all")
     within = {name: [e for e in ran if span.start <= e.time_range.start < span.end] for name, span in parts.items()}
     walls = {name: span.elapsed_us() for name, span in parts.items()}
-    # Copies of the images, draws and masks, and the sums of losses.
+    # Between the parts: copies of images, draws and masks, sums of losses.
     known = {id(e) for inside in within.values() for e in inside}
     within["between"] = [e for e in ran if id(e) not in known and whole.start <= e.time_range.start < whole.end]
     walls["between"] = whole.elapsed_us() - sum(walls.values())
@@ -147,15 +147,15 @@ def kernels(c: Context, trainer: Trainer) -> None:
 
 def sums(events: list, key) -> dict[str, tuple[int, float]]:
     """Number and milliseconds of events, by key."""
-    found: dict[str, tuple[int, float]] = {}
+    totals: dict[str, tuple[int, float]] = {}
     for event in events:
-        count, ms = found.get(key(event), (0, 0.0))
-        found[key(event)] = count + 1, ms + event.time_range.elapsed_us() / 1e3
-    return found
+        count, ms = totals.get(key(event), (0, 0.0))
+        totals[key(event)] = count + 1, ms + event.time_range.elapsed_us() / 1e3
+    return totals
 
 
-def by_time(found: dict[str, tuple[int, float]]) -> list[tuple[str, tuple[int, float]]]:
-    return sorted(found.items(), key=lambda one: -one[1][1])
+def by_time(totals: dict[str, tuple[int, float]]) -> list[tuple[str, tuple[int, float]]]:
+    return sorted(totals.items(), key=lambda one: -one[1][1])
 
 
 def kind(name: str) -> str:

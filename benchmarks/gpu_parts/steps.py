@@ -1,4 +1,4 @@
-"""A training step of UNITE-B by `unite-fast bench`, and what fills the compilers' caches before it."""
+"""Time a training step of UNITE-B with `unite-fast bench`, after filling the compiler caches."""
 
 import gc
 import subprocess
@@ -27,8 +27,8 @@ TINY = (
     "data.workers=0",
     "train.threads=1",
 )
-BESIDE = 0.1
-"""The share by which measured memory may pass what `unite-fast plan` predicts of it."""
+MEMORY_MARGIN = 0.1
+"""Measured memory may exceed the prediction of `unite-fast plan` by this share."""
 
 
 def settings(c: Context, backend_name: str, compiled: bool, images: int) -> tuple[str, ...]:
@@ -66,28 +66,28 @@ def bench_compiled_128(c: Context) -> None:
 
 
 def bench(c: Context, backend_name: str, compiled: bool, images: int) -> bool:
-    """Whether there was memory enough for it."""
+    """Run `unite-fast bench`; return whether memory sufficed."""
     window = ["--warmup", "1", "--steps", "3"] if c.tiny else ["--warmup", "4", "--steps", "20", "--seconds", "8"]
     words = [RECIPE, *settings(c, backend_name, compiled, images), *window]
-    ran = subprocess.run(bench_command(*words), capture_output=True, text=True)
-    print(ran.stderr[-3000:])
+    ended = subprocess.run(bench_command(*words), capture_output=True, text=True)
+    print(ended.stderr[-3000:])
     name = f"{backend_name} {'compiled' if compiled else 'eager'}, micro-batch {images}"
-    found = printed_row(ran.stdout)
-    if ran.returncode or found is None:
-        full = "out of memory" in ran.stderr
-        c.say(name, ok=None if full else False, error=(ran.stderr or ran.stdout)[-400:])
+    row = printed_row(ended.stdout)
+    if ended.returncode or row is None:
+        full = "out of memory" in ended.stderr
+        c.say(name, ok=None if full else False, error=(ended.stderr or ended.stdout)[-400:])
         return not full
-    c.say(name, ok=found["bad_step"] is None, **found)
-    if predicted := found.get("predicted_memory_gb"):
-        # What PyTorch's allocator gives to tensors: without CUDA's own and the allocator's waste.
+    c.say(name, ok=row["bad_step"] is None, **row)
+    if predicted := row.get("predicted_memory_gb"):
+        # Memory of tensors only: without the CUDA context and the allocator's slack.
         tensors = predicted / (1 + SLACK) - RUNTIME_BYTES / 1e9
-        measured = found["memory_gb"]
+        measured = row["memory_gb"]
         facts = {
             "measured_gb": measured,
             "predicted_gb": tensors,
             "measured_of_predicted": round(measured / tensors, 3),
         }
-        c.say(f"memory, {name}", ok=measured <= (1 + BESIDE) * tensors, **facts)
+        c.say(f"memory, {name}", ok=measured <= (1 + MEMORY_MARGIN) * tensors, **facts)
     return True
 
 
@@ -98,7 +98,7 @@ def warm_triton(c: Context) -> None:
     compile_layers(c, c.backend_name)
     gc.collect()
     torch.cuda.empty_cache()
-    # Integers that 16 divides are compiled for, so 16 images take the same kernels as 64 and 128.
+    # Triton specialises on divisibility by 16, so 16 images use the same kernels as 64 and 128.
     with open_trainer(config(c, c.backend_name, False, 16)) as trainer:
         for _ in range(2):
             take_step(trainer)
@@ -111,26 +111,27 @@ def warm_reference(c: Context) -> None:
 
 
 def compile_layers(c: Context, backend_name: str, images: int = 64) -> None:
-    """Compile all layers for their real shapes in the memory of one: each goes back as soon as it has gone forward, and
-    nothing of it is kept for the others. So this can share the GPU with other parts."""
+    """Compile all layers at their real shapes with the memory of one: each runs backward right after its forward, so no
+    activations are kept and other parts can share the GPU."""
     tree = config(c, backend_name, True, images)
     tree.perceptual.weight = 0.0
     with open_trainer(tree) as trainer:
         model = trainer.state.model
         for layer in (*model.encoder.blocks, *model.decoder.layers):
-            by_itself(layer)
+            backward_at_once(layer)
         trainer.train_step.accumulate(trainer.read())
         c.wait()
         counters = torch._dynamo.utils.counters["stats"]
         c.say(f"layers compiled, {backend_name}", graphs=counters["unique_graphs"], peak_gb=peak_gb(c))
 
 
-def by_itself(layer: nn.Module) -> None:
+def backward_at_once(layer: nn.Module) -> None:
+    """Make a compiled layer run its backward at the end of its forward."""
     compiled = layer._compiled_call_impl
     assert compiled is not None, "the layer is not compiled"
 
     def cut(x: torch.Tensor) -> torch.Tensor:
-        # Not a parameter or a table: compiled code is for parameters as such.
+        # Leave parameters and tables alone: the code is compiled for them.
         return x if x.is_leaf else x.detach().requires_grad_()
 
     def call(*arguments):

@@ -1,4 +1,4 @@
-"""The tests of tests/gpu as parts: a line a test, with how near each came to its tolerance."""
+"""The tests of tests/gpu as parts: one line per test, with its error relative to the tolerance."""
 
 from pathlib import Path
 
@@ -22,12 +22,12 @@ def compiled(c: Context) -> None:
 
 
 def training(c: Context) -> None:
-    # Of a CPU, the other tests have their own in tests/training.
+    # tests/training covers the other tests on a CPU.
     run(c, "test_training.py", only="ordinary_step" if c.tiny else "")
 
 
 class Reporter:
-    """Says each test as it ends."""
+    """Writes a result line for each test."""
 
     def __init__(self, context: Context):
         self.context, self.passed = context, 0
@@ -54,6 +54,6 @@ def run(c: Context, *files: str, only: str = "") -> None:
     arguments += ["-m", "gpu", "--gpu-device", c.device.type, "-q", "--tb=short", "-p", "no:cacheprovider", "-k", only]
     arguments += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
     status = pytest.main(arguments, plugins=[reporter])
-    # A test that failed has said so; here is what stops all of them.
+    # Failed tests have their own lines; report errors that stop the whole run.
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or not reporter.passed:
         c.say("pytest", ok=False, error=f"ended with status {int(status)}, {reporter.passed} tests passed")

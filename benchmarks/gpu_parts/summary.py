@@ -1,11 +1,8 @@
-"""summary.md: what was found, as tables for docs/performance.md."""
+"""summary.md: results as tables for docs/performance.md."""
 
 
 def make(lines: list[dict]) -> str:
-    """
-    Args:
-        lines: those of results.jsonl.
-    """
+    """The text of summary.md from the lines of results.jsonl."""
     text = [head(lines), *wrong(lines), "| part | seconds | right | wrong | measured |", "|---|---|---|---|---|"]
     for part in dict.fromkeys(line["part"] for line in lines if line["part"] not in ("start", "end")):
         own = [line for line in lines if line["part"] == part]
@@ -44,11 +41,11 @@ def head(lines: list[dict]) -> str:
 
 
 def wrong(lines: list[dict]) -> list[str]:
-    found = [line for line in lines if line["ok"] is False and line["part"] != "end"]
-    if not found:
+    errors = [line for line in lines if line["ok"] is False and line["part"] != "end"]
+    if not errors:
         return ["Nothing was wrong.", ""]
-    text = [f"**{len(found)} results are wrong:**", ""]
-    for line in found[:40]:
+    text = [f"**{len(errors)} results are wrong:**", ""]
+    for line in errors[:40]:
         why = line.get("error") or ", ".join(
             f"{key} {value}" for key, value in line.items() if key not in ("at", "part", "name", "ok")
         )
@@ -61,7 +58,7 @@ def find(lines: list[dict], part: str, name: str) -> dict | None:
 
 
 def note(part: str, own: list[dict]) -> str:
-    """The figure of a part that says most."""
+    """The most informative figure of a part."""
     if part == "digits":
         row = find(own, part, "first steps agree") or {}
         return f"first steps {max(row['apart'].values()):.1e} apart" if row else ""
@@ -132,22 +129,22 @@ def ops(lines: list[dict]) -> list[str]:
         if line["part"] != "op_times" or "forward" not in line:
             continue
         columns = (("us", 1), ("mb", 1), ("share_of_copy", 2), ("predicted_share", 2), ("times_eager", 2))
-        rows.append([line["name"], *(both_ways(line, key, digits) for key, digits in columns)])
-    return table("op, forward / backward|us|MB|share of a copy|predicted|times eager", rows)
+        rows.append([line["name"], *(both_passes(line, key, digits) for key, digits in columns)])
+    return table("op, forward / backward|us|MB|share of copy|predicted|times eager", rows)
 
 
 def products(lines: list[dict]) -> list[str]:
     rows = []
     for line in lines:
         if "linear" in line:
-            rates = [number(line[way]["tflops"]) for way in ("forward", "d_x", "d_weight")]
+            rates = [number(line[name]["tflops"]) for name in ("forward", "d_x", "d_weight")]
             shape = " x ".join(map(str, line["shape"]))
             rows.append([line["linear"], shape, *rates, number(line["d_bias"]["tb_per_s"], 2)])
     return table("Linear|rows x inputs x outputs|forward TFLOP/s|d_x|d_weight|d_bias TB/s", rows)
 
 
-def both_ways(line: dict, key: str, digits: int) -> str:
-    figures = [line[way].get(key) for way in ("forward", "backward")]
+def both_passes(line: dict, key: str, digits: int) -> str:
+    figures = [line[name].get(key) for name in ("forward", "backward")]
     return "" if None in figures else " / ".join(number(figure, digits) for figure in figures)
 
 

@@ -359,30 +359,35 @@ void adaln_backward(const AdalnBackward& op, int threads) {
 
 }  // namespace
 
-// Reads what the op has, in the order of _native_forward in kernels/adaln.py.
+// The rstd of one norm is a tensor [B, T], of two norms [2, B, T].
+template <bool kNormed>
+static float* rstd(Arguments& in) {
+    return static_cast<float*>(kNormed ? in.rows().data : in.vectors().data);
+}
+
+// Inputs, then outputs, in the order of the op, without those that it does not have.
 template <bool kGated, bool kNormed>
 static void forward(Arguments& in) {
     AdalnForward op{};
     op.size = in.size();
     op.gated = kGated;
     op.normed = kNormed;
-    op.eps = in.number();
     op.x = in.rows();
     if (kGated) op.branch = in.rows(), op.gate = in.vectors();
     if (kNormed) op.norm_weight = in.floats();
     op.weight = in.floats();
     op.shift = in.vectors();
     op.scale = in.vectors();
+    op.eps = in.number();
     if (kGated) op.x_out = in.rows();
     op.h = in.rows();
-    op.rstd = in.floats();
+    op.rstd = rstd<kNormed>(in);
     if (kNormed) op.norm_rstd = op.rstd + op.size.batch * op.size.tokens;
     const int threads = in.threads();
     nb::gil_scoped_release release;
     adaln_forward(op, threads);
 }
 
-// As _native_backward in kernels/adaln.py.
 template <bool kGated, bool kNormed>
 static void backward(Arguments& in) {
     AdalnBackward op{};
@@ -396,7 +401,7 @@ static void backward(Arguments& in) {
     if (kNormed) op.norm_weight = in.floats();
     op.weight = in.floats();
     op.scale = in.vectors();
-    op.rstd = in.floats();
+    op.rstd = rstd<kNormed>(in);
     if (kNormed) op.norm_rstd = op.rstd + op.size.batch * op.size.tokens;
     op.d_x = in.rows();
     if (kGated) op.d_branch = in.rows(), op.d_gate = in.vectors();

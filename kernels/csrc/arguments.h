@@ -4,12 +4,9 @@
 //
 // An op defines its functions in its own file; `in` are the arguments:
 //
-//     UNITE_FAST_FUNCTION(swiglu_forward) {
-//         const Type type = in.type();
-//         ...
-//         const int threads = in.threads();
-//         nb::gil_scoped_release release;
-//         forward(type, ..., threads);
+//     UNITE_FAST_FUNCTION(scale_shift_forward) {
+//         const Forward op{in.size(), in.rows(), in.vectors(), in.vectors(), in.rows()};
+//         in.parallel_for(op.size.batch, op.size.elements(), [&](Index b) { forward_sample(op, b); });
 //     }
 #pragma once
 
@@ -43,6 +40,14 @@ public:
         const auto count = static_cast<int>(integer());
         if (next_ != args_.size()) throw nb::value_error("wrong number of arguments");
         return count < 1 ? 1 : count;
+    }
+
+    // Reads the last argument and runs the op without the GIL: `parallel_for` of element.h.
+    template <class Run>
+    void parallel_for(Index tasks, Index elements, Run&& run) {
+        const int count = threads();
+        nb::gil_scoped_release release;
+        unite_fast::parallel_for(tasks, elements, count, run);
     }
 
 private:

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -103,6 +104,12 @@ struct Vectors {
         }
     }
 
+    std::vector<float> row(Index b, Index d) const {
+        std::vector<float> numbers(d);
+        read(b, d, numbers.data());
+        return numbers;
+    }
+
     UNITE_FAST_INLINE void write(Index b, Index d, const float* __restrict from) const {
         if (type == Type::f32) {
             std::memcpy(static_cast<float*>(data) + b * stride, from, d * sizeof(float));
@@ -129,6 +136,8 @@ struct Heads {
 
 struct Size {
     Index batch, tokens, width;
+
+    Index elements() const { return batch * tokens * width; }
 };
 
 // 1 / rms of d numbers.
@@ -165,6 +174,15 @@ inline Index chunks_of(Index tokens) { return tokens > kChunk ? (tokens + kChunk
 constexpr Index kParallelElements = 1 << 15;
 
 inline int threads_for(Index elements, int threads) { return elements >= kParallelElements ? threads : 1; }
+
+// Calls run(task) for each task, in parallel if the op has enough elements. A task must not depend on another.
+template <class Run>
+void parallel_for(Index tasks, Index elements, int threads, Run&& run) {
+    const int used = threads_for(elements, threads);
+    (void)used;  // unused where OpenMP is missing
+#pragma omp parallel for schedule(static) num_threads(used) if (used > 1)
+    for (Index task = 0; task < tasks; ++task) run(task);
+}
 
 inline int thread_number() {
 #ifdef _OPENMP

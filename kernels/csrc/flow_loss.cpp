@@ -152,14 +152,11 @@ UNITE_FAST_PER_CPU void sum_partials(float* partial, Index count, Index channels
 // t and loss [draws, batch].
 void flow_loss_forward(const FlowLoss& op, const float* t, float min_time_left, float eps, float* loss, int threads) {
     const Index samples = op.draws * op.batch, chunks = chunks_of(op.tokens), tasks = samples * chunks;
-    const int used = threads_for(samples * op.tokens * op.channels, threads);
-    (void)used;  // unused where OpenMP is missing
     const std::unique_ptr<float[]> partial(new float[tasks]);
-#pragma omp parallel for schedule(static) num_threads(used) if (used > 1)
-    for (Index task = 0; task < tasks; ++task) {
+    parallel_for(tasks, samples * op.tokens * op.channels, threads, [&](Index task) {
         const Index begin = task % chunks * kChunk, end = std::min(begin + kChunk, op.tokens);
         partial[task] = forward_chunk(op, eps, task / chunks, begin, end);
-    }
+    });
     for (Index sample = 0; sample < samples; ++sample) {
         const float left = std::max(1.0f - t[sample], min_time_left);
         op.share[sample] = 1.0f / (left * left * static_cast<float>(op.tokens * op.channels));

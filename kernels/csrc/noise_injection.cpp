@@ -71,23 +71,18 @@ UNITE_FAST_PER_CPU void backward_piece(const NoiseInjection& op, const float* d_
 void noise_injection_forward(const NoiseInjection& op, const PhiloxDraw& first_draw, const std::int64_t* positions,
                              Type z_type, const void* z, float* out, int threads) {
     const Index pieces = pieces_of(op.elements), tasks = op.draws * op.batch * pieces;
-    const int used = threads_for(op.draws * op.batch * op.elements, threads);
-    (void)used;  // unused where OpenMP is missing
-#pragma omp parallel for schedule(static) num_threads(used) if (used > 1)
-    for (Index task = 0; task < tasks; ++task) {
+    parallel_for(tasks, op.draws * op.batch * op.elements, threads, [&](Index task) {
         const Index sample = task / pieces, f = sample / op.batch, b = sample % op.batch;
         const auto position = static_cast<std::uint32_t>(positions[b]);
         forward_piece(op, first_draw, position, z_type, z, f, b, task % pieces * kPiece, out);
-    }
+    });
 }
 
 // d_out [draws, batch, elements] -> d_z [batch, elements].
 void noise_injection_backward(const NoiseInjection& op, const float* d_out, float* d_z, int threads) {
     const Index pieces = pieces_of(op.elements), tasks = op.batch * pieces;
-    const int used = threads_for(op.draws * op.batch * op.elements, threads);
-    (void)used;
-#pragma omp parallel for schedule(static) num_threads(used) if (used > 1)
-    for (Index task = 0; task < tasks; ++task) backward_piece(op, d_out, task / pieces, task % pieces * kPiece, d_z);
+    parallel_for(tasks, op.draws * op.batch * op.elements, threads,
+                 [&](Index task) { backward_piece(op, d_out, task / pieces, task % pieces * kPiece, d_z); });
 }
 
 }  // namespace

@@ -1,17 +1,17 @@
-// Two normals from two random words, in float64, written so that a loop over them becomes vector code.
+// Two normals from two random words, in float64, written so that the compiler can vectorise a loop over them.
 #pragma once
 
 #include "element.h"
 
 namespace unite_fast {
 
-// An integer below 2^52 as a double: it stands in the low bits of 2^52 plus itself.
+// An integer below 2^52 as a double: put it into the low bits of 2^52, then subtract 2^52.
 UNITE_FAST_INLINE double to_double(std::uint64_t integer) {
     return bit_cast<double>(integer | 0x4330000000000000u) - 0x1p52;
 }
 
 // log(x) of a normal, positive x: x = 2^e m with m from sqrt(1/2) to sqrt(2), and log(m) = 2 atanh(s) with
-// s = (m - 1) / (m + 1), which is at most 0.172: the series ends where its terms are below 2.3e-17 of the sum.
+// s = (m - 1) / (m + 1), which is at most 0.172. The series ends where its terms are below 2.3e-17 of the sum.
 UNITE_FAST_INLINE double log_f64(double x) {
     constexpr std::uint64_t kOne = 0x3FF0000000000000u, kSqrtHalf = 0x3FE6A09E667F3BCDu, kBias = 1023;
     const auto bits = bit_cast<std::uint64_t>(x);
@@ -35,13 +35,13 @@ struct Turn {
     double cos, sin;
 };
 
-// cos and sin of the angle `word` 2 pi / 2^32. What is left of it beyond the nearest quarter turn is at most pi / 4 in
-// size, where Taylor's series ends below 6e-17 of the sum.
+// cos and sin of the angle `word` 2 pi / 2^32. The angle minus the nearest quarter turn is at most pi / 4 in size, for
+// which the terms of Taylor's series that are left out are below 6e-17 of the sum.
 UNITE_FAST_INLINE Turn turn_f64(std::uint32_t word) {
     const std::uint32_t quarters = ((word >> 29) + 1) >> 1;
-    // The last factor by itself, where it rounds nothing: then a compiler that fuses a product and a sum cannot leave
-    // out the rounding of the angle, which is part of the definition and shows near the zeros. So does the second part
-    // of pi / 2; the first has 51 bits, and up to 4 times it is exact.
+    // The last factor is separate, because it is exact: a compiler that fuses a product and a sum then cannot skip the
+    // rounding of the angle, which is part of the definition and matters near the zeros. The second part of pi / 2
+    // matters there too; the first has 51 bits, so that up to 4 times it is exact.
     const double angle = to_double(word) * 6.283185307179586 * 0x1p-32, n = to_double(quarters);
     const double r = (angle - n * 1.5707963267948966) - n * 6.123233995736766e-17, z = r * r;
     double s = -1.0 / 1307674368000.0;  // 15!

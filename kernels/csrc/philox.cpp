@@ -5,12 +5,12 @@
 namespace unite_fast {
 namespace {
 
-// Below about this many blocks a draw takes less time than waking the threads.
+// Below about this many blocks, a draw takes less time than waking the threads.
 constexpr std::int64_t kParallelBlocks = 4096;
 
-// Calls draw_sample(b) for each sample. A number depends on its counter alone, so the split over threads cannot change
-// a bit. The region is entered with more than one thread only when asked to: GNU OpenMP hangs in a forked data worker
-// once the parent has used it.
+// Calls draw_sample(b) for each sample. A number depends only on its counter, so the number of threads cannot change a
+// bit. A parallel region is entered only with more than one thread: GNU OpenMP hangs in a forked data worker if the
+// parent has used it.
 template <class DrawSample>
 void each_sample(std::int64_t samples, std::int64_t blocks, int threads, DrawSample&& draw_sample) {
     const bool parallel = threads > 1 && samples * blocks >= kParallelBlocks;

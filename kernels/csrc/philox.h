@@ -5,7 +5,7 @@
 
 namespace unite_fast {
 
-// What all samples of one draw share: the key and two of the four counter words.
+// The key and the two counter words that all samples of one draw share.
 struct PhiloxDraw {
     std::uint64_t seed;
     std::uint32_t step;
@@ -16,7 +16,7 @@ struct PhiloxWords {
     std::uint32_t w0, w1, w2, w3;
 };
 
-// Ten rounds of Philox4x32. Written without tables or branches: a loop over blocks becomes vector code.
+// Ten rounds of Philox4x32, without tables or branches, so that the compiler can vectorise a loop over blocks.
 UNITE_FAST_INLINE PhiloxWords philox_block(const PhiloxDraw& draw, std::uint32_t position, std::uint32_t block) {
     std::uint32_t c0 = block, c1 = position, c2 = draw.step, c3 = draw.stream_and_draw;
     auto k0 = static_cast<std::uint32_t>(draw.seed), k1 = static_cast<std::uint32_t>(draw.seed >> 32);
@@ -33,7 +33,7 @@ UNITE_FAST_INLINE PhiloxWords philox_block(const PhiloxDraw& draw, std::uint32_t
     return {c0, c1, c2, c3};
 }
 
-// The normals of a sample, four a block, from its block `first` on.
+// The normals of a sample, four per block, starting with block `first`.
 void sample_normals(const PhiloxDraw& draw, std::uint32_t position, std::int64_t first, std::int64_t blocks,
                     float* out);
 

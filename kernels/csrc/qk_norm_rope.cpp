@@ -166,13 +166,10 @@ UNITE_FAST_PER_CPU void sum_tasks(float* partial, Index tasks, Index dim, float*
 // Writes q and k; v remains in qkv.
 void qk_norm_rope_forward(const QkNormRope& op, const Heads& q, const Heads& k, int threads) {
     const Index chunks = chunks_of(op.tokens), tasks = op.batch * chunks;
-    const int used = threads_for(op.batch * op.tokens * op.heads * op.head_dim, threads);
-    (void)used;  // unused where OpenMP is missing
-#pragma omp parallel for schedule(static) num_threads(used) if (used > 1)
-    for (Index task = 0; task < tasks; ++task) {
+    parallel_for(tasks, op.batch * op.tokens * op.heads * op.head_dim, threads, [&](Index task) {
         const Index begin = task % chunks * kChunk, end = std::min(begin + kChunk, op.tokens);
         forward_chunk(op, q, k, task / chunks, begin, end);
-    }
+    });
 }
 
 void qk_norm_rope_backward(const QkNormRope& op, const Heads& d_q, const Heads& d_k, const Heads& d_v,

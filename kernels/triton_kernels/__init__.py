@@ -1,1 +1,1 @@
-"""The Triton backends for CUDA devices, one file for each kind of op. Only unite_fast.kernels.fused_op imports them."""
+"""Triton kernels for CUDA devices, one file per op. `fused_op.triton_backend` imports them with the first call."""

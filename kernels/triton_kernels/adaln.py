@@ -1,14 +1,14 @@
-"""adaln_modulate, gated_residual_adaln and gated_residual_norm_adaln on CUDA: one kernel each way for all three.
+"""adaln_modulate, gated_residual_adaln and gated_residual_norm_adaln on CUDA: one forward and one backward
+kernel for all three.
 
     y     = x + gate * branch                       with a branch
     x_out = y / rms(y) * norm_weight                with a norm (else x_out = y)
     h     = x_out / rms(x_out) * weight * (1 + scale) + shift
 
-A program takes `TOKENS` tokens of one sample, one after another, and holds the vectors of the sample in registers
-meanwhile. All arithmetic is float32. The gradients of the vectors are one partial sum a program, added up in a fixed
-order afterwards: by one kernel over the programs of each sample, by another over the samples. The gradients of weight
-and scale need one and the same sum, that of d_h times the normalised x_out.
-"""
+A program processes `TOKENS` tokens of one sample, one after another, with the sample's vectors in registers. All
+arithmetic is float32. Each program writes one partial sum per gradient of a vector; these are summed in a fixed order,
+by one kernel over the programs of each sample and by another over the samples. The gradients of weight and scale need
+the same sum: that of d_h times the normalised x_out."""
 
 import torch
 import triton
@@ -18,11 +18,11 @@ from unite_fast.kernels import tensors
 from unite_fast.kernels.triton_kernels.sums import sum_rows
 
 TOKENS = 16
-"""Of a program: the partial sums then cost half a byte for each token and channel, written and read."""
+"""Tokens per program. Partial sums then cost half a byte per token and channel, written and read."""
 LANES_EACH = 8
-"""Elements of a row that a thread takes: one access of 16 bytes of bfloat16, two of float32."""
+"""Elements of a row per thread: one access of 16 bytes in bfloat16, two in float32."""
 SUM_ROWS, SUM_LANES = 16, 64
-"""Of a tile of partial sums: 8 numbers a thread; 544 tokens have 34 rows."""
+"""Size of a tile of partial sums: 8 numbers per thread; 544 tokens have 34 rows."""
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def _adaln_fwd_kernel(
                 b_r = _rms_rstd(b_x, eps, D)
                 tl.store(rstd + i_row, b_r)
                 b_x = b_x * b_r * b_norm_weight
-            # What the next op reads is the rounded residual: h is made of the same.
+            # The next op reads the rounded residual, so h is computed from it too.
             b_x = b_x.to(x_out.dtype.element_ty)
             tl.store(x_out + i_row * D + o_d, b_x, mask=m_d)
             b_x = b_x.to(tl.float32)
@@ -152,11 +152,11 @@ def _adaln_bwd_kernel(
         p_rstd = rstd + i_row
         if branch is not None:
             b_branch = _vector(branch + (i_b * branch_stride_b + i_t * branch_stride_t) * UNIT, o_d, m_d)
-            # Before the first sum over the row: all loads wait for memory together.
+            # Loaded before the first sum over the row, so that all loads wait for memory together.
             b_d_x_out = _vector(d_x_out + (i_b * d_x_out_stride_b + i_t * d_x_out_stride_t) * UNIT, o_d, m_d)
         b_d_h = _vector(d_h + (i_b * d_h_stride_b + i_t * d_h_stride_t) * UNIT, o_d, m_d)
         if norm_weight is not None:
-            # Kept were x and branch; y, normalised, and x_out follow from them.
+            # x and branch were saved; recompute the normalised y and x_out.
             b_norm_r = tl.load(p_rstd)
             p_rstd += tl.num_programs(0).to(tl.int64) * T
             b_y = (b_x + b_gate * b_branch) * b_norm_r
@@ -202,7 +202,7 @@ def _adaln_sums_kernel(
     LANES: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """Sums of one sample's programs: its vectors' gradients, and what it adds to those of the weights."""
+    """Sums over one sample's programs: the gradients of its vectors, and its part of the gradients of the weights."""
     i_b, samples = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     o_d = tl.program_id(1) * LANES + tl.arange(0, LANES)
     m_d = o_d < D
@@ -266,8 +266,8 @@ def _forward(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype)
 
 
 def _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, rstd, shift=None):
-    """Gradients of x, branch, gate, norm_weight, weight, shift and scale, None where there is no such input; and h in
-    d_h's type where shift is given."""
+    """Gradients of x, branch, gate, norm_weight, weight, shift and scale, None for an input that the op does not have;
+    and h in d_h's dtype if shift is not None, else None."""
     (b, t, d), x = x.shape, tensors.dense(x)
     d_x, d_branch = tensors.empty_like(x), None if branch is None else tensors.empty_gradient(branch)
     h = None if shift is None else tensors.empty_like(d_h)
@@ -299,7 +299,7 @@ def _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, rstd, s
 
 
 def _vectors(x):
-    """Dense, in a type that the kernels load; a weight as float32."""
+    """x in a dtype that the kernels load, with a dense last dimension; a weight in float32."""
     return None if x is None else tensors.as_float32(x) if x.dim() == 1 else tensors.as_supported(x)
 
 
@@ -333,10 +333,9 @@ def gated_residual_adaln_backward(d_x_out, d_h, x_out, branch, gate, weight, sca
 
 
 def gated_residual_adaln_backward_recompute(d_x_out, d_h, x_out, branch, gate, weight, shift, scale, rstd):
-    """As gated_residual_adaln_backward, and h once more in d_h's type, made by the same kernel -> gradients of x,
-    branch, gate, weight, shift and scale, and h."""
-    found = _backward(d_x_out, d_h, x_out, branch, gate, None, weight, scale, rstd, shift)
-    d_x, d_branch, d_gate, _, *others = found
+    """gated_residual_adaln_backward that also recomputes h, in d_h's dtype -> gradients of x, branch, gate, weight,
+    shift and scale, and h."""
+    d_x, d_branch, d_gate, _, *others = _backward(d_x_out, d_h, x_out, branch, gate, None, weight, scale, rstd, shift)
     return d_x, d_branch, d_gate, *others
 
 

@@ -1,6 +1,6 @@
-"""flow_loss on CUDA. A program takes a chunk of tokens of one draw of one image, [BT, BC] in registers; a number of
-channels that is no power of two is filled up with masked lanes. float32 inside. The loss of a sample, and the gradients
-of weight and bias, are one partial sum a program, and their sum in a fixed order."""
+"""flow_loss on CUDA. A program processes a chunk of tokens of one draw of one image, [BT, BC] in registers; masked
+lanes pad the channels to a power of two. float32 inside. Each program writes one partial sum of the loss, or of the
+gradients of weight and bias; these are summed in a fixed order."""
 
 import torch
 import triton
@@ -9,12 +9,12 @@ import triton.language as tl
 from unite_fast.kernels import tensors
 
 ELEMENTS = 2048
-"""Of a tile: 16 a thread of 4 warps. With 32 channels 64 tokens, a quarter of a sample of 256."""
+"""Elements per tile: 16 per thread of 4 warps. With 32 channels that is 64 tokens, a quarter of a sample of 256."""
 
 
 @triton.jit
 def _place(N, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    """Sample of a program, its tokens, its part of [N, C] and which of it exist."""
+    """A program's sample, its tokens, its offsets in [N, C] and their mask."""
     i_sample = tl.program_id(0).to(tl.int64)
     o_t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
     o_c = tl.arange(0, BC)
@@ -55,7 +55,7 @@ def _flow_loss_fwd_kernel(
     b_error = b_z - (b_n * b_inverse[:, None] * _channels(weight, C, BC) + _channels(bias, C, BC))
     b_error = tl.where(m, b_error, 0.0)
     time_left = 1.0 - tl.load(t + i_sample)
-    # Not maximum(): that of a NaN is the other number.
+    # Not maximum(), which would drop a NaN.
     time_left = tl.where(time_left < min_time_left, min_time_left, time_left)
     b_share = 1.0 / (time_left * time_left * (N * C))
     tl.store(mean + i_sample * N + o_t, b_mean, mask=o_t < N)
@@ -106,8 +106,8 @@ def _flow_loss_bwd_kernel(
 
 
 def flow_loss_forward(y, weight, bias, z, t, min_time_left, eps):
-    """y [F, B, N, C], weight and bias [C], z [B, N, C], t [F, B] -> float32: loss [F, B], what a squared error counts
-    in it [F, B], mean and rstd of y's tokens [F, B, N]."""
+    """y [F, B, N, C], weight and bias [C], z [B, N, C], t [F, B] -> float32: loss [F, B], the weight of a squared
+    error in it [F, B], mean and rstd of y's tokens [F, B, N]."""
     sizes, (programs, chunks) = _sizes(y), _grid(y)
     share = y.new_empty(t.shape, dtype=torch.float32)
     partial = y.new_empty((*t.shape, chunks), dtype=torch.float32)
@@ -125,7 +125,7 @@ def flow_loss_forward(y, weight, bias, z, t, min_time_left, eps):
 
 
 def flow_loss_backward(d_loss, y, weight, bias, z, share, mean, rstd):
-    """d_loss [F, B] and what the forward pass took and gave -> d_y in y's type, d_weight and d_bias [C] float32."""
+    """d_loss [F, B] and what was saved -> d_y in y's dtype, d_weight and d_bias [C] float32."""
     sizes, (programs, chunks) = _sizes(y), _grid(y)
     d_y = tensors.empty_like(y)
     partial_weight, partial_bias = (y.new_empty((programs * chunks, sizes["C"]), dtype=torch.float32) for _ in range(2))
@@ -144,6 +144,6 @@ def _sizes(y) -> dict[str, int]:
 
 
 def _grid(y) -> tuple[int, int]:
-    """Samples and chunks of tokens of each."""
+    """Number of samples, and of chunks of tokens per sample."""
     draws, samples, tokens, _ = y.shape
     return draws * samples, triton.cdiv(tokens, _sizes(y)["BT"])

@@ -1,10 +1,11 @@
-"""LayerNorm on CUDA, for the Linears behind one: one kernel each way, and one for the sums of the weights' gradients.
+"""LayerNorm on CUDA, for the Linears that follow one: a forward and a backward kernel, and one that sums the gradients
+of the weights.
 
     x_out = x + branch                                with a branch (else x_out = x)
     n = (x_out - mean(x_out)) / sqrt(var(x_out) + eps),   out = n * weight + bias
 
-A program takes `TOKENS` rows, one after another, and holds weight and bias in registers meanwhile. float32 inside. The
-gradients of weight and bias are one partial sum a program, added up in a fixed order.
+A program processes `TOKENS` rows, one after another, with weight and bias in registers. float32 inside. Each program
+writes one partial sum of the gradients of weight and bias; these are summed in a fixed order.
 """
 
 import torch
@@ -15,9 +16,9 @@ from unite_fast.kernels import tensors
 from unite_fast.kernels.triton_kernels.sums import sum_rows
 
 TOKENS = 16
-"""Rows of a program: the partial sums then cost half a byte for each number of x, written and read."""
+"""Rows per program. Partial sums then cost half a byte per number of x, written and read."""
 LANES_EACH = 8
-"""Elements of a row that a thread takes: one access of 16 bytes of bfloat16, two of float32."""
+"""Elements of a row per thread: one access of 16 bytes in bfloat16, two in float32."""
 
 
 @triton.jit
@@ -45,7 +46,7 @@ def _layer_norm_fwd_kernel(
         b_x = tl.load(x + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
         if branch is not None:
             b_x += tl.load(branch + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
-            # What the next op reads is the rounded residual: out is made of the same.
+            # The next op reads the rounded residual, so out is computed from it too.
             b_x = b_x.to(x_out.dtype.element_ty)
             tl.store(x_out + i_row * D + o_d, b_x, mask=m_d)
             b_x = b_x.to(tl.float32)
@@ -113,7 +114,7 @@ def layer_norm_forward(x, weight, bias, eps, out_dtype):
 
 
 def residual_layer_norm_forward(x, branch, weight, bias, eps, out_dtype):
-    """As layer_norm_forward, of x + branch, both [..., D] -> x_out like x, out, mean, rstd."""
+    """layer_norm_forward of x + branch, both [..., D] -> x_out like x, out, mean, rstd."""
     return _forward(x, branch, weight, bias, eps, out_dtype)
 
 
@@ -130,14 +131,13 @@ def _forward(x, branch, weight, bias, eps, out_dtype):
 
 
 def layer_norm_backward(d_out, x, weight, mean, rstd):
-    """d_out [..., D] and what the forward pass took and gave -> d_x like x, d_weight and d_bias [D] float32."""
+    """d_out [..., D] and what was saved -> d_x like x, d_weight and d_bias [D] float32."""
     d_x, _, *others, _ = _backward(None, d_out, x, None, weight, None, mean, rstd, None)
     return d_x, *others
 
 
 def layer_norm_backward_recompute(d_out, x, weight, bias, mean, rstd):
-    """As layer_norm_backward, and the result of the forward pass in d_out's type, made by the same kernel -> d_x,
-    d_weight, d_bias, out."""
+    """layer_norm_backward that also recomputes the result, in d_out's dtype -> d_x, d_weight, d_bias, out."""
     d_x, _, *others = _backward(None, d_out, x, None, weight, bias, mean, rstd, tensors.empty_like(d_out))
     return d_x, *others
 

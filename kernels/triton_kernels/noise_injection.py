@@ -1,7 +1,6 @@
-"""noise_injection on CUDA. A thread turns each block of Philox into four neighbouring normals, so it writes what it
-mixes in one access of 16 bytes where 4 divides a sample's elements. The work of float64 (philox.py) is small: three
-draws for 64 images take some 10^8 operations.
-"""
+"""noise_injection on CUDA. A thread turns each block of Philox into four neighbouring normals, so it writes the result
+in one access of 16 bytes if 4 divides a sample's elements. The float64 work (philox.py) is small: three draws for 64
+images take some 10^8 operations."""
 
 import torch
 import triton
@@ -11,9 +10,9 @@ from unite_fast.kernels import tensors
 from unite_fast.kernels.triton_kernels.philox import as_int32, normals
 
 BLOCKS = 256
-"""Of Philox, a program of 4 warps: 8 normals a thread."""
+"""Blocks of Philox per program of 4 warps: 8 normals per thread."""
 ELEMENTS = 1024
-"""A program of the backward pass: 8 a thread."""
+"""Elements per program of the backward pass: 8 per thread."""
 
 
 @triton.jit(do_not_specialize=["step", "stream", "seed_low", "seed_high"])

@@ -1,12 +1,11 @@
 """Philox4x32-10 on CUDA: the draws of unite_fast/randomness.py and the dropout masks of LPIPS, one launch each.
 
-Blocks of four words are numbered through all samples, so that a scalar draw of 64 images is one program and a large one
-leaves no thread idle. Integers and uniforms are those of the definition bit by bit.
+Blocks of four words are numbered across all samples, so that a scalar draw of 64 images is one program and a large draw
+leaves no thread idle. Integers and uniforms equal the definition bit by bit.
 
-Box and Muller's functions are float64, rounded once, as the definition has it: in float32 the logarithm of a number
-close to 1 and an angle close to a zero lose their digits. The logarithm is the library's; its cosine and sine are not
-used, since for angles that never occur here they keep an array in local memory.
-"""
+Box and Muller's functions are float64, rounded once, as the definition requires: in float32, the logarithm of a number
+close to 1 and an angle close to a zero lose their digits. The logarithm is the library's. Its cosine and sine are not
+used: they keep an array in local memory for angles that never occur here."""
 
 import torch
 import triton
@@ -14,14 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCKS = 256
-"""Of a program of 4 warps: 8 numbers a thread."""
+"""Blocks per program of 4 warps: 8 numbers per thread."""
 KEYS = ["step", "stream_and_draw", "seed_low", "seed_high"]
-"""Arguments that change from call to call: none of their values gets a kernel of its own."""
+"""Arguments that change with each call: Triton must not specialise kernels on their values."""
 
 
 @triton.jit
 def words(o_block, position, step, stream_and_draw, seed_low, seed_high):
-    """The four words of each block. The counter's other words and the key are bits of a 32-bit integer of any sign."""
+    """The four words of each block. The other counter words and the key are passed as signed 32-bit integers."""
     b_same = tl.zeros_like(o_block)
     return tl.philox_impl(
         o_block.to(tl.uint32),
@@ -35,11 +34,11 @@ def words(o_block, position, step, stream_and_draw, seed_low, seed_high):
 
 @triton.jit
 def _turn(b_word):
-    """cos and sin, float64, of the angle `b_word` 2 pi / 2^32, as csrc/normal.h has them: what is left beyond the
-    nearest quarter turn, then Taylor's series, which ends below 6e-17 of the sum."""
+    """cos and sin, float64, of the angle `b_word` 2 pi / 2^32, as in csrc/normal.h: subtract the nearest quarter turn,
+    then sum Taylor's series until its terms are below 6e-17 of the sum."""
     b_quarters = ((b_word >> 29) + 1) >> 1
     b_n = b_quarters.to(tl.float64)
-    # The last factor by itself, and pi / 2 in two parts, for the reasons given there.
+    # The last factor is separate and pi / 2 has two parts, for the reasons in csrc/normal.h.
     b_angle = b_word.to(tl.float64) * 6.283185307179586 * 2.0**-32
     b_r = (b_angle - b_n * 1.5707963267948966) - b_n * 6.123233995736766e-17
     b_z = b_r * b_r
@@ -72,13 +71,13 @@ def box_muller(b_length, b_angle):
 
 @triton.jit
 def _interleave(b_0, b_1, b_2, b_3):
-    """Four numbers of each block in their order."""
+    """The four numbers of each block, in order."""
     return tl.interleave(tl.interleave(b_0, b_2), tl.interleave(b_1, b_3))
 
 
 @triton.jit
 def normals(o_block, position, step, stream_and_draw, seed_low, seed_high):
-    """The normals of blocks of Philox, in their order: four for each."""
+    """The normals of blocks of Philox, four per block, in order."""
     b_w0, b_w1, b_w2, b_w3 = words(o_block, position, step, stream_and_draw, seed_low, seed_high)
     b_n0, b_n1 = box_muller(b_w0, b_w1)
     b_n2, b_n3 = box_muller(b_w2, b_w3)
@@ -87,8 +86,8 @@ def normals(o_block, position, step, stream_and_draw, seed_low, seed_high):
 
 @triton.jit
 def _place(positions, samples, elements, BLOCKS: tl.constexpr, WHOLE: tl.constexpr):
-    """Of a program: each block's number in its sample and the sample's position; where its numbers go in [draws,
-    samples, elements], and which of them exist. WHOLE: 4 divides `elements`, so places are neighbours."""
+    """A program's blocks: number in the sample, position of the sample, offsets of the results in [draws, samples,
+    elements], and their mask. WHOLE: 4 divides `elements`, so the results of a block are neighbours."""
     i_chunk, i_f = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     blocks = tl.cast(tl.cdiv(elements, 4), tl.int64)
     o = i_chunk * BLOCKS + tl.arange(0, BLOCKS)
@@ -172,13 +171,13 @@ def _dropout_kernel(
     BLOCKS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Each bit of a word as a byte, 0 or 2, the lowest first: four of them are an int32 of `out`."""
+    """Each bit of a word as a byte, 0 or 2, lowest bit first; four bytes are one int32 of `out`."""
     o_block, position, o, m = _place(positions, samples, elements, BLOCKS, WHOLE)
     b_w0, b_w1, b_w2, b_w3 = words(o_block, position, step, stream_and_draw, seed_low, seed_high)
     b_word = _interleave(b_w0, b_w1, b_w2, b_w3)
     o_four = tl.arange(0, 8)
     b_bits = (b_word[:, None] >> (4 * o_four)[None, :].to(tl.uint32)) & 15
-    # The product puts bit i of the four at 7 i + {0, 7, 14, 21}, so at 8 i too.
+    # The product copies bit i of the four to i + {0, 7, 14, 21}, of which 8 i is one.
     b_bytes = ((b_bits * 0x00204081) & 0x01010101) << 1
     tl.store(out + o[:, None] * 8 + o_four[None, :], b_bytes.to(tl.int32), mask=m[:, None])
 
@@ -186,7 +185,7 @@ def _dropout_kernel(
 def _draw(
     kernel, seed: int, step: int, stream: int, draws: range, positions: Tensor, elements: int, out: Tensor
 ) -> None:
-    """Fill `out`, numbers of draws x samples x elements, by one launch. `draws` counts in ones."""
+    """Fill `out` [draws, samples, elements] with one launch. `draws` has step 1."""
     if out.numel():
         blocks = len(positions) * triton.cdiv(elements, 4)
         kernel[(triton.cdiv(blocks, BLOCKS), len(draws))](
@@ -208,21 +207,21 @@ def philox_words(seed: int, step: int, stream: int, draws: range, positions: Ten
 
 
 def philox_uniforms(seed: int, step: int, stream: int, draws: range, positions: Tensor, elements: int) -> Tensor:
-    """Those of `unite_fast.randomness.Philox.uniform`: positions int64 [b] -> float32 [draws, b, elements]."""
+    """The uniforms of `unite_fast.randomness.Philox.uniform`: positions int64 [b] -> float32 [draws, b, elements]."""
     out = positions.new_empty((len(draws), len(positions), elements), dtype=torch.float32)
     _draw(_uniforms_kernel, seed, step, stream, draws, positions, elements, out)
     return out
 
 
 def philox_normals(seed: int, step: int, stream: int, draws: range, positions: Tensor, elements: int) -> Tensor:
-    """Those of `unite_fast.randomness.Philox.normal`: positions int64 [b] -> float32 [draws, b, elements]."""
+    """The normals of `unite_fast.randomness.Philox.normal`: positions int64 [b] -> float32 [draws, b, elements]."""
     out = positions.new_empty((len(draws), len(positions), elements), dtype=torch.float32)
     _draw(_normals_kernel, seed, step, stream, draws, positions, elements, out)
     return out
 
 
 def philox_dropout(seed: int, step: int, stream: int, draw: int, positions: Tensor, words: int) -> Tensor:
-    """The bits of the words as `unite_fast.lpips.dropout_masks` has them: positions int64 [b] -> uint8 [b, 32
+    """The masks of `unite_fast.lpips.dropout_masks`, one bit of a word each: positions int64 [b] -> uint8 [b, 32
     words], 0 or 2."""
     out = positions.new_empty((len(positions), 32 * words), dtype=torch.uint8)
     _draw(_dropout_kernel, seed, step, stream, range(draw, draw + 1), positions, words, out.view(torch.int32))
@@ -230,5 +229,6 @@ def philox_dropout(seed: int, step: int, stream: int, draw: int, positions: Tens
 
 
 def as_int32(*words: int) -> tuple[int, ...]:
-    """Words below 2^32 as integers of 32 bits with the same bits: of another size they would be another kernel."""
+    """Words below 2^32 as signed 32-bit integers with the same bits: Triton compiles another kernel for 64-bit
+    integers."""
     return tuple(word - 2**32 if word >= 2**31 else word for word in words)

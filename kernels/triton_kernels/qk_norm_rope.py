@@ -1,9 +1,9 @@
-"""qk_norm_rope on CUDA: per-head RMSNorm and rotation of q and k, and v copied, from packed qkv to [B, H, T, K] in the
-order [B, T, H, K].
+"""qk_norm_rope on CUDA: per-head RMSNorm and rotation of q and k, and a copy of v, from packed qkv to [B, H, T, K]
+stored as [B, T, H, K].
 
-A program is one warp and takes a few tokens of one sample, one head after another: their cos and sin stay in its
-registers meanwhile, and no thread waits for another warp. A head dimension that is no power of two is filled up with
-masked lanes. float32 inside. The gradient of a weight is one partial sum a program, and their sum in a fixed order.
+A program is one warp. It processes a few tokens of one sample, one head after another, with their cos and sin in
+registers, and never waits for another warp. Masked lanes pad the head dimension to a power of two. float32 inside. Each
+program writes one partial sum of a weight's gradient; these are summed in a fixed order.
 """
 
 import torch
@@ -13,12 +13,12 @@ import triton.language as tl
 from unite_fast.kernels import tensors
 
 ELEMENTS = 256
-"""Of a tile (tokens, head dimension): 8 a thread, one access of 16 bytes of bfloat16."""
+"""Elements of a tile [tokens, head dimension]: 8 per thread, one access of 16 bytes in bfloat16."""
 
 
 @triton.jit
 def _place(T, BT: tl.constexpr):
-    """Sample and tokens of a program."""
+    """A program's sample and tokens."""
     chunks = tl.cdiv(T, BT)
     i_b = (tl.program_id(0) // chunks).to(tl.int64)
     return i_b, (tl.program_id(0) % chunks).to(tl.int64) * BT + tl.arange(0, BT)
@@ -42,7 +42,7 @@ def _weight(weight, K: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def _rotate(b_x, b_cos, b_sin, BT: tl.constexpr, BK: tl.constexpr):
-    """Each pair of neighbours by its angle; both are in the same thread."""
+    """Rotate each pair of neighbours by its angle; both are in the same thread."""
     b_even, b_odd = tl.split(tl.reshape(b_x, (BT, BK // 2, 2)))
     b_pairs = tl.join(b_even * b_cos - b_odd * b_sin, b_odd * b_cos + b_even * b_sin)
     return tl.reshape(b_pairs, (BT, BK))
@@ -105,9 +105,9 @@ def _load_rstd(p_rstd, b_weight, m_t):
 
 @triton.jit
 def _back(b_g, b_x, b_weight, b_r, b_cos, b_sin, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
-    """Gradients of x and, a token, of the weight, from b_g, that of the result.
+    """Gradient of x, and of the weight per token, from b_g, the gradient of the result.
 
-    With n = x / rms(x) and a = (b_g turned back) weight, the gradient of n, the norm passes back
+    With n = x / rms(x) and its gradient a = (b_g rotated back) * weight, the gradient of x is
     (a - n mean(a n)) / rms(x).
     """
     b_a = _rotate(b_g.to(tl.float32), b_cos, -b_sin, BT, BK)
@@ -187,7 +187,7 @@ def _qk_norm_rope_bwd_kernel(
 
 def qk_norm_rope_forward(qkv, q_weight, k_weight, cos, sin, heads, eps):
     """qkv [B, T, 3 H K], weights [K] or None, cos and sin [T, K / 2] -> q, k, v [B, H, T, K] in qkv's dtype and the
-    rstd [B, T, 2, H] float32, left unwritten without weights."""
+    rstd [B, T, 2, H] float32, uninitialised without weights."""
     b, t, packed = qkv.shape
     sizes = _sizes(heads, packed // (3 * heads))
     q, k, v = (qkv.new_empty((b, t, heads, sizes["K"])).transpose(1, 2) for _ in range(3))
@@ -204,8 +204,8 @@ def qk_norm_rope_forward(qkv, q_weight, k_weight, cos, sin, heads, eps):
 
 
 def qk_norm_rope_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, rstd):
-    """The gradients of the results, [B, H, T, K] or None, and what the forward pass took and gave -> d_qkv in qkv's
-    dtype, d_q_weight and d_k_weight [K] float32, of no size without weights."""
+    """Gradients of the results, [B, H, T, K] or None, and what was saved -> d_qkv in qkv's dtype, d_q_weight and
+    d_k_weight [K] float32, empty without weights."""
     (b, t, packed), heads = qkv.shape, rstd.shape[3]
     sizes = _sizes(heads, packed // (3 * heads))
     d_qkv, programs = tensors.empty_like(qkv), _programs(b, t, sizes)

@@ -1,11 +1,11 @@
-"""Sums of what the programs of a kernel left behind, in a fixed order, float32: one launch for up to two tensors."""
+"""Sums of the partial sums of a kernel's programs, in a fixed order, float32: one launch for up to two tensors."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 ROWS, LANES = 64, 32
-"""Of a tile: 16 numbers a thread of 4 warps, and for a width of 768 two dozen programs a tensor."""
+"""Size of a tile: 16 numbers per thread of 4 warps; a width of 768 gives two dozen programs per tensor."""
 
 
 @triton.jit
@@ -22,14 +22,14 @@ def _sum_rows_kernel(partial, first, second, rows, D: tl.constexpr, ROWS: tl.con
     b_sum = tl.sum(b_sum, axis=0)
     if i_sum == 0:
         tl.store(first + o_d, b_sum, mask=m_d)
-    # Two questions: the first is the compiler's, the second the program's.
+    # Two tests: the first is for the compiler, the second at run time.
     if second is not None:  # noqa: SIM102
         if i_sum == 1:
             tl.store(second + o_d, b_sum, mask=m_d)
 
 
 def sum_rows(partial: Tensor) -> list[Tensor]:
-    """partial float32 [n, rows, D], n 1 or 2, some thousand rows at most -> n tensors [D] with memory of their own."""
+    """partial float32 [n, rows, D], n 1 or 2, at most some thousand rows -> n tensors [D] that share no memory."""
     sums, rows, d = partial.shape
     out = [partial.new_empty(d) for _ in range(sums)]
     if d:

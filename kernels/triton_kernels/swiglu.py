@@ -1,9 +1,8 @@
 """swiglu on CUDA: out = silu(u) * w, where u and w are the two halves of each row of uw [..., 2 M].
 
-The elements of the result are numbered through all rows, so that no width leaves threads idle, and a program takes
-BLOCK of them. float32 inside. With M a multiple of 8 (float32: 4) all accesses are 16 bytes wide; of the odd M / 2 that
-2730 has, 4 bytes: the model pads 2730 to 2752.
-"""
+Elements of the result are numbered across all rows, so that no width leaves threads idle; a program processes BLOCK of
+them. float32 inside. If M is a multiple of 8 (float32: 4), all accesses are 16 bytes wide. For an M of 2730 they would
+be 4 bytes wide, so the model pads it to 2752."""
 
 import triton
 import triton.language as tl
@@ -12,7 +11,7 @@ from torch import Tensor
 from unite_fast.kernels import tensors
 
 BLOCK = 1024
-"""Elements a program: 8 a thread, one access of 16 bytes of bfloat16 for each of u, w and out."""
+"""Elements per program: 8 per thread, one access of 16 bytes in bfloat16 for each of u, w and out."""
 
 
 @triton.jit
@@ -64,7 +63,7 @@ def swiglu_backward(d_out: Tensor, uw: Tensor) -> tuple[Tensor]:
 
 
 def swiglu_backward_recompute(d_out: Tensor, uw: Tensor) -> tuple[Tensor, Tensor]:
-    """As swiglu_backward, and the result of the forward pass, made by the same kernel -> d_uw, out."""
+    """swiglu_backward that also recomputes the result -> d_uw, out."""
     out = uw.new_empty(d_out.shape)
     return _backward(d_out, uw, out), out
 

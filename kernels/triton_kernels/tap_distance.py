@@ -1,7 +1,7 @@
-"""tap_distance on CUDA: one kernel each way. A program takes `TILES` tiles of pixels of one image, [BP, BC] each, in
-registers; channels that are no power of two are filled up with masked lanes. float32 inside. The distance is one
-partial sum a program, added up in a fixed order. The backward pass makes the norms again, so it keeps nothing but the
-inputs."""
+"""tap_distance on CUDA: a forward and a backward kernel. A program processes `TILES` tiles of pixels of one image,
+[BP, BC] each, in registers; masked lanes pad the channels to a power of two. float32 inside. Each program writes one
+partial sum of the distance; these are summed in a fixed order. Only the inputs are saved: backward recomputes the
+norms."""
 
 import torch
 import triton
@@ -11,7 +11,7 @@ from unite_fast.kernels import tensors
 from unite_fast.kernels.tap_distance import EPS, empty_channels_last, pixels_first
 
 ELEMENTS = 2048
-"""Of a tile: 16 a thread of 4 warps."""
+"""Elements per tile: 16 per thread of 4 warps."""
 TILES = 8
 
 
@@ -28,7 +28,7 @@ def _load(p, o, m):
 
 @triton.jit
 def _tile(i_tile, pixels, C: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
-    """Places of a tile in [B, pixels, C], and which of them exist."""
+    """Offsets of a tile in [B, pixels, C], and their mask."""
     o_p = i_tile * BP + tl.arange(0, BP)
     o_c = tl.arange(0, BC)
     o = (tl.program_id(0).to(tl.int64) * pixels + o_p)[:, None] * C + o_c[None, :]
@@ -98,7 +98,7 @@ def _tap_distance_bwd_kernel(
         b_d_unit = factor * b_weight * (b_y * b_inverse_y - b_x * b_inverse_x[:, None])
         if mask is not None:
             b_d_unit *= tl.load(mask + o, mask=m, other=0).to(tl.float32)
-        # Of y / (|y| + eps): d / (|y| + eps) - y (d . y) / (|y| (|y| + eps)^2), without the second term for |y| = 0.
+        # Gradient of y / (|y| + eps): d / (|y| + eps) - y (d . y) / (|y| (|y| + eps)^2); no second term for |y| = 0.
         b_along = tl.sum(b_d_unit * b_y, axis=1) / tl.where(b_norm > 0, b_norm, 1.0)
         b_d_y = b_inverse_y * (b_d_unit - b_y * b_inverse_y * b_along[:, None])
         tl.store(d_y + o, b_d_y.to(d_y.dtype.element_ty), mask=m)
@@ -115,7 +115,7 @@ def tap_distance_forward(y, x, weight, mask):
 
 
 def tap_distance_backward(d_out, y, x, weight, mask):
-    """d_out [B] and what the forward pass took -> (d_y like y, channels-last,)."""
+    """d_out [B] and what was saved -> (d_y like y, channels-last,)."""
     b, pixels, sizes, d_y = y.shape[0], y.shape[2] * y.shape[3], _sizes(y), empty_channels_last(y)
     if d_y.numel():
         inputs = _inputs(y, x, weight, mask)

@@ -167,7 +167,7 @@ def test_the_file_is_read_back(tmp_path, mentions):
         (1, "Traceback\ntorch.OutOfMemoryError: CUDA out of memory.\n", (OUT_OF_MEMORY, "")),
         (2, "first step\nerror: attention: no such\n", (FAILED, "attention: no such")),
         (1, "Traceback\nValueError: odd\n", (FAILED, "ValueError: odd")),
-        (-9, "", (FAILED, "killed by SIGKILL, perhaps for want of memory")),
+        (-9, "", (FAILED, "killed by SIGKILL, perhaps out of memory")),
         (3, "", (FAILED, "exit status 3")),
     ],
 )

@@ -91,7 +91,7 @@ def test_layers_that_are_compiled_by_themselves_are_those_of_a_step(monkeypatch)
     from gpu_parts import steps
     from gpu_parts.context import Context
 
-    from unite_fast.benchmarking.measure import opened, take_step
+    from unite_fast.benchmarking.measure import open_trainer, take_step
 
     compiled = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled(self, backend="aot_eager", **how))
@@ -104,7 +104,7 @@ def test_layers_that_are_compiled_by_themselves_are_those_of_a_step(monkeypatch)
     counters.clear()
     settings = steps.config(context, "native", True, 64)
     settings.perceptual.weight = 0.0
-    with opened(settings) as trainer:
+    with open_trainer(settings) as trainer:
         take_step(trainer)
     assert counters["stats"]["unique_graphs"] == 0
 

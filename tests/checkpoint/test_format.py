@@ -33,7 +33,7 @@ def folder(tmp_path):
 def write(folder, step, content=b"numbers", config=None):
     """What a save does, without processes and tensors."""
     path = step_path(folder, step)
-    partial = files.partial_of(path)
+    partial = files.partial_path(path)
     files.make_empty(partial)
     (partial / "shard").write_bytes(content)
     files.write_manifest(partial, Manifest(config or Config(), step, PROGRESS, [files.read_shard(partial / "shard")]))
@@ -118,7 +118,7 @@ def test_no_checkpoint_is_deleted_for_the_sake_of_a_later_step(folder):
 
 def test_what_a_killed_save_left_is_no_checkpoint_and_is_cleared_away(folder):
     write(folder, 10)
-    aside = files.partial_of(step_path(folder, 20))
+    aside = files.partial_path(step_path(folder, 20))
     files.make_empty(aside)
     (aside / "shard").write_bytes(b"half")
     assert steps(folder) == [10]

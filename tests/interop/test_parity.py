@@ -75,7 +75,7 @@ def test_amplified_rounding_is_measured_and_told(released, write_trace, monkeypa
     sampled = next(row for row in rows if row.name == "sample/latents")
     assert sampled.error > parity.SAMPLED
     (note,) = notes(rows, trace)
-    assert "while all the rest agrees" in note and "amplify rounding" in note
+    assert "while everything else agrees" in note and "amplify rounding" in note
 
 
 # A change of a trace's arrays or settings that makes it false, and a kind of row that must notice.

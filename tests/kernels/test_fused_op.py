@@ -54,9 +54,10 @@ class Call:
     op: Op
     function: Callable
     example: dict
+    names: list[str]
 
     def __call__(self, *inputs):
-        example = self.example | dict(zip(self.op.gradients, inputs, strict=True))
+        example = self.example | dict(zip(self.names, inputs, strict=True))
         if inputs[0].dtype == torch.float64:
             example = {name: exact(value) for name, value in example.items()}
         return as_tuple(self.function(**example))
@@ -77,7 +78,8 @@ def case(request, draw):
         heads = max(d // HEAD_DIM, 1)
         example = op.example(Size(b, t, d, heads, HEAD_DIM, hidden=d, residual=residual, other=other), draw)
         inputs = {name: example[name].detach().requires_grad_() for name in op.gradients}
-        return Call(op, op.function, example), Call(op, op.reference, example), inputs
+        calls = (Call(op, function, example, op.gradients) for function in (op.function, op.reference))
+        return *calls, inputs
 
     return make
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from unite_fast.training.gradients import added_at_once
+from unite_fast.training.gradients import foreach_accumulation
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def test_the_sums_are_those_of_autograd(parameters):
     want = [p.grad.clone() for p in parameters]
     second = second_pass()
     kept = parameters[0].grad
-    with added_at_once(parameters):
+    with foreach_accumulation(parameters):
         second.backward()
     assert parameters[0].grad is kept
     assert all(torch.equal(p.grad, w) for p, w in zip(parameters, want, strict=True))
@@ -35,6 +35,6 @@ def test_the_sums_are_those_of_autograd(parameters):
 def test_an_error_loses_no_gradient(parameters):
     loss(parameters, 2).backward()
     want = [p.grad.clone() for p in parameters]
-    with pytest.raises(RuntimeError, match="on purpose"), added_at_once(parameters):
+    with pytest.raises(RuntimeError, match="on purpose"), foreach_accumulation(parameters):
         raise RuntimeError("on purpose")
     assert all(torch.equal(p.grad, w) for p, w in zip(parameters, want, strict=True))

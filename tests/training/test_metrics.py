@@ -16,7 +16,7 @@ from unite_fast.objective import Losses
 from unite_fast.planning.flops import image_flops
 from unite_fast.planning.gpus import find_gpu
 from unite_fast.training import metrics
-from unite_fast.training.metrics import Averages, MetricsLog, Speedometer, loss_spike, of_training
+from unite_fast.training.metrics import Averages, MetricsLog, Speedometer, loss_spike, training_metrics
 from unite_fast.utils.files import read_rows
 
 
@@ -127,13 +127,13 @@ class Elapsed:
 
 def test_a_row_has_rates_parts_and_memory(tiny_config):
     speed = Speedometer(tiny_config, torch.device("cpu"))
-    assert speed.about.endswith("no peak of a CPU is known (unite_fast/planning/gpus.py)")
+    assert speed.mfu_note.endswith("no peak of a CPU is known (unite_fast/planning/gpus.py)")
     speed.clock = Elapsed()
     found = speed.row(4)
     assert 0.01 < found.pop("memory_gb") < 100
     parts = {"seconds_data": 0.125, "seconds_forward": 0.25, "seconds_other": 0.125}
     assert found == {"images_per_s": 4 * 6 / 2, "images_per_s_per_gpu": 12.0, **parts}
-    assert of_training({"step": 1, "total": 2.0, "lr": 0.1, **found, "mfu": 0.3}) == {
+    assert training_metrics({"step": 1, "total": 2.0, "lr": 0.1, **found, "mfu": 0.3}) == {
         "step": 1,
         "total": 2.0,
         "lr": 0.1,
@@ -145,7 +145,7 @@ def test_mfu_is_the_work_done_over_the_peak(tiny_config, monkeypatch):
     speed = Speedometer(tiny_config, torch.device("cpu"))
     speed.clock = Elapsed()
     assert speed.row(4)["mfu"] == pytest.approx(12 * image_flops(tiny_config) / 989e12)
-    assert "989 dense bfloat16 TFLOP/s" in speed.about
+    assert "989 dense bfloat16 TFLOP/s" in speed.mfu_note
 
 
 def rows_of(totals: list[float]) -> list[dict]:

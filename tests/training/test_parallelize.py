@@ -7,12 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from unite_fast.config import ParallelConfig
-from unite_fast.distributed.dtensor import copy_whole, local, whole
-from unite_fast.distributed.launch import joined
-from unite_fast.distributed.process_group import Ranks
-from unite_fast.distributed.strategy import choose_strategy, share
-from unite_fast.errors import UserError
+from unite_fast.distributed.dtensor import copy_full, full_tensor, local
+from unite_fast.distributed.launch import join_training
 from unite_fast.model.unite import UNITE
 from unite_fast.recipes import load_config
 from unite_fast.sampling import sampler
@@ -44,16 +40,16 @@ class Run:
     """A trainer of this process among others."""
 
     def __init__(self, config, resume: bool = False):
-        self.joined = joined("cpu", 60)
+        self.group = join_training("cpu", 60)
         self.config, self.resume = config, resume
 
     def __enter__(self) -> Trainer:
-        self.trainer = Trainer(self.config, self.resume, *self.joined.__enter__())
+        self.trainer = Trainer(self.config, self.resume, *self.group.__enter__())
         return self.trainer
 
     def __exit__(self, *error) -> None:
         self.trainer.close()
-        self.joined.__exit__(*error)
+        self.group.__exit__(*error)
 
 
 def take_steps(trainer: Trainer, count: int) -> list[list[float]]:
@@ -84,7 +80,7 @@ def alone(settings, batch) -> torch.Tensor:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A few of the ways to share the work, or with --every-strategy all of them, in one micro-batch and in four."""
+    """A few of the ways to split the work, or with --every-strategy all of them, in one micro-batch and in four."""
     if metafunc.function is not test_losses_are_those_of_one_process:
         return
     ways = [(2, 1, "ddp", 2, 20), (4, 2, "hsdp", 1, 20), (8, 1, "fsdp", 0, 8)]
@@ -107,9 +103,11 @@ def test_losses_are_those_of_one_process(world, nodes, strategy, micro_batch, st
 
 
 def start_values(config) -> dict[str, torch.Tensor]:
-    with joined("cpu", 60) as (ranks, device):
+    with join_training("cpu", 60) as (ranks, device):
         model, _ = build_model(config, ranks, device)
-        return {name: whole(x.detach()).numpy() for name, x in (*model.named_parameters(), *model.named_buffers())}
+        return {
+            name: full_tensor(x.detach()).numpy() for name, x in (*model.named_parameters(), *model.named_buffers())
+        }
 
 
 @pytest.mark.parametrize(("world", "nodes", "strategy"), [(3, 1, "fsdp"), (4, 2, "hsdp")])
@@ -174,7 +172,7 @@ def bfloat16_step(config) -> tuple[list[float], set[torch.dtype], set[torch.dtyp
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in state.parameters:
-                copy_whole(parameter, whole(parameter) + 0.1 * torch.randn(parameter.shape, generator=generator))
+                copy_full(parameter, full_tensor(parameter) + 0.1 * torch.randn(parameter.shape, generator=generator))
         for block in state.model.encoder.blocks:
             block.register_forward_pre_hook(lambda _, inputs: residuals.add(inputs[0].dtype))
         seen = take_steps(trainer, 1)[0]
@@ -198,7 +196,7 @@ def draw_amid(config, pictures: bool) -> tuple[torch.Tensor, list[list[float]], 
     with Run(config) as trainer:
         state = trainer.state
         seen = take_steps(trainer, 3)
-        averages = {name: whole(x).numpy() for name, x in state.ema.averages.items()}
+        averages = {name: full_tensor(x).numpy() for name, x in state.ema.averages.items()}
         sample = None
         if pictures:
             with state.ema.applied():
@@ -277,56 +275,10 @@ def test_a_step_of_bad_gradients_is_skipped_on_all_processes(world, settings, ra
 GB = 10**9
 
 
-@pytest.mark.parametrize(
-    ("strategy", "ranks", "state", "memory", "name", "mesh"),
-    [
-        ("auto", Ranks(), GB, GB, "none", (1, 1)),
-        ("auto", Ranks(world=8, per_node=8), 20 * GB, 80 * GB, "ddp", (8, 1)),
-        ("auto", Ranks(world=8, per_node=8), 20 * GB + 1, 80 * GB, "fsdp", (1, 8)),
-        ("auto", Ranks(world=32, per_node=8), 20 * GB, 80 * GB, "ddp", (32, 1)),
-        ("auto", Ranks(world=32, per_node=8), 21 * GB, 80 * GB, "hsdp", (4, 8)),
-        ("fsdp", Ranks(world=32, per_node=8), GB, 80 * GB, "fsdp", (1, 32)),
-        ("ddp", Ranks(world=8, per_node=8), 70 * GB, 80 * GB, "ddp", (8, 1)),
-        ("hsdp", Ranks(world=16, per_node=4), GB, 80 * GB, "hsdp", (4, 4)),
-    ],
-)
-def test_strategy_by_size_and_machines(strategy, ranks, state, memory, name, mesh):
-    chosen = choose_strategy(ParallelConfig(strategy=strategy), ranks, state, memory)
-    assert (chosen.name, chosen.mesh) == (name, mesh)
-    if strategy == "auto" and ranks.world > 1:
-        assert f"{state / 1e9:.2f} GB" in chosen.why and "20.0 GB" in chosen.why
-
-
 def test_the_state_of_b_takes_three_and_a_half_gigabytes():
     with torch.device("meta"):
         model = UNITE(load_config("imagenet256_b", ("perceptual.weight=0",)).model)
     assert round(state_bytes(model) / GB, 1) == 3.5
-
-
-def test_machines_with_different_numbers_of_processes_are_no_grid(mentions):
-    with pytest.raises(UserError, match=mentions("hsdp", 12, 8, "parallel.strategy=fsdp")):
-        choose_strategy(ParallelConfig(strategy="hsdp"), Ranks(world=12, per_node=8), GB, GB)
-
-
-def test_more_processes_than_cuda_devices(monkeypatch, mentions):
-    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with (
-        pytest.raises(UserError, match=mentions("2 processes", "1 CUDA")),
-        joined("cuda", 1),
-    ):
-        pass
-
-
-def test_each_process_has_its_places_and_a_micro_batch_that_is_no_larger(mentions):
-    assert share(Ranks(rank=2, world=4), 64, 0) == (slice(32, 48), 16)
-    assert share(Ranks(rank=3, world=4), 64, 8) == (slice(48, 64), 8)
-    assert share(Ranks(rank=1, world=64), 1024, 64) == (slice(16, 32), 16)
-    with pytest.raises(UserError, match=mentions("train.batch_size", 64, 3)):
-        share(Ranks(world=3), 64, 0)
-    with pytest.raises(UserError, match=mentions("train.micro_batch", 6, 16, "train.batch_size")):
-        share(Ranks(world=4), 64, 6)
 
 
 def test_a_parameter_too_short_to_cut_is_cut_along_another_dimension():
@@ -335,15 +287,6 @@ def test_a_parameter_too_short_to_cut_is_cut_along_another_dimension():
     assert place(torch.empty(1, 16, 6)).dim == 1
     assert place(torch.empty(1, 3, 8)).dim == 2
     assert place(torch.empty(3)) is None  # with nothing on the last process
-
-
-def test_one_process_joins_nobody(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    with joined("cpu", 1) as (ranks, device):
-        assert (ranks, device) == (Ranks(), torch.device("cpu"))
-        assert ranks.main and not torch.distributed.is_initialized()
-        assert ranks.gather("all") == ["all"]
 
 
 def train_and_save(config) -> int:

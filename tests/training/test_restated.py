@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unite_fast.checkpoint.reader import load_checkpoint
 from unite_fast.data_pipeline import open_source
-from unite_fast.distributed.dtensor import copy_whole, whole
+from unite_fast.distributed.dtensor import copy_full, full_tensor
 from unite_fast.interop.names import their_name
 from unite_fast.lpips import LINEAR_SHAPES, VGG_SHAPES
 from unite_fast.model.unite import UNITE
@@ -151,7 +151,7 @@ def far_from_the_start(monkeypatch) -> None:
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in self.parameters():
-                copy_whole(parameter, whole(parameter) + 0.1 * torch.randn(parameter.shape, generator=generator))
+                copy_full(parameter, full_tensor(parameter) + 0.1 * torch.randn(parameter.shape, generator=generator))
 
     monkeypatch.setattr(UNITE, "initialize", moved)
 

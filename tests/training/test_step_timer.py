@@ -18,7 +18,7 @@ def test_parts_and_the_rest_make_the_whole(monkeypatch):
         if name is None:
             now[0] += spent
         else:
-            with clock.part(name):
+            with clock.measure(name):
                 now[0] += spent
     assert clock.take() == (63, {"data": 1, "forward": 34, "backward": 4, "optimizer": 8, "other": 16})
     now[0] += 5
@@ -54,9 +54,9 @@ def test_a_gpu_is_asked_only_when_the_seconds_are_taken(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     clock = StepClock(torch.device("cuda"))
     for _ in range(3):
-        with clock.part("data"):
+        with clock.measure("data"):
             now[0] += 1
-        with clock.part("forward"):
+        with clock.measure("forward"):
             now[0] += 2
     assert Event.made == 6 and not Event.asked_of
     whole, parts = clock.take()
@@ -64,7 +64,7 @@ def test_a_gpu_is_asked_only_when_the_seconds_are_taken(monkeypatch):
     assert len(Event.asked_of) == 3
     # The events of one interval serve the next.
     for _ in range(3):
-        with clock.part("backward"):
+        with clock.measure("backward"):
             now[0] += 1
     assert clock.take()[1]["backward"] == pytest.approx(3) and Event.made == 6
 
@@ -76,7 +76,7 @@ def test_a_gpu_s_own_time_is_counted():
     a @ a
     torch.cuda.synchronize()
     begun = time.perf_counter()
-    with clock.part("forward"):
+    with clock.measure("forward"):
         for _ in range(50):
             a @ a
     asked = time.perf_counter() - begun

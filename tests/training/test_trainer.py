@@ -18,7 +18,7 @@ from unite_fast.checkpoint.reader import load_checkpoint
 from unite_fast.errors import UserError
 from unite_fast.recipes import load_config, to_tree
 from unite_fast.training import train_step
-from unite_fast.training.metrics import of_training
+from unite_fast.training.metrics import training_metrics
 from unite_fast.training.run_folder import check_same_settings
 from unite_fast.training.step_timer import StepClock
 from unite_fast.training.trainer import Trainer, train
@@ -130,7 +130,7 @@ def test_a_run_leaves_all_that_is_promised(trained_folder):
         # No MFU: nobody publishes a CPU's peak.
         assert row.keys() == losses | parts | {"images_per_s", "images_per_s_per_gpu", "memory_gb"}
         assert row["images_per_s"] * sum(row[part] for part in parts) == pytest.approx(8)
-        assert of_training(row).keys() == losses
+        assert training_metrics(row).keys() == losses
         assert row["epoch"] == pytest.approx(row["step"] * 8 / 1437)
         assert row["total"] == pytest.approx(row["l1"] + row["flow"], rel=1e-6)
         assert min(row["l1"], row["flow"], row["grad_norm"], row["lr"], row["images_per_s"]) > 0

@@ -19,7 +19,7 @@ from unite_fast.model.unite import UNITE
 from unite_fast.recipes import load_config
 from unite_fast.training.train_state import TrainState
 from unite_fast.training.trainer import Trainer, train
-from unite_fast.training.validation import DuringTraining
+from unite_fast.training.validation import Validation
 
 EVALUATED = ("train.evaluate_every=4", "evaluation.count=70", "sampling.guidance=3")
 
@@ -96,7 +96,7 @@ def test_a_resumed_run_may_evaluate_otherwise(evaluated, tiny_run, tmp_path):
 
 def test_it_is_due_at_multiples_of_its_steps(tiny_run):
     config = load_config("digits", (*tiny_run, "train.evaluate_every=10"))
-    evaluation = DuringTraining(config, Path("nowhere"), torch.device("cpu"), 0, 1437)
+    evaluation = Validation(config, Path("nowhere"), torch.device("cpu"), 0, 1437)
     assert evaluation.count == 1000 and not evaluation.warning
     assert [step for step in range(1, 31) if evaluation.due(step)] == [10, 20, 30]
     assert not Path("nowhere").exists()
@@ -106,7 +106,7 @@ def test_it_is_due_at_multiples_of_its_steps(tiny_run):
 def test_it_is_due_at_the_first_step_after_its_epochs(epochs, steps, tiny_run):
     """1,437 images in batches of 16: an epoch is 89.8 steps."""
     config = load_config("digits", (*tiny_run, "train.batch_size=16", f"train.evaluate_epochs={epochs}"))
-    evaluation = DuringTraining(config, Path("nowhere"), torch.device("cpu"), 0, 1437)
+    evaluation = Validation(config, Path("nowhere"), torch.device("cpu"), 0, 1437)
     assert [step for step in range(1, 301) if evaluation.due(step)] == steps
 
 
@@ -137,7 +137,7 @@ def run_in_ranks(folder: Path, out: Path, settings: tuple[str, ...]) -> tuple[st
     found = checkpoints.find()
     checkpoints.load_into(found, state.tensors())
     state.resume_at(found.step)
-    evaluation = DuringTraining(config, out, torch.device("cpu"), 0, 1437)
+    evaluation = Validation(config, out, torch.device("cpu"), 0, 1437)
     return evaluation.run(state, None), evaluation.rows
 
 

@@ -7,7 +7,7 @@ from unite_fast.benchmarking.machine import describe
 from unite_fast.benchmarking.measure import Measurement, Window
 from unite_fast.benchmarking.progress import number
 from unite_fast.config import Config
-from unite_fast.distributed.strategy import share
+from unite_fast.distributed.strategy import split_batch
 from unite_fast.errors import UserError
 from unite_fast.kernels import backend
 from unite_fast.planning import predict
@@ -36,7 +36,7 @@ def row(config: Config, measurement: Measurement, window: Window, data: str, ove
         "gpus": world,
         "nodes": measurement.ranks.nodes,
         "batch_size": batch,
-        "micro_batch": share(measurement.ranks, batch, config.train.micro_batch)[1],
+        "micro_batch": split_batch(measurement.ranks, batch, config.train.micro_batch)[1],
         "precision": config.train.precision,
         "kernels": backend.backend_on(measurement.device),
         "attention": backend.attention_on(measurement.device),

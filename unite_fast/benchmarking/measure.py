@@ -21,10 +21,10 @@ from unite_fast.benchmarking.matmul_rate import matmul_rate, synchronize
 from unite_fast.benchmarking.progress import ProgressLine
 from unite_fast.benchmarking.top_kernels import top_kernels
 from unite_fast.config import Config, ProfileConfig
-from unite_fast.distributed.launch import joined
+from unite_fast.distributed.launch import join_training
 from unite_fast.distributed.peers import Peers
 from unite_fast.distributed.process_group import Ranks
-from unite_fast.distributed.watchdog import Watchdog, contact
+from unite_fast.distributed.watchdog import Watchdog, report_lost_contact
 from unite_fast.errors import UserError
 from unite_fast.lpips import has_weights, random_lpips
 from unite_fast.training.trainer import Trainer
@@ -154,7 +154,7 @@ def timed_steps(trainer: Trainer, count: int, line: ProgressLine) -> tuple[float
 
 def take_step(trainer: Trainer) -> None:
     """One step of `Trainer.run`, without logging, checkpoints and evaluation."""
-    with trainer.speed.clock.part("data"):
+    with trainer.speed.clock.measure("data"):
         batch = trainer.read()
     losses, grad_norm = trainer.step(batch)
     trainer.averages.add(trainer.state.step, losses, grad_norm)
@@ -186,9 +186,9 @@ def open_trainer(config: Config) -> Iterator[Trainer]:
     timeout = config.parallel.timeout
     with (
         sigterm_unwinds(),
-        joined(choose_device(config.train.device).type, timeout) as (ranks, device),
+        join_training(choose_device(config.train.device).type, timeout) as (ranks, device),
         Watchdog(Peers(ranks.rank, ranks.world), timeout) as watchdog,
-        contact(watchdog),
+        report_lost_contact(watchdog),
         temporary_folder() as folder,
     ):
         perceptual, lpips = config.perceptual, None

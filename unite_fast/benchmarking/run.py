@@ -78,7 +78,7 @@ def bench(
 
 
 def draw(table: Path, out: Path) -> None:
-    if Ranks.of_environment().main:
+    if Ranks.from_environment().main:
         count = plot.draw(table, out)
         print(f"{count} measurements of {table} in {out}")
 

@@ -1,1 +1,1 @@
-"""Checkpoints and exported model files."""
+"""Checkpoints of runs, and exported model files."""

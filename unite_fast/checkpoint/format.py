@@ -1,12 +1,10 @@
-"""Checkpoints as folders of files: their names, what makes one whole, which one counts.
+"""Checkpoints on disk: folders and files, checks, commit and cleanup. For one process; manager.py coordinates ranks.
 
-    RUN/checkpoints/step_00001000/            a checkpoint
-        shard_00001.safetensors               tensors, or parts of tensors, that the first process wrote
-        checkpoint.json                       settings, step, progress; name, size and checksum of every shard
-    RUN/checkpoints/step_00002000.partial/    one that is being written, or whose writer was killed
-    RUN/checkpoints/latest                    link to the newest complete one
-
-Nothing here knows of processes; `checkpoint.py` does.
+RUN/checkpoints/step_00001000/            a checkpoint
+    shard_00001.safetensors               tensors, or shards of tensors, written by rank 0
+    checkpoint.json                       manifest: settings, step, progress; name, size and checksum of each file
+RUN/checkpoints/step_00002000.partial/    a checkpoint being written, or left by a killed process
+RUN/checkpoints/latest                    link to the newest complete checkpoint
 """
 
 import json
@@ -34,19 +32,20 @@ LATEST = "latest"
 STEP_FOLDER = re.compile(r"step_(\d+)")
 PARTIAL = ".partial"
 REPLACED = ".replaced"
-KEPT = 2
+KEEP_NEWEST = 2
 CHUNK = 2**22
+"""Bytes per read."""
 
 log = logging.getLogger("unite_fast.checkpoint")
 
 
 class DamagedCheckpoint(UserError):
-    """One whose files are not those that were written."""
+    """A file of the checkpoint is missing or not what was written."""
 
 
 @dataclass
 class Shard:
-    """A file of a checkpoint."""
+    """A safetensors file of a checkpoint."""
 
     name: str
     size: int
@@ -56,7 +55,7 @@ class Shard:
 
 @dataclass
 class Manifest:
-    """What checkpoint.json says."""
+    """Content of checkpoint.json."""
 
     config: Config
     step: int
@@ -65,12 +64,15 @@ class Manifest:
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """The run's checkpoints, oldest first."""
+    """Checkpoints in RUN/checkpoints, oldest first."""
     return sorted((path for path in folder.glob("step_*") if STEP_FOLDER.fullmatch(path.name)), key=step_of)
 
 
 def step_of(path: Path) -> int:
-    return int(STEP_FOLDER.fullmatch(path.name)[1])
+    """The step in a checkpoint's name."""
+    match = STEP_FOLDER.fullmatch(path.name)
+    assert match, path
+    return int(match[1])
 
 
 def step_path(folder: Path, step: int) -> Path:
@@ -78,10 +80,10 @@ def step_path(folder: Path, step: int) -> Path:
 
 
 def read_shard(path: Path) -> Shard:
-    """Size and checksum of a file as it stands.
+    """Size and checksum of a file on disk.
 
-    CRC-32, since it is in the standard library, finds every flipped byte, and at 3.7 GB/s on one core is faster than a
-    disk; SHA-256 and BLAKE2b run at 1.6 and 0.8 there. It guards against accidents, not against forgers.
+    CRC-32 is in the standard library, finds every flipped byte, and runs at 3.7 GB/s on one core, faster than a disk
+    (SHA-256: 1.6, BLAKE2b: 0.8). It detects accidents, not forgery.
     """
     size = crc = 0
     with path.open("rb", buffering=0) as file:
@@ -106,15 +108,15 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(path: Path) -> Manifest:
     """
     Raises:
-        DamagedCheckpoint: it is missing, torn or changed.
-        UserError: it is of another version.
+        DamagedCheckpoint: the manifest is missing, truncated or changed.
+        UserError: it has another version.
     """
     try:
-        outer = json.loads((path / MANIFEST).read_text())
-        if outer["format"] != FORMAT:
-            raise UserError(f"{path} is a {outer['format']!r}; this version reads {FORMAT!r}")
-        content = outer["content"]
-        if outer["crc32"] != _crc32(content):
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["format"] != FORMAT:
+            raise UserError(f"{path} is a {manifest['format']!r}; this version reads {FORMAT!r}")
+        content = manifest["content"]
+        if manifest["crc32"] != _crc32(content):
             raise DamagedCheckpoint(f"{path} is damaged: {MANIFEST} is not what was written")
         shards = [Shard(**shard) for shard in content["shards"]]
         return Manifest(parse_config(content["config"], path), int(content["step"]), dict(content["progress"]), shards)
@@ -125,10 +127,14 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def parse_config(tree: dict, path: Path) -> Config:
+    """
+    Raises:
+        UserError: unknown settings or values; names `path`.
+    """
     try:
         return from_tree(Config, tree)
     except UserError as error:
-        raise UserError(f"the settings in {path} are not of this version: {error}") from error
+        raise UserError(f"the settings in {path} are from another version: {error}") from error
 
 
 def _crc32(content: dict) -> int:
@@ -138,7 +144,7 @@ def _crc32(content: dict) -> int:
 def check_sizes(path: Path, shards: list[Shard]) -> None:
     """
     Raises:
-        DamagedCheckpoint: a shard is missing or of another size.
+        DamagedCheckpoint: a shard is missing or has another size.
     """
     for shard in shards:
         try:
@@ -164,28 +170,29 @@ def check_checksums(path: Path, shards: list[Shard]) -> None:
 
 
 def candidates(path: Path) -> list[Path]:
-    """The checkpoints that `path` means, best first: itself, or the latest one of a run and those before it.
+    """The checkpoints to try for `path`, best first: the checkpoint itself; for a run, the latest one and those before
+    it.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no checkpoint.
     """
     require(path.exists(), f"there is no checkpoint {path}")
-    require(path.is_dir(), f"{path} is a file; a checkpoint is a run's folder or a folder in its checkpoints/")
+    require(path.is_dir(), f"{path} is a file; a checkpoint is a run folder or a folder in its checkpoints/")
     if (path / MANIFEST).exists() or STEP_FOLDER.fullmatch(path.resolve().name):
         return [path]
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     saved = step_folders(folder)[::-1]
-    require(bool(saved), f"{path} holds no checkpoint (no {LATEST})")
+    require(bool(saved), f"{path} contains no checkpoint (no {LATEST})")
     link = folder / LATEST
-    # The link and not the highest step counts: someone may have pointed it at an older one. A link that leads nowhere
-    # says nothing: someone deleted the newest one, perhaps because it is corrupt.
+    # The link counts, not the highest step: the user may have pointed it at an older checkpoint. A broken link is
+    # ignored: the user deleted the newest checkpoint, perhaps because it is damaged.
     if link.exists() and STEP_FOLDER.fullmatch(link.resolve().name):
         saved = [path for path in saved if step_of(path) <= step_of(link.resolve())]
     return saved
 
 
-def other_than(path: Path) -> Path | None:
-    """The newest other checkpoint beside this one that has all its files; for advice."""
+def find_other(path: Path) -> Path | None:
+    """The newest other checkpoint of the same run with all its files, to suggest in a message."""
     for other in step_folders(path.resolve().parent)[::-1]:
         with suppress(UserError):
             if not other.samefile(path):
@@ -194,8 +201,8 @@ def other_than(path: Path) -> Path | None:
     return None
 
 
-def partial_of(path: Path) -> Path:
-    """Where the checkpoint `path` is written."""
+def partial_path(path: Path) -> Path:
+    """Where the checkpoint `path` is written before `commit` renames it."""
     return path.with_name(path.name + PARTIAL)
 
 
@@ -205,27 +212,27 @@ def make_empty(folder: Path) -> None:
 
 
 def save_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write contiguous tensors on the CPU into a folder that was just made, and wait until the disk has them.
+    """Write contiguous CPU tensors to a file in a new folder, and sync it to disk.
 
     Raises:
-        OSError: no space left, no permission.
+        OSError: no space left, or no permission.
     """
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:
-        # It knows what the system said as text alone.
+        # It contains the system's error as text only.
         number = re.search(r"\(os error (\d+)\)", str(error))
         raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error)) from error
-    # safetensors makes files that only their owner may read. What others may do, the folder says: to ask for the umask
-    # is to set it, and other threads make files meanwhile.
+    # safetensors creates files that only the owner may read. Take the permissions of the folder: reading the umask
+    # would mean setting it, while other threads create files.
     path.chmod(path.parent.stat().st_mode & 0o666)
     flush(path)
 
 
 def commit(partial: Path, path: Path) -> None:
-    """Give a complete checkpoint its name, and let `latest` name it."""
+    """Rename a complete checkpoint to its final name, and point `latest` at it."""
     flush(partial)
-    if path.exists():  # a resumed run writes again what it wrote before, or what was found damaged
+    if path.exists():  # a resumed run writes it again, maybe because it was damaged
         os.replace(path, path.with_name(path.name + REPLACED))
     os.replace(partial, path)
     point_latest(path)
@@ -233,7 +240,7 @@ def commit(partial: Path, path: Path) -> None:
 
 
 def point_latest(path: Path) -> None:
-    """Let `latest` name this checkpoint, in one step."""
+    """Point `latest` at this checkpoint, atomically."""
     link = path.with_name(LATEST + PARTIAL)
     with writing(path.with_name(LATEST)):
         link.unlink(missing_ok=True)
@@ -242,7 +249,7 @@ def point_latest(path: Path) -> None:
 
 
 def repair(folder: Path) -> None:
-    """Put back what `commit` moved away, if it was killed before the new one had its place."""
+    """Restore a checkpoint that `commit` had moved away when it was killed."""
     for replaced in folder.glob("step_*" + REPLACED):
         path = replaced.with_suffix("")
         if path.exists():
@@ -252,24 +259,24 @@ def repair(folder: Path) -> None:
 
 
 def prune(folder: Path, keep_every: int, step: int) -> None:
-    """Of the checkpoints up to `step` delete all but the newest two and those at multiples of `keep_every` steps (0: no
-    multiples), and what saves that were killed left behind."""
-    for path in [path for path in step_folders(folder) if step_of(path) <= step][:-KEPT]:
+    """Delete checkpoints up to `step`, except the newest two and multiples of `keep_every` (0: no multiples). Also
+    delete the remains of killed saves."""
+    for path in [path for path in step_folders(folder) if step_of(path) <= step][:-KEEP_NEWEST]:
         if not keep_every or step_of(path) % keep_every:
-            # Renamed first: one that is half deleted must not look like a damaged checkpoint.
+            # Rename first, so that a half-deleted checkpoint does not look like a damaged one.
             with suppress(OSError):
-                os.replace(path, partial_of(path))
-    for left in (*folder.glob("step_*" + PARTIAL), *folder.glob("step_*" + REPLACED)):
-        shutil.rmtree(left, ignore_errors=True)
+                os.replace(path, partial_path(path))
+    for leftover in (*folder.glob("step_*" + PARTIAL), *folder.glob("step_*" + REPLACED)):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def flush(path: Path) -> None:
-    """Wait until the disk has it, so that a power cut after the rename cannot leave an empty file."""
-    handle = os.open(path, os.O_RDONLY)
+    """fsync, so that a power cut after the rename cannot leave an empty file."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def reason_of(error: BaseException) -> str:

@@ -1,9 +1,8 @@
-"""Checkpoints through torch.distributed.checkpoint (DCP): one way for any number of processes.
+"""Saving and loading checkpoints with torch.distributed.checkpoint (DCP), for any number of ranks.
 
-Every process writes parts of tensors that it holds, each part once over all processes, as safetensors; a checkpoint can
-be read by any number of processes under any sharding. DCP's usual storage pickles its metadata, and reading that could
-run code of the file's; the safetensors storage derives it from the headers of its files. What files there are is in
-`checkpoint_files.py`.
+Each rank writes the shards that it holds as safetensors, every shard once over all ranks. A checkpoint saved on N ranks
+loads on any M, under any sharding. DCP's default storage pickles its metadata, which could execute code on loading; its
+safetensors storage derives the metadata from the headers. The files are described in format.py.
 """
 
 import json
@@ -13,43 +12,39 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import (
-    DefaultLoadPlanner,
-    DefaultSavePlanner,
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-    Metadata,
-    SavePlan,
-    SavePlanner,
-)
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from unite_fast.checkpoint import format as files
 from unite_fast.checkpoint.format import DamagedCheckpoint, Manifest
-from unite_fast.checkpoint.reader import Checkpoint, find_good
+from unite_fast.checkpoint.reader import Checkpoint, find_intact
 from unite_fast.config import Config
 from unite_fast.distributed.dtensor import local
 from unite_fast.distributed.process_group import Ranks, current_ranks
 from unite_fast.errors import UserError
 
-# DCP remarks on every save and load of one process that there is only one. For the whole program and not around the
-# calls: they run in a thread, and filters that a thread sets are everybody's.
+# DCP warns on every save and load in a single process. Set once and not around the calls, because warning filters are
+# shared by all threads and the calls run in one.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 
 class Checkpoints:
-    """A run's checkpoints. In a process group every call is made by all ranks.
+    """The checkpoints of a run. All ranks make each call together.
 
-    A save copies the tensors and returns; a thread writes them. The next call waits for it, and raises its error. The
-    folder must be one that all ranks see.
+    `save` copies the tensors and returns; a thread writes them. The next call waits for the thread and raises its
+    error. The folder must be on storage that all ranks see.
     """
 
     def __init__(self, folder: Path, keep_every: int):
         self.folder, self.keep_every = folder, keep_every
-        # A group of its own: a save runs beside the steps, whose collectives must not mix with its own.
+        # Its own group, because a save runs beside the training steps and their collectives.
         self.ranks = current_ranks().with_own_group()
         self.copies: dict[str, Tensor] = {}
         self.writer = ThreadPoolExecutor(1, "checkpoint")
@@ -57,32 +52,32 @@ class Checkpoints:
         self.ranks.run_on_first(lambda: files.repair(folder))
 
     def save(self, step: int, config: Config, progress: dict, tensors: dict[str, Tensor]) -> None:
-        """Begin to save, after the save before this one is done. The tensors may change when this returns.
+        """Start a save, once the previous one is done. The tensors may change after this returns.
 
         Args:
-            progress: what JSON can hold; rank 0's is written.
-            tensors: plain ones, equal on all ranks, or DTensors.
+            progress: JSON content; rank 0's is written.
+            tensors: plain tensors, equal on all ranks, or DTensors.
 
         Raises:
-            UserError: the save before this one failed: no space left, or no permission to write.
+            UserError: the previous save failed: no space left, or no permission.
         """
         self.wait()
         self._copy(tensors)
-        # Only sizes and places are read from `tensors` by the thread; strides, values and devices are the copies'.
+        # The thread reads only sizes and placements of `tensors`; values, strides and devices are the copies'.
         self.writing = self.writer.submit(self._write, Manifest(config, step, progress, []), tensors)
 
     def wait(self) -> None:
-        """Until what was saved is on the disk.
+        """Wait until the last save is on disk.
 
         Raises:
-            UserError: it could not be saved.
+            UserError: the save failed.
         """
         writing, self.writing = self.writing, None
         if writing:
             writing.result()
 
     def close(self) -> None:
-        """Wait, and release the copies. See `wait`."""
+        """`wait`, then release the copies."""
         try:
             self.wait()
         finally:
@@ -90,59 +85,59 @@ class Checkpoints:
             self.copies = {}
 
     def find(self) -> Checkpoint | None:
-        """The run's newest undamaged checkpoint, without its tensors; None in a run that has none.
+        """The run's newest intact checkpoint, without its tensors; None if the run has no checkpoint.
 
         Raises:
-            UserError: it has some, all of them damaged.
+            UserError: all checkpoints are damaged.
         """
         self.wait()
         if not self.ranks.run_on_first(lambda: files.step_folders(self.folder)):
             return None
-        return find_good(self.folder, self.ranks)
+        return find_intact(self.folder, self.ranks)
 
-    def load_into(self, found: Checkpoint, tensors: dict[str, Tensor]) -> None:
-        """Copy a checkpoint's values into `tensors`; each rank reads what it holds of them.
+    def load_into(self, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
+        """Load a checkpoint into `tensors`, in place; each rank reads its own shards.
 
         Raises:
-            UserError: names a tensor that is missing, that `tensors` has no place for, or of another shape or dtype.
+            UserError: a tensor is missing, unknown, or has another shape or dtype.
         """
         self.wait()
-        _load(found.path, tensors, _StrictPlanner(), self.ranks)
+        _load(checkpoint.path, tensors, _StrictPlanner(), self.ranks)
 
     def all_finite(self, tensors: dict[str, Tensor]) -> bool:
-        """Whether every value of every rank is a number."""
+        """Whether all values on all ranks are finite."""
         self.wait()
         finite = torch.stack([local(tensor).isfinite().all() for tensor in tensors.values()]).all()
         return all(self.ranks.run_on_all(lambda: bool(finite)))
 
     def _copy(self, tensors: dict[str, Tensor]) -> None:
-        """Into memory that the next save uses again; pinned, where the tensors are on a GPU, so that all copies run at
-        once."""
+        """Copy this rank's shards to CPU buffers, which later saves reuse. Pinned for tensors on a GPU, so that all
+        copies run asynchronously."""
         for name, tensor in tensors.items():
-            part = local(tensor).detach()
+            shard = local(tensor).detach()
             if name not in self.copies:
-                self.copies[name] = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
-            self.copies[name].copy_(part, non_blocking=True)
+                self.copies[name] = torch.empty(shard.shape, dtype=shard.dtype, pin_memory=shard.is_cuda)
+            self.copies[name].copy_(shard, non_blocking=True)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
 
     def _write(self, manifest: Manifest, tensors: dict[str, Tensor]) -> None:
-        """Runs in the thread, on all ranks; on all of them it succeeds or fails."""
+        """Runs in the thread, on all ranks. It succeeds on all or fails on all."""
         path, ranks = files.step_path(self.folder, manifest.step), self.ranks
-        partial = files.partial_of(path)
+        partial = files.partial_path(path)
         try:
             ranks.run_on_first(lambda: files.make_empty(partial))
             writer = _ShardWriter(partial)
             _save(tensors, self.copies, writer, ranks)
-            parts = ranks.run_on_all(lambda: [files.read_shard(shard) for shard in writer.written])
-            manifest.shards = [shard for part in parts for shard in part]
+            by_rank = ranks.run_on_all(lambda: [files.read_shard(path) for path in writer.written])
+            manifest.shards = [shard for shards in by_rank for shard in shards]
             ranks.run_on_first(lambda: self._finish(partial, path, manifest))
         except (OSError, DamagedCheckpoint) as error:
             raise UserError(
-                f"could not save {path}: {files.reason_of(error)}; checkpoints saved before are untouched"
+                f"could not save {path}: {files.reason_of(error)}; earlier checkpoints are untouched"
             ) from error
         finally:
-            # After a success it is gone already. On a full disk it would take the room that the next try needs.
+            # Already renamed after a success. On a full disk it would take the space that the next save needs.
             if ranks.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
 
@@ -154,7 +149,7 @@ class Checkpoints:
 
 
 class _HostCopies(DefaultSavePlanner):
-    """Plans by the tensors, writes their copies."""
+    """Plans the save from the tensors, and writes their copies on the CPU."""
 
     def __init__(self, copies: dict[str, Tensor]):
         super().__init__(flatten_state_dict=False)
@@ -165,10 +160,10 @@ class _HostCopies(DefaultSavePlanner):
 
 
 class _ShardWriter(HuggingFaceStorageWriter):
-    """Writes one file per rank, straight from the tensors' memory.
+    """Writes one file per rank, directly from the tensors' memory.
 
-    The class it is based on first makes the whole file in memory, twice, and holds Python's lock meanwhile: with 1 GiB
-    the training loop stood still for 2 to 3 s, and with this for 0.06 s at most (CPU, busy machine).
+    The base class builds the whole file in memory, twice, and holds the GIL meanwhile: for 1 GiB the training loop
+    stood still for 2 to 3 s, with this class for at most 0.06 s (CPU, busy machine).
     """
 
     def __init__(self, folder: Path):
@@ -177,11 +172,14 @@ class _ShardWriter(HuggingFaceStorageWriter):
         self.written: list[Path] = []
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list]:
-        if plan.items:  # a rank that only repeats what others hold has nothing to write
+        if plan.items:  # a replica has nothing to write: other ranks write the same shards
             path = self.folder / f"shard_{plan.storage_data['shard_index']:05d}.safetensors"
-            parts = {item.index.fqn: planner.resolve_data(item).contiguous() for item in plan.items}
-            places = {item.index.fqn: {SAVED_OFFSETS_KEY: item.tensor_data.chunk.offsets} for item in plan.items}
-            files.save_safetensors(parts, path, {CUSTOM_METADATA_KEY: json.dumps(places)})
+            shards, offsets = {}, {}
+            for item in plan.items:
+                name, shard = item.index.fqn, planner.resolve_data(item)
+                assert isinstance(shard, Tensor) and item.tensor_data is not None  # `save` passes tensors only
+                shards[name], offsets[name] = shard.contiguous(), {SAVED_OFFSETS_KEY: item.tensor_data.chunk.offsets}
+            files.save_safetensors(shards, path, {CUSTOM_METADATA_KEY: json.dumps(offsets)})
             self.written = [path]
         done = torch.futures.Future()
         done.set_result([])
@@ -189,7 +187,7 @@ class _ShardWriter(HuggingFaceStorageWriter):
 
 
 class _ShardReader(HuggingFaceStorageReader):
-    """Rank 0 reads the headers of all files, and tells the others."""
+    """Rank 0 reads the headers of all files for all ranks."""
 
     def __init__(self, folder: Path, ranks: Ranks):
         super().__init__(str(folder))
@@ -200,30 +198,34 @@ class _ShardReader(HuggingFaceStorageReader):
 
 
 class _StrictPlanner(DefaultLoadPlanner):
-    """Every tensor has its place, and every place its tensor."""
+    """Requires the same names, shapes and dtypes in checkpoint and state."""
 
     def __init__(self):
         super().__init__(flatten_state_dict=False)
 
     def create_local_plan(self):
+        assert self.metadata is not None  # DCP sets it before planning
         stored = self.metadata.state_dict_metadata
         missing = [name for name in self.state_dict if name not in stored]
-        foreign = [name for name in stored if name not in self.state_dict]
-        if missing or foreign:
-            raise UserError(f"it lacks {missing[0]}" if missing else f"it holds {foreign[0]}, which has no place here")
+        unknown = [name for name in stored if name not in self.state_dict]
+        if missing:
+            raise UserError(f"{missing[0]} is missing")
+        if unknown:
+            raise UserError(f"{unknown[0]} is unknown here")
         for name, tensor in self.state_dict.items():
-            there, here = stored[name].size, tensor.shape
-            if there != here:
-                raise UserError(f"{name} is {list(there)}, not {list(here)}")
-            if stored[name].properties.dtype != tensor.dtype:
-                raise UserError(f"{name} is {stored[name].properties.dtype}, not {tensor.dtype}")
+            saved = stored[name]
+            assert isinstance(saved, TensorStorageMetadata)  # safetensors holds tensors only
+            if saved.size != tensor.shape:
+                raise UserError(f"{name} is {list(saved.size)}, not {list(tensor.shape)}")
+            if saved.properties.dtype != tensor.dtype:
+                raise UserError(f"{name} is {saved.properties.dtype}, not {tensor.dtype}")
         return super().create_local_plan()
 
 
 def _save(tensors: dict[str, Tensor], copies: dict[str, Tensor], writer: _ShardWriter, ranks: Ranks) -> None:
     planner = _HostCopies(copies)
     try:
-        dcp.save(tensors, storage_writer=writer, planner=planner, process_group=ranks.group, no_dist=ranks.world == 1)
+        save(tensors, storage_writer=writer, planner=planner, process_group=ranks.group, no_dist=ranks.world == 1)
     except CheckpointException as error:
         raise _first_failure(error) from None
 
@@ -231,12 +233,12 @@ def _save(tensors: dict[str, Tensor], copies: dict[str, Tensor], writer: _ShardW
 def _load(path: Path, tensors: dict[str, Tensor], planner: DefaultLoadPlanner, ranks: Ranks) -> None:
     reader = _ShardReader(path, ranks)
     try:
-        dcp.load(tensors, storage_reader=reader, planner=planner, process_group=ranks.group, no_dist=ranks.world == 1)
+        load(tensors, storage_reader=reader, planner=planner, process_group=ranks.group, no_dist=ranks.world == 1)
     except CheckpointException as error:
         failure = _first_failure(error)
         raise UserError(f"the checkpoint {path} cannot be loaded: {files.reason_of(failure)}") from failure
 
 
 def _first_failure(error: CheckpointException) -> BaseException:
-    """What went wrong on the first of the ranks on which something did."""
+    """The error of the lowest rank that failed."""
     return error.failures[min(error.failures)][0]

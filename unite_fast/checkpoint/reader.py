@@ -1,7 +1,7 @@
-"""Reading a checkpoint: the newest undamaged one of a run, and whole tensors from its shards.
+"""Reading a checkpoint: finding the newest intact one of a run, and loading whole tensors in one process.
 
-Only safetensors and JSON are read, so nothing of a stranger's file is executed. `manager.py` loads a checkpoint into
-sharded tensors with DCP; here one process reads whole tensors, without DCP.
+This needs no DCP; manager.py loads into sharded tensors. Only safetensors and JSON are read, so untrusted files execute
+nothing.
 """
 
 import json
@@ -20,7 +20,7 @@ from unite_fast.distributed.process_group import ALONE, Ranks
 from unite_fast.errors import UserError
 
 SHARDING_INFO, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
-"""Keys in the header of a shard under which DCP keeps where a part of a tensor begins."""
+"""Keys in a shard's header: DCP stores the offsets of each tensor's shard there."""
 
 
 @dataclass
@@ -29,30 +29,31 @@ class Checkpoint:
     config: Config
     step: int
     progress: dict
-    """What `Trainer` needs to go on and no tensor holds."""
+    """State of the trainer besides tensors: loader, averages, counters."""
     tensors: dict[str, Tensor]
 
 
 def load_checkpoint(path: str | Path, prefixes: tuple[str, ...] = ("",)) -> Checkpoint:
-    """Read a checkpoint into memory, in this process alone: whole tensors whose names start with one of `prefixes`.
+    """Load a checkpoint in this process, with whole tensors.
 
     Args:
-        path: a checkpoint, or a run folder, which means its newest undamaged one.
+        path: a checkpoint, or a run folder (its newest intact checkpoint).
+        prefixes: load only tensors whose name starts with one of these.
 
     Raises:
-        UserError: no such checkpoint, or a damaged one.
+        UserError: no such checkpoint, or it is damaged.
     """
-    checkpoint = find_good(Path(path), ALONE)
+    checkpoint = find_intact(Path(path), ALONE)
     shards = [checkpoint.path / shard.name for shard in files.read_manifest(checkpoint.path).shards]
     checkpoint.tensors = read_tensors(checkpoint.path, shards, prefixes)
     return checkpoint
 
 
 def read_tensors(path: Path, shards: list[Path], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
-    """Put tensors together from their parts, which may lie in different shards.
+    """Assemble tensors from their parts, which may be in different files.
 
     Raises:
-        UserError: a shard that cannot be read, or a tensor of which a part is missing.
+        UserError: a file cannot be read, or part of a tensor is missing.
     """
     parts: dict[str, list[tuple[list[int], Tensor]]] = defaultdict(list)
     try:
@@ -81,16 +82,16 @@ def _join(name: str, parts: list[tuple[list[int], Tensor]]) -> Tensor:
     return whole
 
 
-def find_good(path: Path, ranks: Ranks) -> Checkpoint:
-    """The checkpoint that `path` means, without tensors, after a look at all its files. Of a run, the newest undamaged
-    one; each damaged one that was passed over is a warning of the logger "unite_fast.checkpoint".
+def find_intact(path: Path, ranks: Ranks) -> Checkpoint:
+    """The checkpoint `path`, or the newest intact one of the run `path`, without tensors. All its files are checked.
+    The logger "unite_fast.checkpoint" warns of each damaged checkpoint that was skipped.
 
     Raises:
-        UserError: none there, or none undamaged. Whoever names a damaged one is told of another.
+        UserError: no intact checkpoint. If `path` is a damaged checkpoint, the message suggests an intact one.
     """
-    possible = ranks.run_on_first(lambda: files.candidates(path))
+    checkpoints = ranks.run_on_first(lambda: files.candidates(path))
     damage: list[str] = []
-    for candidate in possible:
+    for candidate in checkpoints:
         try:
             manifest = _check(candidate, ranks)
         except DamagedCheckpoint as error:
@@ -99,14 +100,14 @@ def find_good(path: Path, ranks: Ranks) -> Checkpoint:
         for line in damage if ranks.rank == 0 else ():
             files.log.warning("%s; using %s instead", line, candidate)
         return Checkpoint(candidate, manifest.config, manifest.step, manifest.progress, {})
-    if possible != [path]:
-        raise DamagedCheckpoint(f"{path} holds no checkpoint that is undamaged: {'; '.join(damage)}")
-    other = ranks.run_on_first(lambda: files.other_than(path))
+    if checkpoints != [path]:
+        raise DamagedCheckpoint(f"{path} contains no intact checkpoint: {'; '.join(damage)}")
+    other = ranks.run_on_first(lambda: files.find_other(path))
     raise DamagedCheckpoint(damage[0] + (f"; another one is {other}" if other else ""))
 
 
 def _check(path: Path, ranks: Ranks) -> Manifest:
-    """Look at every file; the ranks share the checksums."""
+    """Check every file; each rank computes the checksums of its share."""
     manifest = ranks.run_on_first(lambda: files.read_manifest(path))
     ranks.run_on_first(lambda: files.check_sizes(path, manifest.shards))
     ranks.run_on_all(lambda: files.check_checksums(path, manifest.shards[ranks.rank :: ranks.world]))

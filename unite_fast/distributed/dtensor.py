@@ -1,4 +1,4 @@
-"""Tensors of which each process holds a part (DTensor), next to plain ones."""
+"""The same code for sharded tensors (DTensor) and plain ones."""
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -6,17 +6,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds, sharing its memory; a plain tensor is held whole."""
+    """This rank's shard of a DTensor, sharing its memory; a plain tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor; where it is sharded, a copy that all processes must ask for together."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole tensor, gathered if it is a DTensor: then all ranks call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def copy_whole(target: Tensor, source: Tensor) -> None:
-    """Copy a whole tensor, which every process has, into one of which this process may hold a part. Nothing is sent."""
+def copy_full(target: Tensor, source: Tensor) -> None:
+    """Copy a whole tensor, which every rank has, into a plain tensor or a DTensor. Nothing is communicated."""
     if isinstance(target, DTensor):
         source = source.to(target.device)
         source = distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None)
@@ -24,7 +24,7 @@ def copy_whole(target: Tensor, source: Tensor) -> None:
 
 
 def shard_group(tensor: Tensor) -> ProcessGroup | None:
-    """The processes among which a tensor is divided; None if this one holds all of it."""
+    """The ranks over which a tensor is sharded; None if this rank holds all of it."""
     if isinstance(tensor, DTensor):
         for dim, placement in enumerate(tensor.placements):
             if placement.is_shard() and tensor.device_mesh.size(dim) > 1:

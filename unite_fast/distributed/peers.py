@@ -1,96 +1,105 @@
-"""The other processes of a run: finding out which of them are gone."""
+"""The other ranks of a run: which of them are gone."""
 
 import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
+from typing import cast
 
 import torch
 from torch import distributed
 from torch.distributed import distributed_c10d
 
-from unite_fast.distributed.process_group import Largest, Ranks
+from unite_fast.distributed.process_group import PendingMax, Ranks
 from unite_fast.errors import UserError
 
 TEMPORARY = 75
-"""Exit status of a process that lost contact with another: sysexits.h's "try again later"."""
+"""Exit status of a rank that lost contact with another: sysexits.h's "try again later"."""
 PATIENCE = 10
-"""Factor by which a start, a compilation, a checkpoint, pictures and an evaluation may exceed the ordinary timeout."""
+"""Factor on the timeout for slow work: start, compilation, checkpoint, pictures, evaluation."""
 ROLL_CALL = 3.0
-"""Seconds that ranks have to answer after a contact broke. torchrun kills after 30."""
+"""Seconds that ranks have to answer a roll call. torchrun kills survivors after 30."""
 
 
 class LostContact(UserError):
-    """Another process of the run is gone or does not answer. Not the user's mistake; a restart resumes."""
+    """Another rank is gone or does not answer. Not a mistake of the user: restart and resume."""
 
     status = TEMPORARY
 
 
 class Peers:
-    """The other ranks, reached by three ways besides training's collectives: votes on the CPU; a receive from the next
-    rank, which fails when that rank dies; torchrun's store, which works when the others do not."""
+    """Three channels to the other ranks, besides training's own collectives:
+
+    - votes: a CPU group for `start_max`;
+    - the neighbour group: each rank waits for a message from the next one, which fails if that rank dies;
+    - torchrun's store: for a roll call, when collectives no longer work.
+    """
 
     def __init__(self, rank: int = 0, world: int = 1):
         """All ranks call this together, after `init_process_group`."""
         self.rank, self.world = rank, world
         self.votes = Ranks(rank, world)
-        self.line = self.store = None
         if world > 1:
             # No timeout: the watchdog decides who waits too long.
             endless = timedelta(days=1000)
             self.votes = self.votes.with_own_group(endless)
-            self.line = distributed.new_group(backend="gloo", timeout=endless)
-            # A connection of its own: the main thread may hang in a request on the other.
-            self.store = distributed_c10d._get_default_store().clone()
+            # An int only on ranks outside the group, and all ranks are in it.
+            self.neighbours = cast(distributed.ProcessGroup, distributed.new_group(backend="gloo", timeout=endless))
+            # A connection of its own, because the main thread may hang in a request on the other one.
+            store = distributed_c10d._get_default_store()
+            self.store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]  # missing in torch's stub
 
-    def largest(self, number: int) -> Largest:
-        """Start to find the largest of the numbers that the ranks give; see `Ranks.largest`."""
-        return self.votes.largest(number)
+    def start_max(self, number: int) -> PendingMax:
+        """See `Ranks.start_max`."""
+        return self.votes.start_max(number)
 
     def wait_for_next(self) -> None:
-        """Until the next rank hangs up.
+        """Block until the next rank calls `release_previous`.
 
         Raises:
-            RuntimeError: it died.
+            RuntimeError: the next rank died.
         """
-        distributed.recv(torch.zeros(1), (self.rank + 1) % self.world, self.line)
+        distributed.recv(torch.zeros(1), (self.rank + 1) % self.world, self.neighbours)
 
-    def hang_up(self) -> None:
-        distributed.send(torch.zeros(1), (self.rank - 1) % self.world, self.line)
+    def release_previous(self) -> None:
+        """End the previous rank's `wait_for_next`."""
+        distributed.send(torch.zeros(1), (self.rank - 1) % self.world, self.neighbours)
 
     def call_roll(self) -> None:
-        """Let all processes know that contact broke."""
+        """Ask all ranks to answer, because contact with one of them broke."""
         with suppress(RuntimeError):  # the store is gone as well
             self.store.set("roll call", "")
 
-    def called(self) -> bool:
-        """Whether there is a roll call, and if so answer it."""
+    def answer_roll_call(self) -> bool:
+        """Answer the roll call if there is one. Returns whether there is."""
         with suppress(RuntimeError):
             if self.store.check(["roll call"]):
                 self.store.set(f"alive/{self.rank}", "")
                 return True
         return False
 
-    def silent(self) -> list[int]:
-        """Ranks that do not answer a roll call within a few seconds: gone, or frozen."""
+    def missing_ranks(self) -> list[int]:
+        """Call the roll; returns the ranks that do not answer within a few seconds, because they are gone or frozen.
+        Empty if the store itself does not answer."""
         missing: list[int] = []
-        # In a thread of its own, because a store whose machine is gone answers nothing at all.
-        counting = threading.Thread(target=self._count, args=(missing,), daemon=True)
-        counting.start()
-        counting.join(2 * ROLL_CALL)
+        # In a thread, because a request to a store whose machine is gone never returns.
+        thread = threading.Thread(target=self._find_missing, args=(missing,), daemon=True)
+        thread.start()
+        thread.join(2 * ROLL_CALL)
         return missing
 
-    def _count(self, missing: list[int]) -> None:
+    def _find_missing(self, missing: list[int]) -> None:
         keys = {f"alive/{rank}": rank for rank in range(self.world)}
         self.call_roll()
-        end = time.monotonic() + ROLL_CALL
+        deadline = time.monotonic() + ROLL_CALL
         with suppress(RuntimeError):
-            while time.monotonic() < end and not self.store.check(list(keys)):
+            while time.monotonic() < deadline and not self.store.check(list(keys)):
                 time.sleep(0.05)
             missing += [rank for key, rank in keys.items() if not self.store.check([key])]
 
 
-def named(ranks: list[int]) -> str:
+def name_ranks(ranks: list[int]) -> str:
+    """The ranks in words, for a message."""
     if not ranks:
         return "another process"
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

@@ -1,10 +1,10 @@
-"""This process among the processes of a run, and the collectives on the CPU that need no tensors of the model."""
+"""This process's rank, and collectives on the CPU for numbers and Python objects."""
 
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from unite_fast.errors import UserError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's rank, as torchrun counts. With a world size of 1, every collective returns its input."""
+    """Rank and world size, as torchrun counts them. With a world size of 1, every collective returns its input."""
 
     rank: int = 0
     world: int = 1
@@ -27,10 +27,11 @@ class Ranks:
     """Process group of the collectives; None: the default one."""
 
     @classmethod
-    def of_environment(cls) -> "Ranks":
-        """From the environment variables that torchrun sets; a world of 1 without them."""
-        names = {"rank": "RANK", "world": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "per_node": "LOCAL_WORLD_SIZE"}
-        return cls(**{name: int(os.environ[key]) for name, key in names.items() if key in os.environ})
+    def from_environment(cls) -> "Ranks":
+        """From torchrun's environment variables; world size 1 without them."""
+        rank, local_rank = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK"))
+        world, per_node = (int(os.environ.get(key, 1)) for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        return cls(rank, world, local_rank, per_node)
 
     @property
     def main(self) -> bool:
@@ -43,9 +44,12 @@ class Ranks:
         return self.world // self.per_node
 
     def with_own_group(self, timeout: timedelta | None = None) -> "Ranks":
-        """The same ranks with a new gloo group, for collectives that run beside those of training. All ranks call it
+        """The same ranks with a new gloo group, for collectives that run beside those of training. All ranks call this
         together."""
-        return replace(self, group=dist.new_group(backend="gloo", timeout=timeout)) if self.world > 1 else self
+        if self.world == 1:
+            return self
+        # An int only on ranks outside the group, and all ranks are in it.
+        return replace(self, group=cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout)))
 
     def wait(self) -> None:
         """Barrier."""
@@ -58,16 +62,16 @@ class Ranks:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def largest(self, number: int) -> "Largest":
-        """Start to find the largest of the numbers that the ranks give; nobody waits here."""
+    def start_max(self, number: int) -> "PendingMax":
+        """Start an all-reduce (max) of one number per rank; does not wait."""
         tensor = torch.tensor([number])
         work = None
         if self.world > 1:
             work = dist.all_reduce(tensor, dist.ReduceOp.MAX, self.group, async_op=True)
-        return Largest(tensor, work)
+        return PendingMax(tensor, work)
 
     def gather(self, value: Any) -> list:
-        """The values of all ranks, in the order of ranks, on every rank."""
+        """All-gather: the values of all ranks, in rank order."""
         if self.world == 1:
             return [value]
         values: list = [None] * self.world
@@ -86,7 +90,7 @@ class Ranks:
         """Run `work` on every rank and gather the results. If it fails on any rank, all ranks raise that error.
 
         Raises:
-            Exception: that of the lowest rank on which `work` failed.
+            Exception: the error of the lowest rank on which `work` failed.
         """
         try:
             outcome = (True, work())
@@ -102,12 +106,12 @@ class Ranks:
         return [result for _, result in outcomes]
 
     def run_on_first(self, work: Callable[[], Any]) -> Any:
-        """Run `work` on rank 0 alone; every rank gets its result, or raises its error."""
+        """Run `work` on rank 0; every rank returns its result or raises its error."""
         return self.run_on_all(lambda: work() if self.main else None)[0]
 
     def batches(self, count: int, batch: int) -> Iterator[range]:
-        """This rank's batches of `count` numbered samples. The batches are the same for any world size, so a sample is
-        always computed among the same neighbours, to the same bits."""
+        """This rank's batches of samples 0 .. count - 1. The batches are the same for every world size, so each sample
+        is computed in the same batch, to the same bits."""
         starts = range(0, count, batch)
         return (range(start, min(start + batch, count)) for start in starts[self.rank :: self.world])
 
@@ -116,8 +120,8 @@ ALONE = Ranks()
 
 
 @dataclass
-class Largest:
-    """The pending result of `Ranks.largest`. It is on the CPU, so no device waits."""
+class PendingMax:
+    """The pending result of `Ranks.start_max`, on the CPU, so no device waits for it."""
 
     number: Tensor
     work: dist.Work | None
@@ -129,7 +133,7 @@ class Largest:
 
 
 def current_ranks() -> Ranks:
-    """From the process group, if it is initialised."""
+    """Rank and world size of the default process group; world size 1 if there is none."""
     if dist.is_available() and dist.is_initialized():
         return Ranks(dist.get_rank(), dist.get_world_size())
     return Ranks()

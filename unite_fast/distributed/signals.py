@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and end: all ranks stop after the same step."""
+"""Signals that ask a run to save and stop: all ranks stop after the same step."""
 
 import signal
 from collections.abc import Iterator
@@ -6,61 +6,63 @@ from contextlib import contextmanager
 
 from unite_fast.distributed.launch import under_torchrun
 from unite_fast.distributed.peers import Peers
-from unite_fast.distributed.process_group import Largest
+from unite_fast.distributed.process_group import PendingMax
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Slurm sends the last one before a job's time is over."""
+"""Slurm can send SIGUSR1 some time before a job's limit."""
 
 
-class Stop:
-    """Whether the processes of a run should end after this step: a signal came to one of them, and all know it."""
+class StopVote:
+    """Once per step the ranks agree whether to stop: they stop if any of them received a signal."""
 
     def __init__(self, peers: Peers):
         self.peers = peers
         self.received: list[int] = []
-        """Signals that came to this process."""
-        self.vote: Largest | None = None
+        """Signals that this rank received."""
+        self.pending: PendingMax | None = None
 
-    def agreed(self) -> int:
-        """The signal to stop for, 0 if there is none. All processes ask once a step and get the same answer; it takes
-        one step, so that nobody waits for it."""
-        wanted = self.finish()
-        if not wanted:
-            self.vote = self.peers.largest(self.received[0] if self.received else 0)
+    def next_result(self) -> int:
+        """The signal to stop for, or 0. All ranks call this once per step and get the same result.
+
+        It returns the vote started one step earlier, so no rank waits, and starts the next one.
+        """
+        result = self.finish()
+        if not result:
+            self.pending = self.peers.start_max(self.received[0] if self.received else 0)
             if self.peers.world == 1:
-                wanted = self.finish()
-        return wanted
+                result = self.finish()
+        return result
 
     def finish(self) -> int:
-        """The answer to what was asked last, so that no process leaves while others still wait for its."""
-        vote, self.vote = self.vote, None
-        return vote.result() if vote else 0
+        """Wait for the pending vote. A rank that left without this would leave the others waiting."""
+        pending, self.pending = self.pending, None
+        return pending.result() if pending else 0
 
 
 @contextmanager
-def stop_on_signals(peers: Peers) -> Iterator[Stop]:
-    """Inside, SIGTERM, SIGINT and SIGUSR1 are remembered, so that the loop can end between two steps.
+def stop_on_signals(peers: Peers) -> Iterator[StopVote]:
+    """Inside, SIGTERM, SIGINT and SIGUSR1 are recorded, so that the loop can end between two steps.
 
-    A second one of the same kind acts as it would without us. Not under torchrun: its processes get what is sent to all
-    of a job a second time from torchrun, which kills them by itself after a while (TORCH_ELASTIC_SHUTDOWN_TIMEOUT).
+    A second signal of the same kind has its usual effect, except under torchrun: torchrun forwards signals to its
+    processes, so they may receive one twice, and kills those that do not end (TORCH_ELASTIC_SHUTDOWN_TIMEOUT).
     """
-    stop = Stop(peers)
+    vote = StopVote(peers)
 
-    def remember(number, _frame):
-        stop.received.append(number)
+    def record(number, _frame):
+        vote.received.append(number)
         if not under_torchrun():
-            signal.signal(number, before[number])
+            signal.signal(number, previous[number])
 
-    before = {number: signal.signal(number, remember) for number in SIGNALS}
+    previous = {number: signal.signal(number, record) for number in SIGNALS}
     try:
-        yield stop
-        stop.finish()
+        yield vote
+        vote.finish()
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def exit_status(stopped_by: int) -> int:
-    """Of a process that ended as it should, perhaps because of a signal. torchrun would take anything but 0 for a
-    failure, and start the processes again."""
+    """Exit status of a run that ended normally or for the signal `stopped_by`. torchrun takes any status but 0 for a
+    failure and would restart the run."""
     return 128 + stopped_by if stopped_by and not under_torchrun() else 0

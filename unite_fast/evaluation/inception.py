@@ -139,7 +139,7 @@ class InceptionFeatures(nn.Module):
         self.backbone = _network(lambda name, shape: weights[name])
         # Copy: the tensor may be a view of a memory-mapped file.
         self.register_buffer("classifier", weights["fc.weight"].to(torch.float32, copy=True), persistent=False)
-        # pyright: torch's stubs lack the overload with memory_format alone
+        # The stubs of torch lack the overload with memory_format alone.
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     @property

@@ -1,4 +1,4 @@
-"""The authors' names of tensors, and ours."""
+"""Tensor names of the released code and ours."""
 
 import re
 
@@ -39,15 +39,15 @@ NAMES = {
     "decoder.decoder_norm": "decoder.norm",
     "decoder.decoder_pred": "decoder.pred",
 }
-"""Theirs and ours without `.weight` and `.bias`; `*` is the number of a block or layer."""
+"""Released name -> our name, without `.weight` and `.bias`; `*` is the index of a block or layer."""
 
 THEIRS = {ours: theirs for theirs, ours in NAMES.items()}
 
 UNREAD = ("encoder.pos_embed", "encoder.t_embedder.special_time_emb")
-"""Tensors of theirs that no computation reads."""
+"""Released tensors that no computation reads."""
 
 FIXED_DRAWS = ("encoder.t_embedder.W",)
-"""Tensors of theirs that are drawn once and never trained."""
+"""Released tensors that are drawn at initialisation and never trained."""
 
 COMPUTED = (
     "patch_embed.position_embeddings",
@@ -57,11 +57,11 @@ COMPUTED = (
     "encoder.feat_rope_incontext.freqs_sin",
     "decoder.decoder_pos_embed",
 )
-"""Tables of theirs that never change and that we compute."""
+"""Constant tables in released checkpoints, which we compute."""
 
 
 def our_name(theirs: str) -> str | None:
-    """Our name of one of their tensors; None for one that has no counterpart (`UNREAD` and `COMPUTED`).
+    """Our name of a released tensor; None if it has no counterpart (`UNREAD` and `COMPUTED`).
 
     Raises:
         UserError: a name that the released model does not have.
@@ -74,14 +74,14 @@ def our_name(theirs: str) -> str | None:
 
 
 def their_name(ours: str) -> str:
-    """Their name of one of our tensors."""
+    """The released name of one of our tensors."""
     theirs = _translate(ours, THEIRS)
     assert theirs is not None, ours
     return theirs
 
 
 def plain_name(name: str) -> str:
-    """A name without what torch.compile and DistributedDataParallel put in."""
+    """The name without the prefixes of torch.compile and DistributedDataParallel."""
     return name.replace("_orig_mod.", "").removeprefix("module.")
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of the released code, in and out.
+"""Import and export checkpoints of the released code.
 
 Shapes: N latent tokens (as many as patches), D encoder width, T rows of a rotary table, K head dimension.
 """
@@ -23,20 +23,20 @@ from unite_fast.model.unite import UNITE
 from unite_fast.recipes import load_config
 
 RECIPE = "imagenet256_b"
-"""Whose sampling an imported model gets, as a checkpoint says nothing of it; all three of ImageNet sample alike."""
+"""Recipe whose sampling settings an imported model gets; the three ImageNet recipes have the same."""
 
 DECODER_HEAD_DIM = 64
-"""Of every published decoder; a checkpoint does not say it."""
+"""Head dimension of all published decoders; checkpoints do not store it."""
 
 SAME_TABLE = 0.01
-"""Largest difference of a table that counts as the same: a file in bfloat16 rounds values near 1 by 0.004."""
+"""Tables that differ by less count as equal: bfloat16 rounds values near 1 by 0.004."""
 
 
 def our_state(theirs: dict[str, Tensor], source: str = "the checkpoint") -> dict[str, Tensor]:
-    """Our state dict from theirs. Tensors that we compute or that nobody reads are left out.
+    """Convert a released state dict to ours. Computed and unread tensors are left out.
 
     Raises:
-        UserError: a foreign tensor.
+        UserError: unknown tensor.
     """
     ours = {}
     for name, value in theirs.items():
@@ -51,16 +51,16 @@ def our_state(theirs: dict[str, Tensor], source: str = "the checkpoint") -> dict
 
 
 def their_state(model: UNITE) -> dict[str, Tensor]:
-    """Every tensor of a released checkpoint, by their names, with this model's weights.
+    """Convert this model's weights to a complete state dict of the released code.
 
-    `encoder.t_embedder.special_time_emb` is zero: nothing reads it, and we have no such parameter.
+    `encoder.t_embedder.special_time_emb` is zero: nothing reads it, and our model has no such parameter.
     """
     weights = {their_name(name): value.detach() for name, value in model.state_dict().items()}
     return weights | fixed_tensors(model.config)
 
 
 def fixed_tensors(config: ModelConfig) -> dict[str, Tensor]:
-    """Their tensors that we compute or that nobody reads, float32."""
+    """The released tensors that our model does not store: computed and unread ones, float32."""
     encoder, tokens = config.encoder, config.latent_tokens
     side = math.isqrt(tokens)
     decoder_grid = sincos_2d(side, config.decoder.width)
@@ -74,17 +74,17 @@ def fixed_tensors(config: ModelConfig) -> dict[str, Tensor]:
     cos, sin = their_rope(positions, encoder.width // encoder.heads)
     tables |= {"encoder.feat_rope.freqs_cos": cos, "encoder.feat_rope.freqs_sin": sin}
     if encoder.in_context_tokens:
-        still = torch.ones(encoder.in_context_tokens, cos.shape[1])
-        tables["encoder.feat_rope_incontext.freqs_cos"] = torch.cat((still, cos))
-        tables["encoder.feat_rope_incontext.freqs_sin"] = torch.cat((torch.zeros_like(still), sin))
+        unrotated = torch.ones(encoder.in_context_tokens, cos.shape[1])
+        tables["encoder.feat_rope_incontext.freqs_cos"] = torch.cat((unrotated, cos))
+        tables["encoder.feat_rope_incontext.freqs_sin"] = torch.cat((torch.zeros_like(unrotated), sin))
     return tables
 
 
 def their_rope(positions: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """cos and sin [T, K], each column twice.
 
-    The angles are float32, as the released ones: so the values agree to the last bit. Our own table comes from float64
-    and differs from them by up to 8e-6 at 512 positions.
+    Angles are float32 as in the released code, so values agree to the last bit. Our own table, computed in float64,
+    differs by up to 8e-6 at 512 positions.
     """
     rates = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2).float() / head_dim)
     angle = torch.outer(torch.arange(positions).float(), rates).repeat_interleave(2, dim=-1)
@@ -92,19 +92,19 @@ def their_rope(positions: int, head_dim: int) -> tuple[Tensor, Tensor]:
 
 
 def load_released(model: UNITE, theirs: dict[str, Tensor], source: str) -> None:
-    """Give `model` the weights of a released checkpoint.
+    """Load the weights of a released checkpoint into `model`.
 
     Raises:
-        UserError: tensors are missing, foreign or of another shape, or a fixed table is not the released one.
+        UserError: tensors are missing, unknown or of another shape, or a fixed table differs from the released one.
     """
     ours = our_state(theirs, source)
     expected = model.state_dict()
-    foreign = [their_name(name) for name in ours if name not in expected]
-    if foreign:
-        raise UserError(f"{source}: {_listed(foreign)} does not belong to a model of these sizes")
+    unexpected = [their_name(name) for name in ours if name not in expected]
+    if unexpected:
+        raise UserError(f"{source}: {_summary(unexpected)} does not belong to a model of these sizes")
     missing = [their_name(name) for name in expected if name not in ours]
     if missing:
-        raise UserError(f"{source} lacks {_listed(missing)}")
+        raise UserError(f"{source} lacks {_summary(missing)}")
     for name, value in expected.items():
         _require_shape(source, their_name(name), ours[name], value)
     theirs = {plain_name(name): value for name, value in theirs.items()}
@@ -116,12 +116,14 @@ def load_released(model: UNITE, theirs: dict[str, Tensor], source: str) -> None:
     model.load_state_dict(ours)
 
 
-def _require_shape(source: str, name: str, found: Tensor, expected: Tensor) -> None:
-    agree = found.shape == expected.shape
-    require(agree, f"{source}: {name} is {list(found.shape)}; the other tensors ask for {list(expected.shape)}")
+def _require_shape(source: str, name: str, tensor: Tensor, expected: Tensor) -> None:
+    require(
+        tensor.shape == expected.shape,
+        f"{source}: {name} has shape {list(tensor.shape)}; the other tensors imply {list(expected.shape)}",
+    )
 
 
-def _listed(names: list[str]) -> str:
+def _summary(names: list[str]) -> str:
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return names[0] + more
 
@@ -134,18 +136,18 @@ def import_official(
     decoder_heads: int | None = None,
     in_context_start: int = 4,
 ) -> None:
-    """Write one of the authors' .pt files as a model file of ours.
+    """Convert a released .pt file to a model file of ours.
 
-    It is for sampling, as the published recipe does, reconstruction, evaluation on a folder of images, and export.
-    Training cannot resume from it: it has no optimizer state.
+    The model file works for sampling with the published settings, reconstruction, evaluation on a folder of images, and
+    export. Training cannot resume from it: it has no optimizer state.
 
     Args:
-        weights: which weights of a file that holds several; a file that is a plain state dict has no choice.
-        decoder_heads: the decoder's attention heads; by default its width / 64, as published.
-        in_context_start: block before which the in-context tokens enter. Like the heads, no tensor tells it.
+        weights: which state dict to take from a file with several; ignored for a plain state dict.
+        decoder_heads: attention heads of the decoder; by default its width / 64, as published.
+        in_context_start: block at which the in-context tokens enter. Checkpoints store neither this nor the heads.
 
     Raises:
-        UserError: not a file of the authors' kind, or one whose tensors do not fit together.
+        UserError: not a checkpoint of the released code, or its tensors do not fit together.
     """
     source, out = Path(source), Path(out)
     theirs = choose_weights(read_torch(source), weights, source)
@@ -161,16 +163,16 @@ def import_official(
 
 
 def read_torch(source: Path) -> dict:
-    """A file of `torch.save`. No code of the file's runs."""
+    """Read a file of `torch.save` without running code from it."""
     require(source.exists(), f"there is no file {source}")
     require(zipfile.is_zipfile(source), f"{source} is not a file of torch.save, or is incomplete")
     try:
         content = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f" ({found.group(1)})" if found else ""
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        name = f" ({match.group(1)})" if match else ""
         raise UserError(
-            f"{source} holds Python objects{what}, which could run code and are not read; save its state dicts alone"
+            f"{source} has Python objects{name}, which could run code and are not loaded; save only its state dicts"
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, LookupError) as error:
         raise UserError(f"{source} is not a readable file of torch.save") from error
@@ -179,15 +181,15 @@ def read_torch(source: Path) -> dict:
 
 
 def choose_weights(content: dict, weights: str, source: Path) -> dict[str, Tensor]:
-    """The state dict that `weights` names, by plain names; `content` itself if it is one."""
+    """The state dict named `weights`, with plain names; `content` itself if it is a state dict."""
     if content and all(isinstance(value, Tensor) for value in content.values()):
         return {plain_name(name): value for name, value in content.items()}
-    held = [str(key) for key, value in content.items() if isinstance(value, dict)]
-    there = ", ".join(held) or "nothing of that kind"
-    require(weights in held, f"{source} holds no {weights!r} weights; choose by name what it holds: {there}")
+    names = [str(key) for key, value in content.items() if isinstance(value, dict)]
+    available = ", ".join(names) or "none"
+    require(weights in names, f"{source} has no {weights!r} weights; state dicts in it: {available}")
     chosen = {plain_name(str(name)): value for name, value in content[weights].items()}
-    # An average of the trainable parameters leaves out what is drawn once and then fixed.
-    raw = content["model"] if "model" in held else {}
+    # EMA weights cover trainable parameters only; take the fixed random tensors from the model.
+    raw = content["model"] if "model" in names else {}
     fixed = {plain_name(str(name)): value for name, value in raw.items()}
     return {name: fixed[name] for name in FIXED_DRAWS if name in fixed} | chosen
 
@@ -195,16 +197,18 @@ def choose_weights(content: dict, weights: str, source: Path) -> dict[str, Tenso
 def model_config(
     theirs: dict[str, Tensor], source: Path, decoder_heads: int | None = None, in_context_start: int = 4
 ) -> ModelConfig:
-    """The sizes of a released model, from the shapes of its tensors.
+    """Sizes of a released model, from the shapes of its tensors.
 
     Raises:
-        UserError: a tensor that is needed is missing, or sizes that no model has.
+        UserError: a required tensor is missing, or the sizes are inconsistent.
     """
 
     def shape(name: str, dims: int) -> torch.Size:
         require(name in theirs, f"{source} lacks {name}: it is not a state dict of the released UNITE")
         require(isinstance(theirs[name], Tensor), f"{source}: {name} is not a tensor")
-        require(theirs[name].dim() == dims, f"{source}: {name} is {list(theirs[name].shape)}, not of {dims} dimensions")
+        require(
+            theirs[name].dim() == dims, f"{source}: {name} has shape {list(theirs[name].shape)}, not {dims} dimensions"
+        )
         return theirs[name].shape
 
     def count(prefix: str) -> int:
@@ -212,7 +216,7 @@ def model_config(
 
     width, channels = shape("encoder.up_sample.weight", 2)
     tokens = shape("latent_tokens", 3)[1]
-    require(math.isqrt(tokens) ** 2 == tokens, f"{source}: {tokens} latent tokens make no square image")
+    require(math.isqrt(tokens) ** 2 == tokens, f"{source}: {tokens} latent tokens do not form a square")
     patch_size = shape("patch_embed.patch_embeddings.projection.weight", 4)[-1]
     qk_norm = "encoder.blocks.0.attn.q_norm.weight" in theirs
     if qk_norm:
@@ -223,8 +227,10 @@ def model_config(
     context = "encoder.in_context_posemb"
     decoder_width, embed_width = shape("decoder.decoder_embed.weight", 2)
     if decoder_heads is None:
-        fits = decoder_width % DECODER_HEAD_DIM == 0
-        require(fits, f"{source}: the decoder's width {decoder_width} is no multiple of 64; say how many heads it has")
+        require(
+            decoder_width % DECODER_HEAD_DIM == 0,
+            f"{source}: the decoder's width {decoder_width} is not a multiple of {DECODER_HEAD_DIM}; give its heads",
+        )
         decoder_heads = decoder_width // DECODER_HEAD_DIM
     return ModelConfig(
         image_size=math.isqrt(tokens) * patch_size,
@@ -250,20 +256,20 @@ def model_config(
 
 
 def export_official(checkpoint: str | Path, out: str | Path) -> None:
-    """Write a checkpoint of ours as a .pt file of the authors' kind: {"model": ..., "ema": ...} in their names.
+    """Convert a checkpoint of ours to a .pt file of the released code: {"model": ..., "ema": ...} with its names.
 
     Args:
-        checkpoint: a checkpoint, a run's folder, which means its newest undamaged one, or a model file. That has one
-            set of weights, which is then written twice.
+        checkpoint: a checkpoint, a run folder (its newest intact checkpoint), or a model file, whose one set of weights
+            is written as both.
 
     Raises:
-        UserError: no such checkpoint, one that lacks tensors, or no way to write `out`.
+        UserError: no such checkpoint, tensors are missing, or `out` cannot be written.
     """
     loaded = load_model(checkpoint)
     model = UNITE(loaded.config.model)
     states = {}
-    for kind, held in (("model", loaded.weights), ("ema", loaded.averages)):
-        model.load_state_dict(held)
+    for kind, weights in (("model", loaded.weights), ("ema", loaded.averages)):
+        model.load_state_dict(weights)
         states[kind] = {name: value.clone() for name, value in their_state(model).items()}
     save_torch(Path(out), states)
 

@@ -1,12 +1,12 @@
-"""Compare this implementation, quantity by quantity, with numbers that the released code produced.
+"""Compare this implementation, quantity by quantity, with a trace of the released code.
 
-How close two right programs come depends on the quantity. Forward passes and first gradients agree to float32
-rounding. But dopri5 chooses its steps by small differences, and Muon orthogonalises in bfloat16: both amplify rounding,
-by amounts that differ from model to model. There the tolerance is measured, on our side alone: our own samples again
-from noise that differs in its last bit, and our own training again with Muon in float32.
+How closely two correct programs agree depends on the quantity. Forward passes and first gradients agree to float32
+rounding. But dopri5 chooses its steps from small differences, and Muon orthogonalises in bfloat16: both amplify
+rounding, differently for each model. There the tolerance is measured on our side: we sample again from noise that
+differs in its last bit, and train again with Muon in float32.
 
-Weights after the last step are judged by how far they moved, not by their size: a few steps move them by a thousandth,
-so even no step at all would be within a thousandth of the truth.
+Errors of weights after the last step are relative to how far the weights moved, not to their size: a few steps move
+them by a thousandth, so without any step the error relative to their size would be only a thousandth.
 """
 
 import copy
@@ -26,33 +26,32 @@ from unite_fast.interop.trace import Trace
 from unite_fast.kernels import backend as kernel_backend
 from unite_fast.model.unite import UNITE
 from unite_fast.sampling import sampler
+from unite_fast.sampling.solvers import ADAPTIVE_SOLVERS
 from unite_fast.training.train_state import TrainState
 from unite_fast.training.train_step import MicroBatch, accumulate_gradients
 from unite_fast.utils.device import exact_float32
 
 FORWARD, SAMPLED, LOSS, GRADIENT, FINAL, RATE = 1e-4, 1e-3, 1e-4, 1e-3, 1e-2, 1e-12
-"""Largest relative error that passes, by kind of quantity, where rounding is not amplified. RATE allows for the order
-of two products."""
+"""Maximum relative error by kind of quantity, where rounding is not amplified. RATE allows for another order of
+multiplication."""
 
 SLACK = 5
-"""A measured tolerance is this many times what our own runs differ by. The errors of an independent program,
-tests/interop/released.py, were up to 1.9 times that in sampling (24 small models), up to 2.1 times in training (11)."""
+"""A measured tolerance is this multiple of the difference between our own runs. An independent program,
+tests/interop/released.py, had errors of up to 1.9 times that difference in sampling (24 small models) and 2.1 times in
+training (11 models)."""
 
 RESOLUTION = 1e-4
-"""A weight's movement counts as at least this part of the weight: below, float32 rounding of the weight would show."""
+"""Minimum movement of a weight relative to its size; below, float32 rounding of the weight dominates."""
 
 HEAD = 8
-"""Values of each weight that a trace keeps from after the last step."""
-
-ADAPTIVE = ("dopri5",)
-"""Solvers that choose their own steps."""
+"""Values of each weight after the last step that a trace stores."""
 
 ONE_THREAD_WIDTH = 256
-"""Below this width a second thread saves little and, on a busy machine, costs much: the trace in tests/data took 8 s on
-one thread, and 180 s on two with one of the two cores busy."""
+"""Below this encoder width use one thread. A second one saves little and is slow on a busy machine: the trace in
+tests/data took 8 s on one thread, and 180 s on two when one of the two cores was busy."""
 
 SHOWN = 20
-"""Failures that `run` prints one by one."""
+"""Failures that `run` prints individually."""
 
 KINDS = {
     "tokenize/": "forward",
@@ -64,7 +63,7 @@ KINDS = {
     "grad_norm": "gradients",
     "lr": "learning rates",
 }
-"""Kind of a quantity by how its name starts, or ends after `stepK/`. The rest of `stepK/` are losses."""
+"""Kind of a quantity by the start of its name, without `stepK/`. All others are losses."""
 
 
 @dataclass
@@ -93,7 +92,7 @@ class Group:
     count: int
     failed: int
     worst: Row
-    """The row that uses up most of its tolerance."""
+    """The row with the largest error relative to its tolerance."""
 
     @property
     def passed(self) -> bool:
@@ -101,17 +100,17 @@ class Group:
 
 
 def run(path: str | Path, backend: str = "reference", device: str | torch.device = "cpu") -> bool:
-    """Compare a trace file and print what came of it, by kind and each failure.
+    """Compare with a trace file; print a summary by kind and the failures.
 
     Args:
-        backend: which body of the kernels computes ours.
-        device: where.
+        backend: kernels backend of our side.
+        device: device of our side.
 
     Returns:
-        Whether everything agrees.
+        Whether all quantities agree.
 
     Raises:
-        UserError: no such backend, or not a trace that we can compare with.
+        UserError: no such backend, or an invalid or unsupported trace.
     """
     with kernel_backend.using(backend):
         trace = Trace(path, device)
@@ -134,10 +133,10 @@ def run(path: str | Path, backend: str = "reference", device: str | torch.device
 
 
 def compare(trace: Trace) -> list[Row]:
-    """Every quantity of the trace against ours, float32 on the trace's device.
+    """Compare every quantity of the trace with ours, in float32 on the trace's device.
 
     Raises:
-        UserError: the trace is incomplete, contradicts itself or asks for what we do not have.
+        UserError: the trace is incomplete, inconsistent or not supported.
     """
     config = trace.config()
     with _threads_for(config), exact_float32():
@@ -155,18 +154,19 @@ def summarise(rows: list[Row]) -> list[Group]:
     for row in rows:
         kinds.setdefault(row.kind, []).append(row)
     return [
-        Group(kind, len(own), sum(not row.passed for row in own), max(own, key=_strain)) for kind, own in kinds.items()
+        Group(kind, len(own), sum(not row.passed for row in own), max(own, key=_tolerance_used))
+        for kind, own in kinds.items()
     ]
 
 
-def _strain(row: Row) -> float:
+def _tolerance_used(row: Row) -> float:
     if math.isnan(row.error):
         return math.inf
     return row.error / row.tolerance if row.tolerance else (math.inf if row.error else 0.0)
 
 
 def notes(rows: list[Row], trace: Trace) -> list[str]:
-    """What a reader of the rows should know and could not guess, a line each."""
+    """Explanations of the rows, one line each."""
     config = trace.config()
     return [note for note in (_adaptive_note(rows, config), _perceptual_note(trace, config)) if note]
 
@@ -174,9 +174,9 @@ def notes(rows: list[Row], trace: Trace) -> list[str]:
 def _adaptive_note(rows: list[Row], config: Config) -> str | None:
     groups = {group.kind: group for group in summarise(rows)}
     sampled = groups.pop("sampling").worst
-    if config.sampling.solver not in ADAPTIVE or sampled.error <= SAMPLED:
+    if config.sampling.solver not in ADAPTIVE_SOLVERS or sampled.error <= SAMPLED:
         return None
-    alone = " while all the rest agrees" if all(group.passed for group in groups.values()) else ""
+    alone = " while everything else agrees" if all(group.passed for group in groups.values()) else ""
     own = sampled.tolerance / SLACK
     return (
         f"samples differ by {sampled.error:.0e}{alone}: {config.sampling.solver} chooses its steps, which can amplify "
@@ -188,7 +188,7 @@ def _perceptual_note(trace: Trace, config: Config) -> str | None:
     for step in trace.meta["losses"]:
         rest = step["total"] - step["l1"] - config.objective.flow_weight * step["flow"]
         if abs(rest) > LOSS * abs(step["total"]):
-            return "the trace's total loss is not L1 + flow loss: was LPIPS on? A trace does not record its dropout"
+            return "the trace's total loss is not L1 + flow loss: was LPIPS on? Traces do not record its dropout"
     return None
 
 
@@ -208,7 +208,7 @@ def _row(trace: Trace, name: str, ours: Tensor, tolerance: float) -> Row:
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """Norm of the difference over the norm of the truth (over 1 where the truth is zero)."""
+    """Norm of the difference over the norm of `theirs` (over 1 if that is zero)."""
     theirs = theirs.double()
     return ((ours.double() - theirs).norm() / (theirs.norm().item() or 1.0)).item()
 
@@ -243,7 +243,7 @@ def _sample_rows(trace: Trace, model: UNITE, config: Config) -> list[Row]:
 
     ours = sample(noise)
     rows = [_row(trace, name, value, SAMPLED) for name, value in ours.items()]
-    if config.sampling.solver not in ADAPTIVE or all(row.passed for row in rows):
+    if config.sampling.solver not in ADAPTIVE_SOLVERS or all(row.passed for row in rows):
         return rows
     for towards in (math.inf, -math.inf, 0.0):
         nudged = sample(torch.nextafter(noise, torch.full_like(noise, towards)))
@@ -254,11 +254,11 @@ def _sample_rows(trace: Trace, model: UNITE, config: Config) -> list[Row]:
 
 @dataclass
 class _Training:
-    """What our training steps gave."""
+    """Results of our training steps."""
 
     state: TrainState
     gradients: dict[str, Tensor]
-    """Of step 0, before clipping."""
+    """Gradients of step 0, before clipping."""
     steps: list[dict[str, float]]
     """lr, l1, flow, total and grad_norm of each step."""
 
@@ -272,11 +272,16 @@ def _train(trace: Trace, model: UNITE, config: Config) -> _Training:
         batch = MicroBatch(images, labels, trace.draws(step, config))
         losses = accumulate_gradients(model, [batch], 1, config)
         if step == 0:
-            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            gradients = {name: _gradient(p).clone() for name, p in model.named_parameters()}
         norm = state.apply_gradients()
         values = {"l1": losses.l1, "flow": losses.flow, "total": losses.total, "grad_norm": norm}
         steps.append({"lr": rate} | {name: value.item() for name, value in values.items()})
     return _Training(state, gradients, steps)
+
+
+def _gradient(parameter: torch.nn.Parameter) -> Tensor:
+    assert parameter.grad is not None  # the losses depend on every parameter
+    return parameter.grad
 
 
 def _training_rows(trace: Trace, model: UNITE, config: Config) -> list[Row]:
@@ -292,7 +297,7 @@ def _training_rows(trace: Trace, model: UNITE, config: Config) -> list[Row]:
 
 
 def _optimizer_rows(trace: Trace, state: TrainState) -> list[Row]:
-    """How many parameters are in another optimizer's hands than in the released code."""
+    """Number of parameters with another optimizer than in the released code."""
     rows = []
     for key, ours in (("muon_params", state.muon_parameters), ("adamw_params", state.adamw_parameters)):
         theirs = {our_name(name) for name in trace.meta.get(key, [])} - {None}
@@ -324,7 +329,7 @@ def _known(trace: Trace, ours: dict[str, Tensor], name: str, theirs: str) -> Ten
 def _recorded_scale(norms: dict[str, Tensor], grad_norm: float, clip_norm: float) -> float:
     """1 if the gradients were recorded before clipping, the clipping factor if after.
 
-    The format says before; the trace in tests/data has them after. The norm over all of them tells.
+    The format says before; the trace in tests/data has them after. Their total norm tells which.
     """
     clipped = min(1.0, clip_norm / grad_norm)
     recorded = sum(norm.item() ** 2 for norm in norms.values()) ** 0.5 / grad_norm
@@ -343,12 +348,12 @@ def _step_rows(trace: Trace, ours: _Training, again: _Training) -> list[Row]:
 
 
 def _final_rows(trace: Trace, model: UNITE, twin: UNITE) -> list[Row]:
-    """Norm and first values of each tensor after the last step, errors relative to how far the tensor moved.
+    """Norm and first values of each tensor after the last step; errors relative to how far the tensor moved.
 
-    Tensors that we compute, or that nobody reads, must not have moved in theirs.
+    Computed and unread tensors must not have moved in the released code.
     """
     ours, other = model.state_dict(), twin.state_dict()
-    # A pixel that rounding carries across the kink of |x| changes the gradient of the mean of n of them by 2 / sqrt(n).
+    # If rounding moves one of n pixels across the kink of |x|, the gradient of the mean changes by 2 / sqrt(n).
     kink = 2 / trace["in/images_uint8"].size ** 0.5
     rows = []
     for theirs in trace.below("final_norm/"):
@@ -361,7 +366,7 @@ def _final_rows(trace: Trace, model: UNITE, twin: UNITE) -> list[Row]:
         norm = trace.shaped(f"final_norm/{theirs}").item()
         rows.append(Row(f"final_norm/{theirs}", abs(value.norm().item() - norm) / moved, tolerance))
         head = trace.shaped(f"final_head/{theirs}", min(HEAD, value.numel())).double()
-        share = (head.numel() / value.numel()) ** 0.5  # of a movement spread evenly over the tensor
+        share = (head.numel() / value.numel()) ** 0.5  # expected share of an evenly distributed movement
         error = (value.flatten()[: len(head)].double() - head).norm().item()
         rows.append(Row(f"final_head/{theirs}", error / (moved * share), tolerance))
     return rows

@@ -1,4 +1,4 @@
-"""A trace: an .npz without pickles that holds what the released code computed (docs/method.md, "The trace file").
+"""Trace files: an .npz without pickles with inputs and results of the released code (docs/method.md, "The trace file").
 
 Shapes: B images, N latent tokens, C latent channels, F flow draws, S image size.
 """
@@ -18,10 +18,10 @@ from unite_fast.interop.official import load_released
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import StepDraws
 from unite_fast.recipes import from_tree
-from unite_fast.sampling.solvers import DOPRI5_ATOL, DOPRI5_RTOL
+from unite_fast.sampling.solvers import DOPRI5_ATOL, DOPRI5_RTOL, RELEASED_SOLVERS
 
-SOLVERS = {"euler": "euler", "heun2": "heun", "dopri5": "dopri5"}
-"""torchdiffeq's names of the solvers that we have too."""
+SOLVERS = {{"heun": "heun2"}.get(name, name): name for name in RELEASED_SOLVERS}
+"""torchdiffeq's name -> our name."""
 
 DRAWS = {
     "registers": "registers",
@@ -33,21 +33,21 @@ DRAWS = {
     "flow_noise": "flow_noise",
     "label_drop": "label_drop",
 }
-"""Fields of `StepDraws` and their names in a trace."""
+"""Field of `StepDraws` -> its name in a trace."""
 
 
 class Trace:
-    """A trace file, opened and checked.
+    """A checked trace file.
 
     Args:
-        device: where its tensors shall be.
+        device: device of its tensors.
 
     Attributes:
-        arrays: every array by name.
-        meta: the settings and losses.
+        arrays: all arrays by name.
+        meta: settings and losses.
 
     Raises:
-        UserError: not a trace, or one that lacks something.
+        UserError: not a trace, or an incomplete one.
     """
 
     def __init__(self, path: str | Path, device: str | torch.device = "cpu"):
@@ -80,10 +80,10 @@ class Trace:
         return tensor
 
     def below(self, prefix: str) -> dict[str, Tensor]:
-        """Every array whose name starts with `prefix`, by the rest of its name; at least one."""
-        found = {name.removeprefix(prefix): self.tensor(name) for name in self.arrays if name.startswith(prefix)}
-        require(bool(found), f"{self.path} is not a trace of the known format: it lacks {prefix}...")
-        return found
+        """All arrays whose name starts with `prefix`, by the rest of the name; at least one."""
+        tensors = {name.removeprefix(prefix): self.tensor(name) for name in self.arrays if name.startswith(prefix)}
+        require(bool(tensors), f"{self.path} is not a trace of the known format: it lacks {prefix}...")
+        return tensors
 
     def images(self) -> Tensor:
         """float32 [B, 3, S, S] in [0, 1]."""
@@ -110,22 +110,22 @@ class Trace:
             "flow_noise": (flow_draws, batch, *latents),
             "label_drop": (flow_draws, batch),
         }
-        found = {ours: self.shaped(f"step{step}/{name}", *shapes.get(ours, (batch,))) for ours, name in DRAWS.items()}
+        draws = {ours: self.shaped(f"step{step}/{name}", *shapes.get(ours, (batch,))) for ours, name in DRAWS.items()}
         for mask in ("decoder_noise_mask", "label_drop"):
-            found[mask] = found[mask].bool()
-        return StepDraws(**found)
+            draws[mask] = draws[mask].bool()
+        return StepDraws(**draws)
 
     def model(self, config: Config) -> UNITE:
-        """The network with the weights from before the first step."""
+        """The model with the weights before the first step."""
         model = UNITE(config.model)
         load_released(model, self.below("state/"), str(self.path))
         return model.to(self.device)
 
     def config(self) -> Config:
-        """The settings of the trace as ours.
+        """The settings of the trace as our `Config`.
 
         Raises:
-            UserError: something is missing, or asks for what we do not have.
+            UserError: a setting is missing or not supported.
         """
         try:
             self._check_supported()
@@ -152,7 +152,7 @@ class Trace:
             facts["sampling.atol"] = (sampling.get("atol", DOPRI5_ATOL), (DOPRI5_ATOL,))
         for name, (value, supported) in facts.items():
             known = " or ".join(str(choice) for choice in supported)
-            require(value in supported, f"{self.path}: {name} is {value!r}; only {known} is supported")
+            require(value in supported, f"{self.path}: {name} is {value!r}; supported: {known}")
         losses = self.meta["losses"]
         require(isinstance(losses, list) and bool(losses), f"{self.path} is not a trace of the known format: no losses")
         for theirs in losses:
@@ -214,7 +214,7 @@ class Trace:
                 "sampling": {
                     "guidance": sampling["cfg_scale"],
                     "interval": sampling["cfg_interval"],
-                    # Unguided, the released code skips LayerNorm in either order, as we do in this one only.
+                    # Without guidance the released code skips LayerNorm in both orders; ours skips it in cfg_first.
                     "order": "cfg_first" if sampling["cfg_scale"] == 1 else sampling["cfg_norm_order"],
                     "solver": SOLVERS[sampling["method"]],
                     "steps": sampling["num_time_points"] - 1,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unite_fast import kernels
-from unite_fast.distributed.dtensor import copy_whole
+from unite_fast.distributed.dtensor import copy_full
 
 
 class RMSNorm(nn.Module):
@@ -134,7 +134,7 @@ def fill(tensor: Tensor, draw: Callable[..., object], *arguments, **options) -> 
     holds a shard on a GPU, so the values are the same on all machines and for every world size."""
     value = torch.empty(tensor.shape, dtype=tensor.dtype)
     draw(value, *arguments, **options)
-    copy_whole(tensor, value)
+    copy_full(tensor, value)
 
 
 def rope_table(positions: int, head_dim: int, unrotated: int = 0, theta: float = 10000.0) -> tuple[Tensor, Tensor]:

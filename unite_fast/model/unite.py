@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from unite_fast import flow, kernels
 from unite_fast.config import ModelConfig
+from unite_fast.distributed.dtensor import local
 from unite_fast.kernels.tensors import upcast
 from unite_fast.model.decoder import Decoder
 from unite_fast.model.generative_encoder import GenerativeEncoder
@@ -32,14 +33,26 @@ class UNITE(nn.Module):
         return model
 
     def initialize(self, seed: int) -> None:
-        """Initialise all parameters and tables, the same on every machine and for every world size. A model built on
-        the meta device needs this after `to_empty`."""
+        """Initialise all parameters and buffers, the same on every machine and for every world size. A model built on
+        the meta device needs this after `to_empty`, which leaves arbitrary memory.
+
+        `reset_parameters` of torch's modules is not called: `initialize` of encoder or decoder must set every tensor.
+
+        Raises:
+            RuntimeError: it left a parameter or buffer unset, for example that of a new kind of norm.
+        """
+        tensors = dict((*self.named_parameters(), *self.named_buffers()))
         generator = torch.Generator().manual_seed(seed % 2**63)
-        self.encoder.initialize(generator)
         with torch.no_grad():
+            # Every write in place raises a tensor's version; unlike a look for odd values this needs no device sync.
+            versions = {name: local(tensor)._version for name, tensor in tensors.items()}
+            self.encoder.initialize(generator)
             fill(self.latent_norm.weight, nn.init.ones_)
             fill(self.latent_norm.bias, nn.init.zeros_)
-        self.decoder.initialize(generator)
+            self.decoder.initialize(generator)
+            for name, tensor in tensors.items():
+                if local(tensor)._version == versions[name]:
+                    raise RuntimeError(f"UNITE.initialize does not set {name}; set it in its module's initialize()")
 
     def tokenize(self, images: Tensor, registers: Tensor, t: Tensor) -> Tensor:
         """images [B, 3, S, S] in [0, 1], registers ~ N(0, 1) [B, N, C], t ~ U(0, 0.01) [B] -> latents [B, N, C]."""

@@ -323,7 +323,7 @@ def make_plan(config: Config, cluster: Cluster, data: str = "") -> Plan:
         raise UserError(f"--data is {data!r}; it must be one of {', '.join(CPU_SECONDS)}")
     strategy, why = choose_strategy(config, cluster)
     share = batch // gpus
-    _, micro = sharing.share(Ranks(world=gpus), batch, config.train.micro_batch)
+    _, micro = sharing.split_batch(Ranks(world=gpus), batch, config.train.micro_batch)
     fast, slow = (predict_speed(config, cluster, strategy, share // micro, assumed) for assumed in (FAST, SLOW))
     return Plan(
         config,

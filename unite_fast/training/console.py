@@ -1,4 +1,4 @@
-"""What a person sees of a run: progress bar, pictures, closing summary."""
+"""Console output of a run: header, progress bar, pictures, summary."""
 
 import time
 from collections.abc import Iterator
@@ -20,25 +20,25 @@ from unite_fast.utils.images import grid, pairs, save_curves
 
 PICTURE_ROWS = 8
 PICTURE_COLUMNS = 10
-NAMED = 10
-"""Unreadable files that the summary names."""
+MAX_SKIPPED_SHOWN = 10
+"""Unreadable files that the summary lists."""
 
 
 class Report:
     def __init__(
         self, folder: Path, config: Config, device: torch.device, state: TrainState, resumed: bool, main: bool = True
     ):
-        """`main`: whether this process is the one of a run's that prints and writes."""
+        """`main`: whether this is rank 0, which prints and writes."""
         self.folder, self.config, self.state, self.main = folder, config, state, main
-        # The names of runs, folders and files are no markup.
+        # Names of runs, folders and files must not be read as markup.
         self.console = Console(markup=False, emoji=False, highlight=False, quiet=not main)
         parameters = sum(p.numel() for p in state.model.parameters()) / 1e6
         train = config.train
-        how = "compiled" if train.compile else "eager"
-        self.say(
+        mode = "compiled" if train.compile else "eager"
+        self.print_line(
             f"{'resuming' if resumed else 'training'} {config.name}: {parameters:.2f} M parameters, "
             f"{train.precision} on {device}, {backend.backend_on(device)} kernels, {backend.attention_on(device)} "
-            f"attention, {how}, batch {train.batch_size}, "
+            f"attention, {mode}, batch {train.batch_size}, "
             f"steps {state.step}..{train.steps}, in {folder}"
         )
         self.held_out = held_out_images(config)
@@ -53,14 +53,14 @@ class Report:
             disable=not (main and self.console.is_terminal),
         )
 
-    def say(self, line: str) -> None:
-        """Print a line whole, however long a path is in it."""
+    def print_line(self, line: str) -> None:
+        """Print a line without wrapping it."""
         self.console.print(line, soft_wrap=True)
 
     @contextmanager
     def progress_bar(self) -> Iterator[None]:
-        """Track on a terminal; elsewhere each log interval prints a line."""
-        self.begun, self.first_step = time.perf_counter(), self.state.step
+        """A progress bar on a terminal; elsewhere `show` prints a line per log interval."""
+        self.started_at, self.first_step = time.perf_counter(), self.state.step
         line = "compiling" if self.config.train.compile else "starting"
         self.task = self.bar.add_task("train", total=self.config.train.steps, completed=self.state.step, line=line)
         with self.bar:
@@ -70,21 +70,25 @@ class Report:
         self.bar.update(self.task, completed=self.state.step)
 
     def show(self, row: dict) -> None:
+        """Show a row of metrics."""
         lpips = f" lpips {row['lpips']:.4f}" if self.config.perceptual.weight else ""
         mfu = f" mfu {row['mfu']:.1%}" if "mfu" in row else ""
         line = f"{row['images_per_s']:.0f} img/s{mfu}  l1 {row['l1']:.4f}{lpips} flow {row['flow']:.3f}"
         self.bar.update(self.task, line=line)
         if not self.console.is_terminal:
-            per_step = (time.perf_counter() - self.begun) / (self.state.step - self.first_step)
+            per_step = (time.perf_counter() - self.started_at) / (self.state.step - self.first_step)
             left = per_step * (self.config.train.steps - self.state.step)
-            self.say(f"step {row['step']}/{self.config.train.steps}  {line}  lr {row['lr']:.2e}  {left:.0f} s left")
+            self.print_line(
+                f"step {row['step']}/{self.config.train.steps}  {line}  lr {row['lr']:.2e}  {left:.0f} s left"
+            )
 
     @torch.no_grad()
     def save_pictures(self, rows: list[dict]) -> None:
-        """Samples, reconstructions of held-out images and curves, drawn with the averaged weights."""
+        """Save samples, reconstructions of held-out images, and curves, using the averaged weights. All ranks call this
+        together."""
         model, config = self.state.model, self.config
         labels = torch.arange(PICTURE_ROWS * PICTURE_COLUMNS) % min(config.model.num_classes, PICTURE_COLUMNS)
-        # Sampling meets shapes of its own; compiling for them would take longer than drawing.
+        # Eager, because sampling has other shapes, and compiling for them would take longer than sampling.
         with self.state.ema.applied(), torch.compiler.set_stance("force_eager"):
             samples = sampler.sample_images(
                 model, labels, config.sampling, config.seed, precision=config.train.precision
@@ -106,7 +110,11 @@ class Report:
                 save_curves(rows, self.folder / "curves.png")
 
     def summary(self, outcome, skipped: dict[str, str]) -> None:
-        """Where everything is, a line each."""
+        """Print the paths of all results.
+
+        Args:
+            skipped: name and reason of each unreadable file.
+        """
         self._line("run folder", self.folder)
         trained = f"{outcome.steps} steps, {outcome.seconds:.0f} s, {outcome.images_per_s:.0f} images/s"
         self._line("trained", trained)
@@ -118,21 +126,22 @@ class Report:
         self._line("events", f"tensorboard --logdir {self.folder / 'tensorboard'}")
         if skipped:
             self._line("skipped", f"{len(skipped)} unreadable file{'s' * (len(skipped) > 1)}:")
-            for name, reason in list(skipped.items())[:NAMED]:
+            for name, reason in list(skipped.items())[:MAX_SKIPPED_SHOWN]:
                 self._line("", f"{name}: {reason}")
-            if len(skipped) > NAMED:
-                self._line("", f"and {len(skipped) - NAMED} more, each named in a warning when it was met")
+            if len(skipped) > MAX_SKIPPED_SHOWN:
+                self._line("", f"and {len(skipped) - MAX_SKIPPED_SHOWN} more, each named in an earlier warning")
         if outcome.stopped_by:
             self._line("stopped", f"at step {outcome.steps} of {self.config.train.steps}; --resume continues")
         else:
             self._line("next", f"unite-fast sample {self.folder} --guidance 2")
 
     def _line(self, label: str, text: object) -> None:
-        self.say(f" {label:<16} {text}")
+        self.print_line(f" {label:<16} {text}")
 
 
 def held_out_images(config: Config) -> torch.Tensor:
-    """Some images of the test split, or of the training data where there is no test split: uint8 [n, 3, S, S]."""
+    """The first readable images of the test split, or of the training split if there is no test split: uint8
+    [n, 3, S, S]."""
     data = (config.data.source, config.data.path, config.model.image_size)
     try:
         source = open_source(*data, "test", config.model.num_classes)

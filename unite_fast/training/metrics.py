@@ -1,4 +1,4 @@
-"""What a run tells about itself: sums on the device, speed, then metrics.jsonl, TensorBoard and Weights & Biases."""
+"""Metrics of a run: averages on the device, speed, and their log (metrics.jsonl, TensorBoard, Weights & Biases)."""
 
 import json
 import math
@@ -22,22 +22,23 @@ from unite_fast.training.wandb_log import WandbLog
 from unite_fast.utils.files import atomic_write, read_rows, writing
 
 AVERAGED = ("total", "l1", "lpips", "flow", "grad_norm")
-MACHINE = ("images_per_s", "images_per_s_per_gpu", "mfu", "memory_gb", "seconds_")
-"""What the names of those numbers of a row begin with that tell of the machine and not of the training."""
+HARDWARE = ("images_per_s", "images_per_s_per_gpu", "mfu", "memory_gb", "seconds_")
+"""Prefixes of metrics that describe the hardware, not the training."""
 NEVER = 2**62
+"""A step number that no run reaches."""
 SPIKE_DEVIATIONS = 6.0
 SPIKE_ROWS = 20
-SPIKE_LEAST_ROWS = 10
-"""A row's loss is a spike if it is above the mean of the 20 rows before it by more than 6 of their standard deviations,
-once there are 10 of them."""
+SPIKE_MIN_ROWS = 10
+"""A loss is a spike if it exceeds the mean of the 20 rows before it by more than 6 standard deviations of these rows.
+Needs at least 10 of them."""
 
 
 class Averages:
-    """Means since the last log, summed on the device: an ordinary step does not wait for it. A step that is not finite
-    on this process is left out; the norm of the gradients, which all share, makes it so on all.
+    """Means since the last log. Sums stay on the device, so an ordinary step does not wait for it. A step whose values
+    are not finite is left out; the gradient norm is the same on all ranks, so all leave it out.
 
-    Of several processes, each sums its own part of the batch. `bad_step`, `take` and `state_dict` send: all processes
-    must call them together.
+    Each rank sums its own slice of the batch. `bad_step`, `take` and `state_dict` communicate: all ranks call them
+    together.
     """
 
     def __init__(self, device: torch.device):
@@ -54,42 +55,43 @@ class Averages:
         self.first_bad_step = torch.where(bad, step, self.first_bad_step)
 
     def bad_step(self) -> int | None:
-        """The first step whose losses or gradients were not finite, on any process; waits for the device."""
+        """The first step whose losses or gradients were not finite on any rank, or None. Waits for the device."""
         if current_ranks().world > 1:
             distributed.all_reduce(self.first_bad_step, distributed.ReduceOp.MIN)
         step = int(self.first_bad_step)
         return step if step < NEVER else None
 
     def take(self) -> dict[str, float]:
-        """The means over steps and processes, nan if no step was finite, and start anew; waits for the device."""
-        self._share()
+        """Means over steps and ranks (nan if no step was finite), then reset. Waits for the device."""
+        self._average_over_ranks()
         means = (self.sums / self.count).tolist()
         self.sums.zero_()
         self.count.zero_()
         return dict(zip(AVERAGED, means, strict=True))
 
     def state_dict(self) -> dict:
-        """The same on all processes, so that any number of them can go on from it."""
-        self._share()
+        """The same on all ranks, so that a run can resume with another world size."""
+        self._average_over_ranks()
         return {"sums": self.sums.tolist(), "count": int(self.count)}
 
     def load_state_dict(self, state: dict) -> None:
         self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
         self.count.fill_(state["count"])
 
-    def _share(self) -> None:
-        """Give each process the mean of all sums. A run that goes on has then the same bits as one that resumes."""
+    def _average_over_ranks(self) -> None:
+        """Replace the sums by their mean over ranks. A run that continues then has the same bits as one that
+        resumes."""
         if current_ranks().world > 1:
             distributed.all_reduce(self.sums)
             self.sums /= current_ranks().world
 
 
 class Speedometer:
-    """The numbers of a row that tell of the machine.
+    """The hardware metrics of a row.
 
     Attributes:
-        clock: to be told what each part of a step is.
-        about: what to say once of MFU: what it is a share of, or why there is none.
+        clock: measures the parts of a step.
+        mfu_note: a line about MFU: the peak it refers to, or why there is none.
     """
 
     def __init__(self, config: Config, device: torch.device):
@@ -100,66 +102,66 @@ class Speedometer:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
         gpu = recognise(name)
         self.peak = gpu.tflops * 1e12 if gpu else None
-        self.about = f"MFU: {self.image_flops / 1e9:.4g} GFLOP an image, "
+        self.mfu_note = f"MFU: {self.image_flops / 1e9:.4g} GFLOP an image, "
         if gpu:
-            self.about += f"as a share of {gpu.tflops:g} dense bfloat16 TFLOP/s of {name} ({gpu.source})"
+            self.mfu_note += f"relative to {gpu.tflops:g} dense bfloat16 TFLOP/s of {name} ({gpu.source})"
         else:
-            self.about += f"not told: no peak of {name} is known (unite_fast/planning/gpus.py)"
+            self.mfu_note += f"not shown: no peak of {name} is known (unite_fast/planning/gpus.py)"
 
     def row(self, steps: int) -> dict[str, float]:
-        """Of `steps` steps since the last row: rates, mean seconds a step by part, memory. Waits for the device; all
-        processes must call it together."""
+        """Metrics of the `steps` steps since the last row: images per second, mean seconds per step by part, memory in
+        GB. Waits for the device; all ranks call this together."""
         seconds, parts = self.clock.take()
         rate = steps * self.batch_size / seconds
         row = {"images_per_s": rate, "images_per_s_per_gpu": rate / current_ranks().world}
         if self.peak:
             row["mfu"] = row["images_per_s_per_gpu"] * self.image_flops / self.peak
-        row |= {f"seconds_{part}": spent / steps for part, spent in parts.items()}
+        row |= {f"seconds_{part}": total / steps for part, total in parts.items()}
         return row | {"memory_gb": self.memory() / 1e9}
 
     def memory(self) -> float:
-        """Bytes, the most that any process has used: of its GPU by tensors, else of memory by the whole process."""
+        """Peak memory of any rank, bytes: tensors on its GPU, or the whole process on a CPU."""
         if self.device.type == "cuda":
             most = torch.cuda.max_memory_allocated(self.device)
         else:
-            # Kilobytes, but bytes on macOS.
+            # In kilobytes on Linux, bytes on macOS.
             unit = 1 if sys.platform == "darwin" else 1024
             most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         if current_ranks().world > 1:
-            shared = torch.tensor(float(most), dtype=torch.float64, device=self.device)
-            distributed.all_reduce(shared, distributed.ReduceOp.MAX)
-            most = shared.item()
+            peak = torch.tensor(float(most), dtype=torch.float64, device=self.device)
+            distributed.all_reduce(peak, distributed.ReduceOp.MAX)
+            most = peak.item()
         return most
 
 
-def of_training(row: dict) -> dict:
-    """The numbers of a row that two runs of one recipe share to the last bit."""
-    return {name: value for name, value in row.items() if not name.startswith(MACHINE)}
+def training_metrics(row: dict) -> dict:
+    """The metrics of a row without the hardware's: two runs of one recipe have the same, bit by bit."""
+    return {name: value for name, value in row.items() if not name.startswith(HARDWARE)}
 
 
 def loss_spike(rows: Sequence[dict]) -> str | None:
-    """A line about the last row if its loss is far above those before it (see `SPIKE_DEVIATIONS`)."""
-    if len(rows) <= SPIKE_LEAST_ROWS:
+    """A warning if the last row's loss is far above those before it (see `SPIKE_DEVIATIONS`), or None."""
+    if len(rows) <= SPIKE_MIN_ROWS:
         return None
     *before, last = rows[-SPIKE_ROWS - 1 :]
     totals = [row["total"] for row in before if math.isfinite(row["total"])]
-    if len(totals) < SPIKE_LEAST_ROWS:
+    if len(totals) < SPIKE_MIN_ROWS:
         return None
     mean, deviation = statistics.fmean(totals), statistics.stdev(totals)
     if not last["total"] > mean + SPIKE_DEVIATIONS * deviation:
         return None
     return (
-        f"loss spike: {last['total']:.4f} in the steps up to {last['step']}; the {len(before)} rows before have "
-        f"{mean:.4f} with deviation {deviation:.4f}"
+        f"loss spike: {last['total']:.4f} at step {last['step']}; the {len(before)} rows before it have mean "
+        f"{mean:.4f}, standard deviation {deviation:.4f}"
     )
 
 
 class MetricsLog:
-    """metrics.jsonl (one JSON object a line) and TensorBoard events in a run's folder, and Weights & Biases if
-    `wandb` is given. One process of a run has one."""
+    """metrics.jsonl (one JSON object per line) and TensorBoard events in a run folder, and Weights & Biases if `wandb`
+    is given. Only rank 0 has one."""
 
     def __init__(self, folder: Path, step: int, wandb: WandbLog | None = None):
-        """Rows after `step` are dropped: a killed run wrote them after its last checkpoint and writes them again."""
+        """Rows after `step` are dropped: a run that was killed after its last checkpoint writes them again."""
         self.wandb = wandb
         self.path = folder / "metrics.jsonl"
         self.events_path = folder / "tensorboard"
@@ -185,7 +187,7 @@ class MetricsLog:
             self.wandb.write(row)
 
     def flush(self) -> None:
-        """Let the disk have the events: what a checkpoint counts as done, a killed run must not lose."""
+        """Write out buffered events, before a checkpoint that counts their steps as done."""
         with writing(self.events_path):
             self.events.flush()
 

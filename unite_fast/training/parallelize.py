@@ -1,14 +1,16 @@
-"""Several processes as one: who they are, how they share the training state, which gradients they add up and when.
+"""Building the model, sharding it over ranks, and reducing its gradients.
 
-One mechanism serves every strategy, PyTorch's `fully_shard` on a mesh of R x S processes. Each of R groups holds the
-whole training state, cut into S parts: ddp is N x 1, fsdp 1 x N, hsdp nodes x processes of a node. A single process
-shards nothing and has plain tensors.
+All strategies use PyTorch's `fully_shard` on an R x S mesh: R replicas of the training state, each sharded over S
+ranks. ddp is N x 1, fsdp 1 x N, hsdp nodes x ranks per node. A single process has plain tensors.
 """
 
 import math
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import cast
 
 import torch
 from torch import nn
@@ -25,27 +27,28 @@ from unite_fast.optim.param_groups import split_parameters
 
 
 def state_bytes(model: nn.Module) -> int:
-    """Of the whole training state in float32: parameters, gradients, averages, Muon's momentum, AdamW's two moments."""
-    muon, adamw = (sum(p.numel() for p in part.values()) for part in split_parameters(model))
+    """Bytes of the whole training state, in float32: parameters, gradients, averages, optimizer moments."""
+    # Muon has one moment per parameter, AdamW two.
+    muon, adamw = (sum(p.numel() for p in group.values()) for group in split_parameters(model))
     return 4 * (4 * muon + 5 * adamw)
 
 
 def device_memory(device: torch.device, ranks: Ranks) -> int:
-    """Bytes that this process may use: its device's, or its part of the machine's."""
+    """Bytes of memory of this rank's device; on a CPU, its share of the machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks.per_node
 
 
 def build_model(config: Config, ranks: Ranks, device: torch.device) -> tuple[UNITE, Strategy]:
-    """A model with start values, sharded if there are several processes. No process ever holds all of a sharded model:
-    it is built without memory, divided, and filled one parameter at a time."""
+    """An initialised model, sharded if there are several ranks. No rank ever holds a whole sharded model: it is built
+    on the meta device, sharded, and initialised one parameter at a time (`UNITE.initialize`)."""
     with torch.device("meta"):
         model = UNITE(config.model)
-    # Machines may differ, and all must choose the same: by the least memory, and groups that fit into each machine.
-    per_node, free = zip(*ranks.gather((ranks.per_node, device_memory(device, ranks))), strict=True)
-    alike = replace(ranks, per_node=math.gcd(*per_node))
-    strategy = choose_strategy(config.parallel, alike, state_bytes(model), min(free))
+    # Machines may differ, but all ranks must choose the same: by the least memory, with groups that fit each machine.
+    per_node, memory = zip(*ranks.gather((ranks.per_node, device_memory(device, ranks))), strict=True)
+    common = replace(ranks, per_node=math.gcd(*per_node))
+    strategy = choose_strategy(config.parallel, common, state_bytes(model), min(memory))
     if config.train.compile:
         compile_blocks(model)
     if ranks.world > 1:
@@ -54,48 +57,51 @@ def build_model(config: Config, ranks: Ranks, device: torch.device) -> tuple[UNI
     model.to_empty(device=device)
     model.initialize(config.seed)
     if ranks.world > 1:
-        # FSDP takes what runs first for the root of everything; a run may begin by drawing with the encoder alone.
-        fully_shard.state(model)._lazy_init()
+        # FSDP takes the module that runs first as the root, and a run may start with sampling, in the encoder alone.
+        fully_shard.state(model)._lazy_init()  # pyright: ignore[reportFunctionMemberAccess]  # set by torch's decorator
     return model, strategy
 
 
 def compile_blocks(model: UNITE) -> None:
-    """Compile each transformer block on its own: blocks of one kind share the compiled code."""
-    torch._dynamo.config.recompile_limit = 64  # a block meets several sequence lengths, each compiled for itself
+    """Compile each transformer block by itself; blocks of the same class share the compiled code."""
+    torch._dynamo.config.recompile_limit = 64  # one compilation per sequence length
     for block in (*model.encoder.blocks, *model.decoder.layers):
         block.compile(dynamic=False)
 
 
 def shard(model: UNITE, mesh: DeviceMesh, reshard: bool, precision: str) -> None:
-    """Divide a model's parameters over a mesh, one group for each block and decoder layer, one for all adaLN Linears,
-    and one for what else the encoder, the decoder and the model have.
+    """Shard a model over a mesh. Each block and decoder layer is one group, all adaLN Linears are one, and so are the
+    remaining parameters of encoder, decoder and model.
 
-    The Linears of blocks, layers and adaLN are gathered in bfloat16 where training is in bfloat16: their products are
-    anyway. The rest is small, and float32 as in one process: norms, whose weights near 1 bfloat16 would round to steps
-    larger than an update; time embedding and tables, which would make the residual bfloat16. Gradients are added up in
-    float32, and the weights that the optimizers see are float32.
+    With bfloat16 training, the Linears of blocks, layers and adaLN are gathered in bfloat16, as their matmuls need
+    them. The rest is small and stays float32: norm weights near 1, whose updates bfloat16 would round away, and time
+    embedding and tables, which would make the residual bfloat16. Gradients are reduced in float32, and optimizers see
+    float32 weights.
     """
-    groups, parts = mesh.shape
-    low = torch.bfloat16 if precision == "bfloat16" else None
-    # Inputs keep their precision: the residual is float32.
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    inner = dict(mesh=mesh, shard_placement_fn=placement(parts), mp_policy=policy)
-    outer = dict(mesh=mesh, shard_placement_fn=placement(parts), reshard_after_forward=False)
-    for part, layers in ((model.encoder, model.encoder.blocks), (model.decoder, model.decoder.layers)):
-        gather_with(part, fully_shard([norm for layer in layers for norm in norms(layer)], **outer))
+    replicas, shards = mesh.shape
+    # cast_forward_inputs=False: the residual stays float32.
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if precision == "bfloat16" else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    shard_module: Callable = partial(fully_shard, mesh=mesh, shard_placement_fn=placement(shards))
+    shard_outer: Callable = partial(shard_module, reshard_after_forward=False)
+    for module, layers in ((model.encoder, model.encoder.blocks), (model.decoder, model.decoder.layers)):
+        gather_with(module, shard_outer([norm for layer in layers for norm in norms(layer)]))
         for layer in layers:
-            fully_shard(layer, reshard_after_forward=reshard, **inner)
-    # Read and not called either: one product takes them all.
-    gather_with(model.encoder, fully_shard(list(model.encoder.modulation), **(outer | {"mp_policy": policy})))
+            shard_module(layer, reshard_after_forward=reshard, mp_policy=policy)
+    # Like the norms, these are read and never called: one matmul takes them all.
+    gather_with(model.encoder, shard_outer(list(model.encoder.modulation), mp_policy=policy))
     for module in (model.encoder, model.decoder, model):
-        fully_shard(module, **outer)
-    # The model has no forward pass of its own. These use its LayerNorm; `decode` is the decoder's alone.
+        shard_outer(module)
+    # The model has no forward(). These methods use its LayerNorm; `decode` only calls the decoder.
     for method in ("tokenize", "denoise", "denoising_loss"):
         register_fsdp_forward_method(model, method)
-    # What it warns of, a change in place of what a module returned, no code here does.
+    # A warning about changing a module's output in place, which no code here does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    # Gloo knows no mean, and NCCL's may be wrong of one process, as across the groups of fsdp.
-    if mesh.device_type == "cpu" or groups == 1:
+    # Gloo has no mean, and NCCL's may be wrong over a group of one rank, as fsdp has across replicas.
+    if mesh.device_type == "cpu" or replicas == 1:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)
@@ -105,31 +111,30 @@ def norms(layer: nn.Module) -> list[nn.Module]:
     return [module for module in layer.modules() if isinstance(module, RMSNorm | nn.LayerNorm)]
 
 
-def gather_with(part: nn.Module, group: list[FSDPModule]) -> None:
-    """Gather a group whose modules are never called, only read, when `part` is called. FSDP lets go of it and adds its
-    gradients up at the end of the backward pass, as of all that it has not seen before."""
-    part.register_forward_pre_hook(lambda *_: group[0].unshard())
+def gather_with(module: nn.Module, group: list[FSDPModule]) -> None:
+    """Gather a group whose modules are read and never called, when `module` is called. FSDP reshards it and reduces its
+    gradients at the end of the backward pass."""
+    module.register_forward_pre_hook(lambda *_: group[0].unshard())
 
 
-def placement(parts: int):
-    """Where `fully_shard` cuts a parameter: along its first dimension or, where that is shorter than the parts, along
-    the first other one that can be divided evenly."""
+def placement(shards: int) -> Callable[[nn.Parameter], Shard | None]:
+    """The dimension along which `fully_shard` cuts a parameter: the first (None) or, if that is shorter than the number
+    of shards, the first other one that divides evenly."""
 
     def place(parameter: nn.Parameter) -> Shard | None:
-        if parameter.shape[0] >= parts:
+        if parameter.shape[0] >= shards:
             return None
-        return next((Shard(dim) for dim, n in enumerate(parameter.shape) if dim and n % parts == 0), None)
+        return next((Shard(dim) for dim, n in enumerate(parameter.shape) if dim and n % shards == 0), None)
 
     return place
 
 
-def reduce_gradients(model: UNITE, strategy: Strategy, decoder: bool, rest: bool) -> None:
-    """Whether the next backward pass adds the gradients up over the processes, those of the decoder and the others.
-
-    Else they stay where they are, and a later pass adds them up with its own. `rest` marks a step's last pass.
-    """
+def reduce_gradients(model: UNITE, strategy: Strategy, decoder: bool, others: bool) -> None:
+    """Set which gradients the next backward pass reduces over the ranks: the decoder's, and all others. The rest stay
+    on the rank, and a later pass reduces them with its own. `others` is True only in the last pass of a step."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(rest)
-        model.decoder.set_requires_gradient_sync(decoder)
-        # After the last pass always: the optimizers change the parts, and what was gathered of them is of the past.
-        model.set_reshard_after_backward(strategy.reshard or rest)
+        model.set_requires_gradient_sync(others)
+        cast(FSDPModule, model.decoder).set_requires_gradient_sync(decoder)  # sharded like the model
+        # Always reshard after the last backward: the optimizer is about to update the shards, so gathered copies would
+        # be stale.
+        model.set_reshard_after_backward(strategy.reshard or others)

@@ -1,4 +1,4 @@
-"""A trace of some steps by torch's profiler, for chrome://tracing or https://ui.perfetto.dev."""
+"""A torch.profiler trace of some steps, for chrome://tracing or https://ui.perfetto.dev."""
 
 import os
 from collections.abc import Callable
@@ -12,27 +12,28 @@ from unite_fast.utils.files import writing
 
 
 class StepProfiler:
-    """Traces the steps that `profile.steps` asks for and writes RUN/profile/rank0_stepFIRST.json.gz.
+    """Traces the steps of `profile.steps` and writes RUN/profile/rank0_stepFIRST.json.gz.
 
-    Call `before` and `after` around every step; `close` writes what there is of a trace that a run's end cut short.
+    Call `before` and `after` around every step. `close` writes a trace that the end of the run cut short.
     """
 
-    def __init__(self, config: ProfileConfig, folder: Path, device: torch.device, say: Callable[[str], None]):
-        self.steps, self.folder, self.device, self.say = config.traced, folder / "profile", device, say
+    def __init__(self, config: ProfileConfig, folder: Path, device: torch.device, print_line: Callable[[str], None]):
+        self.steps, self.folder, self.device, self.print_line = config.traced, folder / "profile", device, print_line
         self.running: profile | None = None
 
     def before(self, step: int) -> None:
-        """`step` is about to be taken; the first one is 1."""
+        """Call before step `step`, 1-based."""
         if self.running is None and step in self.steps:
             activities = [ProfilerActivity.CPU]
             if self.device.type == "cuda":
                 activities.append(ProfilerActivity.CUDA)
-            self.first = step
+            self.first_step = step
             self.running = profile(activities=activities, record_shapes=True)
             self.running.start()
 
     def after(self, step: int) -> None:
-        """
+        """Call after step `step`.
+
         Raises:
             UserError: the trace cannot be written.
         """
@@ -46,11 +47,11 @@ class StepProfiler:
             torch.cuda.synchronize(self.device)
         trace, self.running = self.running, None
         trace.stop()
-        path = self.folder / f"rank0_step{self.first}.json.gz"
-        # The suffix tells torch to compress, so the name of what is not done yet ends in it too.
+        path = self.folder / f"rank0_step{self.first_step}.json.gz"
+        # A prefix, not a suffix: torch compresses by the suffix .gz.
         partial = self.folder / f"partial_{path.name}"
         with writing(path):
             self.folder.mkdir(parents=True, exist_ok=True)
             trace.export_chrome_trace(str(partial))
             os.replace(partial, path)
-        self.say(f"profile: {path}; open it in chrome://tracing or https://ui.perfetto.dev")
+        self.print_line(f"profile: {path}; open it in chrome://tracing or https://ui.perfetto.dev")

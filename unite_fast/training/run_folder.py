@@ -1,4 +1,4 @@
-"""The folder of a run: whether it may be begun or gone on with, and the settings that it keeps."""
+"""Run folder: checks for start and resume, the saved config, the status file."""
 
 import os
 import signal
@@ -47,28 +47,32 @@ FREE_ON_RESUME = {
     *(f"sampling.{key.name}" for key in fields(SamplingConfig)),
     *(f"evaluation.{key.name}" for key in fields(EvaluationConfig)),
 }
-"""Settings that a resumed run may change: they do not change what a step computes."""
+"""Settings that may change on resume: they do not change what a step computes."""
 
 
 def find_start(checkpoints: Checkpoints, folder: Path, config: Config, resume: bool) -> Checkpoint | None:
-    """The checkpoint to go on from, if there is one and it is asked for."""
+    """The checkpoint to resume from; None for a new run.
+
+    Raises:
+        UserError: a run exists and `resume` is False; other settings than the run's; no intact checkpoint.
+    """
     if resume:
-        found = checkpoints.find()
-        if found:
-            check_same_settings(found.config, config)
-        return found
+        checkpoint = checkpoints.find()
+        if checkpoint:
+            check_same_settings(checkpoint.config, config)
+        return checkpoint
     require(
         not (step_folders(checkpoints.folder) or (folder / "config.yaml").exists()),
-        f"{folder} holds a run already; continue it with --resume or choose another folder with train.out=FOLDER",
+        f"{folder} already contains a run; resume it with --resume or choose another folder with train.out=FOLDER",
     )
     return None
 
 
-def hold(folder: Path) -> TextIO:
-    """Make a run's folder this process's own, see `unite_fast.utils.file_lock.lock_folder`.
+def lock_run(folder: Path) -> TextIO:
+    """Lock the run folder for this process; see `unite_fast.utils.file_lock.lock_folder`.
 
     Raises:
-        UserError: another process trains in it; no permission.
+        UserError: another process trains in it, or no permission.
     """
     return file_lock.lock_folder(folder, "being trained", "choose another folder with train.out=FOLDER")
 
@@ -79,15 +83,20 @@ def write_config(folder: Path, config: Config) -> None:
 
 
 def check_same_settings(before: Config, now: Config) -> None:
+    """
+    Raises:
+        UserError: a setting differs that must not change on resume (see `FREE_ON_RESUME`).
+    """
     old, new = flatten(to_tree(before)), flatten(to_tree(now))
     for key, value in new.items():
         require(
             old[key] == value or key in FREE_ON_RESUME,
-            f"cannot resume: {key} is {value} now and was {old[key]} in the run; give the same settings as then",
+            f"cannot resume: {key} is {value} now and was {old[key]} in the run; use the settings of the run",
         )
 
 
 def flatten(tree: dict, path: str = "") -> dict:
+    """Nested settings as one dict with dotted keys."""
     flat = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
@@ -95,20 +104,19 @@ def flatten(tree: dict, path: str = "") -> dict:
 
 
 def restarted(folder: Path, peers: Peers) -> bool:
-    """Whether torchrun started these processes again, to go on with what they began. Not so if they never came as far
-    as that, say because the folder holds another run."""
+    """Whether torchrun restarted this run, which then resumes. False if this launch never started the run, for example
+    because the folder contains another one."""
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    # Each machine's torchrun counts for itself, and not all of them see the folder's last change at once.
-    return bool(peers.largest(again).result() and peers.largest(read_status(folder) == running()).result())
+    # Any rank counts: each machine's torchrun has its own count, and some may see an older state of the folder.
+    return bool(peers.start_max(again).result() and peers.start_max(read_status(folder) == running_status()).result())
 
 
-def running() -> str:
-    """A run's status until it has ended."""
+def running_status() -> str:
     return f"running under torchrun {launch_name()}" if under_torchrun() else "running"
 
 
-def ended(step: int, stopped_by: int) -> str:
-    """A run's status from then on."""
+def final_status(step: int, stopped_by: int) -> str:
+    """Status after the run: stopped by a signal, or finished (`stopped_by` is 0)."""
     return f"stopped at step {step} by {signal.Signals(stopped_by).name}" if stopped_by else f"finished at step {step}"
 
 

@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""Time spent in each part of a step."""
 
 import time
 from collections.abc import Iterator
@@ -7,55 +7,56 @@ from contextlib import contextmanager
 import torch
 
 HOST = ("data",)
-"""Parts in which this process waits for others, and which its own clock measures on every device."""
+"""Parts measured by the host's clock on every device: the process waits."""
 DEVICE = ("forward", "backward", "optimizer")
-"""Parts whose work a GPU does later than it is asked for: measured there by CUDA events."""
+"""Parts measured by CUDA events on a GPU, which runs them later than they are launched."""
 
 
 class StepClock:
-    """Seconds spent in each part of a step, summed until they are taken. An ordinary step does not wait for a GPU.
+    """Seconds spent in each part of a step, summed until `take`. An ordinary step does not wait for the GPU.
 
-        with clock.part("forward"):
+        with clock.measure("forward"):
             ...
 
-    Parts do not nest. On a GPU, a wait for data that its queue of work outlasts costs nothing and is counted all the
-    same, so the parts may be more than the whole; then nothing is left for "other".
+    Parts do not nest. On a GPU, waiting for data overlaps with queued work, so the parts may add up to more than the
+    elapsed time; "other" is then 0.
     """
 
     def __init__(self, device: torch.device):
-        self.events = device.type == "cuda"
+        self.use_events = device.type == "cuda"
         self.recorded: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        self.free: list[torch.cuda.Event] = []
+        self.free_events: list[torch.cuda.Event] = []
         self.start()
 
     def start(self) -> None:
-        """Begin anew, now."""
-        self.begun = time.perf_counter()
-        self.seconds = dict.fromkeys((*HOST, *DEVICE), 0.0)
-        self.free += [event for _, *pair in self.recorded for event in pair]
+        """Reset all sums; time counts from now."""
+        self.started_at = time.perf_counter()
+        self.seconds: dict[str, float] = dict.fromkeys((*HOST, *DEVICE), 0.0)
+        self.free_events += [event for _, *pair in self.recorded for event in pair]
         self.recorded = []
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        if self.events and name in DEVICE:
-            begin, end = self._event(), self._event()
-            begin.record()
+    def measure(self, part: str) -> Iterator[None]:
+        """Add the time inside to a part: one of HOST or DEVICE."""
+        if self.use_events and part in DEVICE:
+            start, end = self._event(), self._event()
+            start.record()
             yield
             end.record()
-            self.recorded.append((name, begin, end))
+            self.recorded.append((part, start, end))
         else:
-            begun = time.perf_counter()
+            started_at = time.perf_counter()
             yield
-            self.seconds[name] += time.perf_counter() - begun
+            self.seconds[part] += time.perf_counter() - started_at
 
     def _event(self) -> torch.cuda.Event:
-        return self.free.pop() if self.free else torch.cuda.Event(enable_timing=True)
+        return self.free_events.pop() if self.free_events else torch.cuda.Event(enable_timing=True)
 
     def take(self) -> tuple[float, dict[str, float]]:
-        """Seconds since the start, and of each part and "other" in them; then start anew. Waits for the device."""
-        for name, begin, end in self.recorded:
+        """(seconds since the start, seconds of each part and of "other"), then reset. Waits for the device."""
+        for part, start, end in self.recorded:
             end.synchronize()
-            self.seconds[name] += begin.elapsed_time(end) / 1e3
-        whole, parts = time.perf_counter() - self.begun, self.seconds
+            self.seconds[part] += start.elapsed_time(end) / 1e3
+        elapsed, parts = time.perf_counter() - self.started_at, self.seconds
         self.start()
-        return whole, {**parts, "other": max(0.0, whole - sum(parts.values()))}
+        return elapsed, {**parts, "other": max(0.0, elapsed - sum(parts.values()))}

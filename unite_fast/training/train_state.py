@@ -1,4 +1,4 @@
-"""What a run is made of between two steps: weights, optimizers, averages, step number."""
+"""The state of a run between two steps: weights, optimizers, averages, step number."""
 
 import torch
 from torch import Tensor
@@ -13,22 +13,22 @@ from unite_fast.optim.muon import Muon
 from unite_fast.optim.param_groups import split_parameters
 
 ADAMW_TENSORS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "FusedAdam": ("exp_avg", "exp_avg_sq")}
-"""What torch's and apex's AdamW keep of a parameter; step is a scalar, the others have the parameter's shape. Apex's
-counts its steps once for all parameters."""
+"""State per parameter in torch's and apex's AdamW: step is a scalar, the others have the parameter's shape. Apex's
+counts steps once for all parameters."""
 
 
 class TrainState:
     """
-    Of a sharded model each process holds its part of everything: parameters, optimizers, averages, and gradients once
-    they are added up; before that, from the first backward pass of a step on, it gathers whole ones.
+    With a sharded model each rank holds its shard of everything: parameters, optimizer states, averages, and reduced
+    gradients. Gradients are whole from a step's first backward pass until they are reduced.
 
     Attributes:
-        model: the weights that train.
+        model: the trained weights.
         muon, adamw: the two optimizers.
-        ema: averages of the weights, which sampling and evaluation use.
-        step: optimizer steps done, skipped ones included.
-        skipped_steps: how many of them changed nothing because gradients were not finite: int64 scalar on the device,
-            the same on all processes; stays 0 where `optim.nonfinite` is stop.
+        ema: averages of the weights, for sampling and evaluation.
+        step: optimizer steps done, including skipped ones.
+        skipped_steps: steps that changed nothing because gradients were not finite; int64 scalar on the device, the
+            same on all ranks. Stays 0 if `optim.nonfinite` is stop.
     """
 
     def __init__(self, model: UNITE, config: Config):
@@ -44,7 +44,7 @@ class TrainState:
             self.muon_parameters.values(), 0.0, optim.muon_momentum, optim.eps, getattr(torch, optim.muon_dtype)
         )
         self.adamw = adamw(optim.adamw, self.adamw_parameters.values(), optim.adamw_betas, optim.eps)
-        # Now and not in the first step, as Muon does too, so that a checkpoint can be read into them.
+        # Allocated here and not in the first step, as in Muon, so that a checkpoint can be loaded into them.
         keys = ADAMW_TENSORS[type(self.adamw).__name__]
         for parameter in self.adamw_parameters.values():
             self.adamw.state[parameter] = {
@@ -54,18 +54,19 @@ class TrainState:
 
     @property
     def learning_rate(self) -> float:
-        """Rate of the step to come."""
+        """Learning rate of the next step."""
         return learning_rate(self.config.schedule, self.config.train.batch_size, self.step)
 
     @property
     def last_learning_rate(self) -> float:
+        """Learning rate of the last step."""
         return learning_rate(self.config.schedule, self.config.train.batch_size, self.step - 1)
 
     def apply_gradients(self) -> Tensor:
-        """Clip, step both optimizers, update the averages, clear the gradients. Nothing waits for the device.
+        """Clip, step both optimizers, update the averages, clear the gradients. The host does not wait for the device.
 
         Returns:
-            Norm of all gradients before clipping, a scalar on the model's device, the same on all processes.
+            Norm of all gradients before clipping; float32 scalar on the model's device, the same on all ranks.
         """
         norm = self.clip_gradients()
         skipped = None
@@ -74,7 +75,8 @@ class TrainState:
             self.skipped_steps += skipped.long()
         for optimizer in (self.muon, self.adamw):
             if skipped is not None:
-                optimizer.found_inf = skipped  # torch's own name: a step with 1 there does nothing
+                # torch's name, as in its GradScaler: if it is 1, the optimizers do nothing.
+                optimizer.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue]  # missing in torch's stub
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate
             optimizer.step()
@@ -85,8 +87,8 @@ class TrainState:
 
     @torch.no_grad()
     def clip_gradients(self) -> Tensor:
-        """Scale the gradients to a norm of at most `clip_norm`; gives the norm before. The processes of a shard group
-        hold different parts, and their squares add up; other groups hold the same parts."""
+        """Scale the gradients to a norm of at most `optim.clip_norm`; returns the norm before that. Ranks of a shard
+        group hold different shards, so their squares are summed; replicas hold the same."""
         gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         group = shard_group(self.parameters[0])
@@ -98,17 +100,17 @@ class TrainState:
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor that a checkpoint holds, by name; sharded ones are DTensors. They can be written in place."""
-        named = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        named |= {f"ema.{name}": value for name, value in self.ema.averages.items()}
+        """All tensors of a checkpoint, by name, to save or to load in place. Sharded ones are DTensors."""
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"ema.{name}": value for name, value in self.ema.averages.items()}
         for optimizer, parameters in self._optimizers():
             for name, parameter in parameters.items():
                 for key, value in optimizer.state[parameter].items():
-                    named[f"optim.{name}.{key}"] = value
-        return named
+                    tensors[f"optim.{name}.{key}"] = value
+        return tensors
 
     def resume_at(self, step: int) -> None:
-        """Count on from a step whose values are in `tensors()` already."""
+        """Set the step number, after `tensors()` were loaded."""
         if self.config.optim.adamw == "apex":
             for group in self.adamw.param_groups:
                 group["step"] = step

@@ -1,10 +1,13 @@
-"""One optimizer step, from uint8 images to new weights (docs/method.md, "One training step").
+"""One optimizer step, from uint8 images to updated weights (docs/method.md, "One training step").
 
-    for each micro-batch    z, L_rec = tokenize and decode;  backward of L_rec;
-                            L_flow of z;                     backward of flow_weight * L_flow
-    then                    clip, Muon and AdamW, EMA        (TrainState.apply_gradients)
+    for each micro-batch        draws = all random numbers of these samples
+                                z, L_rec = tokenize, decode, L1 + LPIPS     backward of L_rec
+                                L_flow of z, F draws per image              backward of flow_weight * L_flow
+    in the last micro-batch     gradients are reduced over the ranks
+    then                        clip, Muon and AdamW, EMA                   (TrainState.apply_gradients)
 
-All that trains goes through here: the trainer, `unite-fast bench`, parity with the released code, the tests.
+The terms of the loss are in objective.py. The trainer, `unite-fast bench`, parity with the released code and the tests
+all use this step.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +27,7 @@ from unite_fast.model.layers import product_weights
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import Losses, StepDraws, draw_step, flow_losses, reconstruct
 from unite_fast.randomness import Philox, Stream
-from unite_fast.training.gradients import added_at_once
+from unite_fast.training.gradients import foreach_accumulation
 from unite_fast.training.parallelize import reduce_gradients
 from unite_fast.training.step_timer import StepClock
 from unite_fast.training.train_state import TrainState
@@ -32,15 +35,125 @@ from unite_fast.training.train_state import TrainState
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass takes, on the device that trains."""
+    """Input of one forward pass, on the training device."""
 
     images: Tensor
-    """float32 [b, 3, S, S] in [0, 1], flipped where the step says so."""
+    """float32 [b, 3, S, S] in [0, 1], after random flips."""
     labels: Tensor
     """int64 [b]."""
     draws: StepDraws
     lpips_dropout: list[Tensor] | None = None
-    """See `perceptual.dropout_masks`; None: no dropout."""
+    """See `lpips.dropout_masks`; None: no dropout."""
+
+
+def accumulate_gradients(
+    model: UNITE,
+    micro_batches: Iterable[MicroBatch],
+    count: int,
+    config: Config,
+    lpips: LPIPS | None = None,
+    strategy: Strategy = UNSHARDED,
+    clock: StepClock | None = None,
+) -> Losses:
+    """Add the gradients of the mean loss over `count` micro-batches of equal size to the model's.
+
+    The reconstruction loss has its own backward pass, which frees the activations of tokenizer and decoder before the
+    flow pass. Ranks reduce their gradients in the last micro-batch, the decoder's as soon as they are complete.
+
+    Args:
+        lpips: required if `perceptual.weight` is above 0.
+
+    Returns:
+        Mean losses over this rank's images, detached.
+
+    Raises:
+        ValueError: `perceptual.weight` is above 0 without an LPIPS network.
+    """
+    if config.perceptual.weight and lpips is None:
+        raise ValueError(f"perceptual.weight is {config.perceptual.weight}, but no LPIPS network was given")
+    clock, sums = clock or StepClock(model.device), None
+    with cast_once(matmul_weights(model, lpips, config.train.precision)):
+        for number, batch in enumerate(micro_batches, 1):
+            last = number == count
+            # One autocast context per pass: it caches casts of weights, and with them the graph of its pass.
+            with clock.measure("forward"), autocast(model.device, config.train.precision):
+                reconstruction = reconstruct(model, batch.images, batch.draws, config, lpips, batch.lpips_dropout)
+            reduce_gradients(model, strategy, decoder=last, others=False)
+            with clock.measure("backward"):
+                backward(model, reconstruction.loss / count)
+
+            with clock.measure("forward"), autocast(model.device, config.train.precision):
+                flow = flow_losses(model, reconstruction.z, batch.labels, batch.draws)
+            weighted_flow = config.objective.flow_weight * flow
+            reduce_gradients(model, strategy, decoder=last, others=last)
+            with clock.measure("backward"):
+                backward(model, weighted_flow / count)
+
+            total = reconstruction.loss.detach() + weighted_flow.detach()
+            losses = torch.stack([total, reconstruction.l1, flow.detach(), reconstruction.lpips]) / count
+            sums = losses if sums is None else sums + losses
+    assert sums is not None, "no micro-batches"
+    total, l1, flow, lpips_loss = sums.unbind()
+    return Losses(total=total, l1=l1, flow=flow, lpips=lpips_loss)
+
+
+class TrainStep:
+    """One optimizer step on this rank's slice of the global batch: `losses, norm = train_step(batch)`.
+
+    Args:
+        state: weights, optimizers, averages and step number, all of which the step updates.
+        config: settings of the run.
+        batch_slice: this rank's slice of the global batch; None: all of it.
+        micro_batch: images per forward pass, a divisor of the slice's length; 0: all at once.
+        lpips: required if `perceptual.weight` is above 0.
+        strategy: how the model is sharded.
+        clock: measures forward, backward and optimizer.
+        before_micro_batch: called before each micro-batch.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        config: Config,
+        batch_slice: slice | None = None,
+        micro_batch: int = 0,
+        lpips: LPIPS | None = None,
+        strategy: Strategy = UNSHARDED,
+        clock: StepClock | None = None,
+        before_micro_batch: Callable[[], None] = lambda: None,
+    ):
+        self.state, self.config, self.lpips, self.strategy = state, config, lpips, strategy
+        self.batch_slice = batch_slice or slice(0, config.train.batch_size)
+        self.micro_batch = micro_batch or self.batch_slice.stop - self.batch_slice.start
+        self.device = state.model.device
+        self.clock = clock or StepClock(self.device)
+        self.before_micro_batch = before_micro_batch
+
+    def __call__(self, batch: Batch) -> tuple[Losses, Tensor]:
+        """
+        Returns:
+            Mean losses over this rank's images, and the norm of all gradients before clipping; float32 scalars on the
+            device.
+        """
+        losses = self.accumulate(batch)
+        with self.clock.measure("optimizer"):
+            return losses, self.state.apply_gradients()
+
+    def accumulate(self, batch: Batch) -> Losses:
+        """Forward and backward over all micro-batches, without the optimizers."""
+        count = len(batch.labels) // self.micro_batch
+        return accumulate_gradients(
+            self.state.model, self.micro_batches(batch), count, self.config, self.lpips, self.strategy, self.clock
+        )
+
+    def micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
+        for start in range(0, len(batch.labels), self.micro_batch):
+            self.before_micro_batch()
+            rows = slice(start, start + self.micro_batch)
+            # Draws depend on the position in the global batch, so they are the same for every number of ranks.
+            positions = self.batch_slice.start + torch.arange(rows.start, rows.stop, device=self.device)
+            philox = Philox(self.config.seed, self.state.step, positions)
+            yield make_micro_batch(batch.images[rows], batch.labels[rows], philox, self.config)
 
 
 def make_micro_batch(images: Tensor, labels: Tensor, philox: Philox, config: Config) -> MicroBatch:
@@ -48,7 +161,7 @@ def make_micro_batch(images: Tensor, labels: Tensor, philox: Philox, config: Con
     Args:
         images: uint8 [b, 3, S, S], on any device.
         labels: int64 [b].
-        philox: the step's draws for these images, on the device that trains.
+        philox: random numbers for this step and these positions, on the training device.
     """
     device = philox.positions.device
     images = images.to(device, non_blocking=True).float() / 255
@@ -63,7 +176,7 @@ def make_micro_batch(images: Tensor, labels: Tensor, philox: Philox, config: Con
 
 
 def random_flip(images: Tensor, philox: Philox) -> Tensor:
-    """Mirror half of the images [b, 3, S, S], chosen by their places in the global batch."""
+    """Mirror each image of [b, 3, S, S] with probability 1/2."""
     flipped = philox.uniform(Stream.FLIP) < 0.5
     return torch.where(flipped[:, None, None, None], images.flip(-1), images)
 
@@ -72,121 +185,16 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def accumulate_gradients(
-    model: UNITE,
-    micro_batches: Iterable[MicroBatch],
-    count: int,
-    config: Config,
-    lpips: LPIPS | None = None,
-    strategy: Strategy = UNSHARDED,
-    clock: StepClock | None = None,
-) -> Losses:
-    """Add to the model's gradients those of the mean loss over `count` micro-batches of one size.
-
-    Tokenizer and decoder go back first, which frees their activations; the flow follows. Processes add their gradients
-    up in the last micro-batch, the decoder's as soon as they are complete.
-
-    Args:
-        lpips: needed where `perceptual.weight` is above 0.
-
-    Returns:
-        Mean losses of this process's images, without a gradient.
-
-    Raises:
-        ValueError: LPIPS has a weight and no network.
-    """
-    if config.perceptual.weight and lpips is None:
-        raise ValueError(f"perceptual.weight is {config.perceptual.weight}, but no LPIPS network was given")
-    clock, sums = clock or StepClock(model.device), None
-    with cast_once(weights_of_products(model, lpips, config.train.precision)):
-        for number, batch in enumerate(micro_batches, 1):
-            last = number == count
-            # Two contexts: autocast keeps weights that it has cast, and with them the first pass's graph.
-            with clock.part("forward"), autocast(model.device, config.train.precision):
-                reconstruction = reconstruct(model, batch.images, batch.draws, config, lpips, batch.lpips_dropout)
-            reduce_gradients(model, strategy, decoder=last, rest=False)
-            with clock.part("backward"):
-                backward(model, reconstruction.loss / count)
-            with clock.part("forward"), autocast(model.device, config.train.precision):
-                flow = flow_losses(model, reconstruction.z, batch.labels, batch.draws)
-            weighted = config.objective.flow_weight * flow
-            reduce_gradients(model, strategy, decoder=last, rest=last)
-            with clock.part("backward"):
-                backward(model, weighted / count)
-            total = reconstruction.loss.detach() + weighted.detach()
-            losses = torch.stack([total, reconstruction.l1, flow.detach(), reconstruction.lpips]) / count
-            sums = losses if sums is None else sums + losses
-    total, l1, flow, lpips_loss = sums.unbind()
-    return Losses(total=total, l1=l1, flow=flow, lpips=lpips_loss)
-
-
-def weights_of_products(model: UNITE, lpips: LPIPS | None, precision: str) -> list[Tensor]:
-    """What a step rounds to bfloat16, once for all its passes."""
+def matmul_weights(model: UNITE, lpips: LPIPS | None, precision: str) -> list[Tensor]:
+    """Weights to cast to bfloat16 once per step, for all its passes; none in float32."""
     if precision != "bfloat16":
         return []
-    return product_weights(model) + (lpips.product_weights() if lpips else [])
+    return [*product_weights(model), *(lpips.product_weights() if lpips else [])]
 
 
 def backward(model: UNITE, loss: Tensor) -> None:
-    """Add a loss's gradients to the model's."""
-    # Sharded gradients are exchanged by hooks, each for itself.
-    at_once = nullcontext() if isinstance(model, FSDPModule) else added_at_once(model.parameters())
-    with at_once:
+    """Add the gradients of a loss to the model's."""
+    # FSDP's hooks accumulate sharded gradients themselves.
+    sharded = isinstance(model, FSDPModule)
+    with nullcontext() if sharded else foreach_accumulation(model.parameters()):
         loss.backward()
-
-
-class TrainStep:
-    """One optimizer step on this process's part of the global batch: `losses, norm = train_step(batch)`.
-
-    Args:
-        state: what the step changes.
-        config: settings of the run.
-        places: this process's places in the global batch; None: all of them.
-        micro_batch: images of one forward pass, a divisor of the places; 0: all at once.
-        lpips: needed where `perceptual.weight` is above 0.
-        strategy: how the model is shared among processes.
-        clock: told what each part of a step takes.
-        before_micro_batch: called before each one.
-    """
-
-    def __init__(
-        self,
-        state: TrainState,
-        config: Config,
-        places: slice | None = None,
-        micro_batch: int = 0,
-        lpips: LPIPS | None = None,
-        strategy: Strategy = UNSHARDED,
-        clock: StepClock | None = None,
-        before_micro_batch: Callable[[], None] = lambda: None,
-    ):
-        self.state, self.config, self.lpips, self.strategy = state, config, lpips, strategy
-        self.places = places or slice(0, config.train.batch_size)
-        self.micro_batch = micro_batch or self.places.stop - self.places.start
-        self.device = state.model.device
-        self.clock = clock or StepClock(self.device)
-        self.before_micro_batch = before_micro_batch
-
-    def __call__(self, batch: Batch) -> tuple[Losses, Tensor]:
-        """
-        Returns:
-            Mean losses of this process's images, and the norm of all gradients before clipping; on the device.
-        """
-        losses = self.accumulate(batch)
-        with self.clock.part("optimizer"):
-            return losses, self.state.apply_gradients()
-
-    def accumulate(self, batch: Batch) -> Losses:
-        """The gradients of a batch, which the optimizers have yet to apply."""
-        count = len(batch.labels) // self.micro_batch
-        return accumulate_gradients(
-            self.state.model, self.micro_batches(batch), count, self.config, self.lpips, self.strategy, self.clock
-        )
-
-    def micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
-        for start in range(0, len(batch.labels), self.micro_batch):
-            self.before_micro_batch()
-            own = slice(start, start + self.micro_batch)
-            places = self.places.start + torch.arange(own.start, own.stop, device=self.device)
-            philox = Philox(self.config.seed, self.state.step, places)
-            yield make_micro_batch(batch.images[own], batch.labels[own], philox, self.config)

@@ -1,4 +1,4 @@
-"""The training loop and what surrounds it: a run's folder, resuming, stopping."""
+"""The training loop: start or resume, steps, logging, checkpoints, pictures, stop."""
 
 import time
 from contextlib import suppress
@@ -13,12 +13,12 @@ from unite_fast.checkpoint.manager import Checkpoints
 from unite_fast.checkpoint.reader import Checkpoint
 from unite_fast.config import Config
 from unite_fast.data_pipeline import Batch, Loader, Source, choose_loader, open_source
-from unite_fast.distributed.launch import joined
+from unite_fast.distributed.launch import join_training
 from unite_fast.distributed.peers import Peers
 from unite_fast.distributed.process_group import ALONE, Ranks
-from unite_fast.distributed.signals import Stop, stop_on_signals
-from unite_fast.distributed.strategy import share
-from unite_fast.distributed.watchdog import Watchdog, contact
+from unite_fast.distributed.signals import StopVote, stop_on_signals
+from unite_fast.distributed.strategy import split_batch
+from unite_fast.distributed.watchdog import Watchdog, report_lost_contact
 from unite_fast.errors import UserError, require
 from unite_fast.kernels import backend
 from unite_fast.lpips import LPIPS, load_lpips
@@ -27,10 +27,18 @@ from unite_fast.training.console import Report
 from unite_fast.training.metrics import Averages, MetricsLog, Speedometer, loss_spike
 from unite_fast.training.parallelize import build_model
 from unite_fast.training.profiling import StepProfiler
-from unite_fast.training.run_folder import ended, find_start, hold, restarted, running, write_config, write_status
+from unite_fast.training.run_folder import (
+    final_status,
+    find_start,
+    lock_run,
+    restarted,
+    running_status,
+    write_config,
+    write_status,
+)
 from unite_fast.training.train_state import TrainState
 from unite_fast.training.train_step import TrainStep, autocast
-from unite_fast.training.validation import DuringTraining
+from unite_fast.training.validation import Validation
 from unite_fast.training.wandb_log import WandbLog
 from unite_fast.utils.device import choose_device, use_numerics, use_threads
 from unite_fast.utils.file_lock import LOCK
@@ -38,12 +46,13 @@ from unite_fast.utils.file_lock import LOCK
 
 @dataclass
 class Outcome:
-    """How a run ended."""
+    """The end of a run."""
 
     folder: Path
     steps: int
+    """Optimizer steps in total, those before a resume included."""
     stopped_by: int
-    """The signal that ended it early; 0: none did."""
+    """The signal that stopped the run early, or 0."""
     seconds: float
     images_per_s: float
 
@@ -52,20 +61,20 @@ def train(config: Config, resume: bool = False) -> Outcome:
     """Train a recipe in its run folder.
 
     Raises:
-        UserError: a folder that holds a run already, settings that do not fit data or checkpoint, a loss that is not
-            finite, a full disk; `LostContact`, another process died.
+        UserError: the folder contains a run already, settings do not fit data or checkpoint, the loss is not finite, or
+            the disk is full; `LostContact` if another rank died.
     """
     timeout = config.parallel.timeout
     with (
-        joined(choose_device(config.train.device).type, timeout) as (ranks, device),
+        join_training(choose_device(config.train.device).type, timeout) as (ranks, device),
         Watchdog(Peers(ranks.rank, ranks.world), timeout) as watchdog,
-        contact(watchdog),
+        report_lost_contact(watchdog),
     ):
         trainer = Trainer(config, resume, ranks, device, watchdog)
         try:
             outcome = trainer.run()
         except BaseException:
-            # On a full disk, or without the other processes, closing fails too, and the first error says more.
+            # On a full disk or without the other ranks, closing fails as well; the first error says more.
             with suppress(UserError, RuntimeError):
                 trainer.close()
             raise
@@ -83,97 +92,126 @@ class Trainer:
         watchdog: Watchdog | None = None,
         lpips: LPIPS | None = None,
     ):
-        """`lpips`: instead of the one whose weights `perceptual` names."""
+        """
+        Args:
+            lpips: used instead of the network that `perceptual` names.
+        """
         self.config, self.ranks = config, ranks
         self.watchdog = watchdog or Watchdog(Peers(ranks.rank, ranks.world), config.parallel.timeout)
         self.peers = self.watchdog.peers
         self.folder = Path(config.train.out or f"runs/{config.name}")
         self.device = device or choose_device(config.train.device)
-        use_threads(config.train.threads)
-        use_numerics(config.train.precision, config.train.deterministic)
-        backend.use(config.kernels)
-        heads = {part.width // part.heads for part in (config.model.encoder, config.model.decoder)}
-        backend.use_attention(config.attention, self.device, getattr(torch, config.train.precision), heads)
-        self.source = open_source(
-            config.data.source, config.data.path, config.model.image_size, "train", config.model.num_classes
-        )
-        check_data(self.source, config)
-        places, micro_batch = share(ranks, config.train.batch_size, config.train.micro_batch)
+        self._use_device_settings()
+        self.source = self._open_source()
+        batch_slice, micro_batch = split_batch(ranks, config.train.batch_size, config.train.micro_batch)
         if config.perceptual.weight:
             lpips = (lpips or load_lpips(config.perceptual)).to(self.device)
 
         resume = resume or restarted(self.folder, self.peers)
-        # Before anything is read, if another process may train here: its checkpoints come and go meanwhile.
-        self.lock = hold(self.folder) if resume and ranks.main and (self.folder / LOCK).exists() else None
+        # Lock before reading, because another process that trains here writes and deletes checkpoints meanwhile.
+        self.lock = lock_run(self.folder) if resume and ranks.main and (self.folder / LOCK).exists() else None
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep_every)
-        found = find_start(self.checkpoints, self.folder, config, resume)
+        checkpoint = find_start(self.checkpoints, self.folder, config, resume)
         model, self.strategy = build_model(config, ranks, self.device)
         self.state = TrainState(model, config)
         self.averages = Averages(self.device)
         self.choice = choose_loader(config.data.loader, self.source, self.device)
-        self.loader = Loader(
-            self.source,
-            config.train.batch_size,
-            config.seed,
-            config.data.workers,
-            rank=ranks.rank,
-            world=ranks.world,
-            reader=self.choice.reader,
-        )
-        if found:
-            self.restore(found)
+        self.loader = self._make_loader()
+        if checkpoint:
+            self.restore(checkpoint)
         self.first_step = self.state.step
-        self.report = Report(self.folder, config, self.device, self.state, found is not None, ranks.main)
-        self.report.say(f"data: {len(self.source)} images, {self.choice.name} loader ({self.choice.why})")
-        self.evaluation = DuringTraining(config, self.folder, self.device, self.state.step, len(self.source))
-        if self.evaluation.warning:
-            self.report.say(f"evaluation: {self.evaluation.warning}")
-        if ranks.world > 1:
-            each = config.train.batch_size // ranks.world
-            self.report.say(f"{ranks.world} processes of {each} images: {self.strategy.name}; {self.strategy.why}")
-        wandb = WandbLog(config, self.folder) if config.train.wandb and ranks.main else None
-        # Only now, so that a mistake found above leaves no folder that counts as a run; in no process.
-        ranks.wait()
-        self.log = self.profiler = None
-        if ranks.main:
-            self.lock = self.lock or hold(self.folder)
-            write_config(self.folder, config)
-            write_status(self.folder, running())
-            self.log = MetricsLog(self.folder, self.state.step, wandb)
-            self.profiler = StepProfiler(config.profile, self.folder, self.device, self.report.say)
+
+        self.report = Report(self.folder, config, self.device, self.state, checkpoint is not None, ranks.main)
+        self.validation = Validation(config, self.folder, self.device, self.state.step, len(self.source))
+        self._print_setup()
         self.speed = Speedometer(config, self.device)
         self.train_step = TrainStep(
-            self.state, config, places, micro_batch, lpips, self.strategy, self.speed.clock, self.computing
+            self.state, config, batch_slice, micro_batch, lpips, self.strategy, self.speed.clock, self.beat_computing
         )
-        self.report.say(self.speed.about)
+        self.log: MetricsLog | None = None
+        self.profiler: StepProfiler | None = None
+        wandb = WandbLog(config, self.folder) if config.train.wandb and ranks.main else None
+        # Write only now, after all ranks came this far: a mistake found above leaves no folder that counts as a run.
+        ranks.wait()
+        if ranks.main:
+            self._start_run_folder(wandb)
+        self.report.print_line(self.speed.mfu_note)
 
-    def restore(self, found: Checkpoint) -> None:
-        before = found.progress.get("decoder", self.choice.decoder)
-        require(
-            before == self.choice.decoder,
-            f"cannot resume: {before} decoded the run's images, {self.choice.decoder} would now, and their pixels "
-            f"differ; set data.loader={'dali' if before == 'dali' else 'webdataset'}",
+    def _use_device_settings(self) -> None:
+        """Threads, numerics and kernels of this process."""
+        config = self.config
+        use_threads(config.train.threads)
+        use_numerics(config.train.precision, config.train.deterministic)
+        backend.use(config.kernels)
+        head_dims = {size.width // size.heads for size in (config.model.encoder, config.model.decoder)}
+        backend.use_attention(config.attention, self.device, getattr(torch, config.train.precision), head_dims)
+
+    def _open_source(self) -> Source:
+        data, model = self.config.data, self.config.model
+        source = open_source(data.source, data.path, model.image_size, "train", model.num_classes)
+        check_data(source, self.config)
+        return source
+
+    def _make_loader(self) -> Loader:
+        return Loader(
+            self.source,
+            self.config.train.batch_size,
+            self.config.seed,
+            self.config.data.workers,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+            reader=self.choice.reader,
         )
-        self.checkpoints.load_into(found, self.state.tensors())
-        self.state.resume_at(found.step)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Load a checkpoint into state, averages and loader."""
+        saved_decoder = checkpoint.progress.get("decoder", self.choice.decoder)
+        require(
+            saved_decoder == self.choice.decoder,
+            f"cannot resume: the run's images were decoded by {saved_decoder}, now it would be {self.choice.decoder}, "
+            f"whose pixels differ; set data.loader={'dali' if saved_decoder == 'dali' else 'webdataset'}",
+        )
+        self.checkpoints.load_into(checkpoint, self.state.tensors())
+        self.state.resume_at(checkpoint.step)
         try:
-            self.averages.load_state_dict(found.progress["averages"])
-            self.loader.load_state_dict(found.progress["loader"])
-            self.state.skipped_steps.fill_(found.progress["skipped_steps"])
+            self.averages.load_state_dict(checkpoint.progress["averages"])
+            self.loader.load_state_dict(checkpoint.progress["loader"])
+            self.state.skipped_steps.fill_(checkpoint.progress["skipped_steps"])
         except KeyError as error:
-            raise UserError(f"cannot resume from {found.path}: it lacks {error}") from error
+            raise UserError(f"cannot resume from {checkpoint.path}: it has no {error}") from error
+
+    def _print_setup(self) -> None:
+        """Loader, caveat of the validation, and strategy; the report has printed its header."""
+        self.report.print_line(f"data: {len(self.source)} images, {self.choice.name} loader ({self.choice.why})")
+        if self.validation.warning:
+            self.report.print_line(f"evaluation: {self.validation.warning}")
+        if self.ranks.world > 1:
+            images = self.config.train.batch_size // self.ranks.world
+            self.report.print_line(
+                f"{self.ranks.world} processes of {images} images: {self.strategy.name}; {self.strategy.why}"
+            )
+
+    def _start_run_folder(self, wandb: WandbLog | None) -> None:
+        """Lock the folder, and write config, status and logs to it."""
+        self.lock = self.lock or lock_run(self.folder)
+        write_config(self.folder, self.config)
+        write_status(self.folder, running_status())
+        self.log = MetricsLog(self.folder, self.state.step, wandb)
+        self.profiler = StepProfiler(self.config.profile, self.folder, self.device, self.report.print_line)
 
     def run(self) -> Outcome:
+        """Train until `train.steps` or a signal."""
         config, state = self.config.train, self.state
-        begun = time.perf_counter()
+        started_at = time.perf_counter()
         self.logged_step, stopped_by = self.first_step, 0
         self.speed.clock.start()
-        # `contact` within: torchrun sends the survivors SIGTERM while they find out who is missing.
-        with stop_on_signals(self.peers) as stop, contact(self.watchdog), self.report.progress_bar():
-            while state.step < config.steps and not (stopped_by := self.stopped(stop)):
+        # `report_lost_contact` inside `stop_on_signals`: torchrun sends the surviving ranks SIGTERM while they find out
+        # who is missing.
+        with stop_on_signals(self.peers) as stop_vote, report_lost_contact(self.watchdog), self.report.progress_bar():
+            while state.step < config.steps and not (stopped_by := self.vote_to_stop(stop_vote)):
                 if self.profiler:
                     self.profiler.before(state.step + 1)
-                with self.speed.clock.part("data"):
+                with self.speed.clock.measure("data"):
                     batch = self.read()
                 losses, grad_norm = self.step(batch)
                 if self.profiler:
@@ -181,10 +219,10 @@ class Trainer:
                 self.averages.add(state.step, losses, grad_norm)
                 if state.step % config.log_every == 0:
                     self.write_metrics()
-                # Before the checkpoint, so that none counts a step as done whose evaluation a killed run still owes.
-                if self.evaluation.due(state.step):
+                # Before the checkpoint: a run killed in between resumes before this step and validates it again.
+                if self.validation.due(state.step):
                     self.watchdog.beat(state.step, "evaluating", patient=True)
-                    self.report.say(self.evaluation.run(state, self.log))
+                    self.report.print_line(self.validation.run(state, self.log))
                 if state.step % config.checkpoint_every == 0:
                     self.save()
                 if config.picture_every and state.step % config.picture_every == 0:
@@ -193,20 +231,20 @@ class Trainer:
             if state.step % config.checkpoint_every or state.step == self.first_step:
                 self.save()
             self.checkpoints.wait()
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - started_at
         if not stopped_by and not (config.picture_every and state.step % config.picture_every == 0):
             self.save_pictures()
         speed = (state.step - self.first_step) * config.batch_size / seconds
         outcome = Outcome(self.folder, state.step, stopped_by, seconds, speed)
         if self.ranks.main:
-            write_status(self.folder, ended(outcome.steps, outcome.stopped_by))
-        self.report.summary(outcome, dict(self.broken_samples()))
+            write_status(self.folder, final_status(outcome.steps, outcome.stopped_by))
+        self.report.summary(outcome, dict(self.unreadable_samples()))
         return outcome
 
-    def stopped(self, stop: Stop) -> int:
-        """The signal for which all processes stop now; 0: they go on."""
+    def vote_to_stop(self, stop_vote: StopVote) -> int:
+        """The signal for which all ranks stop now; 0: continue."""
         self.watchdog.beat(self.state.step + 1, "waiting for the other processes")
-        return stop.agreed()
+        return stop_vote.next_result()
 
     def read(self) -> Batch:
         self.watchdog.beat(self.state.step + 1, "reading images")
@@ -216,14 +254,14 @@ class Trainer:
         """One optimizer step; see `TrainStep`."""
         return self.train_step(batch)
 
-    def computing(self) -> None:
-        # The first step compiles.
+    def beat_computing(self) -> None:
+        # Patient in the first step, which compiles.
         self.watchdog.beat(self.state.step + 1, "computing", patient=self.state.step == self.first_step)
 
     def save_pictures(self) -> None:
-        """All processes draw them together, since each may hold a part of the weights; the main one writes."""
+        """All ranks sample together, because the weights may be sharded; rank 0 writes."""
         self.watchdog.beat(self.state.step, "drawing pictures", patient=True)
-        # Sharded weights are gathered in the precision of training, and so must be what they meet.
+        # FSDP gathers sharded weights in the training precision, so activations must have it too.
         with autocast(self.device, self.config.train.precision):
             self.report.save_pictures(self.log.rows if self.log else [])
 
@@ -232,7 +270,7 @@ class Trainer:
         self.check_finite()
         means, speed = self.averages.take(), self.speed.row(self.state.step - self.logged_step)
         self.logged_step = self.state.step
-        if not self.ranks.main:
+        if self.log is None:
             return
         row = {
             "step": self.state.step,
@@ -244,43 +282,49 @@ class Trainer:
         }
         skipped = row["skipped_steps"] - (self.log.rows[-1]["skipped_steps"] if self.log.rows else 0)
         if skipped:
-            self.report.say(f"{skipped} of the last steps left out: gradients not finite (optim.nonfinite=skip)")
+            self.report.print_line(f"skipped {skipped} steps: gradients not finite (optim.nonfinite=skip)")
         self.log.write(row)
         self.report.show(row)
         if spike := loss_spike(self.log.rows):
-            self.report.say(spike)
+            self.report.print_line(spike)
 
     def save(self) -> None:
         self.watchdog.beat(self.state.step, "saving a checkpoint", patient=True)
         self.check_finite()
         progress = {
             "averages": self.averages.state_dict(),
-            "loader": {**self.loader.state_dict(), "skipped": self.broken_samples()},
+            "loader": {**self.loader.state_dict(), "skipped": self.unreadable_samples()},
             "decoder": self.choice.decoder,
             "skipped_steps": int(self.state.skipped_steps),
         }
         tensors = self.state.tensors()
-        # A loss of this step can be finite although its update was not.
+        # The loss of this step can be finite and its update not.
         if not self.checkpoints.all_finite(tensors):
-            raise UserError(f"the weights after step {self.state.step} are not finite; {self.last_good()}")
+            raise UserError(f"the weights after step {self.state.step} are not finite; {self.last_good_checkpoint()}")
         if self.log:
             self.log.flush()
         self.checkpoints.save(self.state.step, self.config, progress, tensors)
 
-    def broken_samples(self) -> list[list[str]]:
-        """Name and reason of each that was met so far: a process meets only those of its own places."""
-        met = {name: reason for skipped in self.ranks.gather(self.loader.skipped) for name, reason in skipped.items()}
-        return [list(item) for item in met.items()]
+    def unreadable_samples(self) -> list[list[str]]:
+        """[name, reason] of each unreadable sample so far, gathered over ranks: each sees only its slice of the
+        batch."""
+        reasons = {name: reason for one in self.ranks.gather(self.loader.skipped) for name, reason in one.items()}
+        return [list(item) for item in reasons.items()]
 
     def check_finite(self) -> None:
+        """
+        Raises:
+            UserError: a loss or gradient since the last check was not finite.
+        """
         if self.config.optim.nonfinite == "skip":
             return
-        bad = self.averages.bad_step()
-        if bad is not None:
-            raise UserError(f"the loss or gradient of step {bad} is not finite; {self.last_good()}")
+        bad_step = self.averages.bad_step()
+        if bad_step is not None:
+            raise UserError(f"the loss or gradient of step {bad_step} is not finite; {self.last_good_checkpoint()}")
 
-    def last_good(self) -> str:
-        with suppress(UserError):  # what is being written may yet become the last good one
+    def last_good_checkpoint(self) -> str:
+        """A line that names it, for an error."""
+        with suppress(UserError):  # the save in progress may become the last good checkpoint
             self.checkpoints.wait()
         saved = [path for path in step_folders(self.checkpoints.folder) if step_of(path) < self.state.step]
         return f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved before it"
@@ -299,6 +343,10 @@ class Trainer:
 
 
 def check_data(source: Source, config: Config) -> None:
+    """
+    Raises:
+        UserError: the data have another number of classes than the model.
+    """
     classes = len(source.class_names)
     require(
         classes == config.model.num_classes,

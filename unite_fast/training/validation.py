@@ -1,7 +1,7 @@
-"""Evaluation of a run while it trains: the Frechet distance of the averaged weights' samples, against the step.
+"""Validation during training: the Frechet distance of samples from the averaged weights, as a curve over steps.
 
-All processes share the work. Nothing that training computes with is touched: the weights are put back as they were,
-noise is a function of (seed, number of the sample), and the network runs eagerly, so that nothing is compiled anew.
+All ranks share the work. Training is not affected: the weights are restored, noise is a function of (seed, sample
+number), and the network runs eagerly, so nothing is recompiled.
 """
 
 import json
@@ -25,25 +25,25 @@ from unite_fast.utils.files import atomic_write, read_rows, writing
 FOLDER, ROWS, CURVE = "evaluation", "curve.jsonl", "curve.png"
 
 
-class DuringTraining:
+class Validation:
     """
     Attributes:
-        every: steps between evaluations, perhaps with a fraction; 0: none.
-        warning: why its distances are compared with care; empty if they need none.
-        rows: of curve.jsonl, up to the step; each holds step, distance and how it was measured.
+        every: steps between validations, maybe fractional; 0: none.
+        warning: a caveat about its distances; may be empty.
+        rows: of curve.jsonl, up to the current step; each has step, distance and how it was measured.
     """
 
     def __init__(self, config: Config, folder: Path, device: torch.device, step: int, images: int):
-        """Reads the reference, or takes it of the training images; all processes must call it together.
+        """Open the reference statistics, or compute them from the training images. All ranks call this together.
 
         Args:
-            folder: of the run; results go to its subfolder evaluation.
-            step: the one the run goes on from. Rows after it are dropped: a killed run wrote them after its last
-                checkpoint and writes them again.
-            images: of one epoch.
+            folder: run folder; results go to its subfolder evaluation.
+            step: current step. Rows after it are dropped: a run that was killed after its last checkpoint writes them
+                again.
+            images: number of images in an epoch.
 
         Raises:
-            UserError: data, weights or statistics that are missing or do not fit; dopri5 on several processes.
+            UserError: data, weights or statistics are missing or do not fit; dopri5 on several processes.
         """
         self.config, self.warning = config, ""
         self.every = config.train.evaluate_every or config.train.evaluate_epochs * images / config.train.batch_size
@@ -54,34 +54,38 @@ class DuringTraining:
             self.write()
         if not self.every:
             return
-        # Of a sharded model all processes run each pass together, and dopri5 takes as many as its samples ask for.
+        # A sharded model needs all ranks in each pass, and dopri5 takes a different number of passes on each rank.
         require(
             self.ranks.world == 1 or config.sampling.solver not in ADAPTIVE_SOLVERS,
-            "evaluating a run on several processes needs a solver of fixed steps: set sampling.solver=multistep",
+            "evaluation during training on several processes needs a solver with fixed steps: "
+            "set sampling.solver=multistep",
         )
-        wanted = config.evaluation
-        settings = EvaluationSettings(wanted.features, wanted.inception, reference=wanted.reference)
+        evaluation = config.evaluation
+        settings = EvaluationSettings(
+            features=evaluation.features, inception=evaluation.inception, reference=evaluation.reference
+        )
         self.evaluator = open_evaluator(config, settings, self.ranks, device, classifier=False)
-        self.count = wanted.count or TRAINING_SAMPLES[self.evaluator.features.name]
+        self.count = evaluation.count or TRAINING_SAMPLES[self.evaluator.features.name]
         self.warning = bias_warning(self.count, self.evaluator.features.dimension, "generated")
 
     def due(self, step: int) -> bool:
+        """Whether to validate after this step."""
         return self.every > 0 and int(step / self.every) > int((step - 1) / self.every)
 
     def run(self, state: TrainState, log: MetricsLog | None) -> str:
-        """Evaluate; all processes must call it together.
+        """Validate, and write curve.jsonl, curve.png and the TensorBoard scalar. All ranks call this together.
 
         Args:
-            log: gets the distance as a scalar for TensorBoard; None on processes that do not write.
+            log: for TensorBoard; None on ranks that do not write.
 
         Returns:
-            A line for a person.
+            A line for the console.
 
         Raises:
             UserError: no space left.
         """
-        begun = time.perf_counter()
-        # Sampling meets shapes of its own; compiling for them would take longer than drawing.
+        started_at = time.perf_counter()
+        # Eager, because sampling has other shapes, and compiling for them would take longer than sampling.
         with state.ema.applied(), torch.compiler.set_stance("force_eager"):
             distance = self.distance(state)
         features, reference = self.evaluator.features, self.evaluator.reference
@@ -97,7 +101,7 @@ class DuringTraining:
             "precision": self.config.train.precision,
             "seed": self.config.seed,
             **{f"sampling.{key}": value for key, value in sampling_info(self.config.sampling).items()},
-            "seconds": time.perf_counter() - begun,
+            "seconds": time.perf_counter() - started_at,
         }
         self.rows.append(row)
         if self.ranks.main:
@@ -108,27 +112,27 @@ class DuringTraining:
         return f"step {state.step}: {features.title} {distance:.4f} ({self.count} samples, {row['seconds']:.0f} s)"
 
     def distance(self, state: TrainState) -> float:
-        """Of samples 0..count - 1, whose classes come in turn; the same on every process."""
+        """Frechet distance of samples 0 .. count - 1, whose labels cycle through the classes; the same on all ranks."""
         config, model = self.config, state.model
         network, device = sampler.Network.of(model, config.sampling.order), self.evaluator.features.device
         moments = Moments(self.evaluator.features.dimension, device)
         starts = range(0, self.count, config.evaluation.batch)
         for first in range(0, len(starts), self.ranks.world):
-            # In the last round some processes have nothing left. They draw the last batch along, for a sharded model
-            # needs them all, and forget it.
-            mine = first + self.ranks.rank
-            start = starts[min(mine, len(starts) - 1)]
+            # In the last round some ranks have no batch left. They sample the last batch as well, because a sharded
+            # model needs all ranks, and discard it.
+            own = first + self.ranks.rank
+            start = starts[min(own, len(starts) - 1)]
             positions = torch.arange(start, min(start + config.evaluation.batch, self.count))
             labels = positions % config.model.num_classes
             images, _ = sampler.sample_batch(
                 model, network, labels, positions, config.sampling, config.seed, config.train.precision
             )
-            if mine < len(starts):
+            if own < len(starts):
                 moments.update(self.evaluator.features(images.to(device)).pool)
         return self.evaluator.distance(moments, self.ranks)
 
     def write(self) -> None:
-        """curve.jsonl and curve.png, written aside and renamed."""
+        """Write curve.jsonl and curve.png, each to a temporary file that is then renamed."""
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             rows = "".join(json.dumps(row) + "\n" for row in self.rows)

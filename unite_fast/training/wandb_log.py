@@ -1,4 +1,4 @@
-"""Rows of metrics on Weights & Biases, for who asks for it (`train.wandb`)."""
+"""Metrics on Weights & Biases (`train.wandb`)."""
 
 from pathlib import Path
 
@@ -9,16 +9,16 @@ from unite_fast.utils.files import writing
 
 
 class WandbLog:
-    """One run on Weights & Biases for one run folder, which it goes on with when the run is resumed. WANDB_MODE=offline
-    in the environment keeps everything in the folder; `wandb sync` sends it later."""
+    """One run on Weights & Biases per run folder; resuming the folder resumes it. With WANDB_MODE=offline in the
+    environment everything stays in the folder until `wandb sync`."""
 
     def __init__(self, config: Config, folder: Path):
         """
         Raises:
-            UserError: the package is missing, or it cannot begin (no key, no network).
+            UserError: the package is not installed, or wandb cannot start (no key, no network).
         """
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]  # optional
         except ImportError as error:
             raise UserError(
                 "train.wandb is set, but the package wandb is not installed; pip install 'unite-fast[wandb]'"
@@ -26,23 +26,23 @@ class WandbLog:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         name_file = folder / "wandb_run"
-        known = name_file.read_text().strip() if name_file.exists() else None
+        run_id = name_file.read_text().strip() if name_file.exists() else None
         try:
             self.run = wandb.init(
                 project=config.train.wandb,
                 name=config.name,
-                id=known,
+                id=run_id,
                 resume="allow",
                 dir=str(folder),
                 config=to_tree(config),
             )
-        except Exception as error:  # wandb has many errors, and a run that was asked to report must not go on unheard
+        except Exception as error:  # wandb raises many kinds, and the run must not continue without its log
             reason = " ".join(str(error).split())
             raise UserError(
-                f"train.wandb: Weights & Biases cannot begin: {reason}; log in with `wandb login`, or set "
+                f"train.wandb: Weights & Biases cannot start: {reason}; log in with `wandb login`, or set "
                 "WANDB_MODE=offline"
             ) from error
-        if known is None:
+        if run_id is None:
             with writing(name_file):
                 name_file.write_text(f"{self.run.id}\n")
 

@@ -5,14 +5,14 @@ CHANGES = [
         "unite_fast/training/train_step.py",
         ("tests/training/test_train_step.py", "tests/training/test_restated.py"),
         [
-            ("weighted = config.objective.flow_weight * flow", "weighted = flow"),
-            ("backward(model, weighted / count)", "backward(model, 0.5 * weighted / count)"),
-            ("backward(model, weighted / count)", "backward(model, weighted)"),
+            ("weighted_flow = config.objective.flow_weight * flow", "weighted_flow = flow"),
+            ("backward(model, weighted_flow / count)", "backward(model, 0.5 * weighted_flow / count)"),
+            ("backward(model, weighted_flow / count)", "backward(model, weighted_flow)"),
             ("backward(model, reconstruction.loss / count)", "backward(model, reconstruction.loss)"),
             ("backward(model, reconstruction.loss / count)", "backward(model, reconstruction.loss / 2 / count)"),
             ("config, lpips, batch.lpips_dropout)", "config, lpips, None)"),
             (
-                "total = reconstruction.loss.detach() + weighted.detach()",
+                "total = reconstruction.loss.detach() + weighted_flow.detach()",
                 "total = reconstruction.loss.detach() + flow.detach()",
             ),
             (
@@ -21,7 +21,7 @@ CHANGES = [
             ),
             (
                 "torch.stack([total, reconstruction.l1, flow.detach(), reconstruction.lpips])",
-                "torch.stack([total, reconstruction.l1, weighted.detach(), reconstruction.lpips])",
+                "torch.stack([total, reconstruction.l1, weighted_flow.detach(), reconstruction.lpips])",
             ),
             ("reconstruction.lpips]) / count", "reconstruction.lpips])"),
             ("sums = losses if sums is None else sums + losses", "sums = losses"),
@@ -37,13 +37,13 @@ CHANGES = [
             (".float() / 255", ".float() / 256"),
             ("if config.perceptual.weight and config.perceptual.dropout:", "if config.perceptual.weight:"),
             ("if config.perceptual.weight and config.perceptual.dropout:", "if False:"),
-            ("places = self.places.start + torch.arange(", "places = torch.arange("),
-            ("own = slice(start, start + self.micro_batch)", "own = slice(0, self.micro_batch)"),
-            ("Philox(self.config.seed, self.state.step, places)", "Philox(0, self.state.step, places)"),
-            ("Philox(self.config.seed, self.state.step, places)", "Philox(self.config.seed, 0, places)"),
+            ("positions = self.batch_slice.start + torch.arange(", "positions = torch.arange("),
+            ("rows = slice(start, start + self.micro_batch)", "rows = slice(0, self.micro_batch)"),
+            ("Philox(self.config.seed, self.state.step, positions)", "Philox(0, self.state.step, positions)"),
+            ("Philox(self.config.seed, self.state.step, positions)", "Philox(self.config.seed, 0, positions)"),
             (
-                "Philox(self.config.seed, self.state.step, places)",
-                "Philox(self.config.seed, self.state.step + 1, places)",
+                "Philox(self.config.seed, self.state.step, positions)",
+                "Philox(self.config.seed, self.state.step + 1, positions)",
             ),
             ("if config.perceptual.weight and lpips is None:", "if False:"),
         ],
@@ -53,12 +53,12 @@ CHANGES = [
         ("tests/training/test_restated.py",),
         [
             (
-                "reduce_gradients(model, strategy, decoder=last, rest=last)",
-                "reduce_gradients(model, strategy, decoder=last, rest=False)",
+                "reduce_gradients(model, strategy, decoder=last, others=last)",
+                "reduce_gradients(model, strategy, decoder=last, others=False)",
             ),
             (
-                "at_once = nullcontext() if isinstance(model, FSDPModule) else added_at_once(model.parameters())",
-                "at_once = added_at_once(model.parameters())",
+                "with nullcontext() if sharded else foreach_accumulation(model.parameters()):",
+                "with foreach_accumulation(model.parameters()):",
             ),
         ],
     ),
@@ -67,8 +67,8 @@ CHANGES = [
         ("tests/training/test_parallelize.py",),
         [
             (
-                "reduce_gradients(model, strategy, decoder=last, rest=False)",
-                "reduce_gradients(model, strategy, decoder=False, rest=False)",
+                "reduce_gradients(model, strategy, decoder=last, others=False)",
+                "reduce_gradients(model, strategy, decoder=False, others=False)",
             ),
         ],
     ),
@@ -161,7 +161,7 @@ CHANGES = [
         "unite_fast/training/gradients.py",
         ("tests/training/test_gradients.py",),
         [
-            ("torch._foreach_add_([old for old, _ in both], [new for _, new in both])", "pass"),
+            ("torch._foreach_add_([old for old, _ in pairs], [new for _, new in pairs])", "pass"),
         ],
     ),
     (
@@ -175,7 +175,7 @@ CHANGES = [
         "unite_fast/training/train_step.py",
         ("tests/training/test_train_step.py", "tests/benchmarks/test_launches.py"),
         [
-            ("with cast_once(weights_of_products(model, lpips, config.train.precision)):", "with nullcontext():"),
+            ("with cast_once(matmul_weights(model, lpips, config.train.precision)):", "with nullcontext():"),
         ],
     ),
     (
@@ -183,8 +183,8 @@ CHANGES = [
         ("tests/benchmarks/test_launches.py",),
         [
             (
-                "at_once = nullcontext() if isinstance(model, FSDPModule) else added_at_once(model.parameters())",
-                "at_once = nullcontext()",
+                "with nullcontext() if sharded else foreach_accumulation(model.parameters()):",
+                "with nullcontext():",
             ),
         ],
     ),

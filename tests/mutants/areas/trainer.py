@@ -6,10 +6,10 @@ CHANGES = [
         ("tests/training/test_restated.py", "tests/training/test_trainer.py", "tests/training/test_steps.py"),
         [
             (
-                "self.state, config, places, micro_batch, lpips,",
-                "self.state, config, slice(0, places.stop - places.start), micro_batch, lpips,",
+                "self.state, config, batch_slice, micro_batch, lpips,",
+                "self.state, config, slice(0, batch_slice.stop - batch_slice.start), micro_batch, lpips,",
             ),
-            ("self.state, config, places, micro_batch, lpips,", "self.state, config, places, 0, lpips,"),
+            ("self.state, config, batch_slice, micro_batch, lpips,", "self.state, config, batch_slice, 0, lpips,"),
             ('"lr": self.state.last_learning_rate,', '"lr": self.state.learning_rate,'),
             (
                 '"epoch": self.state.step * self.config.train.batch_size / len(self.source),',
@@ -38,12 +38,15 @@ CHANGES = [
                 '"skipped_steps": int(self.state.skipped_steps),\n        }\n        tensors',
                 '"skipped_steps": 0,\n        }\n        tensors',
             ),
-            ('self.loader.load_state_dict(found.progress["loader"])', "pass"),
-            ('self.averages.load_state_dict(found.progress["averages"])', "pass"),
-            ('self.state.skipped_steps.fill_(found.progress["skipped_steps"])', 'found.progress["skipped_steps"]'),
-            ("self.state.resume_at(found.step)", "self.state.resume_at(found.step + 1)"),
+            ('self.loader.load_state_dict(checkpoint.progress["loader"])', "pass"),
+            ('self.averages.load_state_dict(checkpoint.progress["averages"])', "pass"),
+            (
+                'self.state.skipped_steps.fill_(checkpoint.progress["skipped_steps"])',
+                'checkpoint.progress["skipped_steps"]',
+            ),
+            ("self.state.resume_at(checkpoint.step)", "self.state.resume_at(checkpoint.step + 1)"),
             ('if self.config.optim.nonfinite == "skip":', 'if self.config.optim.nonfinite == "stop":'),
-            ("if bad is not None:", "if False:"),
+            ("if bad_step is not None:", "if False:"),
             ("classes == config.model.num_classes,", "True,"),
         ],
     ),
@@ -63,16 +66,16 @@ CHANGES = [
         "unite_fast/training/trainer.py",
         ("tests/data_pipeline/test_dali.py", "tests/data_pipeline/test_training.py", "tests/training/test_trainer.py"),
         [
-            ("before == self.choice.decoder,", "True,"),
+            ("saved_decoder == self.choice.decoder,", "True,"),
         ],
     ),
     (
         "unite_fast/training/trainer.py",
-        ("tests/test_kill.py", "tests/distributed/test_watchdog.py", "tests/test_faults.py"),
+        ("tests/test_torchrun.py",),
         [
             (
-                "write_status(self.folder, ended(outcome.steps, outcome.stopped_by))",
-                "write_status(self.folder, ended(outcome.steps, 0))",
+                "write_status(self.folder, final_status(outcome.steps, outcome.stopped_by))",
+                "write_status(self.folder, final_status(outcome.steps, 0))",
             ),
         ],
     ),
@@ -96,17 +99,20 @@ CHANGES = [
         ],
     ),
     (
-        "unite_fast/training/parallelize.py",
-        ("tests/training/test_restated.py", "tests/training/test_trainer.py", "tests/training/test_steps.py"),
+        "unite_fast/distributed/strategy.py",
+        ("tests/training/test_restated.py", "tests/distributed/test_strategy.py"),
         [
-            ("return slice(ranks.rank * own, (ranks.rank + 1) * own), micro", "return slice(0, own), micro"),
+            (
+                "return slice(ranks.rank * per_rank, (ranks.rank + 1) * per_rank), micro",
+                "return slice(0, per_rank), micro",
+            ),
         ],
     ),
     (
         "unite_fast/training/parallelize.py",
         ("tests/training/test_parallelize.py",),
         [
-            ("model.set_requires_gradient_sync(rest)", "model.set_requires_gradient_sync(True)"),
+            ("model.set_requires_gradient_sync(others)", "model.set_requires_gradient_sync(True)"),
         ],
     ),
     (

@@ -1,0 +1,83 @@
+"""Signals: all ranks stop after the same step, and a second signal has its usual effect."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+from torch import distributed
+
+from unite_fast.distributed.peers import Peers
+from unite_fast.distributed.signals import SIGNALS, exit_status, stop_on_signals
+
+
+@pytest.fixture
+def sigint():
+    """Python's handler for Ctrl-C: a shell starts background jobs with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_signals_are_recorded_and_a_second_one_has_its_usual_effect(sigint):
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    with stop_on_signals(Peers()) as vote:
+        assert vote.next_result() == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert vote.next_result() == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]
+        with pytest.raises(KeyboardInterrupt):
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert vote.received == [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_under_torchrun_the_same_signal_may_come_twice(monkeypatch):
+    """Slurm sends it to the ranks and to torchrun, which forwards it."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    with stop_on_signals(Peers()) as vote:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert vote.next_result() == signal.SIGUSR1
+
+
+def _signalled(join: Callable[[], Peers], number: int) -> tuple[int, int]:
+    peers, step = join(), 0
+    with stop_on_signals(peers) as vote:
+        while step < 40 and not (by := vote.next_result()):
+            step += 1
+            # Ranks reach a step at different times, and one of them receives the signal.
+            time.sleep(0.004 * peers.rank)
+            if step == 7 and peers.rank == 2:
+                os.kill(os.getpid(), number)
+    return by, step
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(ranks, join, number):
+    assert ranks(3, _signalled, join, number) == [(number, 8)] * 3
+
+
+def _unsignalled(join: Callable[[], Peers]) -> tuple[int, bool]:
+    """One vote is always pending when a loop ends; no rank may leave before the others have its result."""
+    peers, step = join(), 0
+    with stop_on_signals(peers) as vote:
+        while step < 5 and not vote.next_result():
+            step += 1
+            time.sleep(0.1 * peers.rank)
+    distributed.destroy_process_group()
+    return step, vote.pending is None
+
+
+def test_a_loop_without_a_signal_ends_on_all_ranks(ranks, join):
+    assert ranks(3, _unsignalled, join) == [(5, True)] * 3
+
+
+def test_exit_statuses(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert [exit_status(0), exit_status(signal.SIGTERM)] == [0, 143]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    assert [exit_status(0), exit_status(signal.SIGTERM)] == [0, 0]
