@@ -1,7 +1,7 @@
 """What the compiler makes of every Triton kernel, with no GPU: registers, spills, shared memory, width of global
 accesses and occupancy, at the shapes of UNITE-B, L and XL.
 
-The launchers of kernels/triton_bodies run on tensors without memory while a stand-in for the CUDA driver names the
+The launchers of kernels/triton_kernels run on tensors without memory while a stand-in for the CUDA driver names the
 target, and Triton compiles each launch as it would on that GPU (types, constants, strides, alignment) and starts
 nothing. Registers and spills are ptxas' own, read by the cuobjdump that comes with Triton. Nothing is timed.
 """
@@ -31,6 +31,8 @@ from pathlib import Path
 
 import torch
 
+from unite_fast.kernels import registry
+from unite_fast.kernels.registry import OPS
 from unite_fast.lpips import tap_shapes
 
 BATCH = 64
@@ -84,112 +86,88 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def block_inputs(op: str, size: Size, tokens: int, residual: torch.dtype) -> tuple:
-    """Arguments of unite_fast::OP in an encoder block: bfloat16 but for the residual, weights and tables."""
-    d, head_dim, eps = size.width, size.width // size.heads, 1e-6
-    x, branch = empty(BATCH, tokens, d, dtype=residual), empty(BATCH, tokens, d)
-    # Modulation is one product for all of a block's vectors, so each is a view of it.
-    shift, scale, gate = empty(BATCH, 6 * d).chunk(6, dim=-1)[:3]
-    weight = empty(d, dtype=torch.float32)
-    adaln = weight, shift, scale, eps, torch.bfloat16
-    norms, tables = ([empty(*shape, dtype=torch.float32)] * 2 for shape in ((head_dim,), (tokens, head_dim // 2)))
-    return {
-        "adaln_modulate": (x, *adaln),
-        "gated_residual_adaln": (x, branch, gate, *adaln),
-        "gated_residual_norm_adaln": (x, branch, gate, weight, *adaln),
-        "qk_norm_rope": (empty(BATCH, tokens, 3 * d), *norms, *tables, size.heads, eps),
-        "swiglu": (empty(BATCH, tokens, 2 * size.hidden),),
-    }[op]
-
-
-def latent_inputs(op: str) -> tuple:
-    """Arguments of unite_fast::OP on the latents of all flow draws."""
-    z, channels = empty(BATCH, *LATENT), empty(LATENT[1], dtype=torch.float32)
-    t = empty(DRAWS, BATCH, dtype=torch.float32)
-    positions, gate = empty(BATCH, dtype=torch.int64), empty(BATCH, dtype=torch.bool)
-    return {
-        "noise_injection": (z, t, positions, gate, 1, 2, 3, 4),
-        "flow_loss": (empty(DRAWS, *z.shape), channels, channels, z, t, 0.05, 1e-5),
-    }[op]
-
-
 def cases(op: str) -> Iterator[tuple[dict, tuple]]:
-    """What to call a launch in the table, and its arguments."""
+    """The shapes at which an op is compiled: labels in the table, and the inputs of its forward pass."""
+    half = torch.bfloat16
     if op == "draws":
         yield {"shape": f"images {BATCH}x256x256", "dtypes": "float32"}, ()
-        return
-    if op == "tap_distance":
-        for layer, (channels, height, width) in enumerate(tap_shapes(256, 256)):
-            features = empty(BATCH, channels, height, width).to(memory_format=torch.channels_last)
-            mask = features.to(torch.uint8)
-            given = features, features, empty(channels, dtype=torch.float32), mask
-            yield {"shape": f"tap{layer} {BATCH}x{channels}x{height}x{width}", "dtypes": "bfloat16"}, given
-        return
-    if op.endswith("layer_norm"):
+    elif op.endswith("layer_norm"):
         x, weight = empty(BATCH, 257, 768, dtype=torch.float32), empty(768, dtype=torch.float32)
         branch = (empty(BATCH, 257, 768),) if op.startswith("residual") else ()
-        given = x, *branch, weight, weight, 1e-12, torch.bfloat16
-        yield {"shape": f"decoder {BATCH}x257", "dtypes": "float32"}, given
-        return
-    if op in ("noise_injection", "flow_loss"):
-        yield {"shape": "latents {}x{}x{}x{}".format(DRAWS, BATCH, *LATENT), "dtypes": "bfloat16"}, latent_inputs(op)
-        return
-    for name, size in SIZES.items():
-        for tokens in TOKENS:
-            for residual in (torch.bfloat16, torch.float32) if "adaln" in op else (torch.bfloat16,):
-                label = {"shape": f"{name} {BATCH}x{tokens}", "dtypes": str(residual).removeprefix("torch.")}
-                yield label, block_inputs(op, size, tokens, residual)
+        inputs = x, *branch, weight, weight, 1e-12, half
+        yield {"shape": f"decoder {BATCH}x257", "dtypes": "float32"}, inputs
+    else:
+        for shape, size in sizes(OPS[op]):
+            inputs = OPS[op].inputs(OPS[op].example(size, registry.empty))
+            yield {"shape": shape, "dtypes": str(size.residual).removeprefix("torch.")}, inputs
+
+
+def sizes(op: registry.Op) -> Iterator[tuple[str, registry.Size]]:
+    """The sizes of an op by name. All is bfloat16 but the residual, weights and tables."""
+    half = torch.bfloat16
+    if op.part == "latents":
+        draws, (tokens, channels) = DRAWS, LATENT
+        size = registry.Size(BATCH, tokens, channels, draws=draws, residual=half)
+        yield f"latents {draws}x{BATCH}x{tokens}x{channels}", size
+    elif op.part == "lpips":
+        for layer, (channels, height, width) in enumerate(tap_shapes(256, 256)):
+            size = registry.Size(BATCH, height * width, channels, residual=half)
+            yield f"tap{layer} {BATCH}x{channels}x{height}x{width}", size
+    else:
+        for name, s in SIZES.items():
+            for tokens in TOKENS:
+                for residual in (half, torch.float32) if op.reads_residual else (half,):
+                    heads = s.heads, s.width // s.heads
+                    size = registry.Size(BATCH, tokens, s.width, *heads, s.hidden, residual=residual)
+                    yield f"{name} {BATCH}x{tokens}", size
 
 
 def triton_modules() -> dict:
-    """The modules of kernels/triton_bodies by name."""
-    package = importlib.import_module("unite_fast.kernels.triton_bodies")
+    """The modules of kernels/triton_kernels by name."""
+    package = importlib.import_module("unite_fast.kernels.triton_kernels")
     names = [found.name for found in pkgutil.iter_modules(package.__path__)]
     return {name: importlib.import_module(f"{package.__name__}.{name}") for name in names}
 
 
-def ops() -> dict[str, str]:
-    """The module of kernels/triton_bodies for each op that has a Triton body, and for the draws."""
-    functions = ((function, name) for name, module in triton_modules().items() for function in vars(module))
-    found = {f.removesuffix("_forward"): name for f, name in functions if f.endswith("_forward") and f[0] != "_"}
-    return found | {"draws": "philox"}
+def ops() -> list[str]:
+    """Everything with a Triton kernel of its own: ops, the norms inside Linears, and the draws."""
+    of_blocks = (name for name, op in OPS.items() if op.part != "linear" and "triton" in op.fused.backends)
+    return [*of_blocks, "layer_norm", "residual_layer_norm", "draws"]
 
 
 def all_kernels() -> set[str]:
-    """Names of the kernels that kernels/triton_bodies defines."""
+    """Names of the kernels that kernels/triton_kernels defines."""
     from triton.runtime.jit import JITFunction
 
     functions = (f for module in triton_modules().values() for f in vars(module).values())
     return {f.__name__ for f in functions if isinstance(f, JITFunction) and f.__name__.endswith("_kernel")}
 
 
-def launch(op: str, given: tuple) -> None:
-    """Run the Triton body of an op, forward and backward, or those of a micro-batch's draws."""
+def launch(op: str, inputs: tuple) -> None:
+    """Run the Triton kernels of an op, forward and backward, or the draws of a micro-batch."""
+    run = {name: function for module in triton_modules().values() for name, function in vars(module).items()}
     if op == "draws":
-        philox, positions = triton_modules()["philox"], empty(BATCH, dtype=torch.int64)
-        keys = 1, 3, 4, range(1), positions, LATENT[0] * LATENT[1]
-        philox.philox_uniforms(*keys)
-        philox.philox_normals(*keys)
-        philox.philox_words(*keys)
-        philox.philox_dropout(1, 3, 4, 0, positions, 256 * 256 * 64 // 32)
+        positions = empty(BATCH, dtype=torch.int64)
+        for name in ("philox_uniforms", "philox_normals", "philox_words"):
+            run[name](1, 3, 4, range(1), positions, LATENT[0] * LATENT[1])
+        run["philox_dropout"](1, 3, 4, 0, positions, 256 * 256 * 64 // 32)
         return
-    body = triton_modules()[ops()[op]]
-    outputs = getattr(body, f"{op}_forward")(*given)
+    outputs = run[f"{op}_forward"](*inputs)
     if op == "layer_norm":  # a part of layer_norm_linear
-        body.layer_norm_backward_again(outputs[0], *given[:3], *outputs[1:])
+        out, *statistics = outputs
+        run["layer_norm_backward_recompute"](out, *inputs[:3], *statistics)
         return
     if op == "residual_layer_norm":
         x_out, out, *statistics = outputs
-        body.residual_layer_norm_backward_again(x_out, out, x_out, out.dtype, *given[2:4], *statistics)
+        run["residual_layer_norm_backward_recompute"](x_out, out, x_out, out.dtype, *inputs[2:4], *statistics)
         return
-    fused = importlib.import_module(f"unite_fast.kernels.{op}")._fused
-    into_backward = *outputs[: fused.results], *fused.saved(given, outputs)
-    getattr(body, f"{op}_backward")(*into_backward)
-    if op == "swiglu":
-        body.swiglu_backward_again(*into_backward)
-    if op == "gated_residual_adaln":
-        shift = given[4]
-        body.gated_residual_adaln_backward_again(*into_backward[:6], shift, *into_backward[6:])
+    fused = OPS[op].fused
+    into_backward = *outputs[: fused.results], *fused.saved(inputs, outputs)
+    run[f"{op}_backward"](*into_backward)
+    if recompute := run.get(f"{op}_backward_recompute"):
+        if op == "gated_residual_adaln":
+            into_backward = *into_backward[:6], inputs[4], *into_backward[6:]  # and shift
+        recompute(*into_backward)
 
 
 class StandIn:
@@ -236,9 +214,9 @@ def compile_op(arch: int, op: str, kernel_filter: str) -> list[dict]:
     StandIn.arch = arch
     triton.runtime.driver.set_active(StandIn())
     rows, known = [], {}
-    for label, given in cases(op):
+    for label, inputs in cases(op):
         with compiling(kernel_filter) as launches:
-            launch(op, given)
+            launch(op, inputs)
         for kernel, compiled, tensors in launches:
             if compiled.hash not in known:
                 known[compiled.hash] = examine(compiled, arch)

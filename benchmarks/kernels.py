@@ -1,26 +1,25 @@
 """How long the ops of `unite_fast.kernels` take, beside plain PyTorch (`eager`) and the same under torch.compile.
 
-All bodies of a case run in one process on the same numbers, a round of each in turn. A round is the forward pass on
+All backends of a case run in one process on the same numbers, a round of each in turn. A round is the forward pass on
 each of several copies of the inputs, then the backward pass on each: together the copies are larger than the cache,
 and the backward pass finds as little there as in a training step. `both` is their sum. A forward pass keeps what its
 backward pass needs, and making room for results is part of the time, as it is in training. The eager and the compiled
 noise_injection take their random words from C++ or, on a CUDA device, from PyTorch.
 
 The share is that of the bandwidth of a large copy on the same threads, by the bytes that the op must move (traffic.py),
-whatever the body moves beyond them. latents are those of 3 flow draws, 256 tokens of 32 channels.
+whatever the backend moves beyond them. latents are those of 3 flow draws, 256 tokens of 32 channels.
 
 On a CUDA device the clock is that of CUDA events; each round begins behind a long wait, so that the host is ahead. No
 machine with such a device has run this yet.
 """
 
 import argparse
-import importlib
 import json
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,10 +30,8 @@ import torch
 import traffic
 from torch import Tensor
 
-from unite_fast import kernels
-from unite_fast.flow import MIN_TIME_LEFT
-from unite_fast.kernels import backend
-from unite_fast.randomness import Philox, Stream
+from unite_fast.kernels import backend, registry
+from unite_fast.randomness import Philox
 
 EXAMPLES = """examples:
   python benchmarks/kernels.py
@@ -43,112 +40,81 @@ EXAMPLES = """examples:
   python benchmarks/kernels.py --block
 """
 
-SEQUENCE_OPS = ("adaln_modulate", "gated_residual_adaln", "gated_residual_norm_adaln", "qk_norm_rope", "swiglu")
-LATENT_OPS = ("noise_injection", "flow_loss")
+OPS = {name: op for part in ("block", "latents") for name, op in registry.OPS.items() if op.part == part}
 SHAPES = {"cpu": "8x544x384", "cuda": "64x544x768"}
 HEAD_DIM = 64
-DRAWS, LATENT_TOKENS, CHANNELS = 3, 256, 32
+LATENT_TOKENS, CHANNELS = 256, 32
 ROTATED = 2**27
 """Bytes of all copies of a case, at least. The caches of the machines meant here hold 32 to 60 MB."""
 COPIED = 2**28
 """Bytes of the tensor that measures the bandwidth."""
 WARM_UP = 0.5
-"""Seconds for each body, after its first round, which may compile."""
+"""Seconds for each backend, after its first round, which may compile."""
 WAYS = ("forward", "backward", "both")
 
 
 class Case(NamedTuple):
-    """An op at a shape, in types."""
+    """An op at a size."""
 
-    op: str
+    op: registry.Op
+    size: registry.Size
     shape: str
     dtypes: str
-    bytes: traffic.Traffic
-    draw: Callable[[], tuple]
-    """New arguments of the op; those that need a gradient have requires_grad."""
-    options: dict
+    device: torch.device
 
     @property
     def title(self) -> str:
-        return f"{self.op} {self.shape} {self.dtypes}"
+        return f"{self.op.name} {self.shape} {self.dtypes}"
 
-    def bodies(self, device: torch.device, compiled: bool = True) -> dict[str, tuple[Callable, str]]:
-        """By name: what to call, and the setting of `backend` in which to call it; `compiled` among them or not."""
-        module = importlib.import_module(f"unite_fast.kernels.{self.op}")
-        reference = partial(getattr(module, f"{self.op}_ref"), **self.options)
-        ours = "triton" if device.type == "cuda" else "native"
-        found = {"eager": (reference, "reference")}
+    @property
+    def bytes(self) -> registry.Traffic:
+        return self.op.traffic(self.size)
+
+    def draw(self) -> dict:
+        """New arguments of the op; those that get a gradient require it."""
+        example = self.op.example(self.size, partial(normal, self.device))
+        if "philox" in example:
+            example["philox"] = Philox(*example["philox"])
+        return example | {name: example[name].detach().requires_grad_() for name in self.op.gradients}
+
+    def backends(self, compiled: bool = True) -> dict[str, tuple[Callable, str]]:
+        """By name: the function to call, and the setting of `backend` for the call."""
+        ours = "triton" if self.device.type == "cuda" else "native"
+        calls = {"eager": (self.op.reference, "reference")}
         if compiled:
-            found["compiled"] = torch.compile(reference, dynamic=False), "reference"
-        return found | {ours: (partial(getattr(kernels, self.op), **self.options), ours)}
+            calls["compiled"] = torch.compile(self.op.reference, dynamic=False), "reference"
+        return calls | {ours: (self.op.function, ours)}
 
 
 class Copy(NamedTuple):
     """One set of the numbers that a case works on."""
 
-    arguments: tuple
+    arguments: dict
     leaves: list[Tensor]
     """Those of the arguments that get a gradient."""
     incoming: list[Tensor]
     """The gradient of each result."""
 
 
-def cases(ops: list[str], shapes: list[tuple[int, int, int]], device: torch.device) -> Iterator[Case]:
-    for op in ops:
-        for shape in shapes:
-            if op in LATENT_OPS:
-                yield latent_case(op, shape[0], device)
+def cases(names: Iterable[str], shapes: list[tuple[int, int, int]], device: torch.device) -> Iterator[Case]:
+    """The ops at these shapes [B, T, D], in bfloat16 but for the residual, weights and tables. Ops on latents use only
+    B of a shape."""
+    half = torch.bfloat16
+    for op in map(OPS.get, names):
+        for b, t, d in shapes:
+            if op.part == "latents":
+                size = registry.Size(b, LATENT_TOKENS, CHANNELS, residual=half)
+                shape = f"latents {size.draws}x{b}x{LATENT_TOKENS}x{CHANNELS}"
+                yield Case(op, size, shape, name(half), device)
                 continue
-            for residual in (torch.float32, torch.bfloat16) if "adaln" in op else (torch.bfloat16,):
-                yield sequence_case(op, *shape, residual, device)
+            for residual in (torch.float32, half) if op.reads_residual else (half,):
+                size = registry.Size(b, t, d, d // HEAD_DIM, HEAD_DIM, hidden=8 * d // 3, residual=residual)
+                dtypes = name(half) if residual == half else f"{name(residual)} residual, {name(half)}"
+                yield Case(op, size, f"{b}x{t}x{d}", dtypes, device)
 
 
-def sequence_case(op: str, b: int, t: int, d: int, residual: torch.dtype, device: torch.device) -> Case:
-    """bfloat16 but for the residual, weights and tables."""
-    other = torch.bfloat16
-    sizes = traffic.Sizes(b, t, d, heads=d // HEAD_DIM, hidden=8 * d // 3, residual=residual, other=other)
-
-    def draw() -> tuple:
-        rows, number = partial(leaf, device, b, t), partial(leaf, device)
-        # Modulation is one product for all of a block's vectors, so each is a view of it.
-        shift, scale, gate = (x.detach().requires_grad_() for x in number(b, 3 * d, dtype=other).chunk(3, dim=-1))
-        adaln = number(d), shift, scale
-        if op == "adaln_modulate":
-            return rows(d, dtype=residual), *adaln
-        if op == "gated_residual_adaln":
-            return rows(d, dtype=residual), rows(d, dtype=other), gate, *adaln
-        if op == "gated_residual_norm_adaln":
-            return rows(d, dtype=residual), rows(d, dtype=other), gate, number(d), *adaln
-        if op == "qk_norm_rope":
-            angle = number(t, HEAD_DIM // 2).detach()
-            norms = number(HEAD_DIM), number(HEAD_DIM)
-            return rows(3 * d, dtype=other), sizes.heads, *norms, angle.cos(), angle.sin()
-        return (rows(2 * sizes.hidden, dtype=other),)
-
-    modulates = "adaln" in op
-    dtypes = f"{name(residual)} residual, {name(other)}" if modulates and residual != other else name(other)
-    options = {"out_dtype": other} if modulates else {}
-    return Case(op, f"{b}x{t}x{d}", dtypes, getattr(traffic, op)(sizes), draw, options)
-
-
-def latent_case(op: str, b: int, device: torch.device) -> Case:
-    sizes = traffic.Latents(DRAWS, b, LATENT_TOKENS, CHANNELS, torch.bfloat16)
-    philox = Philox(seed=1, step=2, positions=torch.arange(b, device=device))
-
-    def draw() -> tuple:
-        z = leaf(device, b, LATENT_TOKENS, CHANNELS, dtype=sizes.dtype)
-        t = torch.rand(DRAWS, b, device=device)
-        if op == "noise_injection":
-            return z, t, philox, int(Stream.FLOW_NOISE), torch.ones(b, dtype=torch.bool, device=device)
-        y = leaf(device, DRAWS, b, LATENT_TOKENS, CHANNELS, dtype=sizes.dtype)
-        return y, leaf(device, CHANNELS), leaf(device, CHANNELS), z.detach(), t, MIN_TIME_LEFT
-
-    shape = f"latents {DRAWS}x{b}x{LATENT_TOKENS}x{CHANNELS}"
-    return Case(op, shape, name(sizes.dtype), getattr(traffic, op)(sizes), draw, {})
-
-
-def leaf(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, device=device).to(dtype).requires_grad_()
+def normal(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32, around: float = 0.0) -> Tensor:
+    return (around + torch.randn(shape, device=device)).to(dtype)
 
 
 def name(dtype: torch.dtype) -> str:
@@ -160,9 +126,9 @@ def copies(case: Case) -> list[Copy]:
     made, held = [], 0
     while held < ROTATED or len(made) < 3:
         arguments = case.draw()
-        leaves = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
+        leaves = [arguments[name] for name in case.op.gradients]
         if not made:
-            results = as_tuple(getattr(kernels, case.op)(*arguments, **case.options))
+            results = as_tuple(case.op.function(**arguments))
         incoming = [torch.randn_like(result) for result in results]
         made.append(Copy(arguments, leaves, incoming))
         held += sum(x.nbytes for x in (*leaves, *incoming))
@@ -173,9 +139,9 @@ def as_tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return results if isinstance(results, tuple) else (results,)
 
 
-def one_round(body: tuple[Callable, str], rotated: list[Copy]) -> tuple[list[float], list[float]]:
+def one_round(backend_name: tuple[Callable, str], rotated: list[Copy]) -> tuple[list[float], list[float]]:
     """Milliseconds of the forward and of the backward pass on each copy."""
-    call, setting = body
+    call, setting = backend_name
     device = rotated[0].leaves[0].device
     results, marks = [], {"forward": [], "backward": []}
     with backend.using(setting):
@@ -183,7 +149,7 @@ def one_round(body: tuple[Callable, str], rotated: list[Copy]) -> tuple[list[flo
             torch.cuda._sleep(40_000_000)
         for copy in rotated:
             start = mark(device)
-            results.append(as_tuple(call(*copy.arguments)))
+            results.append(as_tuple(call(**copy.arguments)))
             marks["forward"].append((start, mark(device)))
         for i, copy in enumerate(rotated):
             start = mark(device)
@@ -213,17 +179,17 @@ def milliseconds(start: float | torch.cuda.Event, end: float | torch.cuda.Event)
 def measure(
     case: Case, device: torch.device, seconds: float, compiled: bool = True, warm_up: float = WARM_UP
 ) -> dict[str, dict[str, list[float]]]:
-    """Milliseconds of all calls, by body and way."""
+    """Milliseconds of all calls, by backend and way."""
     torch.compiler.reset()
-    rotated, bodies = copies(case), case.bodies(device, compiled)
-    for body in bodies.values():
-        one_round(body, rotated[:1])
-        until(warm_up, lambda body=body: one_round(body, rotated))
-    times = {body: {way: [] for way in WAYS} for body in bodies}
+    rotated, backends = copies(case), case.backends(compiled)
+    for backend_name in backends.values():
+        one_round(backend_name, rotated[:1])
+        until(warm_up, lambda backend_name=backend_name: one_round(backend_name, rotated))
+    times = {backend_name: {way: [] for way in WAYS} for backend_name in backends}
 
     def each_in_turn() -> None:
-        for body, ways in times.items():
-            forward, backward = one_round(bodies[body], rotated)
+        for backend_name, ways in times.items():
+            forward, backward = one_round(backends[backend_name], rotated)
             ways["forward"] += forward
             ways["backward"] += backward
             ways["both"] += map(sum, zip(forward, backward, strict=True))
@@ -259,22 +225,22 @@ def rows(case: Case, times: dict[str, dict[str, list[float]]], bandwidth: float,
     found = []
     moved = {**case.bytes._asdict(), "both": sum(case.bytes)}
     for way in WAYS:
-        middle = {body: median(ways[way]) for body, ways in times.items()}
-        for body, ways in times.items():
+        middle = {backend_name: median(ways[way]) for backend_name, ways in times.items()}
+        for backend_name, ways in times.items():
             fifths = quantiles(ways[way], n=5)
             row = {
-                "op": case.op,
+                "op": case.op.name,
                 "shape": case.shape,
                 "dtypes": case.dtypes,
                 "way": way,
-                "body": body,
+                "backend": backend_name,
                 "ms_p20": fifths[0],
-                "ms_p50": middle[body],
+                "ms_p50": middle[backend_name],
                 "ms_p80": fifths[-1],
                 "bytes": moved[way],
-                "bandwidth_share": moved[way] / (middle[body] * 1e-3) / bandwidth,
-                "vs_eager": middle["eager"] / middle[body],
-                "vs_compiled": middle["compiled"] / middle[body] if "compiled" in middle else None,
+                "bandwidth_share": moved[way] / (middle[backend_name] * 1e-3) / bandwidth,
+                "vs_eager": middle["eager"] / middle[backend_name],
+                "vs_compiled": middle["compiled"] / middle[backend_name] if "compiled" in middle else None,
                 "calls": len(ways[way]),
             }
             found.append(row | facts)
@@ -314,7 +280,7 @@ def commit() -> str | None:
 
 
 def table(found: list[dict]) -> str:
-    header = ["op", "shape", "dtypes", "way", "body", "ms", "p20 - p80", "MB", "share", "vs eager", "vs compiled"]
+    header = ["op", "shape", "dtypes", "way", "backend", "ms", "p20 - p80", "MB", "share", "vs eager", "vs compiled"]
     lines = [header]
     for row in found:
         spread = f"{row['ms_p20']:.3f} - {row['ms_p80']:.3f}"
@@ -337,13 +303,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    all_ops, defaults = [*SEQUENCE_OPS, *LATENT_OPS], [f"{device} {shape}" for device, shape in SHAPES.items()]
-    parser.add_argument("--op", action="append", choices=all_ops, help="only this op; may be repeated [all]")
+    defaults = [f"{device} {shape}" for device, shape in SHAPES.items()]
+    parser.add_argument("--op", action="append", choices=OPS, help="only this op; may be repeated [all]")
     parser.add_argument(
         "--shape", action="append", type=parse_shape, metavar="BxTxD", help=f"may be repeated {defaults}"
     )
     parser.add_argument("--device", default="cpu", choices=SHAPES, help="[cpu]")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of measuring a case, all its bodies together [3]")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of measuring a case, all its backends together [3]")
     parser.add_argument("--no-compiled", action="store_true", help="leave out torch.compile, which takes minutes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU [as torch has them]")
     parser.add_argument("--json", action="store_true", help="print a list of rows instead of the table")
@@ -360,7 +326,7 @@ def main() -> int:
     bandwidth = copy_bandwidth(device)
     facts, found = surroundings(device, bandwidth), []
     shapes = options.shape or [parse_shape(SHAPES[options.device])]
-    for case in cases(options.op or all_ops, shapes, device):
+    for case in cases(options.op or OPS, shapes, device):
         print(case.title, file=sys.stderr)
         found += rows(case, measure(case, device, options.seconds, not options.no_compiled), bandwidth, facts)
     print(json.dumps(found, indent=1) if options.json else table(found))

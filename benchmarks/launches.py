@@ -7,12 +7,12 @@ runs on tensors without memory, and two things are counted:
   Views and allocations start nothing. Most operators are one kernel; `SEVERAL` names those that are more, at the larger
   number where it depends on shapes, and `_foreach_*` start one for each `FOREACH_CHUNKS` chunks of 2^16 elements and
   each `FOREACH_TENSORS` tensors.
-- every launch of a Triton kernel of ours. The launchers of kernels/triton_bodies run as they are, inside our operators
-  too (their eager way, see kernels/op.py), and a stub takes the launch.
+- every launch of a Triton kernel of ours. The launchers of kernels/triton_kernels run as they are, inside our operators
+  too (their eager way, see kernels/fused_op.py), and a stub takes the launch.
 
 Eager mode: torch.compile would fuse some of the operators. Copies of the batch from the host are left out, and so are
 the memsets that cuBLAS, cuDNN and sums over many rows may add. Where torch sees no CUDA device, the tensors are on the
-CPU instead (autograd asks even a tensor without memory for its device's streams), with the bodies and products that a
+CPU instead (autograd asks even a tensor without memory for its device's streams), with the backends and matmuls that a
 GPU has; the output says which. The optimizer's step is shown apart, and is not part of a micro-batch.
 
 `--step` counts more of these: all micro-batches of a step, where those after the first add to gradients that are there.
@@ -43,7 +43,7 @@ from torch.utils._pytree import tree_leaves
 from unite_fast.config import Config
 from unite_fast.data_pipeline import Batch
 from unite_fast.errors import UserError
-from unite_fast.kernels import backend, op, product
+from unite_fast.kernels import backend, fused_op, matmul
 from unite_fast.kernels.casts import cast_once
 from unite_fast.lpips import LINEAR_SHAPES, LPIPS, VGG_SHAPES
 from unite_fast.model.layers import SwiGLU
@@ -169,12 +169,12 @@ def as_on_a_gpu(device: str) -> Iterator[None]:
     weights = SwiGLU.weights
     with contextlib.ExitStack() as stack:
         stack.enter_context(backend.using("triton"))
-        # Else each op is one operator, whose body does not run.
-        stack.enter_context(mock.patch.object(op, "seen_by_dispatcher", lambda x: False))
+        # Else each op is one operator, whose backend does not run.
+        stack.enter_context(mock.patch.object(fused_op, "needs_dispatcher", lambda x: False))
         stack.enter_context(mock.patch.object(muon, "_operator", muon._newton_schulz))
         if device == "cpu":
-            stack.enter_context(mock.patch.object(product, "in_float32", lambda x: False))
-            stack.enter_context(mock.patch.object(product, "sums_in_float32", lambda x: x.dtype == torch.bfloat16))
+            stack.enter_context(mock.patch.object(matmul, "in_float32", lambda x: False))
+            stack.enter_context(mock.patch.object(matmul, "sums_in_float32", lambda x: x.dtype == torch.bfloat16))
             stack.enter_context(mock.patch.object(SwiGLU, "weights", lambda self, padded: weights(self, True)))
         yield
 
@@ -260,7 +260,7 @@ def table(found: dict, largest: int) -> str:
     parts = {part: names for part, names in found["micro_batch"].items() if names}
     where = "tensors without memory on a CUDA device"
     if found["device"] == "cpu":
-        where = "no CUDA device: tensors without memory on the CPU, with a GPU's bodies and products"
+        where = "no CUDA device: tensors without memory on the CPU, with a GPU's backends and matmuls"
     lines = [where, "", f"{'part':28}{'launches':>9}  most of them"]
     for part, names in parts.items():
         most = ", ".join(f"{name} {number:g}" for name, number in list(names.items())[:6])

@@ -4,7 +4,7 @@ agreement with torch.optim.Muon on the shapes of UNITE-B.
     work        counted, not timed: what the busiest rank computes, and the most that one sends, for B, L and XL
     times       process CPU seconds of one thread for all of B's matrices, one by one and batched by shape, in turn
     agreement   one update of each of B's shapes on 2 x 2 gloo processes against torch.optim.Muon in this one: its
-                bfloat16 takes minutes on a CPU without such products
+                bfloat16 takes minutes on a CPU without such matmuls
 """
 
 import argparse

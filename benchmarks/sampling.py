@@ -29,12 +29,12 @@ from unite_fast.config import SamplingConfig
 from unite_fast.data_pipeline import open_source
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.evaluation.fid import Moments, Statistics, frechet_distance
-from unite_fast.evaluation.pixel_features import PixelFeatures, fit_pixels_once
+from unite_fast.evaluation.pixel_features import PixelFeatures, fit_pixels_on_main
 from unite_fast.evaluation.provenance import device_name, versions
 from unite_fast.evaluation.reference import make_reference
 from unite_fast.kernels import backend
 from unite_fast.sampling.pipeline import TrainedUNITE, weights_sha256
-from unite_fast.sampling.sampler import GuidedPrediction, Network, generate_batch
+from unite_fast.sampling.sampler import GuidedPrediction, Network, sample_batch
 
 REFERENCE, EXACT = "dopri5", ("multistep", 100)
 STEPS = {"euler": (10, 20, 40), "heun": (5, 10, 20), "multistep": (8, 12, 16, 20, 24)}
@@ -63,7 +63,7 @@ class Run:
         self.name, self.recipe, self.batch = config.name, config.sampling.changed(**settings), batch
         torch.set_num_threads(config.train.threads or torch.get_num_threads())
         source = open_source(config.data.source, data or config.data.path, config.model.image_size, "train")
-        self.features: PixelFeatures = fit_pixels_once(source, Ranks(), "cpu")
+        self.features: PixelFeatures = fit_pixels_on_main(source, Ranks(), "cpu")
         self.real = make_reference(source, self.features, Ranks(), batch, config.data.workers).statistics
 
     def generate(self, config: SamplingConfig, count: int, seed: int = 0) -> tuple[Tensor, float, float]:
@@ -86,7 +86,7 @@ class Run:
         """Images uint8 [n, 3, S, S] and evaluations for each of them."""
         model, positions = self.model.network, torch.tensor(numbers)
         network, labels = Network.of(model, config.order), positions % model.config.num_classes
-        return generate_batch(model, network, labels, positions, config, seed, predictor=predictor)
+        return sample_batch(model, network, labels, positions, config, seed, predictor=predictor)
 
     def distance(self, statistics: Statistics) -> float:
         return frechet_distance(statistics, self.real)

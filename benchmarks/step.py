@@ -26,7 +26,7 @@ from unite_fast.training.train_state import TrainState
 from unite_fast.training.train_step import TrainStep
 
 EXAMPLES = """examples:
-  python benchmarks/step.py --size bench                        # the fast bodies
+  python benchmarks/step.py --size bench                        # the fast backends
   python benchmarks/step.py --size bench --kernels reference
   python benchmarks/step.py --size tiny --batch 4 --lpips --json
 """
@@ -141,7 +141,7 @@ def main() -> None:
     )
     parser.add_argument("--size", choices=SIZES, default="bench", help="encoder, decoder and image size [bench]")
     parser.add_argument("--batch", type=int, default=8, help="images a step [8]")
-    parser.add_argument("--kernels", choices=backend.available(), default="auto", help="which bodies run [auto]")
+    parser.add_argument("--kernels", choices=backend.available(), default="auto", help="which backend runs [auto]")
     parser.add_argument("--lpips", action="store_true", help="with LPIPS, of random weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="print one object")
@@ -152,7 +152,7 @@ def main() -> None:
             "size": options.size,
             "batch": options.batch,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "kernels": backend.body_on(device),
+            "kernels": backend.backend_on(device),
             "lpips": options.lpips,
             "torch": torch.__version__,
             **count(*make_step(options.size, options.batch, options.lpips, device)),

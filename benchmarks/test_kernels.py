@@ -3,8 +3,8 @@
     pytest benchmarks --benchmark-only --benchmark-autosave -k swiglu
     pytest benchmarks --benchmark-only --benchmark-compare -k swiglu
 
-One body runs after the other here, so on a busy machine trust kernels.py, which takes them in turn. The tests of this
-project do not look into this folder.
+The backends run one after another here; on a busy machine trust kernels.py, which alternates between them. The tests of
+this project do not look into this folder.
 """
 
 from itertools import cycle
@@ -18,34 +18,34 @@ from unite_fast.kernels import backend
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = bench.parse_shape(bench.SHAPES[DEVICE.type])
-CASES = list(bench.cases([*bench.SEQUENCE_OPS, *bench.LATENT_OPS], [SHAPE], DEVICE))
+CASES = list(bench.cases(bench.OPS, [SHAPE], DEVICE))
 OURS = "triton" if DEVICE.type == "cuda" else "native"
 ROUNDS, WARM_UP_ROUNDS = 30, 5
 
 
 class Prepared(NamedTuple):
     case: bench.Case
-    bodies: dict
+    backends: dict
     copies: list
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.title.replace(" ", "-"))
 def prepared(request) -> Prepared:
-    """A case with its numbers, made once for all its bodies and ways."""
+    """A case with its numbers, made once for all its backends and ways."""
     if missing := backend.why_missing(OURS):
         pytest.skip(missing)
     torch.compiler.reset()
-    return Prepared(request.param, request.param.bodies(DEVICE), bench.copies(request.param))
+    return Prepared(request.param, request.param.backends(), bench.copies(request.param))
 
 
-@pytest.mark.parametrize("body", ["eager", "compiled", OURS])
+@pytest.mark.parametrize("backend_name", ["eager", "compiled", OURS])
 @pytest.mark.parametrize("way", bench.WAYS)
-def test_op(prepared, body, way, benchmark):
+def test_op(prepared, backend_name, way, benchmark):
     case, rotated = prepared.case, cycle(prepared.copies)
-    call, setting = prepared.bodies[body]
+    call, setting = prepared.backends[backend_name]
 
     def forward(copy):
-        return bench.as_tuple(call(*copy.arguments)), copy.leaves, copy.incoming
+        return bench.as_tuple(call(**copy.arguments)), copy.leaves, copy.incoming
 
     def both(copy):
         return finish(torch.autograd.grad(*forward(copy)))

@@ -1,9 +1,9 @@
-"""Images and labels for the trainer: where they come from (sources) and in which order (the loader)."""
+"""Training data: sources hold labelled images, the loader batches them in an order that depends only on the seed."""
 
 from unite_fast.data_pipeline.choose_loader import choose_loader
 from unite_fast.data_pipeline.image_folder import read_image
 from unite_fast.data_pipeline.loader import Loader
-from unite_fast.data_pipeline.open_source import open_source
+from unite_fast.data_pipeline.open_source import detect_source, open_source, register_source
 from unite_fast.data_pipeline.readers import Batch
 from unite_fast.data_pipeline.source import Source, UnreadableSample, read_readable
 
@@ -13,7 +13,9 @@ __all__ = [
     "Source",
     "UnreadableSample",
     "choose_loader",
+    "detect_source",
     "open_source",
     "read_image",
     "read_readable",
+    "register_source",
 ]

@@ -1,26 +1,31 @@
-"""Which loader reads a source: `data.loader`."""
+"""Which loader reads a source: the setting `data.loader`."""
 
 from dataclasses import dataclass
 
 import torch
 
 from unite_fast.data_pipeline import dali
-from unite_fast.data_pipeline.image_folder import FolderSource
 from unite_fast.data_pipeline.pinning import pinned
 from unite_fast.data_pipeline.readers import OpenReader, open_reader
-from unite_fast.data_pipeline.shards.source import ShardSource
 from unite_fast.data_pipeline.source import Source
 from unite_fast.errors import UserError
 
+_REASONS = {
+    "memory": "reading only copies memory",
+    "folder": "the only loader for an image folder; unite-fast shards converts it to a faster format",
+    "raw": "the shards hold pixels, so nothing is decoded",
+    "source": "the source reads its own samples",
+}
+
 
 @dataclass(frozen=True)
-class Choice:
+class LoaderChoice:
     """
     Attributes:
-        name: one of `config.LOADERS`, but auto.
-        why: one line.
-        decoder: "pillow" or "dali": loaders of one decoder give the same pixels.
-        reader: what a Loader takes.
+        name: one of `config.LOADERS` except auto.
+        why: the reason, one line.
+        decoder: "dali", or "pillow" for every other loader. Loaders with the same decoder give the same pixels.
+        reader: the `reader` argument of Loader.
     """
 
     name: str
@@ -29,39 +34,29 @@ class Choice:
     reader: OpenReader
 
 
-def choose_loader(name: str, source: Source, device: torch.device) -> Choice:
-    """The loader asked for, or the fastest that fits.
+def choose_loader(name: str, source: Source, device: torch.device) -> LoaderChoice:
+    """The loader called `name`; for "auto", the fastest one that can read `source`.
 
     Raises:
-        UserError: it does not fit the data, or is not installed.
+        UserError: the loader cannot read this source, or is not installed.
     """
-    fitting = fitting_loaders(source)
     if name == "auto":
-        name, why = _fastest(fitting, device)
-    elif name in fitting:
-        why = "as data.loader says"
+        name, why = _fastest(source.loaders, device)
+    elif name in source.loaders:
+        why = "set by data.loader"
     else:
-        raise UserError(f"data.loader {name} cannot read these data: choose auto or {' or '.join(fitting)}")
+        raise UserError(f"data.loader {name} cannot read these data: choose auto or {' or '.join(source.loaders)}")
     if name == "dali":
-        return Choice(name, why, "dali", dali.dali_reader(device))
-    return Choice(name, why, "pillow", pinned(open_reader, device) if device.type == "cuda" else open_reader)
+        return LoaderChoice(name, why, "dali", dali.dali_reader(device))
+    return LoaderChoice(name, why, "pillow", pinned(open_reader, device) if device.type == "cuda" else open_reader)
 
 
-def fitting_loaders(source: Source) -> tuple[str, ...]:
-    if isinstance(source, ShardSource):
-        return ("raw",) if source.manifest.format == "raw" else ("webdataset", "dali")
-    return ("folder",) if isinstance(source, FolderSource) else ("memory",)
-
-
-def _fastest(fitting: tuple[str, ...], device: torch.device) -> tuple[str, str]:
-    if fitting == ("memory",):
-        return "memory", "the data fit in memory"
-    if fitting == ("folder",):
-        return "folder", "the only one for a folder of pictures; unite-fast shards makes faster data of it"
-    if fitting == ("raw",):
-        return "raw", "the shards hold pixels, so nothing is decoded"
+def _fastest(loaders: tuple[str, ...], device: torch.device) -> tuple[str, str]:
+    """Name of the loader, and the reason."""
+    if "dali" not in loaders:
+        return loaders[0], _REASONS[loaders[0]]
     if device.type != "cuda":
-        return "webdataset", "on a CPU; its pixels are those of a folder"
+        return "webdataset", "on a CPU; same pixels as an image folder"
     if reason := dali.missing():
         return "webdataset", reason
     return "dali", "the GPU decodes"

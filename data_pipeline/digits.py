@@ -1,4 +1,6 @@
-"""The 1797 handwritten digits that come with scikit-learn: 8 x 8 pixels, nothing to download."""
+"""The 1797 handwritten digits of scikit-learn: 8 x 8 pixels, no download."""
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -7,22 +9,22 @@ from unite_fast.data_pipeline.source import MemorySource
 from unite_fast.errors import UserError
 
 _SIZE = 8
-_WHITE = 16  # the brightest value in scikit-learn's copy
+_WHITE = 16  # the largest pixel value in scikit-learn's copy
 
 
 def open_digits(image_size: int, split: str) -> MemorySource:
-    """The digits, of which a fixed 20 % of every class are the split "test".
+    """The digits. The split "test" is a fixed 20 % of every class.
 
     Raises:
         UserError: `image_size` is not 8.
     """
     if image_size != _SIZE:
         raise UserError(f"the digits are 8 x 8 pixels, image_size is {image_size}: set it to 8 or choose other data")
-    # Imported here because it takes seconds and every other source does without.
+    # Imported here because it takes seconds and no other source needs it.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    digits = load_digits()
+    digits: Any = load_digits()  # a Bunch, which the type stubs do not know
     train, test = train_test_split(np.arange(len(digits.target)), test_size=0.2, random_state=0, stratify=digits.target)
     chosen = np.sort(train if split == "train" else test)
     images = np.rint(digits.images[chosen] * (255 / _WHITE)).astype(np.uint8)

@@ -1,6 +1,6 @@
-"""Grey images in MNIST's file format, IDX: MNIST, Fashion-MNIST, KMNIST and their like.
+"""Grey images in IDX, the file format of MNIST, Fashion-MNIST, KMNIST and others.
 
-An IDX file is: two zero bytes; the type of its values (8: unsigned byte); the number of dimensions; each dimension as
+An IDX file holds two zero bytes; the type of the values (8: unsigned byte); the number of dimensions; each dimension as
 a big-endian 32-bit number; the values, last dimension fastest.
 """
 
@@ -21,17 +21,19 @@ _PREFIX = {"train": "train", "test": "t10k"}
 
 
 def open_idx(path: Path, image_size: int, split: str) -> MemorySource:
-    """All images of one split, with a symmetric black border where they are smaller than `image_size`.
+    """All images of one split, padded symmetrically with black up to `image_size`.
 
-    The files hold no class names, so they are "0", "1", ... up to the largest label of the split.
+    The files hold no class names, so the classes are called "0", "1", ... up to the largest label of the split.
 
     Args:
         path: folder with train-images-idx3-ubyte, train-labels-idx1-ubyte and, for the split "test", the same with t10k
-            for train; each may be compressed (.gz).
+            in place of train; each may be compressed (.gz).
+        image_size: side of the padded images, pixels.
+        split: "train" or "test".
 
     Raises:
-        UserError: a file is missing, is no IDX file, is too short or too long, images and labels differ in number, or
-            the images are larger than `image_size`.
+        UserError: a file is missing, not IDX, or not as long as its header says; the numbers of images and labels
+            differ; or the images are larger than `image_size`.
     """
     images_file = _find(path, f"{_PREFIX[split]}-images-idx3-ubyte")
     labels_file = _find(path, f"{_PREFIX[split]}-labels-idx1-ubyte")
@@ -40,7 +42,9 @@ def open_idx(path: Path, image_size: int, split: str) -> MemorySource:
 
     n, height, width = images.shape
     if n != len(labels):
-        raise UserError(f"{images_file} has {n} images but {labels_file} has {len(labels)} labels: they are not a pair")
+        raise UserError(
+            f"{images_file} has {n} images but {labels_file} has {len(labels)} labels: they do not belong together"
+        )
     if images.numel() == 0:
         raise UserError(f"{images_file} is empty ({n} images of {height} x {width}): fetch the file again")
     if max(height, width) > image_size:
@@ -56,10 +60,10 @@ def open_idx(path: Path, image_size: int, split: str) -> MemorySource:
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """The values of an IDX file of unsigned bytes, compressed when it ends in .gz: uint8, writable.
+    """The values of an IDX file of unsigned bytes: uint8, writable. A name that ends in .gz means compressed.
 
     Raises:
-        UserError: the file is unreadable, of another format, or its length is not what its header says.
+        UserError: the file is unreadable, in another format, or not as long as its header says.
     """
     data = _contents(path)
     magic = bytes((0, 0, 8, dimensions))
@@ -84,7 +88,7 @@ def _find(folder: Path, name: str) -> Path:
     for file in (folder / name, folder / f"{name}.gz"):
         if file.is_file():
             return file
-    raise UserError(f"no {name} and no {name}.gz in {folder}: put the file there, or name the folder that it is in")
+    raise UserError(f"no {name} and no {name}.gz in {folder}: put the file there, or give the folder that holds it")
 
 
 def _contents(path: Path) -> bytes:

@@ -1,10 +1,10 @@
-"""A folder of pictures, one subfolder a class."""
+"""A folder of image files, one subfolder per class."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -16,48 +16,56 @@ from unite_fast.data_pipeline.source import Source, UnreadableSample
 from unite_fast.errors import UserError
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-# By content, whatever the extension: ImageNet has a PNG named .JPEG. A short list, so that no file can reach those of
-# Pillow's decoders that start another program.
+# Checked by content, not by extension: ImageNet has a PNG named .JPEG. The list is short so that no file reaches a
+# Pillow decoder that starts another program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 SPLIT_FOLDERS = {"train": ("train",), "test": ("val", "test")}
 
 
 class FolderSource(Source):
-    """Pictures decoded and centre-cropped as they are read. The classes are the subfolders, sorted by name.
+    """Image files, decoded and centre-cropped when read. The classes are the subfolders, sorted by name.
 
-    A class may hold further folders; a link to a folder is followed where it stands for a class, not below. Files and
-    folders that start with a dot are ignored, as is every file without an image's extension.
+    Class folders may be nested deeper. A class folder may be a symbolic link; links below it are not followed. Names
+    that start with a dot and files without an image extension are ignored.
     """
 
     def __init__(self, path: Path, image_size: int, split: str):
         """
         Args:
-            path: folder of class folders; or of train/ and val/ or test/, each a folder of class folders. Without such
-                folders the splits "train" and "test" are the same images. With them the classes of both splits are
-                those of train/, so that a label means the same in both.
+            path: a folder of class folders, or a folder with train/ and val/ or test/, each a folder of class folders.
+                Without them, the splits "train" and "test" are the same images. With them, train/ defines the classes
+                of both splits, so that labels agree.
+            image_size: side of the cropped images, pixels.
+            split: "train" or "test".
 
         Raises:
-            UserError: no such folder, no class folders in it, a class without images, or one that train/ does not have.
+            UserError: no such folder, no class folders, a class without images, or a class that train/ lacks.
         """
         self.image_size = image_size
         self.root = _split_folder(path, split)
         self.files: list[str] = []
         self.labels: list[int] = []
-        found = _subfolders(self.root)
-        if not found:
+        classes = _subfolders(self.root)
+        if not classes:
             raise UserError(f"no class folders in {self.root}: put the images into one subfolder per class")
-        self.class_names = found
+        self.class_names = classes
         if self.root != path and (path / "train").is_dir():
             self.class_names = _subfolders(path / "train")
-        for class_name in found:
+        for class_name in classes:
             if class_name not in self.class_names:
-                raise UserError(f"class folder {self.root / class_name} has no partner in {path / 'train'}: remove it")
+                raise UserError(f"class folder {self.root / class_name} does not exist in {path / 'train'}: remove it")
             files = _image_files(self.root, class_name)
             if not files:
-                known = " ".join(IMAGE_EXTENSIONS)
-                raise UserError(f"no images ({known}) in class folder {self.root / class_name}: add some or remove it")
+                extensions = " ".join(IMAGE_EXTENSIONS)
+                raise UserError(
+                    f"no images ({extensions}) in class folder {self.root / class_name}: add some or remove it"
+                )
             self.files += files
             self.labels += [self.class_names.index(class_name)] * len(files)
+
+    @property
+    def loaders(self) -> tuple[str, ...]:
+        return ("folder",)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -66,8 +74,8 @@ class FolderSource(Source):
         return np.bincount(self.labels, minlength=len(self.class_names)).tolist()
 
     def name(self, index: int) -> str:
-        """The file's path below the folder of classes."""
-        # A file name need not be text, nor a single line; a message must be.
+        """The file's path, relative to the folder of class folders."""
+        # A file name may hold line breaks or bytes that are no text; a message must not.
         return _one_line(os.fsencode(self.files[index]).decode(errors="backslashreplace"))
 
     def read_into(self, index: int, image: np.ndarray) -> int:
@@ -77,26 +85,39 @@ class FolderSource(Source):
 
 
 def read_image(path: str | Path, image_size: int, name: str | None = None) -> np.ndarray:
-    """One picture file, decoded and centre-cropped: uint8 [image_size, image_size, 3].
+    """Decode and centre-crop an image file: uint8 [image_size, image_size, 3].
 
     Raises:
-        UnreadableSample: the file is missing, broken or no picture; `name` stands for the path in the message.
+        UnreadableSample: the file is missing, broken or no image. The message names `name`, or else the path.
     """
     return decode_image(path, image_size, name or str(path))
 
 
+def read_images(paths: list[Path], size: int) -> Tensor:
+    """Decode and centre-crop image files: uint8 [n, 3, size, size].
+
+    Raises:
+        UserError: a file is missing, broken or no image.
+    """
+    try:
+        images = [read_image(path, size) for path in paths]
+    except UnreadableSample as error:
+        raise UserError(f"cannot read {error.name}: {error.reason}") from error
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
 def decode_image(file: str | Path | BinaryIO, image_size: int, name: str) -> np.ndarray:
-    """The same for the contents of a picture file, called `name` in the message."""
-    with open_picture(file, name) as picture:
-        return adm_center_crop(picture, image_size)
+    """Like `read_image`, for an open file too; `name` is its name in the message."""
+    with open_image(file, name) as image:
+        return adm_center_crop(image, image_size)
 
 
 @contextmanager
-def open_picture(file: str | Path | BinaryIO, name: str) -> Iterator[Image.Image]:
-    """A picture that is decoded and changed inside; whatever is wrong with it is an UnreadableSample."""
+def open_image(file: str | Path | BinaryIO, name: str) -> Iterator[Image.Image]:
+    """Open an image file. Any error inside the `with` block, where it is decoded, becomes an UnreadableSample."""
     try:
-        with Image.open(file, formats=_FORMATS) as picture:
-            yield picture
+        with Image.open(file, formats=_FORMATS) as image:
+            yield image
     except UnidentifiedImageError:
         raise UnreadableSample(name, "not an image of a known format") from None
     except OSError as error:
@@ -108,18 +129,18 @@ def open_picture(file: str | Path | BinaryIO, name: str) -> Iterator[Image.Image
 
 def _split_folder(path: Path, split: str) -> Path:
     if not path.is_dir():
-        raise UserError(f"no folder {path}: name one that has a subfolder per class (for training, data.path=FOLDER)")
-    found = set(_subfolders(path))
+        raise UserError(f"no folder {path}: give one with a subfolder per class (for training, data.path=FOLDER)")
+    subfolders = set(_subfolders(path))
     names = set().union(*SPLIT_FOLDERS.values())
-    # A class may be called "train", so one such name among others does not make a split.
-    has_splits = found and (found <= names or ("train" in found and found & {"val", "test"}))
+    # A class may be called "train", so a single such name among others is not a split.
+    has_splits = subfolders and (subfolders <= names or ("train" in subfolders and subfolders & {"val", "test"}))
     if not has_splits:
         return path
     for name in SPLIT_FOLDERS[split]:
-        if name in found:
+        if name in subfolders:
             return path / name
     raise UserError(
-        f"no {' or '.join(SPLIT_FOLDERS[split])} folder in {path}, which has {', '.join(sorted(found))}: add it"
+        f"no {' or '.join(SPLIT_FOLDERS[split])} folder in {path}, which has {', '.join(sorted(subfolders))}: add it"
     )
 
 
@@ -128,35 +149,26 @@ def _subfolders(path: Path) -> list[str]:
         with os.scandir(path) as entries:
             return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
-        _refuse(error)
+        _raise_user_error(error)
 
 
 def _image_files(root: Path, class_name: str) -> list[str]:
-    """Paths below `root` of the class's images, sorted."""
+    """Paths of the class's images relative to `root`, sorted."""
     files = []
-    for folder, subfolders, names in os.walk(root / class_name, onerror=_refuse):
+    for folder, subfolders, names in os.walk(root / class_name, onerror=_raise_user_error):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        below = os.path.relpath(folder, root)
+        relative = os.path.relpath(folder, root)
         files += [
-            os.path.join(below, name)
+            os.path.join(relative, name)
             for name in names
             if not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS)
         ]
     return sorted(files)
 
 
-def _refuse(error: OSError):
+def _raise_user_error(error: OSError) -> NoReturn:
     raise UserError(f"cannot list {error.filename}: {error.strerror}; make it readable or remove it")
 
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def read_images(paths: list[Path], size: int) -> Tensor:
-    """Picture files, centre-cropped: uint8 [n, 3, size, size]."""
-    try:
-        images = [read_image(path, size) for path in paths]
-    except UnreadableSample as error:
-        raise UserError(f"cannot read {error.name}: {error.reason}") from error
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""The order of a run's samples."""
+"""The loader: batches of a source, in an order that depends only on the seed."""
 
 import functools
 import logging
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from unite_fast.data_pipeline.readers import Batch, OpenReader, Reader, check_share, open_reader
+from unite_fast.data_pipeline.readers import Batch, OpenReader, Reader, check_broken_fraction, open_reader
 from unite_fast.data_pipeline.source import Source
 from unite_fast.errors import UserError
 
@@ -15,21 +15,20 @@ _log = logging.getLogger("unite_fast.data")
 
 
 class Loader:
-    """An endless iterator over batches, in an order that depends on nothing but the seed.
+    """An endless iterator over batches.
 
-    Epoch e is `source.order(seed, e)`. All epochs one after another make a stream, and batch k is samples
-    k * batch_size to (k + 1) * batch_size of it. So an epoch's last batch is filled up with the next epoch's first
-    samples, every sample appears exactly once an epoch, and a run is resumed by starting at its batch k.
+    Epoch e is `source.order(seed, e)`. The epochs are concatenated to one stream, and batch k is samples
+    k * batch_size to (k + 1) * batch_size of it. So every sample appears exactly once per epoch, the last batch of an
+    epoch is filled up from the next one, and a run resumes by starting at batch k.
 
-    A rank reads its places of each global batch, whatever reads them: all ranks have the same number of batches, and
-    put together they have the batches of one.
+    Each rank reads its slice of every global batch. All ranks have the same number of batches, and together they read
+    what a single process would.
 
-    A broken sample is replaced by the next one in the source that can be read, entered in `skipped` once, and
-    reported once, as a warning of the logger "unite_fast.data". Pixels are not changed: the random flip is the
-    trainer's.
+    A broken sample is replaced by the next readable one in the source. It is added to `skipped` and reported by the
+    logger "unite_fast.data", both once. The random flip is not done here but in the train step.
 
     Attributes:
-        skipped: name -> reason of the broken samples met so far by this rank, in the order of the stream.
+        skipped: name -> reason of the broken samples that this rank found so far, in the order of the stream.
     """
 
     def __init__(
@@ -45,15 +44,15 @@ class Loader:
     ):
         """
         Args:
-            source: what to read.
-            batch_size: samples of the global batch, all ranks together; may exceed the source.
+            source: the data.
+            batch_size: samples in the global batch of all ranks; may exceed the length of the source.
             seed: the run's seed, in [0, 2**64).
-            workers: threads or processes, as the source wants, that read ahead; 0 reads on the caller's thread, as
-                does any source in memory.
+            workers: number of threads or processes (see `Source.workers`) that prefetch; 0 reads on the caller's
+                thread, and so does every source in memory.
             start: number of the first batch.
-            rank: this rank reads places rank * b / world to (rank + 1) * b / world of each global batch.
+            rank: this rank reads positions rank * b / world to (rank + 1) * b / world of each global batch.
             world: number of ranks, a divisor of `batch_size`.
-            reader: what reads and decodes.
+            reader: opens the reader, see `choose_loader`.
 
         Raises:
             UserError: `batch_size` is not a positive multiple of `world`, or `workers` is negative.
@@ -69,24 +68,24 @@ class Loader:
         self.source = source
         self.batch_size = batch_size
         self.skipped: dict[str, str] = {}
-        share = batch_size // world
-        self._places = slice(rank * share, (rank + 1) * share)
-        # Two, because a batch may lie across two epochs.
+        per_rank = batch_size // world
+        self._slice = slice(rank * per_rank, (rank + 1) * per_rank)
+        # Two, because a batch may span two epochs.
         self._order = functools.lru_cache(maxsize=2)(lambda epoch: source.order(seed, epoch))
         self._next = start
         self._begun = start
         self._closed = False
-        self._open = functools.partial(reader, source, share, workers)
+        self._open = functools.partial(reader, source, per_rank, workers)
         self._reader: Reader | None = None
 
     def batch_indices(self, k: int) -> Tensor:
-        """The samples of global batch `k`, int64 [batch_size], before any broken one is replaced."""
+        """The samples of global batch `k`, int64 [batch_size], before broken ones are replaced."""
         pieces = []
-        place, end = k * self.batch_size, (k + 1) * self.batch_size
-        while place < end:
-            epoch, offset = divmod(place, len(self.source))
-            pieces.append(self._order(epoch)[offset : offset + end - place])
-            place += len(pieces[-1])
+        position, end = k * self.batch_size, (k + 1) * self.batch_size
+        while position < end:
+            epoch, offset = divmod(position, len(self.source))
+            pieces.append(self._order(epoch)[offset : offset + end - position])
+            position += len(pieces[-1])
         return torch.cat(pieces)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -96,8 +95,8 @@ class Loader:
         """The next batch.
 
         Raises:
-            UserError: all samples are broken, or more than 10 % and at least 10; a worker was killed. The loader is
-                then closed.
+            UserError: too many samples are broken (all, or more than 10 % and at least 10), or a worker was killed.
+                The loader is then closed.
         """
         if self._closed:
             raise RuntimeError("the loader is closed")
@@ -115,7 +114,7 @@ class Loader:
         if self._reader is None:
             self._reader = self._open()
         while self._begun <= self._next + self._reader.ahead:
-            self._reader.begin(self.batch_indices(self._begun)[self._places].tolist())
+            self._reader.begin(self.batch_indices(self._begun)[self._slice].tolist())
             self._begun += 1
         return self._reader.take()
 
@@ -123,20 +122,20 @@ class Loader:
         if name not in self.skipped:
             self.skipped[name] = reason
             _log.warning("skipped %s: %s", name, reason)
-            check_share(len(self.skipped), len(self.source), (name, reason))
+            check_broken_fraction(len(self.skipped), len(self.source), (name, reason))
 
     def state_dict(self) -> dict:
-        """Where the stream stands: the number of the batch that comes next, and the broken samples met so far."""
+        """The number of the next batch, and the broken samples found so far."""
         return {"batch": self._next, "skipped": [list(item) for item in self.skipped.items()]}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where the loader that gave `state` stood, in this or another number of ranks."""
+        """Resume from `state`, which a loader on any number of ranks saved."""
         self._stop_reading()
         self._next = self._begun = state["batch"]
         self.skipped = dict(state["skipped"])
 
     def close(self) -> None:
-        """Stop reading ahead. A closed loader gives no more batches."""
+        """Stop the workers. A closed loader returns no more batches."""
         self._closed = True
         self._stop_reading()
 

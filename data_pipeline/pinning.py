@@ -1,4 +1,4 @@
-"""Batches moved into pinned memory by a thread of its own, so that the trainer's only asks the GPU to fetch them."""
+"""Copy batches into pinned memory on a background thread, so that the copy to the GPU is asynchronous."""
 
 from collections import deque
 from collections.abc import Callable
@@ -7,18 +7,16 @@ from dataclasses import replace
 
 import torch
 
-from unite_fast.data_pipeline.readers import Bad, Batch, OpenReader, Reader
+from unite_fast.data_pipeline.readers import Batch, Broken, OpenReader, Reader
 from unite_fast.data_pipeline.source import Source
-
-Pin = Callable[[Batch], Batch]
 
 
 def pinned(open_inner: OpenReader, device: torch.device) -> OpenReader:
-    """A reader like the inner one, whose batches lie in pinned memory: from other memory, a copy to the CUDA device
-    `device` would wait for what that has yet to do."""
+    """Like `open_inner`, with batches in pinned memory for the CUDA device `device`: a copy from pageable memory would
+    wait for the work queued on the device."""
 
     def pin(batch: Batch) -> Batch:
-        # Each thread has a current device, and memory is pinned by way of it: another one would get a context.
+        # Pinning creates a context on the thread's current device, so set the right one.
         with torch.cuda.device(device):
             return replace(batch, images=batch.images.pin_memory(), labels=batch.labels.pin_memory())
 
@@ -29,36 +27,36 @@ def pinned(open_inner: OpenReader, device: torch.device) -> OpenReader:
 
 
 class PinnedReader:
-    """Takes the inner reader's batches ahead of need, on one thread, and pins them. That thread alone uses the inner
-    reader, of which no call need be safe beside another, but for `close`."""
+    """Prefetches and pins the inner reader's batches on one thread. Only that thread calls the inner reader, except for
+    `close`, so the inner reader need not be thread-safe."""
 
-    def __init__(self, inner: Reader, pin: Pin):
+    def __init__(self, inner: Reader, pin: Callable[[Batch], Batch]):
         self.inner, self.pin = inner, pin
         self.ahead = max(1, inner.ahead)
-        self.wanted: deque[list[int]] = deque()
-        """Batches that the inner reader has yet to begin."""
+        self.queued: deque[list[int]] = deque()
+        """Indices of batches that the inner reader has not begun."""
         self.begun = 0
-        """Batches that it has begun and not given."""
+        """Batches that it has begun and not returned."""
         self.batches: deque[Future] = deque()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="unite_fast-pin")
 
-    def begin(self, wanted: list[int]) -> None:
-        self.wanted.append(wanted)
+    def begin(self, indices: list[int]) -> None:
+        self.queued.append(indices)
         self.batches.append(self.thread.submit(self._next))
 
-    def _next(self) -> tuple[Batch, list[Bad]]:
-        while self.wanted and self.begun <= self.inner.ahead:
-            self.inner.begin(self.wanted.popleft())
+    def _next(self) -> tuple[Batch, list[Broken]]:
+        while self.queued and self.begun <= self.inner.ahead:
+            self.inner.begin(self.queued.popleft())
             self.begun += 1
-        batch, bad = self.inner.take()
+        batch, broken = self.inner.take()
         self.begun -= 1
-        return self.pin(batch), bad
+        return self.pin(batch), broken
 
-    def take(self) -> tuple[Batch, list[Bad]]:
+    def take(self) -> tuple[Batch, list[Broken]]:
         return self.batches.popleft().result()
 
     def close(self) -> None:
-        # The inner reader is closed under the thread: whatever it waits for ends, well or with an error for nobody.
+        # Close the inner reader while the thread may wait for it: that ends the wait, and nobody reads an error then.
         self.thread.shutdown(wait=False, cancel_futures=True)
         self.inner.close()
         self.thread.shutdown(wait=True)

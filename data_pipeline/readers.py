@@ -1,4 +1,4 @@
-"""How the samples of a batch are read: on the caller's thread, by threads or by processes ahead of need."""
+"""Read the samples of a batch: on the caller's thread, or ahead of need by worker threads or processes."""
 
 import itertools
 import mmap
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Protocol
+from typing import NoReturn, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,21 +21,22 @@ from torch import Tensor
 from unite_fast.data_pipeline.source import Source, UnreadableSample
 from unite_fast.errors import UserError
 
-Bad = tuple[str, str]
-"""Name of a broken sample, and the reason."""
+Result = TypeVar("Result")
+Broken = tuple[str, str]
+"""A broken sample: its name and the reason."""
 
-# Beyond both, the data is at fault, not a few files of it.
-_BAD_FRACTION, _BAD_COUNT = 0.1, 10
+# A run stops when the broken samples exceed both limits: then the dataset is at fault, not a few files.
+_BROKEN_FRACTION, _BROKEN_COUNT = 0.1, 10
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of a global batch.
+    """One rank's slice of a global batch.
 
     Attributes:
-        images: uint8 [b, 3, image_size, image_size], on a GPU where one decoded them.
+        images: uint8 [b, 3, image_size, image_size]; on the GPU if it decoded them.
         labels: int64 [b].
-        ids: int64 [b], the samples' numbers in the source.
+        ids: int64 [b], the samples' indices in the source.
     """
 
     images: Tensor
@@ -44,31 +45,32 @@ class Batch:
 
 
 class Reader(Protocol):
-    """Reads one batch after another, in the order in which they were begun.
+    """Reads batches in the order in which they are begun.
 
     Attributes:
-        ahead: how many batches it likes to have begun besides the one that is taken.
+        ahead: number of batches to begin before the first one is taken.
     """
 
     ahead: int
 
-    def begin(self, wanted: list[int]) -> None:
-        """Queue a batch: the samples of this rank's places."""
+    def begin(self, indices: list[int]) -> None:
+        """Start to read a batch: the samples at `indices` of the source."""
 
-    def take(self) -> tuple[Batch, list[Bad]]:
-        """Wait for the oldest batch begun. A broken sample's place holds the next one in the source that reads; what
-        was broken is returned in the order of the places."""
+    def take(self) -> tuple[Batch, list[Broken]]:
+        """Wait for the oldest batch begun. Each broken sample is replaced by the next readable one in the source, and
+        returned as well, in the order of the batch."""
+        ...
 
     def close(self) -> None:
-        """Stop, whatever is under way."""
+        """Stop, even in the middle of a batch."""
 
 
 OpenReader = Callable[[Source, int, int], Reader]
-"""From source, samples of a batch and number of workers."""
+"""(source, samples per batch, number of workers) -> a reader."""
 
 
 def open_reader(source: Source, b: int, workers: int) -> Reader:
-    """The reader that decodes as Pillow does, with the kind of workers that the source wants."""
+    """The reader for any source but DALI's, with the kind of workers in `source.workers`."""
     if source.workers == "none":
         return MemoryReader(source)
     if workers == 0:
@@ -76,40 +78,46 @@ def open_reader(source: Source, b: int, workers: int) -> Reader:
     return ThreadReader(source, b, workers) if source.workers == "threads" else ProcessReader(source, b, workers)
 
 
-def check_share(count: int, n: int, last: Bad) -> None:
+def check_broken_fraction(count: int, n: int, last: Broken) -> None:
     """
     Raises:
-        UserError: so many of `n` samples are broken that there is no point in going on.
+        UserError: too many of `n` samples are broken: all, or more than 10 % and at least 10.
     """
-    if count >= n or (count >= _BAD_COUNT and count > _BAD_FRACTION * n):
+    if count >= n or (count >= _BROKEN_COUNT and count > _BROKEN_FRACTION * n):
         name, reason = last
-        raise UserError(f"{count} of {n} samples cannot be read, the last one {name} ({reason}): mend or remove")
+        raise UserError(f"{count} of {n} samples cannot be read, the last one {name} ({reason}): repair or remove them")
 
 
-def first_readable(source: Source, index: int, read: Callable[[int], object], known: dict[int, Bad], bad: list[Bad]):
-    """`read(index)`, or of the next sample in the source that is not broken; returns its number and what `read` gave.
+def first_readable(
+    source: Source, index: int, read: Callable[[int], Result], known_broken: dict[int, Broken], broken: list[Broken]
+) -> tuple[int, Result]:
+    """Call `read(index)`; if that sample is broken, try the next ones in the source until one is readable.
 
     Args:
-        known: broken samples met so far by this thread or process, which are not tried again; added to.
-        bad: the broken ones passed over here are appended.
+        known_broken: broken samples found so far by this thread or process. They are not tried again; new ones are
+            added.
+        broken: the samples skipped in this call are appended.
+
+    Returns:
+        The index of the readable sample, and the result of `read`.
     """
-    passed = 0
+    skipped = 0
     while True:
-        if index not in known:
+        if index not in known_broken:
             try:
                 return index, read(index)
             except UnreadableSample as error:
-                # Not the exception itself: its traceback would keep the batch alive.
-                known[index] = (error.name, error.reason)
-        bad.append(known[index])
-        passed += 1
-        check_share(passed, len(source), bad[-1])
+                # Keep the text and not the exception, whose traceback would keep the batch alive.
+                known_broken[index] = (error.name, error.reason)
+        broken.append(known_broken[index])
+        skipped += 1
+        check_broken_fraction(skipped, len(source), broken[-1])
         index = (index + 1) % len(source)
 
 
 @dataclass(frozen=True)
 class _Arrays:
-    """The memory of a batch as numpy sees it: each thread that copies with torch starts a pool of threads.
+    """The memory of a batch, as numpy arrays: a copy in torch would start a thread pool in every worker thread.
 
     Attributes:
         images: uint8 [b, 3, size, size].
@@ -125,18 +133,20 @@ class _Arrays:
 
     @classmethod
     def shared(cls, b: int, size: int) -> "_Arrays":
-        """Memory that forked processes see; not /dev/shm, which is small in many containers."""
+        """Memory shared with forked processes. Anonymous, since /dev/shm is small in many containers."""
         images = np.frombuffer(mmap.mmap(-1, b * 3 * size * size), np.uint8).reshape(b, 3, size, size)
         return cls(images, np.frombuffer(mmap.mmap(-1, 16 * b), np.int64).reshape(2, b))
 
-    def fill(self, source: Source, first: int, wanted: list[int], known: dict[int, Bad]) -> list[Bad]:
-        """Read samples into the places from `first` on; returns the broken ones that were passed over."""
-        bad: list[Bad] = []
-        for place, index in enumerate(wanted, first):
-            image = self.images[place]
-            index, label = first_readable(source, index, lambda i, image=image: source.read_into(i, image), known, bad)
-            self.numbers[:, place] = label, index
-        return bad
+    def fill(self, source: Source, first: int, indices: list[int], known_broken: dict[int, Broken]) -> list[Broken]:
+        """Read samples into positions `first`, `first` + 1, ...; returns the broken ones that were skipped."""
+        broken: list[Broken] = []
+        for position, index in enumerate(indices, first):
+            image = self.images[position]
+            index, label = first_readable(
+                source, index, lambda i, image=image: source.read_into(i, image), known_broken, broken
+            )
+            self.numbers[:, position] = label, index
+        return broken
 
     def batch(self) -> Batch:
         labels, ids = torch.from_numpy(self.numbers)
@@ -147,75 +157,81 @@ class _Arrays:
 
 
 class MemoryReader:
+    """Copies from a source in memory."""
+
     ahead = 0
 
     def __init__(self, source: Source):
         self.source = source
 
-    def begin(self, wanted: list[int]) -> None:
-        self.wanted = torch.tensor(wanted)
+    def begin(self, indices: list[int]) -> None:
+        self.indices = torch.tensor(indices)
 
-    def take(self) -> tuple[Batch, list[Bad]]:
-        return Batch(*self.source.read(self.wanted), self.wanted), []
+    def take(self) -> tuple[Batch, list[Broken]]:
+        return Batch(*self.source.read(self.indices), self.indices), []
 
     def close(self) -> None:
         pass
 
 
 class InlineReader:
+    """Reads on the caller's thread."""
+
     ahead = 0
 
     def __init__(self, source: Source, b: int):
         self.source, self.b = source, b
-        self.known: dict[int, Bad] = {}
+        self.known_broken: dict[int, Broken] = {}
 
-    def begin(self, wanted: list[int]) -> None:
-        self.wanted = wanted
+    def begin(self, indices: list[int]) -> None:
+        self.indices = indices
 
-    def take(self) -> tuple[Batch, list[Bad]]:
+    def take(self) -> tuple[Batch, list[Broken]]:
         arrays = _Arrays.empty(self.b, self.source.image_size)
-        bad = arrays.fill(self.source, 0, self.wanted, self.known)
-        return arrays.batch(), bad
+        broken = arrays.fill(self.source, 0, self.indices, self.known_broken)
+        return arrays.batch(), broken
 
     def close(self) -> None:
         pass
 
 
 def _shares(b: int, workers: int) -> list[slice]:
-    """Each worker's places of every batch."""
+    """Each worker's slice of a batch."""
     edges = [b * worker // workers for worker in range(workers + 1)]
     return [slice(*pair) for pair in itertools.pairwise(edges)]
 
 
 class ThreadReader:
+    """Worker threads; each reads the same share of every batch."""
+
     ahead = 2
 
     def __init__(self, source: Source, b: int, workers: int):
         self.source, self.b, self.shares = source, b, _shares(b, workers)
-        self.known: dict[int, Bad] = {}
+        self.known_broken: dict[int, Broken] = {}
         self.begun: deque[tuple[_Arrays, list[Future]]] = deque()
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="unite_fast-read")
 
-    def begin(self, wanted: list[int]) -> None:
+    def begin(self, indices: list[int]) -> None:
         arrays = _Arrays.empty(self.b, self.source.image_size)
         submit = self.pool.submit
-        parts = [submit(arrays.fill, self.source, s.start, wanted[s], self.known) for s in self.shares]
+        parts = [submit(arrays.fill, self.source, s.start, indices[s], self.known_broken) for s in self.shares]
         self.begun.append((arrays, parts))
 
-    def take(self) -> tuple[Batch, list[Bad]]:
+    def take(self) -> tuple[Batch, list[Broken]]:
         arrays, parts = self.begun.popleft()
-        bad = [item for part in parts for item in part.result()]
-        return arrays.batch(), bad
+        broken = [item for part in parts for item in part.result()]
+        return arrays.batch(), broken
 
     def close(self) -> None:
-        """Waits for the shares under way, one a worker."""
+        """Waits for the shares that are being read, one per worker."""
         self.begun.clear()
         self.pool.shutdown(wait=True, cancel_futures=True)
 
 
 class ProcessReader:
-    """Forked processes that write into memory they share with this one. Each has its share of every batch, so the
-    first batch is there as soon as any."""
+    """Forked worker processes that write into shared memory. Each reads its share of every batch, so the first batch
+    is ready as early as possible."""
 
     ahead = 2
 
@@ -231,41 +247,41 @@ class ProcessReader:
             arguments = (theirs, self.ends, source, self.slots, share.start)
             process = fork.Process(target=_serve, args=arguments, daemon=True)
             with warnings.catch_warnings():
-                # Python warns of locks that a forked child inherits; ours runs numpy, Pillow and one thread.
+                # Python warns that a forked child inherits locks. Ours runs only numpy and Pillow, on one thread.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 process.start()
             theirs.close()
             self.processes.append(process)
         self.stop = weakref.finalize(self, _end, self.processes, self.ends)
 
-    def begin(self, wanted: list[int]) -> None:
+    def begin(self, indices: list[int]) -> None:
         for end, share in zip(self.ends, self.shares, strict=True):
             try:
-                end.send((self.count_begun % len(self.slots), wanted[share]))
+                end.send((self.count_begun % len(self.slots), indices[share]))
             except OSError:
-                self.killed()
+                self.raise_killed()
         self.count_begun += 1
 
-    def take(self) -> tuple[Batch, list[Bad]]:
-        bad = []
+    def take(self) -> tuple[Batch, list[Broken]]:
+        broken = []
         for end, process in zip(self.ends, self.processes, strict=True):
             if end not in wait([end, process.sentinel]):
-                self.killed()
+                self.raise_killed()
             try:
                 reply = end.recv()
             except (EOFError, OSError):
-                self.killed()
+                self.raise_killed()
             if isinstance(reply, Exception):
                 raise reply
-            bad += reply
+            broken += reply
         slot = self.slots[self.count_taken % len(self.slots)]
         self.count_taken += 1
-        return slot.copy().batch(), bad
+        return slot.copy().batch(), broken
 
-    def killed(self) -> None:
+    def raise_killed(self) -> NoReturn:
         raise UserError(
-            "a process that reads images was killed, perhaps for want of memory: lower data.workers, "
-            "then go on from the last checkpoint with --resume"
+            "a data worker process was killed, perhaps out of memory: lower data.workers, "
+            "then resume from the last checkpoint with --resume"
         )
 
     def close(self) -> None:
@@ -273,24 +289,24 @@ class ProcessReader:
 
 
 def _serve(end: Connection, inherited: list[Connection], source: Source, slots: list[_Arrays], first: int) -> None:
-    """A worker's life: samples wanted in, broken ones out, until the other end is gone."""
+    """Main loop of a worker process: indices in, broken samples out, until the pipe closes."""
     for other in inherited:
-        other.close()  # or this copy would keep the other end open when the trainer is killed
-    # Ctrl-C reaches every process of a terminal, and what torchrun and Slurm send, every process of a group. Only the
-    # trainer knows when it is done, and its end closes the pipe.
+        other.close()  # otherwise this copy keeps the pipe open after the trainer is killed
+    # Ctrl-C reaches every process of a terminal, and signals from torchrun and Slurm every process of a group. Workers
+    # ignore them: they exit when the trainer does, because that closes the pipe.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
-    known: dict[int, Bad] = {}
+    known_broken: dict[int, Broken] = {}
     try:
         while True:
-            slot, wanted = end.recv()
+            slot, indices = end.recv()
             try:
-                reply = slots[slot].fill(source, first, wanted, known)
+                reply = slots[slot].fill(source, first, indices, known_broken)
             except UserError as error:
                 reply = error
             except Exception:
-                reply = RuntimeError(f"in a process that reads images:\n{traceback.format_exc()}")
+                reply = RuntimeError(f"in a data worker process:\n{traceback.format_exc()}")
             end.send(reply)
     except (EOFError, OSError):
         return

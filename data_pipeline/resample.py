@@ -1,4 +1,4 @@
-"""Bicubic resizing of a picture of which a square is wanted: by Pillow, or with the same pixels by C++."""
+"""Bicubic resizing of an image, followed by a square crop: in C++, or in Pillow with the same pixels."""
 
 import functools
 
@@ -6,12 +6,13 @@ import numpy as np
 from PIL import Image
 
 try:
-    from unite_fast.data_pipeline import _resample
+    # The C++ extension, which a type checker does not see.
+    from unite_fast.data_pipeline import _resample  # pyright: ignore[reportAttributeAccessIssue]
 except ImportError:
     _resample = None
 
 _BITS = 22
-"""Of a weight's fraction, in Pillow and in csrc/resample.cpp."""
+"""Fraction bits of a fixed-point weight, as in Pillow and csrc/resample.cpp."""
 
 
 def native_available() -> bool:
@@ -19,11 +20,11 @@ def native_available() -> bool:
 
 
 def resize_and_crop(image: Image.Image, width: int, height: int, left: int, top: int, size: int) -> np.ndarray:
-    """The square of `size` pixels at (left, top) of an RGB picture resized to width x height: uint8 [size, size, 3].
+    """Resize an RGB image to width x height, then cut out the square at (left, top): uint8 [size, size, 3].
 
-    First along the rows, then along the columns, each rounded to 8 bits, which is what Pillow does in one call up to
-    version 12; from 13 on it begins with the columns of some tall pictures, and that changes a tenth of the values by
-    one. In two calls every version gives the pixels that ADM had.
+    Rows first, then columns, each rounded to 8 bits. Pillow up to version 12 does the same in one call; since version
+    13 it resizes some tall images columns first, which changes a tenth of the values by one. Two calls give the pixels
+    of ADM's loader in every version.
     """
     if _resample is None:
         return reference(image, width, height, left, top, size)
@@ -35,19 +36,19 @@ def resize_and_crop(image: Image.Image, width: int, height: int, left: int, top:
 
 
 def reference(image: Image.Image, width: int, height: int, left: int, top: int, size: int) -> np.ndarray:
-    """The same by Pillow: what the C++ answers to, bit for bit."""
-    # The columns that are not wanted need not be resized.
+    """The same in Pillow; the C++ code must match it bit for bit."""
+    # Drop the columns outside the crop before resizing along them.
     wide = image.resize((width, image.height), Image.Resampling.BICUBIC).crop((left, 0, left + size, image.height))
     return np.array(wide.resize((size, height), Image.Resampling.BICUBIC).crop((0, top, size, top + size)))
 
 
 @functools.lru_cache(maxsize=1024)
 def weights(length: int, resized: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """How pixels first..first + count of a side of `length`, resized to `resized`, are made of the old ones.
+    """The bicubic filter for pixels first..first + count of a side that is resized from `length` to `resized` pixels.
 
     Returns:
-        starts int32 [count] and weights int32 [count, taps] with 22 bits of fraction: new pixel i is the sum over k of
-        weights[i, k] times old pixel starts[i] + k. Where the filter reaches over the edge it is cut and normalised.
+        starts int32 [count] and weights int32 [count, taps] with 22 fraction bits: new pixel i is the sum over k of
+        weights[i, k] times old pixel starts[i] + k. At the edges the filter is truncated and renormalised.
     """
     ratio = length / resized
     stretch = max(ratio, 1.0)
@@ -59,7 +60,7 @@ def weights(length: int, resized: int, first: int, count: int) -> tuple[np.ndarr
     places = starts[:, None] + np.arange(taps)
     values = _bicubic((places - centers[:, None] + 0.5) * (1 / stretch))
     values[(places < begin[:, None]) | (places >= end[:, None])] = 0.0
-    # Summed from left to right and rounded half away from zero, or some weight would be off by its last bit.
+    # Sum from left to right and round half away from zero, as Pillow does; otherwise the last bit of a weight differs.
     values /= values.cumsum(1)[:, -1:]
     fixed = values * 2**_BITS
     return starts.astype(np.int32), np.trunc(fixed + np.copysign(0.5, fixed)).astype(np.int32)

@@ -1,4 +1,4 @@
-"""What every source of images offers, and the simplest one: all of it in memory."""
+"""The interface of a source of images, and a source that holds all images in memory."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ class UnreadableSample(Exception):
     """One sample is broken; the others may be fine.
 
     Attributes:
-        name: which one, as `Source.name` says it.
+        name: the sample, as `Source.name` names it.
         reason: one line.
     """
 
@@ -27,16 +27,16 @@ class UnreadableSample(Exception):
 
 
 class Source(ABC):
-    """A fixed, finite list of labelled square images, numbered from 0.
+    """A fixed, finite list of labelled square images, numbered from 0. docs/adding-a-dataset.md has a small example.
 
     `read_into` may be called from several threads at once, and from forked processes.
 
     Attributes:
         image_size: side of every image in pixels.
-        class_names: one name a class; label i is `class_names[i]`, so its length is the number of classes.
-        workers: what reads a batch ahead of need. "processes" where reading is work for a processor (decoding), so
-            that it takes no time from the interpreter that trains; "threads" where it is waiting for a disk; "none"
-            where it only copies memory: one call for a whole batch is then fastest, and no sample is ever broken.
+        class_names: label i is called `class_names[i]`; the length is the number of classes.
+        workers: how batches are prefetched. "processes" if reading costs CPU time (decoding), so that it does not slow
+            the training process down; "threads" if reading waits for a disk; "none" if reading only copies memory: the
+            training process then calls `read` for a whole batch, and no sample may be broken.
     """
 
     image_size: int
@@ -45,26 +45,31 @@ class Source(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many samples there are; never 0."""
+        """Number of samples; never 0."""
 
     @abstractmethod
     def class_counts(self) -> list[int]:
-        """How many samples of each class."""
+        """Number of samples in each class."""
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What to call a sample in a message: one line, different for each."""
+        """A sample's name for messages: one line, unique."""
 
     @abstractmethod
     def read_into(self, index: int, image: np.ndarray) -> int:
-        """Fill `image`, uint8 [3, image_size, image_size], with a sample; returns its label.
+        """Write a sample to `image`, uint8 [3, image_size, image_size], and return its label.
 
         Raises:
-            UnreadableSample: it is broken. `image` then holds anything.
+            UnreadableSample: the sample is broken. The contents of `image` are then undefined.
         """
 
+    @property
+    def loaders(self) -> tuple[str, ...]:
+        """The loaders that can read this source, names from `config.LOADERS`; the first is the usual one."""
+        return ("memory",) if self.workers == "none" else ("source",)
+
     def read(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-        """Some samples, in the order asked for.
+        """Read several samples, in the order of `indices`.
 
         Args:
             indices: int64 [n], in [0, len).
@@ -73,7 +78,7 @@ class Source(ABC):
             images uint8 [n, 3, image_size, image_size] and labels int64 [n].
 
         Raises:
-            UnreadableSample: for the first of them that is broken.
+            UnreadableSample: the first broken sample among them.
         """
         indices = torch.as_tensor(indices, dtype=torch.int64).tolist()
         images = np.empty((len(indices), 3, self.image_size, self.image_size), np.uint8)
@@ -81,18 +86,18 @@ class Source(ABC):
         return torch.from_numpy(images), torch.tensor(labels, dtype=torch.int64)
 
     def order(self, seed: int, epoch: int) -> Tensor:
-        """The samples of one epoch, each once, int64 [len]: any permutation, all equally likely.
+        """The order of one epoch, int64 [len]: a uniformly random permutation.
 
-        A source where some orders would be far slower than others may choose among fewer.
+        A source that is slow in most orders may choose among fewer permutations.
         """
         return permutation(seed, epoch, len(self))
 
 
 def read_readable(source: Source, indices: Iterable[int], most: int) -> tuple[Tensor, Tensor]:
-    """The first `most` samples of `indices` that are not broken: images uint8 [n, 3, S, S] and labels int64 [n].
+    """The first `most` readable samples of `indices`: images uint8 [n, 3, S, S] and labels int64 [n].
 
     Raises:
-        UserError: all of them are broken.
+        UserError: none can be read.
     """
     images, labels = [], []
     for index in indices:
@@ -110,17 +115,17 @@ def read_readable(source: Source, indices: Iterable[int], most: int) -> tuple[Te
 
 
 class MemorySource(Source):
-    """Grey images held in memory, handed out with three equal channels."""
+    """Grey images in memory, returned as RGB with three equal channels."""
 
     workers = "none"
 
     def __init__(self, title: str, images: Tensor, labels: Tensor, class_names: list[str]):
         """
         Args:
-            title: what `name` puts before the sample's number.
+            title: sample i is called "TITLE i" in messages.
             images: uint8 [n, image_size, image_size].
             labels: int64 [n].
-            class_names: one name a class.
+            class_names: one name per class.
         """
         self.title = title
         self.images = images

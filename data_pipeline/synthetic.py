@@ -1,4 +1,4 @@
-"""Made-up images, for timing: as many as ImageNet has, no disk, no memory of their own."""
+"""Synthetic images for timing: as many as in ImageNet, made from one block of noise, no disk reads."""
 
 from collections.abc import Sequence
 
@@ -10,12 +10,12 @@ from unite_fast.data_pipeline.source import Source
 from unite_fast.randomness import Philox, Stream
 
 COUNTS = {"train": 1_281_167, "test": 50_000}
-"""Images of ImageNet's splits."""
+"""Number of images in ImageNet's splits."""
 
 
 class SyntheticSource(Source):
-    """Image i is the bytes from place i on of one long noise: all differ, and handing one out is copying memory. Its
-    label is i modulo the number of classes."""
+    """Image i is the noise from byte i on, so all images differ and reading one only copies memory. Its label is i
+    modulo the number of classes."""
 
     workers = "none"
 
@@ -23,7 +23,7 @@ class SyntheticSource(Source):
         """
         Args:
             image_size: side of the images, pixels.
-            split: a key of `COUNTS`; each has a noise of its own.
+            split: a key of `COUNTS`; each split has its own noise.
             num_classes: labels are in [0, num_classes).
         """
         self.image_size, self.split = image_size, split

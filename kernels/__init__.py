@@ -1,14 +1,12 @@
-"""The elementwise and norm work of UNITE: one file an op.
+"""The elementwise and norm work of UNITE, one file per op.
 
-Each op has a public function, which checks its arguments, and a reference body `OP_ref` in plain PyTorch, float32
-inside: the specification, and what torch.compile fuses.
+Each op has a public function, which checks its arguments, and a reference `OP_ref` in plain PyTorch, float32 inside: it
+is the specification, and what torch.compile fuses. docs/adding-a-kernel.md shows how to add one.
 """
 
-from unite_fast.kernels.adaln_modulate import adaln_modulate
+from unite_fast.kernels.adaln import adaln_modulate, gated_residual_adaln, gated_residual_norm_adaln
 from unite_fast.kernels.attention import attention
 from unite_fast.kernels.flow_loss import flow_loss
-from unite_fast.kernels.gated_residual_adaln import gated_residual_adaln
-from unite_fast.kernels.gated_residual_norm_adaln import gated_residual_norm_adaln
 from unite_fast.kernels.linear import (
     gated_residual_adaln_linear,
     gelu_linear,

@@ -1,9 +1,9 @@
-"""Who computes attention on a CUDA device: `ATTEND` has them by name.
+"""Implementations of attention on a CUDA device, in `ATTEND` by name.
 
-PyTorch chooses for itself (sdpa), or one of its three is called by its own operator. Not by the flags of
-`torch.nn.attention.sdpa_kernel`: PyTorch 2.10 to 2.13 leave those out of the keys of their compilation caches, so that
-a process could get what another one compiled with other flags (https://github.com/pytorch/pytorch/pull/185511), and
-flags that allow no backend fall back to another where an operator says why it cannot run.
+`sdpa` lets PyTorch choose. The other `sdpa_*` call one of PyTorch's operators directly instead of setting the flags of
+`torch.nn.attention.sdpa_kernel`, for two reasons: PyTorch 2.10 to 2.13 leave the flags out of their compilation cache
+keys, so a process could load what another compiled with other flags (https://github.com/pytorch/pytorch/pull/185511);
+and flags that allow no backend fall back silently, where an operator says why it cannot run.
 """
 
 from collections.abc import Callable, Iterable
@@ -41,8 +41,8 @@ TAKES_FLOAT32 = ("sdpa", "sdpa_efficient")
 
 
 def why_missing(name: str, device: torch.device, dtype: torch.dtype, head_widths: Iterable[int]) -> str:
-    """Why an entry of `ATTEND` cannot compute such attention on this device, in one line; empty if it can, which is
-    tried out, forward and backward."""
+    """Why an entry of `ATTEND` cannot run on this device, in one line; empty if it can. It is tried, forward and
+    backward."""
     if name == "sdpa":
         return ""
     if device.type != "cuda":
@@ -55,7 +55,7 @@ def why_missing(name: str, device: torch.device, dtype: torch.dtype, head_widths
         q, k, v = (torch.zeros(1, 1, 64, width, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
         try:
             ATTEND[name](q, k, v).sum().backward()
-        except Exception as error:  # of each package its own
+        except Exception as error:  # every package raises its own types
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             return f"with heads of width {width}: {first}"
     return ""

@@ -1,9 +1,12 @@
-"""Which body of the ops runs: `use` sets it, for the whole process.
+"""Which backend the ops run on: `use` sets it for the whole process.
 
-`reference` is plain PyTorch. `native` is C++ for tensors on the CPU. `triton` is for tensors on a CUDA device; where
-TRITON_INTERPRET=1 in the environment switched Triton's interpreter on, it takes those on the CPU, very slowly. Both
-take float32 and bfloat16. `auto` is native or triton wherever that can run, reference elsewhere. float64 always takes
-the reference body, which is exact in it: it is what tests hold the others against.
+- `reference`: plain PyTorch.
+- `native`: C++, for CPU tensors in float32 and bfloat16.
+- `triton`: for CUDA tensors in float32 and bfloat16. With TRITON_INTERPRET=1 in the environment it runs in Triton's
+  interpreter instead, very slowly, on CPU tensors.
+- `auto`: native or triton wherever one of them can run, otherwise reference.
+
+float64 always runs the reference, which is exact enough to judge the others.
 """
 
 import importlib.util
@@ -16,13 +19,13 @@ import torch
 from torch import Tensor
 
 from unite_fast.errors import UserError
-from unite_fast.kernels import attention_backends, layout, native
+from unite_fast.kernels import attention_backends, native, tensors
 
 NAMES = ("auto", "reference", "native", "triton")
 
 ATTENTION_NAMES = tuple(attention_backends.ATTEND)
 
-# Asked once: torch.compile can trace neither question, and a graph would break at every choice.
+# Looked up once: torch.compile can trace neither lookup, so each would break the graph.
 _triton_installed = importlib.util.find_spec("triton") is not None
 _interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -31,22 +34,22 @@ _attention = "sdpa"
 
 
 def use(name: str) -> None:
-    """Choose a body, one of `NAMES`.
+    """Choose a backend, one of `NAMES`.
 
     Raises:
-        UserError: no such body, or it is missing here.
+        UserError: unknown backend, or one that cannot run on this machine.
     """
     global _current
     if name not in NAMES:
-        raise UserError(f"kernels: there is no body called {name!r}; choose one of {', '.join(NAMES)}")
+        raise UserError(f"kernels: there is no backend {name!r}; choose one of {', '.join(NAMES)}")
     if missing := why_missing(name):
-        raise UserError(f"kernels: the {name} body is missing: {missing}")
+        raise UserError(f"kernels: the {name} backend is missing: {missing}")
     _current = name
 
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """`use`, for as long as the block runs."""
+    """`use` within a `with` block."""
     before = _current
     use(name)
     try:
@@ -56,12 +59,12 @@ def using(name: str) -> Iterator[None]:
 
 
 def current() -> str:
-    """The name that `use` was last given; "auto" before."""
+    """The name last passed to `use`; "auto" at first."""
     return _current
 
 
 def why_missing(name: str) -> str:
-    """Why a body cannot run on this machine; empty if it can."""
+    """Why a backend cannot run on this machine; empty if it can."""
     if name == "native":
         return native.reason()
     if name != "triton":
@@ -74,13 +77,13 @@ def why_missing(name: str) -> str:
 
 
 def interpreted() -> bool:
-    """Whether Triton kernels run in Triton's interpreter, on the CPU, as the environment said at the first import."""
+    """Whether Triton kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1 at the first import)."""
     return _interpreted
 
 
 def _interpreter_fault() -> str:
-    """Triton's interpreter before 3.7 makes integers of arrays with one element, which numpy refuses since 2.4 (triton
-    issue 9171); empty if the two go together."""
+    """Why this Triton's interpreter cannot run with this numpy; empty if it can. Before 3.7 it converts arrays of one
+    element to integers, which numpy 2.4 forbids (triton issue 9171)."""
     import triton
 
     if _numbers(triton.__version__) >= (3, 7) or _numbers(np.__version__) < (2, 4):
@@ -101,8 +104,8 @@ def available() -> list[str]:
     return [name for name in NAMES if not why_missing(name)]
 
 
-def body_on(device: torch.device) -> str:
-    """The body that float32 and bfloat16 tensors on this device get."""
+def backend_on(device: torch.device) -> str:
+    """The backend for float32 and bfloat16 tensors on this device."""
     if _current != "auto":
         return _current
     if device.type == "cuda":
@@ -110,27 +113,27 @@ def body_on(device: torch.device) -> str:
     return "native" if device.type == "cpu" and native.available() else "reference"
 
 
-def fused_body_on(device: torch.device) -> str:
-    """The fast body that serves this device: what a graph that was compiled with one runs, whatever `use` says now."""
+def fused_backend_on(device: torch.device) -> str:
+    """The fast backend of this device. A compiled graph that contains a fused op runs it whatever `use` says later."""
     return "triton" if device.type == "cuda" or _current == "triton" else "native"
 
 
 def choose(x: Tensor, out_dtype: torch.dtype | None = None) -> str:
-    """The body of an op that shall run on x and give a result of `out_dtype` or x's own.
+    """The backend for an op on x whose result has `out_dtype`, or x's own.
 
     Raises:
-        UserError: "native" or "triton" was asked for, and this is not what it can take.
+        UserError: "native" or "triton" was requested, and it cannot take this device or dtype.
     """
     if _current == "reference" or x.dtype == torch.float64:
         return "reference"
-    typed = x.dtype in layout.TYPES and (out_dtype is None or out_dtype in layout.TYPES)
+    typed = x.dtype in tensors.DTYPES and (out_dtype is None or out_dtype in tensors.DTYPES)
     if _current == "auto":
-        return body_on(x.device) if typed else "reference"
+        return backend_on(x.device) if typed else "reference"
     home = "cuda" if _current == "triton" and not interpreted() else "cpu"
     if not typed or x.device.type != home:
         raise UserError(
-            f"kernels: the {_current} body takes and gives float32 and bfloat16 on {home}, not {x.dtype} "
-            f"{f'to {out_dtype} ' if out_dtype else ''}on {x.device.type}; choose the body 'auto' or 'reference'"
+            f"kernels: the {_current} backend takes float32 and bfloat16 on {home}, not {x.dtype} "
+            f"{f'to {out_dtype} ' if out_dtype else ''}on {x.device.type}; choose the backend 'auto' or 'reference'"
         )
     return _current
 
@@ -138,16 +141,16 @@ def choose(x: Tensor, out_dtype: torch.dtype | None = None) -> str:
 def use_attention(
     name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, head_widths: Iterable[int] = (64,)
 ) -> None:
-    """Choose who computes attention, for the whole process: PyTorch as it sees fit (`sdpa`), PyTorch's cuDNN, flash or
-    memory-efficient attention, or a flash-attn package (`flash_attn`). All but `sdpa` are for CUDA alone.
+    """Choose the implementation of attention for the whole process: PyTorch's own choice (`sdpa`), PyTorch's cuDNN,
+    flash or memory-efficient attention, or a flash-attn package (`flash_attn`). All but `sdpa` need CUDA.
 
     Args:
-        device: where it will be computed.
+        device: device of q, k and v.
         dtype: of q, k and v.
-        head_widths: channels of a head, K, in all attention that there will be.
+        head_widths: head dimensions K that the model has.
 
     Raises:
-        UserError: no such choice, or it cannot compute that here.
+        UserError: unknown name, or it cannot run here.
     """
     global _attention
     if name not in ATTENTION_NAMES:
@@ -158,5 +161,5 @@ def use_attention(
 
 
 def attention_on(device: torch.device) -> str:
-    """Who computes attention on this device, one of `ATTENTION_NAMES`."""
+    """The implementation of attention on this device, one of `ATTENTION_NAMES`."""
     return _attention if device.type == "cuda" else "sdpa"

@@ -1,11 +1,11 @@
-"""Weights in the precision of products, cast once for many uses.
+"""Weights in the dtype of matmuls, cast once for many uses.
 
-A weight is used in several passes of a step, forward and backward, and rounding it at each use is a small kernel and a
-pass over memory every time. Within `cast_once`, `cast` gives a copy that was made on entry.
+A step uses a weight several times, forward and backward; casting it each time costs a small kernel and a pass over
+memory. Within `cast_once`, `cast` returns a copy that was made on entry.
 
-A copy is found by the memory of its weight, so also by what autograd kept of it or a compiled graph hands over. It is
-not used where PyTorch's version counter says that the weight was changed since (a change by way of `.data` escapes that
-counter), nor where autograd is to see the cast.
+A copy is looked up by the memory of its weight, so tensors that autograd saved or a compiled graph passes on find it
+too. It is not used if PyTorch's version counter says that the weight changed since (a change through `.data` escapes
+that counter), nor if autograd has to record the cast.
 """
 
 from collections import defaultdict
@@ -17,57 +17,57 @@ import torch
 from torch import Tensor
 
 ALIGNED = 64
-"""Each copy begins at a multiple of so many numbers, 128 bytes of bfloat16."""
+"""Elements; each copy begins at a multiple of it, 128 bytes of bfloat16."""
 
 
 @dataclass(frozen=True)
 class _Copy:
     tensor: Tensor
     version: int
-    """Of the weight, when it was copied."""
+    """The weight's version counter when it was copied."""
     storage: torch.UntypedStorage
-    """The weight's, held so that no other tensor can come to have its address."""
+    """The weight's storage, referenced so that no other tensor can get its address."""
 
 
-_held: dict[tuple, _Copy] = {}
+_copies: dict[tuple, _Copy] = {}
 
 
 @contextmanager
 def cast_once(weights: Iterable[Tensor], dtype: torch.dtype = torch.bfloat16) -> Iterator[None]:
-    """Hold copies in `dtype` of these float32 weights while the block runs, made by a few launches on entry.
+    """Keep copies in `dtype` of these float32 weights during a `with` block; a few launches make them on entry.
 
-    Others than float32, and sharded ones, are left out; so is all where `dtype` is float32. Within another such block,
-    a copy that is there and up to date is used; one that is not is replaced until the inner block ends. Weights that
-    follow one another here do so in memory, where each has a multiple of `ALIGNED` numbers: then `joined` is a view.
+    Weights that are not float32 or that are sharded get no copy, and nothing does if `dtype` is float32. In a nested
+    block, an up-to-date copy of the outer block is reused, and a stale one is replaced until the inner block ends.
+    Consecutive weights are consecutive in memory if each has a multiple of `ALIGNED` elements; `joined` is then a view.
     """
-    global _held
-    before = _held
+    global _copies
+    before = _copies
     weights = [w for w in weights if _can_have_a_copy(w, dtype) and _find(w, dtype) is None]
     with torch.no_grad():
-        copies = _room(weights, dtype)
+        copies = _empty_copies(weights, dtype)
         if copies:
             torch._foreach_copy_(copies, weights)
     new = {_key(w, dtype): _Copy(c, w._version, w.untyped_storage()) for w, c in zip(weights, copies, strict=True)}
-    _held = before | new
+    _copies = before | new
     try:
         yield
     finally:
-        _held = before
+        _copies = before
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight in `dtype`: itself, its copy of `cast_once`, or a new one. Do not write to it."""
+    """The weight in `dtype`: itself, its copy of `cast_once`, or a new copy. Do not write to it."""
     if weight.dtype == dtype:
         return weight
-    # Dynamo sees plain casts, which a compiler fuses; our operators run this within a compiled graph.
-    if torch.compiler.is_compiling() or not _held or (weight.requires_grad and torch.is_grad_enabled()):
+    # Dynamo traces plain casts, which the compiler fuses; inside a compiled graph, our operators reach the lines below.
+    if torch.compiler.is_compiling() or not _copies or (weight.requires_grad and torch.is_grad_enabled()):
         return weight.to(dtype)
     copy = _find(weight, dtype)
     return weight.to(dtype) if copy is None else copy
 
 
 def joined(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """`cast` of several weights, one below the other: [sum of N, ...] from [N, ...]. Do not write to it."""
+    """`cast` of several weights, concatenated: [N, ...] each -> [sum of N, ...]. Do not write to it."""
     copies = [cast(w, dtype) for w in weights]
     first, shape = copies[0], (sum(len(c) for c in copies), *copies[0].shape[1:])
     end = first.storage_offset()
@@ -80,8 +80,8 @@ def joined(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return first.as_strided(shape, first.stride())
 
 
-def _room(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Room for copies with the weights' own strides, in one piece for each device."""
+def _empty_copies(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Uninitialised copies with the weights' own strides, in one allocation per device."""
     sizes = [-(-w.numel() // ALIGNED) * ALIGNED for w in weights]
     starts = defaultdict(int)
     places = []
@@ -101,9 +101,9 @@ def _can_have_a_copy(weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _find(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
-    if not _held or weight.is_inference():
+    if not _copies or weight.is_inference():
         return None
-    copy = _held.get(_key(weight, dtype))
+    copy = _copies.get(_key(weight, dtype))
     return copy.tensor if copy is not None and copy.version == weight._version else None
 
 

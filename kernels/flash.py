@@ -1,4 +1,4 @@
-"""FlashAttention of the flash-attn packages, whichever is installed: 4 (`flash_attn.cute`), 3 (`flash_attn_interface`)
+"""FlashAttention from whichever flash-attn package is installed: 4 (`flash_attn.cute`), 3 (`flash_attn_interface`)
 or 2 (`flash_attn`). None of them runs on a CPU, and this file was never run on a GPU."""
 
 import functools
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 PACKAGES = ((4, "flash_attn.cute", 9), (3, "flash_attn_interface", 9), (2, "flash_attn", 8))
-"""Version, module of `flash_attn_func`, and the least compute capability it is for; the newest first."""
+"""Version, module of `flash_attn_func` and lowest compute capability; newest first."""
 
 
 @functools.cache
 def find() -> tuple[int, Callable] | None:
-    """Version and `flash_attn_func` of the newest package that is installed and fits this GPU."""
+    """Version and `flash_attn_func` of the newest installed package that supports this GPU."""
     if not torch.cuda.is_available():
         return None
     capability = torch.cuda.get_device_capability()[0]
@@ -30,22 +30,22 @@ def find() -> tuple[int, Callable] | None:
 
 
 def why_missing() -> str:
-    """Why `attend` cannot run on this machine; empty if it can, from then on."""
+    """Why `attend` cannot run on this machine; empty if it can. Call it before `attend`."""
     global _function
     if not torch.cuda.is_available():
         return "torch sees no CUDA device here"
-    if not (found := find()):
+    if not (package := find()):
         return "no flash-attn package is installed that fits this GPU; `pip install 'unite-fast[flash]'`"
-    _function = found[1]
+    _function = package[1]
     return ""
 
 
 _function: Callable | None = None
-"""What `attend` calls, found by `why_missing` and not here: torch.compile cannot trace an import."""
+"""What `attend` calls. `why_missing` sets it, because torch.compile cannot trace an import."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(K)) v: q, k and v [B, H, T, K], bfloat16, dense in K -> [B, H, T, K]."""
-    # They take [B, T, H, K], at any strides but that of K; FlashAttention 4 gives the logarithm of the sums too.
+    # They take [B, T, H, K], dense only in K. FlashAttention 4 also returns the log-sum-exp.
     out = _function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)

@@ -1,17 +1,19 @@
-"""Linears that keep little for the backward pass: what is cheap to make again is made again.
+"""Linears that recompute in backward what is cheap to recompute, instead of saving it.
 
-    linear(x, W, b)                               x W^T + b                              keeps x
-    swiglu_linear(uw, W, b)                       linear(swiglu(uw), W, b)               keeps uw
-    gelu_linear(u, W, b)                          linear(gelu(u), W, b)                  keeps u
-    layer_norm_linear(x, w, v, W, b)              linear(layer_norm(x; w, v), W, b)      keeps x and two numbers a token
-    residual_layer_norm_linear(x, branch, ..)     x_out, layer_norm_linear(x_out, ..) of x_out = x + branch
-    gated_residual_adaln_linear(x, branch, ..)    x_out, linear(h, W, b)                 keeps x_out and branch
-                                                  of x_out, h = gated_residual_adaln(x, branch, ..)
-    linears(x, Ws, bs)                            linear(x, W, b) of each, side by side         keeps x
+    op                                            result                                 saved for backward
+    linear(x, W, b)                               x W^T + b                              x
+    swiglu_linear(uw, W, b)                       linear(swiglu(uw), W, b)               uw
+    gelu_linear(u, W, b)                          linear(gelu(u), W, b)                  u
+    layer_norm_linear(x, w, v, W, b)              linear(layer_norm(x; w, v), W, b)      x, and mean and rstd per token
+    residual_layer_norm_linear(x, branch, ..)     x_out = x + branch, and                x_out, and mean and rstd
+                                                  layer_norm_linear(x_out, ..)
+    gated_residual_adaln_linear(x, branch, ..)    x_out, h = gated_residual_adaln(..),   x_out, branch and rstd
+                                                  returned as x_out, linear(h, W, b)
+    linears(x, Ws, bs)                            linear(x, W, b) of each, concatenated  x
 
-Shapes: x, uw and u [B, T, K] or [B, T, 2 K] (uw), W [N, K], b [N] -> [B, T, N]. Products are taken in bfloat16 under
-autocast to it and in the input's precision otherwise; sums are float32. See product.py. In float32 the parts run one by
-one and keep what they keep: small models on a CPU are trained so, for which more calls cost more than memory is worth.
+Under bfloat16 autocast, matmuls run in bfloat16 with float32 sums; see matmul.py. Otherwise they run in the dtype of
+the input, and each op runs as its separate parts and recomputes nothing: small models train in float32 on a CPU, where
+more calls would cost more than memory is worth.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,136 +23,140 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from unite_fast.kernels import backend, layout, op
-from unite_fast.kernels.adaln_modulate import _fused as adaln_op
-from unite_fast.kernels.adaln_modulate import check_modulation
+from unite_fast.kernels import backend, fused_op, tensors
+from unite_fast.kernels.adaln import (
+    adaln_inputs,
+    adaln_modulate_op,
+    check_branch,
+    check_modulation,
+    gated_residual_adaln,
+    gated_residual_adaln_op,
+)
 from unite_fast.kernels.casts import joined
-from unite_fast.kernels.common import EPS, matmul_dtype, mistake
-from unite_fast.kernels.gated_residual_adaln import _fused as gated_op
-from unite_fast.kernels.gated_residual_adaln import check_branch, gated_residual_adaln
-from unite_fast.kernels.op import Body, FusedOp, triton_body
-from unite_fast.kernels.product import input_gradient, product, product_backward, weight_gradients
-from unite_fast.kernels.swiglu import _fused as swiglu_op
-from unite_fast.kernels.swiglu import swiglu
+from unite_fast.kernels.fused_op import Backend, FusedOp, triton_backend
+from unite_fast.kernels.matmul import input_gradient, matmul, matmul_backward, weight_gradients
+from unite_fast.kernels.registry import New, Size, register
+from unite_fast.kernels.swiglu import swiglu, swiglu_op
+from unite_fast.kernels.tensors import EPS, argument_error, matmul_dtype
 
 
-def _like_product(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def _fake_matmul(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype or x.dtype)
 
 
-def _like_product_gradients(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of weight and bias: float32 whatever they are, as `product_backward` gives them."""
-    return layout.room(weight, torch.float32), weight.new_empty(weight.shape[0], dtype=torch.float32)
+def _fake_matmul_gradients(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias: always float32, as from `matmul_backward`."""
+    return tensors.empty_like(weight, torch.float32), weight.new_empty(weight.shape[0], dtype=torch.float32)
 
 
-def _activation_linear(name: str, activation: dict[str, Body]) -> FusedOp:
-    """The op linear(f(x), W, b) of one activation f, which keeps x."""
+def _activation_linear(name: str, activation: dict[str, Backend]) -> FusedOp:
+    """The op linear(f(x), W, b) for an activation f. It saves x and recomputes f(x) in backward."""
 
-    def body(f: Body) -> Body:
+    def with_linear(f: Backend) -> Backend:
         def forward(x, weight, bias):
-            return (product(f.forward(x)[0], weight, bias),)
+            return (matmul(f.forward(x)[0], weight, bias),)
 
-        def apart(d_activated, x):
+        def recompute_separately(d_activated, x):
             return f.backward(d_activated, x)[0], f.forward(x)[0]
 
         def backward(d_y, x, weight):
-            d_x, activated = (f.backward_again or apart)(input_gradient(d_y, weight), x)
+            d_x, activated = (f.backward_recompute or recompute_separately)(input_gradient(d_y, weight), x)
             return d_x, *weight_gradients(d_y, activated)
 
-        return Body(forward, backward)
+        return Backend(forward, backward)
 
     return FusedOp(
         name,
         inputs="Tensor x, Tensor weight, Tensor bias",
         outputs="Tensor",
         results=1,
-        like_forward=lambda x, weight, bias: (_like_product(x, weight),),
+        fake_forward=lambda x, weight, bias: (_fake_matmul(x, weight),),
         backward_inputs="Tensor d_y, Tensor x, Tensor weight",
         backward_outputs="Tensor, Tensor, Tensor",
-        like_backward=lambda d_y, x, weight: (layout.room(x), *_like_product_gradients(weight)),
+        fake_backward=lambda d_y, x, weight: (tensors.empty_like(x), *_fake_matmul_gradients(weight)),
         saved=lambda inputs, outputs: inputs[:2],
-        bodies={name: body(f) for name, f in activation.items()},
+        backends={key: with_linear(f) for key, f in activation.items()},
     )
 
 
-def _everywhere(forward, backward) -> dict[str, Body]:
-    """A body of PyTorch's own operators serves every device."""
-    return dict.fromkeys(("native", "triton"), Body(forward, backward))
+def _on_all_devices(forward, backward) -> dict[str, Backend]:
+    """One backend of PyTorch's own operators, for every device."""
+    return dict.fromkeys(("native", "triton"), Backend(forward, backward))
 
 
-_linear = _activation_linear("linear", _everywhere(lambda x: (x,), lambda d, x: (d,)))
-_swiglu_linear = _activation_linear("swiglu_linear", swiglu_op.bodies)
-_gelu_linear = _activation_linear(
-    "gelu_linear", _everywhere(lambda u: (F.gelu(u),), lambda d, u: (torch.ops.aten.gelu_backward(d, u),))
+linear_op = _activation_linear("linear", _on_all_devices(lambda x: (x,), lambda d, x: (d,)))
+swiglu_linear_op = _activation_linear("swiglu_linear", swiglu_op.backends)
+gelu_linear_op = _activation_linear(
+    "gelu_linear", _on_all_devices(lambda u: (F.gelu(u),), lambda d, u: (torch.ops.aten.gelu_backward(d, u),))
 )
 
 
 def _layer_norm_forward(x, norm_weight, norm_bias, eps, out_dtype):
-    weights = layout.floats(norm_weight), layout.floats(norm_bias)
-    normed, mean, inverse = torch.native_layer_norm(x.float(), x.shape[-1:], *weights, eps)
-    return normed.to(out_dtype), mean, inverse
+    weights = tensors.as_float32(norm_weight), tensors.as_float32(norm_bias)
+    normed, mean, rstd = torch.native_layer_norm(x.float(), x.shape[-1:], *weights, eps)
+    return normed.to(out_dtype), mean, rstd
 
 
-def _layer_norm_backward(d_normed, x, norm_weight, mean, inverse):
-    weight = layout.floats(norm_weight)
+def _layer_norm_backward(d_normed, x, norm_weight, mean, rstd):
+    weight = tensors.as_float32(norm_weight)
     d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
-        d_normed.float(), x.float(), x.shape[-1:], mean, inverse, weight, weight, (True, True, True)
+        d_normed.float(), x.float(), x.shape[-1:], mean, rstd, weight, weight, (True, True, True)
     )
     return d_x.to(x.dtype), d_weight, d_bias
 
 
-def _normed_again(x, norm_weight, norm_bias, mean, inverse, dtype):
-    """The LayerNorm of x from its mean and inverse deviation."""
-    return torch.addcmul(layout.floats(norm_bias), (x - mean) * inverse, layout.floats(norm_weight)).to(dtype)
+def _recompute_norm(x, norm_weight, norm_bias, mean, rstd, dtype):
+    """LayerNorm of x from its saved mean and rstd."""
+    return torch.addcmul(tensors.as_float32(norm_bias), (x - mean) * rstd, tensors.as_float32(norm_weight)).to(dtype)
 
 
 _LAYER_NORM = {
-    "native": Body(_layer_norm_forward, _layer_norm_backward),
-    "triton": triton_body("layer_norm", "layer_norm", again=True),
+    "native": Backend(_layer_norm_forward, _layer_norm_backward),
+    "triton": triton_backend("layer_norm", "layer_norm", recompute=True),
 }
-"""(x, weight, bias, eps, out_dtype) -> out, mean and inverse deviation; (d_out, x, weight, the last two) -> the
-gradients of x, weight and bias."""
+"""forward: (x, weight, bias, eps, out_dtype) -> out, mean, rstd. backward: (d_out, x, weight, mean, rstd) -> gradients
+of x, weight and bias."""
 
 
-def _layer_norm_linear_body(norm: Body) -> Body:
+def _layer_norm_linear_backend(norm: Backend) -> Backend:
     def forward(x, norm_weight, norm_bias, weight, bias, eps, out_dtype):
-        normed, mean, inverse = norm.forward(x, norm_weight, norm_bias, eps, out_dtype)
-        return product(normed, weight, bias), mean, inverse
+        normed, mean, rstd = norm.forward(x, norm_weight, norm_bias, eps, out_dtype)
+        return matmul(normed, weight, bias), mean, rstd
 
-    def apart(d_normed, x, norm_weight, norm_bias, mean, inverse):
-        normed = _normed_again(x, norm_weight, norm_bias, mean, inverse, d_normed.dtype)
-        return *norm.backward(d_normed, x, norm_weight, mean, inverse), normed
+    def recompute_separately(d_normed, x, norm_weight, norm_bias, mean, rstd):
+        normed = _recompute_norm(x, norm_weight, norm_bias, mean, rstd, d_normed.dtype)
+        return *norm.backward(d_normed, x, norm_weight, mean, rstd), normed
 
-    def backward(d_y, x, norm_weight, norm_bias, weight, mean, inverse):
-        *gradients, normed = (norm.backward_again or apart)(
-            input_gradient(d_y, weight), x, norm_weight, norm_bias, mean, inverse
+    def backward(d_y, x, norm_weight, norm_bias, weight, mean, rstd):
+        *gradients, normed = (norm.backward_recompute or recompute_separately)(
+            input_gradient(d_y, weight), x, norm_weight, norm_bias, mean, rstd
         )
         return *gradients, *weight_gradients(d_y, normed)
 
-    return Body(forward, backward)
+    return Backend(forward, backward)
 
 
-_layer_norm_linear = FusedOp(
+layer_norm_linear_op = FusedOp(
     "layer_norm_linear",
     inputs="Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, float eps, "
     "ScalarType out_dtype",
     outputs="Tensor, Tensor, Tensor",
     results=1,
-    like_forward=lambda x, norm_weight, norm_bias, weight, bias, eps, out_dtype: (
-        _like_product(x, weight, out_dtype),
+    fake_forward=lambda x, norm_weight, norm_bias, weight, bias, eps, out_dtype: (
+        _fake_matmul(x, weight, out_dtype),
         *(x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(2)),
     ),
     backward_inputs="Tensor d_y, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor mean, "
-    "Tensor inverse",
+    "Tensor rstd",
     backward_outputs="Tensor, Tensor, Tensor, Tensor, Tensor",
-    like_backward=lambda d_y, x, norm_weight, norm_bias, weight, mean, inverse: (
-        layout.room(x),
-        layout.room_floats(norm_weight, x),
-        layout.room_floats(norm_bias, x),
-        *_like_product_gradients(weight),
+    fake_backward=lambda d_y, x, norm_weight, norm_bias, weight, mean, rstd: (
+        tensors.empty_like(x),
+        tensors.empty_weight_gradient(norm_weight, x),
+        tensors.empty_weight_gradient(norm_bias, x),
+        *_fake_matmul_gradients(weight),
     ),
     saved=lambda inputs, outputs: (*inputs[:4], *outputs[1:]),
-    bodies={name: _layer_norm_linear_body(norm) for name, norm in _LAYER_NORM.items()},
+    backends={name: _layer_norm_linear_backend(norm) for name, norm in _LAYER_NORM.items()},
 )
 
 
@@ -159,133 +165,157 @@ def _residual_forward(x, branch, norm_weight, norm_bias, eps, out_dtype):
     return x_out, *_layer_norm_forward(x_out, norm_weight, norm_bias, eps, out_dtype)
 
 
-def _residual_backward_again(d_x_out, d_normed, x_out, branch_dtype, norm_weight, norm_bias, mean, inverse):
-    d_x, d_norm_weight, d_norm_bias = _layer_norm_backward(d_normed, x_out, norm_weight, mean, inverse)
+def _residual_backward_recompute(d_x_out, d_normed, x_out, branch_dtype, norm_weight, norm_bias, mean, rstd):
+    d_x, d_norm_weight, d_norm_bias = _layer_norm_backward(d_normed, x_out, norm_weight, mean, rstd)
     if d_x_out is not None:
         d_x += d_x_out
-    normed = _normed_again(x_out, norm_weight, norm_bias, mean, inverse, d_normed.dtype)
-    # A copy also where the types are the same: no two results share memory.
+    normed = _recompute_norm(x_out, norm_weight, norm_bias, mean, rstd, d_normed.dtype)
+    # A copy even for equal dtypes: no two results may share memory.
     return d_x, d_x.to(branch_dtype, copy=True), d_norm_weight, d_norm_bias, normed
 
 
-def _residual_norm_linear_body(norm: Body) -> Body:
-    """From (x, branch, weight, bias, eps, out_dtype) -> x_out, out, mean and inverse deviation, and from (d_x_out,
-    d_out, x_out, type of the branch, weight, bias, the last two) -> the gradients of x, branch, weight and bias, and
+def _residual_norm_linear_backend(norm: Backend) -> Backend:
+    """`norm` has forward (x, branch, weight, bias, eps, out_dtype) -> x_out, out, mean, rstd, and backward_recompute
+    (d_x_out, d_out, x_out, dtype of branch, weight, bias, mean, rstd) -> gradients of x, branch, weight and bias, and
     out."""
 
     def forward(x, branch, norm_weight, norm_bias, weight, bias, eps, out_dtype):
-        x_out, normed, mean, inverse = norm.forward(x, branch, norm_weight, norm_bias, eps, out_dtype)
-        return x_out, product(normed, weight, bias), mean, inverse
+        x_out, normed, mean, rstd = norm.forward(x, branch, norm_weight, norm_bias, eps, out_dtype)
+        return x_out, matmul(normed, weight, bias), mean, rstd
 
-    def backward(d_x_out, d_y, x_out, norm_weight, norm_bias, weight, mean, inverse, branch_dtype):
+    def backward(d_x_out, d_y, x_out, norm_weight, norm_bias, weight, mean, rstd, branch_dtype):
         d_normed = input_gradient(d_y, weight)
-        *gradients, normed = norm.backward_again(
-            d_x_out, d_normed, x_out, branch_dtype, norm_weight, norm_bias, mean, inverse
+        *gradients, normed = norm.backward_recompute(
+            d_x_out, d_normed, x_out, branch_dtype, norm_weight, norm_bias, mean, rstd
         )
         return *gradients, *weight_gradients(d_y, normed)
 
-    return Body(forward, backward)
+    return Backend(forward, backward)
 
 
-_residual_layer_norm_linear = FusedOp(
+residual_layer_norm_linear_op = FusedOp(
     "residual_layer_norm_linear",
     inputs="Tensor x, Tensor branch, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, float eps, "
     "ScalarType out_dtype",
     outputs="Tensor, Tensor, Tensor, Tensor",
     results=2,
-    like_forward=lambda x, branch, norm_weight, norm_bias, weight, bias, eps, out_dtype: (
-        layout.room(x),
-        _like_product(x, weight, out_dtype),
+    fake_forward=lambda x, branch, norm_weight, norm_bias, weight, bias, eps, out_dtype: (
+        tensors.empty_like(x),
+        _fake_matmul(x, weight, out_dtype),
         *(x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(2)),
     ),
     backward_inputs="Tensor? d_x_out, Tensor d_y, Tensor x_out, Tensor norm_weight, Tensor norm_bias, Tensor weight, "
-    "Tensor mean, Tensor inverse, ScalarType branch_dtype",
+    "Tensor mean, Tensor rstd, ScalarType branch_dtype",
     backward_outputs="Tensor, Tensor, Tensor, Tensor, Tensor, Tensor",
-    like_backward=lambda d_x_out, d_y, x_out, norm_weight, norm_bias, weight, mean, inverse, branch_dtype: (
-        layout.room(x_out),
-        layout.room(x_out, branch_dtype),
-        layout.room_floats(norm_weight, x_out),
-        layout.room_floats(norm_bias, x_out),
-        *_like_product_gradients(weight),
+    fake_backward=lambda d_x_out, d_y, x_out, norm_weight, norm_bias, weight, mean, rstd, branch_dtype: (
+        tensors.empty_like(x_out),
+        tensors.empty_like(x_out, branch_dtype),
+        tensors.empty_weight_gradient(norm_weight, x_out),
+        tensors.empty_weight_gradient(norm_bias, x_out),
+        *_fake_matmul_gradients(weight),
     ),
     saved=lambda inputs, outputs: (outputs[0], *inputs[2:5], *outputs[2:], inputs[1].dtype),
-    bodies={
-        "native": _residual_norm_linear_body(Body(_residual_forward, None, backward_again=_residual_backward_again)),
-        "triton": _residual_norm_linear_body(triton_body("layer_norm", "residual_layer_norm", again=True)),
+    backends={
+        "native": _residual_norm_linear_backend(
+            Backend(_residual_forward, None, backward_recompute=_residual_backward_recompute)
+        ),
+        "triton": _residual_norm_linear_backend(triton_backend("layer_norm", "residual_layer_norm", recompute=True)),
     },
 )
 
 
-def _gated_linear_body(gated: Body, adaln: Body) -> Body:
+def _gated_linear_backend(gated: Backend, adaln: Backend) -> Backend:
     def forward(x, branch, gate, norm_weight, shift, scale, weight, bias, out_dtype):
-        x_out, h, inverse = gated.forward(x, branch, gate, norm_weight, shift, scale, EPS, out_dtype)
-        return x_out, product(h, weight, bias), inverse
+        x_out, h, rstd = gated.forward(x, branch, gate, norm_weight, shift, scale, EPS, out_dtype)
+        return x_out, matmul(h, weight, bias), rstd
 
-    def apart(d_x_out, d_h, x_out, branch, gate, norm_weight, shift, scale, inverse):
-        gradients = gated.backward(d_x_out, d_h, x_out, branch, gate, norm_weight, scale, inverse)
+    def recompute_separately(d_x_out, d_h, x_out, branch, gate, norm_weight, shift, scale, rstd):
+        gradients = gated.backward(d_x_out, d_h, x_out, branch, gate, norm_weight, scale, rstd)
         return *gradients, adaln.forward(x_out, norm_weight, shift, scale, EPS, d_h.dtype)[0]
 
-    def backward(d_x_out, d_y, x_out, branch, gate, norm_weight, shift, scale, weight, inverse):
-        *gradients, h = (gated.backward_again or apart)(
-            d_x_out, input_gradient(d_y, weight), x_out, branch, gate, norm_weight, shift, scale, inverse
+    def backward(d_x_out, d_y, x_out, branch, gate, norm_weight, shift, scale, weight, rstd):
+        *gradients, h = (gated.backward_recompute or recompute_separately)(
+            d_x_out, input_gradient(d_y, weight), x_out, branch, gate, norm_weight, shift, scale, rstd
         )
         return *gradients, *weight_gradients(d_y, h)
 
-    return Body(forward, backward)
+    return Backend(forward, backward)
 
 
-def _like_gated_linear(x, branch, gate, norm_weight, shift, scale, weight, bias, out_dtype):
-    inverse = x.new_empty(x.shape[:2], dtype=torch.float32)
-    return layout.room(x), _like_product(x, weight, out_dtype), inverse
+def _fake_gated_linear(x, branch, gate, norm_weight, shift, scale, weight, bias, out_dtype):
+    rstd = x.new_empty(x.shape[:2], dtype=torch.float32)
+    return tensors.empty_like(x), _fake_matmul(x, weight, out_dtype), rstd
 
 
-def _like_gated_linear_backward(d_x_out, d_y, x_out, branch, gate, norm_weight, shift, scale, weight, inverse):
-    d_gate, d_shift, d_scale = (layout.room_typed(v) for v in (gate, scale, scale))
-    d_norm_weight = layout.room_floats(norm_weight, x_out)
-    gradients = layout.room(x_out), layout.room_typed(branch), d_gate, d_norm_weight, d_shift, d_scale
-    return *gradients, *_like_product_gradients(weight)
+def _fake_gated_linear_backward(d_x_out, d_y, x_out, branch, gate, norm_weight, shift, scale, weight, rstd):
+    d_gate, d_shift, d_scale = (tensors.empty_gradient(v) for v in (gate, scale, scale))
+    d_norm_weight = tensors.empty_weight_gradient(norm_weight, x_out)
+    gradients = tensors.empty_like(x_out), tensors.empty_gradient(branch), d_gate, d_norm_weight, d_shift, d_scale
+    return *gradients, *_fake_matmul_gradients(weight)
 
 
-_gated_residual_adaln_linear = FusedOp(
+gated_residual_adaln_linear_op = FusedOp(
     "gated_residual_adaln_linear",
     inputs="Tensor x, Tensor branch, Tensor gate, Tensor norm_weight, Tensor shift, Tensor scale, Tensor weight, "
     "Tensor bias, ScalarType out_dtype",
     outputs="Tensor, Tensor, Tensor",
     results=2,
-    like_forward=_like_gated_linear,
+    fake_forward=_fake_gated_linear,
     backward_inputs="Tensor? d_x_out, Tensor d_y, Tensor x_out, Tensor branch, Tensor gate, Tensor norm_weight, "
-    "Tensor shift, Tensor scale, Tensor weight, Tensor inverse",
+    "Tensor shift, Tensor scale, Tensor weight, Tensor rstd",
     backward_outputs="Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor",
-    like_backward=_like_gated_linear_backward,
+    fake_backward=_fake_gated_linear_backward,
     saved=lambda inputs, outputs: (outputs[0], *inputs[1:7], outputs[2]),
-    bodies={body: _gated_linear_body(gated_op.bodies[body], adaln_op.bodies[body]) for body in gated_op.bodies},
+    backends={
+        key: _gated_linear_backend(gated, adaln_modulate_op.backends[key])
+        for key, gated in gated_residual_adaln_op.backends.items()
+    },
 )
 
 
-def body_for(x: Tensor) -> str | None:
-    """The body of an op that keeps little; None where its parts run one by one."""
+def recomputing_backend(x: Tensor) -> str | None:
+    """The backend of an op that recomputes; None if its parts run one by one."""
     dtype = matmul_dtype(x)
-    body = backend.choose(x, dtype)
-    return None if body == "reference" or dtype != torch.bfloat16 else body
+    chosen = backend.choose(x, dtype)
+    return None if chosen == "reference" or dtype != torch.bfloat16 else chosen
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A Linear; see the module's docstring.
+    """A Linear, x W^T + b, which saves x in the dtype of the matmul.
+
+    Args:
+        x: [B, T, K].
+        weight: float32 [N, K].
+        bias: float32 [N].
+
+    Returns:
+        [B, T, N], bfloat16 under autocast to it, else in the input's dtype; sums are float32.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: shapes that do not match.
     """
     _check("linear", x.shape[-1], weight, bias)
-    return _run(_linear, lambda x: x, x, weight, bias)
+    return _run(linear_op, lambda x: x, x, weight, bias)
 
 
 def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """Linears of one input x [B, K] by one product: weights [N_i, K], biases [N_i] -> [B, sum of N_i]. Errors as
-    `linear`."""
+    """Several Linears of one input as one matmul: x W_i^T + b_i, concatenated over i.
+
+    Args:
+        x: [B, K].
+        weights: float32 [N_i, K] each.
+        biases: float32 [N_i] each.
+
+    Returns:
+        [B, sum of N_i], bfloat16 under autocast to it, else in x's dtype; sums are float32.
+
+    Raises:
+        ValueError: shapes that do not match.
+    """
     for weight, bias in zip(weights, biases, strict=True):
         _check("linears", x.shape[-1], weight, bias)
     # For a compiler and for fake tensors each is an operator of its own.
-    if not body_for(x) or torch.compiler.is_compiling() or op.seen_by_dispatcher(x):
+    if not recomputing_backend(x) or torch.compiler.is_compiling() or fused_op.needs_dispatcher(x):
         return torch.cat([linear(x, *each) for each in zip(weights, biases, strict=True)], dim=-1)
     return _Linears.apply(x.to(torch.bfloat16), *weights, *biases)
 
@@ -296,58 +326,120 @@ class _Linears(torch.autograd.Function):
         half = len(parameters) // 2
         ctx.save_for_backward(x, *parameters[:half])
         with torch.autocast(x.device.type, enabled=False):
-            return product(x, joined(parameters[:half], x.dtype), joined(parameters[half:], x.dtype))
+            return matmul(x, joined(parameters[:half], x.dtype), joined(parameters[half:], x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_y):
         x, *weights = ctx.saved_tensors
-        d_x, d_weights, d_biases = product_backward(d_y, x, joined(weights, x.dtype))
+        d_x, d_weights, d_biases = matmul_backward(d_y, x, joined(weights, x.dtype))
         sizes = [len(weight) for weight in weights]
         return d_x, *d_weights.split(sizes), *d_biases.split(sizes)
 
 
 def swiglu_linear(uw: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The second half of a SwiGLU; see the module's docstring. Errors as `linear`."""
+    """The second half of a SwiGLU: linear(swiglu(uw), W, b). Saves uw and recomputes swiglu(uw) in backward. swiglu is
+    float32 inside. Source: Shazeer, arXiv 2002.05202.
+
+    Args:
+        uw: [B, T, 2 K].
+        weight: float32 [N, K].
+        bias: float32 [N].
+
+    Returns:
+        [B, T, N], bfloat16 under autocast to it, else in the input's dtype; sums are float32.
+
+    Raises:
+        ValueError: shapes that do not match.
+    """
     _check("swiglu_linear", uw.shape[-1] / 2, weight, bias)
-    return _run(_swiglu_linear, swiglu, uw, weight, bias)
+    return _run(swiglu_linear_op, swiglu, uw, weight, bias)
 
 
 def gelu_linear(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The second half of an MLP with the exact GELU; see the module's docstring. Errors as `linear`."""
+    """The second half of an MLP with the exact GELU: linear(gelu(u), W, b), gelu(u) = u Phi(u). Saves u and recomputes
+    gelu(u) in backward. Source: Hendrycks and Gimpel, arXiv 1606.08415.
+
+    Args:
+        u: [B, T, K].
+        weight: float32 [N, K].
+        bias: float32 [N].
+
+    Returns:
+        [B, T, N], bfloat16 under autocast to it, else in the input's dtype; sums are float32.
+
+    Raises:
+        ValueError: shapes that do not match.
+    """
     _check("gelu_linear", u.shape[-1], weight, bias)
-    return _run(_gelu_linear, F.gelu, u, weight, bias)
+    return _run(gelu_linear_op, F.gelu, u, weight, bias)
 
 
 def _run(fused: FusedOp, activation: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    body = body_for(x)
-    return fused(body, x.to(torch.bfloat16), weight, bias) if body else F.linear(activation(x), weight, bias)
+    chosen = recomputing_backend(x)
+    return fused(chosen, x.to(torch.bfloat16), weight, bias) if chosen else F.linear(activation(x), weight, bias)
 
 
 def layer_norm_linear(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> Tensor:
-    """A Linear of a LayerNorm; see the module's docstring. Errors as `linear`."""
+    """A Linear of a LayerNorm over the last dimension. Saves x, mean and rstd, and recomputes the norm in backward.
+
+        linear((x - mean(x)) / sqrt(var(x) + eps) * norm_weight + norm_bias, W, b)
+
+    The norm is float32. Source: Ba et al., arXiv 1607.06450.
+
+    Args:
+        x: [B, T, K].
+        norm_weight: [K].
+        norm_bias: [K].
+        weight: float32 [N, K].
+        bias: float32 [N].
+        eps: added to the variance.
+
+    Returns:
+        [B, T, N], bfloat16 under autocast to it, else in the input's dtype; sums are float32.
+
+    Raises:
+        ValueError: shapes that do not match.
+    """
     _check("layer_norm_linear", x.shape[-1], weight, bias)
-    body = body_for(x)
-    if not body:
+    chosen = recomputing_backend(x)
+    if not chosen:
         return F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), weight, bias)
-    return _layer_norm_linear(body, x, norm_weight, norm_bias, weight, bias, eps, torch.bfloat16)
+    return layer_norm_linear_op(chosen, x, norm_weight, norm_bias, weight, bias, eps, torch.bfloat16)
 
 
 def residual_layer_norm_linear(
     x: Tensor, branch: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Add a branch, then a Linear of a LayerNorm; see the module's docstring. Errors as `linear`."""
+    """Add a branch, then `layer_norm_linear`: x_out = x + branch, and layer_norm_linear(x_out, ..). Saves x_out, mean
+    and rstd, and recomputes the norm in backward.
+
+    Args:
+        x: [B, T, K], the residual.
+        branch: [B, T, K].
+        norm_weight: [K].
+        norm_bias: [K].
+        weight: float32 [N, K].
+        bias: float32 [N].
+        eps: added to the variance.
+
+    Returns:
+        x_out [B, T, K] in x's dtype, and [B, T, N], bfloat16 under autocast to it; norm and sums are float32.
+
+    Raises:
+        ValueError: shapes that do not match.
+    """
     name = "residual_layer_norm_linear"
     if branch.shape != x.shape:
-        raise mistake(name, f"branch must be {list(x.shape)}, got {list(branch.shape)}")
+        raise argument_error(name, f"branch must be {list(x.shape)}, got {list(branch.shape)}")
     _check(name, x.shape[-1], weight, bias)
-    body = body_for(x)
-    if not body:
+    chosen = recomputing_backend(x)
+    if not chosen:
         x = x + branch
         return x, F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), weight, bias)
-    return _residual_layer_norm_linear(body, x, branch, norm_weight, norm_bias, weight, bias, eps, torch.bfloat16)
+    return residual_layer_norm_linear_op(chosen, x, branch, norm_weight, norm_bias, weight, bias, eps, torch.bfloat16)
 
 
 def gated_residual_adaln_linear(
@@ -360,20 +452,86 @@ def gated_residual_adaln_linear(
     weight: Tensor,
     bias: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Add a branch, normalise, modulate and multiply; see the module's docstring. Errors as `linear`."""
+    """x_out, h = gated_residual_adaln(x, branch, ..), returned as x_out and linear(h, W, b). Saves x_out, branch and
+    rstd, and recomputes h in backward.
+
+    Args:
+        x: [B, T, K], the residual.
+        branch: [B, T, K].
+        gate: [B, K].
+        norm_weight: [K].
+        shift: [B, K].
+        scale: [B, K].
+        weight: float32 [N, K].
+        bias: float32 [N].
+
+    Returns:
+        x_out [B, T, K] in x's dtype, and [B, T, N], bfloat16 under autocast to it; all other arithmetic is float32.
+
+    Raises:
+        ValueError: shapes that do not match.
+    """
     name = "gated_residual_adaln_linear"
     check_modulation(name, x, norm_weight, shift, scale)
     check_branch(name, x, branch, gate)
     _check(name, x.shape[-1], weight, bias)
-    inputs, body = (x, branch, gate, norm_weight, shift, scale), body_for(x)
-    if not body:
+    inputs, chosen = (x, branch, gate, norm_weight, shift, scale), recomputing_backend(x)
+    if not chosen:
         x, h = gated_residual_adaln(*inputs, EPS, matmul_dtype(x))
         return x, F.linear(h, weight, bias)
-    return _gated_residual_adaln_linear(body, *inputs, weight, bias, torch.bfloat16)
+    return gated_residual_adaln_linear_op(chosen, *inputs, weight, bias, torch.bfloat16)
 
 
 def _check(name: str, width: float, weight: Tensor, bias: Tensor) -> None:
     if weight.dim() != 2 or weight.shape[1] != width:
-        raise mistake(name, f"weight must be [N, {width:g}], got {list(weight.shape)}")
+        raise argument_error(name, f"weight must be [N, {width:g}], got {list(weight.shape)}")
     if bias.shape != weight.shape[:1]:
-        raise mistake(name, f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+        raise argument_error(name, f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+
+
+def _example(size: Size, new: New, names: str) -> dict:
+    """The named inputs of an op of this file; N is the hidden width."""
+    b, t, d, n = size.batch, size.tokens, size.width, size.hidden
+    inputs = {
+        "x": new(b, t, d, dtype=size.residual),
+        "u": new(b, t, d, dtype=size.other),
+        "uw": new(b, t, 2 * d, dtype=size.other),
+        "branch": new(b, t, d, dtype=size.other),
+        "norm_weight": new(d, dtype=size.weights, around=1.0),
+        "norm_bias": new(d, dtype=size.weights),
+        "weight": new(n, d, dtype=size.weights),
+        "bias": new(n, dtype=size.weights),
+    }
+    inputs |= adaln_inputs(size, new, "gate shift scale")
+    return {name: inputs[name] for name in names.split()}
+
+
+def _register(function: Callable, fused: FusedOp, names: str, **constants) -> None:
+    """`constants` are the arguments without a gradient. `fused` takes the same arguments, and the dtype of the matmul
+    where its schema has one."""
+    register(
+        function,
+        None,
+        fused,
+        example=lambda size, new: _example(size, new, names) | constants,
+        gradients=tuple(names.split()),
+        part="linear",
+        op_inputs=lambda **example: (*example.values(), torch.bfloat16)[: len(fused.op._schema.arguments)],
+    )
+
+
+_register(linear, linear_op, "x weight bias")
+_register(swiglu_linear, swiglu_linear_op, "uw weight bias")
+_register(gelu_linear, gelu_linear_op, "u weight bias")
+_register(layer_norm_linear, layer_norm_linear_op, "x norm_weight norm_bias weight bias", eps=1e-6)
+_register(
+    residual_layer_norm_linear,
+    residual_layer_norm_linear_op,
+    "x branch norm_weight norm_bias weight bias",
+    eps=1e-6,
+)
+_register(
+    gated_residual_adaln_linear,
+    gated_residual_adaln_linear_op,
+    "x branch gate norm_weight shift scale weight bias",
+)

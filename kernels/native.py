@@ -1,25 +1,36 @@
-"""The C++ bodies for CPUs: `unite_fast.kernels._native`, built from kernels/csrc where a compiler is found.
+"""The C++ backend for CPUs: `unite_fast.kernels._native`, built from kernels/csrc where a compiler is found.
 
-The extension is optional. `available()` tells whether it is here, `reason()` why not; calling a body that is missing is
-an error, never a quiet fallback.
+The extension is optional. `available()` says whether it was built, `reason()` why not. Calling it when it is missing is
+an error, never a silent fallback.
 """
+
+import hashlib
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from unite_fast.kernels import layout
+from unite_fast.kernels import tensors
 
-VERSION = 2
-"""Of the C++ that this file calls: kVersion in csrc/module.cpp."""
+
+def _hash_of_sources() -> str:
+    """The hash of csrc/, as in CMakeLists.txt; empty in a wheel, which has no sources."""
+    files = sorted(file for file in (Path(__file__).parent / "csrc").glob("*") if file.suffix in (".cpp", ".h"))
+    hashes = "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    return hashlib.sha256(hashes.encode()).hexdigest() if files else ""
+
 
 _missing = ""
 try:
     from unite_fast.kernels import _native
 
-    if getattr(_native, "version", 0) != VERSION:
-        _missing = "unite_fast.kernels._native was built from other sources than these; reinstall unite-fast with pip"
+    if _hash_of_sources() not in ("", getattr(_native, "sources", None)):
+        _missing = (
+            "unite_fast.kernels._native was built from other C++ sources than these; rebuild it with "
+            "`pip install -e . --no-deps`, or as CONTRIBUTING.md says"
+        )
 except ImportError as error:
-    # Two different mishaps: never built, or built for another Python or with a library that is gone. The text tells.
+    # It was never built, or it was built for another Python or against a library that is gone. The text says which.
     _missing = (
         f"unite_fast.kernels._native cannot be imported ({error}); install a C++ compiler and the Python headers, "
         "then reinstall unite-fast with `pip install -v` to see the build"
@@ -32,7 +43,7 @@ def available() -> bool:
 
 
 def reason() -> str:
-    """Why the extension is missing and how to mend it; empty when it is here."""
+    """Why the extension is missing and how to get it; empty if it is there."""
     return _missing
 
 
@@ -41,23 +52,23 @@ def address(x: Tensor | None) -> int:
 
 
 def rows(x: Tensor) -> tuple[int, int, int, int]:
-    """A tensor [B, T, D], dense in D, as csrc/fused_ops.cpp reads it."""
+    """A tensor [B, T, D], dense in D, as csrc/arguments.h reads it."""
     stride = x.stride()
-    return x.data_ptr(), layout.TYPES[x.dtype], stride[0], stride[1]
+    return x.data_ptr(), tensors.DTYPES[x.dtype], stride[0], stride[1]
 
 
 def vectors(x: Tensor) -> tuple[int, int, int]:
-    """A tensor [B, D], dense in D, as csrc/fused_ops.cpp reads it."""
-    return x.data_ptr(), layout.TYPES[x.dtype], x.stride(0)
+    """A tensor [B, D], dense in D, as csrc/arguments.h reads it."""
+    return x.data_ptr(), tensors.DTYPES[x.dtype], x.stride(0)
 
 
 def heads(x: Tensor) -> tuple[int, int, int, int]:
-    """A tensor [B, H, T, K], dense in K, as csrc/fused_ops.cpp reads it."""
+    """A tensor [B, H, T, K], dense in K, as csrc/arguments.h reads it."""
     return x.data_ptr(), *x.stride()[:3]
 
 
 def run(name: str, *arguments: int | float) -> None:
-    """Call a function of csrc/fused_ops.cpp, on as many threads as torch would take."""
+    """Call a C++ function with torch's number of threads."""
     getattr(_native, name)(*arguments, torch.get_num_threads())
 
 
@@ -69,7 +80,7 @@ def philox_words(seed: int, step: int, stream: int, draw: int, positions: Tensor
         step: in [0, 2**32).
         stream, draw: each in [0, 2**16).
         positions: int64 [b] on the CPU, each in [0, 2**32).
-        elements: words a sample.
+        elements: words per sample.
 
     Returns:
         int64 [b, elements], words in [0, 2**32); a view of whole blocks of four, so not contiguous unless 4 divides
@@ -101,7 +112,7 @@ def _philox(name: str, dtype: torch.dtype, seed, step, stream, draw, positions, 
             f"got {positions.dtype} {list(positions.shape)} on {positions.device}"
         )
     out = torch.empty(positions.shape[0], -(-elements // 4) * 4, dtype=dtype)
-    # torch's thread count, so that its settings (one thread in a data worker) hold here too.
+    # torch's thread count, so that its setting (one thread in a data worker) applies here too.
     getattr(_native, name)(
         seed,
         step,

@@ -1,22 +1,12 @@
-"""qk_norm_rope: per-head RMSNorm and rotary embedding on packed q, k, v.
-
-    q = rotate(rms_norm(q, q_weight)),  k = rotate(rms_norm(k, k_weight)),  v unchanged
-    rotate: (a, b) -> (a cos - b sin, b cos + a sin) for each interleaved pair (2i, 2i + 1)
-
-Shapes: qkv [B, T, 3 H K] (all of q, then all of k, then all of v), q_weight and k_weight [K] or None (no norm), cos and
-sin [T, K / 2] -> q, k, v, each [B, H, T, K] in qkv's dtype, as scaled_dot_product_attention reads them. The Triton
-body writes them in the order [B, T, H, K]: attention on a GPU gives its result in the order of q, which then is
-[B, T, H K] without a copy. A token that is not rotated has cos 1 and sin 0. Norm and rotation are float32. cos and sin
-get no gradient.
-Source: RoPE (Su et al., arXiv 2104.09864), q/k norm (Dehghani et al., arXiv 2302.05442).
-"""
+"""qk_norm_rope: per-head RMSNorm and rotary embedding of packed q, k, v."""
 
 import torch
 from torch import Tensor
 
-from unite_fast.kernels import backend, layout, native
-from unite_fast.kernels.common import mistake, rms_norm, upcast
-from unite_fast.kernels.op import Body, FusedOp, triton_body
+from unite_fast.kernels import backend, native, tensors
+from unite_fast.kernels.fused_op import Backend, FusedOp, triton_backend
+from unite_fast.kernels.registry import New, Size, Traffic, register
+from unite_fast.kernels.tensors import argument_error, rms_norm, upcast
 
 
 def qk_norm_rope_ref(qkv, heads, q_weight, k_weight, cos, sin, eps=1e-6):
@@ -25,23 +15,23 @@ def qk_norm_rope_ref(qkv, heads, q_weight, k_weight, cos, sin, eps=1e-6):
 
 
 def split(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """The three parts of qkv as views [B, H, T, K]."""
-    # In this order, the gradient of qkv is put together by one copy.
+    """q, k and v as views [B, H, T, K] of qkv."""
+    # In this order, autograd assembles the gradient of qkv with one copy.
     return tuple(part.transpose(1, 2) for part in qkv.unflatten(-1, (3, heads, -1)).unbind(2))
 
 
 def rotate(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """Norm (with a weight) and rotation of one of q and k: x [B, H, T, K]."""
+    """Norm, if there is a weight, and rotation of q or k: x [B, H, T, K]."""
     normed = upcast(x) if weight is None else rms_norm(x, weight, eps)
     even, odd = normed.unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
     return rotated.flatten(-2).to(x.dtype)
 
 
-def _like_forward(qkv, q_weight, k_weight, cos, sin, heads, eps):
+def _fake_forward(qkv, q_weight, k_weight, cos, sin, heads, eps):
     b, t, packed = qkv.shape
     head_dim = packed // (3 * heads)
-    if backend.fused_body_on(qkv.device) == "triton":
+    if backend.fused_backend_on(qkv.device) == "triton":
         q, k, v = (qkv.new_empty((b, t, heads, head_dim)).transpose(1, 2) for _ in range(3))
     else:
         q, k, v = (qkv.new_empty((b, heads, t, head_dim)) for _ in range(3))
@@ -51,48 +41,52 @@ def _like_forward(qkv, q_weight, k_weight, cos, sin, heads, eps):
 def _native_eager_forward(qkv, q_weight, k_weight, cos, sin, heads, eps):
     b, t, packed = qkv.shape
     head_dim = packed // (3 * heads)
-    qkv = layout.dense(qkv)
-    q_weight, k_weight, cos, sin = (layout.floats(x) for x in (q_weight, k_weight, cos, sin))
+    qkv = tensors.dense(qkv)
+    q_weight, k_weight, cos, sin = (tensors.as_float32(x) for x in (q_weight, k_weight, cos, sin))
     shape = (b, heads, t, head_dim)
-    # Dense: scaled_dot_product_attention is 0 to 8 % faster on these than on the order [B, T, H, K], which would be
-    # written in one go. v, which is only summed, may stay where it is.
+    # Contiguous [B, H, T, K]: scaled_dot_product_attention is 0 to 8 % faster than with [B, T, H, K], which would be
+    # easier to write. v is only summed there, so it may remain a view of qkv.
     q, k = qkv.new_empty(shape), qkv.new_empty(shape)
-    inverse = qkv.new_empty((b, t, 2, heads), dtype=torch.float32)
+    rstd = qkv.new_empty((b, t, 2, heads), dtype=torch.float32)
     native.run(
         "qk_norm_rope_forward",
         *(b, t, heads, head_dim, eps),
         *native.rows(qkv),
-        *map(native.address, (q_weight, k_weight, cos, sin, inverse)),
+        *map(native.address, (q_weight, k_weight, cos, sin, rstd)),
         *native.heads(q),
         *native.heads(k),
     )
     v = qkv.as_strided(shape, (qkv.stride(0), head_dim, qkv.stride(1), 1), qkv.storage_offset() + 2 * heads * head_dim)
-    return q, k, v, inverse
+    return q, k, v, rstd
 
 
 def _native_forward(*inputs):
-    q, k, v, inverse = _native_eager_forward(*inputs)
-    # What an op gives must not share memory with what it took.
-    return q, k, torch.empty_like(q).copy_(v), inverse
+    q, k, v, rstd = _native_eager_forward(*inputs)
+    # A dispatcher op may not return a view of an input.
+    return q, k, torch.empty_like(q).copy_(v), rstd
 
 
-def _like_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, inverse):
-    return layout.room(qkv), layout.room_floats(q_weight, qkv), layout.room_floats(k_weight, qkv)
+def _fake_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, rstd):
+    return (
+        tensors.empty_like(qkv),
+        tensors.empty_weight_gradient(q_weight, qkv),
+        tensors.empty_weight_gradient(k_weight, qkv),
+    )
 
 
-def _native_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, inverse):
-    gradients = _like_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, inverse)
+def _native_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, rstd):
+    gradients = _fake_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, rstd)
     d_qkv, d_q_weight, d_k_weight = gradients
-    (b, t, _), heads = qkv.shape, inverse.shape[3]
+    (b, t, _), heads = qkv.shape, rstd.shape[3]
     head_dim = qkv.shape[2] // (3 * heads)
-    d_q, d_k, d_v = (layout.gradient(d, (b, heads, t, head_dim), qkv) for d in (d_q, d_k, d_v))
-    qkv = layout.dense(qkv)
-    q_weight, k_weight, cos, sin = (layout.floats(x) for x in (q_weight, k_weight, cos, sin))
+    d_q, d_k, d_v = (tensors.gradient_or_zeros(d, (b, heads, t, head_dim), qkv) for d in (d_q, d_k, d_v))
+    qkv = tensors.dense(qkv)
+    q_weight, k_weight, cos, sin = (tensors.as_float32(x) for x in (q_weight, k_weight, cos, sin))
     native.run(
         "qk_norm_rope_backward",
         *(b, t, heads, head_dim, 0.0),
         *native.rows(qkv),
-        *map(native.address, (q_weight, k_weight, cos, sin, inverse)),
+        *map(native.address, (q_weight, k_weight, cos, sin, rstd)),
         *native.heads(d_q),
         *native.heads(d_k),
         *native.heads(d_v),
@@ -103,20 +97,20 @@ def _native_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, inverse):
     return gradients
 
 
-_fused = FusedOp(
+qk_norm_rope_op = FusedOp(
     "qk_norm_rope",
     inputs="Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, SymInt heads, float eps",
     outputs="Tensor, Tensor, Tensor, Tensor",
     results=3,
-    like_forward=_like_forward,
+    fake_forward=_fake_forward,
     backward_inputs="Tensor? d_q, Tensor? d_k, Tensor? d_v, Tensor qkv, Tensor? q_weight, Tensor? k_weight, "
-    "Tensor cos, Tensor sin, Tensor inverse",
+    "Tensor cos, Tensor sin, Tensor rstd",
     backward_outputs="Tensor, Tensor, Tensor",
-    like_backward=_like_backward,
+    fake_backward=_fake_backward,
     saved=lambda inputs, outputs: (*inputs[:5], outputs[3]),
-    bodies={
-        "native": Body(_native_forward, _native_backward, _native_eager_forward),
-        "triton": triton_body("qk_norm_rope", "qk_norm_rope"),
+    backends={
+        "native": Backend(_native_forward, _native_backward, _native_eager_forward),
+        "triton": triton_backend("qk_norm_rope", "qk_norm_rope"),
     },
 )
 
@@ -130,30 +124,80 @@ def qk_norm_rope(
     sin: Tensor,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split, normalise and rotate; see the module's docstring.
+    """Split packed q, k, v; normalise and rotate q and k.
+
+        q = rotate(rms_norm(q, q_weight)),  k = rotate(rms_norm(k, k_weight)),  v unchanged
+        rotate: (a, b) -> (a cos - b sin, b cos + a sin) for each interleaved pair (2i, 2i + 1)
+
+    Norm and rotation are float32. Sources: RoPE (Su et al., arXiv 2104.09864), q/k norm (Dehghani et al., arXiv
+    2302.05442).
+
+    Args:
+        qkv: [B, T, 3 H K]: all of q, then all of k, then all of v.
+        heads: H.
+        q_weight: [K], or None for no norm.
+        k_weight: [K], or None for no norm.
+        cos: float32 [T, K / 2], 1 for a token that is not rotated; gets no gradient.
+        sin: float32 [T, K / 2], 0 for a token that is not rotated; gets no gradient.
+        eps: added to the mean square.
+
+    Returns:
+        q, k and v, each [B, H, T, K] in qkv's dtype, as scaled_dot_product_attention reads them. The Triton backend
+        stores them as [B, T, H, K]: attention on a GPU returns its result in the layout of q, so that no copy is needed
+        to read it as [B, T, H K].
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: shapes that do not match, or a cos or sin that requires a gradient.
     """
     check("qk_norm_rope", qkv, heads, q_weight, k_weight, cos, sin)
-    body = backend.choose(qkv)
-    if body == "reference":
+    chosen = backend.choose(qkv)
+    if chosen == "reference":
         return qk_norm_rope_ref(qkv, heads, q_weight, k_weight, cos, sin, eps)
-    return _fused(body, qkv, q_weight, k_weight, cos, sin, heads, eps)
+    return qk_norm_rope_op(chosen, qkv, q_weight, k_weight, cos, sin, heads, eps)
 
 
 def check(op: str, qkv, heads, q_weight, k_weight, cos, sin) -> None:
     if qkv.dim() != 3:
-        raise mistake(op, f"qkv must be [B, T, 3 * heads * head_dim], got {list(qkv.shape)}")
+        raise argument_error(op, f"qkv must be [B, T, 3 * heads * head_dim], got {list(qkv.shape)}")
     t, packed = qkv.shape[1:]
     if packed % (6 * heads):
-        raise mistake(op, f"width {packed} is not 3 x {heads} heads of even size")
+        raise argument_error(op, f"width {packed} is not 3 x {heads} heads of even size")
     head_dim = packed // (3 * heads)
     if (q_weight is None) != (k_weight is None):
-        raise mistake(op, "q_weight and k_weight must both be given or both be None")
+        raise argument_error(op, "q_weight and k_weight must both be given or both be None")
     if q_weight is not None and not q_weight.shape == k_weight.shape == (head_dim,):
-        raise mistake(op, f"q_weight and k_weight must be [{head_dim}]")
+        raise argument_error(op, f"q_weight and k_weight must be [{head_dim}]")
     if not cos.shape == sin.shape == (t, head_dim // 2):
-        raise mistake(op, f"cos and sin must be [{t}, {head_dim // 2}]")
+        raise argument_error(op, f"cos and sin must be [{t}, {head_dim // 2}]")
     if cos.requires_grad or sin.requires_grad:
-        raise mistake(op, "cos and sin get no gradient; detach them")
+        raise argument_error(op, "cos and sin get no gradient; detach them")
+
+
+def qk_inputs(size: Size, new: New) -> dict:
+    """Example inputs that qk_norm_rope and attention share."""
+    angle = 3 * new(size.tokens, size.head_dim // 2)
+    return {
+        "qkv": new(size.batch, size.tokens, 3 * size.heads * size.head_dim, dtype=size.other),
+        "heads": size.heads,
+        "q_weight": new(size.head_dim, dtype=size.weights, around=1.0),
+        "k_weight": new(size.head_dim, dtype=size.weights, around=1.0),
+        "cos": angle.cos(),
+        "sin": angle.sin(),
+    }
+
+
+def _unread(size: Size) -> Traffic:
+    """The operator copies v, which an eager call returns as a view of qkv; backward takes v with qkv, but reads only q
+    and k."""
+    v = size.batch * size.tokens * size.heads * size.head_dim * size.other.itemsize
+    return Traffic(forward=2 * v, backward=v)
+
+
+register(
+    qk_norm_rope,
+    qk_norm_rope_ref,
+    qk_norm_rope_op,
+    example=lambda size, new: qk_inputs(size, new) | {"eps": 1e-6},
+    gradients=("qkv", "q_weight", "k_weight"),
+    unread=_unread,
+)

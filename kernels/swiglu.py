@@ -1,15 +1,12 @@
-"""swiglu: out = silu(u) * w, where u and w are the two halves of the last dimension.
-
-Shapes: uw [..., 2 M] -> [..., M] in uw's dtype; silu and the product are float32.
-Source: Shazeer, arXiv 2002.05202.
-"""
+"""swiglu: the gate of a SwiGLU, without its Linears."""
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from unite_fast.kernels import backend, layout, native
-from unite_fast.kernels.common import mistake, upcast
-from unite_fast.kernels.op import Body, FusedOp, triton_body
+from unite_fast.kernels import backend, native, tensors
+from unite_fast.kernels.fused_op import Backend, FusedOp, triton_backend
+from unite_fast.kernels.registry import register
+from unite_fast.kernels.tensors import argument_error, upcast
 
 
 def swiglu_ref(uw: Tensor) -> Tensor:
@@ -17,52 +14,72 @@ def swiglu_ref(uw: Tensor) -> Tensor:
     return (F.silu(u) * w).to(uw.dtype)
 
 
-def _like_forward(uw):
+def _fake_forward(uw):
     return (uw.new_empty((*uw.shape[:-1], uw.shape[-1] // 2)),)
 
 
 def _native_forward(uw):
-    (out,) = _like_forward(uw)
+    (out,) = _fake_forward(uw)
     uw, width = uw.contiguous(), out.shape[-1]
     rows = out.numel() // width if width else 0
-    native.run("swiglu_forward", layout.TYPES[uw.dtype], rows, width, uw.data_ptr(), out.data_ptr())
+    native.run("swiglu_forward", tensors.DTYPES[uw.dtype], rows, width, uw.data_ptr(), out.data_ptr())
     return (out,)
 
 
-def _like_backward(d_out, uw):
-    return (layout.room(uw),)
+def _fake_backward(d_out, uw):
+    return (tensors.empty_like(uw),)
 
 
 def _native_backward(d_out, uw):
-    (d_uw,) = _like_backward(d_out, uw)
+    (d_uw,) = _fake_backward(d_out, uw)
     d_out, uw, width = d_out.contiguous(), uw.contiguous(), d_out.shape[-1]
     rows = d_out.numel() // width if width else 0
     pointers = d_out.data_ptr(), uw.data_ptr(), d_uw.data_ptr()
-    native.run("swiglu_backward", layout.TYPES[uw.dtype], rows, width, *pointers)
+    native.run("swiglu_backward", tensors.DTYPES[uw.dtype], rows, width, *pointers)
     return (d_uw,)
 
 
-_fused = FusedOp(
+swiglu_op = FusedOp(
     "swiglu",
     inputs="Tensor uw",
     outputs="Tensor",
     results=1,
-    like_forward=_like_forward,
+    fake_forward=_fake_forward,
     backward_inputs="Tensor d_out, Tensor uw",
     backward_outputs="Tensor",
-    like_backward=_like_backward,
+    fake_backward=_fake_backward,
     saved=lambda inputs, outputs: inputs,
-    bodies={"native": Body(_native_forward, _native_backward), "triton": triton_body("swiglu", "swiglu", again=True)},
+    backends={
+        "native": Backend(_native_forward, _native_backward),
+        "triton": triton_backend("swiglu", "swiglu", recompute=True),
+    },
 )
 
 
 def swiglu(uw: Tensor) -> Tensor:
-    """Gate the second half by SiLU of the first; see the module's docstring.
+    """SiLU of the first half of the last dimension, times the second half.
+
+        out = silu(u) * w,   u, w = uw.chunk(2, dim=-1)
+
+    silu and the product are float32. Source: Shazeer, arXiv 2002.05202.
+
+    Args:
+        uw: [..., 2 M].
+
+    Returns:
+        [..., M] in uw's dtype.
 
     Raises:
         ValueError: an odd last dimension.
     """
     if uw.shape[-1] % 2:
-        raise mistake("swiglu", f"the last dimension must be even, got {uw.shape[-1]}")
-    body = backend.choose(uw)
-    return swiglu_ref(uw) if body == "reference" else _fused(body, uw)
+        raise argument_error("swiglu", f"the last dimension must be even, got {uw.shape[-1]}")
+    chosen = backend.choose(uw)
+    return swiglu_ref(uw) if chosen == "reference" else swiglu_op(chosen, uw)
+
+
+def _example(size, new):
+    return {"uw": new(size.batch, size.tokens, 2 * size.hidden, dtype=size.other)}
+
+
+register(swiglu, swiglu_ref, swiglu_op, example=_example, gradients=("uw",))

@@ -21,12 +21,12 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Where no GPU can run them, the Triton bodies run in Triton's interpreter. It looks at this when it is imported.
+    # Where no GPU can run them, the Triton kernels run in Triton's interpreter. It looks at this when it is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
 from unite_fast.cli import main
 from unite_fast.config import Config, ModelConfig
-from unite_fast.kernels import backend, product
+from unite_fast.kernels import backend, matmul
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import StepDraws, draw_step
 from unite_fast.randomness import NoiseKeys, Philox
@@ -142,7 +142,7 @@ def drawn_arithmetic() -> Callable[[int], contextlib.AbstractContextManager]:
 @pytest.fixture(params=[True, False], ids=["bfloat16-products", "float32-products"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """As on a CPU with bfloat16 instructions, and as on one without, whichever this is: gives which."""
-    monkeypatch.setattr(product, "bfloat16_instructions", lambda: request.param)
+    monkeypatch.setattr(matmul, "bfloat16_instructions", lambda: request.param)
     return request.param
 
 

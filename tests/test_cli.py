@@ -77,6 +77,12 @@ def test_importing_the_package_and_asking_for_help_imports_no_torch():
     assert (ended.stdout, ended.stderr) == ("[]\n", "")
 
 
+def test_importing_the_data_pipeline_imports_no_library_of_a_single_source():
+    code = "import sys, unite_fast.data_pipeline; print([name for name in {names} if name in sys.modules])"
+    ended = isolated("-c", code.format(names=("sklearn", "scipy", "torchvision", "nvidia.dali")))
+    assert (ended.stdout, ended.stderr) == ("[]\n", "")
+
+
 def test_every_module_imports_and_trains_without_torchvision(tiny_run, tmp_path):
     code = """
 import importlib, pkgutil, sys

@@ -1,11 +1,20 @@
 """Recipes: what is accepted, what is refused, and that a refusal names the key."""
 
+import ast
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import yaml
 
-from unite_fast.config import Config, DecoderConfig, EncoderConfig
+import unite_fast.config
+from unite_fast.config import ATTENTION, KERNELS, SOLVERS, Config, DecoderConfig, EncoderConfig
 from unite_fast.errors import UserError
+from unite_fast.kernels import backend
 from unite_fast.recipes import from_tree, load_config, shipped_recipes, to_tree
+from unite_fast.sampling.solvers import RELEASED_SOLVERS
 
 
 @pytest.fixture
@@ -313,3 +322,36 @@ def test_a_range_of_steps_is_no_number_to_the_base_60(tmp_path):
     for config in (load_config(str(recipe)), load_config("digits", ("profile.steps=10:13",))):
         assert config.profile.steps == "10:13" and config.profile.traced == range(10, 13)
         assert from_tree(Config, yaml.safe_load(yaml.safe_dump(to_tree(config)))) == config
+
+
+def test_the_ops_know_the_backends_that_settings_can_name():
+    """config.py imports nothing of the kernels, so both list the names."""
+    assert backend.NAMES == KERNELS and backend.ATTENTION_NAMES == ATTENTION
+    assert tuple(sorted(RELEASED_SOLVERS | {"multistep": None})) == tuple(sorted(SOLVERS))
+
+
+def test_settings_import_nothing_but_errors():
+    """In a process of its own: what tests import does not count."""
+    code = "import sys, unite_fast.config; print(*[name for name in sys.modules if name.partition('.')[0] in MODULES])"
+    code = code.replace("MODULES", repr(("unite_fast", "torch", "numpy")))
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert sorted(loaded) == ["unite_fast", "unite_fast.config", "unite_fast.errors"]
+
+
+def test_loading_a_model_needs_no_trainer():
+    code = "import sys, unite_fast.sampling.pipeline; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    unwanted = ("unite_fast.training", "tensorboard", "torch.distributed.checkpoint", "torch.distributed.fsdp")
+    assert [name for name in loaded if name.startswith(unwanted)] == []
+
+
+def test_every_setting_is_documented():
+    tree = ast.parse(Path(unite_fast.config.__file__).read_text())
+    undocumented = [
+        f"{group.name}.{setting.target.id}"
+        for group in tree.body
+        if isinstance(group, ast.ClassDef)
+        for setting, line in itertools.zip_longest(group.body, group.body[1:])
+        if isinstance(setting, ast.AnnAssign) and not isinstance(getattr(line, "value", None), ast.Constant)
+    ]
+    assert undocumented == []

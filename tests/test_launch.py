@@ -70,7 +70,12 @@ def test_the_kubernetes_example_is_of_one_piece():
     assert load_config(recipe, tuple(settings)).data.source == "shards"
 
 
+def figures(*cells: str) -> list[float]:
+    return [float(number) for number in re.findall(r"[\d.]+", " ".join(cells))]
+
+
 def test_the_page_s_predictions_are_those_of_plan():
+    """Strategy and passes as they are, figures to a tenth: a small change of the model leaves the page as it is."""
     rows = re.findall(r"^\| `(imagenet256_\w+)` \| (\d+) x 8 (\w+) \| (.*) \|$", PAGE, re.MULTILINE)
     assert {row[0] for row in rows} == {"imagenet256_b", "imagenet256_l", "imagenet256_xl"}
     for recipe, nodes, gpu, rest in rows:
@@ -78,12 +83,13 @@ def test_the_page_s_predictions_are_those_of_plan():
         strategy, passes, used, largest, rate, mfu, hours, bound = rest.split(" | ")
         images = found.config.train.steps * 1024
         assert strategy == found.strategy and passes == f"{found.micro_batch} x {found.micro_steps}"
-        assert used == f"{sum(found.memory.values()) / 1e9:.0f} of {found.cluster.gpu.memory}"
-        assert int(largest) == found.largest
-        assert rate == f"{found.slow.images_per_s:.0f} to {found.fast.images_per_s:.0f}"
-        assert mfu == f"{found.slow.share_of_peak:.0%} to {found.fast.share_of_peak:.0%}"
-        fast, slow = (images / speed.images_per_s / 3600 for speed in (found.fast, found.slow))
-        assert hours == f"{fast:.0f} to {slow:.0f}"
+        assert int(largest) == found.largest_micro_batch
+        slow, fast = found.slow, found.fast
+        assert figures(used) == pytest.approx([sum(found.memory.values()) / 1e9, found.cluster.gpu.memory], rel=0.1)
+        assert figures(rate) == pytest.approx([slow.images_per_s, fast.images_per_s], rel=0.1)
+        assert figures(mfu) == pytest.approx([100 * slow.mfu, 100 * fast.mfu], rel=0.1)
+        expected = [images / speed.images_per_s / 3600 for speed in (fast, slow)]
+        assert figures(hours) == pytest.approx(expected, rel=0.1, abs=0.5)
         assert bound == ", ".join(dict.fromkeys((found.fast.bound_by, found.slow.bound_by)))
 
 

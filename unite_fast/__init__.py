@@ -6,15 +6,18 @@ copies = model.reconstruct(images)
 """
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from unite_fast.sampling.pipeline import TrainedUNITE
 
 __version__ = version("unite-fast")
 
 
-def load(path, device: str = "cpu") -> "TrainedUNITE":
+def load(path: "str | Path", device: "str | torch.device" = "cpu") -> "TrainedUNITE":
     """Load a trained model with its averaged (EMA) weights.
 
     Args:

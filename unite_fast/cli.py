@@ -1,8 +1,10 @@
-"""The command line: `unite-fast COMMAND`. The commands themselves are in `commands/`."""
+"""The command line, `unite-fast COMMAND`. The commands are in `commands/`."""
 
+import io
 import os
 import sys
 import traceback
+from typing import NoReturn
 
 import typer
 
@@ -25,58 +27,60 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Train UNITE, one network that is image tokenizer and latent denoiser, and use it.",
+    help="Train and use UNITE, one network that is image tokenizer and latent denoiser.",
 )
-for part in (training, bench, tune, planning, images, evaluation, guidance, gallery, data, checkpoints):
-    app.add_typer(part.app)
+for module in (training, bench, tune, planning, images, evaluation, guidance, gallery, data, checkpoints):
+    app.add_typer(module.app)
 
 
 def main() -> None:
-    """Run a command; a user's mistake is one line on stderr and its status, mostly 2."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
+    """Run a command. A UserError becomes one line on stderr and its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold bytes that are no text
     try:
         app()
     except UserError as error:
-        _leave(str(error), error.status)
+        _exit(str(error), error.status)
     except OSError as error:
-        # A file of the user's that the system refuses: a folder in its place, no permission, a full disk.
-        _leave(f"{error.filename or 'a file'}: {error.strerror or error}", UserError.status)
+        # An error of the file system: no permission, a full disk, a folder in place of a file.
+        _exit(f"{error.filename or 'a file'}: {error.strerror or error}", UserError.status)
     except Exception as error:
         if _out_of_memory(error):
-            said = str(error).split("DefaultCPUAllocator: ")[-1].splitlines()[0]
-            _leave(
-                f"out of memory: {said[:200]}; a smaller batch (train.micro_batch, --batch) or model takes less",
+            reason = str(error).split("DefaultCPUAllocator: ")[-1].splitlines()[0]
+            _exit(
+                f"out of memory: {reason[:200]}; use a smaller batch (train.micro_batch, --batch) or model",
                 UserError.status,
             )
-        if not _among_others():
+        if not _in_process_group():
             raise
-        _leave(traceback.format_exc(), 1)
+        _exit(traceback.format_exc(), 1)
 
 
-def _leave(message: str, status: int) -> None:
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    rank = f"rank {os.environ.get('RANK', '?')}: " if several else ""
-    # What is wrong before the processes met is wrong for all of a machine; the first of them says it.
-    if _among_others() or os.environ.get("LOCAL_RANK", "0") == "0":
+def _exit(message: str, status: int) -> NoReturn:
+    """Print an error and exit with `status`."""
+    distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    rank = f"rank {os.environ.get('RANK', '?')}: " if distributed else ""
+    # Before the process group exists, all ranks of a machine fail alike; only the first one prints.
+    if _in_process_group() or os.environ.get("LOCAL_RANK", "0") == "0":
         text = message if status == 1 else " ".join(message.splitlines())
-        # In one piece, or it would mix with what other processes write.
+        # One write, so that lines of several processes do not mix.
         sys.stderr.write(f"error: {rank}{text.rstrip()}\n")
         sys.stderr.flush()
-    if _among_others():
-        # At once: what Python and PyTorch tidy up at the end may wait for processes that are gone.
+    if _in_process_group():
+        # Exit at once: the clean-up of Python and PyTorch may wait for dead processes.
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Of a GPU, or as PyTorch says it of a CPU, or numpy."""
-    torch = sys.modules.get("torch")  # which the commands import that need it
+    """Whether a GPU, PyTorch on a CPU, or numpy ran out of memory."""
+    torch = sys.modules.get("torch")  # not imported here: only some commands need it
     of_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
     return of_gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
 
 
-def _among_others() -> bool:
-    """Whether this process has met the other processes of its run."""
-    torch = sys.modules.get("torch")  # which the commands import that need it
+def _in_process_group() -> bool:
+    """Whether this process is in an initialized process group."""
+    torch = sys.modules.get("torch")
     return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -14,7 +14,7 @@ KERNELS = ("auto", "reference", "native", "triton")
 ATTENTION = ("sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "flash_attn")
 NONDETERMINISTIC_ATTENTION = ("sdpa_cudnn", "flash_attn")
 """Attention backends whose backward pass sums in an order that changes from run to run."""
-LOADERS = ("auto", "memory", "folder", "raw", "webdataset", "dali")
+LOADERS = ("auto", "memory", "folder", "raw", "webdataset", "dali", "source")
 STRATEGIES = ("auto", "ddp", "fsdp", "hsdp")
 PRECISIONS = ("bfloat16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
@@ -149,11 +149,11 @@ class DataConfig:
 
     source: str = "digits"
     """digits (built into scikit-learn), folder (one folder a class), idx (MNIST's file format), shards (made by
-    unite-fast shards) or synthetic (noise, for timing)."""
+    unite-fast shards), synthetic (noise, for timing), or a kind of your own (docs/adding-a-dataset.md)."""
     path: str = ""
     """Folder of the data; for shards also https://HOST/FOLDER, or pipe:COMMAND with {} in place of a file's name."""
     loader: str = "auto"
-    """auto (the fastest that fits), memory, folder, raw, webdataset or dali; see docs/data.md."""
+    """auto (the fastest that fits), memory, folder, raw, webdataset, dali or source; see docs/data.md."""
     flip: bool = True
     """Flip images horizontally with probability 1/2."""
     workers: int = 2

@@ -20,20 +20,20 @@ from torch import Tensor, nn
 from unite_fast import kernels
 from unite_fast.config import LPIPS_SHA256, VGG16_SHA256, PerceptualConfig
 from unite_fast.kernels.casts import cast
-from unite_fast.kernels.common import matmul_dtype
+from unite_fast.kernels.tensors import matmul_dtype
 from unite_fast.randomness import Philox, Stream
 from unite_fast.utils.pretrained import WeightFile
 
 # The convolutions before each tap: (index in torchvision's `features`, channels in, channels out).
-_BLOCKS = (
+VGG_BLOCKS = (
     ((0, 3, 64), (2, 64, 64)),
     ((5, 64, 128), (7, 128, 128)),
     ((10, 128, 256), (12, 256, 256), (14, 256, 256)),
     ((17, 256, 512), (19, 512, 512), (21, 512, 512)),
     ((24, 512, 512), (26, 512, 512), (28, 512, 512)),
 )
-_TAP_CHANNELS = tuple(block[-1][2] for block in _BLOCKS)
-SMALLEST_SIDE = 2 ** (len(_BLOCKS) - 1)  # four poolings leave one pixel
+_TAP_CHANNELS = tuple(block[-1][2] for block in VGG_BLOCKS)
+SMALLEST_SIDE = 2 ** (len(VGG_BLOCKS) - 1)  # four poolings leave one pixel
 
 # ImageNet's mean and deviation for pixels in [-1, 1], as LPIPS 0.1 rounds them.
 _SHIFT = (-0.030, -0.088, -0.188)
@@ -41,7 +41,7 @@ _SCALE = (0.458, 0.448, 0.450)
 
 VGG_SHAPES: dict[str, tuple[int, ...]] = {
     name: shape
-    for block in _BLOCKS
+    for block in VGG_BLOCKS
     for index, inputs, outputs in block
     for name, shape in (
         (f"features.{index}.weight", (outputs, inputs, 3, 3)),
@@ -57,7 +57,7 @@ LINEAR_SHAPES: dict[str, tuple[int, ...]] = {
 
 
 _NEEDED_BY = "LPIPS (perceptual.weight above 0, or asked for by an evaluation)"
-_VGG_FILE = WeightFile(
+VGG_FILE = WeightFile(
     key="perceptual.vgg_path",
     sha256_key="perceptual.vgg_sha256",
     variable="UNITE_FAST_VGG16",
@@ -66,7 +66,7 @@ _VGG_FILE = WeightFile(
     size=553_433_881,
     sha256=VGG16_SHA256,
 )
-_LPIPS_FILE = WeightFile(
+LPIPS_FILE = WeightFile(
     key="perceptual.lpips_path",
     sha256_key="perceptual.lpips_sha256",
     variable="UNITE_FAST_LPIPS",
@@ -83,6 +83,7 @@ class Convolution(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = matmul_dtype(x)
+        assert self.bias is not None
         return self._conv_forward(x.to(dtype), cast(self.weight, dtype), cast(self.bias, dtype))
 
 
@@ -105,7 +106,7 @@ class LPIPS(nn.Module):
     def __init__(self, vgg: dict[str, Tensor], linear: dict[str, Tensor], input_range: str = "unit") -> None:
         super().__init__()
         self.input_range = input_range
-        self.blocks = nn.ModuleList(_block(vgg, layer) for layer in range(len(_BLOCKS)))
+        self.blocks = nn.ModuleList(_block(vgg, layer) for layer in range(len(VGG_BLOCKS)))
         self.linear = nn.ParameterList(_frozen(linear[name].reshape(-1, 1, 1)) for name in LINEAR_SHAPES)
         self.register_buffer("shift", torch.tensor(_SHIFT).reshape(3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor(_SCALE).reshape(3, 1, 1), persistent=False)
@@ -138,9 +139,9 @@ class LPIPS(nn.Module):
             raise ValueError(f"image and recon must both be [B, 3, H, W], got {image.shape} and {recon.shape}")
         if min(image.shape[2:]) < SMALLEST_SIDE:
             raise ValueError(f"VGG16 needs sides of {SMALLEST_SIDE} pixels or more, got {tuple(image.shape[2:])}")
-        masks = (None,) * len(_BLOCKS) if dropout_masks is None else dropout_masks
-        if len(masks) != len(_BLOCKS):
-            raise ValueError(f"dropout_masks must hold {len(_BLOCKS)} tensors, got {len(masks)}")
+        masks = (None,) * len(VGG_BLOCKS) if dropout_masks is None else dropout_masks
+        if len(masks) != len(VGG_BLOCKS):
+            raise ValueError(f"dropout_masks must hold {len(VGG_BLOCKS)} tensors, got {len(masks)}")
 
         # Block by block, so that a target feature is freed as soon as its successor and its distance exist.
         x, y = self._scaled(image.detach()), self._scaled(recon)
@@ -193,7 +194,7 @@ def dropout_masks(philox: Philox, shapes: Sequence[tuple[int, int, int]]) -> lis
 def _mask(philox: Philox, draw: int, words: int) -> Tensor:
     """uint8 [b, 32 words], 0 or 2: the bits of each word, the lowest first."""
     if philox.on_triton:
-        from unite_fast.kernels.triton_bodies.philox import philox_dropout
+        from unite_fast.kernels.triton_kernels.philox import philox_dropout
 
         return philox_dropout(philox.seed, philox.step, Stream.LPIPS_DROPOUT, draw, philox.positions, words)
     device = philox.positions.device
@@ -211,14 +212,14 @@ def load_lpips(config: PerceptualConfig) -> LPIPS:
         UserError: a path is not set, or its file is missing, of another size or SHA-256 than expected, no file of
             `torch.save`, or without the tensors of VGG16 or LPIPS.
     """
-    vgg = _VGG_FILE.load(config.vgg_path, config.vgg_sha256, VGG_SHAPES)
-    linear = _LPIPS_FILE.load(config.lpips_path, config.lpips_sha256, LINEAR_SHAPES)
+    vgg = VGG_FILE.load(config.vgg_path, config.vgg_sha256, VGG_SHAPES)
+    linear = LPIPS_FILE.load(config.lpips_path, config.lpips_sha256, LINEAR_SHAPES)
     return LPIPS(vgg, linear, config.input_range)
 
 
 def has_weights(config: PerceptualConfig) -> bool:
     """Whether `config` or the environment names a file of weights, right or wrong."""
-    return _VGG_FILE.named(config.vgg_path) or _LPIPS_FILE.named(config.lpips_path)
+    return VGG_FILE.named(config.vgg_path) or LPIPS_FILE.named(config.lpips_path)
 
 
 def random_lpips(config: PerceptualConfig) -> LPIPS:
@@ -235,7 +236,7 @@ def random_lpips(config: PerceptualConfig) -> LPIPS:
 def _block(vgg: dict[str, Tensor], layer: int) -> nn.Sequential:
     """What lies between two taps: pooling (but not before the first), then convolutions, each with its ReLU."""
     modules: list[nn.Module] = [nn.MaxPool2d(2)] if layer > 0 else []
-    for index, inputs, outputs in _BLOCKS[layer]:
+    for index, inputs, outputs in VGG_BLOCKS[layer]:
         # On "meta", so that no start values are drawn for weights that are replaced at once.
         conv = Convolution(inputs, outputs, 3, padding=1, device="meta")
         conv.weight = _frozen(vgg[f"features.{index}.weight"], torch.channels_last)

@@ -1,16 +1,16 @@
-"""Every random draw of a run, as a function instead of a state.
+"""Random numbers as a function of (seed, step, position), without generator state.
 
 Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns a
-128-bit counter and a 64-bit key into four independent 32-bit words. The key is the seed of the run, the counter says
-what is drawn:
+128-bit counter and a 64-bit key into four independent 32-bit words. The key is the seed of the run, the counter
+identifies the draw:
 
     counter = (element // 4, position, step, stream * 2**16 + draw)        key = (seed low, seed high)
 
-`position` is the sample's place in the global batch and `element` the place inside the sample's tensor, so a step
-draws the same numbers on 1 process or 64, in one batch or eight micro-batches, before or after a resume, on a CPU or
-a GPU. Word `element % 4` belongs to `element`.
+`position` is the sample's position in the global batch, `element` the position within the sample's tensor; `element`
+gets word `element % 4`. So a step draws the same numbers on 1 process or 64, in one batch or eight micro-batches,
+before or after a resume, on a CPU or a GPU.
 
-Torch has no unsigned 32-bit arithmetic on every device, so words travel as int64 in [0, 2**32).
+Torch lacks unsigned 32-bit arithmetic on some devices, so words are stored as int64 in [0, 2**32).
 """
 
 import enum
@@ -30,7 +30,7 @@ _ROUNDS = 10
 
 
 class Stream(enum.IntEnum):
-    """What a draw is for. The numbers are part of the definition of a run: append, never renumber."""
+    """The purpose of a draw. The numbers determine the bits of every run: append, never renumber."""
 
     REGISTERS = 0
     RECON_TIME = 1
@@ -68,7 +68,7 @@ def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
 
 
 def _multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """High and low words of a 32 x 32 bit product, from two 48-bit products that fit in int64."""
+    """High and low word of a 32 x 32-bit product, from two 48-bit products that fit in int64."""
     upper = (word >> 16) * constant
     lower = (word & 0xFFFF) * constant
     middle = (upper & _MASK) + (lower >> 16)  # both terms below 2**33: no overflow
@@ -84,7 +84,7 @@ class Philox:
     Attributes:
         seed: the run's seed, in [0, 2**64).
         step: the optimizer step, in [0, 2**32).
-        positions: int64 [b], the samples' places in the global batch, on the device that shall hold the draws.
+        positions: int64 [b], the samples' positions in the global batch, on the device where to draw.
     """
 
     seed: int
@@ -92,28 +92,30 @@ class Philox:
     positions: Tensor
 
     def words(self, stream: Stream, shape: tuple[int, ...] = (), draw: int | range = 0) -> Tensor:
-        """Raw 32-bit words, int64 [b, *shape]. `draw` tells apart repeated draws of one stream (below 2**16); a range
-        of draws, in steps of one, comes as [draws, b, *shape], by one launch on a CUDA device.
+        """Raw 32-bit words, int64 [b, *shape].
 
-        The C++ body, where it was built, gives the same words on a CPU, and the Triton body on a CUDA device.
+        `draw` (below 2**16) numbers repeated draws of one stream. A range of draws with step 1 gives
+        [draws, b, *shape], in one launch on a CUDA device. All backends give the same words.
         """
         return self._draw(stream, shape, draw, "philox_words", self._words)
 
     def uniform(self, stream: Stream, shape: tuple[int, ...] = (), draw: int | range = 0) -> Tensor:
-        """U(0, 1), both ends excluded, float32 [b, *shape] or [draws, b, *shape]: the 23 high bits of a word, at the
-        middle of their cell. 23 and not 24: the middle of the last of 2**24 cells would round to 1.
+        """U(0, 1) without the end points, float32 [b, *shape] or [draws, b, *shape].
+
+        The 23 high bits of a word choose one of 2**23 equal cells; the result is its midpoint. With 24 bits the last
+        midpoint would round to 1.
         """
         return self._draw(stream, shape, draw, "philox_uniforms", self._uniforms)
 
     def normal(self, stream: Stream, shape: tuple[int, ...] = (), draw: int | range = 0) -> Tensor:
         """N(0, 1), float32 [b, *shape] or [draws, b, *shape], by Box and Muller (1958).
 
-        Words 0 and 1 of a block give its normals 0 and 1, words 2 and 3 its normals 2 and 3. The functions are taken in
-        float64 and rounded once, so every other body can be held to this one by units in the last place.
+        Words 0 and 1 of a block give normals 0 and 1, words 2 and 3 give normals 2 and 3. They are computed in float64
+        and rounded once.
 
-        The body is C++ on a CPU and Triton on a CUDA device, unless the setting `kernels` is reference. Their float64
-        functions differ from PyTorch's by a unit or two of the last place, which survives the rounding to float32 about
-        once in 10^8 normals, as one unit there. 10^7 normals of C++ were all equal to PyTorch's; that is no proof.
+        Backends: C++ on a CPU, Triton on CUDA, PyTorch if the setting `kernels` is reference. Their float64 functions
+        differ from PyTorch's by one or two units in the last place. After rounding to float32 that should change one
+        normal in about 10^8, by one unit; in a test of 10^7 normals, C++ and PyTorch agreed on all.
         """
         return self._draw(stream, shape, draw, "philox_normals", self._normals)
 
@@ -125,12 +127,12 @@ class Philox:
         name: str,
         one: Callable[[Stream, int, int], Tensor],
     ) -> Tensor:
-        """One draw or a range of them, by the function `name` of the Triton bodies or by `one` after the other."""
+        """One draw or a range of draws: by the Triton function `name`, or by a call of `one` for each."""
         draws = draw if isinstance(draw, range) else range(draw, draw + 1)
         self._check(draws)
         elements = math.prod(shape)
         if self.on_triton:
-            from unite_fast.kernels.triton_bodies import philox
+            from unite_fast.kernels.triton_kernels import philox
 
             numbers = getattr(philox, name)(self.seed, self.step, int(stream), draws, self.positions, elements)
         elif isinstance(draw, range):
@@ -142,10 +144,10 @@ class Philox:
 
     @property
     def on_triton(self) -> bool:
-        """Whether the Triton bodies draw."""
+        """Whether the Triton kernels draw."""
         device = self.positions.device
-        home = device.type == "cuda" or backend.interpreted()
-        return home and backend.body_on(device) == "triton"
+        runs_triton = device.type == "cuda" or backend.interpreted()
+        return runs_triton and backend.backend_on(device) == "triton"
 
     def _words(self, stream: Stream, elements: int, draw: int) -> Tensor:
         """int64 [b, elements]."""
@@ -165,7 +167,7 @@ class Philox:
         return ((self._words(stream, elements, draw) >> 9).float() + 0.5) * 2.0**-23
 
     def _normals(self, stream: Stream, elements: int, draw: int) -> Tensor:
-        if self.positions.device.type == "cpu" and backend.body_on(self.positions.device) == "native":
+        if self.positions.device.type == "cpu" and backend.backend_on(self.positions.device) == "native":
             return native.philox_normals(self.seed, self.step, int(stream), draw, self.positions, elements)
         words = self._words(stream, -(-elements // 4) * 4, draw)
         return box_muller(words.unflatten(1, (-1, 2))).flatten(1)[:, :elements]
@@ -178,7 +180,7 @@ class Philox:
 
 
 def box_muller(words: Tensor) -> Tensor:
-    """Pairs of words, int64 [..., 2] in [0, 2**32) -> pairs of normals, float32 [..., 2]."""
+    """Pairs of words, int64 [..., 2] in [0, 2**32) -> pairs of normals N(0, 1), float32 [..., 2]."""
     pairs = words.double()
     radius = ((pairs[..., 0] + 0.5) * 2.0**-32).log_().mul_(-2.0).sqrt_()
     angle = pairs[..., 1] * (2.0 * math.pi * 2.0**-32)
@@ -187,14 +189,14 @@ def box_muller(words: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NoiseKeys:
-    """N(0, 1) numbers that are not drawn yet, for a kernel that draws them where it uses them."""
+    """Key of N(0, 1) noise that a kernel draws where it uses it, so that the noise is never stored."""
 
     philox: Philox
     stream: Stream
 
 
 def permutation(seed: int, epoch: int, length: int) -> Tensor:
-    """The order of one epoch: a uniformly random permutation, int64 [length], the same on every machine."""
+    """The order of one epoch: a uniformly random permutation, int64 [length]."""
     words = Philox(seed, epoch, torch.arange(length)).words(Stream.EPOCH_ORDER, (2,))
-    # 63 random bits a sample; a tie is broken by the sample's number, since the sort is stable.
+    # 63 random bits per sample; the stable sort breaks ties by index.
     return torch.argsort((words[:, 0] << 31) | (words[:, 1] >> 1), stable=True)

@@ -1,7 +1,7 @@
-"""Recipes: settings read from YAML and dotted overrides, and written back.
+"""Recipes: read settings from YAML files and dotted overrides.
 
-A recipe names only what differs from the defaults in `config.py`. Unknown keys, wrong types and values that make no
-sense are `UserError`s that name the dotted key. The resolved settings are saved with every run.
+A recipe lists only the settings that differ from the defaults in `config.py`. Unknown keys, wrong types and impossible
+values raise a `UserError` that names the dotted key. Every run saves its resolved settings.
 """
 
 import contextlib
@@ -25,12 +25,11 @@ TUNABLE = (
     "train.threads",
     "parallel.reshard_after_forward",
 )
-"""Settings that `unite-fast tune` chooses. They decide how a step is computed, and what it computes up to rounding
-alone."""
+"""Settings that `unite-fast tune` chooses. They change how a step is computed, and its results only by rounding."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without YAML 1.1's numbers to the base 60: 10:13 is text, a range of steps, and not 613."""
+    """YAML without the base-60 numbers of YAML 1.1: 10:13, a range of steps, is text and not 613."""
 
     def resolve(self, kind, value, implicit):
         if kind is yaml.ScalarNode and ":" in value:
@@ -39,12 +38,12 @@ class _Loader(yaml.SafeLoader):
 
 
 def load_config(recipe: str | None = None, overrides: tuple[str, ...] = (), tuned: str = "") -> Config:
-    """The settings of a recipe, over them those of a tuned file, over both the `key=value` overrides.
+    """Resolve the settings of a run: `key=value` overrides win over the tuned file, which wins over the recipe.
 
     Args:
-        recipe: a YAML file, or the name of a recipe that ships with the package; None is `digits`.
+        recipe: a YAML file, or the name of a recipe in the package; None means `digits`.
         overrides: for example `("train.steps=100", "model.encoder.preset=L")`.
-        tuned: a file that `unite-fast tune` wrote; empty: none.
+        tuned: a file that `unite-fast tune` wrote, or empty.
 
     Raises:
         UserError: no such recipe, not YAML, an unknown key, a wrong type or an impossible value.
@@ -64,6 +63,11 @@ def load_config(recipe: str | None = None, overrides: tuple[str, ...] = (), tune
 
 
 def read_recipe(recipe: str) -> dict:
+    """The settings of a recipe as nested dictionaries, unchecked.
+
+    Raises:
+        UserError: no such recipe, or not YAML.
+    """
     path = Path(recipe)
     if not path.suffix and not path.is_file():
         path = Path(str(resources.files("unite_fast") / "configs" / f"{recipe}.yaml"))
@@ -77,10 +81,10 @@ def read_recipe(recipe: str) -> dict:
 
 
 def read_tuned(path: str) -> dict:
-    """The settings of a file that `unite-fast tune` wrote, by dotted key.
+    """The settings in a file that `unite-fast tune` wrote, by dotted key.
 
     Raises:
-        UserError: no such file, not YAML, or another setting than those that tuning chooses.
+        UserError: no such file, not YAML, or a setting that is not in `TUNABLE`.
     """
     require(Path(path).is_file(), f"there is no tuned file {path}; unite-fast tune RECIPE --out {path} writes one")
     try:
@@ -88,31 +92,42 @@ def read_tuned(path: str) -> dict:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
     require(isinstance(tree, dict), f"{path} must be a mapping of settings")
-    found = {}
+    settings = {}
     for key, value in tree.items():
-        found |= {f"{key}.{inner}": part for inner, part in value.items()} if isinstance(value, dict) else {key: value}
-    for key in found:
+        settings |= {f"{key}.{name}": part for name, part in value.items()} if isinstance(value, dict) else {key: value}
+    for key in settings:
         require(key in TUNABLE, f"{path} sets {key}; a tuned file may hold only {', '.join(TUNABLE)}")
-    return found
+    return settings
 
 
 def shipped_recipes() -> list[str]:
+    """Names of the recipes in the package, sorted."""
     folder = resources.files("unite_fast") / "configs"
     return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def _assign(tree: dict, keys: list[str], value) -> None:
+    """Set tree[keys[0]][keys[1]]... = value."""
     for depth, key in enumerate(keys[:-1]):
         tree = tree.setdefault(key, {})
         require(isinstance(tree, dict), f"{'.'.join(keys[: depth + 1])} is a value, not a group of settings")
     if keys[-1] == "preset":
         for size in ("width", "depth", "heads", "mlp_width"):
-            tree.pop(size, None)  # a preset asked for now replaces the sizes that the recipe spells out
+            tree.pop(size, None)  # an override of the preset wins over the sizes in the recipe
     tree[keys[-1]] = value
 
 
 def from_tree(kind: type, tree: dict, path: str = ""):
-    """A dataclass from nested dictionaries, checked; `path` is the dotted name in messages."""
+    """Make a dataclass from nested dictionaries, and check it.
+
+    Args:
+        kind: the dataclass.
+        tree: the settings that differ from its defaults.
+        path: its dotted name, for messages.
+
+    Raises:
+        UserError: an unknown key, a wrong type or an impossible value.
+    """
     require(isinstance(tree, dict), f"{path or 'the recipe'} must be a mapping of settings, got {tree!r}")
     hints = typing.get_type_hints(kind)
     presets = PRESETS.get(kind, {})
@@ -120,8 +135,8 @@ def from_tree(kind: type, tree: dict, path: str = ""):
     for key, value in tree.items():
         dotted = f"{path}.{key}" if path else str(key)
         if key == "preset" and presets:
-            known = isinstance(value, str) and value in presets
-            require(known, f"{dotted} is {value!r}; it must be one of {', '.join(presets)}")
+            valid = isinstance(value, str) and value in presets
+            require(valid, f"{dotted} is {value!r}; it must be one of {', '.join(presets)}")
             values = {**presets[value], **values}
         elif key not in hints:
             close = difflib.get_close_matches(str(key), hints, n=1)
@@ -156,13 +171,12 @@ def _convert(hint, value, dotted: str):
 
 
 def to_tree(config) -> dict:
-    """The nested dictionaries of a config, which `from_tree` reads back."""
-    tree = dataclasses.asdict(config)
-    return _listed(tree)
+    """A config as nested dictionaries, the inverse of `from_tree`."""
+    return {key: _tuples_to_lists(value) for key, value in dataclasses.asdict(config).items()}
 
 
-def _listed(value):
-    """Tuples as lists, which YAML and JSON have."""
+def _tuples_to_lists(value):
+    """YAML and JSON have no tuples."""
     if isinstance(value, dict):
-        return {key: _listed(part) for key, part in value.items()}
+        return {key: _tuples_to_lists(part) for key, part in value.items()}
     return list(value) if isinstance(value, tuple) else value

@@ -16,16 +16,16 @@ from unite_fast.kernels import backend
 TRACE = Path(__file__).parents[2] / "tests/data/official_tiny_a.npz"
 FIRST_ROW = 1e-4
 """Relative difference of the mean losses of the first five steps, on two devices in float32. Between the C++ and the
-reference bodies of one CPU it was 1e-6; a GPU's products sum in another order too."""
+reference backends of one CPU it was 1e-6; a GPU's matmuls sum in another order too."""
 LAST_ROW = 0.05
 """And of the last five of 200: rounding grows from step to step, but both runs learn the same."""
 
 
 def parity(c: Context) -> None:
     """Every quantity that the released code left in the trace: forward, samples, gradients, steps, final weights."""
-    for body in (c.body,) if c.tiny else (c.body, "reference"):
+    for backend_name in (c.backend_name,) if c.tiny else (c.backend_name, "reference"):
         begun = time.perf_counter()
-        with backend.using(body):
+        with backend.using(backend_name):
             rows = traces.compare(Trace(TRACE, c.device))
         failed = [[row.name, row.error, row.tolerance] for row in rows if not row.passed]
         worst = {
@@ -34,7 +34,7 @@ def parity(c: Context) -> None:
         }
         seconds = round(time.perf_counter() - begun, 1)
         c.say(
-            f"{TRACE.stem}, {body}",
+            f"{TRACE.stem}, {backend_name}",
             ok=not failed,
             quantities=len(rows),
             failed=failed[:6],
@@ -49,8 +49,11 @@ def digits(c: Context) -> None:
     device, other = c.device.type, "cpu"
     folder = Path.cwd() / f"digits_{os.getpid()}"
     runs = {
-        name: start(folder / name, steps, f"train.device={where}", f"kernels={body}")
-        for name, where, body in (("ours", device, c.body), ("cpu", other, "auto" if c.cuda else "reference"))
+        name: start(folder / name, steps, f"train.device={where}", f"kernels={backend_name}")
+        for name, where, backend_name in (
+            ("ours", device, c.backend_name),
+            ("cpu", other, "auto" if c.cuda else "reference"),
+        )
     }
     found = {}
     for name, process in runs.items():

@@ -19,13 +19,13 @@ class Context:
         part: name of the part.
         device: cuda or cpu.
         tiny: toy sizes.
-        body: the fast bodies of this device.
+        backend: the fast backends of this device.
     """
 
     def __init__(self, part: str, device: str, tiny: bool):
         self.part, self.device, self.tiny = part, torch.device(device), tiny
         self.cuda = device == "cuda"
-        self.body = "triton" if self.cuda else "native"
+        self.backend_name = "triton" if self.cuda else "native"
         # A descriptor of its own: pytest takes the process's while tests run.
         self.out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
         if self.cuda and not torch.cuda.is_available():

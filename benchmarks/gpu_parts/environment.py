@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from gpu_parts.context import Context
 from kernels import copy_bandwidth  # benchmarks/kernels.py
 from unite_fast.benchmarking.machine import commit
-from unite_fast.benchmarking.product_rate import product_rate
+from unite_fast.benchmarking.matmul_rate import matmul_rate
 from unite_fast.kernels import backend, native
 
 NEEDED = (
@@ -41,13 +41,13 @@ def measure(c: Context) -> None:
     missing = {name: why for name in (*NEEDED, *OPTIONAL) if (why := why_missing(name))}
     c.say("packages", ok=not missing.keys() & set(NEEDED), missing=missing)
     c.say(
-        "bodies",
-        ok=not backend.why_missing(c.body),
+        "backends",
+        ok=not backend.why_missing(c.backend_name),
         native=native.reason() or "built",
         triton=backend.why_missing("triton") or "can run",
     )
     c.say("copy", tb_per_s=float(f"{copy_bandwidth(c.device, 0.1 if c.tiny else 0.5) / 1e12:.4g}"))
-    c.say("bfloat16 product", tflops=float(f"{product_rate(c.device) / 1e12:.4g}"))
+    c.say("bfloat16 product", tflops=float(f"{matmul_rate(c.device) / 1e12:.4g}"))
     for name, (inputs, outputs) in PRODUCTS.items():
         c.say("products", linear=name, **linear(c, TOKENS // (256 if c.tiny else 1), inputs, outputs))
 
@@ -96,7 +96,7 @@ def why_missing(name: str) -> str:
 
 
 def linear(c: Context, rows: int, inputs: int, outputs: int) -> dict:
-    """Microseconds and TFLOP/s of a Linear's passes as kernels/product.py takes them."""
+    """Microseconds and TFLOP/s of a Linear's passes as kernels/matmul.py takes them."""
     x = torch.randn(rows, inputs, device=c.device, dtype=torch.bfloat16)
     d_y = torch.randn(rows, outputs, device=c.device, dtype=torch.bfloat16)
     weight = torch.randn(outputs, inputs, device=c.device, dtype=torch.bfloat16)

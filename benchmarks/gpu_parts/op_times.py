@@ -12,7 +12,7 @@ SHAPES = [(64, 544, 768), (192, 288, 768)]
 """A tokenizer pass and three flow draws of 64 images, in UNITE-B."""
 TINY = [(2, 24, 128)]
 SECONDS = 0.8
-"""Of measuring a case, both bodies together."""
+"""Of measuring a case, both backends together."""
 PREDICTED = {
     "adaln_modulate": (0.85, 0.59),
     "gated_residual_adaln": (0.81, 0.59),
@@ -32,7 +32,7 @@ def measure(c: Context) -> None:
     c.say("copy", tb_per_s=float(f"{bandwidth / 1e12:.4g}"))
     shapes = TINY if c.tiny else SHAPES
     for shape in shapes:
-        ops = [*bench.SEQUENCE_OPS, *(bench.LATENT_OPS if shape == shapes[0] else ())]
+        ops = [name for name, op in bench.OPS.items() if op.part == "block" or shape == shapes[0]]
         for case in bench.cases(ops, [shape], c.device):
             try:
                 one_case(c, case, bandwidth)
@@ -47,13 +47,13 @@ def one_case(c: Context, case, bandwidth: float) -> None:
     times = bench.measure(case, c.device, 0.02 if c.tiny else SECONDS, compiled=False, warm_up=0.02 if c.tiny else 0.1)
     facts = {}
     for place, way in enumerate(("forward", "backward")):
-        ours, eager = (statistics.median(times[body][way]) for body in (c.body, "eager"))
+        ours, eager = (statistics.median(times[backend_name][way]) for backend_name in (c.backend_name, "eager"))
         facts[way] = {
             "us": round(1e3 * ours, 1),
             "mb": round(case.bytes[place] / 1e6, 1),
             "share_of_copy": round(case.bytes[place] / (ours * 1e-3) / bandwidth, 3),
             "times_eager": round(eager / ours, 2),
         }
-        if c.cuda and case.op in PREDICTED:
-            facts[way]["predicted_share"] = PREDICTED[case.op][place]
+        if c.cuda and case.op.name in PREDICTED:
+            facts[way]["predicted_share"] = PREDICTED[case.op.name][place]
     c.say(case.title, **facts)

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from gpu_parts.context import Context
 from gpu_parts.steps import config, peak_gb
-from unite_fast.benchmarking.measure import opened, take_step
+from unite_fast.benchmarking.measure import open_trainer, take_step
 from unite_fast.training.train_step import TrainStep
 from unite_fast.training.trainer import Trainer
 
@@ -38,7 +38,7 @@ ANNOTATIONS = r"PART |Optimizer\.|ProfilerStep"
 
 
 def measure(c: Context) -> None:
-    with opened(config(c, c.body, False, IMAGES)) as trainer:
+    with open_trainer(config(c, c.backend_name, False, IMAGES)) as trainer:
         for _ in range(3):  # compiles and chooses algorithms
             take_step(trainer)
         c.wait()

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gpu_parts.context import Context
 from unite_fast.benchmarking.candidate import bench_command, printed_row
-from unite_fast.benchmarking.measure import opened, take_step
+from unite_fast.benchmarking.measure import open_trainer, take_step
 from unite_fast.benchmarking.run import read_recipe
 from unite_fast.config import Config
 from unite_fast.planning.memory import RUNTIME_BYTES, SLACK
@@ -31,25 +31,25 @@ BESIDE = 0.1
 """The share by which measured memory may pass what `unite-fast plan` predicts of it."""
 
 
-def settings(c: Context, body: str, compiled: bool, images: int) -> tuple[str, ...]:
+def settings(c: Context, backend_name: str, compiled: bool, images: int) -> tuple[str, ...]:
     images = 2 if c.tiny else images
-    own = f"kernels={body}", f"train.compile={str(compiled).lower()}", f"train.device={c.device.type}"
+    own = f"kernels={backend_name}", f"train.compile={str(compiled).lower()}", f"train.device={c.device.type}"
     return *own, f"train.batch_size={images}", f"train.micro_batch={images}", *(TINY if c.tiny else ())
 
 
-def config(c: Context, body: str, compiled: bool, images: int) -> Config:
-    return read_recipe([RECIPE, *settings(c, body, compiled, images)], "", "")[0]
+def config(c: Context, backend_name: str, compiled: bool, images: int) -> Config:
+    return read_recipe([RECIPE, *settings(c, backend_name, compiled, images)], "", "")[0]
 
 
 # `unite-fast bench` ---------------------------------------------------------------------------------------------------
 
 
 def bench_triton(c: Context) -> None:
-    bench(c, c.body, False, 64)
+    bench(c, c.backend_name, False, 64)
 
 
 def bench_compiled(c: Context) -> None:
-    bench(c, c.body, True, 64)
+    bench(c, c.backend_name, True, 64)
 
 
 def bench_reference(c: Context) -> None:
@@ -58,20 +58,20 @@ def bench_reference(c: Context) -> None:
 
 
 def bench_triton_128(c: Context) -> None:
-    bench(c, c.body, False, 128)
+    bench(c, c.backend_name, False, 128)
 
 
 def bench_compiled_128(c: Context) -> None:
-    bench(c, c.body, True, 128)
+    bench(c, c.backend_name, True, 128)
 
 
-def bench(c: Context, body: str, compiled: bool, images: int) -> bool:
+def bench(c: Context, backend_name: str, compiled: bool, images: int) -> bool:
     """Whether there was memory enough for it."""
     window = ["--warmup", "1", "--steps", "3"] if c.tiny else ["--warmup", "4", "--steps", "20", "--seconds", "8"]
-    words = [RECIPE, *settings(c, body, compiled, images), *window]
+    words = [RECIPE, *settings(c, backend_name, compiled, images), *window]
     ran = subprocess.run(bench_command(*words), capture_output=True, text=True)
     print(ran.stderr[-3000:])
-    name = f"{body} {'compiled' if compiled else 'eager'}, micro-batch {images}"
+    name = f"{backend_name} {'compiled' if compiled else 'eager'}, micro-batch {images}"
     found = printed_row(ran.stdout)
     if ran.returncode or found is None:
         full = "out of memory" in ran.stderr
@@ -95,11 +95,11 @@ def bench(c: Context, body: str, compiled: bool, images: int) -> bool:
 
 
 def warm_triton(c: Context) -> None:
-    compile_layers(c, c.body)
+    compile_layers(c, c.backend_name)
     gc.collect()
     torch.cuda.empty_cache()
     # Integers that 16 divides are compiled for, so 16 images take the same kernels as 64 and 128.
-    with opened(config(c, c.body, False, 16)) as trainer:
+    with open_trainer(config(c, c.backend_name, False, 16)) as trainer:
         for _ in range(2):
             take_step(trainer)
         c.wait()
@@ -110,19 +110,19 @@ def warm_reference(c: Context) -> None:
     compile_layers(c, "reference")
 
 
-def compile_layers(c: Context, body: str, images: int = 64) -> None:
+def compile_layers(c: Context, backend_name: str, images: int = 64) -> None:
     """Compile all layers for their real shapes in the memory of one: each goes back as soon as it has gone forward, and
     nothing of it is kept for the others. So this can share the GPU with other parts."""
-    tree = config(c, body, True, images)
+    tree = config(c, backend_name, True, images)
     tree.perceptual.weight = 0.0
-    with opened(tree) as trainer:
+    with open_trainer(tree) as trainer:
         model = trainer.state.model
         for layer in (*model.encoder.blocks, *model.decoder.layers):
             by_itself(layer)
         trainer.train_step.accumulate(trainer.read())
         c.wait()
         counters = torch._dynamo.utils.counters["stats"]
-        c.say(f"layers compiled, {body}", graphs=counters["unique_graphs"], peak_gb=peak_gb(c))
+        c.say(f"layers compiled, {backend_name}", graphs=counters["unique_graphs"], peak_gb=peak_gb(c))
 
 
 def by_itself(layer: nn.Module) -> None:

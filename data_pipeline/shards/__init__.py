@@ -1,1 +1,1 @@
-"""Shard sets: WebDataset tar files with an index each and one manifest, made once and read ever after."""
+"""Shard sets: WebDataset tar files, an index for each, and one manifest."""

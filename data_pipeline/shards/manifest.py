@@ -1,9 +1,9 @@
-"""What a shard set says about itself: dataset.json, and one index file a shard.
+"""The metadata of a shard set: the manifest dataset.json, and one index file per shard.
 
-A shard is a tar file in WebDataset's layout: of each sample first KEY.cls, its label in decimal digits, then the image:
-KEY.jpg or KEY.png as a picture file, or KEY.raw, the pixels uint8 [3, s, s]. KEY is the sample's place in the sorted
-listing it came from, in twelve digits. The index beside it has the format of NVIDIA DALI's wds2idx (v1.2): a line
-"v1.2 SAMPLES", then a line a sample, with extension, offset, size and file name of each of its two files.
+A shard is a tar file in WebDataset's layout. Each sample is two files: KEY.cls, the label in decimal digits, then the
+image: an image file KEY.jpg or KEY.png, or KEY.raw, the pixels uint8 [3, s, s]. KEY is the sample's position in the
+sorted listing of the original data, in twelve digits. The index has the format of NVIDIA DALI's wds2idx (v1.2): a line
+"v1.2 SAMPLES", then one line per sample with extension, offset, size and name of its two files.
 """
 
 import json
@@ -37,13 +37,13 @@ class Shard:
 class Manifest:
     """
     Attributes:
-        format: original (picture files as they were), cropped-jpeg or raw.
-        image_size: side of the images in pixels; 0 for original, whose images are cropped as they are read.
-        quality: of the JPEGs of cropped-jpeg; 0 elsewhere.
-        seed: what the samples were shuffled by.
-        classes: images of each class, by name; label i is the i-th name.
-        shards: in the order of their names.
-        skipped: broken images left out; skipped.log names them.
+        format: original (the image files, unchanged), cropped-jpeg or raw.
+        image_size: side of the images in pixels; 0 for original, where images are cropped when read.
+        quality: JPEG quality of cropped-jpeg; 0 for the other formats.
+        seed: seed of the shuffle.
+        classes: class name -> number of images; label i is the i-th name.
+        shards: ordered by name.
+        skipped: number of broken images left out; skipped.log names them.
     """
 
     format: str
@@ -71,7 +71,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(path: Path) -> Manifest:
     """
     Raises:
-        UserError: the file is missing or is no manifest of ours.
+        UserError: the file is missing or no manifest.
     """
     try:
         tree = json.loads(path.read_text())
@@ -83,28 +83,28 @@ def read_manifest(path: Path) -> Manifest:
         shards = [Shard(**entry) for entry in tree["shards"]]
         fields = {name: tree[name] for name in ("format", "image_size", "quality", "seed", "classes", "skipped")}
         manifest = Manifest(**fields, shards=shards)
-        sound = (
+        valid = (
             manifest.format in FORMATS
             and manifest.samples == tree["samples"] == sum(manifest.classes.values()) > 0
-            # Names become paths, and parts of commands where shards are fetched.
+            # Names become paths, and arguments of shell commands for remote sets.
             and all(_SHARD_NAME.fullmatch(shard.name) for shard in shards)
         )
     except (TypeError, KeyError, AttributeError):
-        sound = False
-    if not sound:
+        valid = False
+    if not valid:
         raise UserError(f"{path} is no manifest of a shard set: make the set again with unite-fast shards")
     return manifest
 
 
 @dataclass(frozen=True)
 class Index:
-    """Where the samples of one shard lie, in the order of the tar file.
+    """The byte ranges of a shard's samples, in the order of the tar file.
 
     Attributes:
         keys: int64 [n].
-        labels: offset and size of each sample's KEY.cls, int64 [n, 2].
-        images: offset and size of its image, int64 [n, 2].
-        extensions: of the images, one of IMAGE_EXTENSIONS each.
+        labels: offset and size of each KEY.cls, int64 [n, 2].
+        images: offset and size of each image, int64 [n, 2].
+        extensions: extension of each image, from IMAGE_EXTENSIONS.
     """
 
     keys: np.ndarray
@@ -129,7 +129,7 @@ def index_path(shard: Path) -> Path:
 def read_index(path: Path) -> Index:
     """
     Raises:
-        UserError: the file is missing or is no index of a shard of ours.
+        UserError: the file is missing or no index of a shard.
     """
     try:
         version, count, *words = path.read_text().split()
@@ -146,7 +146,7 @@ def read_index(path: Path) -> Index:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file aside and rename it: there is never half of one."""
+    """Write to a temporary file and rename it, so that no reader sees half a file."""
     partial = path.with_name(path.name + ".partial")
     with writing(path):
         partial.write_text(text)

@@ -1,4 +1,4 @@
-"""What shards are made from: picture files in folders, tar files or Parquet files, found without decoding any."""
+"""The input of `unite-fast shards`: image files in folders, tar files or Parquet files, listed without decoding."""
 
 import hashlib
 import json
@@ -19,14 +19,14 @@ _SPLIT_NAMES = {"train": ("train",), "test": ("val", "validation", "test")}
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Labelled picture files in a fixed order.
+class RawImages:
+    """Encoded image files with labels, in a fixed order.
 
     Attributes:
-        class_names: label i is class_names[i].
+        class_names: label i is called class_names[i].
         labels: int64 [n].
-        names: what to call each in a message.
-        places: file, offset and size in bytes of each; size -1 is a whole file.
+        names: name of each image for messages.
+        places: file, offset and size in bytes of each image; size -1 means the whole file.
     """
 
     class_names: list[str]
@@ -47,7 +47,7 @@ class Pictures:
             raise UnreadableSample(self.names[number], error.strerror or str(error)) from None
 
     def fingerprint(self) -> str:
-        """The same for the same listing."""
+        """A hash of class names, labels, names and sizes."""
         digest = hashlib.sha256(repr(self.class_names).encode())
         digest.update(self.labels.tobytes())
         for name, (_, _, size) in zip(self.names, self.places, strict=True):
@@ -55,63 +55,64 @@ class Pictures:
         return digest.hexdigest()
 
 
-def find_pictures(path: Path, split: str, labels: Path | None, staging: Path) -> Pictures:
-    """
+def find_raw_images(path: Path, split: str, labels: Path | None, staging: Path) -> RawImages:
+    """List the images at `path`.
+
     Args:
-        path: a folder of class folders, or of train/ and val/ with such; a tar file, or a folder of tar files, as
-            ImageNet comes; a folder of Parquet files, as Hugging Face's datasets come.
-        split: "train" or "test", where `path` has both.
-        labels: a text file that names the class of each image, a line each, in the order of the images' names: for tar
-            files that do not say it, such as ImageNet's validation images.
-        staging: a folder for the images of Parquet files, which cannot be read one by one.
+        path: a folder of class folders, or of train/ and val/ with class folders; a tar file or a folder of tar files,
+            like ImageNet's; a folder of Parquet files, like Hugging Face's datasets.
+        split: "train" or "test", if `path` has both.
+        labels: a text file with the class of each image, one per line, ordered by image name. For tar files without
+            classes, such as ImageNet's validation images.
+        staging: a folder for copies of the images in Parquet files, whose rows cannot be read one by one.
 
     Raises:
-        UserError: nothing to read, or something damaged.
+        UserError: no images, or damaged files.
     """
     if path.is_file():
-        found = _from_tars([path])
+        listed = _from_tars([path])
     elif parquets := _of_split(sorted(path.rglob("*.parquet")), split):
-        found = _from_parquet(parquets, staging)
+        listed = _from_parquet(parquets, staging)
     elif tars := sorted(path.glob("*.tar")):
-        found = _from_tars(tars)
+        listed = _from_tars(tars)
     else:
         folder = FolderSource(path, 0, split)
         places = [(os.path.join(folder.root, file), 0, -1) for file in folder.files]
         names = [folder.name(number) for number in range(len(folder))]
-        found = Pictures(folder.class_names, np.array(folder.labels), names, places)
+        listed = RawImages(folder.class_names, np.array(folder.labels), names, places)
     if labels is not None:
-        found = _relabelled(found, labels)
-    if not len(found):
+        listed = _relabelled(listed, labels)
+    if not len(listed):
         raise UserError(f"no images in {path}: give a folder of class folders, tar files or Parquet files")
-    return found
+    return listed
 
 
 def _of_split(files: list[Path], split: str) -> list[Path]:
-    """Files whose own or folder's name starts with the split's; all where none does."""
+    """The files whose name starts with the split's, or whose folder is named like it; all files if there are none."""
     chosen = [
         file for file in files if file.name.startswith(_SPLIT_NAMES[split]) or file.parent.name in _SPLIT_NAMES[split]
     ]
     return chosen or files
 
 
-def _from_tars(tars: list[Path]) -> Pictures:
-    """Of each image the class is its folder in the tar file, or else the tar file it lies in (n01440764.tar)."""
+def _from_tars(tars: list[Path]) -> RawImages:
+    """An image's class is its folder in the tar file, or else the name of the tar file (n01440764.tar)."""
     entries = sorted(entry for path in tars for entry in _tar_entries(path))
     class_names = sorted({class_name for class_name, *_ in entries})
     number_of = {name: number for number, name in enumerate(class_names)}
     labels = np.array([number_of[class_name] for class_name, *_ in entries], dtype=np.int64)
-    return Pictures(class_names, labels, [name for _, name, _ in entries], [place for _, _, place in entries])
+    return RawImages(class_names, labels, [name for _, name, _ in entries], [place for _, _, place in entries])
 
 
 def _tar_entries(path: Path) -> Iterator[tuple[str, str, tuple[str, int, int]]]:
-    """Class, name and place of the images in a tar file, and in the tar files within it."""
+    """Class, name and place of the images in a tar file and in tar files nested in it."""
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as outer:
             for member in outer:
                 if not member.isfile():
                     continue
                 if member.name.endswith(".tar"):
-                    # Its members' offsets are then those in the outer file.
+                    # Opened from the same file object, so its members' offsets count from the start of the outer file.
                     file.seek(member.offset_data)
                     with tarfile.open(fileobj=file, mode="r:") as inner:
                         yield from _images_of(inner, member, path)
@@ -124,14 +125,14 @@ def _tar_entries(path: Path) -> Iterator[tuple[str, str, tuple[str, int, int]]]:
 def _images_of(inner: tarfile.TarFile, outer: tarfile.TarInfo, path: Path):
     for member in inner:
         if member.offset_data + member.size > outer.offset_data + outer.size:
-            # Read on, it would run into the next of the outer file's.
+            # Otherwise the read would run into the next member of the outer file.
             raise tarfile.ReadError(f"{outer.name} in it ends early")
         if member.isfile() and _is_image(member.name):
             yield _entry(member, Path(outer.name).stem, path)
 
 
 def _is_image(name: str) -> bool:
-    # Tar files made on a Mac hold notes called ._NAME beside each file.
+    # Tar files made on a Mac hold a metadata file ._NAME for each file.
     return name.lower().endswith(IMAGE_EXTENSIONS) and not Path(name).name.startswith(".")
 
 
@@ -140,29 +141,29 @@ def _entry(member: tarfile.TarInfo, class_name: str, path: Path):
     return class_name, f"{class_name}/{Path(member.name).name}", (str(path), member.offset_data, member.size)
 
 
-def _relabelled(pictures: Pictures, labels: Path) -> Pictures:
+def _relabelled(images: RawImages, labels: Path) -> RawImages:
     try:
         classes = labels.read_text().split()
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the labels in {labels}: {error}") from None
-    if len(classes) != len(pictures):
-        raise UserError(f"{labels} has {len(classes)} lines, but there are {len(pictures)} images: a line each")
+    if len(classes) != len(images):
+        raise UserError(f"{labels} has {len(classes)} lines, but there are {len(images)} images: one class per line")
     class_names = sorted(set(classes))
     number_of = {name: number for number, name in enumerate(class_names)}
-    by_name = np.argsort(np.array(pictures.names), kind="stable").tolist()
-    return Pictures(
+    by_name = np.argsort(np.array(images.names), kind="stable").tolist()
+    return RawImages(
         class_names,
         np.array([number_of[name] for name in classes], dtype=np.int64),
-        [pictures.names[number] for number in by_name],
-        [pictures.places[number] for number in by_name],
+        [images.names[number] for number in by_name],
+        [images.places[number] for number in by_name],
     )
 
 
-def _from_parquet(files: list[Path], staging: Path) -> Pictures:
-    """Columns `image` (bytes, or a struct that holds `bytes`) and `label`; class names from Hugging Face's notes.
+def _from_parquet(files: list[Path], staging: Path) -> RawImages:
+    """Columns `image` (bytes, or a struct with `bytes`) and `label`; class names from Hugging Face's metadata.
 
-    A shuffle asks for rows far apart, and a Parquet file gives them by the thousand: so the images are first written
-    one after another to a file in `staging`.
+    A shuffle reads single rows in random order, but Parquet stores rows in groups of thousands. So the images are first
+    copied to `staging`, where each has an offset.
     """
     try:
         import pyarrow.parquet as parquet
@@ -176,20 +177,20 @@ def _from_parquet(files: list[Path], staging: Path) -> Pictures:
         try:
             with parquet.ParquetFile(path) as file:
                 class_names = class_names or _class_names(file.schema_arrow.metadata or {})
-                sizes, its_labels = _stage(file, staging / f"{number:05d}.bin")
+                sizes, file_labels = _stage(file, staging / f"{number:05d}.bin")
         except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are ValueErrors and KeyErrors
             reason = " ".join(str(error).split())
             raise UserError(f"cannot read {path}: {reason}; it needs the columns image and label") from None
         offsets = np.cumsum([0, *sizes]).tolist()
         places += [(str(staging / f"{number:05d}.bin"), *place) for place in zip(offsets[:-1], sizes, strict=True)]
         names += [f"{path.name}:{row}" for row in range(len(sizes))]
-        labels += its_labels
+        labels += file_labels
     class_names = class_names or [str(label) for label in range(max(labels, default=-1) + 1)]
     if labels and not 0 <= min(labels) <= max(labels) < len(class_names):
         raise UserError(
-            f"the labels in {files[0].parent} are not all in 0..{len(class_names) - 1}: a split without labels?"
+            f"the labels in {files[0].parent} are not all in 0..{len(class_names) - 1}; does this split have labels?"
         )
-    return Pictures(class_names, np.array(labels, dtype=np.int64), names, places)
+    return RawImages(class_names, np.array(labels, dtype=np.int64), names, places)
 
 
 def _class_names(metadata: dict[bytes, bytes]) -> list[str]:
@@ -200,7 +201,7 @@ def _class_names(metadata: dict[bytes, bytes]) -> list[str]:
 
 
 def _stage(file, target: Path) -> tuple[list[int], list[int]]:
-    """Write a Parquet file's images one after another; returns their sizes and labels. Done before: only read."""
+    """Copy a Parquet file's images to `target`, unless that exists; returns their sizes and labels."""
     done = target.exists()
     partial = target.with_name(target.name + ".partial")
     sizes, labels = [], []

@@ -1,4 +1,4 @@
-"""Shard sets elsewhere: fetched one shard at a time when first needed, kept, and from then on read like local ones."""
+"""Remote shard sets: each shard is fetched when first needed, then cached and read like a local one."""
 
 import fcntl
 import hashlib
@@ -23,7 +23,7 @@ from unite_fast.utils.files import writing
 CACHE_VARIABLE = "UNITE_FAST_CACHE"
 _TRIES = 4
 _FETCHES_AT_ONCE = 8
-# A connection that stands still for a minute is given up and tried again, rather than waited for.
+# Give up on a connection that transfers nothing for a minute, and try again.
 _CURL = "pipe:curl --fail --silent --show-error --location --connect-timeout 30 --speed-limit 1 --speed-time 60 "
 
 
@@ -32,19 +32,19 @@ def is_remote(path: str) -> bool:
 
 
 class RemoteShardSource(ShardSource):
-    """A set behind an address: https://HOST/FOLDER, or pipe:COMMAND with {} for the name of the file it writes out.
+    """A set at an address: https://HOST/FOLDER, or pipe:COMMAND, a command that writes file {} to its stdout.
 
-    What is fetched stays in a folder named for the address, below that named by the environment variable
-    UNITE_FAST_CACHE (default: ~/.cache/unite_fast); all processes of a machine share it.
+    Fetched files are cached in a folder per address below $UNITE_FAST_CACHE (default ~/.cache/unite_fast), which all
+    processes of a machine share.
     """
 
     def __init__(self, address: str, image_size: int):
         """
         Raises:
-            UserError: as ShardSource, or something cannot be fetched.
+            UserError: see ShardSource; or a file cannot be fetched.
         """
         if address.startswith("pipe:") and "{}" not in address:
-            raise UserError(f"the address {address} has no {{}}: write it where the name of a shard's file shall stand")
+            raise UserError(f"the address {address} has no {{}}: write {{}} in place of the file name")
         self.address = address
         self._fetcher: threading.Thread | None = None
         cache = Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/unite_fast").expanduser()
@@ -67,31 +67,33 @@ class RemoteShardSource(ShardSource):
         return path
 
     def order(self, seed: int, epoch: int) -> Tensor:
-        """Shard after shard, both these and the samples within each shuffled, so that few are needed at a time."""
-        place = permutation(seed, epoch, len(self))
-        turn = permutation(seed, epoch, len(self.manifest.shards))
+        """Shard by shard, shards and samples within a shard shuffled, so that few shards are needed at a time."""
+        samples = permutation(seed, epoch, len(self))
+        shards = permutation(seed, epoch, len(self.manifest.shards))
         if self._fetcher is None:
             self._fetcher = threading.Thread(
-                target=self._fetch_ahead, args=(torch.argsort(turn).tolist(),), daemon=True
+                target=self._fetch_ahead, args=(torch.argsort(shards).tolist(),), daemon=True
             )
             self._fetcher.start()
-        return place[torch.argsort(turn[torch.from_numpy(self.shard_of)[place]], stable=True)]
+        # `shards` is the rank of each shard; a stable sort by rank keeps the samples within a shard shuffled.
+        return samples[torch.argsort(shards[torch.from_numpy(self.shard_of)[samples]], stable=True)]
 
     def _fetch_ahead(self, numbers: list[int]) -> None:
-        """Fetch the shards in the order in which the first epoch of a run needs them. What fails here fails again, and
-        is reported, when the shard is needed."""
+        """Fetch the shards in the order of the run's first epoch. A failure here is silent: the shard is fetched again
+        when it is needed, and a failure then is reported."""
         with suppress(UserError):
             for number in numbers:
                 self.shard_path(number)
 
     def fetch(self, target: Path, shard: Shard | None = None) -> None:
-        """Fetch a file unless it is there; one process at a time, the others wait for it.
+        """Fetch a file unless it exists. Only one process fetches it; the others wait.
 
         Raises:
-            UserError: it cannot be had, or it is not what the manifest says, several times over.
+            UserError: every try failed, or gave a file that differs from the manifest.
         """
         if target.exists():
             return
+        reason: str | None = None
         with writing(target), _locked(target.with_name(target.name + ".lock")):
             for attempt in range(_TRIES):
                 if target.exists():
@@ -99,22 +101,24 @@ class RemoteShardSource(ShardSource):
                 if attempt:
                     time.sleep(2**attempt / 2)
                 reason = self._fetch_once(target, shard)
-            if reason:
-                raise UserError(f"cannot fetch {target.name} from {self.address} ({_TRIES} tries): {reason}")
+                if reason is None:
+                    return
+            raise UserError(f"cannot fetch {target.name} from {self.address} ({_TRIES} tries): {reason}")
 
     def _fetch_once(self, target: Path, shard: Shard | None) -> str | None:
-        """What went wrong, if anything did."""
-        import webdataset
+        """Try to fetch a file; returns why that failed, or None."""
+        from webdataset.gopen import gopen
 
         partial = target.with_name(target.name + ".partial")
         digest = hashlib.sha256()
         with open(partial, "wb") as out:
             try:
-                with webdataset.gopen(self._command(target.name)) as stream:
+                with gopen(self._command(target.name)) as stream:
                     while chunk := stream.read(2**20):
                         digest.update(chunk)
                         out.write(chunk)
-            except (OSError, ValueError) as error:  # of the command: what the disk refuses has an errno
+            except (OSError, ValueError) as error:
+                # An error of the disk has an errno, one of the command has none.
                 if getattr(error, "errno", None) is not None:
                     raise
                 return " ".join(str(error).split())
@@ -139,5 +143,5 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # Closing alone would not do where a process was forked meanwhile: it has the file open, too.
+            # Unlock explicitly: a process forked meanwhile keeps the file open.
             fcntl.flock(file, fcntl.LOCK_UN)

@@ -1,4 +1,4 @@
-"""The samples of a shard set, each read by itself through the indices: any order is as good as another."""
+"""Read single samples of a shard set in any order, through the shards' indices."""
 
 import functools
 import io
@@ -8,27 +8,30 @@ from pathlib import Path
 import numpy as np
 
 from unite_fast.data_pipeline.image_folder import SPLIT_FOLDERS, decode_image
-from unite_fast.data_pipeline.shards.manifest import MANIFEST, Shard, index_path, read_index, read_manifest
+from unite_fast.data_pipeline.shards.manifest import MANIFEST, Index, Shard, index_path, read_index, read_manifest
 from unite_fast.data_pipeline.source import Source, UnreadableSample
 from unite_fast.errors import UserError
 
 _OPEN_SHARDS = 256
-"""Files kept open, below the 1,024 that most systems allow a process."""
+"""Shard files kept open; most systems allow a process 1,024 files."""
 
 
 class ShardSource(Source):
-    """Samples in the order of their keys, so that the same images made into shards of any format, size and shuffle
-    keep their numbers: and a run its order, which is that of the folder they came from if none was broken."""
+    """The samples of a shard set, ordered by key.
+
+    A sample's index therefore does not depend on the format, shard size or shuffle of the set. If no image was broken,
+    it equals the index in the original folder, and a run reads the same samples in the same order.
+    """
 
     def __init__(self, folder: Path, image_size: int):
         """
         Args:
-            folder: of the manifest.
-            image_size: 0 takes the images' own, or 256 where they are cropped as they are read.
+            folder: the folder of the manifest.
+            image_size: side of the images, pixels; 0 means the size of the images in the set, or 256 for the format
+                original, whose images are cropped when read.
 
         Raises:
-            UserError: something of the set is missing, or not as long as its manifest says; its images have another
-                size.
+            UserError: a file is missing or not as long as the manifest says, or the images have another size.
         """
         self.folder = folder
         self.manifest = read_manifest(folder / MANIFEST)
@@ -44,7 +47,7 @@ class ShardSource(Source):
         self._open = functools.lru_cache(_OPEN_SHARDS)(self._open_shard)
 
     def _index_samples(self) -> None:
-        """Where each sample lies, in the order of keys: shard, offsets and sizes of label and image."""
+        """The shard and the byte ranges of label and image of each sample, ordered by key."""
         shards = self.manifest.shards
         indices = [self.checked_index(shard) for shard in shards]
         keys = np.concatenate([index.keys for index in indices])
@@ -56,7 +59,7 @@ class ShardSource(Source):
         self._labels = np.concatenate([index.labels for index in indices])[self._by_key]
         self._images = np.concatenate([index.images for index in indices])[self._by_key]
 
-    def checked_index(self, shard: Shard):
+    def checked_index(self, shard: Shard) -> Index:
         path = self.folder / shard.name
         index = read_index(index_path(path))
         if len(index.keys) != shard.samples:
@@ -79,6 +82,10 @@ class ShardSource(Source):
                 "restore it, or make the set again"
             )
 
+    @property
+    def loaders(self) -> tuple[str, ...]:
+        return ("raw",) if self.manifest.format == "raw" else ("webdataset", "dali")
+
     def __len__(self) -> int:
         return len(self._keys)
 
@@ -96,8 +103,8 @@ class ShardSource(Source):
         return label
 
     def encoded(self, index: int) -> tuple[memoryview, int]:
-        """A sample's picture file, and its label."""
-        # The label lies before the image, with a header of 512 bytes between: one read gets both.
+        """A sample's image file and its label."""
+        # The label precedes the image, with a tar header of 512 bytes between them: one read gets both.
         start, label_size = self._labels[index].tolist()
         offset, size = self._images[index].tolist()
         data = bytearray(offset + size - start)
@@ -110,21 +117,21 @@ class ShardSource(Source):
         if size != image.nbytes:
             raise UnreadableSample(self.name(index), f"{size} bytes, not {image.nbytes}")
         before = bytearray(offset - start)
-        # Straight to its place, with no copy between.
+        # Read the pixels directly into `image`.
         self._read(index, [before, image], start)
         return self._label(index, before[:label_size])
 
     def _read(self, index: int, buffers: list, start: int) -> None:
         file = self._open(int(self.shard_of[index]))
-        wanted = sum(memoryview(buffer).nbytes for buffer in buffers)
+        size = sum(memoryview(buffer).nbytes for buffer in buffers)
         try:
-            got = os.preadv(file.fileno(), buffers, start)
+            read = os.preadv(file.fileno(), buffers, start)
         except OSError as error:
             raise UserError(f"cannot read shard {file.name}: {error.strerror}") from None
-        if got != wanted:
-            raise UserError(f"shard {file.name} became shorter while it was read: restore it, then go on with --resume")
+        if read != size:
+            raise UserError(f"shard {file.name} was truncated during the run: restore it, then use --resume")
 
-    def _label(self, index: int, digits: bytes) -> int:
+    def _label(self, index: int, digits: bytearray) -> int:
         label = int(digits) if digits.isdigit() else -1
         if not 0 <= label < len(self.class_names):
             raise UnreadableSample(self.name(index), f"its label is {bytes(digits)!r}")
@@ -135,17 +142,17 @@ class ShardSource(Source):
         try:
             return open(path, "rb", buffering=0)
         except OSError as error:
-            raise UserError(f"cannot open shard {path}: {error.strerror}; restore it, then --resume") from None
+            raise UserError(f"cannot open shard {path}: {error.strerror}; restore it, then use --resume") from None
 
     def shard_path(self, number: int) -> Path:
         return self.folder / self.manifest.shards[number].name
 
 
 def split_folder(path: Path, split: str) -> Path:
-    """The folder of a split's set: PATH itself, or its train, val or test.
+    """The folder of a split's shard set: `path` itself, or its subfolder train, val or test.
 
     Raises:
-        UserError: there is no set.
+        UserError: no shard set there.
     """
     if (path / MANIFEST).is_file():
         return path
@@ -153,6 +160,6 @@ def split_folder(path: Path, split: str) -> Path:
         if (path / name / MANIFEST).is_file():
             return path / name
     raise UserError(
-        f"no {MANIFEST} in {path}, nor in a folder {' or '.join(SPLIT_FOLDERS[split])} of it: "
-        "make the set with unite-fast shards, or let its run end"
+        f"no {MANIFEST} in {path} or in its subfolder {' or '.join(SPLIT_FOLDERS[split])}: "
+        "make the set with unite-fast shards; if that was interrupted, run it again"
     )

@@ -1,4 +1,4 @@
-"""Reading a whole shard set again and holding it against its manifest: `unite-fast shards verify`."""
+"""Check every byte of a shard set against its manifest: `unite-fast shards verify`."""
 
 import hashlib
 import tarfile
@@ -22,10 +22,10 @@ from unite_fast.utils.progress import progress
 
 
 def verify_shards(folder: Path, workers: int) -> list[str]:
-    """What is wrong with a set, a line each; empty when every byte is as it was written.
+    """The faults of a shard set, one line each; empty if every byte is as written.
 
     Raises:
-        UserError: there is no manifest to hold it against.
+        UserError: no manifest.
     """
     manifest = read_manifest(folder / MANIFEST)
     done = 0
@@ -33,9 +33,9 @@ def verify_shards(folder: Path, workers: int) -> list[str]:
     faults = []
     with ThreadPoolExecutor(max(1, workers)) as pool, progress("verify", manifest.samples, "images") as show:
         results = pool.map(lambda shard: _verify_shard(folder, shard), manifest.shards)
-        for shard, (its_faults, its_counts) in zip(manifest.shards, results, strict=True):
-            faults += its_faults
-            counts += its_counts
+        for shard, (shard_faults, shard_counts) in zip(manifest.shards, results, strict=True):
+            faults += shard_faults
+            counts += shard_counts
             done += shard.samples
             show(done)
     if not faults:
@@ -45,7 +45,8 @@ def verify_shards(folder: Path, workers: int) -> list[str]:
     return faults
 
 
-def _verify_shard(folder: Path, shard: Shard) -> tuple[list[str], Counter]:
+def _verify_shard(folder: Path, shard: Shard) -> tuple[list[str], Counter[int]]:
+    """The faults of a shard, and its number of samples by label."""
     path = folder / shard.name
     counts: Counter[int] = Counter()
     try:
@@ -59,7 +60,7 @@ def _verify_shard(folder: Path, shard: Shard) -> tuple[list[str], Counter]:
                 return [f"{shard.name} has the hash {digest.hexdigest()}, the manifest says {shard.sha256}"], counts
             index = read_index(index_path(path))
             if index.text() != scan(path).text():
-                return [f"{index_path(path).name} does not say where the samples of {shard.name} lie"], counts
+                return [f"{index_path(path).name} does not match the samples in {shard.name}"], counts
             if len(index.keys) != shard.samples:
                 return [f"{shard.name} has {len(index.keys)} samples, the manifest says {shard.samples}"], counts
             for offset, size in index.labels.tolist():
@@ -71,7 +72,7 @@ def _verify_shard(folder: Path, shard: Shard) -> tuple[list[str], Counter]:
 
 
 def scan(path: Path) -> Index:
-    """The index of a shard, from the tar file alone."""
+    """Make the index of a shard from its tar file."""
     keys, labels, images, extensions = [], [], [], []
     with tarfile.open(path, "r:") as tar:
         for member in tar:
@@ -85,5 +86,5 @@ def scan(path: Path) -> Index:
                 extensions.append(extension)
             else:
                 raise ValueError(f"{member.name} belongs to no sample")
-    pairs = [np.array(places, dtype=np.int64).reshape(-1, 2) for places in (labels, images)]
-    return Index(np.array(keys), *pairs, extensions)
+    label_places, image_places = (np.array(places, np.int64).reshape(-1, 2) for places in (labels, images))
+    return Index(np.array(keys), label_places, image_places, extensions)

@@ -1,4 +1,4 @@
-"""Making a shard set: `unite-fast shards`."""
+"""Make a shard set: `unite-fast shards make`."""
 
 import hashlib
 import io
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from unite_fast.data_pipeline.image_folder import open_picture
+from unite_fast.data_pipeline.image_folder import open_image
 from unite_fast.data_pipeline.images import adm_center_crop, to_rgb
 from unite_fast.data_pipeline.shards.manifest import (
     FORMATS,
@@ -31,7 +31,7 @@ from unite_fast.data_pipeline.shards.manifest import (
     write_manifest,
     write_whole,
 )
-from unite_fast.data_pipeline.shards.raw_images import Pictures, find_pictures
+from unite_fast.data_pipeline.shards.raw_images import RawImages, find_raw_images
 from unite_fast.data_pipeline.source import UnreadableSample
 from unite_fast.errors import UserError
 from unite_fast.randomness import permutation
@@ -43,19 +43,19 @@ _PLAN = "plan.json"
 _STAGING = "staging"
 _BLOCK = 512
 _NO_EPOCH = 2**32 - 1
-"""The shuffle takes the order of an epoch that no run reaches, so that no run happens to read shards in their order."""
+"""The shuffle uses the order of an epoch that no run reaches: no run then reads the shards sequentially by chance."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a shard set's contents depend on besides its images.
+    """The settings that a shard set's contents depend on.
 
     Attributes:
         format: original, cropped-jpeg or raw.
-        image_size: side of the cropped images; 0 for original.
-        quality: of the JPEGs of cropped-jpeg; 0 elsewhere.
-        seed: what the samples are shuffled by.
-        per_shard: samples a shard.
+        image_size: side of the cropped images, pixels; 0 for original.
+        quality: JPEG quality of cropped-jpeg, 95 to 100; 0 for the other formats.
+        seed: seed of the shuffle.
+        per_shard: samples per shard.
     """
 
     format: str
@@ -74,7 +74,7 @@ class Settings:
         if self.format != "cropped-jpeg":
             object.__setattr__(self, "quality", 0)
         elif not 95 <= self.quality <= 100:
-            raise UserError(f"--quality is {self.quality}: it must be in 95..100, or the crop loses what models see")
+            raise UserError(f"--quality is {self.quality}: it must be in 95..100; below, the loss is visible")
         if not 0 <= self.seed < 2**64:
             raise UserError(f"--seed is {self.seed}: it must be in [0, 2**64)")
         if self.per_shard < 1:
@@ -84,43 +84,48 @@ class Settings:
 def make_shards(
     source: Path, out: Path, settings: Settings, workers: int, split: str = "train", labels: Path | None = None
 ) -> Manifest:
-    """Make a shard set, or go on with one that was interrupted: finished shards are not made again.
+    """Make a shard set, or finish one that was interrupted; complete shards are not made again.
 
-    The shards do not depend on the number of workers. A broken image is left out, counted in the manifest and named in
+    The shards do not depend on the number of workers. Broken images are skipped, counted in the manifest and named in
     skipped.log.
 
+    Args:
+        source, split, labels: see `find_raw_images`.
+        out: folder of the shard set.
+        workers: number of processes.
+
     Raises:
-        UserError: nothing to read, all of it broken, no space, `out` holds another set, or a worker was killed.
+        UserError: no readable images, no space, `out` holds another set, or a worker was killed.
     """
-    pictures = find_pictures(source, split, labels, out / _STAGING)
-    plan = asdict(settings) | {"images": len(pictures), "listing": pictures.fingerprint()}
+    images = find_raw_images(source, split, labels, out / _STAGING)
+    plan = asdict(settings) | {"images": len(images), "listing": images.fingerprint()}
     if _begin(out, plan):
         return read_manifest(out / MANIFEST)
-    order = permutation(settings.seed, _NO_EPOCH, len(pictures)).numpy()
+    order = permutation(settings.seed, _NO_EPOCH, len(images)).numpy()
     shards = [order[first : first + settings.per_shard] for first in range(0, len(order), settings.per_shard)]
     missing = [number for number in range(len(shards)) if not _record_path(out, number).exists()]
     done_before = sum(len(shard) for number, shard in enumerate(shards) if number not in set(missing))
-    _run(workers, len(pictures), done_before, (out, settings, pictures, shards), missing)
-    return _finish(out, settings, pictures, len(shards))
+    _run(workers, len(images), done_before, (out, settings, images, shards), missing)
+    return _finish(out, settings, images, len(shards))
 
 
 def _begin(out: Path, plan: dict) -> bool:
-    """Write down what is going to be made; True if it is there already."""
+    """Record the plan in `out`; returns whether the set is complete already."""
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(plan, indent=1) + "\n"
     path = out / _PLAN
     before = path.read_text() if path.exists() else None
     if before is None and any(out.glob("shard-*")):
-        raise UserError(f"{out} holds shards that were not made here: choose another folder")
+        raise UserError(f"{out} holds shards of unknown origin: choose another folder")
     if before not in (None, text):
-        raise UserError(f"{out} holds shards of other images or settings: give the same again, or another folder")
+        raise UserError(f"{out} holds shards of other images or settings: use the same ones again, or another folder")
     write_whole(path, text)
     return (out / MANIFEST).exists()
 
 
 def _run(workers: int, total: int, done: int, job: tuple, missing: list[int]) -> None:
-    """Let worker processes make the missing shards, with a bar."""
+    """Make the missing shards in worker processes, with a progress bar."""
     fork = multiprocessing.get_context("fork")
     counter = fork.Value("q", done)
     others = set(multiprocessing.active_children())
@@ -141,8 +146,8 @@ def _run(workers: int, total: int, done: int, job: tuple, missing: list[int]) ->
         pool.shutdown(wait=False, cancel_futures=True)
         if isinstance(error, BrokenProcessPool):
             raise UserError(
-                "a process that makes shards was killed, perhaps for want of memory: give fewer --workers; "
-                "the same command again goes on"
+                "a worker process was killed, perhaps out of memory: use fewer --workers; "
+                "the same command again continues from the shards that are complete"
             ) from None
         raise
 
@@ -150,20 +155,22 @@ def _run(workers: int, total: int, done: int, job: tuple, missing: list[int]) ->
 def _start_worker(*job) -> None:
     global _job
     _job = job
-    # Ctrl-C is the parent's to heed.
+    # Only the parent handles Ctrl-C.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A worker that outlived its killed parent would write to the files of the run that comes after."""
-    multiprocessing.parent_process().join()
+    """Exit with the parent: an orphaned worker would write to the files of the next run."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this runs in a worker"
+    parent.join()
     os._exit(1)
 
 
 def _write_shard(number: int) -> None:
-    """One shard with its index, then the record that says it is done."""
-    out, settings, pictures, shards, counter = _job
+    """Write one shard and its index, then the record that marks it complete."""
+    out, settings, images, shards, counter = _job
     path = out / f"shard-{number:05d}.tar"
     partial = path.with_name(path.name + ".partial")
     skipped: list[tuple[str, str]] = []
@@ -172,13 +179,13 @@ def _write_shard(number: int) -> None:
     with writing(path), open(partial, "wb") as file:
         tar = _Tar(file)
         for key in shards[number].tolist():
-            counter.value += 1  # may lose a count: it only moves the bar
+            counter.value += 1  # not atomic, but only the progress bar reads it
             try:
-                extension, data = _encode(pictures.read(key), pictures.names[key], settings)
+                extension, data = _encode(images.read(key), images.names[key], settings)
             except UnreadableSample as error:
                 skipped.append((error.name, error.reason))
                 continue
-            label = int(pictures.labels[key])
+            label = int(images.labels[key])
             places.append((tar.add(f"{key:012d}.cls", b"%d" % label), tar.add(f"{key:012d}.{extension}", data)))
             keys.append(key)
             extensions.append(extension)
@@ -199,7 +206,7 @@ def _record_path(out: Path, number: int) -> Path:
 
 
 class _Tar:
-    """A tar file as it is written: hashed on the way, and the same bytes for the same files."""
+    """Writes a tar file and hashes it. The same files give the same bytes."""
 
     def __init__(self, file):
         self.file, self.size, self.digest = file, 0, hashlib.sha256()
@@ -224,33 +231,33 @@ class _Tar:
 
 
 def _encode(data: bytes, name: str, settings: Settings) -> tuple[str, bytes]:
-    """The extension and contents of a sample's image.
+    """Extension and contents of an image in the format of the shards.
 
     Raises:
-        UnreadableSample: it is broken.
+        UnreadableSample: the image is broken.
     """
-    with open_picture(io.BytesIO(data), name) as picture:
+    with open_image(io.BytesIO(data), name) as image:
         if settings.format != "original":
-            pixels = adm_center_crop(picture, settings.image_size)
+            pixels = adm_center_crop(image, settings.image_size)
             if settings.format == "raw":
                 return "raw", pixels.transpose(2, 0, 1).tobytes()
-            # 4:4:4, since chroma at half size would blur what the crop has just resampled.
+            # 4:4:4: chroma at half size would blur the crop.
             return "jpg", _saved(Image.fromarray(pixels), "JPEG", quality=settings.quality, subsampling=0)
-        picture.load()  # the whole of it, so that a broken one is found here and not in a run
-        if data[:2] == b"\xff\xd8" and picture.mode in ("RGB", "L"):
+        image.load()  # decode it fully, so that a broken image is found now and not during training
+        if data[:2] == b"\xff\xd8" and image.mode in ("RGB", "L"):
             return "jpg", data
-        # CMYK, 16 bits, palettes, transparency: what every decoder reads in the same way, without loss.
-        return "png", _saved(to_rgb(picture), "PNG")
+        # CMYK, 16 bits, palettes, transparency: stored as RGB PNG, which every decoder reads alike, without loss.
+        return "png", _saved(to_rgb(image), "PNG")
 
 
-def _saved(picture: Image.Image, kind: str, **options) -> bytes:
+def _saved(image: Image.Image, kind: str, **options) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
-def _finish(out: Path, settings: Settings, pictures: Pictures, shards: int) -> Manifest:
-    """The manifest from the records of all shards; only then are they cleared away."""
+def _finish(out: Path, settings: Settings, images: RawImages, shards: int) -> Manifest:
+    """Write the manifest from the records of all shards, then delete the records."""
     records = [json.loads(_record_path(out, number).read_text()) for number in range(shards)]
     counts: Counter[int] = Counter()
     for record in records:
@@ -258,14 +265,14 @@ def _finish(out: Path, settings: Settings, pictures: Pictures, shards: int) -> M
     skipped = [f"{name}: {reason}" for record in records for name, reason in record["skipped"]]
     with writing(out / SKIPPED_LOG):
         (out / SKIPPED_LOG).write_text("".join(line + "\n" for line in sorted(skipped)))
-    if len(skipped) == len(pictures):
-        raise UserError(f"none of the {len(pictures)} images can be read, e.g. {skipped[0]}")
+    if len(skipped) == len(images):
+        raise UserError(f"none of the {len(images)} images can be read, e.g. {skipped[0]}")
     manifest = Manifest(
         format=settings.format,
         image_size=settings.image_size,
         quality=settings.quality,
         seed=settings.seed,
-        classes={name: counts[label] for label, name in enumerate(pictures.class_names)},
+        classes={name: counts[label] for label, name in enumerate(images.class_names)},
         shards=[Shard(**record["shard"]) for record in records],
         skipped=len(skipped),
     )

@@ -1,4 +1,6 @@
-#include "adaln.h"
+// adaln_modulate, gated_residual_adaln and gated_residual_norm_adaln; kernels/adaln.py has the formulas. Weights and
+// all tensors [D] or [B, T] are dense float32.
+#include "arguments.h"
 
 #include <algorithm>
 #include <memory>
@@ -6,15 +8,51 @@
 namespace unite_fast {
 namespace {
 
-// Everywhere below a row is D channels of one token, `factor` is weight (1 + scale) of its sample, and scratch rows are
-// float32. `omp simd` tells the compiler that the rows of a loop do not overlap and that a sum may be taken in lanes.
+// x_out = x, or if gated x + gate * branch, or if normed too rms_norm of that;
+// h = rms_norm(x_out) * weight * (1 + scale) + shift.
+struct AdalnForward {
+    Size size;
+    float eps;
+    // Which of the ops it is; fields of the others are unused. Null pointers could not say it: the address of a tensor
+    // without elements is null too.
+    bool gated, normed;
+    Rows x, branch;
+    Vectors gate;
+    const float* norm_weight;
+    const float* weight;
+    Vectors shift, scale;
+    Rows x_out, h;        // x_out only if gated
+    float* norm_rstd;  // [B, T], 1 / rms(x + gate * branch)
+    float* rstd;       // [B, T], 1 / rms(x_out)
+};
+
+// x is the forward's x if normed, else its x_out.
+struct AdalnBackward {
+    Size size;
+    bool gated, normed;
+    Rows d_x_out, d_h;
+    Rows x, branch;
+    Vectors gate;
+    const float* norm_weight;
+    const float* weight;
+    Vectors scale;
+    const float* norm_rstd;
+    const float* rstd;
+    Rows d_x, d_branch;
+    Vectors d_gate, d_shift, d_scale;
+    float* d_norm_weight;
+    float* d_weight;
+};
+
+// Below, a row is the D channels of one token, `factor` is weight (1 + scale) of its sample, and scratch rows are
+// float32. `omp simd` tells the compiler that the rows of a loop do not overlap and that it may sum in lanes.
 
 // The forward pass --------------------------------------------------------------------------------------------------
 
 constexpr Index kForwardScratch = 4;  // rows
 
-// Each of these three fills y with x_out and gives the sum of its squares. The sum is over the rounded numbers, which
-// are what the next op sees.
+// Each of these three fills y with x_out and returns the sum of its squares. It sums the rounded numbers, because those
+// are what the next op reads.
 
 template <class X>
 UNITE_FAST_INLINE float read(const AdalnForward& op, Index b, Index t, float* __restrict y) {
@@ -58,8 +96,8 @@ UNITE_FAST_INLINE float add_and_norm(const AdalnForward& op, Index b, Index t, c
         y[i] = load(x[i]) + gate[i] * load(branch[i]);
         sum_squares += y[i] * y[i];
     }
-    const float r = inverse_rms(sum_squares, d, op.eps);
-    op.norm_inverse[b * op.size.tokens + t] = r;
+    const float r = rms_rstd(sum_squares, d, op.eps);
+    op.norm_rstd[b * op.size.tokens + t] = r;
 #pragma omp simd reduction(+ : squares)
     for (Index i = 0; i < d; ++i) {
         store(y[i] * r * norm_weight[i], x_out[i]);
@@ -73,8 +111,8 @@ template <class H>
 UNITE_FAST_INLINE void modulate(const AdalnForward& op, Index b, Index t, float squares, const float* __restrict y,
                                 const float* __restrict factor, const float* __restrict shift) {
     const Index d = op.size.width;
-    const float r = inverse_rms(squares, d, op.eps);
-    op.inverse[b * op.size.tokens + t] = r;
+    const float r = rms_rstd(squares, d, op.eps);
+    op.rstd[b * op.size.tokens + t] = r;
     H* __restrict h = op.h.row<H>(b, t);
 #pragma omp simd
     for (Index i = 0; i < d; ++i) store(y[i] * r * factor[i] + shift[i], h[i]);
@@ -115,18 +153,18 @@ UNITE_FAST_PER_CPU void forward_chunk(const AdalnForward& op, Index b, Index beg
 
 // The backward pass -------------------------------------------------------------------------------------------------
 //
-// With n = x / rms(x) and a the gradient of n, a norm passes back (a - n mean(a n)) / rms(x). In the modulated norm
-// a = d_h factor. A chunk of tokens sums four products, rows of `Partial`:
+// With n = x / rms(x) and a the gradient of n, the gradient of x is (a - n mean(a n)) / rms(x). In the modulated norm
+// a = d_h factor. Each chunk of tokens sums four products, the rows of `Partial`:
 //   kShift   d_h               d_shift itself
 //   kScale   d_h n             d_scale = weight times it, d_weight = sum over samples of (1 + scale) times it
 //   kGate    d_x branch        d_gate itself
-//   kNorm    d_x_out n         d_norm_weight = sum over samples; d_x_out is complete here, and n the first norm's
+//   kNorm    d_x_out n         d_norm_weight = sum over samples; d_x_out with the gradient of h, n of the first norm
 
 enum Partial : Index { kShift, kScale, kGate, kNorm, kPartials };
 
 constexpr Index kBackwardScratch = 4 + kPartials;  // rows
 
-// Adds d_h and d_h n to their sums and gives the sum of a n.
+// Adds d_h and d_h n to their sums and returns the sum of a n.
 template <class X, class H>
 UNITE_FAST_INLINE float sum_modulation(const X* __restrict x, float r, const H* __restrict d_h,
                                        const float* __restrict factor, Index d, float* __restrict partial) {
@@ -150,7 +188,7 @@ UNITE_FAST_INLINE void plain_row(const AdalnBackward& op, Index b, Index t, cons
     const X* __restrict x = op.x.row<X>(b, t);
     const H* __restrict d_h = op.d_h.row<H>(b, t);
     X* __restrict d_x = op.d_x.row<X>(b, t);
-    const float r = op.inverse[b * op.size.tokens + t];
+    const float r = op.rstd[b * op.size.tokens + t];
     const float mean = sum_modulation(x, r, d_h, factor, d, partial) / static_cast<float>(d);
 #pragma omp simd
     for (Index i = 0; i < d; ++i) store(r * (load(d_h[i]) * factor[i] - load(x[i]) * r * mean), d_x[i]);
@@ -167,7 +205,7 @@ UNITE_FAST_INLINE void gated_row(const AdalnBackward& op, Index b, Index t, cons
     X* __restrict d_x = op.d_x.row<X>(b, t);
     B* __restrict d_branch = op.d_branch.row<B>(b, t);
     float* __restrict sum_gate = partial + kGate * d;
-    const float r = op.inverse[b * op.size.tokens + t];
+    const float r = op.rstd[b * op.size.tokens + t];
     const float mean = sum_modulation(x, r, d_h, factor, d, partial) / static_cast<float>(d);
 #pragma omp simd
     for (Index i = 0; i < d; ++i) {
@@ -194,7 +232,7 @@ UNITE_FAST_INLINE void normed_row(const AdalnBackward& op, Index b, Index t, con
     float* __restrict sum_norm = partial + kNorm * d;
     float* __restrict n = scratch;      // of the first norm
     float* __restrict y = scratch + d;  // x_out, rounded as the forward pass did; then the gradient of n
-    const float norm_r = op.norm_inverse[b * op.size.tokens + t], r = op.inverse[b * op.size.tokens + t];
+    const float norm_r = op.norm_rstd[b * op.size.tokens + t], r = op.rstd[b * op.size.tokens + t];
 #pragma omp simd
     for (Index i = 0; i < d; ++i) {
         n[i] = (load(x[i]) + gate[i] * load(branch[i])) * norm_r;
@@ -223,7 +261,7 @@ UNITE_FAST_INLINE Index partials_of(const AdalnBackward& op) {
     return op.normed ? kPartials : op.gated ? kNorm : kGate;
 }
 
-// Gradients of the tokens from begin to end, at most kBlock; their sums into `sums`.
+// Gradients of the tokens from begin to end, at most kBlock, and their sums in `sums`.
 template <class X, class B, class H>
 UNITE_FAST_INLINE void backward_block(const AdalnBackward& op, Index b, Index begin, Index end,
                                       const float* factor, const float* gate, float* sums, float* scratch) {
@@ -260,8 +298,8 @@ UNITE_FAST_PER_CPU void backward_chunk(const AdalnBackward& op, Index b, Index b
     } while (from < end);
 }
 
-// Adds up the chunks of sample b and writes its gradients. In the first chunk's place stays what the sample gives to
-// the weights: kScale to d_weight, kNorm to d_norm_weight.
+// Adds up the chunks of sample b and writes its gradients. Leaves the sample's part of the gradients of weights in the
+// first chunk: d_weight in kScale, d_norm_weight in kNorm.
 UNITE_FAST_PER_CPU void finish_sample(const AdalnBackward& op, Index b, float* partial, float* scratch) {
     const Index d = op.size.width, chunks = chunks_of(op.size.tokens);
     for (Index c = 1; c < chunks; ++c) add_row(partial + c * kPartials * d, partials_of(op) * d, partial);
@@ -283,8 +321,6 @@ UNITE_FAST_PER_CPU void finish_sample(const AdalnBackward& op, Index b, float* p
 UNITE_FAST_PER_CPU void sum_samples(float* partial, Index samples, Index stride, Index d, float* out) {
     sum_rows(partial, samples, stride, d, out);
 }
-
-}  // namespace
 
 void adaln_forward(const AdalnForward& op, int threads) {
     const Index tokens = op.size.tokens, chunks = chunks_of(tokens), tasks = op.size.batch * chunks;
@@ -320,5 +356,64 @@ void adaln_backward(const AdalnBackward& op, int threads) {
     sum_samples(partial.get() + kScale * width, batch, stride, width, op.d_weight);
     if (op.normed) sum_samples(partial.get() + kNorm * width, batch, stride, width, op.d_norm_weight);
 }
+
+}  // namespace
+
+// Reads what the op has, in the order of _native_forward in kernels/adaln.py.
+template <bool kGated, bool kNormed>
+static void forward(Arguments& in) {
+    AdalnForward op{};
+    op.size = in.size();
+    op.gated = kGated;
+    op.normed = kNormed;
+    op.eps = in.number();
+    op.x = in.rows();
+    if (kGated) op.branch = in.rows(), op.gate = in.vectors();
+    if (kNormed) op.norm_weight = in.floats();
+    op.weight = in.floats();
+    op.shift = in.vectors();
+    op.scale = in.vectors();
+    if (kGated) op.x_out = in.rows();
+    op.h = in.rows();
+    op.rstd = in.floats();
+    if (kNormed) op.norm_rstd = op.rstd + op.size.batch * op.size.tokens;
+    const int threads = in.threads();
+    nb::gil_scoped_release release;
+    adaln_forward(op, threads);
+}
+
+// As _native_backward in kernels/adaln.py.
+template <bool kGated, bool kNormed>
+static void backward(Arguments& in) {
+    AdalnBackward op{};
+    op.size = in.size();
+    op.gated = kGated;
+    op.normed = kNormed;
+    if (kGated) op.d_x_out = in.rows();
+    op.d_h = in.rows();
+    op.x = in.rows();
+    if (kGated) op.branch = in.rows(), op.gate = in.vectors();
+    if (kNormed) op.norm_weight = in.floats();
+    op.weight = in.floats();
+    op.scale = in.vectors();
+    op.rstd = in.floats();
+    if (kNormed) op.norm_rstd = op.rstd + op.size.batch * op.size.tokens;
+    op.d_x = in.rows();
+    if (kGated) op.d_branch = in.rows(), op.d_gate = in.vectors();
+    if (kNormed) op.d_norm_weight = in.floats();
+    op.d_weight = in.floats();
+    op.d_shift = in.vectors();
+    op.d_scale = in.vectors();
+    const int threads = in.threads();
+    nb::gil_scoped_release release;
+    adaln_backward(op, threads);
+}
+
+UNITE_FAST_FUNCTION(adaln_modulate_forward) { forward<false, false>(in); }
+UNITE_FAST_FUNCTION(adaln_modulate_backward) { backward<false, false>(in); }
+UNITE_FAST_FUNCTION(gated_residual_adaln_forward) { forward<true, false>(in); }
+UNITE_FAST_FUNCTION(gated_residual_adaln_backward) { backward<true, false>(in); }
+UNITE_FAST_FUNCTION(gated_residual_norm_adaln_forward) { forward<true, true>(in); }
+UNITE_FAST_FUNCTION(gated_residual_norm_adaln_backward) { backward<true, true>(in); }
 
 }  // namespace unite_fast

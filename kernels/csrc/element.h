@@ -1,4 +1,4 @@
-// Element types, strided views and the small arithmetic that all fused ops share.
+// Element types, strided views and small arithmetic that all ops share.
 #pragma once
 
 #include <cmath>
@@ -9,9 +9,9 @@
 #include <omp.h>
 #endif
 
-// A body for every x86-64 and one for those with AVX2, chosen when the module is loaded: so that the build never needs
-// -march=native. CMake looks whether compiler and C library can do it. What such a function calls must be inlined into
-// it to be compiled for its level; OpenMP regions cannot be, so they stand outside.
+// Compiles a function twice, for any x86-64 and for x86-64 with AVX2; one is chosen when the module is loaded, so that
+// the build never needs -march=native. CMake checks whether compiler and C library support it. What such a function
+// calls must be inlined into it to be compiled for AVX2; OpenMP regions cannot be inlined, so they stand outside.
 #ifdef UNITE_FAST_CLONES
 #define UNITE_FAST_PER_CPU __attribute__((target_clones("default", "arch=x86-64-v3")))
 #else
@@ -34,7 +34,7 @@ struct Bf16 {
     std::uint16_t bits;
 };
 
-// The numbers stand in kernels/native.py too.
+// The numbers are those of DTYPES in kernels/tensors.py.
 enum class Type : int { f32 = 0, bf16 = 1 };
 
 // Calls f with a value of the type: `with_type(type, [&](auto t) UNITE_FAST_INLINE_LAMBDA { use<decltype(t)>(); })`.
@@ -60,7 +60,7 @@ UNITE_FAST_INLINE float load(Bf16 x) { return bit_cast<float>(static_cast<std::u
 UNITE_FAST_INLINE void store(float x, float& to) { to = x; }
 UNITE_FAST_INLINE void store(float x, Bf16& to) {
     const auto bits = bit_cast<std::uint32_t>(x);
-    // To nearest, ties to even; a NaN stays one, since its payload could carry into the exponent.
+    // To nearest, ties to even. NaN is a case of its own: its payload could carry into the exponent.
     const std::uint32_t rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
     to.bits = static_cast<std::uint16_t>((x != x ? 0x7FC00000u : rounded) >> 16);
 }
@@ -114,15 +114,32 @@ struct Vectors {
     }
 };
 
-UNITE_FAST_INLINE float inverse_rms(float sum_of_squares, Index d, float eps) {
+// A tensor [B, H, T, K], dense in K; strides count elements.
+struct Heads {
+    void* data;
+    Index batch_stride;
+    Index head_stride;
+    Index token_stride;
+
+    template <class T>
+    UNITE_FAST_INLINE T* row(Index b, Index h, Index t) const {
+        return static_cast<T*>(data) + b * batch_stride + h * head_stride + t * token_stride;
+    }
+};
+
+struct Size {
+    Index batch, tokens, width;
+};
+
+// 1 / rms of d numbers.
+UNITE_FAST_INLINE float rms_rstd(float sum_of_squares, Index d, float eps) {
     return 1.0f / std::sqrt(sum_of_squares / static_cast<float>(d) + eps);
 }
 
-// Sums over tokens are cut into chunks of this many: one partial sum a chunk, added up in order, gives the same bits
-// for any number of threads.
+// Tokens per chunk of a sum: one partial sum per chunk, added in order, gives the same bits for any number of threads.
 constexpr Index kChunk = 64;
 
-// No sum takes more terms than this in one go, but sums of sums: the rounding of a sum grows with its length.
+// Longest run of terms that is summed directly; longer sums are sums of sums, because rounding grows with length.
 constexpr Index kBlock = 16;
 
 // to += from.
@@ -131,7 +148,7 @@ UNITE_FAST_INLINE void add_row(const float* __restrict from, Index d, float* __r
     for (Index i = 0; i < d; ++i) to[i] += from[i];
 }
 
-// out = the sum of `count` rows, `stride` apart, in their order. Overwrites the rows.
+// out = the sum of `count` rows, `stride` apart, in order. Overwrites the rows.
 UNITE_FAST_INLINE void sum_rows(float* rows, Index count, Index stride, Index d, float* out) {
     for (Index i = 0; i < d; ++i) out[i] = 0.0f;
     for (Index block = 0; block < count; block += kBlock) {
@@ -144,7 +161,7 @@ UNITE_FAST_INLINE void sum_rows(float* rows, Index count, Index stride, Index d,
 // At least one, so that the sum over no tokens is a zero.
 inline Index chunks_of(Index tokens) { return tokens > kChunk ? (tokens + kChunk - 1) / kChunk : 1; }
 
-// Below about this many elements an op takes less time than waking the threads.
+// Below about this many elements, an op takes less time than waking the threads.
 constexpr Index kParallelElements = 1 << 15;
 
 inline int threads_for(Index elements, int threads) { return elements >= kParallelElements ? threads : 1; }

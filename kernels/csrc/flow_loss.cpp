@@ -1,4 +1,5 @@
-#include "flow_loss.h"
+// flow_loss; kernels/flow_loss.py has the formula. All tensors are dense, and float32 where no type is named.
+#include "arguments.h"
 
 #include <algorithm>
 #include <memory>
@@ -6,11 +7,23 @@
 namespace unite_fast {
 namespace {
 
-// A sample is one draw of one image: its y is row `sample` of [draws * batch, tokens, channels], its z that of the
-// image.
+struct FlowLoss {
+    Index draws, batch, tokens, channels;
+    Type y_type;
+    const void* y;  // [draws, batch, tokens, channels]
+    const float *weight, *bias;
+    Type z_type;
+    const void* z;  // [batch, tokens, channels]
+    // Written by the forward pass.
+    float* share;    // [draws, batch], weight of a squared error in its sample's loss
+    float* mean;     // [draws, batch, tokens], over y's channels
+    float* rstd;  // [draws, batch, tokens], 1 / standard deviation
+};
 
-// A token is so short that its loops pay only where their length is known at compile time: `C` below is the number of
-// channels, or 0 for one that is not in the list of `with_channels`, which calls f with it as a type.
+// A sample is one draw of one image: its y is row `sample` of [draws * batch, tokens, channels], its z is the image's.
+
+// A token is so short that vector code pays only with a length known at compile time: `C` below is the number of
+// channels, or 0 if `with_channels`, which calls f with it as a type, does not list it.
 template <int C>
 struct Channels {
     static constexpr int value = C;
@@ -25,10 +38,10 @@ UNITE_FAST_INLINE void with_channels(Index channels, F&& f) {
     }
 }
 
-// The sum of the squared errors of a token. Writes its mean and 1 / deviation.
+// The sum of the squared errors of a token. Writes its mean and rstd.
 template <class Y, class Z, int C>
 UNITE_FAST_INLINE float forward_token(const FlowLoss& op, float eps, const Y* __restrict y, const Z* __restrict z,
-                                      float* mean_out, float* inverse_out) {
+                                      float* mean_out, float* rstd_out) {
     const Index channels = C ? C : op.channels;
     const float *__restrict weight = op.weight, *__restrict bias = op.bias;
     float sum = 0.0f, deviations = 0.0f, squares = 0.0f;
@@ -37,21 +50,21 @@ UNITE_FAST_INLINE float forward_token(const FlowLoss& op, float eps, const Y* __
     const float mean = sum / static_cast<float>(channels);
 #pragma omp simd reduction(+ : deviations)
     for (Index i = 0; i < channels; ++i) deviations += (load(y[i]) - mean) * (load(y[i]) - mean);
-    const float inverse = inverse_rms(deviations, channels, eps);
+    const float rstd = rms_rstd(deviations, channels, eps);
 #pragma omp simd reduction(+ : squares)
     for (Index i = 0; i < channels; ++i) {
-        const float error = load(z[i]) - ((load(y[i]) - mean) * inverse * weight[i] + bias[i]);
+        const float error = load(z[i]) - ((load(y[i]) - mean) * rstd * weight[i] + bias[i]);
         squares += error * error;
     }
     *mean_out = mean;
-    *inverse_out = inverse;
+    *rstd_out = rstd;
     return squares;
 }
 
-// Writes d_y and adds to the sums, rows of d_weight and d_bias. `factor` times the error is the gradient of the
-// prediction. With a that of n, the norm passes back (a - mean(a) - n mean(a n)) / deviation.
+// Writes d_y and adds to the sums of d_weight and d_bias. The gradient of the prediction is `factor` times the error.
+// With a the gradient of n, the gradient of y is (a - mean(a) - n mean(a n)) rstd.
 template <class Y, class Z, int C>
-UNITE_FAST_INLINE void backward_token(const FlowLoss& op, float factor, float mean, float inverse,
+UNITE_FAST_INLINE void backward_token(const FlowLoss& op, float factor, float mean, float rstd,
                                       const Y* __restrict y, const Z* __restrict z, Y* __restrict d_y, float* sums,
                                       float* scratch) {
     const Index channels = C ? C : op.channels;
@@ -61,7 +74,7 @@ UNITE_FAST_INLINE void backward_token(const FlowLoss& op, float factor, float me
     float sum = 0.0f, dot = 0.0f;
 #pragma omp simd reduction(+ : sum, dot)
     for (Index i = 0; i < channels; ++i) {
-        n[i] = (load(y[i]) - mean) * inverse;
+        n[i] = (load(y[i]) - mean) * rstd;
         const float gradient = factor * (n[i] * weight[i] + bias[i] - load(z[i]));
         sum_weight[i] += gradient * n[i];
         sum_bias[i] += gradient;
@@ -71,7 +84,7 @@ UNITE_FAST_INLINE void backward_token(const FlowLoss& op, float factor, float me
     }
     const float mean_a = sum / static_cast<float>(channels), mean_an = dot / static_cast<float>(channels);
 #pragma omp simd
-    for (Index i = 0; i < channels; ++i) store(inverse * (a[i] - mean_a - n[i] * mean_an), d_y[i]);
+    for (Index i = 0; i < channels; ++i) store(rstd * (a[i] - mean_a - n[i] * mean_an), d_y[i]);
 }
 
 // Calls f with y of a sample, z of its image, and the number of channels.
@@ -90,7 +103,7 @@ UNITE_FAST_INLINE void with_sample(const FlowLoss& op, Index sample, F&& f) {
 
 // The sum over the tokens from begin to end.
 UNITE_FAST_PER_CPU float forward_chunk(const FlowLoss& op, float eps, Index sample, Index begin, Index end) {
-    float *mean = op.mean + sample * op.tokens, *inverse = op.inverse + sample * op.tokens;
+    float *mean = op.mean + sample * op.tokens, *rstd = op.rstd + sample * op.tokens;
     float total = 0.0f;
     with_sample(op, sample, [&](const auto* y, const auto* z, auto channels) UNITE_FAST_INLINE_LAMBDA {
         using Y = std::decay_t<decltype(*y)>;
@@ -99,7 +112,7 @@ UNITE_FAST_PER_CPU float forward_chunk(const FlowLoss& op, float eps, Index samp
             float sum = 0.0f;
             for (Index t = from; t < std::min(from + kBlock, end); ++t) {
                 const Index at = t * op.channels;
-                sum += forward_token<Y, Z, channels.value>(op, eps, y + at, z + at, mean + t, inverse + t);
+                sum += forward_token<Y, Z, channels.value>(op, eps, y + at, z + at, mean + t, rstd + t);
             }
             total += sum;
         }
@@ -107,11 +120,12 @@ UNITE_FAST_PER_CPU float forward_chunk(const FlowLoss& op, float eps, Index samp
     return total;
 }
 
-// Gradients of the tokens from begin to end; their sums of d_weight and d_bias into `partial`. Needs 4 rows of scratch.
+// Gradients of the tokens from begin to end, with the sums of d_weight and d_bias in `partial`. Needs 4 rows of
+// scratch.
 UNITE_FAST_PER_CPU void backward_chunk(const FlowLoss& op, float d_loss, void* d_y, Index sample, Index begin,
                                        Index end, float* partial, float* scratch) {
     const float factor = 2.0f * d_loss * op.share[sample];
-    const float *mean = op.mean + sample * op.tokens, *inverse = op.inverse + sample * op.tokens;
+    const float *mean = op.mean + sample * op.tokens, *rstd = op.rstd + sample * op.tokens;
     float* sums = scratch + 2 * op.channels;
     std::fill_n(partial, 2 * op.channels, 0.0f);
     with_sample(op, sample, [&](const auto* y, const auto* z, auto channels) UNITE_FAST_INLINE_LAMBDA {
@@ -122,7 +136,7 @@ UNITE_FAST_PER_CPU void backward_chunk(const FlowLoss& op, float d_loss, void* d
             std::fill_n(sums, 2 * op.channels, 0.0f);
             for (Index t = from; t < std::min(from + kBlock, end); ++t) {
                 const Index at = t * op.channels;
-                backward_token<Y, Z, channels.value>(op, factor, mean[t], inverse[t], y + at, z + at, d_y_sample + at,
+                backward_token<Y, Z, channels.value>(op, factor, mean[t], rstd[t], y + at, z + at, d_y_sample + at,
                                                      sums, scratch);
             }
             add_row(sums, 2 * op.channels, partial);
@@ -135,8 +149,7 @@ UNITE_FAST_PER_CPU void sum_partials(float* partial, Index count, Index channels
     sum_rows(partial + channels, count, 2 * channels, channels, d_bias);
 }
 
-}  // namespace
-
+// t and loss [draws, batch].
 void flow_loss_forward(const FlowLoss& op, const float* t, float min_time_left, float eps, float* loss, int threads) {
     const Index samples = op.draws * op.batch, chunks = chunks_of(op.tokens), tasks = samples * chunks;
     const int used = threads_for(samples * op.tokens * op.channels, threads);
@@ -156,6 +169,7 @@ void flow_loss_forward(const FlowLoss& op, const float* t, float min_time_left, 
     }
 }
 
+// d_y has y's type.
 void flow_loss_backward(const FlowLoss& op, const float* d_loss, void* d_y, float* d_weight, float* d_bias,
                         int threads) {
     const Index samples = op.draws * op.batch, chunks = chunks_of(op.tokens), tasks = samples * chunks;
@@ -170,6 +184,46 @@ void flow_loss_backward(const FlowLoss& op, const float* d_loss, void* d_y, floa
                        scratch.get() + thread_number() * scratch_size);
     }
     sum_partials(partial.get(), tasks, op.channels, d_weight, d_bias);
+}
+
+}  // namespace
+
+static FlowLoss read_op(Arguments& in) {
+    FlowLoss op{};
+    op.draws = in.integer();
+    op.batch = in.integer();
+    op.tokens = in.integer();
+    op.channels = in.integer();
+    op.y_type = in.type();
+    op.y = in.address();
+    op.weight = in.floats();
+    op.bias = in.floats();
+    op.z_type = in.type();
+    op.z = in.address();
+    op.share = in.floats();
+    op.mean = in.floats();
+    op.rstd = in.floats();
+    return op;
+}
+
+UNITE_FAST_FUNCTION(flow_loss_forward) {
+    const FlowLoss op = read_op(in);
+    const float* t = in.floats();
+    const float min_time_left = in.number(), eps = in.number();
+    float* loss = in.floats();
+    const int threads = in.threads();
+    nb::gil_scoped_release release;
+    flow_loss_forward(op, t, min_time_left, eps, loss, threads);
+}
+
+UNITE_FAST_FUNCTION(flow_loss_backward) {
+    const FlowLoss op = read_op(in);
+    const float* d_loss = in.floats();
+    void* d_y = in.address();
+    float *d_weight = in.floats(), *d_bias = in.floats();
+    const int threads = in.threads();
+    nb::gil_scoped_release release;
+    flow_loss_backward(op, d_loss, d_y, d_weight, d_bias, threads);
 }
 
 }  // namespace unite_fast

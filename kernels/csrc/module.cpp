@@ -3,17 +3,26 @@
 #include <nanobind/ndarray.h>
 
 #include <cstdint>
+#include <vector>
 
-#include "fused_ops.h"
+#include "arguments.h"
 #include "philox.h"
 
-namespace nb = nanobind;
+namespace unite_fast {
+
+static std::vector<Function>& functions() {
+    static std::vector<Function> all;
+    return all;
+}
+
+bool add_function(Function function) {
+    functions().push_back(function);
+    return true;
+}
+
+}  // namespace unite_fast
 
 namespace {
-
-// Raised, with VERSION in kernels/native.py, by every change of a function's arguments: an editable install follows
-// edits of Python at once, but keeps the C++ it was built with.
-constexpr int kVersion = 2;
 
 constexpr std::int64_t kWord = std::int64_t{1} << 32;
 
@@ -53,6 +62,10 @@ NB_MODULE(_native, m) {
     m.def("philox_normals", &philox<float, unite_fast::philox_normals>, "seed"_a, "step"_a, "stream"_a, "draw"_a,
           "positions"_a.noconvert(), "elements"_a, "out"_a.noconvert(), "threads"_a = 1,
           "Write the normals of unite_fast.randomness.Philox.normal into out, float32 [b, ceil(elements / 4) * 4].");
-    m.attr("version") = kVersion;
-    bind_fused_ops(m);
+    for (const auto& function : unite_fast::functions())
+        m.def(function.name, [run = function.run](const nb::args& args) {
+            unite_fast::Arguments in(args);
+            run(in);
+        });
+    m.attr("sources") = UNITE_FAST_SOURCES;  // the hash that CMake makes of these files
 }

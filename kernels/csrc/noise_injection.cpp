@@ -1,11 +1,20 @@
-#include "noise_injection.h"
+// noise_injection; kernels/noise_injection.py has the formula. t, the result and all gradients are dense float32.
+#include "arguments.h"
+
+#include "philox.h"
 
 #include <algorithm>
 
 namespace unite_fast {
 namespace {
 
-// Normals that are drawn in one go, into the first cache. A multiple of 4, the normals of a block.
+struct NoiseInjection {
+    Index draws, batch, elements;  // elements per sample
+    const float* t;                // [draws, batch]
+    const std::uint8_t* gate;      // [batch], 0 or 1; null for all 1
+};
+
+// Normals that are drawn at once, so that they fit into the L1 cache. A multiple of 4, the normals of a block.
 constexpr Index kPiece = 1024;
 
 UNITE_FAST_INLINE Index pieces_of(Index elements) { return (elements + kPiece - 1) / kPiece; }
@@ -58,8 +67,7 @@ UNITE_FAST_PER_CPU void backward_piece(const NoiseInjection& op, const float* d_
     }
 }
 
-}  // namespace
-
+// z [batch, elements], dense -> out [draws, batch, elements]. Draw f is `first_draw` with its draw raised by f.
 void noise_injection_forward(const NoiseInjection& op, const PhiloxDraw& first_draw, const std::int64_t* positions,
                              Type z_type, const void* z, float* out, int threads) {
     const Index pieces = pieces_of(op.elements), tasks = op.draws * op.batch * pieces;
@@ -73,12 +81,49 @@ void noise_injection_forward(const NoiseInjection& op, const PhiloxDraw& first_d
     }
 }
 
+// d_out [draws, batch, elements] -> d_z [batch, elements].
 void noise_injection_backward(const NoiseInjection& op, const float* d_out, float* d_z, int threads) {
     const Index pieces = pieces_of(op.elements), tasks = op.batch * pieces;
     const int used = threads_for(op.draws * op.batch * op.elements, threads);
     (void)used;
 #pragma omp parallel for schedule(static) num_threads(used) if (used > 1)
     for (Index task = 0; task < tasks; ++task) backward_piece(op, d_out, task / pieces, task % pieces * kPiece, d_z);
+}
+
+}  // namespace
+
+static NoiseInjection read_op(Arguments& in) {
+    NoiseInjection op{};
+    op.draws = in.integer();
+    op.batch = in.integer();
+    op.elements = in.integer();
+    op.t = in.floats();
+    op.gate = static_cast<const std::uint8_t*>(in.address());
+    return op;
+}
+
+UNITE_FAST_FUNCTION(noise_injection_forward) {
+    const NoiseInjection op = read_op(in);
+    const auto seed_low = static_cast<std::uint64_t>(in.integer());
+    const auto seed_high = static_cast<std::uint64_t>(in.integer());
+    const auto step = static_cast<std::uint32_t>(in.integer());
+    const auto stream = static_cast<std::uint32_t>(in.integer());
+    const auto* positions = static_cast<const std::int64_t*>(in.address());
+    const Type z_type = in.type();
+    const void* z = in.address();
+    float* out = in.floats();
+    const int threads = in.threads();
+    nb::gil_scoped_release release;
+    noise_injection_forward(op, {seed_high << 32 | seed_low, step, stream << 16}, positions, z_type, z, out, threads);
+}
+
+UNITE_FAST_FUNCTION(noise_injection_backward) {
+    const NoiseInjection op = read_op(in);
+    const float* d_out = in.floats();
+    float* d_z = in.floats();
+    const int threads = in.threads();
+    nb::gil_scoped_release release;
+    noise_injection_backward(op, d_out, d_z, threads);
 }
 
 }  // namespace unite_fast

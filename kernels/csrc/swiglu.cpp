@@ -1,4 +1,5 @@
-#include "swiglu.h"
+// swiglu; kernels/swiglu.py has the formula. All tensors are dense and of one type.
+#include "arguments.h"
 
 #include "exp.h"
 
@@ -46,8 +47,7 @@ UNITE_FAST_PER_CPU void backward_row(Type type, Index row, Index width, const vo
                      static_cast<Bf16*>(d_uw) + from);
 }
 
-}  // namespace
-
+// uw [rows, 2 width] -> out [rows, width].
 void swiglu_forward(Type type, Index rows, Index width, const void* uw, void* out, int threads) {
     const int used = threads_for(rows * width, threads);
     (void)used;  // unused where OpenMP is missing
@@ -60,6 +60,28 @@ void swiglu_backward(Type type, Index rows, Index width, const void* d_out, cons
     (void)used;
 #pragma omp parallel for schedule(static) num_threads(used) if (used > 1)
     for (Index row = 0; row < rows; ++row) backward_row(type, row, width, d_out, uw, d_uw);
+}
+
+}  // namespace
+
+UNITE_FAST_FUNCTION(swiglu_forward) {
+    const Type type = in.type();
+    const Index rows = in.integer(), width = in.integer();
+    const void* uw = in.address();
+    void* out = in.address();
+    const int threads = in.threads();
+    nb::gil_scoped_release release;
+    swiglu_forward(type, rows, width, uw, out, threads);
+}
+
+UNITE_FAST_FUNCTION(swiglu_backward) {
+    const Type type = in.type();
+    const Index rows = in.integer(), width = in.integer();
+    const void *d_out = in.address(), *uw = in.address();
+    void* d_uw = in.address();
+    const int threads = in.threads();
+    nb::gil_scoped_release release;
+    swiglu_backward(type, rows, width, d_out, uw, d_uw, threads);
 }
 
 }  // namespace unite_fast

@@ -151,7 +151,7 @@ def test_the_file_is_read_back(tmp_path, mentions):
     trial = Trial(settings, OK, 1.0, row | {"images_per_s": 5.0, "memory_gb": 1.0})
     path = tmp_path / "new" / "tuned.yaml"
     tuned_file.check(path)
-    tuned_file.write(path, tune.Found([trial, replace(trial, settings={})], trial), "unite-fast tune 'a: b'")
+    tuned_file.write(path, tune.TuneResult([trial, replace(trial, settings={})], trial), "unite-fast tune 'a: b'")
     assert path.read_text().startswith("# unite-fast tune")
     config = load_config("digits", ("train.threads=3",), str(path))
     assert (config.kernels, config.train.compile, config.train.micro_batch) == ("reference", False, 32)

@@ -26,7 +26,7 @@ def rows() -> list[dict]:
 
 
 def test_every_kernel_is_there_at_every_size(rows):
-    sources = (file.read_text() for file in (ROOT / "kernels/triton_bodies").glob("*.py"))
+    sources = (file.read_text() for file in (ROOT / "kernels/triton_kernels").glob("*.py"))
     kernels = {name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE)}
     assert {row["kernel"] for row in rows} == kernels
     for kernel in ("_swiglu_fwd_kernel", "_swiglu_bwd_kernel", "_qk_norm_rope_fwd_kernel", "_qk_norm_rope_bwd_kernel"):

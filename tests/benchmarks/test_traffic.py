@@ -13,22 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from unite_fast.kernels import backend, native
+from unite_fast.kernels.registry import OPS, Size
 from unite_fast.model.generative_encoder import Block
 from unite_fast.model.layers import rope_table
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 CPU = torch.device("cpu")
 TRITON_MODULES = ["adaln", "qk_norm_rope", "swiglu"]
-OPS = [
-    "adaln_modulate",
-    "gated_residual_adaln",
-    "gated_residual_norm_adaln",
-    "qk_norm_rope",
-    "swiglu",
-    "noise_injection",
-    "flow_loss",
-]
-
 needs_native = pytest.mark.skipif(bool(native.reason()), reason=native.reason())
 
 
@@ -63,26 +54,30 @@ class Counting(TorchDispatchMode):
 
 
 @needs_native
-@pytest.mark.parametrize("op", OPS)
-def test_each_tensor_of_an_op_is_counted_once(op, bench, traffic):
-    for case in bench.cases([op], [(2, 5, 192)], CPU):
-        copy = case.draw()
-        leaves = [x for x in copy if isinstance(x, torch.Tensor) and x.requires_grad]
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.part in ("block", "latents")])
+def test_each_tensor_of_an_op_is_counted_once(name, bench):
+    for case in bench.cases([name], [(2, 5, 192)], CPU):
+        arguments = case.draw()
+        leaves = [arguments[name] for name in case.op.gradients]
         with backend.using("native"), Counting() as counted:
-            results = bench.as_tuple(getattr(bench.kernels, op)(*copy, **case.options))
+            results = bench.as_tuple(case.op.function(**arguments))
             torch.autograd.grad(results, leaves, [torch.ones_like(result) for result in results])
-        forward, backward = case.bytes
-        if op == "qk_norm_rope":
-            # Under a dispatch mode v is copied, as in the Triton body; the backward pass takes all of qkv, reads no v.
-            sizes = traffic.Sizes(2, 5, 192, heads=3, hidden=512, residual=torch.bfloat16, other=torch.bfloat16)
-            forward, backward = traffic.qk_norm_rope(sizes, v_copied=True)
-            assert forward == case.bytes.forward + 2 * sizes.h
-            backward += sizes.h
-        assert counted.moved == {op: forward, f"{op}_backward": backward}
+        unread = case.op.unread(case.size) if case.op.unread else (0, 0)
+        moved = [sum(both) for both in zip(case.bytes, unread, strict=True)]
+        assert counted.moved == {name: moved[0], f"{name}_backward": moved[1]}
+
+
+def test_v_is_not_counted_where_qk_norm_rope_leaves_it_in_place():
+    size = Size(2, 5, 192, heads=3, head_dim=64)
+    q = k = v = 2 * 5 * 192 * 2
+    weights, tables, rstd = 2 * 64 * 4, 2 * 5 * 32 * 4, 2 * 5 * 2 * 3 * 4
+    forward = (q + k + weights + tables) + (q + k + rstd)
+    backward = (q + k + v) + (q + k + weights + tables + rstd) + (q + k + v + weights)
+    assert OPS["qk_norm_rope"].traffic(size) == (forward, backward)
 
 
 @pytest.fixture(params=["native", "triton"])
-def body(request):
+def backend_name(request):
     if missing := backend.why_missing(request.param):
         pytest.skip(missing)
     with backend.using(request.param):
@@ -90,27 +85,27 @@ def body(request):
 
 
 @pytest.fixture
-def runs(body, monkeypatch):
-    """Counts the passes that a body runs, by name."""
+def runs(backend_name, monkeypatch):
+    """Counts the passes that a backend runs, by name."""
     counted = Counter()
 
     def counting(name, run):
         return lambda *inputs: (counted.update([name]), run(*inputs))[1]
 
-    if body == "native":
+    if backend_name == "native":
         run = native.run
         monkeypatch.setattr(native, "run", lambda name, *arguments: counting(name, run)(name, *arguments))
         return counted
-    for module in (importlib.import_module(f"unite_fast.kernels.triton_bodies.{m}") for m in TRITON_MODULES):
+    for module in (importlib.import_module(f"unite_fast.kernels.triton_kernels.{m}") for m in TRITON_MODULES):
         for name in [
-            name for name in vars(module) if re.fullmatch(r"[a-z]\w+_(forward|backward|backward_again)", name)
+            name for name in vars(module) if re.fullmatch(r"[a-z]\w+_(forward|backward|backward_recompute)", name)
         ]:
             monkeypatch.setattr(module, name, counting(name, getattr(module, name)))
     return counted
 
 
-def test_a_block_runs_the_ops_that_are_counted(body, runs, traffic):
-    device = torch.device("cuda" if body == "triton" and not backend.interpreted() else "cpu")
+def test_a_block_runs_the_ops_that_are_counted(backend_name, runs, traffic):
+    device = torch.device("cuda" if backend_name == "triton" and not backend.interpreted() else "cpu")
     block = Block(32, heads=4, qk_norm=True).to(device)
     x, h = (torch.randn(2, 5, 32, device=device, requires_grad=True) for _ in range(2))
     vectors, weight = [torch.randn(2, 32, device=device) for _ in range(6)], torch.ones(32, device=device)
@@ -119,11 +114,11 @@ def test_a_block_runs_the_ops_that_are_counted(body, runs, traffic):
         results = block(x, h, vectors[:4], (weight, *vectors[4:]), *tables)
         sum(result.float().sum() for result in results).backward()
     want = Counter(f"{op}_{way}" for op in traffic.BLOCK_OPS for way in ("forward", "backward"))
-    if body == "native":
-        want.update(f"{op}_forward" for op in traffic.MADE_AGAIN)
+    if backend_name == "native":
+        want.update(f"{op}_forward" for op in traffic.RECOMPUTED)
     else:
-        for op in traffic.WRITTEN_AGAIN:
-            want[f"{op}_backward_again"] = want.pop(f"{op}_backward")
+        for op in traffic.RETURNED_BY_BACKWARD:
+            want[f"{op}_backward_recompute"] = want.pop(f"{op}_backward")
     assert runs == want
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import unite_fast
 from unite_fast.checkpoint import model_file
-from unite_fast.checkpoint.model_file import export_model, load_model, save_model
+from unite_fast.checkpoint.model_file import describe, export_model, load_model, save_model
 from unite_fast.config import Config
 from unite_fast.errors import UserError
 
@@ -129,3 +129,21 @@ def test_a_checkpoint_without_an_average_is_refused(trained_folder, rewrite, tmp
     rewrite(tmp_path / "run", lambda saved: saved.tensors.pop("ema.latent_norm.weight"))
     with pytest.raises(UserError, match=mentions(tmp_path / "run", "latent_norm.weight")):
         load_model(tmp_path / "run")
+
+
+def test_a_description_says_step_size_and_settings(trained_folder, mentions):
+    text = describe(trained_folder)
+    assert re.match(mentions("step_00000020", "digits", 20), text)
+    total, encoder, decoder = (int(part.replace(",", "")) for part in numbers_after(text, "parameters: "))
+    assert 0 < total - encoder - decoder < 100, "the LayerNorm between them"
+    assert "width: 16" in text and "batch_size: 8" in text
+
+
+def numbers_after(text: str, start: str) -> list[str]:
+    line = next(line for line in text.splitlines() if line.startswith(start))
+    return [word.strip("(),") for word in line.split() if word.strip("(),").replace(",", "").isdigit()]
+
+
+def test_a_description_of_nothing_is_refused(tmp_path, mentions):
+    with pytest.raises(UserError, match=mentions(tmp_path / "nothing")):
+        describe(tmp_path / "nothing")

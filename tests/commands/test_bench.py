@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unite_fast.benchmarking import figures, measure, product_rate
+from unite_fast.benchmarking import figures, matmul_rate, measure
 from unite_fast.cli import main
 from unite_fast.planning import flops, predict
 from unite_fast.planning.gpus import find_gpu
@@ -29,7 +29,7 @@ def places(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(product_rate.product_rate, "__defaults__", (torch.bfloat16, 0.01))
+    monkeypatch.setattr(matmul_rate.matmul_rate, "__defaults__", (torch.bfloat16, 0.01))
     for variable in ("UNITE_FAST_VGG16", "UNITE_FAST_LPIPS"):
         monkeypatch.delenv(variable, raising=False)
     yield
@@ -220,14 +220,14 @@ def test_a_loss_that_is_not_finite_is_told(bench, command, tiny_run, monkeypatch
 
 def test_a_card_of_the_table_has_a_prediction(tiny_run, monkeypatch):
     config = load_config("imagenet256_b", ("train.batch_size=64",))
-    measured = measure.Measured(
+    measured = measure.Measurement(
         ranks=measure.Ranks(world=1),
         device=torch.device("cuda"),
         first_step=1.0,
         whole=0.6,
         step_seconds=[0.3, 0.3],
         parts=dict.fromkeys(figures.PARTS, 0.06),
-        product_rate=700e12,
+        matmul_rate=700e12,
         memory=30e9,
         reserved=33e9,
         bad_step=None,

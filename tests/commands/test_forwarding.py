@@ -49,8 +49,7 @@ def model(monkeypatch):
         loaded.asked = checkpoint, device
         return loaded
 
-    for module in ("images", "evaluation", "guidance", "gallery"):
-        monkeypatch.setattr(f"unite_fast.commands.{module}.load", load)
+    monkeypatch.setattr(options_module, "load", load)
     return loaded
 
 
@@ -84,7 +83,7 @@ def test_sample(command, record, model, tmp_path, mentions):
     ],
 )
 def test_generate(command, record, model, tmp_path, extra, precision, compiled, mentions):
-    written = record("unite_fast.sampling.sample_writer.generate_files", result="about.json")
+    written = record("unite_fast.sampling.sample_writer.write_samples", result="about.json")
     out = tmp_path / "g.npz"
     ended = command(
         *("generate", "run", "--num", 4, "--classes", "3,1", "--seed", 12, "--batch", 6, "--device", "cpu"),
@@ -104,7 +103,7 @@ def test_reconstruct(command, record, model, tmp_path):
     import torch
 
     originals, copies = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.full((2, 3, 8, 8), 9, dtype=torch.uint8)
-    read = record("unite_fast.commands.images.read_images", result=originals)
+    read = record("unite_fast.data_pipeline.image_folder.read_images", result=originals)
     saved = record("unite_fast.utils.images.save_pairs")
     model.reconstruct = lambda images: copies if images is originals else None
     out = tmp_path / "pairs.png"
@@ -155,7 +154,7 @@ def test_evaluate_by_default_leaves_the_choices_to_the_evaluation(command, recor
 
 def test_stats(command, record, tmp_path, mentions):
     statistics = SimpleNamespace(mean=[0.0] * 5)
-    made = SimpleNamespace(count=77, statistics=statistics, features="pixels", about={})
+    made = SimpleNamespace(count=77, statistics=statistics, features="pixels", provenance={})
     saved = record("unite_fast.evaluation.reference.save_statistics", result=made)
     out = tmp_path / "s.npz"
     ended = command(
@@ -173,8 +172,8 @@ def test_stats(command, record, tmp_path, mentions):
 
 @pytest.mark.parametrize(("counts", "expected"), [((), (500, 2000)), (("--count", 21, "--final-count", 22), (21, 22))])
 def test_search_guidance(command, record, model, tmp_path, counts, expected, mentions):
-    judge = SimpleNamespace(features=SimpleNamespace(name="pixels"))
-    opened = record("unite_fast.evaluation.evaluator.open_judge", result=judge)
+    evaluator = SimpleNamespace(features=SimpleNamespace(name="pixels"))
+    opened = record("unite_fast.evaluation.evaluator.open_evaluator", result=evaluator)
     judged = record("unite_fast.evaluation.guidance_search.Objective", result="objective")
     searched = record("unite_fast.evaluation.guidance_search.search", result="found")
     saved = record("unite_fast.evaluation.guidance_report.save")
@@ -193,10 +192,11 @@ def test_search_guidance(command, record, model, tmp_path, counts, expected, men
     assert (list(grid.scales), list(grid.lows), list(grid.highs)) == ([1.0, 1.5, 2.0], [0.0, 0.1], [0.9, 1.0])
     assert (objective, confirm) == ("objective", 2)
     asked = judged.arguments
-    assert asked["model"] is model and asked["judge"] is judge
-    assert asked["config"] == model.config.sampling.changed(solver="heun", steps=7)
-    assert asked["counts"] == expected
-    assert (asked["seed"], asked["batch"], asked["precision"], asked["compile"]) == (14, 9, "bfloat16", True)
+    assert asked["model"] is model and asked["evaluator"] is evaluator
+    settings = asked["settings"]
+    assert settings.sampling == model.config.sampling.changed(solver="heun", steps=7)
+    assert (settings.count, settings.final_count) == expected
+    assert (settings.seed, settings.batch, settings.precision, settings.compile) == (14, 9, "bfloat16", True)
     assert asked["out"] == out and saved.calls == 1
     line, where = ended.out.splitlines()
     assert line == "best" and re.search(mentions(out), where)
@@ -212,10 +212,10 @@ def test_gallery(command, record, model, tmp_path, real, data):
         *("--scales", "1,2", "--seed", 15, "--batch", 6, "--device", "cpu", *SAMPLING),
     )
     assert ended.status == 0, ended.err
-    asked, checkpoint, wishes = made.arguments.values()
+    asked, checkpoint, settings = made.arguments.values()
     assert asked is model and checkpoint == Path("run") and model.asked == (Path("run"), "cpu")
-    assert (wishes.classes, wishes.per_class, wishes.scales) == ([3, 1], 4, (1.0, 2.0))
-    assert (wishes.data, wishes.seed, wishes.batch, wishes.sampling) == (data, 15, 6, SAMPLED)
+    assert (settings.classes, settings.per_class, settings.scales) == ([3, 1], 4, (1.0, 2.0))
+    assert (settings.data, settings.seed, settings.batch, settings.sampling) == (data, 15, 6, SAMPLED)
     assert out.read_text() == "<html>"
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from unite_fast.data_pipeline import choose_loader, dali, open_source
+from unite_fast.config import LOADERS
+from unite_fast.data_pipeline import Loader, Source, choose_loader, dali, open_source
 from unite_fast.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -51,3 +52,37 @@ def test_by_name(source, monkeypatch, mentions):
     ):
         with pytest.raises(UserError, match=mentions("data.loader", wrong, fits)):
             choose_loader(wrong, source(kind), CPU)
+
+
+class Rings(Source):
+    """A source of somebody's own."""
+
+    def __init__(self, workers):
+        self.image_size, self.class_names, self.workers = 4, ["ring"], workers
+
+    def __len__(self):
+        return 6
+
+    def class_counts(self):
+        return [6]
+
+    def name(self, index):
+        return f"ring {index}"
+
+    def read_into(self, index, image):
+        image[:] = index
+        return 0
+
+
+@pytest.mark.parametrize(("workers", "name"), [("processes", "source"), ("threads", "source"), ("none", "memory")])
+def test_a_source_of_one_s_own_is_not_taken_for_another_kind(workers, name, mentions):
+    source = Rings(workers)
+    choice = choose_loader("auto", source, CPU)
+    assert choose_loader(name, source, CPU).name == name
+    assert (choice.name, choice.decoder) == (name, "pillow")
+    for other in set(LOADERS) - {"auto", name}:
+        with pytest.raises(UserError, match=mentions("data.loader", other, name)):
+            choose_loader(other, source, CPU)
+    with Loader(source, 3, 0, workers=2, reader=choice.reader) as loader:
+        batch = next(loader)
+    assert batch.images[:, 0, 0, 0].tolist() == batch.ids.tolist()

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from unite_fast.data_pipeline import UnreadableSample, open_source
+from unite_fast.data_pipeline.image_folder import read_images
 from unite_fast.data_pipeline.images import adm_center_crop
 from unite_fast.errors import UserError
 
@@ -227,3 +228,18 @@ def test_the_contents_count_not_the_extension(tmp_path):
     save(tmp_path / "a" / "0.jpg", seed=5, format="PNG")
     images, _ = open_(tmp_path).read([0])
     np.testing.assert_array_equal(images[0].permute(1, 2, 0), adm_center_crop(picture(5), SIZE))
+
+
+def test_pictures_are_read_in_order_and_cropped(tmp_path):
+    for name, value in (("a.png", 10), ("b.jpg", 200)):
+        Image.new("RGB", (20, 12), (value, value, value)).save(tmp_path / name)
+    images = read_images([tmp_path / "b.jpg", tmp_path / "a.png"], 8)
+    assert images.shape == (2, 3, 8, 8) and images.dtype == torch.uint8
+    assert images[:, 0, 0, 0].tolist() == [200, 10]
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, mentions):
+    (tmp_path / "a.png").write_bytes(b"text")
+    for path in (tmp_path / "a.png", tmp_path / "nowhere.png"):
+        with pytest.raises(UserError, match=mentions(path)):
+            read_images([path], 8)

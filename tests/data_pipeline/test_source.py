@@ -1,4 +1,4 @@
-"""Images in memory."""
+"""Images in memory, and which loaders read a source."""
 
 import numpy as np
 import torch

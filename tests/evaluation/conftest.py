@@ -12,7 +12,7 @@ import unite_fast
 from unite_fast.data_pipeline import open_source
 from unite_fast.evaluation import evaluate
 from unite_fast.evaluation.inception import INCEPTION_FILE
-from unite_fast.sampling.distributed_sampler import Drawn
+from unite_fast.sampling.distributed_sampler import Samples
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +49,7 @@ class PerfectModel:
     def reconstruct(self, images, seed, batch, first):
         return torch.where(images < 128, images + 1, images - 1)
 
-    def generate_batches(self, network, generation, ranks):
+    def sample_distributed(self, network, generation, ranks):
         def example(i: int, label: int):
             kind = self.examples[label if generation.sampling.guidance > 1 else 0]
             return kind[i // 10 % len(kind)]
@@ -57,11 +57,11 @@ class PerfectModel:
         indices = torch.arange(len(generation.labels))
         for i, labels in zip(indices.split(generation.batch), generation.labels.split(generation.batch), strict=True):
             images = [example(int(index), int(label)) for index, label in zip(i, labels, strict=True)]
-            yield Drawn(i, torch.stack(images), labels, 1)
+            yield Samples(i, torch.stack(images), labels, 1)
 
 
 @pytest.fixture
 def perfect(model, monkeypatch):
     made = PerfectModel(model)
-    monkeypatch.setattr(evaluate, "generate_batches", made.generate_batches)
+    monkeypatch.setattr(evaluate, "sample_distributed", made.sample_distributed)
     return made

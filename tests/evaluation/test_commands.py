@@ -116,7 +116,7 @@ def test_torchrun_shares_the_work(command, ranks, trained_folder, tmp_path):
     [
         (("evaluate", "RUN", "--guidance", "2,x"), ("--guidance", "'2,x'")),
         (("evaluate", "RUN", "--guidance", ","), ("--guidance", "','")),
-        (("evaluate", "RUN", "--count", "0"), ("count", 0, 2)),
+        (("evaluate", "RUN", "--count", "0"), ("--count", 0, 2)),
         (("evaluate", "RUN", "--features", "clip"), ("features", "'clip'", "inception", "pixels")),
         (("evaluate", "RUN", "--reference", "absent.npz"), ("absent.npz", "unite-fast stats")),
         (("evaluate", "RUN", "--features", "inception"), ("--reference", "--features inception")),

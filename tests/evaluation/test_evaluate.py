@@ -16,7 +16,7 @@ from unite_fast.data_pipeline import open_source
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError
 from unite_fast.evaluation import evaluate as module
-from unite_fast.evaluation.evaluate import evaluate, samplings
+from unite_fast.evaluation.evaluate import evaluate, sampling_configs
 from unite_fast.evaluation.evaluator import bias_warning
 from unite_fast.evaluation.inception import inception_shapes
 from unite_fast.evaluation.reference import save_statistics
@@ -84,7 +84,7 @@ def test_settings_that_the_solver_does_not_use_are_null(model, tmp_path, solver,
 
 def test_each_guidance_scale_is_evaluated_once(model):
     def scales(*guidance: float) -> list[float]:
-        return [one.guidance for one in samplings(model, EvaluationSettings(guidance=guidance))]
+        return [one.guidance for one in sampling_configs(model, EvaluationSettings(guidance=guidance))]
 
     assert scales(3.0, 1.0, 3.0) == [3.0, 1.0]
     assert scales() == [1.0], "the recipe is unguided itself"
@@ -170,7 +170,7 @@ def test_words_about_few_images():
     assert "covariance has rank 99 at most, which makes the Frechet distance too large" in bias_warning(
         100, 100, "real"
     )
-    assert "falls in proportion to 1 / images" in bias_warning(999, 100, "generated")
+    assert "falls as 1 / count" in bias_warning(999, 100, "generated")
     assert bias_warning(1000, 100, "generated") == ""
 
 
@@ -199,11 +199,10 @@ def test_features_that_cannot_be_had(model, inception_file, digits_npz, tmp_path
     ("wrong", "tokens"),
     [
         ({"features": "clip"}, ("features", "'clip'", "auto", "inception", "pixels")),
-        ({"count": 0}, ("count", 0, 2)),
         ({"count": 1}, ("count", 1, 2)),
         ({"reconstructions": -1}, ("reconstructions", -1, 2)),
         ({"reconstructions": 1}, ("reconstructions", 1, 2)),
-        ({"batch": 0}, ("batch", 0)),
+        ({"batch": 0}, ("batch",)),
         ({"guidance": (float("nan"),)}, ("guidance", "finite")),
         ({"inception_sha256": "67"}, ("--inception-sha256", 8, 64)),
     ],
@@ -262,7 +261,7 @@ def test_named_data_may_be_of_another_kind_than_those_trained_on(model, tmp_path
 
 
 def test_what_is_in_the_way_is_found_before_the_work(model, tmp_path, monkeypatch, mentions):
-    monkeypatch.setattr(module, "open_judge", None)
+    monkeypatch.setattr(module, "open_evaluator", None)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=mentions(tmp_path / "file", "--out")):
         evaluate(model, EvaluationSettings(), tmp_path / "file")

@@ -133,7 +133,7 @@ def test_a_reference_comes_back_from_its_file(reference, tmp_path):
     assert torch.equal(again.statistics.covariance, reference.statistics.covariance)
     assert torch.equal(again.samples, reference.samples)
     assert all(torch.equal(again.basis[name], value) for name, value in reference.basis.items())
-    assert (again.features, again.count, again.about) == ("pixels", 9, reference.about)
+    assert (again.features, again.count, again.provenance) == ("pixels", 9, reference.provenance)
     assert re.fullmatch("[0-9a-f]{64}", again.sha256) and again.path == str(path)
     assert [path.name for path in path.parent.iterdir()] == ["ref.npz"]
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 import unite_fast
-from unite_fast.evaluation.gallery import Artist, Counts, Wishes, between_latents, make_gallery
+from unite_fast.evaluation.gallery import Counts, GallerySettings, SectionBuilder, between_latents, make_gallery
 from unite_fast.evaluation.gallery_page import render
 
 VOID = {"meta", "img", "line", "polyline", "br"}
@@ -70,7 +70,7 @@ def test_the_page_is_whole_and_needs_no_network(command, trained_folder, tmp_pat
     text = out.read_text(encoding="utf-8")
     page = Page(text)
     assert re.search(mentions(len(page.images), f"{out.stat().st_size / 2**20:.1f} MiB", out), ended.out)
-    # Ten classes; five of them on two scales; 20 pairs; four ways of nine stops, those of real images with their ends.
+    # Ten classes; five of them on two scales; 20 pairs; four paths of nine points, of real images with their ends.
     # Euler of two steps looks at two times, and the result makes three.
     counts = {name: page.count(name) for name in page.ids if name != "curves"}
     assert counts == {
@@ -95,7 +95,7 @@ def test_the_page_is_whole_and_needs_no_network(command, trained_folder, tmp_pat
 
 
 def test_what_is_shown_is_what_the_model_makes(trained, trained_folder):
-    wishes = Wishes(classes=[7, 2], per_class=3, scales=(1.0, 4.0), seed=5, sampling={"steps": 3})
+    wishes = GallerySettings(classes=[7, 2], per_class=3, scales=(1.0, 4.0), seed=5, sampling={"steps": 3})
     head, sections = make_gallery(trained, trained_folder, wishes)
     by_key = {section.key: section for section in sections}
     assert head["sampling"] == "euler, 3 steps, unguided" and head["seed"] == "5"
@@ -103,18 +103,18 @@ def test_what_is_shown_is_what_the_model_makes(trained, trained_folder):
     shown = [figure.images[0] for row in by_key["samples"].rows for figure in row.figures]
     assert torch.equal(torch.stack(shown), wanted)
     for column, scale in enumerate(wishes.scales):
-        ladder = [row.figures[column].images[0] for row in by_key["guidance"].rows]
-        assert torch.equal(torch.stack(ladder), trained.generate([7, 2], seed=5, steps=3, guidance=scale))
+        guided = [row.figures[column].images[0] for row in by_key["guidance"].rows]
+        assert torch.equal(torch.stack(guided), trained.generate([7, 2], seed=5, steps=3, guidance=scale))
     originals, copies = zip(*(figure.images for figure in by_key["reconstructions"].rows[0].figures), strict=True)
     assert torch.equal(torch.stack(copies), trained.reconstruct(torch.stack(originals), seed=5))
-    # The ends of the ways are reconstructions of the two images and samples of the two noises; the denoising ends with
+    # The ends of the paths are reconstructions of the two images and samples of the two noises; the denoising ends with
     # the sample.
-    ways = [[figure.images[0] for figure in row.figures] for row in by_key["between-images"].rows]
-    ends = trained.reconstruct(torch.stack([way[0] for way in ways] + [way[-1] for way in ways]), seed=5)
-    for i, (_, first, *_, last, _) in enumerate(ways):
+    paths = [[figure.images[0] for figure in row.figures] for row in by_key["between-images"].rows]
+    ends = trained.reconstruct(torch.stack([way[0] for way in paths] + [way[-1] for way in paths]), seed=5)
+    for i, (_, first, *_, last, _) in enumerate(paths):
         # The affine of LayerNorm taken off and put on again: a rounding, which can tip a truncated pixel.
         assert (first.int() - ends[i].int()).abs().max() <= 1
-        assert (last.int() - ends[len(ways) + i].int()).abs().max() <= 1
+        assert (last.int() - ends[len(paths) + i].int()).abs().max() <= 1
     both = trained.generate([7, 2, 7, 2], seed=5, steps=3)
     for i, row in enumerate(by_key["between-noises"].rows):
         assert torch.equal(row.figures[0].images[0], both[i])
@@ -126,7 +126,7 @@ def test_what_is_shown_is_what_the_model_makes(trained, trained_folder):
 
 def test_the_same_seed_gives_the_same_page(trained, trained_folder):
     pages = [
-        render(*make_gallery(trained, trained_folder, Wishes(per_class=1, seed=seed, batch=batch)), "today")
+        render(*make_gallery(trained, trained_folder, GallerySettings(per_class=1, seed=seed, batch=batch)), "today")
         for seed, batch in ((0, 64), (0, 64), (1, 64))
     ]
     assert pages[0] == pages[1]
@@ -137,15 +137,15 @@ def test_the_same_seed_gives_the_same_page(trained, trained_folder):
 def test_every_solver_leaves_a_path_from_noise_to_result(trained, solver):
     settings = unite_fast.config.SamplingConfig(solver=solver, steps=4, guidance=2.0, interval=(0.0, 1.0))
     names = [str(i) for i in range(10)]
-    artist = Artist(trained, settings, names, [3], [1.0], Counts.fitting(8), None, 0, 64)
-    row = artist.denoising().rows[0].figures
+    builder = SectionBuilder(trained, settings, names, [3], [1.0], Counts.for_size(8), None, 0, 64)
+    row = builder.denoising().rows[0].figures
     assert row[0].caption == "t = 0.00" and row[-1].caption == "t = 1.00"
     wanted = trained.generate([3], solver=solver, steps=4, guidance=2.0, interval=(0.0, 1.0))
     assert torch.equal(row[-1].images[0], wanted[0])
 
 
 def test_names_cannot_break_out_of_the_page(trained, trained_folder):
-    head, sections = make_gallery(trained, trained_folder, Wishes(per_class=1, data=None))
+    head, sections = make_gallery(trained, trained_folder, GallerySettings(per_class=1, data=None))
     sections[0].rows[0].title = '<script>"&'
     sections[0].rows[0].figures[0].alts[0] = '"><b>'
     page = Page(render({**head, "recipe": "</title><h1>"}, sections, "today"))
@@ -156,11 +156,11 @@ def test_names_cannot_break_out_of_the_page(trained, trained_folder):
 
 
 def test_a_large_page_stays_small_enough(trained):
-    """84 photographs of 256 x 256, whose PNGs take some 112 kB: see the docstring of `Counts.fitting`."""
-    counts = Counts.fitting(256)
-    ladder = counts.ladder * len(Wishes().scales)
-    ways = counts.ways * (counts.stops + 2) + 2 * counts.ways * counts.stops
-    images = counts.classes * counts.per_class + ladder + 2 * counts.pairs + ways
+    """84 photographs of 256 x 256, whose PNGs take some 112 kB: see the docstring of `Counts.for_size`."""
+    counts = Counts.for_size(256)
+    guided = counts.guided * len(GallerySettings().scales)
+    paths = counts.paths * (counts.points + 2) + 2 * counts.paths * counts.points
+    images = counts.classes * counts.per_class + guided + 2 * counts.pairs + paths
     assert images == 84
     assert images * 112e3 * 4 / 3 < 15e6
 
@@ -197,11 +197,13 @@ def test_a_channel_without_scale_stays_where_it_is():
 
 def test_noises_between_are_noise_again(trained):
     """cos a + sin b at the angle of each stop: mean 0 and variance 1 at every place, for independent a and b."""
-    artist = Artist(trained, trained.config.sampling, list("0123456789"), [1], [1.0], Counts.fitting(8), None, 0, 64)
+    builder = SectionBuilder(
+        trained, trained.config.sampling, list("0123456789"), [1], [1.0], Counts.for_size(8), None, 0, 64
+    )
     seen = []
-    artist._latents = lambda labels, noise: seen.append(noise) or torch.zeros_like(noise)
-    artist.between_noises()
-    (a,), (b,) = artist._noise(2).split(1)
+    builder._sample_latents = lambda labels, noise: seen.append(noise) or torch.zeros_like(noise)
+    builder.between_noises()
+    (a,), (b,) = builder._noise(2).split(1)
     weights = [(math.cos(angle), math.sin(angle)) for angle in np.linspace(0, math.pi / 2, 9)]
     assert torch.allclose(seen[0], torch.stack([u * a + v * b for u, v in weights]), rtol=0, atol=1e-6)
 

@@ -15,8 +15,8 @@ from unite_fast.config import EvaluationSettings
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError
 from unite_fast.evaluation.evaluate import evaluate
-from unite_fast.evaluation.guidance_search import UNGUIDED, Candidate, Grid, coarse_to_fine
-from unite_fast.evaluation.provenance import described_machine
+from unite_fast.evaluation.guidance_search import UNGUIDED, Candidate, Grid, SearchSettings, coarse_to_fine
+from unite_fast.evaluation.provenance import machine_info
 from unite_fast.sampling import distributed_sampler
 from unite_fast.sampling.pipeline import weights_sha256
 
@@ -175,7 +175,7 @@ def test_a_search_says_what_it_rests_on(searched, trained_folder, mentions):
         **{"path": str(trained_folder), "weights": "EMA", "step": 20, "name": "digits"},
         "weights_sha256": weights_sha256(model),
     }
-    machine = described_machine(model.network.device, Ranks())
+    machine = machine_info(model.network.device, Ranks())
     assert machine["processes"] == 1 and {name: result[name] for name in machine} == machine
     assert result["seconds"] == pytest.approx(sum(one["seconds"] for one in result["searched"] + result["confirmed"]))
     # Fewer evaluations than the search of so small a grid, and not "1 times as many".
@@ -199,8 +199,8 @@ def test_a_killed_search_goes_on_where_it_was(command, searched, trained_folder,
     (out / "measured.json").write_text(json.dumps(cache))
     (out / "guidance.json").unlink()
     generated = []
-    original = distributed_sampler.generate_batch
-    monkeypatch.setattr(distributed_sampler, "generate_batch", lambda *a: generated.append(len(a[2])) or original(*a))
+    original = distributed_sampler.sample_batch
+    monkeypatch.setattr(distributed_sampler, "sample_batch", lambda *a: generated.append(len(a[2])) or original(*a))
     ended = command("search-guidance", trained_folder, *SMALL, "--out", out)
     assert ended.out == printed
     confirmed = len(json.loads(before)["confirmed"])
@@ -258,13 +258,14 @@ def distances_of_ranks(folder: str, out: str) -> list[float]:
     import torch
 
     from unite_fast.distributed.process_group import current_ranks
-    from unite_fast.evaluation.evaluator import open_judge
+    from unite_fast.evaluation.evaluator import open_evaluator
     from unite_fast.evaluation.guidance_search import Objective
 
     torch.distributed.init_process_group("gloo")
     ranks, model = current_ranks(), unite_fast.load(folder)
-    judge = open_judge(model.config, EvaluationSettings(), ranks, "cpu", classifier=False)
-    objective = Objective(model, judge, model.config.sampling, (40, 50), 0, 8, "float32", False, out, ranks)
+    evaluator = open_evaluator(model.config, EvaluationSettings(), ranks, "cpu", classifier=False)
+    settings = SearchSettings(model.config.sampling, count=40, final_count=50, batch=8)
+    objective = Objective(model, evaluator, settings, out, ranks)
     measured = [objective.confirm(Candidate(2.0, 0.0, 1.0)), objective.confirm(UNGUIDED)]
     return [(one.distance, one.evaluations) for one in measured]
 

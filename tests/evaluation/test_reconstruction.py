@@ -14,7 +14,7 @@ from unite_fast.data_pipeline import open_source
 from unite_fast.data_pipeline.source import MemorySource
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.evaluation import metrics, reconstruction
-from unite_fast.evaluation.evaluator import Judge
+from unite_fast.evaluation.evaluator import Evaluator
 from unite_fast.evaluation.pixel_features import fit_pixels
 from unite_fast.evaluation.reconstruction import score_reconstructions
 from unite_fast.evaluation.reference import make_reference
@@ -31,9 +31,9 @@ def source() -> MemorySource:
 
 
 @pytest.fixture
-def judge(source) -> Judge:
+def evaluator(source) -> Evaluator:
     features = fit_pixels(source.read(range(10))[0])
-    return Judge(features, make_reference(source, features, Ranks(), 4, 0))
+    return Evaluator(features, make_reference(source, features, Ranks(), 4, 0))
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def copy(images: torch.Tensor) -> torch.Tensor:
     return copies
 
 
-def test_means_over_all_images_whatever_the_batch(source, judge, lpips_files, monkeypatch):
+def test_means_over_all_images_whatever_the_batch(source, evaluator, lpips_files, monkeypatch):
     monkeypatch.setattr(reconstruction, "LPIPS_BATCH", 3)
     model = SimpleNamespace(
         config=SimpleNamespace(perceptual=lpips_files, data=SimpleNamespace(workers=0)),
@@ -65,7 +65,7 @@ def test_means_over_all_images_whatever_the_batch(source, judge, lpips_files, mo
     )
     whole = source.read(range(10))[0]
     found, (originals, copies) = score_reconstructions(
-        model, source, judge, EvaluationSettings(batch=4), Ranks(), no_progress
+        model, source, evaluator, EvaluationSettings(batch=4), Ranks(), no_progress
     )
     assert torch.equal(originals, whole[:4]) and torch.equal(copies, copy(whole)[:4])
     pair = whole, copy(whole)
@@ -86,7 +86,7 @@ def test_means_over_all_images_whatever_the_batch(source, judge, lpips_files, mo
     (note,) = found["notes"]
     assert note.startswith("10 held-out images for 9 features: ")
     few, (originals, _) = score_reconstructions(
-        model, source, judge, EvaluationSettings(batch=4, reconstructions=4), Ranks(), no_progress
+        model, source, evaluator, EvaluationSettings(batch=4, reconstructions=4), Ranks(), no_progress
     )
     # Spread over a source that may be sorted by class.
     assert few["images"] == 4 and torch.equal(originals, whole[[0, 3, 6, 9]])
@@ -96,8 +96,8 @@ def test_the_setting_wins_over_the_environment(lpips_files, tmp_path, monkeypatc
     paths = {"vgg_path": str(tmp_path / "vgg.pth"), "lpips_path": str(tmp_path / "lpips.pth")}
     for variable in ("UNITE_FAST_VGG16", "UNITE_FAST_LPIPS"):
         monkeypatch.setenv(variable, "/nowhere")
-    assert reconstruction._lpips(lpips_files, SIDE, torch.device("cpu"))[0] is None
-    found, notes = reconstruction._lpips(replace(lpips_files, **paths), SIDE, torch.device("cpu"))
+    assert reconstruction._load_lpips(lpips_files, SIDE, torch.device("cpu"))[0] is None
+    found, notes = reconstruction._load_lpips(replace(lpips_files, **paths), SIDE, torch.device("cpu"))
     assert found is not None and notes == []
 
 

@@ -1,12 +1,11 @@
 """The CUDA path: `pytest -m gpu`, which skips where there is no CUDA device. benchmarks/gpu.py runs these tests too.
 
-`pytest -m gpu --gpu-device cpu tests/gpu` runs the same code on a CPU, with the C++ bodies and at toy sizes. It tries
+`pytest -m gpu --gpu-device cpu tests/gpu` runs the same code on a CPU, with the C++ backends and at toy sizes. It tries
 the tests, not the GPU.
 """
 
 import importlib.util
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from unite_fast import kernels
 from unite_fast.kernels import backend
+from unite_fast.kernels.registry import OPS
 from unite_fast.lpips import LINEAR_SHAPES, LPIPS, VGG_SHAPES
 from unite_fast.utils.device import exact_float32
 
@@ -41,8 +40,8 @@ def on_cuda(device: torch.device) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def body(on_cuda: bool) -> Iterator[str]:
-    """The fast body of the device, by force."""
+def backend_name(on_cuda: bool) -> Iterator[str]:
+    """The fast backend of the device, by force."""
     name = "triton" if on_cuda else "native"
     with backend.using(name):
         yield name
@@ -64,8 +63,8 @@ def sized(on_cuda: bool) -> Callable[..., tuple[int, ...]]:
 
 @pytest.fixture(scope="session")
 def reference() -> Callable[[str], Callable]:
-    """The reference body of an op, by the op's name: it stands in the op's file."""
-    return lambda op: getattr(sys.modules[getattr(kernels, op).__module__], f"{op}_ref")
+    """The reference of an op, by the op's name."""
+    return lambda op: OPS[op].reference
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from unite_fast import kernels
+from unite_fast.kernels.fused_op import as_tuple
+from unite_fast.kernels.registry import OPS, Size
 from unite_fast.model.layers import rope_table
 from unite_fast.randomness import Philox, Stream
 
@@ -18,35 +20,37 @@ SIZES = {
     "one token": ((1, 1, 301), (1, 1, 31)),
 }
 """B, T, D on a GPU, and on a CPU."""
-ADALN = {
-    "adaln_modulate": "x weight shift scale",
-    "gated_residual_adaln": "x branch gate weight shift scale",
-    "gated_residual_norm_adaln": "x branch gate norm_weight weight shift scale",
-}
 TYPES = {"float32": (F32, F32), "autocast": (F32, BF16), "bfloat16": (BF16, BF16)}
 """Of the residual, and of branch, modulation and results."""
 
 
-def adaln_inputs(op, draw, b, t, d, residual, other):
-    # Modulation is one product for all of a block's vectors, so each is a view of it.
-    shift, scale, gate = draw(b, 3 * d, dtype=other).chunk(3, dim=-1)
-    given = {
-        "x": 3 * draw(b, t, d, dtype=residual),
-        "branch": draw(b, t, d, dtype=other),
-        "gate": gate,
-        "norm_weight": draw(d, around=1.0),
-        "weight": draw(d, around=1.0),
-        "shift": shift,
-        "scale": scale,
-    }
-    return {name: given[name] for name in ADALN[op].split()}
+def block_case(name, size, types, draw):
+    """The op, its reference and its inputs with a gradient, [B, T, D] of a block."""
+    op, (b, t, d), (residual, other) = OPS[name], size, TYPES[types]
+    heads = max(d // 64, 1)
+    head_dim = max(d // heads // 2 * 2, 2)
+    example = op.example(Size(b, t, d, heads, head_dim, hidden=2 * d, residual=residual, other=other), draw)
+
+    def bind(function):
+        def call(*inputs):
+            exact = inputs[0].dtype == torch.float64
+            values = example | dict(zip(op.gradients, inputs, strict=True))
+            if exact:
+                values = {key: to_float64(value) for key, value in values.items()}
+            return function(**values)
+
+        return call
+
+    return bind(op.function), bind(op.reference), {key: example[key] for key in op.gradients}
 
 
-def with_result(body, dtype):
-    return lambda x, *rest: body(x, *rest, out_dtype=x.dtype if x.dtype == torch.float64 else dtype)
+def to_float64(value):
+    if isinstance(value, torch.dtype):
+        return torch.float64
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-@pytest.mark.parametrize("op", ADALN)
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.part == "block"])
 @pytest.mark.parametrize(
     ("size", "types"),
     [
@@ -58,13 +62,10 @@ def with_result(body, dtype):
         ("one token", "autocast"),
     ],
 )
-def test_adaln(op, size, types, judged, draw, sized, reference):
-    residual, other = TYPES[types]
-    inputs = adaln_inputs(op, draw, *sized(*SIZES[size]), residual, other)
-    fast, formula = with_result(getattr(kernels, op), other), with_result(reference(op), other)
-    # A bfloat16 x_out is rounded before h is made of it.
-    dtypes, roundings = ((other,), 1) if op == "adaln_modulate" else ((residual, other), 3)
-    judged(fast, formula, inputs, dtypes, roundings)
+def test_op_of_a_block(name, size, types, judged, draw, sized):
+    fast, reference, inputs = block_case(name, sized(*SIZES[size]), types, draw)
+    results = as_tuple(fast(*inputs.values()))
+    judged(fast, reference, inputs, tuple(x.dtype for x in results), OPS[name].roundings)
 
 
 @pytest.mark.parametrize(
@@ -83,8 +84,8 @@ def test_qk_norm_rope(real, toy, dtype, norm, judged, draw, sized, reference, de
     if norm:
         inputs |= {"q_weight": draw(head_dim, around=1.0), "k_weight": draw(head_dim, around=1.0)}
 
-    def bind(body):
-        return lambda qkv, q_weight=None, k_weight=None: body(qkv, heads, q_weight, k_weight, cos, sin)
+    def bind(function):
+        return lambda qkv, q_weight=None, k_weight=None: function(qkv, heads, q_weight, k_weight, cos, sin)
 
     judged(bind(kernels.qk_norm_rope), bind(reference("qk_norm_rope")), inputs, (dtype,) * 3)
 
@@ -130,12 +131,12 @@ def test_flow_loss(real, toy, y_dtype, z_dtype, judged, draw, sized):
 @pytest.mark.parametrize(("shape", "dtype"), [((4, 64, 256, 256), BF16), ((3, 512, 17, 9), BF16), ((2, 32, 5, 7), F32)])
 def test_tap_distance(shape, dtype, judged, draw, on_cuda, reference):
     if not on_cuda:
-        pytest.skip("there is no C++ body of it")
+        pytest.skip("it has no C++ backend")
     y, x = (torch.relu(draw(*shape)).to(dtype, memory_format=torch.channels_last) for _ in range(2))
     weight, mask = draw(shape[1]).abs(), (2 * (draw(*shape) > 0)).to(torch.uint8, memory_format=torch.channels_last)
 
-    def bind(body):
-        return lambda y: body(y, x.to(y.dtype), weight.to(y.dtype) if y.dtype == torch.float64 else weight, mask)
+    def bind(function):
+        return lambda y: function(y, x.to(y.dtype), weight.to(y.dtype) if y.dtype == torch.float64 else weight, mask)
 
     judged(bind(kernels.tap_distance), bind(reference("tap_distance")), {"y": y}, (F32,))
 
@@ -165,31 +166,27 @@ def test_noise_injection(seed, step, gated, judged, draw, sized, device):
 @pytest.mark.parametrize("op", ["gated_residual_norm_adaln", "swiglu"])
 def test_the_same_bits_again(op, draw, sized):
     b, t, d = sized(*SIZES["B"])
-    if op == "swiglu":
-        inputs = {"uw": draw(b, t, 4 * d, dtype=BF16)}
-    else:
-        inputs = adaln_inputs(op, draw, b, t, d, F32, BF16)
+    fast, _, inputs = block_case(op, (b, t, d), "autocast", draw)
     leaves = [x.detach().requires_grad_() for x in inputs.values()]
 
     def once():
-        outputs = getattr(kernels, op)(*leaves)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = as_tuple(fast(*leaves))
         return *outputs, *torch.autograd.grad(sum(x.float().sum() for x in outputs), leaves)
 
     assert all(map(torch.equal, once(), once()))
 
 
 @pytest.mark.parametrize("layout", ["tokens", "channels", "transposed", "expanded"])
-def test_strided_inputs(layout, judged, draw, reference):
-    x, (b, t, d) = draw(4, 12, 48), (4, 12, 48)
-    inputs = adaln_inputs("gated_residual_adaln", draw, b, t, d, F32, F32)
+def test_strided_inputs(layout, judged, draw):
+    b, t, d = 4, 12, 48
+    fast, formula, inputs = block_case("gated_residual_adaln", (b, t, d), "float32", draw)
+    x = inputs["x"]
     inputs["x"] = {
         "tokens": x.new_zeros(b, 2 * t, d)[:, ::2].copy_(x),
         "channels": x.new_zeros(b, t, 2 * d)[..., ::2].copy_(x),
         "transposed": x.mT.contiguous().mT,
         "expanded": x[:1].expand(b, t, d),
     }[layout]
-    fast, formula = with_result(kernels.gated_residual_adaln, F32), with_result(reference("gated_residual_adaln"), F32)
     judged(fast, formula, inputs, (F32, F32), 3)
 
 

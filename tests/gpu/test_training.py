@@ -74,12 +74,12 @@ def a_batch(config: Config, on_cuda: bool) -> Batch:
     return Batch(images, labels, torch.arange(b))
 
 
-def test_one_step_is_the_cpu_s(make_step, device, on_cuda, body, record_property):
+def test_one_step_is_the_cpu_s(make_step, device, on_cuda, backend_name, record_property):
     """Losses, gradients and weights of the whole step: draws, both passes, LPIPS, clipping, Muon and AdamW, EMA."""
     config = from_tree(Config, SMALL)
     found = {}
     other = "native" if on_cuda and native.available() else "reference"
-    for name, kind, where in (("ours", body, device), ("cpu", other, torch.device("cpu"))):
+    for name, kind, where in (("ours", backend_name, device), ("cpu", other, torch.device("cpu"))):
         with backend.using(kind):
             step, batch = make_step(config, where), a_batch(config, on_cuda)
             before = {key: value.detach().cpu().clone() for key, value in step.state.model.named_parameters()}

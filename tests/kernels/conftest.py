@@ -21,7 +21,7 @@ for n = 1, up to 1.78 for n = 3 (1.03 sqrt(3)); with all of it in bfloat16, 1.4 
 
 DRAWS = 8
 """Of drawn arithmetic: few of them can all be lucky where a result is a few numbers (of 2,200 results three draws were
-so for one, a loss of two samples). No body's float32 result had more than 0.68 of its tolerance in November 2026."""
+so for one, a loss of two samples). No backend's float32 result had more than 0.68 of its tolerance in November 2026."""
 
 LARGE = 2**18
 """Numbers of all inputs. Above, eager PyTorch is the yardstick: norms over so many average its luck out, and a draw
@@ -100,8 +100,8 @@ def _run(op: Op, inputs: dict[str, Tensor], result_dtypes: tuple[torch.dtype, ..
 
 
 @pytest.fixture(params=["reference", "native", "triton"])
-def body(request) -> Iterator[str]:
-    """Each body in turn."""
+def backend_name(request) -> Iterator[str]:
+    """Each backend in turn."""
     if missing := backend.why_missing(request.param):
         pytest.skip(missing)
     with backend.using(request.param):
@@ -109,8 +109,8 @@ def body(request) -> Iterator[str]:
 
 
 @pytest.fixture(params=["native", "triton"])
-def fast_body_on_a_cpu(request) -> Iterator[str]:
-    """Each fast body in turn, for tests whose tensors are on the CPU."""
+def fast_backend_on_a_cpu(request) -> Iterator[str]:
+    """Each fast backend in turn, for tests whose tensors are on the CPU."""
     if missing := backend.why_missing(request.param):
         pytest.skip(missing)
     if request.param == "triton" and not backend.interpreted():
@@ -121,9 +121,9 @@ def fast_body_on_a_cpu(request) -> Iterator[str]:
 
 @pytest.fixture
 def device(request) -> torch.device:
-    """Where the tensors of a test are: a GPU where the Triton body runs on one, else the CPU."""
-    body = request.getfixturevalue("body") if "body" in request.fixturenames else ""
-    return torch.device("cuda" if body == "triton" and not backend.interpreted() else "cpu")
+    """Where the tensors of a test are: a GPU where the Triton backend runs on one, else the CPU."""
+    backend_name = request.getfixturevalue("backend_name") if "backend_name" in request.fixturenames else ""
+    return torch.device("cuda" if backend_name == "triton" and not backend.interpreted() else "cpu")
 
 
 @pytest.fixture

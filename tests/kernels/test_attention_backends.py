@@ -153,5 +153,5 @@ def test_against_float64(name, width):
 
     exact, reference = run(plain, torch.float64), run(plain, torch.bfloat16)
     for found, eager, truth in zip(run(ATTEND[name], torch.bfloat16), reference, exact, strict=True):
-        # Fused attention keeps its scores in float32, so it is at least as close as products in bfloat16.
+        # Fused attention keeps its scores in float32, so it is at least as close as matmuls in bfloat16.
         assert (found - truth).abs().max() <= 2 * (eager - truth).abs().max()

@@ -24,7 +24,7 @@ def missing(monkeypatch):
     monkeypatch.setattr(native, "_missing", "no compiler was found")
 
 
-def body_of(x: torch.Tensor) -> str:
+def grad_fn_of(x: torch.Tensor) -> str:
     return type(kernels.swiglu(x.requires_grad_()).grad_fn).__name__
 
 
@@ -36,13 +36,13 @@ def test_what_is_chosen_is_current(name):
 
 
 def test_an_unknown_name():
-    with pytest.raises(UserError, match="no body called 'fast'; choose one of auto, reference, native, triton"):
+    with pytest.raises(UserError, match="no backend 'fast'; choose one of auto, reference, native, triton"):
         backend.use("fast")
 
 
 def test_a_missing_body_says_why_and_changes_nothing(missing):
     backend.use("reference")
-    with pytest.raises(UserError, match="the native body is missing: no compiler was found"):
+    with pytest.raises(UserError, match="the native backend is missing: no compiler was found"):
         backend.use("native")
     assert backend.current() == "reference"
     assert "native" not in backend.available()
@@ -50,7 +50,7 @@ def test_a_missing_body_says_why_and_changes_nothing(missing):
 
 def test_auto_makes_do_with_the_reference_where_native_is_missing(missing):
     backend.use("auto")
-    assert body_of(torch.randn(3, 8)) != "swigluBackward"
+    assert grad_fn_of(torch.randn(3, 8)) != "swigluBackward"
 
 
 @pytest.mark.skipif(not backend.interpreted(), reason="Triton's interpreter is off")
@@ -75,11 +75,11 @@ def test_an_interpreter_that_this_numpy_breaks_is_missing(triton_version, numpy_
 
 @needs_native
 def test_who_runs():
-    bodies = {}
+    backends = {}
     for name in ("auto", "native", "reference"):
         backend.use(name)
-        bodies[name] = body_of(torch.randn(3, 8))
-    assert bodies["auto"] == bodies["native"] == "swigluBackward" != bodies["reference"]
+        backends[name] = grad_fn_of(torch.randn(3, 8))
+    assert backends["auto"] == backends["native"] == "swigluBackward" != backends["reference"]
 
 
 @needs_native
@@ -96,9 +96,9 @@ def test_what_native_cannot_take():
     backend.use("auto")
     assert torch.equal(kernels.swiglu(x), swiglu_ref(x))
     backend.use("native")
-    with pytest.raises(UserError, match=r"takes and gives float32 and bfloat16 on cpu, not torch.float16 on cpu"):
+    with pytest.raises(UserError, match=r"not torch.float16 on cpu"):
         kernels.swiglu(x)
-    with pytest.raises(UserError, match=r"not torch.float32 on meta; choose the body 'auto' or 'reference'"):
+    with pytest.raises(UserError, match=r"not torch.float32 on meta"):
         kernels.swiglu(torch.empty(3, 8, device="meta"))
     with pytest.raises(UserError, match=r"not torch.float32 to torch.float16 on cpu"):
         kernels.adaln_modulate(

@@ -17,8 +17,8 @@ HALF = torch.bfloat16
 
 
 @pytest.fixture
-def body(fast_body_on_a_cpu):
-    return fast_body_on_a_cpu
+def backend_name(fast_backend_on_a_cpu):
+    return fast_backend_on_a_cpu
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_nothing_is_held_afterwards_nor_after_an_error(weight):
         copy = weakref.ref(held(weight).untyped_storage())
         raise RuntimeError("on purpose")
     gc.collect()
-    assert not casts._held
+    assert not casts._copies
     assert copy() is None
 
 
@@ -74,14 +74,14 @@ def test_within_another(weight, draw):
             assert held(other).data_ptr() == inner
         assert held(weight).data_ptr() == outer
         assert casts._find(other, HALF) is None
-    assert not casts._held
+    assert not casts._copies
 
 
 def test_what_needs_no_copy_has_none(draw):
     with cast_once([draw(4, 4, dtype=HALF), draw(4, 4).double()]):
-        assert not casts._held
+        assert not casts._copies
     with cast_once([draw(4, 4)], torch.float32):
-        assert not casts._held
+        assert not casts._copies
     with torch.inference_mode():
         inference = torch.randn(4, 4)
     with cast_once([inference]):
@@ -134,7 +134,7 @@ OPS = {
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", OPS)
-def test_operators_take_copies_forward_and_backward(name, compiled, weight, draw, body):
+def test_operators_take_copies_forward_and_backward(name, compiled, weight, draw, backend_name):
     op, width = OPS[name]
     x, bias = draw(2, 3, width, dtype=HALF).requires_grad_(), draw(24).requires_grad_()
 
@@ -187,7 +187,7 @@ def test_the_weights_of_a_model_that_profit(tiny_config):
     assert SwiGLU(24).padding == 0
 
 
-def test_lpips_takes_copies(draw, body):
+def test_lpips_takes_copies(draw, backend_name):
     weights = ({name: draw(*shape).abs() for name, shape in shapes.items()} for shapes in (VGG_SHAPES, LINEAR_SHAPES))
     lpips = LPIPS(*weights)
     image, recon = draw(1, 3, 16, 16), draw(1, 3, 16, 16)

@@ -1,4 +1,4 @@
-"""flow_loss, body by body, against its formula in float64."""
+"""flow_loss, backend by backend, against its formula in float64."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from unite_fast.kernels import backend, flow_loss, native
-from unite_fast.kernels.flow_loss import _fused
+from unite_fast.kernels.flow_loss import flow_loss_op
 
 FLOOR = 0.05
 SHAPES = {
@@ -27,7 +27,7 @@ DTYPES = {
 """Of y and of z."""
 
 
-fused = pytest.mark.parametrize("body", ["native", "triton"], indirect=True)
+fused = pytest.mark.parametrize("backend_name", ["native", "triton"], indirect=True)
 
 
 def given(draw, shape, y_dtype=torch.float32, z_dtype=torch.float32) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -68,17 +68,17 @@ def assert_same(ours, others):
         assert torch.equal(mine, other)
 
 
-CASES = [(body, shape) for body, shapes in SHAPES.items() for shape in shapes]
+CASES = [(backend_name, shape) for backend_name, shapes in SHAPES.items() for shape in shapes]
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize(("body", "shape"), CASES, indirect=["body"])
-def test_loss_and_gradients_against_float64(body, shape, dtypes, judge, draw):
+@pytest.mark.parametrize(("backend_name", "shape"), CASES, indirect=["backend_name"])
+def test_loss_and_gradients_against_float64(backend_name, shape, dtypes, judge, draw):
     inputs, z, t = given(draw, shape, *DTYPES[dtypes])
     judge(bound(z, t), formula(z, t), inputs, (torch.float32,))
 
 
-def test_loss_is_a_mean_for_each_sample(body, draw):
+def test_loss_is_a_mean_for_each_sample(backend_name, draw):
     """In Python's own numbers, from a prediction that is y itself but for rounding."""
     z = draw(4, 5, 2)
     t, y = z.new_tensor([[0.0, 0.5, 0.94, 0.999]]), z.new_tensor([-1.0, 1.0]).repeat(1, 4, 5, 1)
@@ -90,7 +90,7 @@ def test_loss_is_a_mean_for_each_sample(body, draw):
 
 
 @pytest.mark.parametrize("layout", ["tokens", "draws", "channels", "transposed", "expanded"])
-def test_strided_inputs(body, layout, judge, draw):
+def test_strided_inputs(backend_name, layout, judge, draw):
     inputs, z, t = given(draw, (2, 3, 4, 6))
     y = inputs["y"]
     inputs["y"] = {
@@ -105,7 +105,7 @@ def test_strided_inputs(body, layout, judge, draw):
     judge(bound(z, t), formula(z, t), inputs, (torch.float32,))
 
 
-def test_a_gradient_of_one_number_for_all(body, draw):
+def test_a_gradient_of_one_number_for_all(backend_name, draw):
     """As a mean's: it has no memory of its own for each element."""
     inputs, z, t = given(draw, (2, 3, 4, 6))
     inputs = {name: x.requires_grad_() for name, x in inputs.items()}
@@ -117,7 +117,7 @@ def test_a_gradient_of_one_number_for_all(body, draw):
 
 @fused
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_the_same_bits_again(body, dtypes, draw):
+def test_the_same_bits_again(backend_name, dtypes, draw):
     given_twice = given(draw, (2, 2, 70, 33), *DTYPES[dtypes])
     assert_same(*(run(*given_twice) for _ in range(2)))
 
@@ -140,7 +140,7 @@ def test_the_same_bits_for_any_number_of_threads(dtypes, draw):
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 3, 4), (1, 0, 70, 32)])
-def test_no_samples(body, shape, draw):
+def test_no_samples(backend_name, shape, draw):
     inputs = {"y": draw(*shape), "weight": draw(shape[3]), "bias": draw(shape[3])}
     loss, d_y, d_weight, d_bias = run(inputs, draw(*shape[1:]), draw(*shape[:2]))
     assert (loss.shape, d_y.shape) == (shape[:2], shape)
@@ -149,7 +149,7 @@ def test_no_samples(body, shape, draw):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["y", "z", "t"])
-def test_what_is_not_finite_stays_so_and_stays_in_its_samples(body, where, bad, draw):
+def test_what_is_not_finite_stays_so_and_stays_in_its_samples(backend_name, where, bad, draw):
     inputs, z, t = given(draw, (2, 3, 5, 6))
     spoilt, touched = {
         "y": (inputs["y"][1, 2, 3], [[1, 2]]),
@@ -166,7 +166,7 @@ def test_what_is_not_finite_stays_so_and_stays_in_its_samples(body, where, bad, 
         assert (~loss.isfinite()).nonzero().tolist() == touched
 
 
-def test_a_constant_token_has_a_finite_loss_and_gradient(body, draw):
+def test_a_constant_token_has_a_finite_loss_and_gradient(backend_name, draw):
     inputs, z, t = given(draw, (1, 2, 3, 8))
     inputs["y"].fill_(2.5)
     assert all(x.isfinite().all() for x in run(inputs, z, t))
@@ -177,18 +177,18 @@ def test_a_constant_token_has_a_finite_loss_and_gradient(body, draw):
 
 @fused
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_opcheck(body, dtypes, draw):
+def test_opcheck(backend_name, dtypes, draw):
     inputs, z, t = given(draw, (2, 2, 5, 6), *DTYPES[dtypes])
     arguments = *(x.requires_grad_() for x in inputs.values()), z, t, FLOOR, 1e-5
-    torch.library.opcheck(_fused.op, arguments)
-    outputs = [x.detach() for x in _fused.op(*arguments)]
-    saved = [x.detach() for x in _fused.saved(arguments, outputs)]
-    torch.library.opcheck(_fused.backward_op, (torch.randn_like(outputs[0]), *saved))
+    torch.library.opcheck(flow_loss_op.op, arguments)
+    outputs = [x.detach() for x in flow_loss_op.op(*arguments)]
+    saved = [x.detach() for x in flow_loss_op.saved(arguments, outputs)]
+    torch.library.opcheck(flow_loss_op.backward_op, (torch.randn_like(outputs[0]), *saved))
 
 
 @fused
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_compiled_in_one_graph(body, dtypes, draw):
+def test_compiled_in_one_graph(backend_name, dtypes, draw):
     inputs, z, t = given(draw, (2, 2, 5, 6), *DTYPES[dtypes])
     torch._dynamo.reset()
     compiled = torch.compile(bound(z, t), fullgraph=True, backend="aot_eager")
@@ -196,7 +196,7 @@ def test_compiled_in_one_graph(body, dtypes, draw):
 
 
 @fused
-def test_under_checkpoint(body, draw):
+def test_under_checkpoint(backend_name, draw):
     inputs, z, t = given(draw, (2, 2, 5, 6))
 
     def checkpointed(*x):
@@ -206,7 +206,7 @@ def test_under_checkpoint(body, draw):
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_autocast_casts_nothing(body, device, dtypes, draw):
+def test_autocast_casts_nothing(backend_name, device, dtypes, draw):
     arguments = given(draw, (2, 2, 5, 6), *DTYPES[dtypes])
     with torch.autocast(device.type, torch.bfloat16):
         within = run(*arguments)
@@ -214,7 +214,7 @@ def test_autocast_casts_nothing(body, device, dtypes, draw):
 
 
 @fused
-def test_fake_tensors_give_shapes_and_types(body, draw):
+def test_fake_tensors_give_shapes_and_types(backend_name, draw):
     inputs, z, t = given(draw, (2, 2, 5, 6), torch.bfloat16)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         loss = bound(z, t)(*(mode.from_tensor(x) for x in inputs.values()))
@@ -222,7 +222,7 @@ def test_fake_tensors_give_shapes_and_types(body, draw):
 
 
 @fused
-def test_nothing_of_the_predictions_size_is_kept(body, draw):
+def test_nothing_of_the_predictions_size_is_kept(backend_name, draw):
     inputs, z, t = given(draw, (2, 3, 5, 6))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):

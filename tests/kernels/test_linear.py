@@ -1,6 +1,5 @@
 """Linears that make their input again, and attention: what they keep, and that it changes nothing."""
 
-import importlib
 import math
 from dataclasses import dataclass
 
@@ -10,9 +9,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from unite_fast import kernels
-from unite_fast.kernels import product
-from unite_fast.kernels.gated_residual_adaln import gated_residual_adaln_ref
+from unite_fast.kernels import matmul
+from unite_fast.kernels.adaln import gated_residual_adaln_ref
 from unite_fast.kernels.qk_norm_rope import qk_norm_rope_ref, split
+from unite_fast.kernels.registry import OPS
 from unite_fast.kernels.swiglu import swiglu_ref
 
 B, T, D, N, HEADS = 3, 70, 24, 20, 2
@@ -52,20 +52,20 @@ def residual_norm_ours(*tensors):
     return kernels.residual_layer_norm_linear(*tensors, 1e-12)
 
 
-def attend(body, wanted):
+def attend(function, token_range):
     angle = torch.linspace(0, 3, T * D // HEADS // 2).view(T, -1)
 
     def op(qkv, q_weight, k_weight):
         tables = (table.to(q_weight.dtype) for table in (angle.cos(), angle.sin()))
-        return body(qkv, HEADS, q_weight, k_weight, *tables, wanted)
+        return function(qkv, HEADS, q_weight, k_weight, *tables, token_range)
 
     return op
 
 
-def attention_formula(qkv, heads, q_weight, k_weight, cos, sin, wanted):
+def attention_formula(qkv, heads, q_weight, k_weight, cos, sin, token_range):
     q, k, v = split(qkv, heads) if cos is None else qk_norm_rope_ref(qkv, heads, q_weight, k_weight, cos, sin)
-    if wanted is not None:
-        q = q[:, :, slice(*wanted)]
+    if token_range is not None:
+        q = q[:, :, slice(*token_range)]
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
@@ -131,16 +131,16 @@ CASES = {
 
 
 @pytest.fixture(autouse=True)
-def body(fast_body_on_a_cpu):
-    return fast_body_on_a_cpu
+def backend_name(fast_backend_on_a_cpu):
+    return fast_backend_on_a_cpu
 
 
-native_only = pytest.mark.parametrize("fast_body_on_a_cpu", ["native"], indirect=True)
+native_only = pytest.mark.parametrize("fast_backend_on_a_cpu", ["native"], indirect=True)
 
 
 @pytest.fixture(params=CASES)
-def case(request, body):
-    if body == "triton" and request.param.startswith("attention"):
+def case(request, backend_name):
+    if backend_name == "triton" and request.param.startswith("attention"):
         pytest.skip("on a GPU, attention is PyTorch's own")
     return CASES[request.param]
 
@@ -195,7 +195,7 @@ def test_outputs_and_gradients_against_float64(case, inputs, dtype, products, ju
 def test_either_product_is_that_of_the_rounded_numbers(draw, products):
     """To the last place but for the order of a sum: half a unit of 8 bits, and 41 roundings of the sum to 24 bits."""
     x, weight, bias = draw(50, 40, dtype=torch.bfloat16), draw(30, 40), draw(30)
-    got = product.product(x, weight, bias)
+    got = matmul.matmul(x, weight, bias)
     exact = F.linear(x.double(), weight.bfloat16().double(), bias.bfloat16().double())
     sizes = F.linear(x.double().abs(), weight.bfloat16().double().abs(), bias.bfloat16().double().abs())
     assert ((got.double() - exact).abs() <= 2.0**-8 * exact.abs() + (1 + 2.0**-8) * 41 * 2.0**-24 * sizes).all()
@@ -204,7 +204,7 @@ def test_either_product_is_that_of_the_rounded_numbers(draw, products):
 def test_the_bias_gradient_is_a_float32_sum(draw, products):
     """n float32 additions in any order, and no rounding to bfloat16, which would be a thousand times that."""
     d_y, x = draw(300, 30, dtype=torch.bfloat16), draw(300, 40, dtype=torch.bfloat16)
-    _, _, d_bias = product.product_backward(d_y, x, draw(30, 40))
+    _, _, d_bias = matmul.matmul_backward(d_y, x, draw(30, 40))
     sizes = d_y.double().abs().sum(0)
     assert d_bias.dtype == torch.float32
     assert ((d_bias.double() - d_y.double().sum(0)).abs() <= 299 * 2.0**-24 * sizes).all()
@@ -221,7 +221,7 @@ def test_under_autocast_products_stay_in_float32(draw, monkeypatch, products):
         return linear(x, weight, bias)
 
     linear = F.linear
-    monkeypatch.setattr(product.torch.nn.functional, "linear", recorded)
+    monkeypatch.setattr(matmul.torch.nn.functional, "linear", recorded)
     with torch.autocast("cpu", torch.bfloat16):
         y = kernels.linear(draw(50, 40).requires_grad_(), draw(30, 40), draw(30))
     assert y.dtype == torch.bfloat16
@@ -229,9 +229,7 @@ def test_under_autocast_products_stay_in_float32(draw, monkeypatch, products):
 
 
 def fused(name):
-    module = "attention" if name.startswith("attention") else "linear"
-    found = importlib.import_module(f"unite_fast.kernels.{module}")
-    return getattr(found, "_fused" if module == "attention" else f"_{name}")
+    return OPS["attention" if name.startswith("attention") else name].fused
 
 
 def flat(name, tensors):
@@ -259,7 +257,7 @@ def test_opcheck(name, inputs):
     torch.library.opcheck(op.backward_op, (*incoming, *saved))
 
 
-@native_only  # the Triton bodies in a graph: tests/kernels/test_casts.py
+@native_only  # the Triton backends in a graph: tests/kernels/test_casts.py
 def test_compiled_in_one_graph_and_under_checkpoint(case, inputs):
     torch._dynamo.reset()
     given = inputs(case, torch.bfloat16)

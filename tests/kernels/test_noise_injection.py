@@ -1,4 +1,4 @@
-"""noise_injection, body by body, and the normals that its bodies draw, against those of unite_fast/randomness.py."""
+"""noise_injection on each backend, and the normals that it draws, against those of unite_fast/randomness.py."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from unite_fast.kernels import backend, native, noise_injection
-from unite_fast.kernels.noise_injection import _fused, noise_injection_ref
+from unite_fast.kernels.noise_injection import noise_injection_op, noise_injection_ref
 from unite_fast.randomness import Philox, Stream, box_muller, philox4x32
 
 INTERPRETED = backend.interpreted() and not backend.why_missing("triton")
@@ -16,7 +16,7 @@ if INTERPRETED:
     import triton
     import triton.language as tl
 
-    from unite_fast.kernels.triton_bodies import philox as triton_philox
+    from unite_fast.kernels.triton_kernels import philox as triton_philox
 
     triton_words, triton_box_muller = triton_philox.words, triton_philox.box_muller
 
@@ -41,7 +41,7 @@ if INTERPRETED:
 
 
 UNITS = 2
-"""In the last place, that a body's normals may differ from those of randomness.py. Measured: 0 in 10^7 for C++, whose
+"""In the last place, by which a backend's normals may differ from randomness.py. Measured: 0 in 10^7 for C++, whose
 float64 functions are within 2 units of theirs; what is left is a rounding to float32 that falls the other way."""
 WORD = 2**32 - 1
 STREAM = Stream.FLOW_NOISE
@@ -49,7 +49,7 @@ SHAPES = {"native": [(1, 4, 6, 5), (3, 5, 41, 33), (2, 2, 16, 64)], "triton": [(
 SHAPES["reference"] = SHAPES["native"]
 
 
-fused = pytest.mark.parametrize("body", ["native", "triton"], indirect=True)
+fused = pytest.mark.parametrize("backend_name", ["native", "triton"], indirect=True)
 needs_native = pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
 
 
@@ -83,13 +83,13 @@ def formula(t: Tensor, gate: Tensor | None, philox: Philox):
     return op
 
 
-CASES = [(body, shape) for body, shapes in SHAPES.items() for shape in shapes]
+CASES = [(backend_name, shape) for backend_name, shapes in SHAPES.items() for shape in shapes]
 
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("body", "shape"), CASES, indirect=["body"])
-def test_output_and_gradient_against_float64(body, shape, dtype, gated, judge, draw):
+@pytest.mark.parametrize(("backend_name", "shape"), CASES, indirect=["backend_name"])
+def test_output_and_gradient_against_float64(backend_name, shape, dtype, gated, judge, draw):
     z, t, gate = given(draw, shape, dtype)
     gate, philox = gate if gated else None, keys(shape[1], z)
 
@@ -100,7 +100,7 @@ def test_output_and_gradient_against_float64(body, shape, dtype, gated, judge, d
 
 
 @pytest.mark.parametrize("layout", ["tokens", "batch", "channels", "transposed", "expanded"])
-def test_strided_inputs(body, layout, judge, draw):
+def test_strided_inputs(backend_name, layout, judge, draw):
     z, t, _ = given(draw, (2, 3, 4, 5))
     philox = Philox(1, 2, torch.arange(12, device=t.device)[::4])
     z = {
@@ -115,7 +115,7 @@ def test_strided_inputs(body, layout, judge, draw):
     judge(lambda z: noise_injection(z, t, philox, STREAM, gate), formula(t, gate, philox), {"z": z}, (torch.float32,))
 
 
-def test_the_ends_of_the_path_are_noise_and_latents(body, draw):
+def test_the_ends_of_the_path_are_noise_and_latents(backend_name, draw):
     z = draw(2, 3, 4)
     philox = keys(2, z)
     x = noise_injection(z, z.new_tensor([[0.0, 1.0], [1.0, 0.0]]), philox, STREAM)
@@ -126,7 +126,7 @@ def test_the_ends_of_the_path_are_noise_and_latents(body, draw):
     torch.testing.assert_close(x[1, 1], noise[1][1], rtol=UNITS * 2.0**-23, atol=0)
 
 
-def test_a_shut_gate_gives_the_latents_to_the_last_bit(body, draw):
+def test_a_shut_gate_gives_the_latents_to_the_last_bit(backend_name, draw):
     z = draw(2, 3, 4)
     gate = torch.tensor([False, True], device=z.device)
     x = noise_injection(z, z.new_full((2, 2), 0.3), keys(2, z), STREAM, gate)
@@ -135,7 +135,7 @@ def test_a_shut_gate_gives_the_latents_to_the_last_bit(body, draw):
 
 
 @fused
-def test_the_same_bits_again(body, draw):
+def test_the_same_bits_again(backend_name, draw):
     z, t, gate = given(draw, (2, 2, 8, 5))
     runs = [run(z, t, keys(2, z), gate) for _ in range(2)]
     assert_same(*runs)
@@ -157,7 +157,7 @@ def test_the_same_bits_for_any_number_of_threads(draw):
         assert_same(other, results[0])
 
 
-def test_a_sample_does_not_depend_on_its_batch(body, draw):
+def test_a_sample_does_not_depend_on_its_batch(backend_name, draw):
     z, t, gate = given(draw, (2, 4, 3, 5))
     whole, philox = noise_injection(z, t, keys(4, z), STREAM, gate), keys(4, z)
     part = torch.tensor([2, 0], device=z.device)
@@ -166,13 +166,13 @@ def test_a_sample_does_not_depend_on_its_batch(body, draw):
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 3, 4), (2, 3, 0, 4), (1, 3, 2, 0)])
-def test_no_samples_and_no_elements(body, shape, draw):
+def test_no_samples_and_no_elements(backend_name, shape, draw):
     z, t, gate = given(draw, shape)
     x, d_z = run(z, t, keys(shape[1], z), gate)
     assert (x.shape, d_z.shape) == (shape, z.shape)
 
 
-def test_what_is_not_finite_stays_in_its_element(body, draw):
+def test_what_is_not_finite_stays_in_its_element(backend_name, draw):
     z, t, _ = given(draw, (2, 2, 3, 4))
     for bad in (float("nan"), float("inf")):
         z[1, 2, 3] = bad
@@ -180,7 +180,7 @@ def test_what_is_not_finite_stays_in_its_element(body, draw):
         assert (~x.isfinite()).nonzero().tolist() == [[0, 1, 2, 3], [1, 1, 2, 3]]
 
 
-def test_z_is_not_changed_and_another_type_is_upcast(body, draw):
+def test_z_is_not_changed_and_another_type_is_upcast(backend_name, draw):
     z, t, gate = given(draw, (2, 2, 3, 4), torch.bfloat16)
     kept = z.clone()
     assert torch.equal(run(z, t, keys(2, z), gate)[0], run(z.float(), t, keys(2, z), gate)[0])
@@ -207,15 +207,17 @@ def assert_same(ours, others):
 @fused
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(body, dtype, gated, draw):
+def test_opcheck(backend_name, dtype, gated, draw):
     z, t, gate = given(draw, (2, 2, 3, 5), dtype)
     gate = gate if gated else None
-    torch.library.opcheck(_fused.op, (z.requires_grad_(), t, keys(2, z).positions, gate, WORD, 2**31, 3, int(STREAM)))
-    torch.library.opcheck(_fused.backward_op, (draw(2, 2, 3, 5), t, gate))
+    torch.library.opcheck(
+        noise_injection_op.op, (z.requires_grad_(), t, keys(2, z).positions, gate, WORD, 2**31, 3, int(STREAM))
+    )
+    torch.library.opcheck(noise_injection_op.backward_op, (draw(2, 2, 3, 5), t, gate))
 
 
 @fused
-def test_compiled_in_one_graph(body, draw):
+def test_compiled_in_one_graph(backend_name, draw):
     z, t, gate = given(draw, (2, 2, 3, 5))
     philox = Philox(5, 6, torch.arange(2, device=z.device))
     torch._dynamo.reset()
@@ -224,7 +226,7 @@ def test_compiled_in_one_graph(body, draw):
 
 
 @fused
-def test_under_checkpoint_the_noise_is_the_same(body, draw):
+def test_under_checkpoint_the_noise_is_the_same(backend_name, draw):
     z, t, gate = given(draw, (2, 2, 3, 5))
 
     def checkpointed(*arguments):
@@ -237,7 +239,7 @@ def test_under_checkpoint_the_noise_is_the_same(body, draw):
 
 
 @fused
-def test_autocast_casts_nothing(body, device, draw):
+def test_autocast_casts_nothing(backend_name, device, draw):
     z, t, gate = given(draw, (2, 2, 3, 5))
     with torch.autocast(device.type, torch.bfloat16):
         within = run(z, t, keys(2, z), gate)
@@ -245,7 +247,7 @@ def test_autocast_casts_nothing(body, device, draw):
 
 
 @fused
-def test_fake_tensors_give_shapes_and_types(body, draw):
+def test_fake_tensors_give_shapes_and_types(backend_name, draw):
     z, t, gate = given(draw, (2, 2, 3, 5), torch.bfloat16)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         x = noise_injection(mode.from_tensor(z), t, keys(2, z), STREAM, gate)
@@ -253,7 +255,7 @@ def test_fake_tensors_give_shapes_and_types(body, draw):
 
 
 @fused
-def test_nothing_of_the_noise_is_kept(body, draw):
+def test_nothing_of_the_noise_is_kept(backend_name, draw):
     z, t, gate = given(draw, (2, 2, 3, 5))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):

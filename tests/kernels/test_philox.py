@@ -1,4 +1,4 @@
-"""The Triton bodies of the draws against PyTorch's and C++'s, bit by bit, in Triton's interpreter or on a GPU."""
+"""The Triton backends of the draws against PyTorch's and C++'s, bit by bit, in Triton's interpreter or on a GPU."""
 
 import pytest
 import torch
@@ -29,9 +29,9 @@ def device():
     return "cpu" if backend.interpreted() else "cuda"
 
 
-def drawn(body, philox, kind, *arguments):
-    with backend.using(body):
-        assert philox.on_triton == (body == "triton")
+def drawn(backend_name, philox, kind, *arguments):
+    with backend.using(backend_name):
+        assert philox.on_triton == (backend_name == "triton")
         return getattr(philox, kind)(*arguments).cpu()
 
 
@@ -45,8 +45,8 @@ def test_bits(kind, seed, step, device):
         (Stream.EPOCH_ORDER, (2, 5), 2**16 - 1),
     ]:
         got = drawn("triton", philox, kind, stream, shape, draws)
-        for body in ("reference", "auto") if device == "cpu" else ("reference",):
-            want = drawn(body, philox, kind, stream, shape, draws)
+        for backend_name in ("reference", "auto") if device == "cpu" else ("reference",):
+            want = drawn(backend_name, philox, kind, stream, shape, draws)
             assert got.dtype == want.dtype
             assert got.shape == want.shape
             if kind == "normal":
@@ -81,9 +81,9 @@ def test_nothing_to_draw(device):
 def test_dropout_masks(shapes, seed, step, device):
     philox = Philox(seed, step, torch.tensor(POSITIONS, device=device))
     masks = {}
-    for body in ("reference", "triton"):
-        with backend.using(body):
-            masks[body] = dropout_masks(philox, shapes)
+    for backend_name in ("reference", "triton"):
+        with backend.using(backend_name):
+            masks[backend_name] = dropout_masks(philox, shapes)
     for (c, h, w), ours, want in zip(shapes, masks["triton"], masks["reference"], strict=True):
         assert ours.shape == (len(POSITIONS), c, h, w)
         assert ours.dtype == torch.uint8

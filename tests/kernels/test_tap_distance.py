@@ -1,4 +1,4 @@
-"""The reference against the formula in plain loops is in tests/test_lpips.py (LPIPS itself); here, each body."""
+"""Each backend. tests/test_lpips.py (LPIPS itself) has the reference against the formula in plain loops."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unite_fast import kernels
 from unite_fast.kernels import backend
-from unite_fast.kernels.tap_distance import _fused, tap_distance_ref
+from unite_fast.kernels.tap_distance import tap_distance_op, tap_distance_ref
 
 SHAPES = [(2, 32, 5, 7), (7, 40, 1, 1), (3, 128, 17, 9), (2, 512, 3, 3)]
 """Odd sides, channels that are no power of two, several programs an image."""
@@ -94,12 +94,12 @@ def test_the_target_is_not_kept_wide(given):
 @pytest.mark.parametrize("masked", [True, False])
 def test_fakes(given, masked):
     y, x, weight, mask = given((2, 32, 5, 6), torch.bfloat16, masked)
-    real = _fused.bodies["triton"].forward(y, x, weight, mask)
-    back = _fused.bodies["triton"].backward(torch.ones_like(real[0]), y, x, weight, mask)
+    real = tap_distance_op.backends["triton"].forward(y, x, weight, mask)
+    back = tap_distance_op.backends["triton"].backward(torch.ones_like(real[0]), y, x, weight, mask)
     with FakeTensorMode() as mode:
         fakes = [None if v is None else mode.from_tensor(v) for v in (y, x, weight, mask)]
-        like = _fused.op(*fakes)
-        like_back = _fused.backward_op(torch.empty(2), *fakes)
+        like = tap_distance_op.op(*fakes)
+        like_back = tap_distance_op.backward_op(torch.empty(2), *fakes)
     for a, b in ((real[0], like), (back[0], like_back)):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 

@@ -63,7 +63,7 @@ def test_one_graph(make, device):
         with torch.device(device):
             module, inputs = make()
         if device == "cuda":
-            assert backend.body_on(torch.device(device)) == "triton"
+            assert backend.backend_on(torch.device(device)) == "triton"
             with autocast(device):
                 found = torch._dynamo.explain(module)(*inputs)
                 torch._dynamo.reset()

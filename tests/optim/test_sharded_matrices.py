@@ -1,11 +1,11 @@
 """Owners and communication of sharded matrices, without processes; test_muon.py runs real ones."""
 
 from collections import Counter, defaultdict
-from itertools import pairwise
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -58,8 +58,8 @@ def test_owners_of_b_have_equally_much_to_do_and_shapes_together(processes, b_sh
     bound = max(sum(costs) / processes, sum(dearest[processes - 1 : processes + 1]))
     # Measured: 1.00, 1.01, 1.02 and 1.095 of it.
     assert max(loads(costs, owners, processes)) <= (1.1 if processes == 64 else 1.02) * bound
-    if processes == 8:
-        assert batches(b_shapes, owners) == 19
+    # Measured: 19 on 8 processes; 60 where only the load counts.
+    assert processes != 8 or batches(b_shapes, owners) <= 25
 
 
 def test_what_batches_may_cost_in_balance_is_bounded():
@@ -122,18 +122,35 @@ def test_elements_sent_are_those_that_others_own(grid):
         assert sorted(sharded_map.inputs) == [k for k, owner in enumerate(owners) if owner // shards == one.replica]
 
 
-def test_replicas_share_everything_once_in_order():
-    matrices, costs = [Matrix(shape) for shape in SHAPES], [shape.numel() for shape in SHAPES]
-    maps = [ShardedMap(matrices, costs, Grid(3, 1, replica)) for replica in range(3)]
-    assert len({tuple(one.all_gather_ranges) for one in maps}) == 1
-    ranges = maps[0].all_gather_ranges
-    assert ranges[0][0] == 0 and ranges[-1][1] == maps[0].row_size
-    assert all(before[1] == after[0] and after[0] <= after[1] for before, after in pairwise(ranges))
-    for one in maps:  # nothing is shared before it is computed
-        computed = 0
-        for i, bucket in enumerate(one.buckets[:-1]):
-            computed += bucket.row_sizes[one.grid.replica]
-            assert ranges[i][1] <= computed
+class Arrived:
+    def wait(self) -> None:
+        pass
+
+
+def share_at_once() -> tuple[list[list], int, int]:
+    """Results of one of three replicas, how much it was to send, and how much it sent. All-gathers that have happened
+    when they are asked for send whatever is there by then: too early, and others get what nobody has worked on."""
+    dist.init_process_group("gloo")
+    sent, all_gather = [], dist.all_gather
+
+    def gather(targets: list[Tensor], source: Tensor, group: dist.ProcessGroup, async_op: bool) -> Arrived:
+        sent.append(source.numel())
+        all_gather(targets, source, group)
+        return Arrived()
+
+    dist.all_gather = gather
+    grid = Grid(dist.get_world_size(), 1, dist.get_rank(), 0, column=dist.group.WORLD)
+    sharded_map = ShardedMap([Matrix(shape) for shape in SHAPES], [shape.numel() for shape in SHAPES], grid)
+    matrices = {k: torch.full(shape, float(k)) for k, shape in enumerate(SHAPES)}
+    results = sharded_map.apply(lambda batch: 2 * batch + 1, matrices, torch.float32, torch.device("cpu"))
+    return [result.tolist() for result in results], sharded_map.elements_sent(), (grid.replicas - 1) * sum(sent)
+
+
+def test_replicas_share_everything_once_and_nothing_before_it_is_there(ranks):
+    for results, announced, sent in ranks(3, share_at_once):
+        for k, (result, shape) in enumerate(zip(results, SHAPES, strict=True)):
+            assert result == torch.full(shape, 2.0 * k + 1).tolist(), k
+        assert sent == announced
 
 
 def strange_layouts() -> list[str]:
@@ -157,5 +174,5 @@ def strange_layouts() -> list[str]:
 
 def test_other_layouts_are_refused(ranks):
     mixed, line, placed = ranks(1, strange_layouts)[0]
-    assert mixed == line and "all as DTensors on one mesh of two dimensions" in line
+    assert mixed == line and "DTensor" in line
     assert "(Shard(dim=0), Replicate())" in placed

@@ -6,6 +6,7 @@ import torch
 from unite_fast.config import Config
 from unite_fast.kernels import backend
 from unite_fast.lpips import LINEAR_SHAPES, LPIPS, VGG_SHAPES, dropout_masks, tap_shapes
+from unite_fast.model.layers import SwiGLU
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import draw_step, flow_losses, reconstruct
 from unite_fast.planning import memory
@@ -80,7 +81,7 @@ def test_activations_of_the_native_bodies(size, images):
     assert predicted.peak(images) == pytest.approx(max(reconstruction, flow), rel=MARGIN)
 
 
-def test_activations_of_the_triton_bodies():
+def test_activations_of_the_triton_kernels():
     if missing := backend.why_missing("triton"):
         pytest.skip(missing)
     tree = {
@@ -101,9 +102,13 @@ def test_activations_of_the_triton_bodies():
 
 
 def test_padded_weights_count_where_a_width_asks_for_them():
-    """1024 has a hidden width of 2730, padded to 2752 on a GPU: three matrices of each of L's 24 blocks."""
+    """1024 has a hidden width of 2730, from which the weights of L's blocks are padded on a GPU."""
     config = from_tree(Config, {"model": {"encoder": {"preset": "L"}}})
-    assert memory.activations(config).padding == 24 * 3 * 1024 * 2752 * 4
+    with torch.device("meta"):
+        parts = [part for part in UNITE(config.model).encoder.modules() if isinstance(part, SwiGLU)]
+    padded = [weight for part in parts for weight in part.weights(padded=True) if weight.dim() == 2]
+    assert len(parts) == config.model.encoder.depth and all(part.missing for part in parts)
+    assert memory.activations(config).padding == sum(weight.nbytes for weight in padded)
     assert memory.activations(config, "native").padding == 0
 
 

@@ -9,7 +9,7 @@ import unite_fast
 from unite_fast.config import SamplingConfig
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError
-from unite_fast.sampling.distributed_sampler import Generation, generate_batches
+from unite_fast.sampling.distributed_sampler import Generation, sample_distributed
 
 SAMPLING = SamplingConfig(solver="multistep", steps=3, guidance=2.0, interval=(0.2, 0.9))
 
@@ -25,7 +25,7 @@ def made() -> Generation:
 
 
 def test_a_batch_is_what_generate_gives_for_its_places(model, made):
-    drawn = list(generate_batches(model.network, made))
+    drawn = list(sample_distributed(model.network, made))
     assert [len(part.indices) for part in drawn] == [4, 4, 4, 4, 4, 3]
     assert {part.evaluations for part in drawn} == {2 + 2 * 3 + 1}, "before, inside and after guidance's interval"
     indices, images, labels = (torch.cat(parts) for parts in list(zip(*drawn, strict=True))[:3])
@@ -38,8 +38,8 @@ def test_a_batch_is_what_generate_gives_for_its_places(model, made):
 @pytest.mark.parametrize("world", [2, 4])
 def test_any_number_of_processes_and_what_was_done_before_change_no_bit(model, made, world, solver):
     made = replace(made, sampling=replace(SAMPLING, solver=solver))
-    alone = {int(part.indices[0]): part.images for part in generate_batches(model.network, made)}
-    shares = [list(generate_batches(model.network, made, Ranks(rank, world), done={1, 4})) for rank in range(world)]
+    alone = {int(part.indices[0]): part.images for part in sample_distributed(model.network, made)}
+    shares = [list(sample_distributed(model.network, made, Ranks(rank, world), done={1, 4})) for rank in range(world)]
     assert [len(share) for share in shares] == [-(-4 // world)] * world
     together = {int(part.indices[0]): part.images for share in shares for part in share}
     assert together.keys() == alone.keys() - {4, 16}
@@ -47,7 +47,7 @@ def test_any_number_of_processes_and_what_was_done_before_change_no_bit(model, m
 
 
 def test_where_the_last_round_is_short_some_get_an_empty_item(model, made):
-    share = list(generate_batches(model.network, made, Ranks(3, 4)))
+    share = list(sample_distributed(model.network, made, Ranks(3, 4)))
     assert [part.indices.tolist() for part in share] == [[12, 13, 14, 15], []]
     assert share[1].images.shape == (0, 3, 8, 8) and share[1].images.dtype == torch.uint8
     assert share[1].labels.tolist() == []
@@ -55,10 +55,10 @@ def test_where_the_last_round_is_short_some_get_an_empty_item(model, made):
 
 def test_a_longer_generation_begins_with_the_shorter_one(model, made):
     longer = replace(made, labels=torch.arange(40) % 10)
-    short, long = (torch.cat([part.images for part in generate_batches(model.network, g)]) for g in (made, longer))
+    short, long = (torch.cat([part.images for part in sample_distributed(model.network, g)]) for g in (made, longer))
     assert torch.equal(long[:23], short)
 
 
 def test_a_class_that_does_not_exist_is_refused_before_anything_is_drawn(model, made, mentions):
     with pytest.raises(UserError, match=mentions("class", 10, "0..9")):
-        generate_batches(model.network, replace(made, labels=torch.tensor([3, 10])))
+        sample_distributed(model.network, replace(made, labels=torch.tensor([3, 10])))

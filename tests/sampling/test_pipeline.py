@@ -117,9 +117,29 @@ def test_reconstructions_do_not_depend_on_the_batch(model, images):
         torch.zeros(0, 3, 8, 8, dtype=torch.uint8),
     ],
 )
-def test_images_of_another_kind_are_refused(model, wrong):
-    with pytest.raises(UserError, match="reconstruct"):
-        model.reconstruct(wrong)
+def test_images_of_another_kind_are_refused(model, wrong, mentions):
+    for use in (model.reconstruct, model.encode):
+        with pytest.raises(UserError, match=mentions(list(wrong.shape) if len(wrong) else "one image")):
+            use(wrong)
+
+
+def test_reconstruction_is_encode_then_decode(model, images):
+    config = model.config.model
+    latents = model.encode(images, seed=3)
+    assert latents.shape == (5, config.latent_tokens, config.latent_channels) and latents.dtype == torch.float32
+    assert not latents.requires_grad
+    assert torch.equal(model.decode(latents), model.reconstruct(images, seed=3))
+    assert torch.equal(model.decode(latents.double().numpy(), batch=2), model.decode(latents))
+    assert torch.equal(model.encode(images[2:], seed=3, first=2), latents[2:]), "registers depend on seed and position"
+    assert not torch.equal(model.encode(images[2:], seed=3), latents[2:])
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (0, 4, 4), (1, 5, 4), (1, 4, 5)])
+def test_latents_of_another_shape_are_refused(model, shape, mentions):
+    config = model.config.model
+    assert (config.latent_tokens, config.latent_channels) == (4, 4)
+    with pytest.raises(UserError, match="latents"):
+        model.decode(torch.zeros(shape))
 
 
 NORM = "latent_norm.weight"

@@ -23,7 +23,7 @@ from unite_fast.errors import UserError
 from unite_fast.sampling import distributed_sampler
 from unite_fast.sampling.distributed_sampler import Generation
 from unite_fast.sampling.pipeline import weights_sha256
-from unite_fast.sampling.sample_writer import generate_files, write_npz
+from unite_fast.sampling.sample_writer import write_npz, write_samples
 
 
 @pytest.fixture(scope="module")
@@ -64,22 +64,22 @@ def test_a_folder_of_pngs(command, trained_folder, model, tmp_path):
     names = sorted(os.listdir(out))
     assert names == [
         *(f"{i:06d}_class{label}.png" for i, label in enumerate([7, 2, 7, 2, 7])),
-        "distributed_sampler.json",
+        "generation.json",
     ]
     want = model.generate([7, 2, 7, 2, 7]).permute(0, 2, 3, 1).numpy()
     for name, image in zip(names, want, strict=False):
         assert np.array_equal(np.asarray(Image.open(out / name)), image)
-    assert json.loads((out / "distributed_sampler.json").read_text())["images"] == 5
+    assert json.loads((out / "generation.json").read_text())["images"] == 5
     assert os.listdir(tmp_path) == ["pictures"]
 
 
 def on_a_rank(folder: Path, out: Path, made: Generation) -> None:
     with ranks_of_torchrun(torch.device("cpu")) as ranks:
-        generate_files(unite_fast.load(folder), made, out, ranks)
+        write_samples(unite_fast.load(folder), made, out, ranks)
 
 
 def test_real_processes_write_the_same_file(trained_folder, model, made, ranks, tmp_path):
-    generate_files(model, made, tmp_path / "1.npz")
+    write_samples(model, made, tmp_path / "1.npz")
     for world in (2, 4):
         out = tmp_path / f"{world}.npz"
         ranks(world, on_a_rank, trained_folder, out, made)
@@ -157,7 +157,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 def test_a_resumed_generation_draws_only_what_is_missing(model, made, tmp_path, monkeypatch):
     out, drawn = tmp_path / "a.npz", []
-    draw = distributed_sampler.generate_batch
+    draw = distributed_sampler.sample_batch
 
     def interrupted(*arguments):
         drawn.append(int(arguments[3][0]))
@@ -165,12 +165,12 @@ def test_a_resumed_generation_draws_only_what_is_missing(model, made, tmp_path, 
             raise KeyboardInterrupt
         return draw(*arguments)
 
-    monkeypatch.setattr(distributed_sampler, "generate_batch", interrupted)
+    monkeypatch.setattr(distributed_sampler, "sample_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        generate_files(model, made, out)
+        write_samples(model, made, out)
     # A file that a power cut emptied does not count as finished.
     os.truncate(tmp_path / "a.npz.parts" / "batch_00000001.uint8", 10)
-    generate_files(model, made, out)
+    write_samples(model, made, out)
     assert drawn == [0, 4, 8, 12, 4, 12, 16, 20]
 
 
@@ -198,7 +198,7 @@ def test_what_cannot_be_generated_is_refused_before_anything_is_written(
 @pytest.fixture
 def stopped(model, made, tmp_path, monkeypatch):
     """A generation of 23 images that stopped after two batches of four; gives its .npz that is not there yet."""
-    draw, left = distributed_sampler.generate_batch, [None, None]
+    draw, left = distributed_sampler.sample_batch, [None, None]
 
     def interrupted(*arguments):
         if not left:
@@ -206,9 +206,9 @@ def stopped(model, made, tmp_path, monkeypatch):
         left.pop()
         return draw(*arguments)
 
-    monkeypatch.setattr(distributed_sampler, "generate_batch", interrupted)
+    monkeypatch.setattr(distributed_sampler, "sample_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        generate_files(model, made, tmp_path / "a.npz")
+        write_samples(model, made, tmp_path / "a.npz")
     monkeypatch.undo()
     return tmp_path / "a.npz"
 
@@ -230,14 +230,14 @@ def stopped(model, made, tmp_path, monkeypatch):
 )
 def test_parts_of_other_settings_are_refused_and_kept(model, made, stopped, change, tokens, mentions):
     with pytest.raises(UserError, match=mentions(stopped.with_name("a.npz.parts"), "--out", *tokens)):
-        generate_files(model, change(made), stopped)
+        write_samples(model, change(made), stopped)
     assert len(whole(stopped.with_name("a.npz.parts"))) == 2
 
 
 def test_parts_of_other_weights_are_refused(trained_folder, made, stopped, mentions):
     other = unite_fast.load(trained_folder / "checkpoints" / "step_00000010")
     with pytest.raises(UserError, match=mentions(stopped.with_name("a.npz.parts"), "weights")):
-        generate_files(other, made, stopped)
+        write_samples(other, made, stopped)
 
 
 def test_a_full_disk_is_told_in_a_line_and_nothing_is_lost(model, made, stopped, mentions):
@@ -245,12 +245,12 @@ def test_a_full_disk_is_told_in_a_line_and_nothing_is_lost(model, made, stopped,
     for name in ("batch_00000003.uint8.partial", "a.npz.partial"):
         (parts / name).symlink_to("/dev/full")
         with pytest.raises(UserError, match=mentions("a.npz", os.strerror(errno.ENOSPC))):
-            generate_files(model, made, stopped)
+            write_samples(model, made, stopped)
         assert not stopped.exists()
         (parts / name).unlink(missing_ok=True)
     assert len(whole(parts)) == 6
-    generate_files(model, made, stopped)
-    generate_files(model, made, stopped.with_name("undisturbed.npz"))
+    write_samples(model, made, stopped)
+    write_samples(model, made, stopped.with_name("undisturbed.npz"))
     assert stopped.read_bytes() == stopped.with_name("undisturbed.npz").read_bytes()
 
 
@@ -269,7 +269,7 @@ def killed(model, made, stopped, monkeypatch):
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr("unite_fast.sampling.sample_writer.os.replace", dying)
-            generate_files(model, made, stopped)
+            write_samples(model, made, stopped)
         return stopped.with_name("a.npz.parts")
 
     return kill
@@ -283,13 +283,13 @@ def test_killed_while_the_parts_were_deleted(model, made, stopped, killed, kept,
     assert [path.name for path in left] == [
         ".lock",
         *(f"batch_{n:08d}.uint8" for n in range(6)),
-        "distributed_sampler.json",
+        "generation.json",
     ]
     for path in left[:-kept]:
         path.unlink()
     with pytest.raises(UserError, match=mentions("seed", 5, 6)):
-        generate_files(model, replace(made, seed=6), stopped)
-    generate_files(model, made, stopped)
+        write_samples(model, replace(made, seed=6), stopped)
+    write_samples(model, made, stopped)
     assert stopped.read_bytes() == content
     assert json.loads(stopped.with_suffix(".json").read_text())["seed"] == 5
     assert not parts.exists()
@@ -301,10 +301,10 @@ def test_killed_before_the_result_had_its_name(model, made, stopped, killed, men
     assert json.loads(stopped.with_suffix(".json").read_text())["seed"] == 5
     stopped.write_text("mine")
     with pytest.raises(UserError, match=mentions(stopped, "--out")):
-        generate_files(model, made, stopped)
+        write_samples(model, made, stopped)
     assert stopped.read_text() == "mine" and len(whole(parts)) == 6
     stopped.unlink()
-    generate_files(model, made, stopped)
+    write_samples(model, made, stopped)
     assert stopped.stat().st_size > 23 * 8 * 8 * 3 and not parts.exists()
 
 
@@ -314,24 +314,24 @@ def test_the_manifest_beside_an_npz_takes_no_place_but_its_own(model, made, stop
     for other in ('{"mine": 1}', "[1]", "text"):
         about.write_text(other)
         with refused:
-            generate_files(model, made, stopped)
+            write_samples(model, made, stopped)
         assert about.read_text() == other and len(whole(parts)) == 2
     about.unlink()
-    draw = distributed_sampler.generate_batch
+    draw = distributed_sampler.sample_batch
 
     def disturbed(*arguments):
         about.write_text("mine")
         return draw(*arguments)
 
     with monkeypatch.context() as patch, refused:
-        patch.setattr(distributed_sampler, "generate_batch", disturbed)
-        generate_files(model, made, stopped)
+        patch.setattr(distributed_sampler, "sample_batch", disturbed)
+        write_samples(model, made, stopped)
     assert about.read_text() == "mine" and len(whole(parts)) == 6 and not stopped.exists()
     about.unlink()
-    assert generate_files(model, made, stopped) == about
+    assert write_samples(model, made, stopped) == about
     # That of an .npz which was deleted is written over.
     stopped.unlink()
-    generate_files(model, replace(made, seed=6), stopped)
+    write_samples(model, replace(made, seed=6), stopped)
     assert json.loads(about.read_text())["seed"] == 6
 
 
@@ -339,25 +339,25 @@ def test_a_file_of_somebody_else_is_not_the_result(model, made, stopped, monkeyp
     parts = stopped.with_name("a.npz.parts")
     stopped.write_text("mine")
     with pytest.raises(UserError, match=mentions(stopped, "--out")):
-        generate_files(model, made, stopped)
+        write_samples(model, made, stopped)
     assert len(whole(parts)) == 2
     # Nor is one that appears meanwhile.
     stopped.unlink()
-    draw = distributed_sampler.generate_batch
+    draw = distributed_sampler.sample_batch
 
     def disturbed(*arguments):
         stopped.write_text("mine")
         return draw(*arguments)
 
-    monkeypatch.setattr(distributed_sampler, "generate_batch", disturbed)
+    monkeypatch.setattr(distributed_sampler, "sample_batch", disturbed)
     with pytest.raises(UserError, match=mentions(stopped, "--out")):
-        generate_files(model, made, stopped)
+        write_samples(model, made, stopped)
     assert stopped.read_text() == "mine" and len(whole(parts)) == 6
     # An empty folder tells nothing about the file beside it.
     for path in parts.iterdir():
         path.unlink()
     with pytest.raises(UserError, match=mentions(stopped, "--out")):
-        generate_files(model, made, stopped)
+        write_samples(model, made, stopped)
 
 
 @pytest.mark.parametrize("number", [1, 3])
@@ -366,7 +366,7 @@ def test_parts_of_a_version_that_draws_otherwise_are_refused_and_kept(model, mad
     assert json.loads(path.read_text())["format"] == "unite_fast generation 2"
     path.write_text(path.read_text().replace("generation 2", f"generation {number}"))
     with pytest.raises(UserError, match=mentions(path.parent, f"generation {number}", "generation 2", "--out")):
-        generate_files(model, made, stopped)
+        write_samples(model, made, stopped)
     assert len(whole(path.parent)) == 2
 
 
@@ -375,27 +375,27 @@ def test_parts_of_another_machine_are_refused(model, made, stopped, key, mention
     path = stopped.with_name("a.npz.parts") / "generation.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: "other"}))
     with pytest.raises(UserError, match=mentions(key, "other")):
-        generate_files(model, made, stopped)
+        write_samples(model, made, stopped)
 
 
 def test_what_is_in_the_way_is_left_alone(model, made, tmp_path, mentions):
     (tmp_path / "a.npz").write_text("mine")
     with pytest.raises(UserError, match=mentions(tmp_path / "a.npz", "--out")):
-        generate_files(model, made, tmp_path / "a.npz")
+        write_samples(model, made, tmp_path / "a.npz")
     (tmp_path / "folder.npz").mkdir()
     with pytest.raises(UserError, match=mentions(tmp_path / "folder.npz", "--out")):
-        generate_files(model, made, tmp_path / "folder.npz")
+        write_samples(model, made, tmp_path / "folder.npz")
     (tmp_path / "b.parts").mkdir()
     (tmp_path / "b.parts" / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match=mentions(tmp_path / "b.parts", "generation.json", "--out")):
-        generate_files(model, made, tmp_path / "b")
+        write_samples(model, made, tmp_path / "b")
     assert os.listdir(tmp_path / "b.parts") == ["thesis.tex"]
     (tmp_path / "c.parts").mkdir()
     about = tmp_path / "c.parts" / "generation.json"
     for wrong in ("{", "[]"):
         about.write_text(wrong)
         with pytest.raises(UserError, match=mentions(about, about.parent)):
-            generate_files(model, made, tmp_path / "c")
+            write_samples(model, made, tmp_path / "c")
     assert (tmp_path / "a.npz").read_text() == (tmp_path / "b.parts" / "thesis.tex").read_text() == "mine"
 
 

@@ -15,11 +15,12 @@ from unite_fast.randomness import Philox, Stream
 from unite_fast.sampling.sampler import (
     GuidedPrediction,
     Network,
-    generate,
-    generate_batch,
-    generate_latents,
+    choose_labels,
     reconstruct,
-    smooth_stretches,
+    sample_batch,
+    sample_images,
+    sample_latents,
+    smooth_segments,
     solve,
     to_uint8,
 )
@@ -57,7 +58,7 @@ def test_a_known_answer_is_reached_along_a_straight_line(solver, steps, toleranc
     shrinks by exp(-1)."""
     noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     config = SamplingConfig(solver=solver, steps=steps, guidance=1.0)
-    got = generate_latents(Recorder(), torch.tensor([0, 3]), noise, config)
+    got = sample_latents(Recorder(), torch.tensor([0, 3]), noise, config)
     z = torch.tensor([10.0, 40.0])[:, None, None]
     want = z + 0.05 * math.exp(-1) * (noise - z)
     assert ((got - want).abs() / want.abs()).max() < tolerance
@@ -65,7 +66,7 @@ def test_a_known_answer_is_reached_along_a_straight_line(solver, steps, toleranc
 
 def test_the_time_grid_is_shifted_and_runs_from_0_to_1():
     model = Recorder()
-    generate_latents(model, torch.tensor([0]), torch.zeros(1, 1, 1), SamplingConfig(solver="heun", steps=4))
+    sample_latents(model, torch.tensor([0]), torch.zeros(1, 1, 1), SamplingConfig(solver="heun", steps=4))
     s = [0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1]
     assert [t for _, t, _ in model.calls] == pytest.approx([0.5 * x / (1 - 0.5 * x) for x in s])
 
@@ -143,7 +144,7 @@ def test_multistep_is_exact_where_the_prediction_does_nothing_but_jump(interval)
     low, high = interval
     noise = torch.tensor([[[3.0]]], dtype=torch.float64)
     config = SamplingConfig(steps=6, guidance=2.0, interval=interval)
-    got = generate_latents(Recorder(), torch.tensor([2]), noise, config)
+    got = sample_latents(Recorder(), torch.tensor([2]), noise, config)
     want, left = 3.0, {0.0: 1.0, low: 1 - low, high: 1 - high} | {1.0: 0.05 / math.e}
     for start, end in pairwise(sorted({0.0, low, high, 1.0})):
         z = 0.0 if low <= start < high else 30.0
@@ -152,10 +153,10 @@ def test_multistep_is_exact_where_the_prediction_does_nothing_but_jump(interval)
 
 
 def test_without_guidance_or_jump_there_is_one_stretch():
-    assert len(smooth_stretches(SamplingConfig(guidance=1.0, interval=(0.1, 0.9)))) == 1
-    assert len(smooth_stretches(SamplingConfig(guidance=2.0, interval=(0.0, 1.0)))) == 1
-    assert len(smooth_stretches(SamplingConfig(guidance=2.0, interval=(0.5, 0.5)))) == 1
-    assert [times[0] for times in smooth_stretches(SamplingConfig(guidance=2.0, interval=(0.1, 0.9)))] == [0, 0.1, 0.9]
+    assert len(smooth_segments(SamplingConfig(guidance=1.0, interval=(0.1, 0.9)))) == 1
+    assert len(smooth_segments(SamplingConfig(guidance=2.0, interval=(0.0, 1.0)))) == 1
+    assert len(smooth_segments(SamplingConfig(guidance=2.0, interval=(0.5, 0.5)))) == 1
+    assert [times[0] for times in smooth_segments(SamplingConfig(guidance=2.0, interval=(0.1, 0.9)))] == [0, 0.1, 0.9]
 
 
 def test_guided_prediction_of_the_real_model(tiny_model):
@@ -175,7 +176,7 @@ FAST = SamplingConfig(solver="euler", steps=3, guidance=2.0)
 @pytest.mark.parametrize("batch", [1, 2, 64])
 def test_the_same_images_for_any_batch_size(batch, tiny_model):
     labels = torch.tensor([0, 1, 4, 2, 2])
-    got, want = generate(tiny_model, labels, FAST, batch=batch), generate(tiny_model, labels, FAST, batch=5)
+    got, want = sample_images(tiny_model, labels, FAST, batch=batch), sample_images(tiny_model, labels, FAST, batch=5)
     assert got.shape == (5, 3, 8, 8) and got.dtype == torch.uint8
     # Another batch may sum in another order: a value on the edge between two levels may fall on either side.
     assert (got.int() - want.int()).abs().max() <= 1
@@ -183,18 +184,18 @@ def test_the_same_images_for_any_batch_size(batch, tiny_model):
 
 
 def test_an_image_depends_on_its_seed_place_and_label_alone(tiny_model):
-    first = generate(tiny_model, torch.tensor([0, 1, 2]), FAST)
-    assert torch.equal(first, generate(tiny_model, torch.tensor([0, 1, 2]), FAST))
-    other_labels = generate(tiny_model, torch.tensor([0, 3, 2]), FAST)
+    first = sample_images(tiny_model, torch.tensor([0, 1, 2]), FAST)
+    assert torch.equal(first, sample_images(tiny_model, torch.tensor([0, 1, 2]), FAST))
+    other_labels = sample_images(tiny_model, torch.tensor([0, 3, 2]), FAST)
     assert torch.equal(other_labels[[0, 2]], first[[0, 2]])
     assert not torch.equal(other_labels[1], first[1])
-    assert not torch.equal(generate(tiny_model, torch.tensor([0, 1, 2]), FAST, seed=1), first)
+    assert not torch.equal(sample_images(tiny_model, torch.tensor([0, 1, 2]), FAST, seed=1), first)
 
 
 @pytest.mark.parametrize("wrong", [-1, 5])
 def test_a_class_that_does_not_exist_is_refused_by_its_number(wrong, tiny_model, mentions):
     with pytest.raises(UserError, match=mentions("class", wrong, "0..4")):
-        generate(tiny_model, torch.tensor([0, wrong]), FAST)
+        sample_images(tiny_model, torch.tensor([0, wrong]), FAST)
 
 
 def test_the_compiled_network_is_whole_and_compiled_once_for_each_shape(tiny_model):
@@ -206,8 +207,8 @@ def test_the_compiled_network_is_whole_and_compiled_once_for_each_shape(tiny_mod
     pictures = []
     for positions in (torch.arange(3), torch.arange(3, 6)):
         labels = positions % 5
-        pictures.append(generate_batch(tiny_model, network, labels, positions, config, seed=0)[0])
-        eager = generate(tiny_model, labels, config, first=int(positions[0]))
+        pictures.append(sample_batch(tiny_model, network, labels, positions, config, seed=0)[0])
+        eager = sample_images(tiny_model, labels, config, first=int(positions[0]))
         assert (pictures[-1].int() - eager.int()).abs().max() <= 1
         assert counter.frame_count == 3
     assert not torch.equal(*pictures)
@@ -222,8 +223,8 @@ def test_bfloat16_runs_the_network_in_it_and_nothing_else(tiny_model):
         return tiny_model.denoise(x, t, labels)
 
     labels, network = torch.tensor([0, 1]), Network(denoise, tiny_model.decode)
-    full, _ = generate_batch(tiny_model, network, labels, torch.arange(2), FAST, seed=0)
-    half, _ = generate_batch(tiny_model, network, labels, torch.arange(2), FAST, 0, "bfloat16")
+    full, _ = sample_batch(tiny_model, network, labels, torch.arange(2), FAST, seed=0)
+    half, _ = sample_batch(tiny_model, network, labels, torch.arange(2), FAST, 0, "bfloat16")
     assert seen[0] == (torch.float32, torch.float32, torch.bfloat16, False)
     assert seen[-1] == (torch.float32, torch.float32, torch.bfloat16, True)
     assert 0 < (full.int() - half.int()).abs().float().mean() < 8
@@ -231,7 +232,7 @@ def test_bfloat16_runs_the_network_in_it_and_nothing_else(tiny_model):
 
 def test_generation_keeps_no_graph(tiny_model):
     noise = torch.zeros(1, 4, 6)
-    assert not generate_latents(tiny_model, torch.tensor([0]), noise, FAST).requires_grad
+    assert not sample_latents(tiny_model, torch.tensor([0]), noise, FAST).requires_grad
 
 
 @pytest.mark.parametrize("batch", [1, 64])
@@ -248,3 +249,18 @@ def test_uint8_is_clamped_and_truncated():
     values = torch.tensor([-1.0, 0.0, 0.5, 254.99 / 255, 1.0, 1.7])
     assert to_uint8(values).tolist() == [0, 0, 127, 254, 255, 255]
     assert to_uint8(values.bfloat16()[[0, 2, 5]]).tolist() == [0, 127, 255]
+
+
+@pytest.mark.parametrize(
+    ("classes", "count", "labels"),
+    [([], 7, [0, 1, 2, 3, 4, 0, 1]), ([3], 2, [3, 3]), ([3, 1, 4], 5, [3, 1, 4, 3, 1]), ([0, 2], 1, [0])],
+)
+def test_classes_are_taken_in_turn(classes, count, labels):
+    chosen = choose_labels(classes, count, num_classes=5)
+    assert chosen.tolist() == labels and chosen.dtype == torch.int64
+
+
+@pytest.mark.parametrize("classes", [[5], [0, -1], [99999999999999999999]])
+def test_classes_out_of_range_are_refused(classes, mentions):
+    with pytest.raises(UserError, match=mentions("class", classes[-1], "0..4")):
+        choose_labels(classes, 3, 5)

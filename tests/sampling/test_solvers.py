@@ -12,11 +12,11 @@ from unite_fast.sampling import solvers
 from unite_fast.sampling.solvers import (
     dopri5,
     euler,
-    follow_line,
     heun,
     multistep,
     multistep_times,
-    noise_left,
+    remaining_noise,
+    step_on_line,
     velocity,
 )
 
@@ -115,7 +115,7 @@ def test_a_line_is_followed_exactly(t0, t1):
     x, prediction, slope = torch.tensor([[3.0], [-2.0], [0.7]], dtype=torch.float64)
     times = torch.linspace(t0, t1, 2001, dtype=torch.float64).tolist()
     want = heun(lambda t, x: prediction + (t - t0) * slope, x, times)
-    torch.testing.assert_close(follow_line(x, prediction, slope, t0, t1), want, rtol=1e-5, atol=0)
+    torch.testing.assert_close(step_on_line(x, prediction, slope, t0, t1), want, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("end", [0.8, 1.0])
@@ -130,9 +130,9 @@ def test_multistep_corrects_a_step_when_it_sees_the_next_prediction(end):
         return predictions[t]
 
     got = multistep(predict, torch.tensor(0.0), [0.0, 0.5, end])
-    middle = follow_line(torch.tensor(0.0), predictions[0.0], torch.tensor(2.0), 0.0, 0.5)
-    ahead = follow_line(middle, predictions[0.5], torch.tensor(2.0), 0.5, end).item()
-    corrected = follow_line(middle, predictions[0.5], torch.tensor(10.0), 0.5, end).item()
+    middle = step_on_line(torch.tensor(0.0), predictions[0.0], torch.tensor(2.0), 0.0, 0.5)
+    ahead = step_on_line(middle, predictions[0.5], torch.tensor(2.0), 0.5, end).item()
+    corrected = step_on_line(middle, predictions[0.5], torch.tensor(10.0), 0.5, end).item()
     assert seen[:2] == [(0.0, 0.0), (0.5, 0.5)]
     assert seen[2:] == ([] if end == 1 else [(0.8, pytest.approx(ahead))])
     assert got.item() == pytest.approx(ahead if end == 1 else corrected)
@@ -155,7 +155,7 @@ def test_a_stretch_has_its_share_of_the_steps(start, end, parts):
 @pytest.mark.parametrize("t", [0.0, 0.3, 0.94, 0.97, 1.0])
 def test_noise_left_falls_by_its_share_of_the_time_left(t):
     h = 1e-6
-    (n0, g0), (n, _), (n1, g1) = (noise_left(t + d) for d in (-h, 0.0, h))
-    assert noise_left(0.0) == (1, 0)
+    (n0, g0), (n, _), (n1, g1) = (remaining_noise(t + d) for d in (-h, 0.0, h))
+    assert remaining_noise(0.0) == (1, 0)
     assert (n1 - n0) / (2 * h) / n == pytest.approx(-1 / max(1 - t, MIN_TIME_LEFT), rel=1e-5)
     assert (g1 - g0) / (2 * h) == pytest.approx(1 / n, rel=1e-5)

@@ -53,7 +53,7 @@ def test_pictures_are_drawn_with_the_averaged_weights(config, run):
     raw.load_state_dict({n.removeprefix("model."): x for n, x in tensors.items() if n.startswith("model.")})
 
     def drawn(network) -> tuple[np.ndarray, np.ndarray]:
-        samples = sampler.generate(network, torch.tensor(labels), config.sampling, config.seed)
+        samples = sampler.sample_images(network, torch.tensor(labels), config.sampling, config.seed)
         copies = sampler.reconstruct(network, held_out, config.seed)
         return pixels(grid(samples, PICTURE_COLUMNS)), pixels(pairs(held_out, copies, PICTURE_COLUMNS))
 

@@ -200,7 +200,7 @@ def draw_amid(config, pictures: bool) -> tuple[torch.Tensor, list[list[float]], 
         sample = None
         if pictures:
             with state.ema.applied():
-                sample = sampler.generate(state.model, torch.arange(4), config.sampling, config.seed).numpy()
+                sample = sampler.sample_images(state.model, torch.arange(4), config.sampling, config.seed).numpy()
         return sample, seen + take_steps(trainer, 2), averages
 
 
@@ -214,7 +214,7 @@ def test_pictures_drawn_together_are_those_of_the_averages_and_change_nothing(se
     assert drawn[0][1] == undisturbed[0][1]
     plain = UNITE.create(config.model, 0)
     plain.load_state_dict({name: torch.from_numpy(x) for name, x in drawn[0][2].items()}, strict=False)
-    want = sampler.generate(plain, torch.arange(4), config.sampling, config.seed)
+    want = sampler.sample_images(plain, torch.arange(4), config.sampling, config.seed)
     assert all(torch.equal(torch.from_numpy(sample), want) for sample, *_ in drawn)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from unite_fast.errors import UserError
-from unite_fast.utils.file_lock import LOCK, hold
+from unite_fast.utils.file_lock import LOCK, lock_folder
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def holder(tmp_path):
     """A process that holds the folder `tmp_path`/x."""
     fork = multiprocessing.get_context("fork")
     here, there = fork.Pipe()
-    process = fork.Process(target=_hold, args=(tmp_path / "x", there), daemon=True)
+    process = fork.Process(target=_hold_lock, args=(tmp_path / "x", there), daemon=True)
     process.start()
     assert here.recv() == "held"
     yield process
@@ -26,8 +26,8 @@ def holder(tmp_path):
     process.join()
 
 
-def _hold(folder: Path, pipe) -> None:
-    file = hold(folder, "being read", "read another")
+def _hold_lock(folder: Path, pipe) -> None:
+    file = lock_folder(folder, "being read", "read another")
     pipe.send("held")
     pipe.recv()
     file.close()
@@ -37,7 +37,7 @@ def test_a_folder_that_another_process_holds_is_refused_until_it_is_killed(holde
     folder = tmp_path / "x"
     for _ in range(2):  # the first refusal must not have let go what is not its own
         with pytest.raises(UserError) as caught:
-            hold(folder, "being read", "read another")
+            lock_folder(folder, "being read", "read another")
         # What the caller says of both, who it is, and what to delete.
         assert re.match(
             mentions(folder, "being read", f"process {holder.pid}", "read another", folder / LOCK), str(caught.value)
@@ -45,7 +45,7 @@ def test_a_folder_that_another_process_holds_is_refused_until_it_is_killed(holde
         assert "\n" not in str(caught.value)
     holder.kill()
     holder.join()
-    with hold(folder, "being read", "read another"):
+    with lock_folder(folder, "being read", "read another"):
         assert re.match(rf"process {os.getpid()}\b", (folder / LOCK).read_text())
     assert os.listdir(folder) == [LOCK]
 
@@ -55,11 +55,11 @@ def test_where_there_are_no_locks_nothing_is_refused(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
-    hold(tmp_path / "new" / "x", "being read", "read another").close()
+    lock_folder(tmp_path / "new" / "x", "being read", "read another").close()
     assert os.listdir(tmp_path / "new" / "x") == [LOCK]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path, mentions):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=mentions(tmp_path / "file", os.strerror(errno.EEXIST))):
-        hold(tmp_path / "file", "being read", "read another")
+        lock_folder(tmp_path / "file", "being read", "read another")

@@ -1,11 +1,15 @@
-"""Grids and curves, pixel by pixel where that says something."""
+"""Grids, curves and files of images."""
+
+import errno
+import os
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from unite_fast.utils.images import grid, pairs, save_curves
+from unite_fast.errors import UserError
+from unite_fast.utils.images import grid, pairs, save_curves, save_images, save_pairs
 
 
 def flat(*colours: int, size: int) -> torch.Tensor:
@@ -59,3 +63,55 @@ def test_curves_are_drawn(tmp_path, lpips):
 def test_a_single_row_can_be_drawn(tmp_path):
     save_curves([{"step": 1, "l1": 0.1, "flow": 0.1, "grad_norm": 1.0, "lr": 0.0, "lpips": 0.0}], tmp_path / "c.png")
     assert Image.open(tmp_path / "c.png").width > 1000
+
+
+@pytest.fixture
+def images():
+    return torch.randint(256, (4, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+
+
+def test_an_npz_holds_images_and_labels(tmp_path, images):
+    save_images(images, torch.tensor([3, 1, 4, 1]), tmp_path / "new" / "a.npz", 10)
+    with np.load(tmp_path / "new" / "a.npz", allow_pickle=False) as file:
+        assert file.files == ["arr_0", "arr_1"]
+        assert file["arr_0"].dtype == np.uint8
+        assert np.array_equal(file["arr_0"], images.numpy().transpose(0, 2, 3, 1))
+        assert file["arr_1"].tolist() == [3, 1, 4, 1]
+
+
+def test_a_folder_holds_each_image_by_number_and_class(tmp_path, images):
+    for _ in range(2):  # twice, as the folder may be there
+        save_images(images, torch.tensor([3, 1, 4, 1]), tmp_path / "new" / "folder", 10)
+    names = sorted(os.listdir(tmp_path / "new" / "folder"))
+    assert names == ["000000_class3.png", "000001_class1.png", "000002_class4.png", "000003_class1.png"]
+    for name, image in zip(names, images, strict=True):
+        with Image.open(tmp_path / "new" / "folder" / name) as picture:
+            assert np.array_equal(np.asarray(picture), image.permute(1, 2, 0).numpy())
+
+
+def test_a_png_holds_all_images(tmp_path, images):
+    save_images(images, torch.zeros(4), tmp_path / "a.png", 3)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == ((3 * 9 + 1) * 6, (2 * 9 + 1) * 6)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.PNG", "a.npy", "a.png.gz"])
+def test_another_ending_is_refused_before_anything_is_written(tmp_path, images, name, mentions):
+    with pytest.raises(UserError, match=mentions(tmp_path / "new" / name, ".png", ".npz", "folder")):
+        save_images(images, torch.zeros(4), tmp_path / "new" / name, 3)
+    with pytest.raises(UserError, match=mentions(tmp_path / "new" / name, ".png")):
+        save_pairs(images, images, tmp_path / "new" / name)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.npz"])
+def test_a_full_disk_is_named(tmp_path, images, name, mentions):
+    (tmp_path / name).symlink_to("/dev/full")
+    with pytest.raises(UserError, match=mentions(tmp_path / name, os.strerror(errno.ENOSPC))):
+        save_images(images, torch.zeros(4), tmp_path / name, 3)
+
+
+def test_a_file_where_a_folder_should_be_is_named(tmp_path, images, mentions):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=mentions(tmp_path / "file" / "a.png")):
+        save_images(images, torch.zeros(4), tmp_path / "file" / "a.png", 3)

@@ -1,1 +1,1 @@
-"""How fast a recipe trains on this machine (`unite-fast bench`), and what makes it faster (`unite-fast tune`)."""
+"""Measure how fast a recipe trains on this machine (`unite-fast bench`), and find faster settings (`tune`)."""

@@ -1,4 +1,4 @@
-"""One candidate of `unite-fast tune`: a short `unite-fast bench` in a process of its own, which may fail or hang."""
+"""One candidate of `unite-fast tune`: a short `unite-fast bench` in its own process, which may fail or hang."""
 
 import json
 import os
@@ -13,26 +13,26 @@ from dataclasses import dataclass
 from unite_fast.distributed.process_group import Ranks
 
 WARMUP, STEPS, SECONDS = 2, 10, 5.0
-"""Of each: steps before, and timed ones, as many as fit into this time."""
+"""Warm-up steps, maximum number of timed steps, and seconds for them."""
 GRACE = 10.0
-"""Seconds that a process which ran out of time has to tidy up."""
+"""Seconds to clean up for a process that ran out of time."""
 
 START = "import sys; sys.path[:1] = []; from unite_fast.cli import main; main()"
-"""`python -m` would look for the package in the working directory first, where only a part of it may be."""
+"""Instead of `python -m`, which would import from the working directory first, where a source tree may be."""
 
 OK, OUT_OF_MEMORY, OUT_OF_TIME, FAILED = "ok", "out of memory", "out of time", "failed"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """How a candidate did.
+    """Result of a candidate.
 
     Attributes:
-        settings: what differs from the recipe, by dotted key.
+        settings: settings that differ from the recipe, by dotted key.
         status: OK, OUT_OF_MEMORY, OUT_OF_TIME or FAILED.
-        wall: seconds it took, start and compilation included.
-        row: the figures of `unite-fast bench`, where it is OK.
-        why: one line, where it FAILED.
+        wall: seconds, start and compilation included.
+        row: the figures of `unite-fast bench`, if OK.
+        why: one line, if FAILED.
     """
 
     settings: dict[str, object]
@@ -43,19 +43,18 @@ class Trial:
 
     @property
     def images_per_s(self) -> float:
-        """0 where it is not OK."""
+        """0 unless OK."""
         return self.row["images_per_s"] if self.row else 0.0
 
 
 def run(words: tuple[str, ...], tuned: dict[str, object], limit: float, ranks: Ranks) -> Trial:
-    """Time the recipe `words` with `tuned` settings, for at most `limit` seconds. All processes of torchrun call it
-    together, each starts one that finds the others, and all get the same answer."""
-    begun = time.monotonic()
-    own = _run(words, tuned, limit, _environment(ranks))
-    trials = ranks.gather(own)
-    wall = max(ranks.gather(time.monotonic() - begun))
+    """Time the recipe `words` with the settings `tuned` for at most `limit` seconds. Collective: each rank starts one
+    process, these form their own process group, and all ranks return the same result."""
+    start = time.monotonic()
+    trials = ranks.gather(_run(words, tuned, limit, _environment(ranks)))
+    wall = max(ranks.gather(time.monotonic() - start))
     bad = [trial for trial in trials if trial.status != OK]
-    # Whose neighbour ran out of memory, lost contact: that is not the cause.
+    # If one rank runs out of memory, the others fail for loss of contact: report the cause.
     cause = min(bad, key=lambda trial: (OUT_OF_MEMORY, FAILED, OUT_OF_TIME).index(trial.status), default=trials[0])
     return Trial(tuned, cause.status, wall, None if bad else cause.row, cause.why)
 
@@ -63,7 +62,7 @@ def run(words: tuple[str, ...], tuned: dict[str, object], limit: float, ranks: R
 def _run(words: tuple[str, ...], tuned: dict, limit: float, environment: dict[str, str]) -> Trial:
     command = bench_command(*words, *map(as_override, tuned.items()))
     command += ["--warmup", str(WARMUP), "--steps", str(STEPS), "--seconds", str(SECONDS)]
-    # A group of its own, that ends with it.
+    # Its own session, to end it together with its children.
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
@@ -74,7 +73,7 @@ def _run(words: tuple[str, ...], tuned: dict, limit: float, environment: dict[st
     finally:
         _end(process)
     if process.returncode == 0:
-        # Under torchrun the main process alone prints it.
+        # Under torchrun only rank 0 prints the row.
         row = printed_row(out)
         if row is None and environment.get("RANK", "0") == "0":
             return Trial(tuned, FAILED, 0.0, None, "unite-fast bench printed no figures")
@@ -84,14 +83,13 @@ def _run(words: tuple[str, ...], tuned: dict, limit: float, environment: dict[st
 
 
 def bench_command(*words: str) -> list[str]:
-    """A command that prints the figures of `unite-fast bench WORDS` as one object, see `printed_row`, and keeps no
-    table."""
+    """A command that prints the figures of `unite-fast bench WORDS` as JSON (see `printed_row`) and writes no table."""
     return [sys.executable, "-c", START, "bench", *words, "--json", "--csv", ""]
 
 
 def printed_row(out: str) -> dict | None:
-    """The object that `unite-fast bench --json` printed, whatever a library printed before or after it (NCCL writes its
-    log to stdout); None: there is none."""
+    """The JSON object that `unite-fast bench --json` printed, or None. Ignores what libraries print before and after it
+    (NCCL logs to stdout)."""
     lines = out.splitlines()
     with suppress(ValueError):
         row = json.loads("\n".join(lines[lines.index("{") : len(lines) - lines[::-1].index("}")]))
@@ -100,7 +98,7 @@ def printed_row(out: str) -> dict | None:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Whatever is left of a process and its children."""
+    """End a process and its children, if still running."""
     for number, seconds in ((signal.SIGTERM, GRACE), (signal.SIGKILL, None)):
         if process.poll() is not None:
             return
@@ -112,14 +110,14 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def explain(returncode: int, err: str) -> tuple[str, str]:
-    """Status and reason of a process that did not end well, from its exit status and stderr."""
+    """Status and reason of a failed process, from its exit status and stderr."""
     if returncode < 0:
         name = signal.Signals(-returncode).name
-        hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
+        hint = ", perhaps out of memory" if name == "SIGKILL" else ""
         return FAILED, f"killed by {name}{hint}"
-    said = [line.strip() for line in err.splitlines() if line.strip()]
-    errors = [line for line in said if line.startswith("error: ")]
-    why = (errors or said or [f"exit status {returncode}"])[-1].removeprefix("error: ")
+    lines = [line.strip() for line in err.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    why = (errors or lines or [f"exit status {returncode}"])[-1].removeprefix("error: ")
     if "out of memory" in why.lower() or "outofmemory" in err.lower().replace(" ", ""):
         return OUT_OF_MEMORY, ""
     return FAILED, why
@@ -131,12 +129,12 @@ def as_override(setting: tuple[str, object]) -> str:
 
 
 def _environment(ranks: Ranks) -> dict[str, str]:
-    """The variables by which the candidates of all processes find each other, at a port of their own."""
+    """Environment of the candidate processes: they rendezvous at a free port."""
     if ranks.world == 1:
         return dict(os.environ)
     with socket.socket() as free:
         free.bind(("", 0))
         port = ranks.broadcast(free.getsockname()[1])
-    # torchrun's own store stays that of these processes.
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
-    return kept | {"MASTER_PORT": str(port)}
+    # torchrun's store belongs to the ranks of the search.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
+    return inherited | {"MASTER_PORT": str(port)}

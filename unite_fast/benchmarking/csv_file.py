@@ -1,4 +1,4 @@
-"""A growing table of measurements, a row each, to which several processes may write."""
+"""A CSV table of measurements, to which several processes may append."""
 
 import csv
 import fcntl
@@ -8,23 +8,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from unite_fast.errors import UserError
-from unite_fast.utils.files import writing, writing_aside
+from unite_fast.utils.files import atomic_write, writing
 
 
 def append(path: Path, row: dict) -> None:
-    """Add a row. Columns that the table lacks are added to it, what the row lacks stays empty.
+    """Append a row. New columns are added to the table; missing values stay empty.
 
     Raises:
-        UserError: no such table, no permission, a full disk.
+        UserError: the file is not such a table, no permission, no space left.
     """
     row = {name: "" if value is None else value for name, value in row.items()}
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with held(path):
+    with locked(path):
         columns, rows = parse(path, path.read_text()) if path.exists() else ([], [])
         missing = [name for name in row if name not in columns]
         if missing:
-            with writing_aside(path) as partial:
+            with atomic_write(path) as partial:
                 partial.write_text(table([*columns, *missing], [*rows, row], header=True))
         else:
             with writing(path), path.open("a", newline="") as file:
@@ -32,17 +32,18 @@ def append(path: Path, row: dict) -> None:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
-    """No other process adds to the table meanwhile: by a lock on a file beside it, for the table itself is replaced."""
+def locked(path: Path) -> Iterator[None]:
+    """Lock the table against other processes, by a file next to it because the table itself gets replaced."""
     with writing(path), path.with_name(f".{path.name}.lock").open("w") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         yield
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """
+    """The rows of a table.
+
     Raises:
-        UserError: no such file, or no table of measurements.
+        UserError: no such file, or not a table of measurements.
     """
     if not path.is_file():
         raise UserError(f"there is no table {path}; unite-fast bench RECIPE writes one, or name another with --csv")
@@ -50,11 +51,11 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def parse(path: Path, text: str) -> tuple[list[str], list[dict[str, str]]]:
-    """Columns and rows; none of an empty file."""
+    """Columns and rows; both empty for an empty file."""
     reader = csv.DictReader(io.StringIO(text, newline=""))
     columns = list(reader.fieldnames or [])
     if columns and "images_per_s" not in columns:
-        raise UserError(f"{path} is no table of unite-fast bench; name another file with --csv")
+        raise UserError(f"{path} is not a table of unite-fast bench; name another file with --csv")
     return columns, list(reader)
 
 

@@ -1,4 +1,4 @@
-"""What a figure was measured with: card, versions, commit."""
+"""The machine behind a measurement: GPU, versions, commit."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ import unite_fast
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """Date (UTC), commit or version of this package, card, and the versions that a speed depends on."""
+    """Date (UTC), commit or version of this package, GPU or CPU, and versions of libraries."""
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": commit(),
@@ -26,7 +26,7 @@ def describe(device: torch.device) -> dict[str, str]:
 
 
 def card(device: torch.device) -> str:
-    """The GPU's name, or the processor's and how many of its cores this process may use."""
+    """Name of the GPU, or of the CPU with the number of cores this process may use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -47,7 +47,7 @@ def version(package: str) -> str:
 
 
 def commit() -> str:
-    """The commit that this code is, with + if files differ from it; the package's version where git does not know."""
+    """The git commit of this code, with + if files were changed; the version of the package outside a repository."""
     here = Path(unite_fast.__file__).parent
 
     def git(*arguments: str) -> str:
@@ -55,7 +55,8 @@ def commit() -> str:
         return done.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # installed in an environment within another repository
+        # Fails if the package is installed in an environment inside another repository.
+        git("ls-files", "--error-unmatch", "__init__.py")
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return unite_fast.__version__

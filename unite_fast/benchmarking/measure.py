@@ -1,7 +1,7 @@
-"""Times the trainer itself: its step, loader, optimizers, averages and sharding, in a temporary folder.
+"""Time the real trainer, with its step, loader, optimizers, EMA and sharding, in a temporary folder.
 
-The device is waited for at both ends of the timed steps only. Between them a mark a step is left in its queue (CUDA
-events, or the clock on a CPU), so the steps follow one another as in training.
+The device is synchronised only before and after the timed steps. In between, each step records an event (a CUDA event,
+or the clock on a CPU), so the host runs ahead as in training.
 """
 
 import io
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from unite_fast.benchmarking.product_rate import product_rate, synchronize
+from unite_fast.benchmarking.matmul_rate import matmul_rate, synchronize
 from unite_fast.benchmarking.progress import ProgressLine
 from unite_fast.benchmarking.top_kernels import top_kernels
 from unite_fast.config import Config, ProfileConfig
@@ -33,13 +33,13 @@ from unite_fast.utils.device import choose_device
 
 @dataclass(frozen=True)
 class Window:
-    """What is timed.
+    """Which steps to time.
 
     Attributes:
-        warmup: steps before, of which the first compiles.
+        warmup: steps before; the first one compiles.
         steps: timed steps.
-        seconds: as many steps as fit into this time, at most `steps` and at least one; 0: `steps`.
-        profile: whether the kernels of two more steps are listed.
+        seconds: time limit for the timed steps, of which at least one runs; 0: no limit.
+        profile: whether to list the kernels of two more steps.
     """
 
     warmup: int = 5
@@ -49,20 +49,21 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """
+class Measurement:
+    """Speed and memory of a recipe.
+
     Attributes:
-        ranks: this process among those that took part.
         first_step: seconds of the first step, which compiles.
-        whole: seconds of all timed steps together, the slowest process's.
-        step_seconds: of each timed step, the slowest process's.
-        parts: mean seconds a step by part, as `training.clock.StepClock` has them; the mean of the processes.
-        product_rate: FLOP/s of bfloat16 products, the mean of the processes, all at once.
-        memory: bytes, the most of any process: of its GPU by tensors, on a CPU of the whole process.
-        reserved: bytes of a GPU that PyTorch's allocator took, the most of any process; 0 on a CPU.
+        whole: seconds of all timed steps together, on the slowest rank.
+        step_seconds: seconds of each timed step, on the slowest rank.
+        parts: mean seconds per step by part (see `training.step_timer`), averaged over the ranks.
+        matmul_rate: FLOP/s of bfloat16 matmuls on all ranks at once, averaged over the ranks.
+        memory: peak bytes, maximum over the ranks: of tensors on a GPU, of the process on a CPU.
+        reserved: bytes that PyTorch's allocator reserved on a GPU, maximum over the ranks; 0 on a CPU.
         bad_step: the first step whose loss or gradient was not finite.
-        strategy: how the processes share the training state.
-        top: kernels by time, if they were asked for.
+        strategy: how the training state is replicated or sharded.
+        random_lpips: whether LPIPS had random weights.
+        top: kernels by time, if requested.
     """
 
     ranks: Ranks
@@ -71,7 +72,7 @@ class Measured:
     whole: float
     step_seconds: list[float]
     parts: dict[str, float]
-    product_rate: float
+    matmul_rate: float
     memory: float
     reserved: float
     bad_step: int | None
@@ -80,49 +81,51 @@ class Measured:
     top: list[dict] | None
 
 
-def measure(config: Config, window: Window) -> Measured:
-    """Time a recipe, alone or under torchrun; all processes call it together and have the same figures.
+def measure(config: Config, window: Window) -> Measurement:
+    """Time a recipe, in one process or under torchrun. Collective: all ranks return the same figures.
 
     Raises:
-        UserError: settings or data that do not fit; `LostContact`, another process died.
+        UserError: settings or data do not fit; `LostContact`: another process died.
     """
-    with opened(config) as trainer:
+    with open_trainer(config) as trainer:
         line = ProgressLine(trainer.ranks.main, config.train.batch_size)
         first_step, seconds = 0.0, 0.0
         for step in range(window.warmup):
             line.show(f"warm-up {step + 1}/{window.warmup}" if step else "first step, which compiles", step)
             synchronize(trainer.device)
-            begun = time.perf_counter()
+            start = time.perf_counter()
             take_step(trainer)
             synchronize(trainer.device)
-            seconds = time.perf_counter() - begun
+            seconds = time.perf_counter() - start
             first_step = first_step or seconds
         steps = window.steps
         if window.seconds:
             steps = trainer.ranks.broadcast(max(1, min(steps, int(window.seconds / max(seconds, 1e-6)))))
         whole, step_seconds, parts = timed_steps(trainer, steps, line)
-        line.show("profiling" if window.profile else "measuring the product rate", steps, force=True)
+        line.show("profiling" if window.profile else "measuring the matmul rate", steps, force=True)
         top = top_kernels(lambda: take_step(trainer), trainer.device) if window.profile else None
-        trainer.watchdog.beat(trainer.state.step, "measuring the product rate", patient=True)
+        trainer.watchdog.beat(trainer.state.step, "measuring the matmul rate", patient=True)
         line.close()
-        return gathered(trainer, first_step, whole, step_seconds, parts, top)
+        return gather_measurement(trainer, first_step, whole, step_seconds, parts, top)
 
 
-def gathered(trainer: Trainer, first_step: float, whole: float, step_seconds: list, parts: dict, top) -> Measured:
-    """The figures of all processes as one."""
+def gather_measurement(
+    trainer: Trainer, first_step: float, whole: float, step_seconds: list, parts: dict, top
+) -> Measurement:
+    """Combine the figures of all ranks."""
     cuda, perceptual = trainer.device.type == "cuda", trainer.config.perceptual
     memory, reserved = trainer.speed.memory(), torch.cuda.max_memory_reserved(trainer.device) if cuda else 0
     bad_step = trainer.averages.bad_step()
-    everyone = trainer.ranks.gather((first_step, whole, step_seconds, parts, product_rate(trainer.device), reserved))
-    firsts, wholes, steps, each_parts, rates, all_reserved = zip(*everyone, strict=True)
-    return Measured(
+    per_rank = trainer.ranks.gather((first_step, whole, step_seconds, parts, matmul_rate(trainer.device), reserved))
+    firsts, wholes, steps, each_parts, rates, all_reserved = zip(*per_rank, strict=True)
+    return Measurement(
         ranks=trainer.ranks,
         device=trainer.device,
         first_step=max(firsts),
         whole=max(wholes),
         step_seconds=[max(each) for each in zip(*steps, strict=True)],
         parts={name: statistics.fmean(each[name] for each in each_parts) for name in parts},
-        product_rate=statistics.fmean(rates),
+        matmul_rate=statistics.fmean(rates),
         memory=memory,
         reserved=max(all_reserved),
         bad_step=bad_step,
@@ -133,7 +136,7 @@ def gathered(trainer: Trainer, first_step: float, whole: float, step_seconds: li
 
 
 def timed_steps(trainer: Trainer, count: int, line: ProgressLine) -> tuple[float, list[float], dict[str, float]]:
-    """Seconds of `count` steps: together, each, and the mean of each part."""
+    """Time `count` steps: total seconds, seconds per step, and mean seconds by part."""
     marks = Marks(trainer.device)
     line.start()
     synchronize(trainer.device)
@@ -150,7 +153,7 @@ def timed_steps(trainer: Trainer, count: int, line: ProgressLine) -> tuple[float
 
 
 def take_step(trainer: Trainer) -> None:
-    """One step of `Trainer.run`, without what it does only now and then."""
+    """One step of `Trainer.run`, without logging, checkpoints and evaluation."""
     with trainer.speed.clock.measure("data"):
         batch = trainer.read()
     losses, grad_norm = trainer.step(batch)
@@ -158,7 +161,7 @@ def take_step(trainer: Trainer) -> None:
 
 
 class Marks:
-    """Moments in the device's queue of work; leaving one waits for nothing."""
+    """Time stamps in the device's queue; adding one does not synchronise."""
 
     def __init__(self, device: torch.device):
         self.cuda, self.marks = device.type == "cuda", []
@@ -172,14 +175,14 @@ class Marks:
             self.marks.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """Between each mark and the next; the device must have come to the last one."""
+        """Seconds between consecutive marks; the device must have reached the last one."""
         pairs = zip(self.marks, self.marks[1:], strict=False)
         return [one.elapsed_time(other) / 1e3 if self.cuda else other - one for one, other in pairs]
 
 
 @contextmanager
-def opened(config: Config) -> Iterator[Trainer]:
-    """A trainer of these settings, whose folder is gone in the end, whatever that is."""
+def open_trainer(config: Config) -> Iterator[Trainer]:
+    """A trainer with these settings in a temporary folder, which is deleted in any case."""
     timeout = config.parallel.timeout
     with (
         sigterm_unwinds(),
@@ -191,27 +194,27 @@ def opened(config: Config) -> Iterator[Trainer]:
         perceptual, lpips = config.perceptual, None
         if perceptual.weight and not has_weights(perceptual):
             lpips = random_lpips(perceptual)
-        # What it says of itself as a run is not true of this one.
+        # The trainer's messages describe a run, which this is not.
         with redirect_stdout(io.StringIO()):
             trainer = Trainer(for_timing(config, folder), False, ranks, device, watchdog, lpips)
         try:
             yield trainer
         except BaseException:
-            with suppress(UserError, RuntimeError):  # the first error says more
+            with suppress(UserError, RuntimeError):  # the first error matters
                 trainer.close()
             raise
         trainer.close()
 
 
 def for_timing(config: Config, folder: str) -> Config:
-    """The settings of a run that leaves nothing behind."""
+    """The config without evaluation, logging and sample images."""
     silent = {"out": folder, "evaluate_every": 0, "evaluate_epochs": 0.0, "picture_every": 0, "wandb": ""}
     return replace(config, train=replace(config.train, **silent), profile=ProfileConfig())
 
 
 @contextmanager
 def temporary_folder() -> Iterator[str]:
-    """Of each process its own: only the main one writes anything."""
+    """One per rank; only rank 0 writes to it."""
     folder = tempfile.mkdtemp(prefix="unite_fast_bench_")
     try:
         yield folder
@@ -221,7 +224,7 @@ def temporary_folder() -> Iterator[str]:
 
 @contextmanager
 def sigterm_unwinds() -> Iterator[None]:
-    """SIGTERM, with which torchrun and schedulers end a process, tidies up on its way out."""
+    """Raise SystemExit on SIGTERM, by which torchrun and schedulers end a process, so that cleanup runs."""
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield

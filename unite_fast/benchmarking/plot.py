@@ -1,21 +1,21 @@
-"""images/s over time, from the table of measurements."""
+"""Plot of images/s over time, from the table of measurements."""
 
 from pathlib import Path
 
 from unite_fast.benchmarking import csv_file
 from unite_fast.errors import UserError
-from unite_fast.utils.files import writing_aside
+from unite_fast.utils.files import atomic_write
 
 
 def draw(table: Path, out: Path) -> int:
-    """A panel for each recipe, card and number of GPUs: images/s of its measurements in their order, each marked with
-    date and commit; bars from the slow to the fast steps.
+    """Draw one panel per recipe, card and number of GPUs: images/s by date, labelled with date and commit; error bars
+    from slow to fast steps.
 
     Returns:
-        How many measurements there are.
+        Number of measurements.
 
     Raises:
-        UserError: no table, or none in it.
+        UserError: no table, or an empty one.
     """
     import matplotlib
 
@@ -24,7 +24,7 @@ def draw(table: Path, out: Path) -> int:
 
     rows = sorted(csv_file.read(table), key=lambda row: row["date"])
     if not rows:
-        raise UserError(f"{table} holds no measurement; unite-fast bench RECIPE adds one")
+        raise UserError(f"{table} has no measurements; unite-fast bench RECIPE adds one")
     groups: dict[str, list[dict]] = {}
     for row in rows:
         groups.setdefault(f"{row['recipe']}, {row['gpus']} x {row['card']}", []).append(row)
@@ -42,7 +42,7 @@ def draw(table: Path, out: Path) -> int:
         axes.set_ylabel("images/s")
         axes.set_ylim(0, 1.1 * max(rates + fast))
         axes.set_title(title, fontsize=9)
-    with writing_aside(out) as partial:
+    with atomic_write(out) as partial:
         figure.savefig(partial, format="png", dpi=150)
     pyplot.close(figure)
     return len(rows)

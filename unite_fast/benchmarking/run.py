@@ -1,4 +1,4 @@
-"""`unite-fast bench` and `tune`: read the recipe, measure, say and note what was found."""
+"""`unite-fast bench` and `tune`: read the recipe, measure, print and save the results."""
 
 import json
 import shlex
@@ -12,7 +12,7 @@ from unite_fast.benchmarking import candidate, csv_file, figures, plot, tuned_fi
 from unite_fast.benchmarking.measure import Window, measure, sigterm_unwinds
 from unite_fast.benchmarking.tune import axes, lines, search, timed_batch
 from unite_fast.config import Config
-from unite_fast.data_pipeline.open_source import open_data
+from unite_fast.data_pipeline.open_source import detect_source
 from unite_fast.distributed.launch import ranks_of_torchrun
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError
@@ -23,12 +23,12 @@ DATA_KEYS = ("data.source=", "data.path=")
 
 
 def read_recipe(words: list[str], tuned: str, data: str) -> tuple[Config, tuple[str, ...]]:
-    """The recipe with what its images are replaced, and the settings that were given with it.
+    """The recipe with its data replaced, and the settings given with it.
 
     Args:
         words: recipe, then key=value.
         tuned: a file of `unite-fast tune`, or empty.
-        data: path of the images; empty: made-up ones.
+        data: path of the images; empty: synthetic images.
 
     Raises:
         UserError: no such recipe, setting or data.
@@ -38,11 +38,10 @@ def read_recipe(words: list[str], tuned: str, data: str) -> tuple[Config, tuple[
         raise UserError(f"say which recipe to time before the settings: unite-fast bench RECIPE {recipe}")
     for override in overrides:
         if override.startswith(DATA_KEYS):
-            raise UserError(f"{override}: bench makes its images up, or reads those of --data PATH; leave this out")
+            raise UserError(f"{override}: bench uses synthetic images, or those of --data PATH; leave this setting out")
     config = load_config(recipe, overrides, tuned)
-    kind = open_data(data, config.model.image_size, "train")[0] if data else "synthetic"
-    path = "" if kind == "digits" else data  # they are a name, not a place
-    # Another source may want another loader, so the recipe's holds for its own alone.
+    kind, path = detect_source(data) if data else ("synthetic", "")
+    # The recipe's loader may not fit another source.
     loader = config.data.loader if data else "auto"
     return replace(config, data=replace(config.data, source=kind, path=path, loader=loader)), overrides
 
@@ -58,10 +57,10 @@ def bench(
     table: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure; the main process prints the figures and adds them to the table."""
+    """Measure; rank 0 prints the figures and adds them to the table."""
     window = Window(warmup, steps, seconds, profile)
     if table is not None and table.exists():
-        csv_file.read(table)  # what is wrong with it, before minutes are spent
+        csv_file.read(table)  # raises early, before minutes of measuring
     measured = measure(config, window)
     if not measured.ranks.main:
         return
@@ -71,7 +70,7 @@ def bench(
         print(json.dumps(row | top, indent=1))
     else:
         print(*figures.lines(row, measured.top), sep="\n")
-    # After they were printed: a full disk must not take them along.
+    # After printing, so that a full disk does not lose the figures.
     if table is not None:
         csv_file.append(table, row)
         if not as_json:
@@ -85,13 +84,13 @@ def draw(table: Path, out: Path) -> None:
 
 
 def tune(recipe: str, overrides: tuple[str, ...], budget: float, out: Path) -> None:
-    """Search; the main process says what was found and writes it to `out`."""
+    """Search; rank 0 prints the result and writes it to `out`."""
     words = (recipe, *overrides)
     config, _ = read_recipe(list(words), "", "")
     tuned_file.check(out)
     cuda = choose_device(config.train.device).type == "cuda"
     fixed = {override.partition("=")[0] for override in overrides}
-    # The processes of this search meet on the CPU: the GPUs are the candidates'.
+    # The ranks of the search communicate on the CPU: the GPUs belong to the candidates.
     with sigterm_unwinds(), ranks_of_torchrun(torch.device("cpu")) as ranks:
 
         def say(line: str) -> None:
@@ -102,7 +101,7 @@ def tune(recipe: str, overrides: tuple[str, ...], budget: float, out: Path) -> N
         if batch != config.train.batch_size:
             timed = (*words, f"train.batch_size={batch}")
             say(f"timing steps of {batch} images instead of {config.train.batch_size}")
-        found = search(
+        result = search(
             axes(replace(config, train=replace(config.train, batch_size=batch)), cuda, ranks.world, fixed),
             lambda settings, limit: candidate.run(timed, settings, limit, ranks),
             budget,
@@ -110,6 +109,6 @@ def tune(recipe: str, overrides: tuple[str, ...], budget: float, out: Path) -> N
             say,
         )
     if ranks.main:
-        print(*lines(found), sep="\n")
-        tuned_file.write(out, found, shlex.join(("unite-fast", "tune", *words)))
+        print(*lines(result), sep="\n")
+        tuned_file.write(out, result, shlex.join(("unite-fast", "tune", *words)))
         print(f"{out}: try unite-fast train {shlex.join(words)} --tuned {out}")

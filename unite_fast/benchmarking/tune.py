@@ -1,8 +1,8 @@
-"""Searches the fastest way to compute the same: one setting after another, each candidate timed by itself.
+"""Search for the fastest settings that compute the same result: one setting after another, each candidate timed in its
+own process.
 
-Greedy: a setting's values are tried with the best of the settings before it, and the best one stays. So not all
-combinations are seen, and the order says what is tried when time is short. What is fastest here says nothing of another
-card.
+The search is greedy: the values of a setting are tried with the best values of the settings before it. It does not try
+all combinations; with little time it tries only the first settings. The result holds for this card only.
 """
 
 import time
@@ -18,28 +18,29 @@ from unite_fast.kernels import backend, flash
 from unite_fast.planning.predict import micro_batches
 
 MARGIN = 1.01
-"""A candidate replaces the best one if it is so many times as fast: less is noise."""
+"""A candidate replaces the best one if it is faster by this factor; less is noise."""
 PATIENCE = 4.0
-"""A candidate may take so many times as long as the recipe itself, start included."""
+"""Time limit of a candidate, as a multiple of the time of the recipe, start included."""
 
 TIMED_IMAGES = 256
-"""Images of a process in a timed step, at most: a batch of many micro-batches takes seconds and tells no more."""
+"""Maximum images per rank in a timed step: more micro-batches take longer and add no information."""
 
 Run = Callable[[dict[str, object], float], Trial]
-"""Times a candidate: settings that differ from the recipe, and seconds it may take."""
+"""(settings that differ from the recipe, time limit in seconds) -> the timed candidate."""
 
 
 @dataclass
-class Found:
-    """
+class TuneResult:
+    """Result of the search.
+
     Attributes:
-        trials: in the order in which they were tried, the recipe as it is first.
+        trials: in order; the recipe as it is comes first.
         best: the fastest.
         untried: settings for which no time was left.
     """
 
-    trials: list[Trial] = field(default_factory=list)
-    best: Trial | None = None
+    trials: list[Trial]
+    best: Trial
     untried: list[dict[str, object]] = field(default_factory=list)
 
     @property
@@ -49,8 +50,8 @@ class Found:
 
 @dataclass(frozen=True)
 class Axis:
-    """One setting and its values besides the recipe's. `climbs`: they are ordered by how likely they are to help, and
-    the first that does not ends its direction; `smaller`: they take less memory, each less than the one before."""
+    """One setting and its values to try. `climbs`: the values go in one direction, until the first that does not help.
+    `smaller`: each value takes less memory than the one before."""
 
     key: str
     values: tuple
@@ -59,7 +60,7 @@ class Axis:
 
 
 def timed_batch(config: Config, world: int) -> int:
-    """The batch size of the steps that are timed: the recipe's, or one of fewer micro-batches."""
+    """Batch size of the timed steps: the recipe's, or one with fewer micro-batches."""
     own = config.train.batch_size // world
     now = min(config.train.micro_batch or own, own)
     sizes = [size for size in micro_batches(own) if size <= TIMED_IMAGES and size % now == 0]
@@ -67,15 +68,15 @@ def timed_batch(config: Config, world: int) -> int:
 
 
 def axes(config: Config, cuda: bool, world: int, fixed: set[str]) -> list[Axis]:
-    """What can be tried, the most promising first.
+    """The settings to try, most promising first.
 
     Args:
         cuda: whether the device is a CUDA device.
-        world: number of processes.
-        fixed: keys that the user gave, which stay.
+        world: number of ranks.
+        fixed: keys that the user set, which are not varied.
     """
     train = config.train
-    found = [
+    result = [
         Axis("train.compile", (not train.compile,)),
         Axis("kernels", ("auto",) if config.kernels == "reference" else ("reference",)),
     ]
@@ -85,81 +86,90 @@ def axes(config: Config, cuda: bool, world: int, fixed: set[str]) -> list[Axis]:
         sizes = micro_batches(own)
         larger = tuple(size for size in reversed(sizes) if size > now and size % now == 0)
         smaller = tuple(size for size in sizes if size < now and now % size == 0)
-        found += [
+        result += [
             Axis("train.micro_batch", larger, climbs=True),
             Axis("train.micro_batch", smaller, climbs=True, smaller=True),
-            Axis("attention", tuple(name for name in attentions(train.deterministic) if name != config.attention)),
+            Axis(
+                "attention",
+                tuple(name for name in attention_candidates(train.deterministic) if name != config.attention),
+            ),
         ]
     else:
         cores = usable_cores()
         counts = dict.fromkeys((cores, max(1, cores // 2), 1))
-        found.append(Axis("train.threads", tuple(count for count in counts if count != train.threads)))
+        result.append(Axis("train.threads", tuple(count for count in counts if count != train.threads)))
     if world > 1:
-        found.append(Axis("parallel.reshard_after_forward", (not config.parallel.reshard_after_forward,)))
-    return [axis for axis in found if axis.values and axis.key not in fixed]
+        result.append(Axis("parallel.reshard_after_forward", (not config.parallel.reshard_after_forward,)))
+    return [axis for axis in result if axis.values and axis.key not in fixed]
 
 
-def attentions(deterministic: bool) -> list[str]:
-    """Those that may run here; a candidate that cannot after all says why."""
-    out = NONDETERMINISTIC_ATTENTION if deterministic else ()
+def attention_candidates(deterministic: bool) -> list[str]:
+    """Attention backends that may run here; one that cannot fails as a candidate with a reason."""
+    excluded = NONDETERMINISTIC_ATTENTION if deterministic else ()
     return [
         name
         for name in backend.ATTENTION_NAMES
-        if name not in out and (name != "flash_attn" or not flash.why_missing())
+        if name not in excluded and (name != "flash_attn" or not flash.why_missing())
     ]
 
 
-def search(every: list[Axis], run: Run, budget: float, ranks: Ranks, say: Callable[[str], None]) -> Found:
-    """Time the recipe as it is, then what differs in one setting after another, as long as `budget` seconds last.
+def search(every: list[Axis], run: Run, budget: float, ranks: Ranks, say: Callable[[str], None]) -> TuneResult:
+    """Time the recipe as it is, then variations of one setting after another, for at most `budget` seconds.
 
-    Where the recipe itself takes too much memory, the best is what first does not.
+    If the recipe itself runs out of memory, the first candidate that fits becomes the best.
 
     Raises:
         UserError: nothing ran, or the budget is too small for the recipe.
     """
-    begun, found = time.monotonic(), Found()
+    start = time.monotonic()
 
-    def left() -> float:
-        # Processes decide alike, by the clock of one.
-        return ranks.broadcast(budget - (time.monotonic() - begun))
+    def time_left() -> float:
+        # By the clock of rank 0, so that all ranks decide alike.
+        return ranks.broadcast(budget - (time.monotonic() - start))
 
-    def attempt(settings: dict[str, object]) -> Trial | None:
-        seconds = left()
-        walls = [trial.wall for trial in found.trials if trial.status == OK]
-        if walls and seconds < min(walls):
-            found.untried.append(settings)
-            return None
-        limit = min(seconds, PATIENCE * found.recipe.wall) if walls and found.recipe.status == OK else seconds
+    def run_trial(settings: dict[str, object], limit: float) -> Trial:
         trial = run(settings, max(limit, 1.0))
-        found.trials.append(trial)
-        say(f"{describe(settings)}: {outcome(trial)}; {max(0, budget - (time.monotonic() - begun)):.0f} s left")
+        say(f"{describe(settings)}: {outcome(trial)}; {max(0, budget - (time.monotonic() - start)):.0f} s left")
         return trial
 
-    found.best = attempt({})
-    if found.best.status == OUT_OF_TIME:
+    recipe = run_trial({}, time_left())
+    result = TuneResult([recipe], recipe)
+    if recipe.status == OUT_OF_TIME:
         raise UserError(f"the recipe itself takes more than --budget {budget:g} seconds; give more")
-    if found.best.status == OUT_OF_MEMORY:
-        # Nothing else can be compared before something fits: smaller micro-batches, the largest that fits.
+    if recipe.status == OUT_OF_MEMORY:
+        # First find something that fits, to compare with: the largest of the smaller micro-batches.
         every = [axis for axis in every if axis.smaller] + [axis for axis in every if not axis.climbs]
-    elif found.best.status != OK:
-        raise UserError(f"the recipe does not run: {found.best.why}")
+    elif recipe.status != OK:
+        raise UserError(f"the recipe does not run: {recipe.why}")
+
+    def attempt(settings: dict[str, object]) -> Trial | None:
+        seconds = time_left()
+        walls = [trial.wall for trial in result.trials if trial.status == OK]
+        if walls and seconds < min(walls):
+            result.untried.append(settings)
+            return None
+        trial = run_trial(settings, min(seconds, PATIENCE * recipe.wall) if recipe.status == OK else seconds)
+        result.trials.append(trial)
+        return trial
+
     climbed = set()
     for axis in every:
         if axis.key in climbed:
             continue
         for value in axis.values:
-            trial = attempt(found.best.settings | {axis.key: value})
-            better = trial is not None and trial.images_per_s > MARGIN * found.best.images_per_s
-            fitted = better and found.best.status == OUT_OF_MEMORY
+            trial = attempt(result.best.settings | {axis.key: value})
+            better = trial is not None and trial.images_per_s > MARGIN * result.best.images_per_s
+            first_to_fit = better and result.best.status == OUT_OF_MEMORY
             if better:
-                found.best = trial
-                if axis.climbs and not fitted:
-                    climbed.add(axis.key)  # the other direction is downhill
-            if axis.climbs and (fitted or (not better and found.best.status == OK)):
+                assert trial is not None
+                result.best = trial
+                if axis.climbs and not first_to_fit:
+                    climbed.add(axis.key)  # the other direction is slower
+            if axis.climbs and (first_to_fit or (not better and result.best.status == OK)):
                 break
-    if found.best.status != OK:
-        raise UserError("every candidate ran out of memory; a smaller model or train.batch_size takes less")
-    return found
+    if result.best.status != OK:
+        raise UserError("every candidate ran out of memory; use a smaller model or train.batch_size")
+    return result
 
 
 def describe(settings: dict[str, object]) -> str:
@@ -172,30 +182,31 @@ def outcome(trial: Trial) -> str:
     return f"{trial.status}{': ' + trial.why if trial.why else ''}"
 
 
-def lines(found: Found) -> list[str]:
-    """The table of all candidates, what won, and by how much the others were slower."""
-    width = max(len(describe(trial.settings)) for trial in found.trials)
-    said = [f"{'':{width}}  {'images/s':>9} {'step ms':>9} {'memory GB':>9} {'of best':>8}"]
-    for trial in found.trials:
+def lines(result: TuneResult) -> list[str]:
+    """Table of all candidates, and the fastest."""
+    width = max(len(describe(trial.settings)) for trial in result.trials)
+    text = [f"{'':{width}}  {'images/s':>9} {'step ms':>9} {'memory GB':>9} {'of best':>8}"]
+    for trial in result.trials:
         name = f"{describe(trial.settings):{width}}  "
         if trial.status != OK:
-            said.append(name + outcome(trial))
+            text.append(name + outcome(trial))
             continue
-        row, share = trial.row, trial.images_per_s / found.best.images_per_s
-        mark = "  <- fastest" if trial is found.best else ""
-        said.append(
+        row, share = trial.row, trial.images_per_s / result.best.images_per_s
+        assert row is not None  # the trial is OK
+        mark = "  <- fastest" if trial is result.best else ""
+        text.append(
             f"{name}{row['images_per_s']:9.1f} {row['step_ms']:9.1f} {row['memory_gb']:9.2f} {share:8.1%}{mark}"
         )
-    said.append("")
-    if count := sum(trial.status == OUT_OF_MEMORY for trial in found.trials):
-        said.append(f"{count} of {len(found.trials)} candidates ran out of memory")
-    for settings in found.untried:
-        said.append(f"not tried, for want of time: {describe(settings)}; a larger --budget reaches it")
-    if found.best is found.recipe:
-        said.append(f"the recipe as it is was the fastest: {found.best.images_per_s:.1f} images/s")
-    elif found.recipe.status == OK:
-        gain = found.best.images_per_s / found.recipe.images_per_s - 1
-        said.append(f"fastest: {describe(found.best.settings)}, {gain:.1%} more images/s than the recipe as it is")
+    text.append("")
+    if count := sum(trial.status == OUT_OF_MEMORY for trial in result.trials):
+        text.append(f"{count} of {len(result.trials)} candidates ran out of memory")
+    for settings in result.untried:
+        text.append(f"not tried, no time left: {describe(settings)}; give a larger --budget")
+    if result.best is result.recipe:
+        text.append(f"the recipe as it is was the fastest: {result.best.images_per_s:.1f} images/s")
+    elif result.recipe.status == OK:
+        gain = result.best.images_per_s / result.recipe.images_per_s - 1
+        text.append(f"fastest: {describe(result.best.settings)}, {gain:.1%} more images/s than the recipe as it is")
     else:
-        said.append(f"fastest: {describe(found.best.settings)}; the recipe as it is: {outcome(found.recipe)}")
-    return said
+        text.append(f"fastest: {describe(result.best.settings)}; the recipe as it is: {outcome(result.recipe)}")
+    return text

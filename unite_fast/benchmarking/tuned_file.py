@@ -1,17 +1,17 @@
-"""The file that `unite-fast tune` writes and `--tuned FILE` reads: the settings that won, as YAML."""
+"""The YAML file of the fastest settings, written by `unite-fast tune` and read by `--tuned FILE`."""
 
 from pathlib import Path
 
 import yaml
 
 from unite_fast.benchmarking.candidate import OK
-from unite_fast.benchmarking.tune import Found, describe
+from unite_fast.benchmarking.tune import TuneResult, describe
 from unite_fast.errors import UserError
-from unite_fast.utils.files import writing, writing_aside
+from unite_fast.utils.files import atomic_write, writing
 
 
 def check(path: Path) -> None:
-    """Before minutes are spent.
+    """Check the file before the search, which takes minutes.
 
     Raises:
         UserError: the file cannot be written.
@@ -22,25 +22,26 @@ def check(path: Path) -> None:
         raise UserError(f"--out is {path}, a folder; name a file, for example {path / 'tuned.yaml'}")
 
 
-def write(path: Path, found: Found, command: str) -> None:
-    """The best settings, with what they were measured on and against as comments."""
-    row = found.best.row
-    about = [
+def write(path: Path, result: TuneResult, command: str) -> None:
+    """Write the fastest settings, with the machine and the other candidates as comments."""
+    row = result.best.row
+    assert row is not None  # the best trial is OK
+    comments = [
         command,
         f"{row['date']}, {row['gpus']} x {row['card']}, torch {row['torch']}, CUDA {row['cuda'] or 'none'}, "
         f"triton {row['triton'] or 'none'}, commit {row['commit']}",
         *(
             f"{trial.images_per_s:.1f} images/s: {describe(trial.settings)}"
-            for trial in found.trials
+            for trial in result.trials
             if trial.status == OK
         ),
     ]
     tree: dict = {}
-    for key, value in found.best.settings.items():
+    for key, value in result.best.settings.items():
         group, dot, name = key.partition(".")
         if dot:
             tree.setdefault(group, {})[name] = value
         else:
             tree[key] = value
-    with writing_aside(path) as partial:
-        partial.write_text("".join(f"# {line}\n" for line in about) + yaml.safe_dump(tree, sort_keys=False))
+    with atomic_write(path) as partial:
+        partial.write_text("".join(f"# {line}\n" for line in comments) + yaml.safe_dump(tree, sort_keys=False))

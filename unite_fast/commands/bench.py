@@ -1,4 +1,4 @@
-"""Time the trainer."""
+"""The command that times the trainer."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,28 +13,30 @@ app = typer.Typer()
 @app.command()
 def bench(
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="RECIPE [key=value ...]", help="a recipe and settings that differ")
+        list[str] | None, typer.Argument(metavar="RECIPE [key=value ...]", help="a recipe and changed settings")
     ] = None,
     data: Annotated[
-        str, typer.Option(metavar="PATH", help="read these shards or this folder [default: made-up images]")
+        str, typer.Option(metavar="PATH", help="folder or shards to read [default: synthetic images]")
     ] = "",
-    warmup: Annotated[int, typer.Option(min=1, help="steps before, the first of which compiles")] = 5,
+    warmup: Annotated[int, typer.Option(min=1, help="untimed steps before; the first one compiles")] = 5,
     steps: Annotated[int, typer.Option(min=1, help="timed steps")] = 20,
     seconds: Annotated[
-        float, typer.Option(min=0, help="as many of those steps as fit into this time, at least one; 0: all")
+        float, typer.Option(min=0, help="stop after this time, but not before one step; 0: no limit")
     ] = 0.0,
-    profile: Annotated[bool, typer.Option("--profile", help="list the kernels that take most time")] = False,
-    tuned: Annotated[str, typer.Option(metavar="FILE", help="settings that unite-fast tune found")] = "",
-    json: Annotated[bool, typer.Option("--json", help="print one object")] = False,
-    csv: Annotated[str, typer.Option(metavar="FILE", help="table that gets a row; empty: none")] = "runs/bench.csv",
+    profile: Annotated[bool, typer.Option("--profile", help="list the slowest kernels")] = False,
+    tuned: Annotated[str, typer.Option(metavar="FILE", help="settings found by unite-fast tune")] = "",
+    json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+    csv: Annotated[
+        str, typer.Option(metavar="FILE", help="table to append the result to; empty: none")
+    ] = "runs/bench.csv",
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="draw the table's images/s; without RECIPE that alone")
+        Path | None, typer.Option(metavar="FILE.png", help="plot the table's images/s; without RECIPE nothing is timed")
     ] = None,
 ) -> None:
-    """Time the real trainer on this machine, alone or under torchrun: images/s, parts of a step, MFU, memory.
+    """Time the trainer on this machine, alone or under torchrun: images/s, parts of a step, MFU, memory.
 
-    It trains in a temporary folder that is gone afterwards. Images are made up unless --data names some; where no
-    weights of LPIPS are given, random ones do the same work.
+    It trains in a temporary folder and deletes it. Images are synthetic unless --data is set. Without LPIPS weights,
+    random ones take their place; the work is the same.
 
     Examples:
 
@@ -49,14 +51,15 @@ def bench(
 
     table = Path(csv) if csv else None
     if plot is not None and plot.suffix != ".png":
-        raise UserError(f"--plot is {plot}: it must be a .png")
+        raise UserError(f"--plot is {plot}: it must end in .png")
     if plot is not None and table is None:
-        raise UserError("--plot draws the table that --csv names, and that is empty")
+        raise UserError("--plot plots the table of --csv, but --csv is empty: give a file")
     words = arguments or []
     if not words and plot is None:
-        raise UserError("say which recipe to time: unite-fast bench RECIPE, for example imagenet256_b")
+        raise UserError("RECIPE is missing: unite-fast bench RECIPE, for example imagenet256_b")
     if words:
         config, overrides = read_recipe(words, tuned, data)
         run(config, overrides, data, warmup, steps, seconds, profile, table, json)
     if plot is not None:
+        assert table is not None  # checked above
         draw(table, plot)

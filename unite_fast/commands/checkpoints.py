@@ -1,18 +1,18 @@
-"""What a checkpoint holds, models as single files, and the authors' checkpoints and numbers."""
+"""Commands that describe, export and convert checkpoints, and compare with the authors' code."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from unite_fast.commands.options import Checkpoint
+from unite_fast.commands import options
 
 app = typer.Typer()
 
 
 @app.command()
-def info(checkpoint: Checkpoint) -> None:
-    """Say what a checkpoint holds: step, size, settings.
+def info(checkpoint: options.Checkpoint) -> None:
+    """Describe a checkpoint: step, size, settings.
 
     Example: `unite-fast info runs/digits`
     """
@@ -23,12 +23,12 @@ def info(checkpoint: Checkpoint) -> None:
 
 @app.command()
 def export(
-    checkpoint: Checkpoint,
+    checkpoint: options.Checkpoint,
     out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="the file to write")],
 ) -> None:
-    """Write a checkpoint's averaged weights, with its settings, as one file.
+    """Write a checkpoint's EMA weights and settings to one file.
 
-    Every command that takes a checkpoint, but for `train --resume`, takes such a file.
+    Every command that reads a checkpoint reads this file too, except `train --resume`.
 
     Example: `unite-fast export runs/digits digits.safetensors`
     """
@@ -42,11 +42,13 @@ def export(
 def import_official(
     file: Annotated[Path, typer.Argument(metavar="FILE.pt", help="a checkpoint of the authors' code")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="the model file to write (.safetensors)")],
-    weights: Annotated[str, typer.Option(help="which weights of the file: ema or model")] = "ema",
-    decoder_heads: Annotated[int | None, typer.Option(help="heads of the decoder [default: width / 64]")] = None,
-    in_context_start: Annotated[int, typer.Option(help="block that in-context tokens enter before")] = 4,
+    weights: Annotated[str, typer.Option(help="the weights to take: ema or model")] = "ema",
+    decoder_heads: Annotated[
+        int | None, typer.Option(help="attention heads of the decoder [default: width / 64]")
+    ] = None,
+    in_context_start: Annotated[int, typer.Option(help="first block that sees the in-context tokens")] = 4,
 ) -> None:
-    """Turn a checkpoint of the authors' code into a model file of ours.
+    """Convert a checkpoint of the authors' code to a model file of unite_fast.
 
     Example: `unite-fast import-official unite_xl.pt unite_xl.safetensors`
     """
@@ -58,10 +60,10 @@ def import_official(
 
 @app.command()
 def export_official(
-    checkpoint: Checkpoint,
+    checkpoint: options.Checkpoint,
     out: Annotated[Path, typer.Argument(metavar="OUT.pt", help="the file to write")],
 ) -> None:
-    """Turn a checkpoint of ours into one with the authors' names (model and ema).
+    """Convert a checkpoint to the format of the authors' code (model and ema).
 
     Example: `unite-fast export-official runs/imagenet256_b unite_b.pt`
     """
@@ -73,11 +75,11 @@ def export_official(
 
 @app.command()
 def parity(
-    trace: Annotated[Path, typer.Argument(metavar="TRACE.npz", help="numbers that the released code produced")],
-    backend: Annotated[str, typer.Option(help="which body of the kernels computes ours")] = "reference",
-    device: Annotated[str, typer.Option(help="where: cpu, cuda or auto")] = "cpu",
+    trace: Annotated[Path, typer.Argument(metavar="TRACE.npz", help="a trace recorded from the released code")],
+    backend: Annotated[str, typer.Option(help="the backend of our kernels: reference, native or triton")] = "reference",
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto")] = "cpu",
 ) -> None:
-    """Compare every quantity of a trace with this implementation; exits with 1 past a tolerance.
+    """Compare this implementation with every quantity of a trace; exits with 1 if one exceeds its tolerance.
 
     Examples:
 

@@ -1,15 +1,18 @@
-"""Shards, and a look at data."""
+"""Commands that make and verify shards, and inspect data."""
 
 import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
+
+from unite_fast.commands import options
 
 app = typer.Typer()
 
 
-class _MakeByDefault(typer.core.TyperGroup):
+class _MakeByDefault(TyperGroup):
     """`unite-fast shards SOURCE OUT` is `unite-fast shards make SOURCE OUT`."""
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
@@ -24,7 +27,7 @@ app.add_typer(shards, name="shards")
 
 @shards.callback()
 def shards_help() -> None:
-    """Make shards of images, which are read many times faster, and verify them.
+    """Make shards, from which images load many times faster, and verify them.
 
     Examples:
 
@@ -37,17 +40,21 @@ def shards_help() -> None:
 @shards.command("make")
 def make_shards(
     source: Annotated[Path, typer.Argument(help="class folders, tar files (ImageNet's) or Parquet files")],
-    out: Annotated[Path, typer.Argument(help="folder of the shards; an interrupted run goes on there")],
-    format: Annotated[str, typer.Option(help="original (the files), cropped-jpeg or raw (cropped pixels)")] = "raw",
-    image_size: Annotated[int, typer.Option(help="side of the cropped images")] = 256,
-    quality: Annotated[int, typer.Option(help="of cropped JPEGs, 95 to 100")] = 95,
-    seed: Annotated[int, typer.Option(help="what the images are shuffled by")] = 0,
-    per_shard: Annotated[int, typer.Option(help="images a shard")] = 5000,
-    split: Annotated[str, typer.Option(help="train or test, where SOURCE has both")] = "train",
-    labels: Annotated[Path | None, typer.Option(help="the class of each image, a line each, by file name")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="processes")] = os.cpu_count() or 1,
+    out: Annotated[Path, typer.Argument(help="folder for the shards; an interrupted run resumes there")],
+    format: Annotated[
+        str, typer.Option(help="original (unchanged files), cropped-jpeg or raw (cropped pixels)")
+    ] = "raw",
+    image_size: Annotated[int, typer.Option(help="side of the cropped images, pixels")] = 256,
+    quality: Annotated[int, typer.Option(help="JPEG quality of cropped-jpeg, 95 to 100")] = 95,
+    seed: Annotated[int, typer.Option(help="seed of the shuffle")] = 0,
+    per_shard: Annotated[int, typer.Option(help="images per shard")] = 5000,
+    split: Annotated[str, typer.Option(help="train or test, if SOURCE has both")] = "train",
+    labels: Annotated[
+        Path | None, typer.Option(help="a text file with the class of each image, one per line, ordered by file name")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="number of processes")] = os.cpu_count() or 1,
 ) -> None:
-    """Make WebDataset shards, each with an index for DALI, and a manifest, dataset.json.
+    """Make WebDataset shards, an index for DALI beside each, and the manifest dataset.json.
 
     Examples:
 
@@ -63,15 +70,15 @@ def make_shards(
     manifest = run(source, out, Settings(format, image_size, quality, seed, per_shard), workers, split, labels)
     typer.echo(f"{manifest.samples} images in {len(manifest.shards)} shards of format {format} in {out}")
     if manifest.skipped:
-        typer.echo(f"{manifest.skipped} broken images were left out: {out / SKIPPED_LOG} names them")
+        typer.echo(f"{manifest.skipped} broken images were skipped; {out / SKIPPED_LOG} lists them")
 
 
 @shards.command("verify")
 def verify_shards(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of the shards")],
-    workers: Annotated[int, typer.Option(min=1, help="threads")] = os.cpu_count() or 1,
+    workers: Annotated[int, typer.Option(min=1, help="number of threads")] = os.cpu_count() or 1,
 ) -> None:
-    """Read every byte again and hold it against the manifest; exits with 1 when something is wrong.
+    """Check every byte of a shard set against its manifest; exits with 1 if something is wrong.
 
     Example: `unite-fast shards verify shards/train`
     """
@@ -82,20 +89,20 @@ def verify_shards(
         typer.echo(fault)
     if faults:
         raise typer.Exit(1)
-    typer.echo(f"{folder}: every shard is as it was made")
+    typer.echo(f"{folder}: every shard matches the manifest")
 
 
 @app.command()
 def inspect(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="folder or address of data, or digits")],
-    image_size: Annotated[int, typer.Option(help="side of the images; 0: what suits the data")] = 0,
-    split: Annotated[str, typer.Option(help="train or test")] = "train",
-    workers: Annotated[int, typer.Option(min=0, help="of each loader")] = 2,
-    seconds: Annotated[float, typer.Option(help="how long each loader is timed")] = 5.0,
-    seed: Annotated[int, typer.Option(help="of the order that the grid follows")] = 0,
+    data: options.DataPath,
+    image_size: options.ImageSize = 0,
+    split: options.Split = "train",
+    workers: Annotated[int, typer.Option(min=0, help="workers of each loader")] = 2,
+    seconds: Annotated[float, typer.Option(help="seconds to time each loader")] = 5.0,
+    seed: Annotated[int, typer.Option(help="seed of the order of the images in the grid")] = 0,
     out: Annotated[Path, typer.Option(help="a .png: the first images of a run")] = Path("inspect.png"),
 ) -> None:
-    """Count the images, show some as the model sees them, and time every loader that fits.
+    """Count the images, show some as the model sees them, and time the loaders.
 
     Example: `unite-fast inspect shards/train --workers 8`
     """

@@ -1,29 +1,11 @@
-"""How good a trained model is."""
+"""Commands that evaluate a model."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from unite_fast.commands.options import (
-    Checkpoint,
-    Compile,
-    Data,
-    Device,
-    Features,
-    Inception,
-    InceptionSha256,
-    Interval,
-    Precision,
-    Reference,
-    Seed,
-    Solver,
-    Steps,
-    given,
-    load,
-    parse_interval,
-    parse_numbers,
-)
+from unite_fast.commands import options
 from unite_fast.config import INCEPTION_SHA256, EvaluationSettings
 from unite_fast.errors import require
 
@@ -32,36 +14,34 @@ app = typer.Typer()
 
 @app.command()
 def evaluate(
-    checkpoint: Checkpoint,
-    features: Features = "auto",
-    inception: Inception = "",
-    inception_sha256: InceptionSha256 = INCEPTION_SHA256,
-    reference: Reference = "",
-    data: Data = "",
+    checkpoint: options.Checkpoint,
+    features: options.Features = "auto",
+    inception: options.Inception = "",
+    inception_sha256: options.InceptionSha256 = INCEPTION_SHA256,
+    reference: options.Reference = "",
+    data: options.Data = "",
     count: Annotated[
-        int | None, typer.Option(help="generated images a guidance scale [default: 50,000; with pixels 1,000]")
+        int | None, typer.Option(help="generated images per guidance scale [default: 50,000; with pixels 1,000]")
     ] = None,
     guidance: Annotated[
-        str, typer.Option(metavar="SCALE[,SCALE...]", help="[default: 1, which is unguided, and the recipe's]")
+        str, typer.Option(metavar="SCALE[,SCALE...]", help="guidance scales [default: 1 (unguided) and the recipe's]")
     ] = "",
-    interval: Interval = None,
-    solver: Solver = None,
-    steps: Steps = None,
-    reconstructions: Annotated[
-        int | None, typer.Option(min=0, help="held-out images to reconstruct, at most; 0: none [default: 50,000]")
-    ] = None,
-    seed: Seed = 0,
-    batch: Annotated[int, typer.Option(min=1, help="images at a time")] = 128,
-    precision: Precision = None,
-    compile: Compile = None,
-    device: Device = "auto",
+    interval: options.Interval = None,
+    solver: options.Solver = None,
+    steps: options.Steps = None,
+    reconstructions: Annotated[int, typer.Option(min=0, help="most held-out images to reconstruct; 0: none")] = 50_000,
+    seed: options.Seed = 0,
+    batch: options.Batch = 128,
+    precision: options.Precision = None,
+    compile: options.Compile = None,
+    device: options.Device = "auto",
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="for JSON, table and grids [default: RUN/evaluation]")
+        Path | None, typer.Option(metavar="FOLDER", help="folder for JSON, table and grids [default: RUN/evaluation]")
     ] = None,
 ) -> None:
-    """Judge a model: generated images against real ones, and reconstructions of held-out images.
+    """Evaluate a model: generated images against real ones, and reconstructions of held-out images.
 
-    Under torchrun the processes share the work, and the result is the same.
+    torchrun divides the work among processes; the result is the same.
 
     Examples:
 
@@ -82,39 +62,39 @@ def evaluate(
         reference=reference,
         data=data,
         count=count or 0,
-        guidance=tuple(parse_numbers("--guidance", guidance, float)) if guidance else (),
-        sampling=given(interval=parse_interval(interval), solver=solver, steps=steps),
+        guidance=tuple(options.parse_numbers("--guidance", guidance, float)) if guidance else (),
+        sampling=options.sampling_changes(None, interval, solver, steps),
         seed=seed,
         batch=batch,
         precision=precision or "",
         compile=compile,
-        **given(reconstructions=reconstructions),
+        reconstructions=reconstructions,
     )
-    require(count != 0, "--count is 0; a covariance needs at least 2 images")
+    require(count != 0, "--count is 0; it must be at least 2, since a covariance needs two images")
     folder = out or default_folder(checkpoint)
     with ranks_of_torchrun(choose_device(device)) as ranks:
-        model = load(checkpoint, device)
+        model = options.load(checkpoint, device)
         result = run(model, settings, folder, str(checkpoint), track)
     if ranks.main:
         for line in lines(result):
             typer.echo(line)
-        typer.echo(f"all of it in {folder}")
+        typer.echo(f"everything is in {folder}")
 
 
 @app.command()
 def stats(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="folder or address of data, or digits")],
-    out: Annotated[Path, typer.Argument(metavar="OUT.npz", help="the statistics to write")],
-    features: Features = "auto",
-    inception: Inception = "",
-    inception_sha256: InceptionSha256 = INCEPTION_SHA256,
-    image_size: Annotated[int, typer.Option(help="side of the images; 0: what suits the data")] = 0,
-    split: Annotated[str, typer.Option(help="train or test")] = "train",
-    batch: Annotated[int, typer.Option(min=1, help="images at a time")] = 128,
+    data: options.DataPath,
+    out: Annotated[Path, typer.Argument(metavar="OUT.npz", help="the file to write")],
+    features: options.Features = "auto",
+    inception: options.Inception = "",
+    inception_sha256: options.InceptionSha256 = INCEPTION_SHA256,
+    image_size: options.ImageSize = 0,
+    split: options.Split = "train",
+    batch: options.Batch = 128,
     workers: Annotated[int, typer.Option(min=0, help="threads that read images")] = 2,
-    device: Device = "auto",
+    device: options.Device = "auto",
 ) -> None:
-    """Make reference statistics of real images, for `unite-fast evaluate --reference`.
+    """Compute reference statistics of real images for `unite-fast evaluate --reference`.
 
     Examples:
 
@@ -132,8 +112,10 @@ def stats(
         features=features, inception=inception, inception_sha256=inception_sha256, batch=batch
     )
     with ranks_of_torchrun(choose_device(device)) as ranks:
-        made = save_statistics(data, image_size, split, settings, out, ranks, choose_device(device), workers, track)
+        reference = save_statistics(
+            data, image_size, split, settings, out, ranks, choose_device(device), workers, track
+        )
     if ranks.main:
-        typer.echo(f"{made.count} images, {len(made.statistics.mean)} {made.features} features: {out}")
-        for line in unreadable_lines(made.about, "images"):
+        typer.echo(f"{reference.count} images, {len(reference.statistics.mean)} {reference.features} features: {out}")
+        for line in unreadable_lines(reference.provenance, "images"):
             typer.echo(line)

@@ -1,4 +1,4 @@
-"""A page of pictures from a trained model."""
+"""The command that makes a page of images from a model."""
 
 from datetime import date
 from pathlib import Path
@@ -6,63 +6,52 @@ from typing import Annotated
 
 import typer
 
-from unite_fast.commands.options import (
-    Batch,
-    Checkpoint,
-    Data,
-    Device,
-    Guidance,
-    Interval,
-    Seed,
-    Solver,
-    Steps,
-    given,
-    load,
-    parse_classes,
-    parse_interval,
-    parse_numbers,
-)
+from unite_fast.commands import options
 
 app = typer.Typer()
 
 
 @app.command()
 def gallery(
-    checkpoint: Checkpoint,
+    checkpoint: options.Checkpoint,
     out: Annotated[Path, typer.Option(help="the .html to write")] = Path("gallery.html"),
-    data: Data = "",
-    real: Annotated[bool, typer.Option(help="show real images, their reconstructions and what lies between")] = True,
-    classes: Annotated[str, typer.Option(help="classes to show, e.g. 3,1,4; by default some, evenly spread")] = "",
-    per_class: Annotated[int | None, typer.Option(min=1, help="samples a class [default: by image size]")] = None,
-    scales: Annotated[str, typer.Option(help="guidance scales of the ladder")] = "1,1.5,2,3,4,6",
-    guidance: Guidance = None,
-    interval: Interval = None,
-    solver: Solver = None,
-    steps: Steps = None,
-    seed: Seed = 0,
-    batch: Batch = 64,
-    device: Device = "auto",
+    data: options.Data = "",
+    real: Annotated[
+        bool, typer.Option(help="show real images, their reconstructions and interpolations between them")
+    ] = True,
+    classes: Annotated[str, typer.Option(help="classes to show, e.g. 3,1,4 [default: some, evenly spaced]")] = "",
+    per_class: Annotated[
+        int | None, typer.Option(min=1, help="samples per class [default: depends on the image size]")
+    ] = None,
+    scales: Annotated[str, typer.Option(help="guidance scales to compare")] = "1,1.5,2,3,4,6",
+    guidance: options.Guidance = None,
+    interval: options.Interval = None,
+    solver: options.Solver = None,
+    steps: options.Steps = None,
+    seed: options.Seed = 0,
+    batch: options.Batch = 64,
+    device: options.Device = "auto",
 ) -> None:
-    """Show what a model can do in one HTML page, which needs nothing else and no network: samples, guidance,
-    reconstructions, what lies between two images and two noises, denoising step by step, curves of the training.
+    """Show a model in one self-contained HTML page: samples, guidance, reconstructions, interpolations, denoising step
+    by step, and training curves.
 
     Example: `unite-fast gallery runs/digits --out digits.html`
     """
-    from unite_fast.evaluation.gallery import Wishes, make_gallery
+    from unite_fast.evaluation.gallery import GallerySettings, make_gallery
     from unite_fast.evaluation.gallery_page import render
     from unite_fast.utils.files import check_target, save_text
 
     check_target(out, (".html",))
-    wishes = Wishes(
-        classes=parse_classes(classes),
+    settings = GallerySettings(
+        classes=options.parse_classes(classes),
         per_class=per_class,
-        scales=tuple(parse_numbers("--scales", scales, float)),
+        scales=tuple(options.parse_numbers("--scales", scales, float)),
         data=data if real else None,
         seed=seed,
         batch=batch,
-        sampling=given(guidance=guidance, interval=parse_interval(interval), solver=solver, steps=steps),
+        sampling=options.sampling_changes(guidance, interval, solver, steps),
     )
-    head, sections = make_gallery(load(checkpoint, device), checkpoint, wishes)
+    head, sections = make_gallery(options.load(checkpoint, device), checkpoint, settings)
     page = render(head, sections, date.today().isoformat())
     save_text(page, out)
     images = sum(len(figure.images) for section in sections for row in section.rows for figure in row.figures)

@@ -1,48 +1,37 @@
-"""Pictures from a trained model."""
+"""Commands that generate and reconstruct images."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unite_fast.commands.options import (
-    Batch,
-    Checkpoint,
-    Classes,
-    Compile,
-    Device,
-    Guidance,
-    Interval,
-    Precision,
-    Seed,
-    Solver,
-    Steps,
-    given,
-    load,
-    parse_classes,
-    parse_interval,
-)
+from unite_fast.commands import options
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from unite_fast.sampling.pipeline import TrainedUNITE
 
 app = typer.Typer()
 
 
 @app.command()
 def sample(
-    checkpoint: Checkpoint,
-    classes: Classes = "",
-    count: Annotated[int, typer.Option(min=1, help="how many images")] = 80,
-    guidance: Guidance = None,
-    interval: Interval = None,
-    solver: Solver = None,
-    steps: Steps = None,
-    seed: Seed = 0,
-    batch: Batch = 64,
-    device: Device = "auto",
+    checkpoint: options.Checkpoint,
+    classes: options.Classes = "",
+    count: Annotated[int, typer.Option(min=1, help="number of images")] = 80,
+    guidance: options.Guidance = None,
+    interval: options.Interval = None,
+    solver: options.Solver = None,
+    steps: options.Steps = None,
+    seed: options.Seed = 0,
+    batch: options.Batch = 64,
+    device: options.Device = "auto",
     out: Annotated[Path, typer.Option(help="a .png (one grid), an .npz (arr_0, uint8 NHWC) or a folder")] = Path(
         "samples.png"
     ),
 ) -> None:
-    """Generate images with the averaged weights.
+    """Generate images with the EMA weights.
 
     Example: `unite-fast sample runs/digits --classes 7 --count 20 --guidance 2 --out sevens.png`
     """
@@ -51,34 +40,35 @@ def sample(
     from unite_fast.utils.images import save_images
 
     check_target(out)
-    wanted = parse_classes(classes)
-    model = load(checkpoint, device)
-    labels = choose_labels(wanted, count, model.config.model.num_classes)
-    settings = given(guidance=guidance, interval=parse_interval(interval), solver=solver, steps=steps)
-    images = generate_with_progress(model, labels, seed, batch, settings)
+    cycle = options.parse_classes(classes)
+    changes = options.sampling_changes(guidance, interval, solver, steps)
+    model = options.load(checkpoint, device)
+    labels = choose_labels(cycle, count, model.config.model.num_classes)
+    images = generate_with_progress(model, labels, seed, batch, changes)
     save_images(images, labels, out, columns=10)
     typer.echo(f"{len(images)} images in {out}")
 
 
 @app.command()
 def generate(
-    checkpoint: Checkpoint,
+    checkpoint: options.Checkpoint,
     out: Annotated[Path, typer.Option(help="an .npz (arr_0 uint8 NHWC, arr_1 classes) or a folder of PNGs")],
-    # torchrun takes --num for an abbreviation of an option of its own.
-    num: Annotated[int, typer.Option("--num", "--count", help="how many images")] = 50_000,
-    classes: Classes = "",
-    guidance: Guidance = None,
-    interval: Interval = None,
-    solver: Solver = None,
-    steps: Steps = None,
-    seed: Seed = 0,
-    batch: Batch = 64,
-    precision: Precision = None,
-    compile: Compile = None,
-    device: Device = "auto",
+    # Two names: torchrun takes --num for an abbreviation of one of its own options.
+    num: Annotated[int, typer.Option("--num", "--count", help="number of images")] = 50_000,
+    classes: options.Classes = "",
+    guidance: options.Guidance = None,
+    interval: options.Interval = None,
+    solver: options.Solver = None,
+    steps: options.Steps = None,
+    seed: options.Seed = 0,
+    batch: options.Batch = 64,
+    precision: options.Precision = None,
+    compile: options.Compile = None,
+    device: options.Device = "auto",
 ) -> None:
-    """Generate many images with the averaged weights, for evaluation: by one process, or by several under torchrun. The
-    same command goes on where a killed one stopped. Image i depends on the seed, i and its class, not on who draws it.
+    """Generate many images with the EMA weights for evaluation, on one process or several under torchrun.
+
+    Image i depends only on the seed, i and its class. If a run is interrupted, the same command resumes it.
 
     Examples:
 
@@ -88,35 +78,34 @@ def generate(
     """
     from unite_fast.distributed.launch import ranks_of_torchrun
     from unite_fast.sampling.distributed_sampler import Generation
-    from unite_fast.sampling.sample_writer import generate_files
+    from unite_fast.sampling.sample_writer import write_samples
     from unite_fast.sampling.sampler import choose_labels
     from unite_fast.utils.device import choose_device
 
-    settings = given(guidance=guidance, interval=parse_interval(interval), solver=solver, steps=steps)
-    wanted = parse_classes(classes)
+    changes = options.sampling_changes(guidance, interval, solver, steps)
+    cycle = options.parse_classes(classes)
     with ranks_of_torchrun(choose_device(device)) as ranks:
-        model = load(checkpoint, device)
+        model = options.load(checkpoint, device)
         generation = Generation(
-            choose_labels(wanted, num, model.config.model.num_classes),
-            model.config.sampling.changed(**settings),
+            choose_labels(cycle, num, model.config.model.num_classes),
+            model.config.sampling.changed(**changes),
             seed,
             batch,
-            precision or model.config.train.precision,
-            model.network.device.type == "cuda" if compile is None else compile,
+            *options.precision_and_compile(model, precision, compile),
         )
-        about = generate_files(model, generation, out, ranks)
+        manifest = write_samples(model, generation, out, ranks)
     if ranks.main:
-        typer.echo(f"{num} images in {out}, what they were made from in {about}")
+        typer.echo(f"{num} images in {out}, their settings in {manifest}")
 
 
 @app.command()
 def reconstruct(
-    checkpoint: Checkpoint,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="picture files")],
-    device: Device = "auto",
+    checkpoint: options.Checkpoint,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="image files")],
+    device: options.Device = "auto",
     out: Annotated[Path, typer.Option(help="a .png: originals above reconstructions")] = Path("reconstructions.png"),
 ) -> None:
-    """Send pictures through tokenizer and decoder, and print how well they come back.
+    """Encode and decode images, and print the PSNR of each.
 
     Example: `unite-fast reconstruct runs/imagenet cat.jpg dog.png --out pets.png`
     """
@@ -126,17 +115,17 @@ def reconstruct(
     from unite_fast.utils.images import save_pairs
 
     check_target(out, (".png",))
-    model = load(checkpoint, device)
+    model = options.load(checkpoint, device)
     originals = read_images(images, model.config.model.image_size)
-    copies = model.reconstruct(originals)
-    for path, decibels in zip(images, psnr(originals, copies), strict=True):
+    reconstructions = model.reconstruct(originals)
+    for path, decibels in zip(images, psnr(originals, reconstructions), strict=True):
         typer.echo(f"{path}: {decibels:.2f} dB")
-    save_pairs(originals, copies, out)
+    save_pairs(originals, reconstructions, out)
     typer.echo(f"{len(images)} pairs in {out}")
 
 
-def generate_with_progress(model, labels, seed: int, batch: int, settings: dict):
-    """`TrainedUNITE.generate` with a progress bar."""
+def generate_with_progress(model: "TrainedUNITE", labels: "Tensor", seed: int, batch: int, settings: dict) -> "Tensor":
+    """`TrainedUNITE.generate` with a progress bar; `settings` are its sampling settings."""
     import torch
 
     from unite_fast.config import check_seed_and_batch

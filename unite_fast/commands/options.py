@@ -1,38 +1,56 @@
-"""Options and arguments that several commands share."""
+"""Options and arguments that several commands share, and how they become settings."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from unite_fast.config import SOLVERS
 from unite_fast.errors import UserError
 
+if TYPE_CHECKING:
+    from unite_fast.sampling.pipeline import TrainedUNITE
+
+Number = TypeVar("Number", int, float)
+
 Checkpoint = Annotated[
-    Path, typer.Argument(metavar="CKPT", help="a run's folder for its latest checkpoint, a checkpoint, or a model file")
+    Path,
+    typer.Argument(
+        metavar="CKPT", help="a run folder (its latest checkpoint), a checkpoint, or an exported model file"
+    ),
 ]
+DataPath = Annotated[str, typer.Argument(metavar="DATA", help="folder or address of the data, or digits")]
+Data = Annotated[str, typer.Option(help="folder of the data, if not the training data")]
+Split = Annotated[str, typer.Option(help="train or test")]
+ImageSize = Annotated[int, typer.Option(help="side of the images, pixels; 0: the default for the data")]
 Guidance = Annotated[float | None, typer.Option(help="guidance scale; 1 is unguided [default: the recipe's]")]
-Interval = Annotated[str | None, typer.Option(metavar="LOW,HIGH", help="times in which guidance acts")]
-Solver = Annotated[str | None, typer.Option(help=" or ".join((", ".join(SOLVERS[:-1]), SOLVERS[-1])))]
-Steps = Annotated[int | None, typer.Option(help="steps of euler, heun and multistep")]
-Classes = Annotated[str, typer.Option(help="classes to draw in turn, e.g. 3,1,4; all by default")]
-Seed = Annotated[int, typer.Option(help="what the noise is drawn from")]
-Batch = Annotated[int, typer.Option(help="images at a time")]
-Precision = Annotated[str | None, typer.Option(help="bfloat16 or float32 [default: what the model was trained in]")]
+Interval = Annotated[
+    str | None, typer.Option(metavar="LOW,HIGH", help="times between which guidance acts [default: the recipe's]")
+]
+Solver = Annotated[str | None, typer.Option(help=f"{', '.join(SOLVERS[:-1])} or {SOLVERS[-1]} [default: the recipe's]")]
+Steps = Annotated[int | None, typer.Option(help="steps of euler, heun and multistep [default: the recipe's]")]
+Classes = Annotated[str, typer.Option(help="classes to cycle through, e.g. 3,1,4 [default: all]")]
+Seed = Annotated[int, typer.Option(help="seed of the noise")]
+Batch = Annotated[int, typer.Option(help="images per forward pass")]
+Precision = Annotated[str | None, typer.Option(help="bfloat16 or float32 [default: as in training]")]
 Compile = Annotated[bool | None, typer.Option("--compile/--eager", help="compile the network [default: on CUDA]")]
 Features = Annotated[str, typer.Option(help="inception (FID), pixels (small images, no weights needed) or auto")]
 Inception = Annotated[
     str, typer.Option(metavar="PATH", help="torch-fidelity's Inception weights [default: $UNITE_FAST_INCEPTION]")
 ]
-InceptionSha256 = Annotated[str, typer.Option(help="what the SHA-256 of other weights starts with", show_default=False)]
-Reference = Annotated[
-    str, typer.Option(metavar="REF.npz", help="statistics of real images [default, pixels: the training images]")
+InceptionSha256 = Annotated[
+    str, typer.Option(help="first digits of the SHA-256, for other Inception weights", show_default=False)
 ]
-Data = Annotated[str, typer.Option(help="folder of the data, if not the one trained on")]
+Reference = Annotated[
+    str,
+    typer.Option(metavar="REF.npz", help="statistics of real images [default with pixels: of the training images]"),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto")]
 
 
-def load(checkpoint: Path, device: str):
+def load(checkpoint: Path, device: str) -> "TrainedUNITE":
+    """Load a model, and set PyTorch's threads as in its training."""
     from unite_fast import load
     from unite_fast.utils.device import choose_device, use_threads
 
@@ -41,8 +59,21 @@ def load(checkpoint: Path, device: str):
     return model
 
 
-def given(**settings) -> dict:
-    return {name: value for name, value in settings.items() if value is not None}
+def sampling_changes(
+    guidance: float | None = None,
+    interval: str | None = None,
+    solver: str | None = None,
+    steps: int | None = None,
+) -> dict:
+    """The fields of `SamplingConfig` that the options set."""
+    changes = {"guidance": guidance, "interval": parse_interval(interval), "solver": solver, "steps": steps}
+    return {name: value for name, value in changes.items() if value is not None}
+
+
+def precision_and_compile(model: "TrainedUNITE", precision: str | None, compile: bool | None) -> tuple[str, bool]:
+    """The options --precision and --compile, with their defaults filled in for this model."""
+    on_cuda = model.network.device.type == "cuda"
+    return precision or model.config.train.precision, on_cuda if compile is None else compile
 
 
 def parse_interval(text: str | None) -> tuple[float, float] | None:
@@ -51,30 +82,30 @@ def parse_interval(text: str | None) -> tuple[float, float] | None:
     try:
         low, high = (float(part) for part in text.split(","))
     except ValueError as error:
-        raise UserError(f"--interval is LOW,HIGH, for example 0.1,1; got {text!r}") from error
+        raise UserError(f"--interval must be LOW,HIGH, for example 0.1,1; got {text!r}") from error
     return low, high
 
 
-def parse_numbers(option: str, text: str, kind: type) -> list:
-    """The numbers of "1,2.5"."""
+def parse_numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+    """Parse a list of numbers: "1,2.5"."""
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError as error:
-        raise UserError(f"{option} is a list of numbers such as 1,3; got {text!r}") from error
+        raise UserError(f"{option} must be a list of numbers such as 1,3; got {text!r}") from error
 
 
 def parse_classes(text: str) -> list[int]:
-    """The classes of "3,1,4"; empty: all, an empty list."""
+    """Parse a list of classes, "3,1,4"; an empty text gives an empty list, which means all classes."""
     return parse_numbers("--classes", text, int) if text else []
 
 
 def parse_range(option: str, text: str) -> list[float]:
-    """The numbers of "1:5:0.2", its ends included, or of a list."""
+    """Parse a range with both ends, "1:5:0.2", or a list, "1,1.5,2"."""
     if ":" not in text:
         return parse_numbers(option, text, float)
     try:
         start, stop, step = (float(part) for part in text.split(":"))
-        # Rounding must neither make 1 + 2 * 0.2 another number than 1.4 nor lose the last one.
+        # Rounding errors must neither make 1 + 2 * 0.2 differ from 1.4 nor drop the last number.
         return [round(start + i * step, 10) for i in range(int((stop - start) / step + 1e-6) + 1)]
     except (ValueError, ZeroDivisionError, OverflowError) as error:
-        raise UserError(f"{option} is START:STOP:STEP, for example 1:5:0.2, or a list; got {text!r}") from error
+        raise UserError(f"{option} must be START:STOP:STEP, for example 1:5:0.2, or a list; got {text!r}") from error

@@ -1,4 +1,4 @@
-"""Plan a run before there is a GPU for it."""
+"""The command that predicts memory, speed and cost of a run."""
 
 from typing import Annotated
 
@@ -9,15 +9,17 @@ app = typer.Typer()
 
 @app.command()
 def plan(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, or a recipe that ships")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="settings")] = None,
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="a YAML file, or the name of a recipe in the package")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="changed settings")] = None,
     gpu: Annotated[str, typer.Option(help="a100, h100, h200, b200, l40s, rtx4090, ...")] = "h100",
-    nodes: Annotated[int, typer.Option(help="machines")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(help="of each machine")] = 8,
-    price: Annotated[float, typer.Option(min=0, help="EUR for a GPU and hour; 0: no costs")] = 0.0,
-    data: Annotated[str, typer.Option(help="format read: folder, original, cropped-jpeg or raw")] = "",
+    nodes: Annotated[int, typer.Option(help="number of machines")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs per machine")] = 8,
+    price: Annotated[float, typer.Option(min=0, help="EUR per GPU and hour; 0: no costs")] = 0.0,
+    data: Annotated[str, typer.Option(help="format of the training data: folder, original, cropped-jpeg or raw")] = "",
 ) -> None:
-    """Predict memory, speed, communication and cost of a run on GPUs that need not be there.
+    """Predict memory, speed, communication and cost of a run on any GPUs; none is needed.
 
     Examples:
 

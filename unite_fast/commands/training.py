@@ -1,4 +1,4 @@
-"""Train."""
+"""The command that trains."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,12 +11,12 @@ app = typer.Typer()
 @app.command()
 def train(
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[RECIPE] [key=value ...]", help="a recipe and settings that differ")
+        list[str] | None, typer.Argument(metavar="[RECIPE] [key=value ...]", help="a recipe and changed settings")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the run folder's latest checkpoint")] = False,
-    tuned: Annotated[str, typer.Option(metavar="FILE", help="settings that unite-fast tune found")] = "",
+    resume: Annotated[bool, typer.Option("--resume", help="resume from the run folder's latest checkpoint")] = False,
+    tuned: Annotated[str, typer.Option(metavar="FILE", help="settings found by unite-fast tune")] = "",
 ) -> None:
-    """Train a recipe: a YAML file, or the name of one that ships with the package (default: digits).
+    """Train a recipe: a YAML file, or the name of a recipe in the package (default: digits).
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""Find what is fastest here."""
+"""The command that finds the fastest settings for this machine."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,18 +10,20 @@ app = typer.Typer()
 
 @app.command()
 def tune(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, or a recipe that ships")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="a YAML file, or the name of a recipe in the package")
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value ...]", help="settings; those given here are not tried")
+        list[str] | None, typer.Argument(metavar="[key=value ...]", help="fixed settings, which are not tuned")
     ] = None,
-    budget: Annotated[float, typer.Option(min=1, help="seconds")] = 180.0,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="gets the settings that won")] = Path("tuned.yaml"),
+    budget: Annotated[float, typer.Option(min=1, help="seconds to spend")] = 180.0,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="file for the fastest settings")] = Path("tuned.yaml"),
 ) -> None:
-    """Find the settings with which this machine computes the same fastest: kernels, compilation, attention,
-    micro-batch, threads, sharding. Alone or under torchrun.
+    """Find the fastest settings for this machine: kernels, compilation, attention, micro-batch, threads, sharding.
+    Alone or under torchrun.
 
-    Each candidate is a short `unite-fast bench` in a process of its own, so that it may run out of memory. One setting
-    after another is tried, not all combinations. What is computed stays the same up to rounding.
+    Each candidate is a short `unite-fast bench` in its own process, so that running out of memory ends only that. The
+    settings are tuned one after another, not in all combinations. Results change only by rounding.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""Images of a source in numbered batches, each process its own ones, read ahead by threads."""
+"""Numbered batches of images from a source, prefetched by threads."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,43 +9,42 @@ import torch
 from torch import Tensor
 
 from unite_fast.config import Config
-from unite_fast.data_pipeline import Source, UnreadableSample, open_source
-from unite_fast.data_pipeline.open_source import open_data
+from unite_fast.data_pipeline import Source, UnreadableSample, detect_source, open_source
 
-NAMED = 5
-"""Of how many samples that cannot be read a result keeps name and reason; the others are only counted."""
+MAX_NAMED = 5
+"""Unreadable samples that a result lists by name and reason; the others are only counted."""
 
 
-def open_named(config: Config, data: str, split: str) -> Source:
-    """Images of the model's size: of the data that were named, of whatever kind they are, or of those trained on.
+def open_images(config: Config, data: str, split: str) -> Source:
+    """Open images at the model's size: from `data` (any kind), or if empty from the training data.
 
     Raises:
-        UserError: whatever is wrong with the data.
+        UserError: the data cannot be opened.
     """
     size = config.model.image_size
     if data:
-        return open_data(data, size, split)[1]
+        return open_source(*detect_source(data), size, split)
     return open_source(config.data.source, config.data.path, size, split, config.model.num_classes)
 
 
 @dataclass(frozen=True)
 class NumberedBatch:
     indices: Tensor
-    """int64 [b], the samples' indices in the source or in the series that is generated."""
+    """int64 [b], indices of the samples in the source or in the generated series."""
     images: Tensor
     """uint8 [b, 3, S, S]."""
     labels: Tensor
     """int64 [b]."""
-    broken: tuple[str, ...] = ()
-    """Name and reason of each sample that could not be read and is left out."""
+    unreadable: tuple[str, ...] = ()
+    """Name and reason of each sample that could not be read and was left out."""
 
 
 def read_batches(source: Source, batches: Iterable[Sequence[int]], workers: int = 2) -> Iterator[NumberedBatch]:
-    """The samples of each batch of numbers, in order, without the broken ones; a batch may be empty."""
+    """Read the samples of each batch of indices, in order. Unreadable samples are left out; a batch may be empty."""
     if source.workers == "none" or workers == 0:
         yield from (_read(source, batch) for batch in batches)
         return
-    # Decoding leaves the interpreter free, so threads do; and a window keeps the batches in memory few.
+    # Decoding releases the GIL, so threads suffice; the window limits the batches in memory.
     with ThreadPoolExecutor(workers) as pool:
         window: deque = deque()
         for batch in batches:
@@ -56,29 +55,27 @@ def read_batches(source: Source, batches: Iterable[Sequence[int]], workers: int 
             yield window.popleft().result()
 
 
-def unreadable(broken: list[str]) -> dict:
-    """For the JSON of a result: how many samples were left out, and name and reason of the first, whatever order they
-    came in.
+def unreadable_info(unreadable: list[str]) -> dict:
+    """JSON entries of a result: the number of unreadable samples, and the first few in sorted order.
 
     Args:
-        broken: see `NumberedBatch`, those of all processes.
+        unreadable: see `NumberedBatch`, gathered over the ranks.
     """
-    return {"unreadable": len(broken), "unreadable_first": sorted(broken)[:NAMED]}
+    return {"unreadable": len(unreadable), "unreadable_first": sorted(unreadable)[:MAX_NAMED]}
 
 
-def unreadable_lines(result: Mapping, what: str) -> list[str]:
-    """For a terminal: a line if samples were left out. Statistics of others, or of an earlier version, may lack names
-    or count.
+def unreadable_lines(result: Mapping, title: str) -> list[str]:
+    """A line for the terminal if samples were left out.
 
     Args:
-        result: holds what `unreadable` gives.
-        what: what the samples are: "images of the reference".
+        result: holds the entries of `unreadable_info`; files of other programs or older versions may lack them.
+        title: what the samples are: "images of the reference".
     """
     if not result.get("unreadable"):
         return []
     names = result.get("unreadable_first")
-    first = f", the first: {names[0]}" if names else ""
-    return [f"{result['unreadable']} {what} could not be read and are left out{first}"]
+    first = f", first: {names[0]}" if names else ""
+    return [f"{result['unreadable']} {title} could not be read and were left out{first}"]
 
 
 def _read(source: Source, batch: Sequence[int]) -> NumberedBatch:
@@ -87,21 +84,21 @@ def _read(source: Source, batch: Sequence[int]) -> NumberedBatch:
         return NumberedBatch(torch.tensor(batch), images, labels)
     except UnreadableSample:
         pass
-    indices, images, labels, broken = [], [], [], []
-    for number in batch:
+    indices, images, labels, unreadable = [], [], [], []
+    for index in batch:
         try:
-            image, label = source.read([number])
+            image, label = source.read([index])
         except UnreadableSample as error:
-            broken.append(str(error))
+            unreadable.append(str(error))
             continue
-        indices.append(number)
+        indices.append(index)
         images.append(image)
         labels.append(label)
     size = source.image_size
-    none = torch.empty(0, 3, size, size, dtype=torch.uint8)
+    empty = torch.empty(0, 3, size, size, dtype=torch.uint8)
     return NumberedBatch(
         torch.tensor(indices, dtype=torch.int64),
-        torch.cat([none, *images]),
+        torch.cat([empty, *images]),
         torch.cat([torch.empty(0, dtype=torch.int64), *labels]),
-        tuple(broken),
+        tuple(unreadable),
     )

@@ -1,4 +1,4 @@
-"""The evaluation of a trained model: generated images against real ones, reconstructions against their originals."""
+"""Evaluate a trained model: generated images against real ones, reconstructions against their originals."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -11,16 +11,16 @@ from unite_fast.config import EVALUATION_SAMPLES, EvaluationSettings, SamplingCo
 from unite_fast.distributed.process_group import Ranks, current_ranks
 from unite_fast.errors import UserError
 from unite_fast.evaluation import report
-from unite_fast.evaluation.batches import open_named
-from unite_fast.evaluation.evaluator import open_judge
-from unite_fast.evaluation.provenance import described_checkpoint, described_machine, described_sampling
+from unite_fast.evaluation.batches import open_images
+from unite_fast.evaluation.evaluator import Evaluator, open_evaluator
+from unite_fast.evaluation.provenance import checkpoint_info, machine_info, sampling_info
 from unite_fast.evaluation.reconstruction import score_reconstructions
-from unite_fast.sampling.distributed_sampler import Drawn, Generation, generate_batches
+from unite_fast.sampling.distributed_sampler import Generation, Samples, sample_distributed
 from unite_fast.sampling.pipeline import TrainedUNITE
 from unite_fast.utils.progress import Track, no_progress
 
 GRID = 80
-"""Generated images in the picture beside a result."""
+"""Generated images in the grid that is saved with a result."""
 
 
 def evaluate(
@@ -30,87 +30,68 @@ def evaluate(
     checkpoint: str = "",
     track: Track = no_progress,
 ) -> dict:
-    """Reconstruct, score, generate, score. Processes of an initialised `torch.distributed` share the work.
+    """Score reconstructions, then generated images for each guidance scale. The ranks of an initialised
+    `torch.distributed` share the work.
 
     Args:
-        model: on the device that shall do the work.
-        out: folder for evaluation.json, evaluation.md and the grids, written by rank 0; None: nothing is written.
-        checkpoint: where the model comes from, for the JSON.
+        model: on the device to evaluate on.
+        out: folder for evaluation.json, evaluation.md and the grids, which rank 0 writes; None: write nothing.
+        checkpoint: path of the model, for the JSON.
         track: shows progress; see `utils.progress`.
 
     Returns:
-        What evaluation.json holds, the same on every process. `generated` is a list, one entry a guidance scale.
+        The content of evaluation.json, the same on every rank. `generated` has one entry per guidance scale.
 
     Raises:
-        UserError: data, weights or statistics that are missing or do not fit; settings out of range.
+        UserError: data, weights or statistics are missing or do not match; settings out of range.
     """
     if out is not None:
         report.check_folder(out)
-    begun, ranks = time.perf_counter(), current_ranks()
-    wanted = samplings(model, settings)  # first, since it costs nothing and may be refused
-    judge = open_judge(model.config, settings, ranks, model.network.device, track)
-    count = settings.count or EVALUATION_SAMPLES[judge.features.name]
-    series = planned(model, wanted, settings, count)
-    opened = time.perf_counter() - begun
-    # First, since it is short and what may be missing for it should not show after hours of generating.
-    reconstruction, pairs = None, None
-    if settings.reconstructions:
-        try:
-            source = open_named(model.config, settings.data, "test")
-        except UserError as error:
-            raise UserError(
-                f"{error}; name held-out images with --data FOLDER, or give --reconstructions 0 to do without"
-            ) from error
-        reconstruction, pairs = score_reconstructions(model, source, judge, settings, ranks, track)
-    generated, pictures = [], {}
-    for generation in series:
-        begun_here, first, scale = time.perf_counter(), FirstImages(GRID), generation.sampling.guidance
-        batches = generate_batches(model.network, generation, ranks)
-        total = -(-generation.batches // ranks.world)
-        scores = judge.score(first.watch(track(batches, total, f"generating with guidance {scale:g}")), count, ranks)
-        generated.append(
-            {
-                **described_sampling(generation.sampling),
-                **{name: getattr(generation, name) for name in ("seed", "batch", "compile")},
-                "network_precision": generation.precision,  # "precision" is a score
-                "count": count,
-                **scores,
-                "seconds": time.perf_counter() - begun_here,
-            }
-        )
-        pictures[f"samples_guidance_{scale:g}.png"] = first.gathered(ranks)
+    start, ranks = time.perf_counter(), current_ranks()
+    configs = sampling_configs(model, settings)  # first: cheap, and may raise
+    evaluator = open_evaluator(model.config, settings, ranks, model.network.device, track)
+    count = settings.count or EVALUATION_SAMPLES[evaluator.features.name]
+    generations = make_generations(model, configs, settings, count)
+    opened = time.perf_counter() - start
+    # Before generation, which takes hours: missing data should show early.
+    reconstruction, pairs = _evaluate_reconstructions(model, settings, evaluator, ranks, track)
+    generated, grids = [], {}
+    for generation in generations:
+        scores, images = _evaluate_generation(model, generation, evaluator, ranks, track)
+        generated.append(scores)
+        grids[f"samples_guidance_{generation.sampling.guidance:g}.png"] = images
     result = {
-        "checkpoint": described_checkpoint(model, checkpoint),
+        "checkpoint": checkpoint_info(model, checkpoint),
         "features": {
-            "name": judge.features.name,
-            "title": judge.features.title,
-            "dimension": judge.features.dimension,
-            **judge.features.source,
+            "name": evaluator.features.name,
+            "title": evaluator.features.title,
+            "dimension": evaluator.features.dimension,
+            **evaluator.features.source,
         },
-        "reference": judge.reference.described(),
+        "reference": evaluator.reference.info(),
         "generated": generated,
         "reconstruction": reconstruction,
-        "notes": judge.notes(count) + (reconstruction["notes"] if reconstruction else []),
-        "seconds": {"opening": opened, "all": time.perf_counter() - begun},
-        **described_machine(model.network.device, ranks),
+        "notes": evaluator.notes(count) + (reconstruction["notes"] if reconstruction else []),
+        "seconds": {"opening": opened, "all": time.perf_counter() - start},
+        **machine_info(model.network.device, ranks),
     }
     if out is not None and ranks.main:
-        report.save(result, pictures, pairs, out)
+        report.save(result, grids, pairs, out)
     return ranks.broadcast(result)
 
 
-def samplings(model: TrainedUNITE, settings: EvaluationSettings) -> list[SamplingConfig]:
-    """One for each guidance scale."""
+def sampling_configs(model: TrainedUNITE, settings: EvaluationSettings) -> list[SamplingConfig]:
+    """One per guidance scale."""
     recipe = model.config.sampling
-    # In order and each once: a recipe may itself be unguided.
+    # Without duplicates: the recipe itself may be unguided.
     scales = dict.fromkeys(settings.guidance or (1.0, recipe.guidance))
     return [recipe.changed(**settings.sampling, guidance=scale) for scale in scales]
 
 
-def planned(
-    model: TrainedUNITE, wanted: list[SamplingConfig], settings: EvaluationSettings, count: int
+def make_generations(
+    model: TrainedUNITE, configs: list[SamplingConfig], settings: EvaluationSettings, count: int
 ) -> list[Generation]:
-    """What is generated, each time of the same noise: classes in turn, so as many of each."""
+    """One generation per config, all with the same noise; labels cycle, so classes are balanced."""
     on_gpu = model.network.device.type == "cuda"
     return [
         Generation(
@@ -121,24 +102,59 @@ def planned(
             settings.precision or model.config.train.precision,
             on_gpu if settings.compile is None else settings.compile,
         )
-        for sampling in wanted
+        for sampling in configs
     ]
 
 
+def _evaluate_reconstructions(
+    model: TrainedUNITE, settings: EvaluationSettings, evaluator: Evaluator, ranks: Ranks, track: Track
+) -> tuple[dict | None, tuple[Tensor, Tensor] | None]:
+    """Scores and pairs of `score_reconstructions`; None if no reconstructions are asked for."""
+    if not settings.reconstructions:
+        return None, None
+    try:
+        source = open_images(model.config, settings.data, "test")
+    except UserError as error:
+        raise UserError(f"{error}; name held-out images with --data FOLDER, or give --reconstructions 0") from error
+    return score_reconstructions(model, source, evaluator, settings, ranks, track)
+
+
+def _evaluate_generation(
+    model: TrainedUNITE, generation: Generation, evaluator: Evaluator, ranks: Ranks, track: Track
+) -> tuple[dict, Tensor]:
+    """Settings and scores of the generated images, and the first images, uint8 [n, 3, S, S]."""
+    start, first, count = time.perf_counter(), FirstImages(GRID), len(generation.labels)
+    batches = sample_distributed(model.network, generation, ranks)
+    rounds = -(-generation.batches // ranks.world)
+    batches = track(batches, rounds, f"generating with guidance {generation.sampling.guidance:g}")
+    scores = evaluator.score(first.watch(batches), count, ranks)
+    entry = {
+        **sampling_info(generation.sampling),
+        **{name: getattr(generation, name) for name in ("seed", "batch", "compile")},
+        "network_precision": generation.precision,  # "precision" is a score
+        "count": count,
+        **scores,
+        "seconds": time.perf_counter() - start,
+    }
+    return entry, first.gather(ranks)
+
+
 class FirstImages:
-    """Keeps the first so many images of a series that several processes make."""
+    """Collects the first `count` images of a series that several ranks generate."""
 
-    def __init__(self, most: int):
-        self.most = most
-        self.kept: dict[int, Tensor] = {}
+    def __init__(self, count: int):
+        self.count = count
+        self.images: dict[int, Tensor] = {}
 
-    def watch(self, batches: Iterable[Drawn]) -> Iterator[Drawn]:
+    def watch(self, batches: Iterable[Samples]) -> Iterator[Samples]:
+        """Pass the batches on and copy their first images."""
         for batch in batches:
-            for number, image in zip(batch.indices.tolist(), batch.images, strict=True):
-                if number < self.most:
-                    self.kept[number] = image.clone()
+            for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
+                if index < self.count:
+                    self.images[index] = image.clone()
             yield batch
 
-    def gathered(self, ranks: Ranks) -> Tensor:
-        together = {number: image for part in ranks.gather(self.kept) for number, image in part.items()}
-        return torch.stack([image for _, image in sorted(together.items())])
+    def gather(self, ranks: Ranks) -> Tensor:
+        """uint8 [n, 3, S, S] in order, on every rank."""
+        images = {index: image for part in ranks.gather(self.images) for index, image in part.items()}
+        return torch.stack([image for _, image in sorted(images.items())])

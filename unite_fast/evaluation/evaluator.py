@@ -1,7 +1,8 @@
-"""Who judges generated images: features, the statistics of real images, and perhaps a classifier."""
+"""Evaluator of generated images: features, statistics of real images and an optional classifier."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,78 +11,89 @@ from unite_fast.config import Config, EvaluationSettings
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError, require
 from unite_fast.evaluation import metrics, pixel_features
-from unite_fast.evaluation.batches import NumberedBatch, open_named
+from unite_fast.evaluation.batches import open_images
 from unite_fast.evaluation.features import Features
 from unite_fast.evaluation.fid import Moments, Reference, frechet_distance, load_reference
 from unite_fast.evaluation.inception import DIMENSION, load_inception
-from unite_fast.evaluation.pixel_features import Classifier, PixelFeatures, fit_pixels_once, read_some
-from unite_fast.evaluation.reference import Kept, Mixed, check_fit, choose_features, make_reference
+from unite_fast.evaluation.pixel_features import Classifier, PixelFeatures, fit_pixels_on_main, read_evenly
+from unite_fast.evaluation.reference import KeptFeatures, SampleOrder, check_features, choose_features, make_reference
 from unite_fast.utils.progress import Track, no_progress
 
 SAMPLES_PER_DIMENSION = 10
-"""With fewer images than this times the dimension of the features, the bias of a Frechet distance is worth a word."""
+"""With fewer images than this times the feature dimension, results warn of the bias of the Frechet distance."""
+
+
+class LabelledImages(Protocol):
+    """Images with their indices in a series and their labels: `NumberedBatch` and `Samples`."""
+
+    @property
+    def indices(self) -> Tensor: ...
+    @property
+    def images(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor: ...
 
 
 @dataclass
-class Judge:
+class Evaluator:
     features: Features
     reference: Reference
     classifier: Classifier | None = None
 
-    def score(self, batches: Iterable[NumberedBatch], count: int, ranks: Ranks) -> dict:
-        """Scores of generated images.
+    def score(self, batches: Iterable[LabelledImages], count: int, ranks: Ranks) -> dict:
+        """Score generated images.
 
         Args:
-            batches: this process's part of samples 0..count - 1, with the labels that were asked for; anything that has
-                the `indices`, `images` and `labels` of a `NumberedBatch`.
-            count: all processes together.
+            batches: this rank's part of samples 0..count - 1, with the labels they were generated for.
+            count: samples on all ranks together.
 
         Returns:
-            The same on every process: `frechet_distance`, and where they could be computed `inception_score`,
-            `inception_score_deviation`, `kid`, `kid_deviation`, `kid_subset`, `precision`, `recall`, `compared` (how
-            many generated and real images the last five looked at), `class_agreement`.
+            The same on every rank: `frechet_distance`, and where they could be computed `inception_score`,
+            `inception_score_deviation`, `kid`, `kid_deviation`, `kid_subset`, `precision`, `recall`, `compared`
+            (numbers of generated and real images behind the last five), `class_agreement`.
         """
-        device, mixed = self.features.device, Mixed(count)
-        moments, kept = Moments(self.features.dimension, device), Kept(mixed)
+        device, order = self.features.device, SampleOrder(count)
+        moments, kept = Moments(self.features.dimension, device), KeptFeatures(order)
         inception = metrics.InceptionScore(self.features.classes, device=device) if self.features.classes else None
-        right = torch.zeros((), dtype=torch.float64)
+        correct = torch.zeros((), dtype=torch.float64)
         for batch in batches:
-            if not len(batch.images):  # processes may come out even by empty ones
+            if not len(batch.images):  # the last round of a rank may be empty
                 continue
-            found = self.features(batch.images.to(device))
-            moments.update(found.pool)
-            kept.update(batch.indices, found.pool)
+            features = self.features(batch.images.to(device))
+            moments.update(features.pool)
+            kept.update(batch.indices, features.pool)
             if inception is not None:
-                inception.update(found.logits, mixed.splits(batch.indices))
+                assert features.logits is not None  # features with classes have logits
+                inception.update(features.logits, order.splits(batch.indices))
             if self.classifier is not None:
-                right += self.classifier.right(batch.images, batch.labels)
-        samples = kept.gathered(ranks)
-        result = {"frechet_distance": self.distance(moments, ranks)}
+                correct += self.classifier.count_correct(batch.images, batch.labels)
+        samples = kept.gather(ranks)
+        result: dict = {"frechet_distance": self.distance(moments, ranks)}
         if inception is not None:
             inception.all_reduce(ranks)
             if count >= metrics.SPLITS:
                 result["inception_score"], result["inception_score_deviation"] = inception.result()
         if self.classifier is not None:
-            result["class_agreement"] = float(ranks.sum(right) / count)
-        # Comparing one by one is work for one process; all get the same numbers.
-        if ranks.main:
-            result |= self._compared_one_by_one(samples)
+            result["class_agreement"] = float(ranks.sum(correct) / count)
+        if ranks.main:  # the pairwise metrics run on one rank
+            result |= self._pairwise_metrics(samples)
         return ranks.broadcast(result)
 
     def distance(self, moments: Moments, ranks: Ranks) -> float:
-        """Frechet distance to the real images, the same on every process.
+        """Frechet distance to the real images, the same on every rank.
 
         Args:
-            moments: of what this process saw of the generated images; afterwards, of what all saw.
+            moments: of this rank's generated images; summed over the ranks on return.
         """
         moments.all_reduce(ranks)
-        # The eigenvalues are work for one process.
+        # One rank computes the eigenvalues.
         distance = frechet_distance(moments.statistics(), self.reference.statistics) if ranks.main else None
         return ranks.broadcast(distance)
 
-    def _compared_one_by_one(self, samples: Tensor) -> dict:
+    def _pairwise_metrics(self, samples: Tensor | None) -> dict:
+        """KID, precision and recall from single features [m, D]; empty if there are too few."""
         real = self.reference.samples
-        if real is None or min(len(real), len(samples)) <= metrics.NEIGHBOURS:
+        if real is None or samples is None or min(len(real), len(samples)) <= metrics.NEIGHBOURS:
             return {}
         compared = [len(samples), len(real)]
         size = min(metrics.KID_SUBSET_SIZE, len(real), len(samples))
@@ -98,19 +110,19 @@ class Judge:
         }
 
     def notes(self, count: int) -> list[str]:
-        """What a reader must know of the scores of `count` images: their bias, and which there are not."""
+        """Caveats for scores of `count` images: bias, and metrics that are missing."""
         lines = self.bias_notes(count)
         if self.features.classes and count < metrics.SPLITS:
-            lines.append(f"no Inception Score: it takes {metrics.SPLITS} splits, and {count} images are too few")
+            lines.append(f"no Inception Score: {count} images are too few for {metrics.SPLITS} splits")
         if self.reference.samples is None:
             lines.append(
-                "no KID, precision and recall: the reference holds no features of single images; "
-                "unite-fast stats makes one that does"
+                "no KID, precision and recall: the reference has no features of single images; "
+                "unite-fast stats writes a reference that has them"
             )
         return lines
 
     def bias_notes(self, *counts: int) -> list[str]:
-        """What a reader must know before comparing a distance of so many generated images with another."""
+        """Warnings of the bias of Frechet distances of `counts` generated images."""
         kinds = [(count, "generated") for count in dict.fromkeys(counts)]
         if self.reference.count:
             kinds.append((self.reference.count, "real"))
@@ -119,96 +131,97 @@ class Judge:
 
 
 def bias_warning(count: int, dimension: int, kind: str) -> str:
-    """Why the Frechet distance of so few images is too large; empty if they are enough."""
+    """Why the Frechet distance of so few images is too large; empty if there are enough."""
     if count <= dimension:
         return (
             f"{count} {kind} images are too few for {dimension} features: their covariance has rank {count - 1} at "
-            "most, which makes the Frechet distance too large by an amount that depends on their number; compare it "
-            "only with distances of as many"
+            "most, which makes the Frechet distance too large by an amount that depends on the count; compare it "
+            "only with distances of the same count"
         )
     if count < SAMPLES_PER_DIMENSION * dimension:
         return (
             f"{count} {kind} images for {dimension} features: the error of their covariance makes the Frechet distance "
-            "too large (the excess falls in proportion to 1 / images); compare it only with distances of as many"
+            "too large (the excess falls as 1 / count); compare it only with distances of the same count"
         )
     return ""
 
 
-def open_judge(
+def open_evaluator(
     config: Config,
     settings: EvaluationSettings,
     ranks: Ranks,
     device: torch.device | str,
     track: Track = no_progress,
     classifier: bool = True,
-) -> Judge:
-    """Features, reference and classifier for the images of a model with this configuration.
+) -> Evaluator:
+    """Features, reference and classifier for the images of a model with this config.
 
-    Features "auto" are Inception's if its weights or a reference made with it are named or the images are too large for
-    pixels, else pixels. Without a reference, pixels are held against the model's training images.
+    Features "auto" are Inception if its weights or an Inception reference are given or the images are too large for
+    pixels, else pixels. Pixel features without a reference compare with the training images.
 
     Args:
-        classifier: teach one too, where classes can be told from pixels; that takes seconds.
+        classifier: also fit a classifier if the features are pixels; takes seconds.
 
     Raises:
-        UserError: files that are missing or do not fit each other.
+        UserError: files are missing or do not match.
     """
-    known = load_reference(settings.reference) if settings.reference else None
-    of_inception = known is not None and len(known.statistics.mean) == DIMENSION
+    reference = load_reference(settings.reference) if settings.reference else None
+    of_inception = reference is not None and len(reference.statistics.mean) == DIMENSION
     if choose_features(settings, config.model.image_size, of_inception) == pixel_features.NAME:
         classifier = classifier and config.model.num_classes > 1
-        return _pixel_judge(config, settings, known, ranks, device, track, classifier)
-    require(
-        known is not None,
-        "the FID needs statistics of real images: name them with --reference REF.npz; "
-        "unite-fast stats DATA REF.npz --features inception makes them",
-    )
+        return _pixel_evaluator(config, settings, reference, ranks, device, track, classifier)
+    if reference is None:
+        raise UserError(
+            "FID needs statistics of real images: give them with --reference REF.npz; "
+            "unite-fast stats DATA REF.npz --features inception writes them"
+        )
     features = load_inception(settings.inception, settings.inception_sha256, device)
-    check_fit(known, features)
-    return Judge(features, known)
+    check_features(reference, features)
+    return Evaluator(features, reference)
 
 
-def _pixel_judge(
+def _pixel_evaluator(
     config: Config,
     settings: EvaluationSettings,
-    known: Reference | None,
+    reference: Reference | None,
     ranks: Ranks,
     device: torch.device | str,
     track: Track,
     classifier: bool,
-) -> Judge:
+) -> Evaluator:
     size = config.model.image_size
     require(
         size <= pixel_features.LARGEST,
-        f"the model's images are {size} x {size}; features pixels are for sides up to {pixel_features.LARGEST}: "
-        "use --features inception",
+        f"the model's images are {size} x {size}; --features pixels works up to "
+        f"{pixel_features.LARGEST} x {pixel_features.LARGEST}: use --features inception",
     )
-    if known is not None:
+    features = None
+    if reference is not None:
         require(
-            bool(known.basis),
-            f"{known.path} holds no components of pixels: make it with unite-fast stats DATA OUT.npz --features pixels",
+            bool(reference.basis),
+            f"{reference.path} has no pixel components: make it with unite-fast stats DATA OUT.npz --features pixels",
         )
-        features = PixelFeatures(known.basis, known.about.get("features_source"), device)
+        features = PixelFeatures(reference.basis, reference.provenance.get("features_source"), device)
         require(
             features.image_size == size,
-            f"{known.path} is of images of side {features.image_size}, this model makes {size} x {size}",
+            f"{reference.path} is for images of side {features.image_size}, this model makes {size} x {size}",
         )
-        check_fit(known, features)
+        check_features(reference, features)
         if not classifier:
-            return Judge(features, known)
+            return Evaluator(features, reference)
     try:
-        source = open_named(config, settings.data, "train")
+        source = open_images(config, settings.data, "train")
     except UserError as error:
         raise UserError(f"{error}; name the training images with --data FOLDER") from error
     classes = config.model.num_classes
     require(
         not classifier or len(source.class_names) == classes,
-        f"the data have {len(source.class_names)} classes and the model has {classes}, so they cannot teach the "
-        "classifier: name the data that it was trained on with --data FOLDER",
+        f"the data have {len(source.class_names)} classes and the model has {classes}, so the classifier cannot be "
+        "fitted: name the data that the model was trained on with --data FOLDER",
     )
-    if known is None:
-        features = fit_pixels_once(source, ranks, device)
-        known = make_reference(source, features, ranks, settings.batch, config.data.workers, track)
-    return Judge(
-        features, known, Classifier(*read_some(source, pixel_features.CLASSIFIER_IMAGES)) if classifier else None
-    )
+    if reference is None or features is None:
+        features = fit_pixels_on_main(source, ranks, device)
+        reference = make_reference(source, features, ranks, settings.batch, config.data.workers, track)
+    if not classifier:
+        return Evaluator(features, reference)
+    return Evaluator(features, reference, Classifier(*read_evenly(source, pixel_features.CLASSIFIER_IMAGES)))

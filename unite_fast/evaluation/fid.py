@@ -1,4 +1,4 @@
-"""Means and covariances of features, the Frechet distance between them, and the files that hold those of real images.
+"""Mean and covariance of features, the Frechet distance, and files of reference statistics.
 
 n samples, D dimensions.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError, require
-from unite_fast.utils.files import writing, writing_aside
+from unite_fast.utils.files import atomic_write, writing
 from unite_fast.utils.pretrained import file_sha256
 
 
@@ -29,10 +29,10 @@ class Statistics:
 
 
 class Moments:
-    """Running sums in float64, whose memory does not grow with the number of samples.
+    """Running sums in float64; memory does not grow with the number of samples.
 
-    Sums of products of float32 numbers are exact to about 1e-16 n relative, so the order of the samples and the way
-    they are spread over processes hardly matter.
+    Sums of products of float32 numbers are exact to about 1e-16 n (relative), so the order of samples and their
+    distribution over ranks hardly matter.
     """
 
     def __init__(self, dimension: int, device: torch.device | str = "cpu"):
@@ -48,7 +48,7 @@ class Moments:
         self.products.addmm_(x.T, x)
 
     def all_reduce(self, ranks: Ranks) -> None:
-        """Add up what all processes saw. Call it once, at the end."""
+        """Sum over ranks. Call it once, at the end."""
         for tensor in (self.count, self.sum, self.products):
             ranks.sum(tensor)
 
@@ -66,19 +66,19 @@ class Moments:
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """|mu_a - mu_b|^2 + tr(A) + tr(B) - 2 tr((A B)^(1/2)), the squared Frechet distance of two Gaussians (Dowson,
+    """|mu_a - mu_b|^2 + tr(A) + tr(B) - 2 tr((A B)^(1/2)), the squared Frechet distance of two Gaussians (Dowson and
     Landau, 1982; Heusel et al., arXiv 1706.08500).
 
-    With A = S S^T, the eigenvalues of A B are those of S^T B S, which is symmetric and has none below zero; so nothing
-    complex ever appears and no ridge is added, however singular A and B are. Directions in which a covariance is zero
-    but for rounding are left out, or the square root would raise their noise from 1e-16 to 1e-8.
+    With A = S S^T, the eigenvalues of A B are those of S^T B S, which is symmetric positive semi-definite; so no
+    complex numbers appear and no ridge is needed, however singular A and B are. Directions in which a covariance is
+    zero up to rounding are left out: the square root would raise their noise from 1e-16 to 1e-8.
 
     Raises:
         UserError: statistics of different dimensions.
     """
     require(
         a.mean.shape == b.mean.shape,
-        f"statistics of {len(a.mean)} and of {len(b.mean)} dimensions cannot be compared: they are of other features",
+        f"statistics of {len(a.mean)} and of {len(b.mean)} dimensions cannot be compared: the features differ",
     )
     values, vectors = torch.linalg.eigh(a.covariance)
     kept = _above_rounding(values)
@@ -96,32 +96,33 @@ def _above_rounding(eigenvalues: Tensor) -> Tensor:
 
 @dataclass
 class Reference:
-    """Statistics of real images, and what they were made from.
+    """Statistics of real images and their origin.
 
-    A file of others (for example ADM's or JiT's) holds `mu` and `sigma` alone; ours says the rest.
+    Files of other programs (for example ADM's or JiT's) have `mu` and `sigma` only, and leave the rest empty.
     """
 
     statistics: Statistics
     features: str = ""
-    """Name of the features; empty where the file does not say."""
+    """Name of the features; empty if unknown."""
     count: int = 0
-    """Images; 0 where the file does not say."""
-    about: dict = field(default_factory=dict)
-    """Data, their fingerprint, the features' source; empty where the file does not say."""
+    """Images; 0 if unknown."""
+    provenance: dict = field(default_factory=dict)
+    """Data, their fingerprint, source of the features."""
     samples: Tensor | None = None
     """float32 [m, D]: features of some of the images, for KID, precision and recall."""
     basis: Mapping[str, Tensor] = field(default_factory=dict)
-    """What the features were fitted to be, by name (`pixels.py`), so that they are the same later."""
+    """Fitted parameters of the features by name (see pixel_features.py), to compute the same features again."""
     path: str = ""
     sha256: str = ""
 
-    def described(self) -> dict:
-        """For the JSON of a result."""
-        return {"path": self.path, "sha256": self.sha256, "features": self.features, "images": self.count, **self.about}
+    def info(self) -> dict:
+        """Entry for the JSON of a result."""
+        own = {"path": self.path, "sha256": self.sha256, "features": self.features, "images": self.count}
+        return own | self.provenance
 
 
 def save_reference(reference: Reference, path: Path) -> None:
-    """Write a .npz: mu [D], sigma [D, D], and what else the reference knows.
+    """Write a .npz with mu [D], sigma [D, D] and the other fields of the reference.
 
     Raises:
         UserError: no space left, or no permission.
@@ -132,42 +133,40 @@ def save_reference(reference: Reference, path: Path) -> None:
         **({} if reference.samples is None else {"samples": reference.samples}),
         **{f"basis/{name}": tensor for name, tensor in reference.basis.items()},
     }
-    about = {"features": reference.features, "count": reference.count, "about": reference.about}
+    meta = {"features": reference.features, "count": reference.count, "about": reference.provenance}
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with writing_aside(path) as partial, partial.open("wb") as file:
-        text = np.frombuffer(json.dumps(about).encode(), np.uint8)
-        np.savez(file, meta_json=text, **{name: tensor.numpy() for name, tensor in arrays.items()})
+    with atomic_write(path) as partial, partial.open("wb") as file:
+        text = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+        np.savez(file, **{"meta_json": text, **{name: tensor.numpy() for name, tensor in arrays.items()}})
 
 
 def load_reference(path: str | Path) -> Reference:
-    """Read a .npz with `mu` [D] and `sigma` [D, D]: ours or others'. Nothing is unpickled.
+    """Read a .npz with `mu` [D] and `sigma` [D, D], ours or another program's. Nothing is unpickled.
 
     Raises:
-        UserError: no such file, no .npz, or without such arrays.
+        UserError: no such file, not an .npz, or these arrays are missing.
     """
     path = Path(path).expanduser()
     require(
         path.is_file(),
-        f"there is no file of statistics {path}: make one with unite-fast stats DATA {path.name or 'OUT.npz'}",
+        f"there is no statistics file {path}: make one with unite-fast stats DATA {path.name or 'OUT.npz'}",
     )
     try:
         with np.load(path, allow_pickle=False) as file:
-            require(
-                not isinstance(file, np.ndarray) and {"mu", "sigma"} <= set(file.files),
-                f"{path} holds no statistics (arrays mu and sigma)",
-            )
-            # Others may keep all their images in the same file.
-            wanted = {"mu", "sigma", "samples", "meta_json"}
-            arrays = {name: file[name] for name in file.files if name in wanted or name.startswith("basis/")}
+            if isinstance(file, np.ndarray) or not {"mu", "sigma"} <= set(file.files):
+                raise UserError(f"{path} has no statistics (arrays mu and sigma)")
+            # Other programs may store all their images in the same file.
+            known = {"mu", "sigma", "samples", "meta_json"}
+            arrays = {name: file[name] for name in file.files if name in known or name.startswith("basis/")}
         meta = json.loads(bytes(arrays.pop("meta_json", np.frombuffer(b"{}", np.uint8))))
         return _reference(arrays, meta, path)
     except PermissionError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; make it readable") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile, zlib.error) as error:
-        # Their own words are no help: numpy's of what is no .npz advise to unpickle it.
+        # numpy's own message for a file that is not an .npz recommends unpickling it.
         raise UserError(
-            f"{path} is not a readable .npz of statistics: it is another kind of file, or damaged; fetch it again, or "
+            f"{path} is not a readable .npz of statistics: another kind of file, or damaged; download it again, or "
             "make one with unite-fast stats DATA OUT.npz"
         ) from error
 
@@ -182,7 +181,7 @@ def _reference(arrays: dict[str, np.ndarray], meta: dict, path: Path) -> Referen
     )
     require(
         bool(mean.isfinite().all() and covariance.isfinite().all()),
-        f"{path}: the statistics hold numbers that are not finite",
+        f"{path}: the statistics have values that are not finite",
     )
     samples = tensors.pop("samples", None)
     basis = {name.removeprefix("basis/"): tensor for name, tensor in tensors.items() if name.startswith("basis/")}

@@ -1,4 +1,5 @@
-"""What a trained model can do, as one page of pictures: what is drawn. `gallery_page.py` says how it looks.
+"""Content of the gallery page: samples, guidance, reconstructions, interpolations and curves. `gallery_page.py`
+renders it.
 
 B samples, N latent tokens, C latent channels, S image size.
 """
@@ -12,67 +13,68 @@ from torch import Tensor, nn
 
 from unite_fast.config import SamplingConfig, check_seed_and_batch
 from unite_fast.errors import UserError, require
-from unite_fast.evaluation.batches import open_named
+from unite_fast.evaluation.batches import open_images
 from unite_fast.evaluation.gallery_page import Chart, Figure, Row, Section
 from unite_fast.evaluation.metrics import psnr
-from unite_fast.evaluation.pixel_features import read_some
+from unite_fast.evaluation.pixel_features import read_evenly
 from unite_fast.randomness import Philox, Stream
 from unite_fast.sampling import sampler
 from unite_fast.sampling.pipeline import TrainedUNITE
+from unite_fast.sampling.solvers import ADAPTIVE_SOLVERS
 from unite_fast.utils.files import read_rows
 from unite_fast.utils.progress import track
 
 CURVES = (("l1", "L1 of the reconstruction"), ("lpips", "LPIPS"), ("flow", "flow loss"))
-"""Columns of metrics.jsonl that are shown, where they are not zero throughout."""
+"""Columns of metrics.jsonl to plot, unless they are zero throughout."""
 
 
 @dataclass
 class Counts:
-    """How much is drawn of each kind."""
+    """Number of images of each kind."""
 
     classes: int
     per_class: int
-    ladder: int
-    """Classes on the guidance ladder."""
+    guided: int
+    """Classes in the guidance section."""
     pairs: int
-    """Originals beside reconstructions."""
-    ways: int
-    """Interpolations of each kind, and images whose denoising is shown."""
-    stops: int
-    """Images on each way, its ends included."""
+    """Originals next to reconstructions."""
+    paths: int
+    """Interpolations of each kind, and denoising trajectories."""
+    points: int
+    """Images per path, both ends included."""
 
     @classmethod
-    def fitting(cls, image_size: int) -> "Counts":
-        """Small images are many. Photographs of 256 x 256 pixels take some 160 KB each: these 84 stay under 15 MB."""
+    def for_size(cls, image_size: int) -> "Counts":
+        """Fewer of large images: at 256 x 256 pixels one takes about 160 KB, and these 84 stay below 15 MB."""
         if image_size <= 64:
-            return cls(classes=10, per_class=10, ladder=5, pairs=20, ways=4, stops=9)
-        return cls(classes=5, per_class=4, ladder=2, pairs=6, ways=2, stops=6)
+            return cls(classes=10, per_class=10, guided=5, pairs=20, paths=4, points=9)
+        return cls(classes=5, per_class=4, guided=2, pairs=6, paths=2, points=6)
 
 
 @dataclass
-class HeldOut:
-    """Real images the model is shown with."""
+class RealImages:
+    """Real images to reconstruct and interpolate."""
 
     images: Tensor
     """uint8 [n, 3, S, S]."""
     labels: Tensor
     kind: str
-    """What they are, in the plural."""
+    """Name for the page, in the plural: "held-out images"."""
 
 
 @dataclass
-class Wishes:
-    """What the caller may choose; None: what suits the model."""
+class GallerySettings:
+    """Options of the gallery; None: chosen for the model."""
 
     classes: list[int] | None = None
     per_class: int | None = None
     scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
     data: str | None = ""
-    """Folder of the data, if not the one trained on; None: show no real images."""
+    """Folder of the data; empty: the training data; None: show no real images."""
     seed: int = 0
     batch: int = 64
     sampling: dict = field(default_factory=dict)
-    """Settings of `SamplingConfig` that differ from the recipe's."""
+    """Sampling settings that differ from the recipe's."""
 
     def __post_init__(self):
         check_seed_and_batch(self.seed, self.batch)
@@ -80,33 +82,37 @@ class Wishes:
         require(len(self.scales) > 0 and all(map(math.isfinite, self.scales)), "the guidance scales must be finite")
 
 
-def make_gallery(model: TrainedUNITE, checkpoint: Path, wishes: Wishes) -> tuple[dict[str, str], list[Section]]:
-    """What stands in the page's head, by name, and its sections.
+def make_gallery(
+    model: TrainedUNITE, checkpoint: Path, settings: GallerySettings
+) -> tuple[dict[str, str], list[Section]]:
+    """Facts for the head of the page, by name, and its sections.
 
     Args:
-        checkpoint: where the model came from; a metrics.jsonl in its run's folder becomes curves.
+        checkpoint: path of the model; a metrics.jsonl in its run folder becomes curves.
 
     Raises:
-        UserError: a class or setting that is out of range, or data that are missing.
+        UserError: class or setting out of range, or data missing.
     """
     config = model.config
-    settings = config.sampling.changed(**wishes.sampling)
-    counts = Counts.fitting(config.model.image_size)
-    if wishes.per_class:
-        counts.per_class = wishes.per_class
-    classes = wishes.classes or spread(config.model.num_classes, counts.classes)
+    sampling = config.sampling.changed(**settings.sampling)
+    counts = Counts.for_size(config.model.image_size)
+    if settings.per_class:
+        counts.per_class = settings.per_class
+    classes = settings.classes or evenly_spaced(config.model.num_classes, counts.classes)
     sampler.check_classes(classes, config.model.num_classes)
-    held_out, names = None, [f"class {label}" for label in range(config.model.num_classes)]
-    if wishes.data is not None:
-        held_out, names = real_images(model, wishes.data, max(counts.pairs, 2 * counts.ways))
-    artist = Artist(model, settings, names, classes, list(wishes.scales), counts, held_out, wishes.seed, wishes.batch)
-    of_real = [artist.reconstructions, artist.between_images] if held_out else []
-    drawn = [artist.samples, artist.guidance, *of_real, artist.between_noises, artist.denoising]
-    sections = [draw() for draw in track(drawn, len(drawn), "drawing")]
-    return about(model, settings, wishes.seed, checkpoint), sections + curves(checkpoint)
+    real, names = None, [f"class {label}" for label in range(config.model.num_classes)]
+    if settings.data is not None:
+        real, names = read_real_images(model, settings.data, max(counts.pairs, 2 * counts.paths))
+    builder = SectionBuilder(
+        model, sampling, names, classes, list(settings.scales), counts, real, settings.seed, settings.batch
+    )
+    of_real = [builder.reconstructions, builder.between_images] if real else []
+    build = [builder.samples, builder.guidance, *of_real, builder.between_noises, builder.denoising]
+    sections = [section() for section in track(build, len(build), "drawing")]
+    return model_facts(model, sampling, settings.seed, checkpoint), sections + curves(checkpoint)
 
 
-def about(model: TrainedUNITE, settings: SamplingConfig, seed: int, checkpoint: Path) -> dict[str, str]:
+def model_facts(model: TrainedUNITE, sampling: SamplingConfig, seed: int, checkpoint: Path) -> dict[str, str]:
     config, network = model.config, model.network
     encoder, decoder, whole = (
         sum(p.numel() for p in part.parameters()) for part in (network.encoder, network.decoder, network)
@@ -120,32 +126,32 @@ def about(model: TrainedUNITE, settings: SamplingConfig, seed: int, checkpoint: 
         "parameters": f"{whole:,} (encoder {encoder:,}, decoder {decoder:,})",
         "images": f"{sizes.image_size} x {sizes.image_size}, {sizes.num_classes} classes",
         "latents": f"{sizes.latent_tokens} tokens of {sizes.latent_channels} channels",
-        "sampling": how(settings),
+        "sampling": describe_sampling(sampling),
         "seed": str(seed),
     }
 
 
-def real_images(model: TrainedUNITE, path: str, count: int) -> tuple[HeldOut, list[str]]:
-    """Images of the test split, or of the training data where there is no test split, and the names of the classes."""
+def read_real_images(model: TrainedUNITE, path: str, count: int) -> tuple[RealImages, list[str]]:
+    """Images of the test split, or without one of the training data, and the class names."""
     classes = model.config.model.num_classes
     try:
-        source, kind = open_named(model.config, path, "test"), "held-out images"
+        source, kind = open_images(model.config, path, "test"), "held-out images"
     except UserError:
         try:
-            source, kind = open_named(model.config, path, "train"), "training images"
+            source, kind = open_images(model.config, path, "train"), "training images"
         except UserError as error:
-            raise UserError(f"{error}; name the data with --data FOLDER, or give --no-real to do without") from error
+            raise UserError(f"{error}; name the data with --data FOLDER, or give --no-real") from error
     require(
         len(source.class_names) == classes,
-        f"the data have {len(source.class_names)} classes and the model has {classes}: these are other data",
+        f"the data have {len(source.class_names)} classes and the model has {classes}: give the data of its training",
     )
-    return HeldOut(*read_some(source, count), kind), source.class_names
+    return RealImages(*read_evenly(source, count), kind), source.class_names
 
 
 def curves(checkpoint: Path) -> list[Section]:
-    """Losses, and distances measured during training, if the checkpoint lies in a run's folder."""
-    place = checkpoint.absolute()
-    runs = [folder for folder in (place, *place.parents[:2]) if (folder / "metrics.jsonl").is_file()]
+    """Losses, and Frechet distances measured during training, if the checkpoint is in a run folder."""
+    path = checkpoint.absolute()
+    runs = [folder for folder in (path, *path.parents[:2]) if (folder / "metrics.jsonl").is_file()]
     if not runs:
         return []
     rows = read_rows(runs[0] / "metrics.jsonl")
@@ -153,42 +159,42 @@ def curves(checkpoint: Path) -> list[Section]:
     distances = read_rows(runs[0] / "evaluation" / "curve.jsonl")
     charts.append(_chart(distances[-1]["title"] if distances else "", "distance", distances))
     charts = [chart for chart in charts if len(chart.steps) > 1]
-    text = "Logarithmic, against the optimizer step, from the run's metrics.jsonl."
+    text = "From metrics.jsonl of the run, against the optimizer step, on a logarithmic scale."
     return [Section("curves", "Training", text, charts=charts)] if charts else []
 
 
 def _chart(title: str, key: str, rows: list[dict]) -> Chart:
-    # A run that fails logs NaN, and a logarithm has no place for 0.
+    # Leave out NaN, which a failing run logs, and 0, which has no logarithm.
     points = [(row["step"], row[key]) for row in rows if 0 < row.get(key, 0) < math.inf]
     return Chart(title, [step for step, _ in points], [value for _, value in points])
 
 
-def spread(total: int, count: int) -> list[int]:
-    """At most `count` of the numbers 0..total - 1, evenly."""
+def evenly_spaced(total: int, count: int) -> list[int]:
+    """At most `count` of the numbers 0..total - 1, evenly spaced."""
     return torch.linspace(0, total - 1, min(count, total)).round().long().tolist()
 
 
-def how(settings: SamplingConfig) -> str:
-    low, high = settings.interval
-    solver = settings.solver if settings.solver == "dopri5" else f"{settings.solver}, {settings.steps} steps"
-    guided = f"guidance {settings.guidance:g} for t in ({low:g}, {high:g})"
-    return f"{solver}, {'unguided' if settings.guidance == 1 else guided}"
+def describe_sampling(sampling: SamplingConfig) -> str:
+    low, high = sampling.interval
+    solver = sampling.solver if sampling.solver in ADAPTIVE_SOLVERS else f"{sampling.solver}, {sampling.steps} steps"
+    guided = f"guidance {sampling.guidance:g} for t in ({low:g}, {high:g})"
+    return f"{solver}, {'unguided' if sampling.guidance == 1 else guided}"
 
 
 @dataclass
-class Artist:
-    """Draws the sections of the page. All noise comes from (seed, number of the image): the same model and settings
+class SectionBuilder:
+    """Builds the sections of the page. Noise depends only on (seed, index of the image), so the same model and settings
     give the same page."""
 
     model: TrainedUNITE
-    settings: SamplingConfig
+    sampling: SamplingConfig
     names: list[str]
-    """One a class."""
+    """Name of each class."""
     classes: list[int]
-    """The classes to show, in this order."""
+    """Classes to show, in order."""
     scales: list[float]
     counts: Counts
-    held_out: HeldOut | None
+    real: RealImages | None
     seed: int
     batch: int
 
@@ -200,11 +206,11 @@ class Artist:
             name = self.names[label]
             alts = [f"generated {name}, {i + 1} of {per_class}" for i in range(per_class)]
             rows.append(Row(name, [Figure([image], [alt]) for image, alt in zip(images, alts, strict=True)]))
-        text = f"A row a class, {per_class} images each, none picked: {how(self.settings)}."
+        text = f"One row per class, {per_class} images each, not cherry-picked: {describe_sampling(self.sampling)}."
         return Section("samples", "Samples", text, rows)
 
     def guidance(self) -> Section:
-        labels = torch.tensor(self.classes[: self.counts.ladder])
+        labels = torch.tensor(self.classes[: self.counts.guided])
         columns = [self._generate(labels, guidance=scale) for scale in self.scales]
         rows = [
             Row(
@@ -216,91 +222,96 @@ class Artist:
             )
             for i, label in enumerate(labels.tolist())
         ]
-        low, high = self.settings.interval
+        low, high = self.sampling.interval
         text = (
-            "The same noise in a row, the guidance scale w alone changes; w = 1 is unguided. "
-            f"Guidance acts for t in ({low:g}, {high:g})."
+            "All images of a row share their noise; only the guidance scale w changes, and w = 1 is unguided. "
+            f"Guidance is active for t in ({low:g}, {high:g})."
         )
         return Section("guidance", "Guidance", text, rows)
 
     def reconstructions(self) -> Section:
-        shown = self._held_out(self.counts.pairs)
-        copies = self._decode(self._tokenize(shown.images))
-        decibels = psnr(shown.images, copies)
+        real = self._real_images(self.counts.pairs)
+        copies = self._decode(self._tokenize(real.images))
+        decibels = psnr(real.images, copies)
         figures = [
             Figure([image, copy], [f"original {name}", f"reconstructed {name}"], f"{name}, {quality:.1f} dB")
             for image, copy, name, quality in zip(
-                shown.images, copies, self._named(shown.labels), decibels.tolist(), strict=True
+                real.images, copies, self._class_names(real.labels), decibels.tolist(), strict=True
             )
         ]
         text = (
-            f"{shown.kind.capitalize()}, each left of what comes back from tokenizer and decoder. Mean PSNR of these "
-            f"{len(figures)}: {decibels.mean():.2f} dB."
+            f"{real.kind.capitalize()}, each to the left of its reconstruction. Mean PSNR of these {len(figures)}: "
+            f"{decibels.mean():.2f} dB."
         )
         return Section("reconstructions", "Reconstructions", text, [Row("", figures)])
 
     def between_images(self) -> Section:
-        shown = self._held_out(2 * self.counts.ways)
-        latents, names = self._tokenize(shown.images), self._named(shown.labels)
+        real = self._real_images(2 * self.counts.paths)
+        latents, names = self._tokenize(real.images), self._class_names(real.labels)
         norm = self.model.network.latent_norm
         rows = []
-        # Data may be sorted by class: the first of a pair comes from their first half, the second from the other.
+        # Data may be sorted by class: pair an image of the first half with one of the second half.
         for i, k in zip(range(len(latents) // 2), range(len(latents) // 2, len(latents)), strict=False):
-            way = torch.stack([between_latents(latents[i], latents[k], s, norm) for s in self._stops()])
-            before, after = (Figure([shown.images[n]], [f"original {names[n]}"], "original") for n in (i, k))
-            figures = self._along(self._decode(way), f"between {names[i]} and {names[k]}")
+            path = torch.stack([between_latents(latents[i], latents[k], s, norm) for s in self._path()])
+            before, after = (Figure([real.images[n]], [f"original {names[n]}"], "original") for n in (i, k))
+            figures = self._path_figures(self._decode(path), f"between {names[i]} and {names[k]}")
             rows.append(Row(f"{names[i]} to {names[k]}", [before, *figures, after]))
         text = (
-            f"The latents of two {shown.kind}, interpolated and decoded. Token by token on the sphere: LayerNorm gives "
-            "every token the same length, so the points between are such as the decoder was trained on. A straight "
-            "line would cut through the inside, where tokens are shorter."
+            f"The latents of two {real.kind}, interpolated and decoded. Tokens move on the sphere: LayerNorm gives "
+            "all tokens the same norm, so the decoder was trained on such points. A straight line would pass through "
+            "the inside of the sphere, where tokens are shorter."
         )
         return Section("between-images", "Between two images", text, rows)
 
     def between_noises(self) -> Section:
-        labels = torch.tensor(self.classes[: self.counts.ways])
+        labels = torch.tensor(self.classes[: self.counts.paths])
         a, b = self._noise(2 * len(labels)).chunk(2)
-        # The squares of cos and sin add up to one: every point between is N(0, 1) again.
-        angles = [s * math.pi / 2 for s in self._stops()]
+        # cos^2 + sin^2 = 1, so every point between is N(0, 1) again.
+        angles = [s * math.pi / 2 for s in self._path()]
         path = torch.stack([math.cos(angle) * a + math.sin(angle) * b for angle in angles], dim=1)
-        stops = len(angles)
-        images = self._decode(self._latents(labels.repeat_interleave(stops), path.flatten(0, 1))).split(stops)
+        points = len(angles)
+        images = self._decode(self._sample_latents(labels.repeat_interleave(points), path.flatten(0, 1))).split(points)
         rows = [
-            Row(name, self._along(row, f"{name}, noise")) for name, row in zip(self._named(labels), images, strict=True)
+            Row(name, self._path_figures(row, f"{name}, noise"))
+            for name, row in zip(self._class_names(labels), images, strict=True)
         ]
         text = (
-            "From one noise to another on the quarter circle cos(a) e1 + sin(a) e2, each of whose points is as likely "
-            f"a noise as its ends; class and settings stay ({how(self.settings)})."
+            "From one noise to another on the quarter circle cos(a) e1 + sin(a) e2, where every point is again N(0, 1) "
+            f"noise; class and settings are constant ({describe_sampling(self.sampling)})."
         )
         return Section("between-noises", "Between two noises", text, rows)
 
     def denoising(self) -> Section:
-        labels = torch.tensor(self.classes[: self.counts.ways])
-        path = self._denoising_path(labels, self._noise(len(labels)))
-        steps = [(t, self._decode(path[t])) for t in (sorted(path)[i] for i in spread(len(path), self.counts.stops))]
+        labels = torch.tensor(self.classes[: self.counts.paths])
+        trajectory = self._denoising_trajectory(labels, self._noise(len(labels)))
+        times = sorted(trajectory)
+        steps = [
+            (t, self._decode(trajectory[t])) for t in (times[i] for i in evenly_spaced(len(times), self.counts.points))
+        ]
         rows = []
-        for i, name in enumerate(self._named(labels)):
-            figures = [Figure([images[i]], [f"{name} foreseen at t = {t:.2f}"], f"t = {t:.2f}") for t, images in steps]
+        for i, name in enumerate(self._class_names(labels)):
+            figures = [Figure([images[i]], [f"{name} predicted at t = {t:.2f}"], f"t = {t:.2f}") for t, images in steps]
             rows.append(Row(name, figures))
         text = (
-            "The clean latents that the network foresees along the way from noise (t = 0), decoded: at first a mean "
-            "over all that is still possible, at last the result (t = 1)."
+            "The network's predictions of the clean latents on the way from noise (t = 0) to the result (t = 1), "
+            "decoded. Early predictions are a mean over all possible results."
         )
         return Section("denoising", "Denoising, step by step", text, rows)
 
-    def _denoising_path(self, labels: Tensor, noise: Tensor) -> dict[float, Tensor]:
-        """x_hat [B, N, C] at each time the solver looked at, and the result at t = 1."""
+    def _denoising_trajectory(self, labels: Tensor, noise: Tensor) -> dict[float, Tensor]:
+        """x_hat [B, N, C] at each time the solver evaluated, and the result at t = 1."""
         network = self.model.network
-        denoise = sampler.Network.of(network, self.settings.order).denoise
-        predict = Watched(denoise, labels.to(network.device), network.config.num_classes, self.settings)
+        denoise = sampler.Network.of(network, self.sampling.order).denoise
+        predict = RecordedPrediction(denoise, labels.to(network.device), network.config.num_classes, self.sampling)
         with torch.no_grad():
             result = sampler.solve(predict, noise)
-        # Heun's last look is at t = 1, and dopri5's last step goes past it: neither lies on the way.
-        seen = {t: prediction for t, prediction in predict.seen.items() if t < 1}
-        return {**seen, 1.0: result}
+        # Heun's last evaluation is at t = 1, and dopri5's last step goes past it: leave both out.
+        return {**{t: prediction for t, prediction in predict.predictions.items() if t < 1}, 1.0: result}
 
     def _generate(self, labels: Tensor, **changes) -> Tensor:
-        return sampler.generate(self.model.network, labels, replace(self.settings, **changes), self.seed, self.batch)
+        return sampler.sample_images(
+            self.model.network, labels, replace(self.sampling, **changes), self.seed, self.batch
+        )
 
     def _noise(self, count: int) -> Tensor:
         config, device = self.model.config.model, self.model.network.device
@@ -309,10 +320,10 @@ class Artist:
             Stream.SAMPLE_NOISE, (config.latent_tokens, config.latent_channels)
         )
 
-    def _latents(self, labels: Tensor, noise: Tensor) -> Tensor:
+    def _sample_latents(self, labels: Tensor, noise: Tensor) -> Tensor:
         network = self.model.network
         parts = zip(labels.to(network.device).split(self.batch), noise.split(self.batch), strict=True)
-        return torch.cat([sampler.generate_latents(network, part, start, self.settings) for part, start in parts])
+        return torch.cat([sampler.sample_latents(network, part, start, self.sampling) for part, start in parts])
 
     @torch.no_grad()
     def _tokenize(self, images: Tensor) -> Tensor:
@@ -323,44 +334,47 @@ class Artist:
         parts = [sampler.to_uint8(self.model.network.decode(part)) for part in latents.split(self.batch)]
         return torch.cat(parts)
 
-    def _held_out(self, count: int) -> HeldOut:
-        """`count` of the images, or as many as there are, evenly spread."""
-        chosen = spread(len(self.held_out.images), count)
-        return HeldOut(self.held_out.images[chosen], self.held_out.labels[chosen], self.held_out.kind)
+    def _real_images(self, count: int) -> RealImages:
+        """At most `count` of the real images, evenly spaced."""
+        assert self.real is not None  # else the sections with real images are not built
+        indices = evenly_spaced(len(self.real.images), count)
+        return RealImages(self.real.images[indices], self.real.labels[indices], self.real.kind)
 
-    def _stops(self) -> list[float]:
-        return torch.linspace(0, 1, self.counts.stops, dtype=torch.float64).tolist()
+    def _path(self) -> list[float]:
+        """Positions of the images on a path, from 0 to 1."""
+        return torch.linspace(0, 1, self.counts.points, dtype=torch.float64).tolist()
 
-    def _along(self, images: Tensor, what: str) -> list[Figure]:
+    def _path_figures(self, images: Tensor, title: str) -> list[Figure]:
         return [
-            Figure([image], [f"{what}, {s:.0%} of the way"], f"{s:.0%}")
-            for s, image in zip(self._stops(), images, strict=True)
+            Figure([image], [f"{title}, {s:.0%} of the way"], f"{s:.0%}")
+            for s, image in zip(self._path(), images, strict=True)
         ]
 
-    def _named(self, labels: Tensor) -> list[str]:
+    def _class_names(self, labels: Tensor) -> list[str]:
         return [self.names[label] for label in labels.tolist()]
 
 
 @dataclass
-class Watched(sampler.GuidedPrediction):
-    seen: dict[float, Tensor] = field(default_factory=dict)
+class RecordedPrediction(sampler.GuidedPrediction):
+    """Guided prediction that records its results."""
+
+    predictions: dict[float, Tensor] = field(default_factory=dict)
     """The first prediction at each time."""
 
     def __call__(self, t: float, x: Tensor, guided: bool | None = None) -> Tensor:
         prediction = super().__call__(t, x, guided)
-        self.seen.setdefault(t, prediction)
+        self.predictions.setdefault(t, prediction)
         return prediction
 
 
 def between_latents(a: Tensor, b: Tensor, s: float, norm: nn.LayerNorm) -> Tensor:
-    """The point at s in [0, 1] on the way from latents a to b, both [N, C] and results of `norm`: spherical
-    interpolation (Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985) of each token before the norm's
-    affine."""
-    scale = torch.where(norm.weight == 0, 1, norm.weight)  # a channel without scale is the same everywhere
+    """Spherical interpolation (Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985) from latents a
+    (s = 0) to b (s = 1), both [N, C] and outputs of `norm`, per token and before the affine of the norm."""
+    scale = torch.where(norm.weight == 0, 1, norm.weight)  # a channel with weight 0 is constant
     a, b = ((z.double() - norm.bias) / scale for z in (a, b))
     cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1).clamp(-1, 1)[:, None]
     angle = cosine.acos()
-    # Tokens that coincide, or stand opposite each other, have no one great circle: there the straight line is as good.
+    # Equal or opposite tokens have no unique great circle; use the straight line.
     apart = angle.sin() > 1e-6
     sine = torch.where(apart, angle.sin(), 1.0)
     from_a = torch.where(apart, ((1 - s) * angle).sin() / sine, 1 - s)

@@ -1,4 +1,4 @@
-"""A gallery as one HTML file: images and styles inside, nothing from outside, readable from 320 pixels' width on."""
+"""Render a gallery as one self-contained HTML file, readable from a width of 320 pixels."""
 
 import base64
 import html
@@ -36,7 +36,7 @@ class Chart:
 @dataclass
 class Section:
     key: str
-    """Name of the anchor."""
+    """Anchor in the page."""
     title: str
     text: str
     rows: list[Row] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Section:
 
 
 SMALL = 64
-"""Images up to this side are enlarged with hard pixels; blurring them would show what the model did not draw."""
+"""Images up to this side are enlarged with hard pixels: smoothing would show details the model did not draw."""
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fcfcfa; --ink: #1d2126; --faint: #5b636d; --line: #d8dbdf;
@@ -118,13 +118,11 @@ dialog.addEventListener("keydown", event => {
 
 
 def render(head: dict[str, str], sections: list[Section], date: str) -> str:
-    """
-    Args:
-        head: what stands at the top, by name; must hold "recipe" and "images".
-        date: of the page.
+    """The page as an HTML document.
 
-    Returns:
-        A whole HTML document.
+    Args:
+        head: facts for the top of the page, by name; must contain "recipe".
+        date: date of the page.
     """
     size = max((image.shape[-1] for s in sections for r in s.rows for f in r.figures for image in f.images), default=0)
     title = html.escape(f"{head['recipe']}: gallery")
@@ -165,11 +163,11 @@ script-src 'unsafe-inline'">
 
 
 def _sides(size: int) -> str:
-    """Width of an image on wide and narrow screens: of small ones a multiple, so that all pixels are equally large; of
-    large ones what lets eight stand side by side, or two on a phone."""
+    """Width of an image on wide and narrow screens: small images at a multiple of their size, so that pixels are equal;
+    large images eight in a row, or two on a phone."""
     if size > SMALL:
         return "--wide: 8.6rem; --narrow: calc(50vw - 1.05rem)"
-    wide, narrow = (max(size, room // max(size, 1) * size) for room in (80, 64))
+    wide, narrow = (max(size, limit // max(size, 1) * size) for limit in (80, 64))
     return f"--wide: {wide}px; --narrow: {narrow}px"
 
 
@@ -199,7 +197,7 @@ def _figure(figure: Figure) -> str:
 
 
 def data_uri(image: Tensor) -> str:
-    """uint8 [3, S, S] -> a PNG inside an address."""
+    """uint8 [3, S, S] -> a PNG as a data URI."""
     file = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -207,13 +205,13 @@ def data_uri(image: Tensor) -> str:
 
 WIDTH, HEIGHT = 420, 230
 LEFT, RIGHT, TOP, BOTTOM = 58, 10, 8, 24
-"""A chart and the margins inside it, in units of its own."""
+"""Size of a chart and its margins, in SVG units."""
 
 
 def _chart(chart: Chart) -> str:
     """One curve on a logarithmic axis."""
     low, high = math.log10(min(chart.values)), math.log10(max(chart.values))
-    # A curve that is flat gets room above and below.
+    # A flat curve gets a margin above and below.
     low, high = (low, high) if high - low > 1e-3 else (low - 0.1, high + 0.1)
     first, last = chart.steps[0], max(chart.steps[-1], chart.steps[0] + 1)
 

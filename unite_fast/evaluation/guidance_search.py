@@ -1,14 +1,14 @@
-"""The best guidance: scale and interval with the smallest Frechet distance, coarse to fine on few samples, confirmed
-on many.
+"""Search for the guidance scale and interval with the smallest Frechet distance: coarse to fine with few samples, then
+confirmed with many.
 
-Every candidate is measured on the same noise and labels (common random numbers), so that of the difference between two
-only the guidance is left: far fewer samples rank them than an exact distance takes.
+All candidates use the same noise and labels (common random numbers), so that they differ only in guidance. Ranking them
+then needs far fewer samples than an exact distance.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -18,21 +18,21 @@ import torch
 from unite_fast.config import SamplingConfig, check_seed_and_batch
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError, require, require_choice
-from unite_fast.evaluation.evaluator import Judge
+from unite_fast.evaluation.evaluator import Evaluator
 from unite_fast.evaluation.fid import Moments
-from unite_fast.evaluation.provenance import described_checkpoint, described_sampling
-from unite_fast.sampling.distributed_sampler import Drawn, Generation, generate_batches
+from unite_fast.evaluation.provenance import checkpoint_info, sampling_info
+from unite_fast.sampling.distributed_sampler import Generation, Samples, sample_distributed
 from unite_fast.sampling.pipeline import TrainedUNITE
 from unite_fast.sampling.sampler import Network
 from unite_fast.utils.files import save_text
 from unite_fast.utils.progress import Track, no_progress
 
 COARSEST = (6, 3, 3)
-"""Points of the first grid along scale, low and high, at most."""
-KEPT = 2
-"""Candidates around which each finer grid is laid. On the 100 tilted bowls of tests/evaluation/test_guidance_search.py,
-with 301 candidates, 1 finds the best 98 times with 77 measurements on average, 2 find it 99 times with 90, 3 find it 99
-times with 101."""
+"""Maximum points of the first grid along scale, low and high."""
+REFINED = 2
+"""Best candidates that each finer grid surrounds. On the 100 tilted bowls of tests/evaluation/test_guidance_search.py,
+with 301 candidates each, 1 finds the best 98 times with 77 measurements on average, 2 find it 99 times with 90, and 3
+find it 99 times with 101."""
 CACHE = "measured.json"
 
 
@@ -43,16 +43,20 @@ class Candidate:
     high: float
 
     def canonical(self) -> "Candidate":
-        """The same guidance under one name: without effect, the interval does not matter."""
+        """`UNGUIDED` if the guidance has no effect, so that equal guidance has one name."""
         return UNGUIDED if self.scale == 1 or self.low >= self.high else self
 
 
 UNGUIDED = Candidate(1.0, 0.0, 1.0)
 
 
+Point = tuple[int, int, int]
+"""Indices of scale, low and high in a `Grid`."""
+
+
 @dataclass
 class Grid:
-    """All scales with all intervals; each list in ascending order."""
+    """All combinations of scales, lower and upper ends of the interval; each list ascending."""
 
     scales: Sequence[float]
     lows: Sequence[float]
@@ -69,109 +73,131 @@ class Grid:
         )
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> Point:
         return len(self.scales), len(self.lows), len(self.highs)
 
-    def at(self, point: tuple[int, int, int]) -> Candidate:
+    def at(self, point: Point) -> Candidate:
         scale, low, high = point
         return Candidate(self.scales[scale], self.lows[low], self.highs[high]).canonical()
 
     def all(self) -> set[Candidate]:
-        return {self.at(point) for point in product(*map(range, self.shape))}
+        scales, lows, highs = map(range, self.shape)
+        return {self.at(point) for point in product(scales, lows, highs)}
 
 
 def coarse_to_fine(grid: Grid, distance: Callable[[Candidate], float]) -> list[Candidate]:
-    """A coarse grid over everything, then grids of half the spacing around the best; at full resolution it goes on
-    until no neighbour of the best ones, diagonal ones included, is left to measure.
+    """Measure a coarse grid, then repeatedly halve the spacing around the best candidates. At full resolution continue
+    until all neighbours of the best candidates, diagonal ones included, are measured.
 
     Returns:
-        What was measured, the best first; equal ones in a fixed order.
+        The measured candidates, best first; ties in a fixed order.
     """
     strides = [_stride(length, most) for length, most in zip(grid.shape, COARSEST, strict=True)]
-    # The last value belongs to the coarse grid whatever the stride.
-    points = set(product(*({*range(0, n, s), n - 1} for n, s in zip(grid.shape, strides, strict=True))))
-    found: dict[tuple[int, int, int], float] = {}
+    # The coarse grid includes the last value, whatever the stride.
+    scales, lows, highs = ({*range(0, n, s), n - 1} for n, s in zip(grid.shape, strides, strict=True))
+    points: set[Point] = set(product(scales, lows, highs))
+    distances: dict[Point, float] = {}
     while True:
-        new = sorted(points - found.keys())
+        new = sorted(points - distances.keys())
         if not new and max(strides) == 1:
             break
-        found |= {point: distance(grid.at(point)) for point in new}
+        distances |= {point: distance(grid.at(point)) for point in new}
         strides = [max(1, stride // 2) for stride in strides]
-        best = _ranked(grid, found)[:KEPT]
-        # The unguided candidate stands at several points, and every interval at the next scale is its neighbour.
-        centres = [point for point in found if grid.at(point) in best]
-        points = {near for point in centres for near in _neighbours(point, strides, grid.shape)}
-    return _ranked(grid, found)
+        best = _ranked(grid, distances)[:REFINED]
+        # The unguided candidate has several points; its neighbours are all intervals at the next scale.
+        centres = [point for point in distances if grid.at(point) in best]
+        points = {neighbour for point in centres for neighbour in _neighbours(point, strides, grid.shape)}
+    return _ranked(grid, distances)
 
 
-def _ranked(grid: Grid, found: dict[tuple[int, int, int], float]) -> list[Candidate]:
-    points = sorted(found, key=lambda point: (found[point], point))
+def _ranked(grid: Grid, distances: dict[Point, float]) -> list[Candidate]:
+    points = sorted(distances, key=lambda point: (distances[point], point))
     return list(dict.fromkeys(grid.at(point) for point in points))
 
 
 def _stride(length: int, most: int) -> int:
-    """The smallest power of two that leaves at most so many points, both ends included."""
+    """The smallest power of two that leaves at most `most` points, both ends included."""
     stride = 1
     while math.ceil((length - 1) / stride) + 1 > most:
         stride *= 2
     return stride
 
 
-def _neighbours(point: tuple[int, ...], strides: list[int], shape: tuple[int, ...]):
-    steps = ({max(i - s, 0), i, min(i + s, n - 1)} for i, s, n in zip(point, strides, shape, strict=True))
-    return product(*steps)
+def _neighbours(point: Point, strides: list[int], shape: Point) -> Iterator[Point]:
+    scales, lows, highs = ({max(i - s, 0), i, min(i + s, n - 1)} for i, s, n in zip(point, strides, shape, strict=True))
+    return product(scales, lows, highs)
 
 
 @dataclass
-class Measured:
+class Measurement:
     candidate: Candidate
     first: int
-    """Number of the first sample."""
+    """Index of the first sample."""
     count: int
     distance: float
     evaluations: int
-    """Network passes, each of one image."""
+    """Network evaluations, summed over images."""
     seconds: float
-    """Each process has its own; the file holds rank 0's."""
+    """On this rank; the file has those of rank 0."""
 
 
 @dataclass
-class Found:
-    """Result of a search."""
-
-    searched: list[Measured]
-    confirmed: list[Measured]
-    """The best first."""
+class SearchResult:
+    searched: list[Measurement]
+    """Best first."""
+    confirmed: list[Measurement]
+    """Best first."""
     full_grid_evaluations: float
-    """What the whole grid at the full count would have taken; what was not visited counts as the mean of what was."""
+    """Estimated network evaluations of the whole grid at the full count."""
 
     @property
     def evaluations(self) -> int:
-        return sum(measured.evaluations for measured in (*self.searched, *self.confirmed))
+        return sum(one.evaluations for one in (*self.searched, *self.confirmed))
 
     @property
     def seconds(self) -> float:
-        """Of all measurements, also those that were read from the file."""
-        return sum(measured.seconds for measured in (*self.searched, *self.confirmed))
+        """Of all measurements, cached ones included."""
+        return sum(one.seconds for one in (*self.searched, *self.confirmed))
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How each candidate is measured."""
+
+    sampling: SamplingConfig
+    """The search replaces guidance and interval."""
+    count: int
+    """Samples per candidate in the search."""
+    final_count: int
+    """Samples per candidate to confirm."""
+    seed: int = 0
+    batch: int = 64
+    precision: str = "float32"
+    """Precision of the network, float32 or bfloat16."""
+    compile: bool = False
+    """Compile the network, once for all candidates."""
+
+    def __post_init__(self):
+        check_seed_and_batch(self.seed, self.batch)
+        require_choice("the precision", self.precision, ("float32", "bfloat16"))
+        require(
+            min(self.count, self.final_count) >= 2,
+            f"a Frechet distance needs at least 2 images, got counts {self.count} and {self.final_count}",
+        )
 
 
 class Objective:
-    """Frechet distance of a candidate's samples, shared by all processes; what was measured before is read from a file.
+    """Frechet distance of the samples of a candidate, computed on all ranks and cached in a file.
 
-    The samples of the search are number `final_count` and on, those that confirm are 0..final_count - 1, as
-    `unite-fast evaluate` draws them: the winner is not judged by the noise that chose it.
+    The search uses samples `final_count` and up, confirmation samples 0..final_count - 1, the same as `unite-fast
+    evaluate`: the winner is not confirmed with the noise that selected it.
     """
 
     def __init__(
         self,
         model: TrainedUNITE,
-        judge: Judge,
-        config: SamplingConfig,
-        counts: tuple[int, int],
-        seed: int,
-        batch: int,
-        precision: str,
-        compile: bool,
+        evaluator: Evaluator,
+        settings: SearchSettings,
         out: Path,
         ranks: Ranks,
         track: Track = no_progress,
@@ -179,125 +205,115 @@ class Objective:
     ):
         """
         Args:
-            config: how samples are drawn; its guidance and interval are replaced.
-            counts: samples a candidate in the search, and to confirm.
-            precision: of the network, float32 or bfloat16.
-            compile: compile the network, once for all candidates.
-            out: folder of the cache; rank 0 reads and writes there.
-            checkpoint: where the model comes from, for the JSON.
+            out: folder of the cache, which rank 0 reads and writes.
+            checkpoint: path of the model, for the JSON.
 
         Raises:
-            UserError: a folder with measurements of other settings.
+            UserError: the cache has measurements with other settings.
         """
-        check_seed_and_batch(seed, batch)
-        require_choice("the precision", precision, ("float32", "bfloat16"))
-        require(min(counts) >= 2, f"a Frechet distance needs at least 2 images, got counts {counts[0]} and {counts[1]}")
-        self.model, self.judge, self.config = model, judge, config
-        self.count, self.final_count = counts
-        self.seed, self.batch, self.precision, self.ranks, self.track = seed, batch, precision, ranks, track
-        self.compile, self.network = compile, Network.of(model.network, config.order, compile)
-        self.checkpoint = described_checkpoint(model, checkpoint)
-        how = {key: value for key, value in described_sampling(config).items() if key not in ("guidance", "interval")}
-        self.settings = {
+        self.model, self.evaluator, self.settings, self.ranks, self.track = model, evaluator, settings, ranks, track
+        self.network = Network.of(model.network, settings.sampling.order, settings.compile)
+        self.checkpoint = checkpoint_info(model, checkpoint)
+        sampling = sampling_info(settings.sampling)
+        run = ("count", "final_count", "seed", "batch", "precision", "compile")
+        self.provenance = {
             "weights_sha256": self.checkpoint["weights_sha256"],
             "step": model.step,
-            **{f"sampling.{key}": value for key, value in how.items()},
-            "features": judge.features.name,
-            "features_source": judge.features.source,
-            "reference": judge.reference.described(),
-            "count": self.count,
-            "final_count": self.final_count,
-            "seed": seed,
-            "batch": batch,
-            "precision": precision,
-            "compile": compile,
+            **{f"sampling.{key}": sampling[key] for key in sampling if key not in ("guidance", "interval")},
+            "features": evaluator.features.name,
+            "features_source": evaluator.features.source,
+            "reference": evaluator.reference.info(),
+            **{key: getattr(settings, key) for key in run},
         }
-        self.notes = judge.bias_notes(*counts)
-        self.cache = Cache(out / CACHE, self.settings, ranks)
+        self.notes = evaluator.bias_notes(settings.count, settings.final_count)
+        self.cache = Cache(out / CACHE, self.provenance, ranks)
 
-    def explore(self, candidate: Candidate) -> Measured:
-        return self.measure(candidate, self.final_count, self.count)
+    def explore(self, candidate: Candidate) -> Measurement:
+        return self.measure(candidate, self.settings.final_count, self.settings.count)
 
-    def confirm(self, candidate: Candidate) -> Measured:
-        return self.measure(candidate, 0, self.final_count)
+    def confirm(self, candidate: Candidate) -> Measurement:
+        return self.measure(candidate, 0, self.settings.final_count)
 
-    def measure(self, candidate: Candidate, first: int, count: int) -> Measured:
-        known = self.cache.measured.get((candidate, first, count))
-        if known is not None:
-            return known
-        begun = time.perf_counter()
-        features = self.judge.features
+    def measure(self, candidate: Candidate, first: int, count: int) -> Measurement:
+        """Distance of samples first..first + count - 1."""
+        cached = self.cache.measurements.get((candidate, first, count))
+        if cached is not None:
+            return cached
+        start = time.perf_counter()
+        features = self.evaluator.features
         moments, evaluations = Moments(features.dimension, features.device), 0
-        for drawn in self._draw(candidate, first, count):
-            if len(drawn.images):  # processes may come out even by empty ones
-                moments.update(features(drawn.images.to(features.device)).pool)
-                evaluations += drawn.evaluations * len(drawn.images)
-        distance = self.judge.distance(moments, self.ranks)
+        for samples in self._sample(candidate, first, count):
+            if len(samples.images):  # the last round of a rank may be empty
+                moments.update(features(samples.images.to(features.device)).pool)
+                evaluations += samples.evaluations * len(samples.images)
+        distance = self.evaluator.distance(moments, self.ranks)
         evaluations = sum(self.ranks.gather(evaluations))
-        measured = Measured(candidate, first, count, distance, evaluations, time.perf_counter() - begun)
-        self.cache.add(measured)
-        return measured
+        measurement = Measurement(candidate, first, count, distance, evaluations, time.perf_counter() - start)
+        self.cache.add(measurement)
+        return measurement
 
-    def _draw(self, candidate: Candidate, first: int, count: int) -> Iterable[Drawn]:
-        """This process's share of samples first..first + count - 1."""
+    def _sample(self, candidate: Candidate, first: int, count: int) -> Iterable[Samples]:
+        """This rank's share of samples first..first + count - 1."""
+        settings = self.settings
         generation = Generation(
             (first + torch.arange(count)) % self.model.config.model.num_classes,
-            replace(self.config, guidance=candidate.scale, interval=(candidate.low, candidate.high)),
-            self.seed,
-            min(self.batch, count),
-            self.precision,
-            self.compile,
+            replace(settings.sampling, guidance=candidate.scale, interval=(candidate.low, candidate.high)),
+            settings.seed,
+            min(settings.batch, count),
+            settings.precision,
+            settings.compile,
             first,
         )
-        batches = generate_batches(self.model.network, generation, self.ranks, network=self.network)
+        batches = sample_distributed(self.model.network, generation, self.ranks, network=self.network)
         rounds = -(-generation.batches // self.ranks.world)
         title = f"{count} images, guidance {candidate.scale:g} in ({candidate.low:g}, {candidate.high:g})"
         return self.track(batches, rounds, title)
 
 
 class Cache:
-    """Measurements in a JSON file, written anew after each; every process holds them all."""
+    """Measurements in a JSON file, rewritten after each one; all ranks have all measurements in memory."""
 
     def __init__(self, path: Path, settings: dict, ranks: Ranks):
         self.path, self.ranks = path, ranks
-        self.settings = json.loads(json.dumps(settings))  # as it comes back from the file: tuples are lists
-        outcome = ranks.broadcast(self._read() if ranks.main else None)
-        if isinstance(outcome, UserError):
-            raise outcome
-        self.measured = {(one.candidate, one.first, one.count): one for one in outcome}
+        self.settings = json.loads(json.dumps(settings))  # as read back from the file: tuples become lists
+        saved = ranks.broadcast(self._read() if ranks.main else None)
+        if isinstance(saved, UserError):
+            raise saved
+        self.measurements = {(one.candidate, one.first, one.count): one for one in saved}
 
-    def _read(self) -> list[Measured] | UserError:
+    def _read(self) -> list[Measurement] | UserError:
         if not self.path.exists():
             return []
         try:
-            saved = json.loads(self.path.read_text(encoding="utf-8"))
-            known, rows = saved["settings"], saved["measured"]
-            measured = [Measured(**{**row, "candidate": Candidate(**row["candidate"])}) for row in rows]
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            settings, rows = content["settings"], content["measured"]
+            measurements = [Measurement(**{**row, "candidate": Candidate(**row["candidate"])}) for row in rows]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            return UserError(f"{self.path} is no file of measurements ({error}): delete it, or choose another --out")
+            return UserError(f"{self.path} is not a file of measurements ({error}): delete it, or choose another --out")
         for key, value in self.settings.items():
-            if known.get(key) != value:
+            if settings.get(key) != value:
                 return UserError(
-                    f"{self.path.parent} holds measurements with {key} {known.get(key)}, now it is {value}: choose "
+                    f"{self.path.parent} holds measurements with {key} {settings.get(key)}, now it is {value}: choose "
                     "another --out, or delete them"
                 )
-        return measured
+        return measurements
 
-    def add(self, measured: Measured) -> None:
-        self.measured[measured.candidate, measured.first, measured.count] = measured
+    def add(self, measurement: Measurement) -> None:
+        self.measurements[measurement.candidate, measurement.first, measurement.count] = measurement
         if self.ranks.main:
-            rows = [asdict(one) for one in self.measured.values()]
+            rows = [asdict(one) for one in self.measurements.values()]
             save_text(json.dumps({"settings": self.settings, "measured": rows}, indent=1) + "\n", self.path)
 
 
-def search(grid: Grid, objective: Objective, confirm: int = 3) -> Found:
-    """Search the grid, then measure the best `confirm` candidates at the full count; and the unguided one, if it is in
-    the grid: guidance has to be better than none."""
+def search(grid: Grid, objective: Objective, confirm: int = 3) -> SearchResult:
+    """Search the grid, then measure the best `confirm` candidates at the full count, and the unguided one if it is in
+    the grid: guidance has to beat no guidance."""
     ranked = coarse_to_fine(grid, lambda candidate: objective.explore(candidate).distance)
-    searched = [objective.explore(candidate) for candidate in ranked]  # all of them are in the cache
+    searched = [objective.explore(candidate) for candidate in ranked]  # from the cache
     finalists = dict.fromkeys((*ranked[:confirm], *(one for one in ranked if one == UNGUIDED)))
-    confirmed = sorted(map(objective.confirm, finalists), key=lambda measured: measured.distance)
-    passes = {one.candidate: one.evaluations / one.count for one in searched}
-    mean = sum(passes.values()) / len(passes)
-    full = sum(passes.get(candidate, mean) for candidate in grid.all()) * objective.final_count
-    return Found(searched, confirmed, full)
+    confirmed = sorted(map(objective.confirm, finalists), key=lambda one: one.distance)
+    per_image = {one.candidate: one.evaluations / one.count for one in searched}
+    # A candidate that was not measured counts as the mean of the measured ones.
+    mean = sum(per_image.values()) / len(per_image)
+    full = sum(per_image.get(candidate, mean) for candidate in grid.all()) * objective.settings.final_count
+    return SearchResult(searched, confirmed, full)

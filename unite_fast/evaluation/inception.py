@@ -1,13 +1,13 @@
-"""The Inception v3 of the FID, as TensorFlow ran it: the network every published FID was measured with.
+"""Inception v3 for FID as in TensorFlow: the network behind every published FID.
 
 Szegedy et al., "Rethinking the Inception architecture" (arXiv 1512.00567), with the weights of TensorFlow's graph of
-2015-12-05. Four things differ from the network that torchvision has: images are resized to 299 x 299 by TensorFlow 1's
-bilinear rule, which does not align pixel centres; pixels become (x - 128) / 128; average pooling leaves the padding
-out of the mean; the last block's pooling takes the maximum. Features are the mean over the last 8 x 8 positions, the
-logits lack their bias ("unbiased"), as for the Inception Score.
+2015-12-05. It differs from torchvision's network in four ways: images are resized to 299 x 299 by TensorFlow 1's
+bilinear rule, which does not align pixel centres; pixels become (x - 128) / 128; average pooling excludes the padding
+from the mean; pooling in the last block takes the maximum. Features are the mean over the last 8 x 8 positions, and
+logits have no bias ("unbiased"), as for the Inception Score.
 
-The weights are the file that torch-fidelity uses; the user names it. Batch normalisation is folded into the
-convolutions, in float64 and rounded once.
+The user provides torch-fidelity's weight file. Batch normalisation is folded into the convolutions in float64, with one
+rounding.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,8 +33,8 @@ INCEPTION_FILE = WeightFile(
     sha256=INCEPTION_SHA256,
 )
 
-# A step is a convolution (name, channels, kernel, stride), a pooling, or a list of branches that start from the same
-# input and are concatenated. Convolutions of stride 1 keep the size unless they are "valid"; stride 2 has no padding.
+# A step is a convolution (name, channels, kernel, stride), a pooling, or a list of branches with the same input, whose
+# outputs are concatenated. Convolutions of stride 1 keep the size unless "valid"; those of stride 2 have no padding.
 _STEM = (
     ("Conv2d_1a_3x3", 32, 3, 2),
     ("Conv2d_2a_3x3", 32, 3, 1, "valid"),
@@ -122,22 +122,25 @@ class InceptionFeatures(nn.Module):
     """Features `pool` [n, 2048] and unbiased logits [n, 1008] of images of any size.
 
     Args:
-        weights: tensors with the names and shapes of `INCEPTION_SHAPES`; others are ignored.
-        source: where they come from, for the JSON of a result.
+        weights: tensors with the names and shapes of `inception_shapes()`; others are ignored.
+        source: origin of the weights, for the JSON of a result.
     """
 
     name = "inception"
     title = "FID"
     dimension = DIMENSION
     classes = CLASSES
+    classifier: Tensor
+    """float32 [1008, 2048]."""
 
     def __init__(self, weights: dict[str, Tensor], source: dict | None = None) -> None:
         super().__init__()
         self.source = source or {}
-        self.body = _network(lambda name, shape: weights[name])
-        # A copy, since the tensor may be a view of a mapped file.
+        self.backbone = _network(lambda name, shape: weights[name])
+        # Copy: the tensor may be a view of a memory-mapped file.
         self.register_buffer("classifier", weights["fc.weight"].to(torch.float32, copy=True), persistent=False)
-        self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+        # pyright: torch's stubs lack the overload with memory_format alone
+        self.requires_grad_(False).eval().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     @property
     def device(self) -> torch.device:
@@ -150,19 +153,19 @@ class InceptionFeatures(nn.Module):
             raise ValueError(f"images must be uint8 [n, 3, H, W], got {images.dtype} {list(images.shape)}")
         x = resize_like_tensorflow(images.to(self.classifier), SIDE)
         x = ((x - 128) / 128).contiguous(memory_format=torch.channels_last)
-        # PyTorch lets convolutions on CUDA drop to TF32, whose 10 bits no published FID was measured with.
+        # By default convolutions on CUDA use TF32; published FIDs were measured in float32.
         with exact_float32():
-            pool = self.body(x).mean(dim=(2, 3))
+            pool = self.backbone(x).mean(dim=(2, 3))
         return FeatureBatch(pool, pool @ self.classifier.T)
 
 
 def load_inception(
     path: str = "", sha256: str = INCEPTION_SHA256, device: torch.device | str = "cpu"
 ) -> InceptionFeatures:
-    """The network with the weights of the file that `path` or the environment variable UNITE_FAST_INCEPTION names.
+    """Load the network from `path`, or from the environment variable UNITE_FAST_INCEPTION if that is empty.
 
     Raises:
-        UserError: no path, or a file that is not the expected one; the message says where it comes from.
+        UserError: no path, or another file than expected; the message says where to get it.
     """
     weights = INCEPTION_FILE.load(path, sha256, inception_shapes())
     file = INCEPTION_FILE.path(path)
@@ -170,7 +173,7 @@ def load_inception(
 
 
 def inception_shapes() -> dict[str, tuple[int, ...]]:
-    """The tensors that are read from the file of weights, name -> shape."""
+    """Names and shapes of the tensors to read from the weight file."""
     shapes: dict[str, tuple[int, ...]] = {"fc.weight": (CLASSES, DIMENSION)}
 
     def record(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -182,14 +185,14 @@ def inception_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def resize_like_tensorflow(x: Tensor, side: int) -> Tensor:
-    """TensorFlow 1's `resize_bilinear` without `align_corners`: output pixel i reads at i * (size / side), no half
-    pixel added. float [n, c, H, W] -> [n, c, side, side]."""
+    """TensorFlow 1's `resize_bilinear` without `align_corners`: output pixel i samples at i * (size / side), without a
+    half-pixel offset. float [n, c, H, W] -> [n, c, side, side]."""
 
     def neighbours(size: int) -> tuple[Tensor, Tensor, Tensor]:
-        # The scale is a float32 in TensorFlow, whatever the dtype of the pixels.
-        at = torch.arange(side, dtype=torch.float32) * torch.tensor(size / side, dtype=torch.float32)
-        low = at.long()
-        return low.to(x.device), (low + 1).clamp(max=size - 1).to(x.device), (at - low).to(x)
+        # TensorFlow's scale is float32, whatever the dtype of the pixels.
+        position = torch.arange(side, dtype=torch.float32) * torch.tensor(size / side, dtype=torch.float32)
+        low = position.long()
+        return low.to(x.device), (low + 1).clamp(max=size - 1).to(x.device), (position - low).to(x)
 
     top, bottom, down = neighbours(x.shape[2])
     left, right, across = neighbours(x.shape[3])
@@ -198,49 +201,50 @@ def resize_like_tensorflow(x: Tensor, side: int) -> Tensor:
     return upper + (lower - upper) * down[:, None]
 
 
-Take = Callable[[str, tuple[int, ...]], Tensor]
-"""(name, shape) -> the tensor of that name."""
+GetTensor = Callable[[str, tuple[int, ...]], Tensor]
+"""(name, shape) -> the tensor with this name."""
 
 
-def _network(take: Take) -> nn.Sequential:
-    stem, channels = _sequence(_STEM, 3, "", take)
+def _network(get_tensor: GetTensor) -> nn.Sequential:
+    stem, channels = _sequence(_STEM, 3, "", get_tensor)
     blocks = [stem]
     for name, branches in _MIXED.items():
-        block, channels = _parallel(branches, channels, f"{name}.", take)
+        block, channels = _parallel(branches, channels, f"{name}.", get_tensor)
         blocks.append(block)
     return nn.Sequential(*blocks)
 
 
-def _parallel(branches: Sequence, channels: int, prefix: str, take: Take) -> tuple[nn.Module, int]:
-    built = [_sequence(steps, channels, prefix, take) for steps in branches]
+def _parallel(branches: Sequence, channels: int, prefix: str, get_tensor: GetTensor) -> tuple[nn.Module, int]:
+    built = [_sequence(steps, channels, prefix, get_tensor) for steps in branches]
     return _Parallel([module for module, _ in built]), sum(outputs for _, outputs in built)
 
 
-def _sequence(steps: Sequence, channels: int, prefix: str, take: Take) -> tuple[nn.Module, int]:
+def _sequence(steps: Sequence, channels: int, prefix: str, get_tensor: GetTensor) -> tuple[nn.Module, int]:
     modules: list[nn.Module] = []
     for step in steps:
         if isinstance(step, str):
             modules.append(_POOLINGS[step]())
         elif isinstance(step, list):
-            module, channels = _parallel(step, channels, prefix, take)
+            module, channels = _parallel(step, channels, prefix, get_tensor)
             modules.append(module)
         else:
             name, outputs, kernel, stride, *valid = step
-            conv = _conv(f"{prefix}{name}", channels, outputs, kernel, stride, bool(valid), take)
-            # In place: nothing else reads the convolution's output.
+            conv = _conv(f"{prefix}{name}", channels, outputs, kernel, stride, bool(valid), get_tensor)
+            # In place: only the ReLU reads the convolution's output.
             modules += [conv, nn.ReLU(inplace=True)]
             channels = outputs
     return nn.Sequential(*modules), channels
 
 
-def _conv(name: str, inputs: int, outputs: int, kernel, stride: int, valid: bool, take: Take) -> nn.Conv2d:
-    """A convolution with its batch normalisation folded in: gamma (w x - mean) / sqrt(var + eps) + beta."""
+def _conv(name: str, inputs: int, outputs: int, kernel, stride: int, valid: bool, get_tensor: GetTensor) -> nn.Conv2d:
+    """A convolution with folded batch normalisation: gamma (w x - mean) / sqrt(var + eps) + beta."""
     sides = kernel if isinstance(kernel, tuple) else (kernel, kernel)
     padding = (0, 0) if valid or stride == 2 else tuple(side // 2 for side in sides)
     conv = nn.Conv2d(inputs, outputs, sides, stride, padding, device="meta")
-    weight = take(f"{name}.conv.weight", tuple(conv.weight.shape)).double()
+    weight = get_tensor(f"{name}.conv.weight", tuple(conv.weight.shape)).double()
     gamma, beta, mean, variance = (
-        take(f"{name}.bn.{part}", (outputs,)).double() for part in ("weight", "bias", "running_mean", "running_var")
+        get_tensor(f"{name}.bn.{part}", (outputs,)).double()
+        for part in ("weight", "bias", "running_mean", "running_var")
     )
     scale = gamma / (variance + _BN_EPS).sqrt()
     conv.weight = nn.Parameter((weight * scale[:, None, None, None]).float())
@@ -260,6 +264,6 @@ class _Parallel(nn.Module):
 _POOLINGS: dict[str, Callable[[], nn.Module]] = {
     "max/2": lambda: nn.MaxPool2d(3, stride=2),
     "max": lambda: nn.MaxPool2d(3, stride=1, padding=1),
-    # Over the positions that lie inside the image.
+    # The mean over positions inside the image.
     "mean": lambda: nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False),
 }

@@ -1,7 +1,9 @@
-"""Scores of generated images, from features, and of reconstructed ones, from pixels.
+"""Metrics of generated images, from features, and of reconstructions, from pixels.
 
 n, m samples, D dimensions of a feature, K classes, S the side of an image.
 """
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -15,13 +17,13 @@ SPLITS = 10
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 NEIGHBOURS = 3
 _BLOCK = 2048
-"""Rows of a distance matrix that are held at a time."""
+"""Rows of a distance matrix in memory at a time."""
 
 
 class InceptionScore:
-    """exp( mean_i KL( p(y | x_i) || p(y) ) ), the mean and deviation of it over splits of the samples (Salimans et al.,
-    arXiv 1606.03498), from running float64 sums: the mean KL is mean_i sum_k p log p less sum_k q log q, where q is the
-    mean of p."""
+    """exp( mean_i KL( p(y | x_i) || p(y) ) ), its mean and deviation over splits of the samples (Salimans et al.,
+    arXiv 1606.03498). Computed from running float64 sums: the mean KL is mean_i sum_k p log p - sum_k q log q, where q
+    is the mean of p."""
 
     def __init__(self, classes: int, splits: int = SPLITS, device: torch.device | str = "cpu"):
         self.count = torch.zeros(splits, dtype=torch.float64, device=device)
@@ -29,7 +31,7 @@ class InceptionScore:
         self.probability = torch.zeros(splits, classes, dtype=torch.float64, device=device)
 
     def update(self, logits: Tensor, split: Tensor) -> None:
-        """logits: [n, K]; split: int64 [n], the split that each sample belongs to."""
+        """logits: [n, K]; split: int64 [n], the split of each sample."""
         split = split.to(self.count.device)
         log_p = logits.to(self.probability).log_softmax(dim=1)
         p = log_p.exp()
@@ -49,7 +51,7 @@ class InceptionScore:
         """
         require(
             bool((self.count > 0).all()),
-            f"the Inception Score takes {len(self.count)} splits; {int(self.count.sum())} images are too few",
+            f"the Inception Score needs {len(self.count)} splits; {int(self.count.sum())} images are too few",
         )
         q = self.probability / self.count[:, None]
         scores = (self.negentropy / self.count - torch.special.xlogy(q, q).sum(dim=1)).exp()
@@ -57,13 +59,13 @@ class InceptionScore:
 
 
 def inception_score(logits: Tensor, splits: int = SPLITS) -> tuple[float, float]:
-    """Mean and deviation over `splits` runs of consecutive samples: logits [n, K], in an order that mixes the classes.
+    """Mean and deviation over `splits` consecutive runs of samples: logits [n, K], shuffled over the classes.
 
     Raises:
         UserError: fewer samples than splits.
     """
     n = len(logits)
-    # Split i holds the samples from floor(i n / splits), as other tools cut them.
+    # Split i starts at floor(i n / splits), as in other tools.
     edges = torch.arange(1, splits) * n // splits
     score = InceptionScore(logits.shape[1], splits, logits.device)
     score.update(logits, torch.bucketize(torch.arange(n), edges, right=True))
@@ -78,29 +80,29 @@ def kid(
 
     Args:
         x, y: [n, D] and [m, D].
-        size: samples of each in a subset, at most n and m.
-        seed: what subsets are drawn from; with torch-fidelity's, 2020, the subsets are also torch-fidelity's.
+        size: samples of each set in a subset, at most n and m.
+        seed: for drawing the subsets; torch-fidelity's seed, 2020, draws its subsets.
 
     Raises:
         UserError: fewer samples than `size`, or `size` below 2.
     """
     require(
         2 <= size <= min(len(x), len(y)),
-        f"KID takes subsets of {size} of {len(x)} and {len(y)} images: at least 2, at most all",
+        f"KID needs subsets of at least 2 and at most all images, got {size} of {len(x)} and {len(y)}",
     )
-    # numpy's old generator and not Philox, so that the number is the one that the field's tools print.
+    # numpy's legacy generator instead of Philox, for the same number as other tools.
     random = np.random.RandomState(seed)
-    estimates = []
+    per_subset = []
     for _ in range(subsets):
         a, b = (torch.from_numpy(random.choice(len(z), size, replace=False)).to(z.device) for z in (x, y))
-        estimates.append(_mmd(x[a].double(), y[b].double()))
-    estimates = torch.stack(estimates)
+        per_subset.append(_mmd(x[a].double(), y[b].double()))
+    estimates = torch.stack(per_subset)
     return float(estimates.mean()), float(estimates.std(correction=0))
 
 
 def _mmd(x: Tensor, y: Tensor) -> Tensor:
     def kernel(a: Tensor, b: Tensor) -> Tensor:
-        # In place: at this size fresh memory costs as much as the arithmetic.
+        # In place: allocation would cost as much as the arithmetic.
         return (a @ b.T).div_(a.shape[1]).add_(1).pow_(3)
 
     def mean_off_diagonal(k: Tensor) -> Tensor:
@@ -112,33 +114,34 @@ def _mmd(x: Tensor, y: Tensor) -> Tensor:
 def precision_recall(generated: Tensor, real: Tensor, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991).
 
-    A set's manifold is the union of balls around its samples, each reaching to the sample's k-th nearest neighbour.
-    Precision is the share of generated samples in the real manifold, recall that of real ones in the generated one.
+    The manifold of a set is the union of balls around its samples, each with the distance to its k-th nearest neighbour
+    as radius. Precision is the share of generated samples in the real manifold, recall the share of real samples in the
+    generated manifold.
 
     Args:
         generated, real: [n, D] and [m, D].
 
     Raises:
-        UserError: no more samples than neighbours.
+        UserError: fewer samples than `neighbours` + 1.
     """
     require(
         min(len(generated), len(real)) > neighbours,
-        f"precision and recall look at {neighbours} neighbours: {len(generated)} and {len(real)} images are too few",
+        f"precision and recall need {neighbours} neighbours: {len(generated)} and {len(real)} images are too few",
     )
     generated, real = generated.double(), real.double()
     return _covered(generated, real, neighbours), _covered(real, generated, neighbours)
 
 
 def _covered(points: Tensor, centres: Tensor, neighbours: int) -> float:
-    """Share of the points that lie in a ball of the centres."""
+    """Share of points inside a ball around one of the centres."""
     # Each centre is its own nearest neighbour, at distance 0.
     radii = torch.cat([rows.kthvalue(neighbours + 1).values for rows in _squared_distances(centres, centres)])
     inside = [(rows <= radii).any(dim=1) for rows in _squared_distances(points, centres)]
     return float(torch.cat(inside).double().mean())
 
 
-def _squared_distances(x: Tensor, y: Tensor):
-    """Rows of the matrix of squared distances, a block at a time."""
+def _squared_distances(x: Tensor, y: Tensor) -> Iterator[Tensor]:
+    """Rows of the matrix of squared distances, one block at a time."""
     for block in x.split(_BLOCK):
         yield block.square().sum(dim=1, keepdim=True) + y.square().sum(dim=1) - 2 * block @ y.T
 
@@ -149,7 +152,7 @@ def psnr(originals: Tensor, copies: Tensor) -> Tensor:
 
 
 def mean_squared_error(originals: Tensor, copies: Tensor) -> Tensor:
-    """Of each image, for pixels in [0, 1]: both uint8 [n, 3, S, S] -> float64 [n]."""
+    """Mean squared error of each image, for pixels in [0, 1]: both uint8 [n, 3, S, S] -> float64 [n]."""
     return _unit(originals).sub(_unit(copies)).square().mean(dim=(1, 2, 3))
 
 
@@ -171,19 +174,19 @@ def ssim(originals: Tensor, copies: Tensor) -> Tensor:
     """Structural similarity of each image: both uint8 [n, 3, S, S] -> float64 [n].
 
     As Wang et al. (2004) define it, for pixels in [0, 1]: local means, variances and covariance (divided by n, not
-    n - 1) under an 11 x 11 Gaussian of sigma 1.5, K1 = 0.01, K2 = 0.03, each colour by itself, averaged over colours
-    and over the positions where the window lies inside the image.
+    n - 1) under an 11 x 11 Gaussian of sigma 1.5, K1 = 0.01, K2 = 0.03, per colour channel, averaged over channels and
+    over the positions where the window lies inside the image.
 
     Raises:
         UserError: images smaller than the window.
     """
     require(
         min(originals.shape[-2:]) >= SSIM_WINDOW,
-        f"SSIM looks through a window of {SSIM_WINDOW} pixels; images of {list(originals.shape[-2:])} are smaller",
+        f"SSIM needs images of at least {SSIM_WINDOW} pixels, got {list(originals.shape[-2:])}",
     )
     x, y = _unit(originals), _unit(copies)
-    at = torch.arange(SSIM_WINDOW, dtype=torch.float64, device=x.device) - SSIM_WINDOW // 2
-    line = torch.exp(-at.square() / (2 * SSIM_SIGMA**2))
+    offset = torch.arange(SSIM_WINDOW, dtype=torch.float64, device=x.device) - SSIM_WINDOW // 2
+    line = torch.exp(-offset.square() / (2 * SSIM_SIGMA**2))
     line = line / line.sum()
 
     def local_mean(image: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Judges of small images that need no downloaded weights: principal components of the pixels, and a classifier.
+"""Evaluation of small images without downloaded weights: principal components of the pixels, and a classifier.
 
 n images, S their side, P = 3 S S pixel values, k components.
 """
@@ -16,19 +16,19 @@ from unite_fast.evaluation.features import FeatureBatch
 
 NAME = "pixels"
 LARGEST = 64
-"""Side of the images up to which pixels are a sensible judge."""
+"""Largest side of images for which pixel features are meaningful."""
 FITTED_IMAGES = 2048
-"""Images that the components are fitted to: the work grows with the square of their number."""
-SHARE_OF_VARIANCE, MOST_COMPONENTS = 0.99, 64
+"""Images that the components are fitted to; the cost is quadratic in their number."""
+SHARE_OF_VARIANCE, MAX_COMPONENTS = 0.99, 64
 CLASSIFIER_IMAGES = 10_000
-"""Real images the classifier learns from; its training time grows faster than their number."""
+"""Real images that the classifier is fitted to; the cost grows faster than their number."""
 
 
 class PixelFeatures:
     """The first principal components of the pixels of real images.
 
-    A Frechet distance of these is not the FID and says so: it sees blur, noise, wrong colours and missing classes, and
-    nothing that pixels do not show. It can be compared only between results with the same components.
+    Their Frechet distance is not the FID, and has another title. It detects blur, noise, wrong colours and missing
+    classes. Distances can be compared only if they use the same components.
     """
 
     name = NAME
@@ -36,10 +36,7 @@ class PixelFeatures:
     classes = 0
 
     def __init__(self, basis: Mapping[str, Tensor], source: dict | None = None, device: torch.device | str = "cpu"):
-        """
-        Args:
-            basis: `mean` float32 [P] and `components` float32 [k, P], for pixels in [0, 1].
-        """
+        """`basis`: `mean` float32 [P] and `components` float32 [k, P], for pixels in [0, 1]."""
         self.mean, self.components = (basis[name].to(device) for name in ("mean", "components"))
         self.dimension = len(self.components)
         self.device = self.mean.device
@@ -57,7 +54,7 @@ class PixelFeatures:
         """uint8 [n, 3, S, S] -> pool float32 [n, k].
 
         Raises:
-            UserError: images of another size than the components are for.
+            UserError: images of another size than the components.
         """
         require(
             images[0].numel() == len(self.mean),
@@ -67,36 +64,36 @@ class PixelFeatures:
 
 
 def fit_pixels(images: Tensor) -> PixelFeatures:
-    """The components that hold 99 % of the variance of images uint8 [n, 3, S, S], at most 64, largest first.
+    """Fit the components with 99 % of the variance of images uint8 [n, 3, S, S], at most 64, largest first.
 
     Raises:
-        UserError: images that are all the same.
+        UserError: all images are equal.
     """
-    require(bool((images != images[0]).any()), "the pixel features have nothing to look at: all images are the same")
+    require(bool((images != images[0]).any()), "pixel features cannot be fitted: all images are the same")
     pixels = images.double().flatten(1) / 255
     mean = pixels.mean(dim=0)
     centred = pixels - mean
     n, p = centred.shape
-    # Of X^T X [P, P] and X X^T [n, n] the smaller: they share their non-zero eigenvalues.
+    # The smaller of X^T X [P, P] and X X^T [n, n]: both have the same non-zero eigenvalues.
     few = n < p
     values, vectors = torch.linalg.eigh(centred @ centred.T if few else centred.T @ centred)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     k = int((values.cumsum(0) < SHARE_OF_VARIANCE * values.sum()).sum()) + 1
-    vectors = vectors[:, : min(k, MOST_COMPONENTS)]
+    vectors = vectors[:, : min(k, MAX_COMPONENTS)]
     components = torch.nn.functional.normalize(centred.T @ vectors, dim=0) if few else vectors
     source = {"fitted_to": n, "share_of_variance": float(values[: len(components.T)].sum() / values.sum())}
     return PixelFeatures({"mean": mean.float(), "components": components.T.contiguous().float()}, source)
 
 
-def read_some(source: Source, most: int) -> tuple[Tensor, Tensor]:
-    """At most so many images and labels, spread evenly over the source, which may be sorted by class; broken ones are
-    left out."""
-    spread = np.linspace(0, len(source) - 1, min(len(source), most)).round().astype(int)
-    return read_readable(source, np.unique(spread), most)
+def read_evenly(source: Source, limit: int) -> tuple[Tensor, Tensor]:
+    """At most `limit` images and labels, evenly spaced over the source, which may be sorted by class; unreadable ones
+    are left out."""
+    indices = np.linspace(0, len(source) - 1, min(len(source), limit)).round().astype(int)
+    return read_readable(source, np.unique(indices), limit)
 
 
 class Classifier:
-    """An independent judge of class: a support vector machine with an RBF kernel on the grey pixels of real images.
+    """Checks classes independently of the model: an SVM with an RBF kernel, fitted to grey pixels of real images.
 
     Args:
         images: uint8 [n, 3, S, S].
@@ -108,8 +105,8 @@ class Classifier:
 
         self._machine = SVC(C=10.0).fit(_grey(images), labels.numpy())
 
-    def right(self, images: Tensor, labels: Tensor) -> int:
-        """How many of the images get their label."""
+    def count_correct(self, images: Tensor, labels: Tensor) -> int:
+        """Number of images that are classified as their label."""
         return int((torch.from_numpy(self._machine.predict(_grey(images))) == labels).sum())
 
 
@@ -117,8 +114,8 @@ def _grey(images: Tensor) -> np.ndarray:
     return (images.float().mean(1).flatten(1) / 255).numpy()
 
 
-def fit_pixels_once(source: Source, ranks: Ranks, device: torch.device | str) -> PixelFeatures:
-    """Fitted by one process, so that all have the same components to the last bit."""
-    fitted = fit_pixels(read_some(source, FITTED_IMAGES)[0]) if ranks.main else None
-    basis, about = ranks.broadcast((fitted.basis, fitted.source) if fitted else None)
-    return PixelFeatures(basis, about, device)
+def fit_pixels_on_main(source: Source, ranks: Ranks, device: torch.device | str) -> PixelFeatures:
+    """Fit pixel features on rank 0 and broadcast them, so that all ranks have the same bits."""
+    fitted = fit_pixels(read_evenly(source, FITTED_IMAGES)[0]) if ranks.main else None
+    basis, origin = ranks.broadcast((fitted.basis, fitted.source) if fitted else None)
+    return PixelFeatures(basis, origin, device)

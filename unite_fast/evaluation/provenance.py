@@ -1,4 +1,4 @@
-"""For the JSON of a result: the checkpoint, sampling settings, machine and versions behind it."""
+"""JSON entries that record the origin of a result: checkpoint, sampling settings, machine and versions."""
 
 import platform
 from dataclasses import asdict
@@ -10,10 +10,11 @@ import unite_fast
 from unite_fast.config import SamplingConfig
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.sampling.pipeline import TrainedUNITE, weights_sha256
+from unite_fast.sampling.solvers import ADAPTIVE_SOLVERS, TIME_GRID_SOLVERS
 
 
-def described_checkpoint(model: TrainedUNITE, path: str) -> dict:
-    """For the JSON of a result: which weights it is of."""
+def checkpoint_info(model: TrainedUNITE, path: str) -> dict:
+    """The checkpoint and its weights."""
     return {
         "path": path,
         "weights_sha256": weights_sha256(model),
@@ -23,18 +24,18 @@ def described_checkpoint(model: TrainedUNITE, path: str) -> dict:
     }
 
 
-def described_sampling(config: SamplingConfig) -> dict:
-    """For the JSON of a result: the settings, None for those that the solver does not use."""
+def sampling_info(config: SamplingConfig) -> dict:
+    """Sampling settings; None for those that the solver does not use."""
     settings = asdict(config)
-    if config.solver == "dopri5":
+    if config.solver in ADAPTIVE_SOLVERS:
         settings["steps"] = None
-    if config.solver not in ("euler", "heun"):
+    if config.solver not in TIME_GRID_SOLVERS:
         settings["time_shift"] = None
     return settings
 
 
-def described_machine(device: torch.device, ranks: Ranks) -> dict:
-    """For the JSON of a result: what computed it."""
+def machine_info(device: torch.device, ranks: Ranks) -> dict:
+    """Number of ranks, device and versions."""
     return {"processes": ranks.world, "device": device_name(device), "versions": versions()}
 
 

@@ -1,4 +1,4 @@
-"""Statistics of real images, made batch by batch, and which samples' features are kept one by one."""
+"""Reference statistics of real images, and the choice of samples whose single features are kept."""
 
 import hashlib
 from pathlib import Path
@@ -8,135 +8,139 @@ from torch import Tensor
 
 from unite_fast.config import EvaluationSettings
 from unite_fast.data_pipeline import Source
-from unite_fast.data_pipeline.open_source import open_data
-from unite_fast.data_pipeline.readers import check_share
+from unite_fast.data_pipeline.open_source import detect_source, open_source
+from unite_fast.data_pipeline.readers import check_broken_fraction
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import require
 from unite_fast.evaluation import metrics, pixel_features
-from unite_fast.evaluation.batches import NumberedBatch, read_batches, unreadable
+from unite_fast.evaluation.batches import NumberedBatch, read_batches, unreadable_info
 from unite_fast.evaluation.features import Features
 from unite_fast.evaluation.fid import Moments, Reference, save_reference
 from unite_fast.evaluation.inception import load_inception
-from unite_fast.evaluation.pixel_features import PixelFeatures, fit_pixels_once
+from unite_fast.evaluation.pixel_features import PixelFeatures, fit_pixels_on_main
 from unite_fast.randomness import permutation
 from unite_fast.utils.files import check_target
 from unite_fast.utils.progress import Track, no_progress
 
-KEPT = 10_000
-"""Images of each side whose features are kept one by one, for KID, precision and recall; the others only enter sums."""
+KEPT_SAMPLES = 10_000
+"""Generated images, and real images, whose single features are kept for KID, precision and recall; the others only
+enter sums."""
 
 
-class Mixed:
-    """A fixed random place for each of `count` numbered samples. The split of the Inception Score that it is in, and
-    whether its features are kept, follow from its number alone, not from classes that come in turn nor processes."""
+class SampleOrder:
+    """A fixed random order of `count` samples. It decides which split of the Inception Score a sample belongs to and
+    whether its features are kept, by its index alone: independent of cycling labels and of the ranks."""
 
     def __init__(self, count: int):
         self.count = count
-        self._places = torch.empty(count, dtype=torch.int64)
-        self._places[permutation(0, 0, count)] = torch.arange(count)
+        self._positions = torch.empty(count, dtype=torch.int64)
+        self._positions[permutation(0, 0, count)] = torch.arange(count)
 
-    def places(self, indices: Tensor) -> Tensor:
-        return self._places[indices]
+    def positions(self, indices: Tensor) -> Tensor:
+        return self._positions[indices]
 
     def splits(self, indices: Tensor) -> Tensor:
-        return self.places(indices) * metrics.SPLITS // self.count
+        return self.positions(indices) * metrics.SPLITS // self.count
 
 
-class Kept:
-    """The features of the samples that come first in the mixed order, wherever they were computed."""
+class KeptFeatures:
+    """The features of the first `limit` samples in a `SampleOrder`, computed on any rank."""
 
-    def __init__(self, mixed: Mixed, most: int = KEPT):
-        self.mixed, self.most = mixed, most
-        self._places: list[Tensor] = []
+    def __init__(self, order: SampleOrder, limit: int = KEPT_SAMPLES):
+        self.order, self.limit = order, limit
+        self._positions: list[Tensor] = []
         self._features: list[Tensor] = []
 
     def update(self, indices: Tensor, features: Tensor) -> None:
-        places = self.mixed.places(indices)
-        chosen = places < self.most
-        self._places.append(places[chosen])
-        self._features.append(features[chosen.to(features.device)].cpu())
+        positions = self.order.positions(indices)
+        keep = positions < self.limit
+        self._positions.append(positions[keep])
+        self._features.append(features[keep.to(features.device)].cpu())
 
-    def gathered(self, ranks: Ranks) -> Tensor | None:
-        """float32 [m, D] in the mixed order, on every process; None if there are none."""
-        parts = [part for part in ranks.gather((self._places, self._features)) if part[0]]
+    def gather(self, ranks: Ranks) -> Tensor | None:
+        """float32 [m, D] in the `SampleOrder`, on every rank; None if there are none."""
+        parts = [part for part in ranks.gather((self._positions, self._features)) if part[0]]
         if not parts:
             return None
-        places = torch.cat([place for part in parts for place in part[0]])
+        positions = torch.cat([position for part in parts for position in part[0]])
         features = torch.cat([feature for part in parts for feature in part[1]])
-        return features[places.argsort()]
+        return features[positions.argsort()]
 
 
 def make_reference(
     source: Source, features: Features, ranks: Ranks, batch: int, workers: int, track: Track = no_progress
 ) -> Reference:
-    """Statistics of all images of a source that can be read.
+    """Compute the statistics of all readable images of a source.
 
     Args:
         track: shows progress; see `utils.progress`.
 
     Raises:
-        UserError: fewer than two images, or many that cannot be read.
+        UserError: fewer than two images, or many unreadable ones.
     """
-    mixed = Mixed(len(source))
-    moments, kept, fingerprint = Moments(features.dimension, features.device), Kept(mixed), 0
-    broken: list[str] = []
+    moments, kept = Moments(features.dimension, features.device), KeptFeatures(SampleOrder(len(source)))
+    digest, unreadable = 0, []
     batches = list(ranks.batches(len(source), batch))
     for read in track(read_batches(source, batches, workers), len(batches), "reading real images"):
-        broken += read.broken
+        unreadable += read.unreadable
         if not len(read.images):
             continue
         pool = features(read.images.to(features.device)).pool
         moments.update(pool)
         kept.update(read.indices, pool)
-        fingerprint += fingerprint_of(read)
+        digest += fingerprint(read)
     moments.all_reduce(ranks)
-    names = [name for part in ranks.gather(broken) for name in part]
-    check_broken(names, len(source))
-    count = int(moments.count)
-    about = {
-        "data_sha256": f"{sum(ranks.gather(fingerprint)) % 2**256:064x}",
-        **unreadable(names),
+    unreadable = [name for part in ranks.gather(unreadable) for name in part]
+    check_unreadable(unreadable, len(source))
+    provenance = {
+        "data_sha256": f"{sum(ranks.gather(digest)) % 2**256:064x}",
+        **unreadable_info(unreadable),
         "image_size": source.image_size,
         "classes": len(source.class_names),
         "features_source": features.source,
     }
     basis = features.basis if isinstance(features, PixelFeatures) else {}
-    return Reference(moments.statistics(), features.name, count, about, kept.gathered(ranks), basis)
+    count = int(moments.count)
+    return Reference(moments.statistics(), features.name, count, provenance, kept.gather(ranks), basis)
 
 
-def fingerprint_of(batch: NumberedBatch) -> int:
-    """Sum over the samples of SHA-256(number, label, pixels) as a number: the same in any order."""
+def fingerprint(batch: NumberedBatch) -> int:
+    """Sum of SHA-256(index, label, pixels) over the samples, as an integer: independent of their order."""
     digests = (
-        hashlib.sha256(f"{number} {label} ".encode() + image.numpy().tobytes()).digest()
-        for number, label, image in zip(batch.indices.tolist(), batch.labels.tolist(), batch.images, strict=True)
+        hashlib.sha256(f"{index} {label} ".encode() + image.numpy().tobytes()).digest()
+        for index, label, image in zip(batch.indices.tolist(), batch.labels.tolist(), batch.images, strict=True)
     )
     return sum(int.from_bytes(digest, "big") for digest in digests)
 
 
-def check_broken(broken: list[str], total: int) -> None:
-    """
+def check_unreadable(unreadable: list[str], total: int) -> None:
+    """Check that only a small share of the samples is unreadable.
+
     Raises:
-        UserError: so many samples cannot be read that the result would be of other data.
+        UserError: so many that the result would describe other data.
     """
-    if broken:
-        name, _, reason = broken[-1].partition(": ")
-        check_share(len(broken), total, (name, reason))
+    if unreadable:
+        name, _, reason = unreadable[-1].partition(": ")
+        check_broken_fraction(len(unreadable), total, (name, reason))
 
 
 def choose_features(settings: EvaluationSettings, image_size: int, of_inception: bool = False) -> str:
+    """Name of the features to use.
+
+    Args:
+        of_inception: whether there is a reference made with Inception.
+    """
     if settings.features != "auto":
         return settings.features
-    return (
-        "inception"
-        if settings.inception or of_inception or image_size > pixel_features.LARGEST
-        else pixel_features.NAME
-    )
+    large = image_size > pixel_features.LARGEST
+    return "inception" if settings.inception or of_inception or large else pixel_features.NAME
 
 
-def check_fit(reference: Reference, features: Features) -> None:
-    """
+def check_features(reference: Reference, features: Features) -> None:
+    """Check that a reference was made with these features.
+
     Raises:
-        UserError: statistics of other features.
+        UserError: it was made with other features.
     """
     d = len(reference.statistics.mean)
     require(
@@ -157,29 +161,30 @@ def save_statistics(
     workers: int = 2,
     track: Track = no_progress,
 ) -> Reference:
-    """Statistics of all images of a data folder, written by rank 0.
+    """Compute the statistics of all images of a data folder; rank 0 writes them to `out`.
 
     Args:
         data: folder or address of data, or "digits".
-        image_size: side to which images are cropped; 0: what suits the data.
+        image_size: side to crop images to; 0: chosen from the data.
 
     Raises:
-        UserError: data or weights that are missing, images too large for pixels, or a file that cannot be written.
+        UserError: data or weights are missing, images are too large for pixel features, or `out` cannot be written.
     """
     check_target(out, (".npz",))
-    kind, source = open_data(data, image_size, split)
+    kind, path = detect_source(data)
+    source = open_source(kind, path, image_size, split)
     size = source.image_size
     if choose_features(settings, size) == pixel_features.NAME:
         require(
             size <= pixel_features.LARGEST,
-            f"these images are {size} x {size}; features pixels are for sides up to {pixel_features.LARGEST}: "
-            "use --features inception",
+            f"these images are {size} x {size}; --features pixels works up to "
+            f"{pixel_features.LARGEST} x {pixel_features.LARGEST}: use --features inception",
         )
-        features: Features = fit_pixels_once(source, ranks, device)
+        features: Features = fit_pixels_on_main(source, ranks, device)
     else:
         features = load_inception(settings.inception, settings.inception_sha256, device)
-    made = make_reference(source, features, ranks, settings.batch, workers, track)
-    made.about |= {"data": data, "source": kind, "split": split}
+    reference = make_reference(source, features, ranks, settings.batch, workers, track)
+    reference.provenance |= {"data": data, "source": kind, "split": split}
     if ranks.main:
-        save_reference(made, out)
-    return made
+        save_reference(reference, out)
+    return reference

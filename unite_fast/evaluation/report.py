@@ -1,4 +1,4 @@
-"""The result of an evaluation as files (JSON, a Markdown table, grids) and as lines for a terminal."""
+"""Write the result of an evaluation as files (JSON, a Markdown table, grids) and as lines for the terminal."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from unite_fast.errors import require
 from unite_fast.evaluation.batches import unreadable_lines
-from unite_fast.utils.files import writing, writing_aside
+from unite_fast.utils.files import atomic_write, writing
 from unite_fast.utils.images import grid, pairs
 
 JSON, TABLE, PAIRS = "evaluation.json", "evaluation.md", "reconstructions.png"
@@ -15,58 +15,63 @@ _COLUMNS = 10
 
 
 def default_folder(checkpoint: Path) -> Path:
-    """evaluation/ in the run's folder, or beside a checkpoint that is in none."""
+    """evaluation/ in the run folder, or next to a checkpoint outside of one."""
     if checkpoint.parent.name == "checkpoints":
         return checkpoint.parent.parent / "evaluation"
     return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "evaluation"
 
 
 def check_folder(out: Path) -> None:
-    """
+    """Check that `out` can be a folder.
+
     Raises:
-        UserError: something that is no folder has this name.
+        UserError: it exists and is not a folder.
     """
-    require(not out.exists() or out.is_dir(), f"{out} is in the way: it is no folder; choose another --out")
+    require(not out.exists() or out.is_dir(), f"{out} is in the way: it is not a folder; choose another --out")
 
 
-def save(result: dict, pictures: dict[str, Tensor], both: tuple[Tensor, Tensor] | None, out: Path) -> None:
-    """evaluation.json, evaluation.md, a grid of samples for each guidance scale and one of reconstructions; those of an
-    earlier evaluation in the same folder are replaced.
+def save(result: dict, samples: dict[str, Tensor], reconstructions: tuple[Tensor, Tensor] | None, out: Path) -> None:
+    """Write evaluation.json, evaluation.md, and grids of samples (one per guidance scale) and reconstructions. Files of
+    an earlier evaluation in the same folder are replaced.
+
+    Args:
+        samples: file name -> uint8 [n, 3, S, S].
+        reconstructions: originals and reconstructions, uint8 [n, 3, S, S] each.
 
     Raises:
         UserError: no space left, or no permission.
     """
     check_folder(out)
-    images = {name: grid(images, _COLUMNS) for name, images in pictures.items()}
-    if both is not None:
-        images[PAIRS] = pairs(*both, min(_COLUMNS, len(both[0])))
+    grids = {name: grid(images, _COLUMNS) for name, images in samples.items()}
+    if reconstructions is not None:
+        grids[PAIRS] = pairs(*reconstructions, min(_COLUMNS, len(reconstructions[0])))
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         for stale in out.glob("samples_guidance_*.png"):
             stale.unlink()
-        for name, image in images.items():
-            with writing_aside(out / name) as partial:
+        for name, image in grids.items():
+            with atomic_write(out / name) as partial:
                 image.save(partial, format="png")
         for name, text in ((TABLE, table(result)), (JSON, json.dumps(result, indent=1))):
-            with writing_aside(out / name) as partial:
+            with atomic_write(out / name) as partial:
                 partial.write_text(text)
 
 
 def lines(result: dict) -> list[str]:
-    """The result in a few lines, what was not computed and what to beware of included."""
-    said, features = [], result["features"]
+    """The result in a few lines, with notes on missing metrics and bias."""
+    text, features = [], result["features"]
     rebuilt = result["reconstruction"]
     if rebuilt:
-        said.append(
+        text.append(
             f"reconstruction of {rebuilt['images']} held-out images: {rebuilt['psnr']:.2f} dB PSNR (mean over images; "
             f"{rebuilt['psnr_of_mean_error']:.2f} dB of the mean error), L1 {rebuilt['l1']:.4f}"
-            f"{_named(rebuilt, 'ssim', 'SSIM')}{_named(rebuilt, 'lpips', 'LPIPS')}, "
+            f"{_optional(rebuilt, 'ssim', 'SSIM')}{_optional(rebuilt, 'lpips', 'LPIPS')}, "
             f"{_distance(features, 'r')} {rebuilt['frechet_distance']:.4f}"
         )
-        said += unreadable_lines(rebuilt, "held-out images")
+        text += unreadable_lines(rebuilt, "held-out images")
         if rebuilt["real_class_agreement"] is not None:
-            said.append(
-                f"classifier (SVM on real pixels): {rebuilt['real_class_agreement']:.1%} right on held-out images, "
+            text.append(
+                f"classifier (SVM on real pixels): {rebuilt['real_class_agreement']:.1%} correct on held-out images, "
                 f"{rebuilt['class_agreement']:.1%} on their reconstructions"
             )
     for one in result["generated"]:
@@ -77,10 +82,10 @@ def lines(result: dict) -> list[str]:
             parts.append(f"{_kernel(features)} {one['kid']:.5f} +- {one['kid_deviation']:.5f}")
             parts.append(f"precision {one['precision']:.3f}, recall {one['recall']:.3f}")
         if "class_agreement" in one:
-            parts.append(f"{one['class_agreement']:.1%} classified as asked for")
-        said.append(f"{one['count']} generated images, {_guidance(one)}: {', '.join(parts)}")
-    said += unreadable_lines(result["reference"], "images of the reference")
-    return said + [f"note: {note}" for note in result["notes"]]
+            parts.append(f"{one['class_agreement']:.1%} classified as their label")
+        text.append(f"{one['count']} generated images, {_guidance(one)}: {', '.join(parts)}")
+    text += unreadable_lines(result["reference"], "images of the reference")
+    return text + [f"note: {note}" for note in result["notes"]]
 
 
 def table(result: dict) -> str:
@@ -93,7 +98,7 @@ def table(result: dict) -> str:
         f"({features['title']}, {features['dimension']} dimensions). Reference: "
         f"{reference['path'] or 'the training images'}, {reference['images'] or 'unknown number of'} images"
         f"{', SHA-256 ' + reference['sha256'] if reference['sha256'] else ''}. "
-        f"All of it is in {JSON}.",
+        f"{JSON} has all details.",
         "",
     ]
     columns = {
@@ -108,7 +113,7 @@ def table(result: dict) -> str:
         _kernel(features): lambda one: f"{one['kid']:.5f}" if "kid" in one else "",
         "precision": lambda one: f"{one['precision']:.3f}" if "precision" in one else "",
         "recall": lambda one: f"{one['recall']:.3f}" if "recall" in one else "",
-        "classified as asked for": lambda one: f"{one['class_agreement']:.1%}" if "class_agreement" in one else "",
+        "classified as their label": lambda one: f"{one['class_agreement']:.1%}" if "class_agreement" in one else "",
         "seconds": lambda one: f"{one['seconds']:.1f}",
     }
     rows = [{name: cell(one) for name, cell in columns.items()} for one in result["generated"]]
@@ -138,7 +143,7 @@ def _markdown(columns: list[str], rows: list[dict[str, str]]) -> list[str]:
 
 
 def _distance(features: dict, prefix: str) -> str:
-    """What the Frechet distance is called: gFID and rFID are Inception's alone."""
+    """Name of the Frechet distance; gFID and rFID only for Inception features."""
     return f"{prefix}FID" if features["name"] == "inception" else features["title"]
 
 
@@ -150,5 +155,5 @@ def _guidance(one: dict) -> str:
     return "unguided" if one["guidance"] == 1 else f"guidance {one['guidance']:g}"
 
 
-def _named(values: dict, key: str, name: str) -> str:
+def _optional(values: dict, key: str, name: str) -> str:
     return "" if values[key] is None else f", {name} {values[key]:.4f}"

@@ -86,7 +86,9 @@ def plain_name(name: str) -> str:
 
 
 def _translate(name: str, table: dict[str, str]) -> str | None:
-    stem, leaf = re.fullmatch(r"(.*?)(\.weight|\.bias)?", name).groups("")
+    match = re.fullmatch(r"(.*?)(\.weight|\.bias)?", name)
+    assert match is not None  # the pattern matches any name
+    stem, leaf = match.groups("")
     if stem in table:
         return table[stem] + leaf
     number = re.search(r"\.(\d+)(?=\.|$)", stem)

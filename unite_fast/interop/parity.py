@@ -23,7 +23,7 @@ from unite_fast.config import Config
 from unite_fast.errors import UserError
 from unite_fast.interop.names import our_name
 from unite_fast.interop.trace import Trace
-from unite_fast.kernels import backend as bodies
+from unite_fast.kernels import backend as kernel_backend
 from unite_fast.model.unite import UNITE
 from unite_fast.sampling import sampler
 from unite_fast.training.train_state import TrainState
@@ -113,7 +113,7 @@ def run(path: str | Path, backend: str = "reference", device: str | torch.device
     Raises:
         UserError: no such backend, or not a trace that we can compare with.
     """
-    with bodies.using(backend):
+    with kernel_backend.using(backend):
         trace = Trace(path, device)
         rows = compare(trace)
     print(f"{path}: {len(rows)} quantities, {backend} kernels, float32 on {trace.device}")
@@ -238,7 +238,7 @@ def _sample_rows(trace: Trace, model: UNITE, config: Config) -> list[Row]:
     noise = trace.shaped("sample/noise", len(labels), config.model.latent_tokens, config.model.latent_channels)
 
     def sample(noise: Tensor) -> dict[str, Tensor]:
-        latents = sampler.generate_latents(model, labels, noise, config.sampling)
+        latents = sampler.sample_latents(model, labels, noise, config.sampling)
         return {"sample/latents": latents, "sample/images_f16": model.decode(latents).half()}
 
     ours = sample(noise)
@@ -272,7 +272,7 @@ def _train(trace: Trace, model: UNITE, config: Config) -> _Training:
         batch = MicroBatch(images, labels, trace.draws(step, config))
         losses = accumulate_gradients(model, [batch], 1, config)
         if step == 0:
-            gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         norm = state.apply_gradients()
         values = {"l1": losses.l1, "flow": losses.flow, "total": losses.total, "grad_norm": norm}
         steps.append({"lr": rate} | {name: value.item() for name, value in values.items()})

@@ -154,7 +154,7 @@ class Trace:
             known = " or ".join(str(choice) for choice in supported)
             require(value in supported, f"{self.path}: {name} is {value!r}; only {known} is supported")
         losses = self.meta["losses"]
-        require(isinstance(losses, list) and losses, f"{self.path} is not a trace of the known format: no losses")
+        require(isinstance(losses, list) and bool(losses), f"{self.path} is not a trace of the known format: no losses")
         for theirs in losses:
             lacking = ", ".join(sorted({"lr", "l1", "flow", "total", "grad_norm"} - set(theirs)))
             require(not lacking, f"{self.path} is not a trace of the known format: losses lack {lacking}")

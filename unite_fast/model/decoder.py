@@ -52,6 +52,9 @@ def norm_linear(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, linear: nn
 class Decoder(nn.Module):
     """Linears, a class token, 2-D sin-cos positions, transformer layers, and a Linear from tokens to patches."""
 
+    positions: Tensor
+    """float32 [N, D]."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         size = config.decoder

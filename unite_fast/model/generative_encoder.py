@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from unite_fast import kernels
 from unite_fast.config import ModelConfig
-from unite_fast.kernels.common import matmul_dtype
+from unite_fast.kernels.tensors import matmul_dtype
 from unite_fast.model.layers import Attention, Linear, RMSNorm, SwiGLU, TimeEmbedding, fill, rope_table, sincos_1d
 
 
@@ -89,6 +89,10 @@ class GenerativeEncoder(nn.Module):
     `optim/param_groups.py` picks the parameters for AdamW by the names `patch_embed`, `final_layer`,
     `in_context_posemb` and `latent_tokens`.
     """
+
+    rope_cos: Tensor
+    rope_sin: Tensor
+    """Rotary tables, float32 [L + N + P, K / 2]."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -187,6 +191,7 @@ class GenerativeEncoder(nn.Module):
         # The released code keeps PyTorch's default here: uniform within 1 / sqrt(inputs).
         bound = self.patch_embed.weight[0].numel() ** -0.5
         fill(self.patch_embed.weight, nn.init.uniform_, -bound, bound, generator=generator)
+        assert self.patch_embed.bias is not None
         fill(self.patch_embed.bias, nn.init.uniform_, -bound, bound, generator=generator)
         fill(self.time_embed.frequencies, normal, generator=generator)
         for weight in (self.time_embed.fc1.weight, self.time_embed.fc2.weight, self.label_embed.weight):
@@ -201,5 +206,6 @@ class GenerativeEncoder(nn.Module):
         """In the order of initialisation: a block's adaLN Linear after its other Linears."""
         yield from (self.input_proj, self.time_embed.fc1, self.time_embed.fc2)
         for block, modulation in zip(self.blocks, self.modulation, strict=True):
+            assert isinstance(block, Block) and isinstance(modulation, nn.Linear)
             yield from (block.attn.qkv, block.attn.proj, block.mlp.fc_in, block.mlp.fc_out, modulation)
         yield from (self.final_layer.modulation, self.final_layer.linear)

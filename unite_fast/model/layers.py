@@ -25,6 +25,8 @@ class RMSNorm(nn.Module):
 class TimeEmbedding(nn.Module):
     """Random Fourier features of t (Tancik et al., arXiv 2006.10739) and a two-layer MLP, in float32."""
 
+    frequencies: Tensor
+
     def __init__(self, width: int, frequencies: int = 256):
         super().__init__()
         self.register_buffer("frequencies", torch.empty(frequencies))
@@ -112,7 +114,7 @@ class SwiGLU(nn.Module):
         return fc_in, bias_in, F.pad(fc_out, (0, padding))
 
 
-def product_weights(model: nn.Module) -> list[nn.Parameter]:
+def product_weights(model: nn.Module) -> list[Tensor]:
     """Weights and biases that the ops round to bfloat16 for matmuls, for `kernels.casts.cast_once`. Not among them: the
     time embedding, which stays float32, and SwiGLU weights that are padded first."""
     excluded = set()

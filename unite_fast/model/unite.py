@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from unite_fast import flow, kernels
 from unite_fast.config import ModelConfig
 from unite_fast.distributed.dtensor import local
-from unite_fast.kernels.common import upcast
+from unite_fast.kernels.tensors import upcast
 from unite_fast.model.decoder import Decoder
 from unite_fast.model.generative_encoder import GenerativeEncoder
 from unite_fast.model.layers import fill

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from unite_fast.distributed.dtensor import local
-from unite_fast.kernels.product import in_float32
+from unite_fast.kernels.matmul import in_float32
 from unite_fast.optim.sharded_matrices import ShardedMap, layout
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -61,7 +61,7 @@ def newton_schulz_flops(shape: Sequence[int]) -> int:
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x rounded to `dtype`; stored as float32 where matmuls of it are faster that way (see kernels/product.py)."""
+    """x rounded to `dtype`; stored as float32 where matmuls of it are faster that way (see kernels/matmul.py)."""
     x = x.to(dtype)
     return x.float() if in_float32(x) else x
 

@@ -1,32 +1,32 @@
-"""FLOPs of a training image and numbers of parameters, from the settings alone.
+"""FLOPs of a training image and parameter counts, from the config alone.
 
-A product [m, k] x [k, n] is 2 m k n FLOPs. Counted are matrix products, convolutions and attention, forward and
-backward; elementwise work is not, nor is anything that a backward pass makes again (Chowdhery et al., arXiv 2204.02311,
-appendix B: model FLOPs, the numerator of MFU). The backward pass of a product takes two of its size, or one where its
-input needs no gradient. Attention of Q queries over T keys is two products of 2 Q T D forward and four backward.
+A matmul [m, k] x [k, n] is 2 m k n FLOPs. Counted: matmuls, convolutions and attention, forward and backward. Not
+counted: elementwise work and anything recomputed in backward (Chowdhery et al., arXiv 2204.02311, appendix B: model
+FLOPs, the numerator of MFU). The backward pass of a matmul has two matmuls of its size, or one if its input needs no
+gradient. Attention of Q queries over T keys is two matmuls of 2 Q T D forward and four backward.
 
 D width of a transformer, H hidden width, N latent tokens, P patches, C latent channels.
 """
 
+from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
 from unite_fast.config import Config, DecoderConfig, EncoderConfig, ModelConfig
-from unite_fast.lpips import VGG_SHAPES
+from unite_fast.lpips import VGG_BLOCKS, VGG_SHAPES
 from unite_fast.model.layers import hidden_width
 from unite_fast.optim.muon import newton_schulz_flops
 
 TIME_FEATURES = 512
-"""Of the time embedding: sines and cosines of 256 frequencies."""
-VGG_CONVOLUTIONS = (2, 2, 3, 3, 3)
-"""Convolutions of VGG16 before each of the five taps; a pooling between two taps halves the sides."""
+"""Inputs of the time embedding: sines and cosines of 256 frequencies."""
+VGG_CONVOLUTIONS = tuple(map(len, VGG_BLOCKS))
+"""Convolutions of VGG16 before each of the five taps; pooling between two taps halves the sides."""
 
 
-class Flops(NamedTuple):
-    """Of a forward pass and of its backward pass."""
-
-    forward: float
-    backward: float
+@dataclass(frozen=True)
+class Flops:
+    forward: float = 0
+    backward: float = 0
 
     @property
     def total(self) -> float:
@@ -36,15 +36,52 @@ class Flops(NamedTuple):
         return Flops(self.forward + other.forward, self.backward + other.backward)
 
 
-def product(rows: int, inputs: int, outputs: int, from_data: bool = False) -> Flops:
-    """A Linear; `from_data`: its input needs no gradient."""
+def matmul(rows: int, inputs: int, outputs: int, input_needs_grad: bool = True) -> Flops:
+    """A Linear [inputs -> outputs] applied to `rows` tokens."""
     forward = 2 * rows * inputs * outputs
-    return Flops(forward, forward if from_data else 2 * forward)
+    return Flops(forward, 2 * forward if input_needs_grad else forward)
 
 
 def attention(queries: int, keys: int, width: int) -> Flops:
     forward = 4 * queries * keys * width
     return Flops(forward, 2 * forward)
+
+
+class Linear(NamedTuple):
+    inputs: int
+    outputs: int
+
+    @property
+    def numel(self) -> int:
+        """Weights, without the bias."""
+        return self.inputs * self.outputs
+
+
+class BlockLinears(NamedTuple):
+    """Linears of a transformer block. The adaLN Linears of the encoder are not among them: they run once for all
+    blocks."""
+
+    qkv: Linear
+    proj: Linear
+    fc_in: Linear
+    fc_out: Linear
+
+    @property
+    def numel(self) -> int:
+        return sum(linear.numel for linear in self)
+
+
+def encoder_block(size: EncoderConfig) -> BlockLinears:
+    """`fc_in` computes both inputs of SwiGLU."""
+    width, hidden = size.width, hidden_width(size.width)
+    return BlockLinears(
+        Linear(width, 3 * width), Linear(width, width), Linear(width, 2 * hidden), Linear(hidden, width)
+    )
+
+
+def decoder_layer(size: DecoderConfig) -> BlockLinears:
+    d, hidden = size.width, size.mlp_width
+    return BlockLinears(Linear(d, 3 * d), Linear(d, d), Linear(d, hidden), Linear(hidden, d))
 
 
 def sequence_lengths(size: EncoderConfig, tokens: int) -> list[int]:
@@ -53,41 +90,41 @@ def sequence_lengths(size: EncoderConfig, tokens: int) -> list[int]:
     return [tokens + (context if i >= start else 0) for i in range(size.depth)]
 
 
-def wanted_tokens(model: ModelConfig, with_image: bool, skip_unread: bool = True) -> list[tuple[int, int]]:
-    """(tokens, tokens that are computed past the attention) of each block of an encoder pass. Of the last block only
-    the latents are read; the released code computes them all."""
+def tokens_per_block(model: ModelConfig, with_image: bool, skip_unread: bool = True) -> list[tuple[int, int]]:
+    """(keys, queries) of each block of an encoder pass: tokens that attention reads, and tokens that it writes and the
+    rest of the block computes. They differ in the last block, whose patches and context nothing reads; the released
+    code computes them anyway (`skip_unread` False)."""
     lengths = sequence_lengths(model.encoder, model.latent_tokens + (model.patches if with_image else 0))
     last = model.latent_tokens if skip_unread else lengths[-1]
     return [*((length, length) for length in lengths[:-1]), (lengths[-1], last)]
 
 
 def encoder_flops(model: ModelConfig, with_image: bool, skip_unread: bool = True) -> Flops:
-    """One pass of the Generative Encoder over one sample: tokenizer (with the image) or one flow draw (without)."""
-    width, hidden, n = model.encoder.width, hidden_width(model.encoder.width), model.latent_tokens
-    found = product(n, model.latent_channels, width, from_data=True)
+    """One pass of the Generative Encoder over one sample: the tokenizer (with the image) or one flow draw (without)."""
+    width, n, block = model.encoder.width, model.latent_tokens, encoder_block(model.encoder)
+    total = matmul(n, model.latent_channels, width, input_needs_grad=False)
     if with_image:
-        found += product(model.patches, 3 * model.patch_size**2, width, from_data=True)
-    found += product(1, TIME_FEATURES, width, from_data=True) + product(1, width, width)
-    for tokens, wanted in wanted_tokens(model, with_image, skip_unread):
-        found += product(1, width, 6 * width) + product(tokens, width, 3 * width)
-        found += attention(wanted, tokens, width) + product(wanted, width, width)
-        found += product(wanted, width, 2 * hidden) + product(wanted, hidden, width)
-    return found + product(1, width, 2 * width) + product(n, width, model.latent_channels)
+        total += matmul(model.patches, 3 * model.patch_size**2, width, input_needs_grad=False)
+    total += matmul(1, TIME_FEATURES, width, input_needs_grad=False) + matmul(1, width, width)
+    for keys, queries in tokens_per_block(model, with_image, skip_unread):
+        total += matmul(1, width, 6 * width) + matmul(keys, *block.qkv) + attention(queries, keys, width)
+        total += matmul(queries, *block.proj) + matmul(queries, *block.fc_in) + matmul(queries, *block.fc_out)
+    return total + matmul(1, width, 2 * width) + matmul(n, width, model.latent_channels)
 
 
 def decoder_flops(model: ModelConfig) -> Flops:
     size, n = model.decoder, model.latent_tokens
-    found = product(n, model.latent_channels, size.embed_width) + product(n, size.embed_width, size.width)
+    total = matmul(n, model.latent_channels, size.embed_width) + matmul(n, size.embed_width, size.width)
     tokens = n + 1
     for _ in range(size.depth):
-        found += product(tokens, size.width, 3 * size.width) + attention(tokens, tokens, size.width)
-        found += product(tokens, size.width, size.width)
-        found += product(tokens, size.width, size.mlp_width) + product(tokens, size.mlp_width, size.width)
-    return found + product(n, size.width, 3 * model.patch_size**2)
+        total += attention(tokens, tokens, size.width)
+        for linear in decoder_layer(size):
+            total += matmul(tokens, *linear)
+    return total + matmul(n, size.width, 3 * model.patch_size**2)
 
 
 def lpips_flops(image_size: int) -> Flops:
-    """Image and reconstruction forward, and back to the reconstruction; VGG16 itself is frozen."""
+    """Forward for image and reconstruction, backward to the reconstruction only; VGG16 is frozen."""
     convolutions = [shape for shape in VGG_SHAPES.values() if len(shape) == 4]
     levels = [level for level, count in enumerate(VGG_CONVOLUTIONS) for _ in range(count)]
     once = 0
@@ -100,7 +137,7 @@ def parts(config: Config, skip_unread: bool = True) -> dict[str, Flops]:
     """FLOPs of one training image by part: "tokenizer", "flow" (all F draws together), "decoder" and "lpips".
 
     Args:
-        skip_unread: as this model computes; False: as the released code does, all tokens of the last block.
+        skip_unread: True: as this model computes; False: as the released code does, all tokens of the last block.
     """
     model, draws = config.model, config.objective.flow_draws
     draw = encoder_flops(model, with_image=False, skip_unread=skip_unread)
@@ -108,7 +145,7 @@ def parts(config: Config, skip_unread: bool = True) -> dict[str, Flops]:
         "tokenizer": encoder_flops(model, with_image=True, skip_unread=skip_unread),
         "flow": Flops(draws * draw.forward, draws * draw.backward),
         "decoder": decoder_flops(model),
-        "lpips": lpips_flops(model.image_size) if config.perceptual.weight else Flops(0, 0),
+        "lpips": lpips_flops(model.image_size) if config.perceptual.weight else Flops(),
     }
 
 
@@ -117,8 +154,8 @@ def image_flops(config: Config, skip_unread: bool = True) -> float:
     return sum(part.total for part in parts(config, skip_unread).values())
 
 
-class Matrix(NamedTuple):
-    """`count` parameters of one shape; `muon`: whose optimizer is Muon (see optim/groups.py)."""
+class ParameterShape(NamedTuple):
+    """`count` parameters of one shape; `muon`: whether Muon trains them (see optim/param_groups.py)."""
 
     part: str
     count: int
@@ -126,72 +163,74 @@ class Matrix(NamedTuple):
     muon: bool
 
     @property
-    def numbers(self) -> int:
+    def numel(self) -> int:
         return self.count * prod(self.shape)
 
 
-def parameter_shapes(model: ModelConfig) -> list[Matrix]:
-    """Every trainable parameter by part ("encoder", "norm", "decoder") and shape."""
-    return [*_encoder_shapes(model), Matrix("norm", 2, (model.latent_channels,), False), *_decoder_shapes(model)]
+def parameter_shapes(model: ModelConfig) -> list[ParameterShape]:
+    """Shapes of all trainable parameters, by part ("encoder", "norm", "decoder")."""
+    norm = ParameterShape("norm", 2, (model.latent_channels,), False)
+    return [*_encoder_shapes(model), norm, *_decoder_shapes(model)]
 
 
-def _encoder_shapes(model: ModelConfig) -> list[Matrix]:
+def _encoder_shapes(model: ModelConfig) -> list[ParameterShape]:
     size, channels = model.encoder, model.latent_channels
-    width, hidden, depth = size.width, hidden_width(size.width), size.depth
+    width, depth = size.width, size.depth
 
-    def linear(inputs: int, outputs: int, count: int = 1, muon: bool = True) -> list[Matrix]:
-        return [Matrix("encoder", count, (outputs, inputs), muon), Matrix("encoder", count, (outputs,), False)]
+    def tensor(shape: tuple[int, ...], count: int = 1, muon: bool = False) -> ParameterShape:
+        return ParameterShape("encoder", count, shape, muon)
 
-    found = [
+    def linear(inputs: int, outputs: int, count: int = 1, muon: bool = True) -> list[ParameterShape]:
+        return [tensor((outputs, inputs), count, muon), tensor((outputs,), count)]
+
+    shapes = [
         *linear(channels, width),
         *linear(TIME_FEATURES, width),
         *linear(width, width),
         *linear(width, 6 * width, depth),
-        *linear(width, 3 * width, depth),
-        *linear(width, width, depth),
-        *linear(width, 2 * hidden, depth),
-        *linear(hidden, width, depth),
+        *(shape for matrix in encoder_block(size) for shape in linear(*matrix, depth)),
         *linear(width, 2 * width, muon=False),
         *linear(width, channels, muon=False),
-        Matrix("encoder", 1, (model.num_classes + 2, width), True),
-        Matrix("encoder", 1, (1, model.latent_tokens, width), False),
-        Matrix("encoder", 1, (width, 3, model.patch_size, model.patch_size), False),
-        Matrix("encoder", 1, (width,), False),
-        Matrix("encoder", 3 * depth + 1, (width,), False),
+        tensor((model.num_classes + 2, width), muon=True),
+        tensor((1, model.latent_tokens, width)),
+        tensor((width, 3, model.patch_size, model.patch_size)),
+        tensor((width,)),
+        tensor((width,), 3 * depth + 1),
     ]
     if size.in_context_tokens:
-        found.append(Matrix("encoder", 1, (1, size.in_context_tokens, width), False))
+        shapes.append(tensor((1, size.in_context_tokens, width)))
     if size.qk_norm:
-        found.append(Matrix("encoder", 2 * depth, (width // size.heads,), False))
-    return found
+        shapes.append(tensor((width // size.heads,), 2 * depth))
+    return shapes
 
 
-def _decoder_shapes(model: ModelConfig) -> list[Matrix]:
-    size: DecoderConfig = model.decoder
+def _decoder_shapes(model: ModelConfig) -> list[ParameterShape]:
+    size = model.decoder
     width, depth = size.width, size.depth
     linears = [
-        (model.latent_channels, size.embed_width, 1),
-        (size.embed_width, width, 1),
-        (width, 3 * width, depth),
-        (width, width, depth),
-        (width, size.mlp_width, depth),
-        (size.mlp_width, width, depth),
-        (width, 3 * model.patch_size**2, 1),
+        (Linear(model.latent_channels, size.embed_width), 1),
+        (Linear(size.embed_width, width), 1),
+        *((linear, depth) for linear in decoder_layer(size)),
+        (Linear(width, 3 * model.patch_size**2), 1),
     ]
-    found = [Matrix("decoder", 1, (width,), False), Matrix("decoder", 4 * depth + 2, (width,), False)]
-    for inputs, outputs, count in linears:
-        found += [Matrix("decoder", count, (outputs, inputs), True), Matrix("decoder", count, (outputs,), False)]
-    return found
+    shapes = [ParameterShape("decoder", 1, (width,), False), ParameterShape("decoder", 4 * depth + 2, (width,), False)]
+    for (inputs, outputs), count in linears:
+        shapes.append(ParameterShape("decoder", count, (outputs, inputs), True))
+        shapes.append(ParameterShape("decoder", count, (outputs,), False))
+    return shapes
+
+
+def numel(shapes: list[ParameterShape]) -> int:
+    """Number of parameters."""
+    return sum(shape.numel for shape in shapes)
 
 
 def parameters(model: ModelConfig) -> dict[str, int]:
-    """Trainable numbers by part: "encoder", "norm" and "decoder"."""
-    found = {"encoder": 0, "norm": 0, "decoder": 0}
-    for matrix in parameter_shapes(model):
-        found[matrix.part] += matrix.numbers
-    return found
+    """Number of trainable parameters by part: "encoder", "norm" and "decoder"."""
+    shapes = parameter_shapes(model)
+    return {part: numel([shape for shape in shapes if shape.part == part]) for part in ("encoder", "norm", "decoder")}
 
 
 def newton_schulz(model: ModelConfig) -> float:
-    """FLOPs of Muon's products for all its matrices, once an optimizer step."""
+    """FLOPs of Newton-Schulz for all of Muon's matrices, once per optimizer step."""
     return sum(one.count * newton_schulz_flops(one.shape) for one in parameter_shapes(model) if one.muon)

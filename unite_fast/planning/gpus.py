@@ -1,7 +1,7 @@
-"""What the makers of GPUs publish of them: what MFU is a share of, and what `unite-fast plan` reckons with.
+"""Published figures of GPUs: the denominator of MFU, and the inputs of `unite-fast plan`.
 
-Rates are dense (datasheets often give twice that, "with sparsity") and for bfloat16 products with float32 sums. Links
-are per GPU and direction: half of what datasheets call the bandwidth of NVLink or PCIe.
+Rates are dense (datasheets often give twice that, "with sparsity"), for bfloat16 matmuls with float32 accumulation.
+Links are per GPU and direction: half of what datasheets call the bandwidth of NVLink or PCIe.
 """
 
 from dataclasses import dataclass
@@ -9,25 +9,25 @@ from dataclasses import dataclass
 from unite_fast.errors import UserError
 
 NDR, HDR, ETHERNET = 50.0, 25.0, 12.5
-"""Networks: InfiniBand NDR (400 Gbit/s) and HDR (200 Gbit/s), Ethernet of 100 Gbit/s; GB/s and direction."""
+"""Networks: InfiniBand NDR (400 Gbit/s) and HDR (200 Gbit/s), Ethernet (100 Gbit/s); GB/s per direction."""
 
 
 @dataclass(frozen=True)
 class GPU:
     key: str
-    """As `--gpu` calls it."""
+    """Its name for `--gpu`."""
     names: tuple[str, ...]
-    """As `torch.cuda.get_device_name` calls it, without the leading "NVIDIA "."""
+    """Its names in `torch.cuda.get_device_name`, without the leading "NVIDIA "."""
     tflops: float
     """Dense bfloat16 peak, TFLOP/s."""
     memory: float
-    """GB, as published; a driver keeps a little of it."""
+    """Memory as published, GB; the driver keeps a little of it."""
     bandwidth: float
-    """Of the memory, TB/s."""
+    """Memory bandwidth, TB/s."""
     link: float
-    """To the other GPUs of a node, GB/s and direction."""
+    """To the other GPUs of the node, GB/s per direction."""
     network: float
-    """To other nodes, GB/s, GPU and direction: an assumption, what such machines are usually sold with."""
+    """To other nodes, GB/s per GPU and direction. Assumed: what such machines are usually sold with."""
     source: str
 
 
@@ -40,8 +40,8 @@ GPUS = (
     GPU("h100-nvl", ("H100 NVL",), 835, 94, 3.9, 300, HDR, "NVIDIA H100 datasheet (NVL)"),
     GPU("h200", ("H200",), 989, 141, 4.8, 450, NDR, "NVIDIA H200 datasheet (SXM)"),
     GPU("h200-nvl", ("H200 NVL",), 835, 141, 4.8, 450, HDR, "NVIDIA H200 datasheet (NVL)"),
-    GPU("b200", ("B200",), 2250, 180, 8.0, 900, NDR, "NVIDIA DGX B200 and HGX datasheets (a GPU of eight)"),
-    GPU("gb200", ("GB200",), 2500, 186, 8.0, 900, NDR, "NVIDIA GB200 NVL72 datasheet (a GPU of 72)"),
+    GPU("b200", ("B200",), 2250, 180, 8.0, 900, NDR, "NVIDIA DGX B200 and HGX datasheets (one GPU of eight)"),
+    GPU("gb200", ("GB200",), 2500, 186, 8.0, 900, NDR, "NVIDIA GB200 NVL72 datasheet (one GPU of 72)"),
     GPU("l4", ("L4",), 121, 24, 0.3, 32, ETHERNET, "NVIDIA L4 datasheet"),
     GPU("l40s", ("L40S",), 362, 48, 0.864, 32, ETHERNET, "NVIDIA L40S datasheet"),
     GPU("a10", ("A10",), 125, 24, 0.6, 32, ETHERNET, "NVIDIA A10 datasheet"),
@@ -52,7 +52,7 @@ GPUS = (
 
 
 def find_gpu(key: str) -> GPU:
-    """A GPU by its key.
+    """The GPU with this key.
 
     Raises:
         UserError: not in the table.
@@ -64,7 +64,7 @@ def find_gpu(key: str) -> GPU:
 
 
 def recognise(device_name: str) -> GPU | None:
-    """The GPU that torch calls so. Only whole names count: parts of a GPU (MIG), laptops' and other variants have other
-    rates than the card they are named after."""
+    """The GPU with this name in torch, None if unknown. Only full names match: slices of a GPU (MIG), laptop GPUs and
+    other variants have other rates than the card they are named after."""
     name = device_name.removeprefix("NVIDIA ")
     return next((gpu for gpu in GPUS if name in gpu.names), None)

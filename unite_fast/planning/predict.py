@@ -1,71 +1,72 @@
-"""What a run will need on GPUs that need not be there: memory, time, communication, cost. All of it is predicted.
+"""Predict what a run needs on given GPUs: memory, time, communication and cost. No GPU is needed.
 
-Time of an image = products / their rate + convolutions / theirs + bytes of elementwise work / memory's rate, to which
-come, once an optimizer step, the optimizers and what of the communication no computation hides. The rates are shares of
-the published peaks, in two sets of assumptions: the fast and the slow end of the range.
+Time per image = matmul FLOPs / rate + convolution FLOPs / rate + elementwise bytes / memory bandwidth. Each optimizer
+step adds the optimizers and the communication that does not overlap with compute. Rates are shares of the published
+peaks, in two sets of assumptions: the fast and the slow end of the range.
 """
 
 from dataclasses import dataclass
 
-from unite_fast.config import PRESETS, Config, DecoderConfig, EncoderConfig, ModelConfig
+from unite_fast.config import Config, ModelConfig
 from unite_fast.distributed import strategy as sharing
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError, require
 from unite_fast.planning import flops, memory
 from unite_fast.planning.gpus import GPU
+from unite_fast.recipes import from_tree
 
 BLOCK_BYTES = 138
-"""Elementwise and norm bytes per (token x channel) of an encoder block, both passes, Triton bodies and a float32
-residual, with what is made again; `python benchmarks/kernels.py --block` counts them."""
+"""Elementwise and norm bytes per (token x channel) of an encoder block, forward and backward with recomputation, Triton
+kernels, float32 residual; `python benchmarks/kernels.py --block` counts them."""
 DECODER_BYTES = 211
-"""The same of a decoder layer, counted by hand: 0.5 GB an image for decoder B."""
+"""The same for a decoder layer, counted by hand: 0.5 GB per image for decoder B."""
 LPIPS_BYTES = 8_204
-"""Bytes a pixel that LPIPS's operators other than convolutions move with the Triton bodies, dropout masks included,
-operator by operator; tests/planning/test_predict.py counts them again."""
+"""Bytes per pixel that LPIPS's operators other than convolutions move with the Triton kernels, dropout masks included;
+tests/planning/test_predict.py counts them."""
 OPTIMIZER_BYTES = 64
-"""Bytes a parameter of one optimizer step: clip 12, momentum 12, Nesterov 12, cast 6, update 10, EMA 12."""
+"""Bytes per parameter of one optimizer step: clip 12, momentum 12, Nesterov 12, cast 6, update 10, EMA 12."""
 NEWTON_SCHULZ_BYTES = 58
-"""Bytes a parameter: five iterations read an iterate four times and write it once, in bfloat16; 8 to begin."""
+"""Bytes per parameter: five iterations, each four bfloat16 reads and one write of the iterate; 8 at the start."""
 RESERVED = 0.05
 """Share of a GPU's memory that a plan leaves free."""
 RELEASED_IMAGES_PER_S = 102.7
-"""Of the released code, UNITE-B, F = 3, a GPU of 8 H200: its authors' 26 minutes an epoch."""
+"""images/s per GPU of the released code, UNITE-B, F = 3, on 8 H200: its authors report 26 minutes per epoch."""
 CPU_SECONDS = {"folder": 4.21e-3, "original": 4.04e-3, "cropped-jpeg": 1.83e-3, "raw": 0.12e-3}
-"""CPU seconds to read an image, by format; docs/data.md has how they were measured."""
+"""CPU seconds to read an image, by format; docs/data.md says how they were measured."""
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Shares of published rates that are reached."""
+    """Achieved shares of the published rates."""
 
     name: str
-    products: float
+    matmul: float
     convolutions: float
     memory: float
     links: float
-    """Of links within a node and of the network."""
-    hidden: bool
-    """Whether communication that can run beside the backward pass does."""
+    """For links within a node and for the network."""
+    overlap: bool
+    """Whether communication overlaps with backward where it can."""
     imbalance: float
-    """Newton-Schulz work of the busiest GPU over an even share."""
+    """Newton-Schulz FLOPs of the busiest GPU over an even share."""
 
 
-FAST = Assumptions("fast", products=0.65, convolutions=0.50, memory=0.85, links=0.8, hidden=True, imbalance=1.0)
-SLOW = Assumptions("slow", products=0.45, convolutions=0.35, memory=0.65, links=0.5, hidden=False, imbalance=2.0)
+FAST = Assumptions("fast", matmul=0.65, convolutions=0.50, memory=0.85, links=0.8, overlap=True, imbalance=1.0)
+SLOW = Assumptions("slow", matmul=0.45, convolutions=0.35, memory=0.65, links=0.5, overlap=False, imbalance=2.0)
 
 
 @dataclass(frozen=True)
 class Work:
-    """Of one image."""
+    """Work of one image, forward and backward."""
 
-    products: float
-    """FLOPs of products and attention."""
+    matmul: float
+    """FLOPs of matmuls and attention."""
     convolutions: float
     """FLOPs of LPIPS."""
-    moved: float
-    """Bytes of the model's elementwise and norm work."""
-    lpips_moved: float
-    """Bytes of LPIPS's."""
+    bytes: float
+    """Elementwise and norm bytes of the model."""
+    lpips_bytes: float
+    """Elementwise bytes of LPIPS."""
 
 
 @dataclass(frozen=True)
@@ -86,93 +87,97 @@ def image_work(config: Config) -> Work:
     parts = flops.parts(config)
     model, draws = config.model, config.objective.flow_draws
     token_blocks = sum(
-        passes * (tokens + wanted) / 2
+        passes * (keys + queries) / 2
         for with_image, passes in ((True, 1), (False, draws))
-        for tokens, wanted in flops.wanted_tokens(model, with_image)
+        for keys, queries in flops.tokens_per_block(model, with_image)
     )
     decoder = (model.latent_tokens + 1) * model.decoder.depth * model.decoder.width
-    moved = BLOCK_BYTES * token_blocks * model.encoder.width + DECODER_BYTES * decoder
-    lpips_moved = LPIPS_BYTES * model.image_size**2 if config.perceptual.weight else 0
-    products = sum(part.total for name, part in parts.items() if name != "lpips")
-    return Work(products, parts["lpips"].total, moved, lpips_moved)
+    return Work(
+        matmul=sum(part.total for name, part in parts.items() if name != "lpips"),
+        convolutions=parts["lpips"].total,
+        bytes=BLOCK_BYTES * token_blocks * model.encoder.width + DECODER_BYTES * decoder,
+        lpips_bytes=LPIPS_BYTES * model.image_size**2 if config.perceptual.weight else 0,
+    )
 
 
 def image_seconds(work: Work, gpu: GPU, assumed: Assumptions) -> dict[str, float]:
-    """Seconds of one image on one GPU, by what they are spent on."""
+    """Seconds of one image on one GPU, by part."""
     peak, bandwidth = gpu.tflops * 1e12, gpu.bandwidth * 1e12 * assumed.memory
     return {
-        "products": work.products / (peak * assumed.products),
-        "elementwise": work.moved / bandwidth,
+        "matmul": work.matmul / (peak * assumed.matmul),
+        "elementwise": work.bytes / bandwidth,
         "LPIPS convolutions": work.convolutions / (peak * assumed.convolutions),
-        "LPIPS elementwise": work.lpips_moved / bandwidth,
+        "LPIPS elementwise": work.lpips_bytes / bandwidth,
     }
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """One kind of communication, of an optimizer step."""
+class Collective:
+    """One kind of collective in an optimizer step."""
 
     name: str
     size: float
     """Bytes of the whole tensors."""
     times: int
-    scope: int
-    """GPUs that take part in one."""
+    """Per optimizer step; an all-reduce counts as two."""
+    group: int
+    """GPUs in the process group."""
     overlaps: bool
-    """Whether other work can run beside it."""
-    across: bool = False
-    """Among one GPU of each node, and not among the GPUs of a node."""
+    """Whether it can overlap with compute."""
+    across_nodes: bool = False
+    """Whether the group has one GPU of each node."""
 
 
-def exchanges(config: Config, cluster: Cluster, strategy: str, micro_steps: int) -> list[Exchange]:
-    """What is sent in an optimizer step: float32 gradients, bfloat16 parameters, bfloat16 updates of Muon."""
+def collectives(config: Config, cluster: Cluster, strategy: str, micro_steps: int) -> list[Collective]:
+    """Collectives of an optimizer step: float32 gradients, bfloat16 parameters, bfloat16 updates of Muon."""
     shapes = flops.parameter_shapes(config.model)
-    every, muon = memory.numbers(shapes), memory.numbers([shape for shape in shapes if shape.muon])
+    total, muon = flops.numel(shapes), flops.numel([shape for shape in shapes if shape.muon])
     encoder = flops.parameters(config.model)["encoder"]
     if cluster.gpus == 1:
         return []
     if strategy == "ddp":
         return [
-            Exchange("all-reduce of gradients", memory.FLOAT * every, 2, cluster.gpus, True),
-            Exchange("all-gather of Muon's updates", memory.HALF * muon, 1, cluster.gpus, False),
+            Collective("all-reduce of gradients", memory.FLOAT * total, 2, cluster.gpus, True),
+            Collective("all-gather of Muon's updates", memory.HALF * muon, 1, cluster.gpus, False),
         ]
-    scope = cluster.gpus if strategy == "fsdp" else min(cluster.gpus, cluster.gpus_per_node)
-    gathered, times = memory.HALF * (every + encoder), 2 * micro_steps
+    group = cluster.gpus if strategy == "fsdp" else min(cluster.gpus, cluster.gpus_per_node)
+    size, times = memory.HALF * (total + encoder), 2 * micro_steps
     if not config.parallel.reshard_after_forward:
-        gathered, times = memory.HALF * every, 1  # kept until the step ends
-    found = [
-        Exchange("all-gather of parameters", gathered, times, scope, True),
-        Exchange("reduce-scatter of gradients", memory.FLOAT * every, 1, scope, True),
-        Exchange("all-to-all of Muon's matrices", 2 * memory.HALF * muon / scope, 1, scope, False),
+        size, times = memory.HALF * total, 1  # gathered until the step ends
+    result = [
+        Collective("all-gather of parameters", size, times, group, True),
+        Collective("reduce-scatter of gradients", memory.FLOAT * total, 1, group, True),
+        Collective("all-to-all of Muon's matrices", 2 * memory.HALF * muon / group, 1, group, False),
     ]
     if strategy == "hsdp" and cluster.nodes > 1:
-        size = memory.FLOAT * every / cluster.gpus_per_node
-        found.append(Exchange("all-reduce of gradients across nodes", size, 2, cluster.nodes, True, across=True))
-        size = memory.HALF * muon / cluster.gpus_per_node
-        found.append(Exchange("all-gather of Muon's updates across nodes", size, 1, cluster.nodes, False, across=True))
-    return found
+        gradients, updates = (size / cluster.gpus_per_node for size in (memory.FLOAT * total, memory.HALF * muon))
+        result += [
+            Collective("all-reduce of gradients across nodes", gradients, 2, cluster.nodes, True, True),
+            Collective("all-gather of Muon's updates across nodes", updates, 1, cluster.nodes, False, True),
+        ]
+    return result
 
 
-def exchange_seconds(exchange: Exchange, cluster: Cluster, assumed: Assumptions) -> float:
-    """Seconds of all gatherings or reduce-scatters of one kind, node by node: within a node each GPU receives what the
-    others have by its link, across nodes its part of it by its share of the network. Bytes alone are counted: on many
-    GPUs the start of each operation, which is neglected, comes to matter."""
-    within, nodes = min(exchange.scope, cluster.gpus_per_node), -(-exchange.scope // cluster.gpus_per_node)
-    if exchange.across:
+def collective_seconds(collective: Collective, cluster: Cluster, assumed: Assumptions) -> float:
+    """Seconds of all collectives of one kind in a step: within a node each GPU receives the other GPUs' parts over its
+    link; across nodes it receives its part over its share of the network. Only bytes count; the latency of each
+    operation, which matters on many GPUs, is neglected."""
+    within, nodes = min(collective.group, cluster.gpus_per_node), -(-collective.group // cluster.gpus_per_node)
+    if collective.across_nodes:
         within, nodes = 1, cluster.nodes
-    once = exchange.size * (within - 1) / within / (cluster.gpu.link * 1e9)
-    once += exchange.size * (nodes - 1) / nodes / within / (cluster.gpu.network * 1e9)
-    return exchange.times * once / assumed.links
+    once = collective.size * (within - 1) / within / (cluster.gpu.link * 1e9)
+    once += collective.size * (nodes - 1) / nodes / within / (cluster.gpu.network * 1e9)
+    return collective.times * once / assumed.links
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of an optimizer step on one GPU by part, and what follows."""
+    """Seconds of an optimizer step on one GPU by part, and the resulting rates."""
 
     seconds: dict[str, float]
     images_per_s: float
-    """Of all GPUs."""
-    share_of_peak: float
+    """Of all GPUs together."""
+    mfu: float
 
     @property
     def bound_by(self) -> str:
@@ -183,28 +188,29 @@ def predict_speed(config: Config, cluster: Cluster, strategy: str, micro_steps: 
     gpu, images = cluster.gpu, config.train.batch_size / cluster.gpus
     seconds = {name: images * each for name, each in image_seconds(image_work(config), gpu, assumed).items()}
     compute = sum(seconds.values())
-    peak, bandwidth = gpu.tflops * 1e12 * assumed.products, gpu.bandwidth * 1e12 * assumed.memory
-    every = memory.numbers(flops.parameter_shapes(config.model))
+    peak, bandwidth = gpu.tflops * 1e12 * assumed.matmul, gpu.bandwidth * 1e12 * assumed.memory
+    total = flops.numel(flops.parameter_shapes(config.model))
     owned = min(1.0, assumed.imbalance / cluster.gpus)
-    seconds["optimizer"] = owned * (flops.newton_schulz(config.model) / peak + NEWTON_SCHULZ_BYTES * every / bandwidth)
-    seconds["optimizer"] += OPTIMIZER_BYTES * every / shards(strategy, cluster) / bandwidth
-    sent = exchanges(config, cluster, strategy, micro_steps)
-    beside = sum(exchange_seconds(one, cluster, assumed) for one in sent if one.overlaps)
-    alone = sum(exchange_seconds(one, cluster, assumed) for one in sent if not one.overlaps)
-    # Two thirds of a step are backward passes.
-    seconds["communication"] = alone + (max(0.0, beside - compute * 2 / 3) if assumed.hidden else beside)
+    seconds["optimizer"] = owned * (flops.newton_schulz(config.model) / peak + NEWTON_SCHULZ_BYTES * total / bandwidth)
+    seconds["optimizer"] += OPTIMIZER_BYTES * total / shards(strategy, cluster) / bandwidth
+    step_collectives = collectives(config, cluster, strategy, micro_steps)
+    overlapping = sum(collective_seconds(one, cluster, assumed) for one in step_collectives if one.overlaps)
+    exposed = sum(collective_seconds(one, cluster, assumed) for one in step_collectives if not one.overlaps)
+    if assumed.overlap:
+        overlapping = max(0.0, overlapping - compute * 2 / 3)  # two thirds of a step are backward passes
+    seconds["communication"] = exposed + overlapping
     step = sum(seconds.values())
     rate = config.train.batch_size / step
     return Speed(seconds, rate, rate / cluster.gpus * flops.image_flops(config) / (gpu.tflops * 1e12))
 
 
 def shards(strategy: str, cluster: Cluster) -> int:
-    """Processes among which the training state is divided."""
+    """Ranks over which the training state is sharded."""
     return {"ddp": 1, "fsdp": cluster.gpus, "hsdp": min(cluster.gpus, cluster.gpus_per_node)}[strategy]
 
 
 def choose_strategy(config: Config, cluster: Cluster) -> tuple[str, str]:
-    """(ddp, fsdp or hsdp, why), as a run would choose."""
+    """(ddp, fsdp or hsdp, reason), as a run would choose."""
     ranks = Ranks(world=cluster.gpus, per_node=cluster.gpus_per_node)
     state = int(memory.training_state(config.model).total)
     chosen = sharing.choose_strategy(config.parallel, ranks, state, int(cluster.gpu.memory * 1e9))
@@ -212,10 +218,10 @@ def choose_strategy(config: Config, cluster: Cluster) -> tuple[str, str]:
 
 
 def memory_parts(config: Config, cluster: Cluster, strategy: str, images: int) -> dict[str, float]:
-    """Bytes on one GPU at the fullest moment of a step, by part, for a micro-batch of `images`."""
+    """Peak bytes of a step on one GPU by part, for a micro-batch of `images`."""
     state = memory.training_state(config.model, shards(strategy, cluster))
-    kept = memory.activations(config)
-    reconstruction_is_larger = kept.reconstruction > kept.flow
+    saved = memory.activations(config)
+    reconstruction_is_larger = saved.reconstruction > saved.flow
     parts = {
         "parameters": state.parameters,
         "gradients": state.gradients,
@@ -223,24 +229,24 @@ def memory_parts(config: Config, cluster: Cluster, strategy: str, images: int) -
         "EMA": state.ema,
     }
     if cluster.gpus == 1:
-        every = memory.numbers(flops.parameter_shapes(config.model))
-        parts["weights in bfloat16"] = memory.HALF * every
-        # Of a pass, until they are added to those before it. They grow while activations are let go.
-        activations = images * (kept.reconstruction if reconstruction_is_larger else kept.flow)
-        parts["gradients of a pass"] = max(0.0, memory.FLOAT * every - activations)
+        total = flops.numel(flops.parameter_shapes(config.model))
+        parts["weights in bfloat16"] = memory.HALF * total
+        # Gradients of one pass, before they are accumulated. They grow while activations are freed.
+        activations = images * (saved.reconstruction if reconstruction_is_larger else saved.flow)
+        parts["gradients of a pass"] = max(0.0, memory.FLOAT * total - activations)
     else:
-        # Replicated weights have a bfloat16 copy too, and nothing to let go of.
-        lets_go = strategy != "ddp" and config.parallel.reshard_after_forward
-        parts["gathered in bfloat16"] = memory.gathered(config.model, lets_go)
-        # Micro-batches accumulate whole gradients, and the last one reduces them.
+        # Replicated weights have a bfloat16 copy too, which is never freed.
+        reshards = strategy != "ddp" and config.parallel.reshard_after_forward
+        parts["gathered in bfloat16"] = memory.gathered_bytes(config.model, reshards)
+        # Micro-batches accumulate unsharded gradients; the last one reduces them.
         parts["gradients"] = memory.training_state(config.model).gradients
     if reconstruction_is_larger:
-        parts["tokenizer activations"] = images * kept.tokenizer + kept.patch_weight
-        parts["decoder activations"] = images * kept.decoder
-        parts["LPIPS activations"] = images * kept.lpips
+        parts["tokenizer activations"] = images * saved.tokenizer + saved.patch_weight
+        parts["decoder activations"] = images * saved.decoder
+        parts["LPIPS activations"] = images * saved.lpips
     else:
-        parts["flow activations"] = images * kept.flow
-    parts["padded weights"] = kept.padding
+        parts["flow activations"] = images * saved.flow
+    parts["padded weights"] = saved.padding
     parts["LPIPS weights"] = memory.lpips_weights() if config.perceptual.weight else 0.0
     parts["workspace"] = memory.backward_workspace(config, images)
     parts["CUDA, NCCL, cuBLAS"] = memory.RUNTIME_BYTES
@@ -250,23 +256,21 @@ def memory_parts(config: Config, cluster: Cluster, strategy: str, images: int) -
 
 
 def micro_batches(share: int) -> list[int]:
-    """The micro-batches that divide a GPU's share of a batch, largest first."""
+    """Micro-batch sizes that divide a GPU's share of the batch, largest first."""
     return [size for size in range(share, 0, -1) if share % size == 0]
 
 
 def fitting_micro_batch(config: Config, cluster: Cluster, strategy: str) -> int:
-    """The largest micro-batch that fits; 0: none does."""
-    room = cluster.gpu.memory * 1e9 * (1 - RESERVED)
+    """The largest micro-batch that fits; 0 if none does."""
+    limit = cluster.gpu.memory * 1e9 * (1 - RESERVED)
     share = config.train.batch_size // cluster.gpus
-    fitting = (n for n in micro_batches(share) if sum(memory_parts(config, cluster, strategy, n).values()) <= room)
+    fitting = (n for n in micro_batches(share) if sum(memory_parts(config, cluster, strategy, n).values()) <= limit)
     return next(fitting, 0)
 
 
-def of_released_speed(config: Config) -> bool:
-    """Whether `RELEASED_IMAGES_PER_S` is of this model and number of flow draws."""
-    sizes = ModelConfig(
-        encoder=EncoderConfig(**PRESETS[EncoderConfig]["B"]), decoder=DecoderConfig(**PRESETS[DecoderConfig]["B"])
-    )
+def has_released_speed(config: Config) -> bool:
+    """Whether `RELEASED_IMAGES_PER_S` was measured for this model and number of flow draws."""
+    sizes = from_tree(ModelConfig, {"encoder": {"preset": "B"}, "decoder": {"preset": "B"}})
     return config.model == sizes and config.objective.flow_draws == 3
 
 
@@ -277,14 +281,15 @@ class Plan:
     strategy: str
     why: str
     micro_batch: int
-    """Images a forward pass of one GPU, as the recipe says, capped at the GPU's share of the batch."""
-    largest: int
+    """The recipe's micro-batch, at most the GPU's share of the batch."""
+    largest_micro_batch: int
     """The largest that fits; 0: none."""
     memory: dict[str, float]
     fast: Speed
     slow: Speed
-    exchanges: list[Exchange]
+    collectives: list[Collective]
     data: str
+    """Format of the images, a key of `CPU_SECONDS`, or empty."""
 
     @property
     def micro_steps(self) -> int:
@@ -296,12 +301,13 @@ class Plan:
 
 
 def make_plan(config: Config, cluster: Cluster, data: str = "") -> Plan:
-    """
+    """Predict a run of `config` on `cluster`.
+
     Args:
-        data: what the images are read from, a key of `CPU_SECONDS`; empty: as the recipe's data.source says.
+        data: format of the images, a key of `CPU_SECONDS`; empty: from the recipe's data.source.
 
     Raises:
-        UserError: settings that cannot be planned for.
+        UserError: settings that the prediction does not cover.
     """
     gpus, batch = cluster.gpus, config.train.batch_size
     require(
@@ -310,7 +316,7 @@ def make_plan(config: Config, cluster: Cluster, data: str = "") -> Plan:
     )
     require(
         config.train.precision == "bfloat16" and config.kernels != "reference",
-        "a plan is for bfloat16 and the fused kernels; set train.precision=bfloat16 and kernels=auto",
+        "a plan covers bfloat16 and the fused kernels only; set train.precision=bfloat16 and kernels=auto",
     )
     data = data or {"folder": "folder", "shards": "raw"}.get(config.data.source, "")
     if data and data not in CPU_SECONDS:
@@ -329,6 +335,6 @@ def make_plan(config: Config, cluster: Cluster, data: str = "") -> Plan:
         memory_parts(config, cluster, strategy, micro),
         fast,
         slow,
-        exchanges(config, cluster, strategy, share // micro),
+        collectives(config, cluster, strategy, share // micro),
         data,
     )

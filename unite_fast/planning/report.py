@@ -1,4 +1,4 @@
-"""A plan in words: what `unite-fast plan` prints."""
+"""The output of `unite-fast plan`."""
 
 from unite_fast.planning.predict import (
     CPU_SECONDS,
@@ -8,16 +8,16 @@ from unite_fast.planning.predict import (
     SLOW,
     Assumptions,
     Plan,
-    exchange_seconds,
+    collective_seconds,
     flops,
+    has_released_speed,
     image_work,
     memory,
-    of_released_speed,
 )
 
 
 def lines(plan: Plan, price: float = 0.0) -> list[str]:
-    """The plan, a line each. `price`: EUR of a GPU for an hour; 0: costs are not said."""
+    """The plan as lines of text. `price`: EUR per GPU hour; 0: no costs."""
     config, cluster = plan.config, plan.cluster
     gpu, share = cluster.gpu, config.train.batch_size // cluster.gpus
     return [
@@ -30,14 +30,14 @@ def lines(plan: Plan, price: float = 0.0) -> list[str]:
         f"{plan.micro_batch}",
         "",
         *_memory(plan),
-        f"largest micro-batch that fits: {plan.largest or 'none'} (of the {share} images a GPU has of each batch)",
+        f"largest micro-batch that fits: {plan.largest_micro_batch or 'none'} (of {share} images per GPU and step)",
         "",
         *_work(plan),
         "",
         *_speed(plan),
         "",
         *_run(plan, price),
-        *_released(plan),
+        *_released_speed(plan),
         "",
         *_assumptions(plan),
     ]
@@ -48,7 +48,7 @@ def _memory(plan: Plan) -> list[str]:
     total = sum(plan.memory.values())
     verdict = "fits" if plan.fits else f"does NOT fit: {RESERVED:.0%} of the memory must stay free"
     rows = [f"  {name:<28}{size / 1e9:9.2f}" for name, size in plan.memory.items()]
-    head = f"memory of one GPU, micro-batch {plan.micro_batch}, GB"
+    head = f"memory per GPU, micro-batch {plan.micro_batch}, GB"
     return [head, *rows, f"  {'sum':<28}{total / 1e9:9.2f}  of {gpu.memory:g}: {verdict}"]
 
 
@@ -56,23 +56,23 @@ def _work(plan: Plan) -> list[str]:
     work, images = image_work(plan.config), plan.config.train.batch_size // plan.cluster.gpus
     each = ", ".join(f"{name} {part.total / 1e9:.1f}" for name, part in flops.parts(plan.config).items() if part.total)
     rows = [
-        f"work of one image: {flops.image_flops(plan.config) / 1e9:.0f} GFLOP ({each}); the released code, "
-        f"which computes tokens that nobody reads, {flops.image_flops(plan.config, skip_unread=False) / 1e9:.0f}",
-        f"elementwise bytes of one image: model {work.moved / 1e9:.2f} GB, LPIPS {work.lpips_moved / 1e9:.2f} GB",
-        f"work of one GPU and step: {images * flops.image_flops(plan.config) / 1e12:.1f} TFLOP, "
-        f"and Newton-Schulz {flops.newton_schulz(plan.config.model) / 1e12:.2f} TFLOP over all GPUs",
+        f"work per image: {flops.image_flops(plan.config) / 1e9:.0f} GFLOP ({each}); the released code, "
+        f"which also computes unread tokens, {flops.image_flops(plan.config, skip_unread=False) / 1e9:.0f}",
+        f"elementwise traffic per image: model {work.bytes / 1e9:.2f} GB, LPIPS {work.lpips_bytes / 1e9:.2f} GB",
+        f"work per GPU and step: {images * flops.image_flops(plan.config) / 1e12:.1f} TFLOP, "
+        f"plus Newton-Schulz {flops.newton_schulz(plan.config.model) / 1e12:.2f} TFLOP over all GPUs",
     ]
-    if plan.exchanges:
-        rows.append(f"{'communication of a step':44}{'GB':>6}{'times':>7}{'ms':>14}")
-    for one in plan.exchanges:
-        fast, slow = (exchange_seconds(one, plan.cluster, assumed) * 1e3 for assumed in (FAST, SLOW))
-        beside = "beside the backward pass" if one.overlaps else "nothing beside it"
-        rows.append(f"  {one.name:42}{one.size / 1e9:6.2f}{one.times:7}{f'{fast:.1f} to {slow:.1f}':>14}, {beside}")
+    if plan.collectives:
+        rows.append(f"{'communication per step':44}{'GB':>6}{'times':>7}{'ms':>14}")
+    for one in plan.collectives:
+        fast, slow = (collective_seconds(one, plan.cluster, assumed) * 1e3 for assumed in (FAST, SLOW))
+        overlap = "overlaps with backward" if one.overlaps else "no overlap"
+        rows.append(f"  {one.name:42}{one.size / 1e9:6.2f}{one.times:7}{f'{fast:.1f} to {slow:.1f}':>14}, {overlap}")
     return rows
 
 
 def _speed(plan: Plan) -> list[str]:
-    rows = [f"time of one step, ms       {'fast':>8}{'slow':>8}"]
+    rows = [f"time per step, ms          {'fast':>8}{'slow':>8}"]
     rows += [
         f"  {name:<25}{plan.fast.seconds[name] * 1e3:8.1f}{plan.slow.seconds[name] * 1e3:8.1f}"
         for name in plan.fast.seconds
@@ -80,16 +80,14 @@ def _speed(plan: Plan) -> list[str]:
     low, high = plan.slow.images_per_s, plan.fast.images_per_s
     gpus = plan.cluster.gpus
     rows.append(
-        f"images/s   {low:.0f} to {high:.0f}, a GPU {low / gpus:.0f} to {high / gpus:.0f}; "
-        f"MFU {plan.slow.share_of_peak:.0%} to {plan.fast.share_of_peak:.0%}"
+        f"images/s   {low:.0f} to {high:.0f}, per GPU {low / gpus:.0f} to {high / gpus:.0f}; "
+        f"MFU {plan.slow.mfu:.0%} to {plan.fast.mfu:.0%}"
     )
     bounds = list(dict.fromkeys((plan.fast.bound_by, plan.slow.bound_by)))
     rows.append(f"bound by   {' (fast end), '.join(bounds)}{' (slow end)' if len(bounds) > 1 else ''}")
     if plan.data:
         cores = high / plan.cluster.nodes * CPU_SECONDS[plan.data]
-        rows.append(
-            f"data       {plan.data}: at the fast end {cores:.1f} CPU cores of each node read images, or they bound it"
-        )
+        rows.append(f"data       {plan.data}: the fast end needs {cores:.1f} CPU cores per node for reading images")
     return rows
 
 
@@ -104,13 +102,13 @@ def _run(plan: Plan, price: float) -> list[str]:
     return [row]
 
 
-def _released(plan: Plan) -> list[str]:
-    """What its authors measured of the released code, beside a plan for the same."""
-    if not of_released_speed(plan.config) or (plan.cluster.gpu.key, plan.cluster.gpus) != ("h200", 8):
+def _released_speed(plan: Plan) -> list[str]:
+    """The measured speed of the released code, if it was measured for this model and cluster."""
+    if not has_released_speed(plan.config) or (plan.cluster.gpu.key, plan.cluster.gpus) != ("h200", 8):
         return []
     return [
-        f"measured   the released code on 8 H200: {RELEASED_IMAGES_PER_S} images/s a GPU (its authors' 26 minutes an "
-        f"epoch); predicted here {plan.slow.images_per_s / 8:.0f} to {plan.fast.images_per_s / 8:.0f}"
+        f"measured   the released code on 8 H200: {RELEASED_IMAGES_PER_S} images/s a GPU (its authors report 26 "
+        f"minutes per epoch); predicted here {plan.slow.images_per_s / 8:.0f} to {plan.fast.images_per_s / 8:.0f}"
     ]
 
 
@@ -118,22 +116,22 @@ def _assumptions(plan: Plan) -> list[str]:
     gpu = plan.cluster.gpu
 
     def rates(assumed: Assumptions) -> str:
-        beside = "communication hidden behind backward passes" if assumed.hidden else "no communication hidden"
+        overlap = "communication overlaps with backward" if assumed.overlap else "no communication overlaps"
         return (
-            f"  {assumed.name}: products at {assumed.products:.0%} of peak, convolutions at "
-            f"{assumed.convolutions:.0%}, memory at {assumed.memory:.0%}, links at {assumed.links:.0%}; {beside}; "
+            f"  {assumed.name}: matmuls at {assumed.matmul:.0%} of peak, convolutions at "
+            f"{assumed.convolutions:.0%}, memory at {assumed.memory:.0%}, links at {assumed.links:.0%}; {overlap}; "
             f"the busiest GPU has {assumed.imbalance:g} x an even share of Newton-Schulz"
         )
 
     return [
         "assumptions",
         f"  {gpu.key}: {gpu.tflops:g} TFLOP/s dense bfloat16, {gpu.memory:g} GB, {gpu.bandwidth:g} TB/s, "
-        f"{gpu.link:g} GB/s to the GPUs of its node ({gpu.source}); {gpu.network:g} GB/s to other nodes (assumed)",
+        f"{gpu.link:g} GB/s within the node ({gpu.source}); {gpu.network:g} GB/s to other nodes (assumed)",
         rates(FAST),
         rates(SLOW),
-        "  bfloat16 autocast, float32 residual, fused kernels, compiled blocks; no time for launches, logging, "
-        "checkpoints, pictures and restarts",
+        "  bfloat16 autocast, float32 residual, fused kernels, compiled blocks; launches, logging, checkpoints, "
+        "sample images and restarts take no time",
         f"  memory: {memory.RUNTIME_BYTES / 1e9:g} GB for CUDA, NCCL and cuBLAS, {memory.SLACK:.0%} lost to the "
         f"allocator, {RESERVED:.0%} left free; the reconstruction's activations are freed before the flow draws",
-        "  sent: float32 gradients, bfloat16 parameters, bfloat16 updates of Muon",
+        "  communication: float32 gradients, bfloat16 parameters, bfloat16 updates of Muon",
     ]

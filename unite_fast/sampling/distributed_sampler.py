@@ -1,8 +1,8 @@
-"""Generation at scale: any number of images, by any number of processes, always the same ones.
+"""Sampling on any number of ranks, with the same images whatever that number.
 
-Samples come in fixed batches: batch b is the samples from b * B on, and the last one is padded to B. A batch is
-computed alike whoever computes it and whatever was computed before, so the images are the same bit for bit for 1, 2 or
-4 processes and after any resume (on one kind of device, with one number of threads a process).
+Batches are fixed: batch b holds samples b * B to (b + 1) * B - 1, and the last batch is padded to B. A batch depends
+neither on the rank that computes it nor on earlier batches, so the images are equal bit for bit on 1, 2 or 4 ranks and
+after any resume (on one kind of device, with the same number of threads per process).
 """
 
 from collections.abc import Collection, Iterator
@@ -16,25 +16,25 @@ from unite_fast.config import SamplingConfig, check_seed_and_batch
 from unite_fast.distributed.process_group import ALONE, Ranks
 from unite_fast.errors import require, require_choice
 from unite_fast.model.unite import UNITE
-from unite_fast.sampling.sampler import Network, check_classes, generate_batch
+from unite_fast.sampling.sampler import Network, check_classes, sample_batch
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What is generated. Sample i has label labels[i] and noise drawn from (seed, first + i)."""
+    """A series of samples. Sample i has label labels[i] and noise drawn from (seed, first + i)."""
 
     labels: Tensor
     """int64 [num]."""
     sampling: SamplingConfig
     seed: int = 0
     batch: int = 64
-    """Images at a time, B. Another B may round otherwise, and dopri5 choose other steps."""
+    """Batch size B. Another B may change the last bits, and the steps that dopri5 chooses."""
     precision: str = "float32"
-    """Of the network: float32, or bfloat16 (autocast)."""
+    """Precision of the network: float32, or bfloat16 (autocast)."""
     compile: bool = False
-    """Compile the network, for two shapes: worth it for many images on a GPU, minutes on a CPU."""
+    """Compile the network, for two shapes. Pays off for many images on a GPU; takes minutes on a CPU."""
     first: int = 0
-    """Number of sample 0 among all that the seed can draw."""
+    """Offset of sample 0 in the random stream of the seed."""
 
     def __post_init__(self):
         require(len(self.labels) > 0, "there is nothing to generate: the number of images is 0")
@@ -46,52 +46,52 @@ class Generation:
         return -(-len(self.labels) // self.batch)
 
 
-class Drawn(NamedTuple):
-    """Some finished samples."""
+class Samples(NamedTuple):
+    """Finished samples of a `Generation`."""
 
     indices: Tensor
-    """int64 [n]: which ones, in order."""
+    """int64 [n], ascending positions in the series."""
     images: Tensor
     """uint8 [n, 3, S, S], on the CPU."""
     labels: Tensor
     """int64 [n]."""
     evaluations: int
-    """Network evaluations that each image took."""
+    """Network evaluations per image."""
 
 
-def generate_batches(
+def sample_distributed(
     model: UNITE,
     generation: Generation,
     ranks: Ranks = ALONE,
     done: Collection[int] = (),
     network: Network | None = None,
-) -> Iterator[Drawn]:
-    """This process's share of the batches that are not `done`, dealt round robin.
+) -> Iterator[Samples]:
+    """Sample this rank's batches: those that are not `done`, dealt to the ranks round robin.
 
-    Every process gets the same number of items, so that it may join the others in a collective for each; in the last
-    round some can be empty (n = 0).
+    Every rank yields the same number of items, so callers may run a collective per item; in the last round some are
+    empty (n = 0).
 
     Args:
-        network: the model's, if it is there already: more generations than one can share what was compiled.
+        network: a `Network` of this model to reuse, so that several generations share one compilation.
 
     Raises:
-        UserError: a label that is no class of the model.
+        UserError: label out of range.
     """
     check_classes(generation.labels.unique().tolist(), model.config.num_classes)
     left = [number for number in range(generation.batches) if number not in done]
     network = network or Network.of(model, generation.sampling.order, generation.compile)
     return (
-        _draw(model, network, generation, left[at]) if at < len(left) else _nothing(model)
-        for at in range(ranks.rank, -(-len(left) // ranks.world) * ranks.world, ranks.world)
+        _sample(model, network, generation, left[i]) if i < len(left) else _no_samples(model)
+        for i in range(ranks.rank, -(-len(left) // ranks.world) * ranks.world, ranks.world)
     )
 
 
-def _draw(model: UNITE, network: Network, generation: Generation, number: int) -> Drawn:
+def _sample(model: UNITE, network: Network, generation: Generation, number: int) -> Samples:
     positions = torch.arange(number * generation.batch, (number + 1) * generation.batch)
-    # The padding is more samples of the last class: static shapes for the compiler, and for dopri5, whose steps depend
-    # on the whole batch, something that no process or resume changes.
+    # Pad with more samples of the last class: the compiler needs static shapes, and dopri5's steps depend on the whole
+    # batch, so the padding must not depend on ranks or resumes.
     labels = generation.labels[positions.clamp_max(len(generation.labels) - 1)]
-    images, evaluations = generate_batch(
+    images, evaluations = sample_batch(
         model,
         network,
         labels,
@@ -100,10 +100,10 @@ def _draw(model: UNITE, network: Network, generation: Generation, number: int) -
         generation.seed,
         generation.precision,
     )
-    real = min(len(generation.labels) - number * generation.batch, generation.batch)
-    return Drawn(positions[:real], images[:real], labels[:real], evaluations)
+    n = min(len(generation.labels) - number * generation.batch, generation.batch)
+    return Samples(positions[:n], images[:n], labels[:n], evaluations)
 
 
-def _nothing(model: UNITE) -> Drawn:
-    none, size = torch.empty(0, dtype=torch.int64), model.config.image_size
-    return Drawn(none, torch.empty(0, 3, size, size, dtype=torch.uint8), none, 0)
+def _no_samples(model: UNITE) -> Samples:
+    empty, size = torch.empty(0, dtype=torch.int64), model.config.image_size
+    return Samples(empty, torch.empty(0, 3, size, size, dtype=torch.uint8), empty, 0)

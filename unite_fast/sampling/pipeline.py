@@ -1,4 +1,4 @@
-"""A trained model, ready for use: generate and reconstruct."""
+"""A trained model ready to generate, encode and decode images."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,11 +16,12 @@ from unite_fast.sampling import sampler
 
 
 class TrainedUNITE:
-    """
+    """A trained model with the settings it was trained with.
+
     Attributes:
-        network: the model with its averaged weights, float32, without gradients.
-        config: the settings it was trained with.
-        step: optimizer steps it was trained for.
+        network: the model with its EMA weights, float32, without gradients.
+        config: the settings of its training.
+        step: optimizer steps of its training.
     """
 
     def __init__(self, network: UNITE, config: Config, step: int):
@@ -29,7 +30,7 @@ class TrainedUNITE:
         self.step = step
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "cpu") -> "TrainedUNITE":
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "TrainedUNITE":
         """See `unite_fast.load`."""
         saved = load_model(path)
         network = UNITE(saved.config.model)
@@ -41,50 +42,72 @@ class TrainedUNITE:
     def generate(
         self, labels: Sequence[int] | Tensor, seed: int = 0, batch: int = 64, first: int = 0, **settings
     ) -> Tensor:
-        """Images of the given classes.
+        """Generate one image per label.
 
         Args:
             labels: classes, [n].
-            seed: image i is drawn from (seed, first + i).
-            batch: images at a time.
-            first: number of the first image, to draw a long series in parts.
-            settings: any of `SamplingConfig`, for example `guidance=2.0, solver="euler", steps=20`; the others are the
-                recipe's.
+            seed: the noise of image i is drawn from (seed, first + i).
+            batch: images per forward pass.
+            first: offset of the first image, to generate a long series in parts.
+            settings: fields of `SamplingConfig`, for example `guidance=2.0, solver="euler", steps=20`; the recipe sets
+                the others.
 
         Returns:
             uint8 [n, 3, S, S].
 
         Raises:
-            UserError: a class or a setting that is out of range.
+            UserError: class or setting out of range.
         """
         config = self.config.sampling.changed(**settings)
         labels = torch.as_tensor(labels, dtype=torch.int64)
         require(labels.dim() == 1 and len(labels) > 0, f"labels must be a list of classes, got {labels.tolist()}")
         check_seed_and_batch(seed, batch)
-        return sampler.generate(self.network, labels, config, seed, batch, first)
+        return sampler.sample_images(self.network, labels, config, seed, batch, first)
 
     def reconstruct(self, images: Tensor | np.ndarray, seed: int = 0, batch: int = 64, first: int = 0) -> Tensor:
-        """Images through tokenizer and decoder: uint8 [n, 3, S, S] -> uint8 [n, 3, S, S].
+        """Encode and decode images: uint8 [n, 3, S, S] -> uint8 [n, 3, S, S].
 
-        Image i's registers are drawn from (seed, first + i).
+        The registers of image i are drawn from (seed, first + i).
 
         Raises:
-            UserError: images of another size or dtype, or none.
+            UserError: no images, or images of another size or dtype.
+        """
+        return self.decode(self.encode(images, seed, batch, first), batch)
+
+    def encode(self, images: Tensor | np.ndarray, seed: int = 0, batch: int = 64, first: int = 0) -> Tensor:
+        """Images uint8 [n, 3, S, S] -> latents float32 [n, N, C] on the model's device.
+
+        N tokens, as many as patches, of C channels; each is the output of a LayerNorm. `decode` maps them back. The
+        registers of image i are drawn from (seed, first + i).
+
+        Raises:
+            UserError: no images, or images of another size or dtype.
         """
         images = torch.as_tensor(images)
         size = self.config.model.image_size
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1:] != (3, size, size):
-            raise UserError(
-                f"reconstruct wants uint8 images [n, 3, {size}, {size}], got {images.dtype} {list(images.shape)}"
-            )
-        require(len(images) > 0, "reconstruct wants at least one image")
+            raise UserError(f"images must be uint8 [n, 3, {size}, {size}], got {images.dtype} {list(images.shape)}")
+        require(len(images) > 0, "there must be at least one image")
         check_seed_and_batch(seed, batch)
-        return sampler.reconstruct(self.network, images, seed, batch, first)
+        return sampler.tokenize(self.network, images, seed, batch, first)
+
+    def decode(self, latents: Tensor | np.ndarray, batch: int = 64) -> Tensor:
+        """Latents [n, N, C] -> images uint8 [n, 3, S, S] on the CPU.
+
+        Raises:
+            UserError: no latents, or latents of another shape.
+        """
+        latents = torch.as_tensor(latents, dtype=torch.float32, device=self.network.device)
+        shape = (self.config.model.latent_tokens, self.config.model.latent_channels)
+        if latents.dim() != 3 or latents.shape[1:] != shape:
+            raise UserError(f"latents must be [n, {shape[0]}, {shape[1]}], got {list(latents.shape)}")
+        require(len(latents) > 0, "there must be at least one image's latents")
+        check_seed_and_batch(0, batch)
+        return sampler.decode(self.network, latents, batch)
 
 
 def weights_sha256(model: TrainedUNITE) -> str:
-    """SHA-256 of the averaged weights: names, shapes and float32 numbers, in the order of the names. It does not depend
-    on the kind of file they came from."""
+    """SHA-256 of the EMA weights (names, shapes, float32 values, sorted by name), whatever file they came from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.network.state_dict().items()):
         array = tensor.detach().cpu().contiguous().numpy()

@@ -1,9 +1,9 @@
-"""The files of a large generation: parts while it runs, one .npz or a folder of PNGs when it is done.
+"""Write many samples to files: parts while sampling runs, then one .npz or a folder of PNGs. Resumable.
 
-While it runs, everything is in the folder OUT.parts: `generation.json`, which says what is generated, and the finished
-batches. A file is written aside and renamed, so whatever has its name is whole, and a generation that was killed goes
-on with the batches that are missing. In the end `generation.json` is in the folder of PNGs, or beside the .npz by its
-name: samples.json for samples.npz.
+While sampling runs, the folder OUT.parts holds the manifest `generation.json` (all settings) and the finished batches.
+Files are written to a temporary name and renamed, so a file with its final name is complete, and a killed run resumes
+with the missing batches. At the end the manifest is in the folder of PNGs, or next to the .npz under its name:
+samples.json for samples.npz.
 """
 
 import hashlib
@@ -23,65 +23,65 @@ from torch import Tensor
 
 from unite_fast.distributed.process_group import ALONE, Ranks
 from unite_fast.errors import UserError, require
-from unite_fast.sampling.distributed_sampler import Generation, generate_batches
+from unite_fast.sampling.distributed_sampler import Generation, sample_distributed
 from unite_fast.sampling.pipeline import TrainedUNITE, weights_sha256
 from unite_fast.sampling.sampler import check_classes
-from unite_fast.utils.file_lock import LOCK, hold
-from unite_fast.utils.files import writing, writing_aside
-from unite_fast.utils.images import picture_name
+from unite_fast.utils.file_lock import LOCK, lock_folder
+from unite_fast.utils.files import atomic_write, writing
+from unite_fast.utils.images import image_file_name
 from unite_fast.utils.progress import progress
 
 MANIFEST = "generation.json"
 MERGED = "merged"
-"""Key of the manifest: the result is written, and has only to be renamed or its parts deleted."""
+"""Manifest key: the result is complete; only the rename or the deletion of the parts remains."""
 FORMAT = "unite_fast generation 2"
-"""Raise the number whenever a version of this code draws other images from the same settings (a solver's steps, the
-noise, the order of the samples): parts of an earlier version are then refused, where they would be gone on with."""
+"""Increase the number when the same settings produce other images (a solver's steps, the noise, the order of samples),
+so that partial output of an older version is rejected instead of resumed."""
 PARTIAL = ".partial"
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)
-"""The earliest that a zip can say. The real time would make the bytes of equal samples differ."""
+"""The earliest date a zip can hold. The real date would make files of equal samples differ."""
 
 
-def generate_files(model: TrainedUNITE, generation: Generation, out: Path, ranks: Ranks = ALONE) -> Path:
-    """Generate into an .npz (arr_0 uint8 [num, S, S, 3], arr_1 labels) or a folder of PNGs, all processes together.
-    What an earlier call with the same settings had finished when it was killed is kept.
+def write_samples(model: TrainedUNITE, generation: Generation, out: Path, ranks: Ranks = ALONE) -> Path:
+    """Sample on all ranks into an .npz (arr_0 uint8 [num, S, S, 3], arr_1 labels) or a folder of PNGs. Resumes what an
+    interrupted call with the same settings left.
 
     Returns:
-        The file that says what was generated: settings, weights, versions.
+        Path of the manifest: settings, weights, versions.
 
     Raises:
-        UserError: `out` is there already, or parts of it with other settings, or another process writes them; a label
-            that is no class; no space left.
+        UserError: `out` exists, its parts have other settings, or another process is writing them; label out of range;
+            no space left.
     """
     total, size = len(generation.labels), model.config.model.image_size
     check_classes(generation.labels.unique().tolist(), model.config.model.num_classes)
     parts = make_parts(out, manifest(model, generation), generation.labels, generation.batch, size)
     with closing(parts):
         finished = ranks.run_on_first(parts.resume)
-        shown = min(len(finished) * generation.batch, total)
+        done = min(len(finished) * generation.batch, total)
         bar = progress("generating", total, "images") if ranks.main else nullcontext(lambda done: None)
         with bar as show:
-            show(shown)
-            for drawn in generate_batches(model.network, generation, ranks, finished):
-                if len(drawn.indices):
-                    parts.write(int(drawn.indices[0]) // generation.batch, drawn.images)
-                shown = min(shown + ranks.world * generation.batch, total)
-                show(shown)
+            show(done)
+            for samples in sample_distributed(model.network, generation, ranks, finished):
+                if len(samples.indices):
+                    parts.write(int(samples.indices[0]) // generation.batch, samples.images)
+                done = min(done + ranks.world * generation.batch, total)
+                show(done)
         _wait_for_all(ranks)
         if ranks.main:
             parts.merge()
-    return parts.about
+    return parts.manifest_path
 
 
 def _wait_for_all(ranks: Ranks) -> None:
     try:
         ranks.gather(None)
     except RuntimeError as error:
-        raise UserError("another process of this generation ended early; its own message says why") from error
+        raise UserError("another process of this generation ended early; see its error message") from error
 
 
 def manifest(model: TrainedUNITE, generation: Generation) -> dict:
-    """All that the images depend on, as JSON has it."""
+    """Everything the images depend on, for JSON."""
     return {
         "format": FORMAT,
         "weights": weights_sha256(model),
@@ -91,7 +91,7 @@ def manifest(model: TrainedUNITE, generation: Generation) -> dict:
         "batch": generation.batch,
         "precision": generation.precision,
         "compile": generation.compile,
-        # Another kind of device or another torch rounds otherwise.
+        # Rounding depends on the kind of device and on torch.
         "device": model.network.device.type,
         "torch": str(torch.__version__),
         **{f"sampling.{key}": value for key, value in asdict(generation.sampling).items()},
@@ -99,19 +99,16 @@ def manifest(model: TrainedUNITE, generation: Generation) -> dict:
 
 
 class Parts:
-    """Shared by both kinds of output.
+    """The parts of one output while it is written; base of both kinds of output.
 
     Attributes:
-        out: what is there in the end.
-        about: the manifest that is there in the end.
-        folder: what is there meanwhile.
-        manifest: the settings, as JSON has them; parts of other settings are refused.
-        labels: int64 [num], sample i's class.
-        batch: images a batch; batch b has the samples from b * batch on.
+        out: the final .npz or folder.
+        folder: holds the parts until they are merged.
+        manifest: the settings; parts of other settings are rejected.
+        labels: int64 [num], the class of each sample.
+        batch: samples per batch; batch b starts at sample b * batch.
         size: side of the images, pixels.
     """
-
-    about: Path
 
     def __init__(self, out: Path, manifest: dict, labels: Tensor, batch: int, size: int):
         self.out, self.folder = out, out.with_name(out.name + ".parts")
@@ -119,23 +116,28 @@ class Parts:
         self.labels, self.batch, self.size = labels, batch, size
         self.lock: TextIO | None = None
 
+    @property
+    def manifest_path(self) -> Path:
+        """Where the manifest is at the end."""
+        raise NotImplementedError
+
     def open(self) -> None:
-        """Make the folder, or see that the one that is there belongs to this generation; hold it until `close`.
+        """Lock the folder of parts until `close`: make it, or check that it belongs to this generation.
 
         Raises:
-            UserError: `out` is there already, parts of other settings, another process writes them, no permission.
+            UserError: `out` exists, parts of other settings, another process is writing them, no permission.
         """
         self.check_free()
-        self.lock = hold(self.folder, "being written", "choose another --out")
-        self.check_free()  # the process that held it may just have finished
+        self.lock = lock_folder(self.folder, "being written", "choose another --out")
+        self.check_free()  # the process that held the lock may just have finished
         path = self.folder / MANIFEST
         if path.exists():
-            self.check(path)
+            self.check_manifest(path)
         else:
             write_manifest(path, self.manifest)
 
     def resume(self) -> set[int]:
-        """Open, and give the numbers of the batches that an earlier call finished. Raises what `open` raises."""
+        """Open, and return the numbers of the finished batches. Raises what `open` raises."""
         self.open()
         return self.finished()
 
@@ -144,12 +146,16 @@ class Parts:
             self.lock.close()
 
     def check_free(self) -> None:
-        """
+        """Check that no foreign file has a name this generation needs.
+
         Raises:
-            UserError: something that is not this generation's has a name that it needs.
+            UserError: one has.
         """
         empty = not self.out.suffix and self.out.is_dir() and not os.listdir(self.out)
-        require(not self.out.exists() or empty or self.killed_at_the_end(), self.in_the_way())
+        require(
+            not self.out.exists() or empty or self.only_cleanup_left(),
+            f"{self.out} already exists; choose another --out or delete it",
+        )
         with writing(self.folder):
             names = os.listdir(self.folder) if self.folder.is_dir() else []
         require(
@@ -157,45 +163,47 @@ class Parts:
             f"{self.folder} is in the way: it has no {MANIFEST}; move it or choose another --out",
         )
 
-    def in_the_way(self) -> str:
-        return f"{self.out} is there already; choose another --out or delete it"
-
-    def killed_at_the_end(self) -> bool:
-        """Whether `out` is this generation's own, complete, and only its parts are left to delete."""
+    def only_cleanup_left(self) -> bool:
+        """Whether `out` is the complete result of this generation and only its parts remain to be deleted."""
         return False
 
-    def read(self, path: Path) -> dict:
+    def read_manifest(self, path: Path) -> dict:
         try:
-            before = json.loads(path.read_text())
+            saved = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read: {error}; delete {self.folder} to begin anew") from error
-        require(isinstance(before, dict), f"{path} is none of ours; delete {self.folder} to begin anew")
-        return before
+            raise UserError(f"cannot read {path}: {error}; delete {self.folder} to start again") from error
+        require(isinstance(saved, dict), f"{path} is not a manifest of ours; delete {self.folder} to start again")
+        return saved
 
-    def check(self, path: Path) -> None:
-        before = self.read(path)
-        before.pop(MERGED, None)
+    def check_manifest(self, path: Path) -> None:
+        saved = self.read_manifest(path)
+        saved.pop(MERGED, None)
         require(
-            before.get("format") == FORMAT,
-            f"{self.folder} was begun by a version of unite_fast that draws other images (its format is "
-            f"{before.get('format')}, not {FORMAT}); choose another --out, or delete it",
+            saved.get("format") == FORMAT,
+            f"{self.folder} was started by a version of unite_fast that generates other images (format "
+            f"{saved.get('format')}, not {FORMAT}); choose another --out, or delete it",
         )
-        for key in self.manifest | before:
+        for key in self.manifest | saved:
             require(
-                before.get(key) == self.manifest.get(key),
-                f"{self.folder} holds a part of other samples: {key} was {before.get(key)} and is "
-                f"{self.manifest.get(key)} now; give the same settings as then, choose another --out, or delete it",
+                saved.get(key) == self.manifest.get(key),
+                f"{self.folder} holds parts of other samples: {key} was {saved.get(key)} and is now "
+                f"{self.manifest.get(key)}; use the same settings, choose another --out, or delete it",
             )
 
+    @property
+    def batches(self) -> range:
+        return range(-(-len(self.labels) // self.batch))
+
     def samples(self, number: int) -> range:
+        """Indices of the samples in a batch."""
         return range(number * self.batch, min((number + 1) * self.batch, len(self.labels)))
 
     def finished(self) -> set[int]:
-        """Numbers of the batches that are there, whole."""
+        """Numbers of the complete batches on disk."""
         raise NotImplementedError
 
     def write(self, number: int, images: Tensor) -> None:
-        """Keep a batch: uint8 [n, 3, S, S].
+        """Write a batch: uint8 [n, 3, S, S].
 
         Raises:
             UserError: no space left, no permission.
@@ -203,7 +211,7 @@ class Parts:
         raise NotImplementedError
 
     def merge(self) -> None:
-        """Make `out` of the parts, all of which must be there, and leave nothing else behind.
+        """Make `out` of the parts, which must be complete, and delete them.
 
         Raises:
             UserError: no space left, no permission; the parts stay.
@@ -212,33 +220,33 @@ class Parts:
 
 
 class NpzParts(Parts):
-    """For one .npz in the field's form: arr_0 uint8 [num, S, S, 3], arr_1 int64 [num], the classes.
+    """For one .npz in the usual form: arr_0 uint8 [num, S, S, 3], arr_1 int64 [num] (the classes).
 
-    A part is the bytes of its images. Parts and the .npz are there together for a while: it takes twice the space.
+    A part holds the raw bytes of its images. While merging, parts and .npz together take twice the space.
     """
 
     @property
-    def about(self) -> Path:
+    def manifest_path(self) -> Path:
         return self.out.with_suffix(".json")
 
     @property
-    def whole(self) -> Path:
+    def merged(self) -> Path:
         """The result before it is renamed."""
         return self.folder / (self.out.name + PARTIAL)
 
-    def killed_at_the_end(self) -> bool:
+    def only_cleanup_left(self) -> bool:
         manifest = self.folder / MANIFEST
         if not (self.out.is_file() and manifest.is_file()):
             return False
-        # As long as the result has its other name, `out` is another file.
-        return self.read(manifest).get(MERGED) is True and not self.whole.exists()
+        # While the result still has its temporary name, `out` is some other file.
+        return self.read_manifest(manifest).get(MERGED) is True and not self.merged.exists()
 
     def check_free(self) -> None:
         super().check_free()
-        # An earlier generation's is written over: the .npz that it belonged to is gone.
+        # An older manifest without its .npz is overwritten.
         require(
-            self.out.exists() or not self.about.exists() or is_manifest(self.about),
-            f"{self.about} is in the way: what is known of {self.out.name} is to be kept there; move it or choose "
+            self.out.exists() or not self.manifest_path.exists() or is_manifest(self.manifest_path),
+            f"{self.manifest_path} is in the way: the manifest of {self.out.name} belongs there; move it or choose "
             "another --out",
         )
 
@@ -246,107 +254,104 @@ class NpzParts(Parts):
         return self.folder / f"batch_{number:08d}.uint8"
 
     def finished(self) -> set[int]:
-        batches = range(-(-len(self.labels) // self.batch))
         if self.out.exists():
-            return set(batches)
+            return set(self.batches)
         image = self.size * self.size * 3
         sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder)}
         # A power cut may leave a file whose bytes never reached the disk.
-        return {b for b in batches if sizes.get(self.path(b).name) == len(self.samples(b)) * image}
+        return {b for b in self.batches if sizes.get(self.path(b).name) == len(self.samples(b)) * image}
 
     def write(self, number: int, images: Tensor) -> None:
-        with writing_aside(self.path(number)) as partial:
-            partial.write_bytes(images.permute(0, 2, 3, 1).contiguous().numpy())
+        with atomic_write(self.path(number)) as partial:
+            partial.write_bytes(images.permute(0, 2, 3, 1).contiguous().numpy().data)
 
     def merge(self) -> None:
-        numbers = range(-(-len(self.labels) // self.batch))
-        if not self.killed_at_the_end():
+        if not self.only_cleanup_left():
             self.check_free()
             with writing(self.out):
                 write_npz(
-                    self.whole,
+                    self.merged,
                     {
                         "arr_0": (
                             (len(self.labels), self.size, self.size, 3),
                             np.uint8,
-                            (self.path(number).read_bytes() for number in numbers),
+                            (self.path(number).read_bytes() for number in self.batches),
                         ),
                         "arr_1": ((len(self.labels),), np.int64, [self.labels.numpy()]),
                     },
                 )
-            # Before the renaming, so that `out` is never there without a word of whose it is.
+            # Manifests first, so that `out` never exists without them.
             write_manifest(self.folder / MANIFEST, self.manifest | {MERGED: True})
-            write_manifest(self.about, self.manifest)
+            write_manifest(self.manifest_path, self.manifest)
             with writing(self.out):
-                os.replace(self.whole, self.out)
+                os.replace(self.merged, self.out)
         with writing(self.folder):
-            # The manifest goes after them: as long as it is there, a rerun knows whose `out` is.
+            # Delete the manifest last: while it exists, a rerun knows whose `out` is.
             for path in self.folder.iterdir():
                 if path.name not in (MANIFEST, LOCK):
                     path.unlink()
             (self.folder / MANIFEST).unlink()
-            self.close()  # NFS keeps the name of a file that is open
+            self.close()  # NFS keeps the name of an open file
             (self.folder / LOCK).unlink(missing_ok=True)
             self.folder.rmdir()
 
 
 class PngParts(Parts):
-    """For a folder of PNGs: the parts are the pictures themselves, and in the end the folder is renamed."""
+    """For a folder of PNGs: the parts are the final images, and merging renames the folder."""
 
     @property
-    def about(self) -> Path:
+    def manifest_path(self) -> Path:
         return self.out / MANIFEST
 
     def path(self, index: int) -> Path:
-        return self.folder / picture_name(index, int(self.labels[index]))
+        return self.folder / image_file_name(index, int(self.labels[index]))
 
     def finished(self) -> set[int]:
-        there = {entry.name for entry in os.scandir(self.folder) if entry.stat().st_size}
-        batches = range(-(-len(self.labels) // self.batch))
-        return {b for b in batches if all(self.path(i).name in there for i in self.samples(b))}
+        written = {entry.name for entry in os.scandir(self.folder) if entry.stat().st_size}
+        return {b for b in self.batches if all(self.path(i).name in written for i in self.samples(b))}
 
     def write(self, number: int, images: Tensor) -> None:
         for index, image in zip(self.samples(number), images.permute(0, 2, 3, 1).numpy(), strict=True):
-            with writing_aside(self.path(index)) as partial:
+            with atomic_write(self.path(index)) as partial:
                 Image.fromarray(image).save(partial, format="PNG")
 
     def merge(self) -> None:
         with writing(self.out):
-            for left in self.folder.glob("*" + PARTIAL):
-                left.unlink()
-            # With its lock, so that at no moment another process could begin in it.
+            for partial in self.folder.glob("*" + PARTIAL):
+                partial.unlink()
+            # Rename with the lock inside, so that no other process can start in the folder in between.
             os.replace(self.folder, self.out)
             self.close()
             (self.out / LOCK).unlink(missing_ok=True)
 
 
 def make_parts(out: Path, manifest: dict, labels: Tensor, batch: int, size: int) -> Parts:
-    """For a name that ends in .npz, or in nothing, which is a folder of PNGs."""
-    require(out.suffix in (".npz", ""), f"{out} ends in {out.suffix}; write a .npz, or a folder (no ending) of PNGs")
+    """`NpzParts` if the name ends in .npz, `PngParts` if it has no suffix."""
+    require(out.suffix in (".npz", ""), f"{out} ends in {out.suffix}; write a .npz, or a folder (no suffix) of PNGs")
     return (NpzParts if out.suffix else PngParts)(out, manifest, labels, batch, size)
 
 
 def write_manifest(path: Path, manifest: dict) -> None:
-    with writing_aside(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(manifest, indent=1))
 
 
 def is_manifest(path: Path) -> bool:
-    """Whether a file is the manifest of a generation, of any version."""
+    """Whether a file is a manifest, of any format version."""
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return False
-    return isinstance(found, dict) and str(found.get("format")).startswith(FORMAT.rstrip("0123456789"))
+    return isinstance(content, dict) and str(content.get("format")).startswith(FORMAT.rstrip("0123456789"))
 
 
 def write_npz(path: Path, arrays: dict[str, tuple[tuple[int, ...], type, Iterable]]) -> None:
-    """What `numpy.savez` writes, for arrays that do not fit in memory: name -> shape, dtype and the C-ordered bytes, in
-    pieces. The same arrays give the same bytes."""
+    """`numpy.savez` for arrays that do not fit in memory: name -> shape, dtype and chunks of C-ordered bytes. The same
+    arrays give the same file, byte for byte."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name, (shape, dtype, pieces) in arrays.items():
+        for name, (shape, dtype, chunks) in arrays.items():
             header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
             with archive.open(zipfile.ZipInfo(f"{name}.npy", ZIP_TIME), "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
-                for piece in pieces:
-                    member.write(piece)
+                for chunk in chunks:
+                    member.write(chunk)

@@ -1,4 +1,4 @@
-"""Generation: guidance, the way from noise to pictures, and back through the tokenizer.
+"""Guidance, sampling from noise to images, and reconstruction.
 
 B samples, N latent tokens, C latent channels, S image size.
 """
@@ -14,10 +14,10 @@ from torch import Tensor
 from unite_fast import flow
 from unite_fast.config import SamplingConfig
 from unite_fast.errors import require
-from unite_fast.kernels.common import upcast
+from unite_fast.kernels.tensors import upcast
 from unite_fast.model.unite import UNITE
 from unite_fast.randomness import Philox, Stream
-from unite_fast.sampling.solvers import RELEASED, multistep, multistep_times
+from unite_fast.sampling.solvers import RELEASED_SOLVERS, multistep, multistep_times
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_t [B, N, C], t float32 [B], labels int64 [B]) -> clean latents [B, N, C]."""
@@ -25,7 +25,7 @@ Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass
 class Network:
-    """The two halves of a model that generation runs, as they are or compiled."""
+    """The two functions of a model that sampling calls, eager or compiled."""
 
     denoise: Denoiser
     decode: Callable[[Tensor], Tensor]
@@ -33,19 +33,21 @@ class Network:
 
     @classmethod
     def of(cls, model: UNITE, order: str, compiled: bool = False) -> "Network":
-        """`order` is that of `SamplingConfig`: cfg_first combines predictions that no LayerNorm has seen."""
+        """`order` as in `SamplingConfig`: cfg_first guides predictions before the final LayerNorm."""
         network = cls(model.encoder if order == "cfg_first" else model.denoise, model.decode)
         return network.compiled() if compiled else network
 
     def compiled(self, **options) -> "Network":
-        """For one batch size: a guided step, an unguided one and the decoder are compiled once each."""
-        return Network(*(torch.compile(part, dynamic=False, **options) for part in (self.denoise, self.decode)))
+        """A compiled copy, for one batch size: compiles a guided step, an unguided step and the decoder."""
+        return Network(
+            torch.compile(self.denoise, dynamic=False, **options), torch.compile(self.decode, dynamic=False, **options)
+        )
 
 
 @dataclass
 class GuidedPrediction:
     """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598), active inside an interval of times (Kynkaanniemi et
-    al., arXiv 2404.07724). Where it does not act, there is no pass without label."""
+    al., arXiv 2404.07724). Outside the interval the unconditional pass is skipped."""
 
     denoise: Denoiser
     labels: Tensor
@@ -56,7 +58,7 @@ class GuidedPrediction:
     """Network passes so far, in units of one batch of B samples."""
 
     def __call__(self, t: float, x: Tensor, guided: bool | None = None) -> Tensor:
-        """x [B, N, C] -> x_hat [B, N, C], float32 or better; `guided`, if not given, is what it is at t."""
+        """x [B, N, C] -> x_hat [B, N, C], at least float32. `guided` None: guided if t is inside the interval."""
         if not (self.guided_at(t) if guided is None else guided):
             return self._predict(t, x, self.labels)
         without_label = torch.full_like(self.labels, self.no_class)
@@ -75,27 +77,27 @@ class GuidedPrediction:
 
 
 def solve(predict: GuidedPrediction, noise: Tensor) -> Tensor:
-    """noise ~ N(0, 1) float32 [B, N, C] -> latents float32 [B, N, C], by the solver and the steps of the settings."""
+    """noise ~ N(0, 1) float32 [B, N, C] -> latents float32 [B, N, C], with the solver and steps of the config."""
     config = predict.config
     if config.solver != "multistep":
-        return RELEASED[config.solver](predict, noise, time_grid(config))
+        return RELEASED_SOLVERS[config.solver](predict, noise, time_grid(config))
     x = noise
-    for times in smooth_stretches(config):
+    for times in smooth_segments(config):
         guided = predict.guided_at((times[0] + times[-1]) / 2)
         x = multistep(partial(predict, guided=guided), x, times)
     return x
 
 
 def time_grid(config: SamplingConfig) -> list[float]:
-    """The ends of euler's and heun's steps, from 0 to 1, as Python numbers."""
+    """Step times of euler and heun, from 0 to 1."""
     return flow.shift_time(torch.linspace(0, 1, config.steps + 1), config.time_shift).tolist()
 
 
-def smooth_stretches(config: SamplingConfig) -> list[list[float]]:
-    """The ends of multistep's steps from 0 to 1, parted where guidance sets in or ends.
+def smooth_segments(config: SamplingConfig) -> list[list[float]]:
+    """Step times of multistep from 0 to 1, split where guidance starts and ends.
 
-    There x_hat jumps, and a line through predictions of both sides belongs to neither: on the digits, guided for t in
-    (0.1, 1), 20 unparted steps were 3.6 % off in Frechet distance, and so parted 0.5 % (docs/LOG.md).
+    x_hat jumps there, so a line through predictions from both sides fits neither. On the digits, guided for t in
+    (0.1, 1), the Frechet distance of 20 steps was off by 3.6 % without the split and by 0.5 % with it (docs/LOG.md).
     """
     low, high = config.interval
     jumps = (low, high) if config.guidance != 1 and low < high else ()
@@ -103,13 +105,13 @@ def smooth_stretches(config: SamplingConfig) -> list[list[float]]:
 
 
 @torch.no_grad()
-def generate_latents(model: UNITE, labels: Tensor, noise: Tensor, config: SamplingConfig) -> Tensor:
-    """labels int64 [B], noise ~ N(0, 1) float32 [B, N, C] -> latents float32 [B, N, C]."""
+def sample_latents(model: UNITE, labels: Tensor, noise: Tensor, config: SamplingConfig) -> Tensor:
+    """Sample latents from given noise: labels int64 [B], noise ~ N(0, 1) float32 [B, N, C] -> float32 [B, N, C]."""
     denoise = Network.of(model, config.order).denoise
     return solve(GuidedPrediction(denoise, labels, model.config.num_classes, config), noise)
 
 
-def generate(
+def sample_images(
     model: UNITE,
     labels: Tensor,
     config: SamplingConfig,
@@ -118,29 +120,29 @@ def generate(
     first: int = 0,
     precision: str = "float32",
 ) -> Tensor:
-    """Images of the given classes.
+    """Sample one image per label, in batches, in one process (`TrainedUNITE.generate` for a bare model).
 
-    Sample i's noise depends on (seed, first + i) alone, so the batch size does not change what is drawn.
+    The noise of sample i depends only on (seed, first + i), not on the batch size.
 
     Args:
         labels: int64 [n], in 0..num_classes - 1.
-        precision: see `generate_batch`.
+        precision: see `sample_batch`.
 
     Returns:
         uint8 [n, 3, S, S] on the CPU.
 
     Raises:
-        UserError: a label that is no class.
+        UserError: label out of range.
     """
     check_classes(labels.tolist(), model.config.num_classes)
     network = Network.of(model, config.order)
     positions = torch.arange(first, first + len(labels))
     parts = zip(labels.split(batch), positions.split(batch), strict=True)
-    return torch.cat([generate_batch(model, network, *part, config, seed, precision)[0] for part in parts])
+    return torch.cat([sample_batch(model, network, *part, config, seed, precision)[0] for part in parts])
 
 
 @torch.no_grad()
-def generate_batch(
+def sample_batch(
     model: UNITE,
     network: Network,
     labels: Tensor,
@@ -150,16 +152,16 @@ def generate_batch(
     precision: str = "float32",
     predictor: type[GuidedPrediction] = GuidedPrediction,
 ) -> tuple[Tensor, int]:
-    """One batch of images.
+    """Sample one batch with a prepared (perhaps compiled) network.
 
     Args:
-        labels: int64 [B], classes of the model.
-        positions: int64 [B]; each image's noise is drawn from (seed, position).
-        precision: bfloat16 runs the network under autocast; the latents stay float32 between its passes.
-        predictor: how guidance is computed; benchmarks/sampling.py compares ways.
+        labels: int64 [B], in 0..num_classes - 1, not checked.
+        positions: int64 [B]; the noise of each image is drawn from (seed, position).
+        precision: bfloat16 runs the network under autocast; latents stay float32 between its passes.
+        predictor: class that computes guidance; benchmarks/sampling.py compares several.
 
     Returns:
-        uint8 [B, 3, S, S] on the CPU, and the network evaluations that each image took.
+        uint8 [B, 3, S, S] on the CPU, and the network evaluations per image.
     """
     device, shape = model.device, (model.config.latent_tokens, model.config.latent_channels)
     noise = Philox(seed, 0, positions.to(device)).normal(Stream.SAMPLE_NOISE, shape)
@@ -175,16 +177,21 @@ def check_classes(labels: Iterable[int], num_classes: int) -> None:
 
 @torch.no_grad()
 def reconstruct(model: UNITE, images: Tensor, seed: int = 0, batch: int = 64, first: int = 0) -> Tensor:
-    """Images through tokenizer and decoder: uint8 [n, 3, S, S] -> uint8 [n, 3, S, S] on the CPU; see `tokenize`."""
-    parts = tokenize(model, images, seed, batch, first).split(batch)
-    return torch.cat([to_uint8(model.decode(part)) for part in parts])
+    """Encode and decode images: uint8 [n, 3, S, S] -> uint8 [n, 3, S, S] on the CPU; see `tokenize`."""
+    return decode(model, tokenize(model, images, seed, batch, first), batch)
+
+
+@torch.no_grad()
+def decode(model: UNITE, latents: Tensor, batch: int = 64) -> Tensor:
+    """Decode latents: float32 [n, N, C] on the model's device -> images uint8 [n, 3, S, S] on the CPU."""
+    return torch.cat([to_uint8(model.decode(part)) for part in latents.split(batch)])
 
 
 @torch.no_grad()
 def tokenize(model: UNITE, images: Tensor, seed: int = 0, batch: int = 64, first: int = 0) -> Tensor:
-    """uint8 [n, 3, S, S] -> latents float32 [n, N, C] on the model's device.
+    """Encode images: uint8 [n, 3, S, S] -> latents float32 [n, N, C] on the model's device.
 
-    The registers are drawn as in training, image i's from (seed, first + i); the tokenizer's time is 0.
+    Registers are drawn as in training, those of image i from (seed, first + i); the tokenizer runs at t = 0.
     """
     shape = (model.config.latent_tokens, model.config.latent_channels)
     out = []
@@ -202,11 +209,11 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def choose_labels(classes: Sequence[int], count: int, num_classes: int) -> Tensor:
-    """Labels that cycle through `classes` (all, if empty): int64 [count].
+    """Labels that cycle through `classes` (all classes if empty): int64 [count].
 
     Raises:
-        UserError: a class out of range.
+        UserError: class out of range.
     """
     cycle = classes or range(num_classes)
-    check_classes(cycle, num_classes)  # before the tensor, which cannot hold a number of 20 digits
+    check_classes(cycle, num_classes)  # before the tensor is made: int64 overflows at 20 digits
     return torch.tensor([cycle[i % len(cycle)] for i in range(count)])

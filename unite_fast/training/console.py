@@ -37,7 +37,7 @@ class Report:
         mode = "compiled" if train.compile else "eager"
         self.print_line(
             f"{'resuming' if resumed else 'training'} {config.name}: {parameters:.2f} M parameters, "
-            f"{train.precision} on {device}, {backend.body_on(device)} kernels, {backend.attention_on(device)} "
+            f"{train.precision} on {device}, {backend.backend_on(device)} kernels, {backend.attention_on(device)} "
             f"attention, {mode}, batch {train.batch_size}, "
             f"steps {state.step}..{train.steps}, in {folder}"
         )
@@ -90,7 +90,9 @@ class Report:
         labels = torch.arange(PICTURE_ROWS * PICTURE_COLUMNS) % min(config.model.num_classes, PICTURE_COLUMNS)
         # Eager, because sampling has other shapes, and compiling for them would take longer than sampling.
         with self.state.ema.applied(), torch.compiler.set_stance("force_eager"):
-            samples = sampler.generate(model, labels, config.sampling, config.seed, precision=config.train.precision)
+            samples = sampler.sample_images(
+                model, labels, config.sampling, config.seed, precision=config.train.precision
+            )
             reconstructions = sampler.reconstruct(model, self.held_out, config.seed)
         if not self.main:
             return

@@ -17,7 +17,7 @@ from unite_fast.distributed.peers import Peers
 from unite_fast.errors import require
 from unite_fast.recipes import to_tree
 from unite_fast.utils import file_lock
-from unite_fast.utils.files import writing, writing_aside
+from unite_fast.utils.files import atomic_write, writing
 
 FREE_ON_RESUME = {
     "name",
@@ -69,12 +69,12 @@ def find_start(checkpoints: Checkpoints, folder: Path, config: Config, resume: b
 
 
 def lock_run(folder: Path) -> TextIO:
-    """Lock the run folder for this process; see `unite_fast.utils.file_lock.hold`.
+    """Lock the run folder for this process; see `unite_fast.utils.file_lock.lock_folder`.
 
     Raises:
         UserError: another process trains in it, or no permission.
     """
-    return file_lock.hold(folder, "being trained", "choose another folder with train.out=FOLDER")
+    return file_lock.lock_folder(folder, "being trained", "choose another folder with train.out=FOLDER")
 
 
 def write_config(folder: Path, config: Config) -> None:
@@ -126,5 +126,5 @@ def read_status(folder: Path) -> str:
 
 
 def write_status(folder: Path, status: str) -> None:
-    with writing_aside(folder / "status") as partial:
+    with atomic_write(folder / "status") as partial:
         partial.write_text(status + "\n")

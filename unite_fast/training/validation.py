@@ -13,13 +13,14 @@ import torch
 from unite_fast.config import TRAINING_SAMPLES, Config, EvaluationSettings
 from unite_fast.distributed.process_group import current_ranks
 from unite_fast.errors import require
-from unite_fast.evaluation.evaluator import bias_warning, open_judge
+from unite_fast.evaluation.evaluator import bias_warning, open_evaluator
 from unite_fast.evaluation.fid import Moments
-from unite_fast.evaluation.provenance import described_sampling
+from unite_fast.evaluation.provenance import sampling_info
 from unite_fast.sampling import sampler
+from unite_fast.sampling.solvers import ADAPTIVE_SOLVERS
 from unite_fast.training.metrics import MetricsLog
 from unite_fast.training.train_state import TrainState
-from unite_fast.utils.files import read_rows, writing, writing_aside
+from unite_fast.utils.files import atomic_write, read_rows, writing
 
 FOLDER, ROWS, CURVE = "evaluation", "curve.jsonl", "curve.png"
 
@@ -55,13 +56,13 @@ class Validation:
             return
         # A sharded model needs all ranks in each pass, and dopri5 takes a different number of passes on each rank.
         require(
-            self.ranks.world == 1 or config.sampling.solver != "dopri5",
+            self.ranks.world == 1 or config.sampling.solver not in ADAPTIVE_SOLVERS,
             "evaluation during training on several processes needs a solver with fixed steps: "
             "set sampling.solver=multistep",
         )
         evaluation = config.evaluation
         settings = EvaluationSettings(evaluation.features, evaluation.inception, reference=evaluation.reference)
-        self.evaluator = open_judge(config, settings, self.ranks, device, classifier=False)
+        self.evaluator = open_evaluator(config, settings, self.ranks, device, classifier=False)
         self.count = evaluation.count or TRAINING_SAMPLES[self.evaluator.features.name]
         self.warning = bias_warning(self.count, self.evaluator.features.dimension, "generated")
 
@@ -92,12 +93,12 @@ class Validation:
             "title": features.title,
             "features": features.name,
             "reference": reference.path or "training images",
-            "reference_sha256": reference.sha256 or reference.about.get("data_sha256", ""),
+            "reference_sha256": reference.sha256 or reference.provenance.get("data_sha256", ""),
             "count": self.count,
             "weights": "EMA",
             "precision": self.config.train.precision,
             "seed": self.config.seed,
-            **{f"sampling.{key}": value for key, value in described_sampling(self.config.sampling).items()},
+            **{f"sampling.{key}": value for key, value in sampling_info(self.config.sampling).items()},
             "seconds": time.perf_counter() - started_at,
         }
         self.rows.append(row)
@@ -121,7 +122,7 @@ class Validation:
             start = starts[min(own, len(starts) - 1)]
             positions = torch.arange(start, min(start + config.evaluation.batch, self.count))
             labels = positions % config.model.num_classes
-            images, _ = sampler.generate_batch(
+            images, _ = sampler.sample_batch(
                 model, network, labels, positions, config.sampling, config.seed, config.train.precision
             )
             if own < len(starts):
@@ -134,7 +135,7 @@ class Validation:
             self.folder.mkdir(parents=True, exist_ok=True)
             rows = "".join(json.dumps(row) + "\n" for row in self.rows)
             for name, save in ((ROWS, lambda path: path.write_text(rows)), (CURVE, self.save_curve)):
-                with writing_aside(self.folder / name) as partial:
+                with atomic_write(self.folder / name) as partial:
                     save(partial)
 
     def save_curve(self, path: Path) -> None:

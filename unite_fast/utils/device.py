@@ -1,4 +1,4 @@
-"""Choosing a device, and how exactly PyTorch computes on it."""
+"""Choose a device and the numerics of PyTorch on it."""
 
 import os
 from collections.abc import Iterator
@@ -9,15 +9,21 @@ import torch
 from unite_fast.errors import require, require_choice
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-"""cuBLAS repeats its bits only with a workspace of fixed size (cuBLAS documentation, "Results reproducibility")."""
+"""cuBLAS is deterministic only with a workspace of fixed size (cuBLAS documentation, "Results reproducibility")."""
 
 
 def use_threads(threads: int) -> None:
+    """Set the number of CPU threads of PyTorch; 0 keeps PyTorch's choice."""
     if threads:
         torch.set_num_threads(threads)
 
 
 def choose_device(name: str) -> torch.device:
+    """The device "cpu" or "cuda"; "auto" is CUDA if there is a GPU.
+
+    Raises:
+        UserError: another name, or no GPU.
+    """
     require_choice("the device", name, ("auto", "cpu", "cuda"))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,31 +32,31 @@ def choose_device(name: str) -> torch.device:
 
 
 def use_numerics(precision: str, deterministic: bool) -> None:
-    """Set, for the whole process, what float32 means on CUDA and whether every result has the same bits each time.
+    """Configure float32 on CUDA and determinism, for the whole process.
 
     Args:
-        precision: of training. In float32, convolutions and products must not round their inputs to TF32, which has 10
-            bits of mantissa instead of 23; by default cuDNN does.
-        deterministic: PyTorch then takes deterministic algorithms and fails where it has none. Attention is where it
-            matters: cuDNN's backward pass is left out, flash's adds up in a fixed order. cuBLAS reads its setting when
-            the process first multiplies, so this must come before.
+        precision: precision of training. With float32, convolutions and matmuls must not round their inputs to TF32 (10
+            mantissa bits instead of 23), which cuDNN does by default.
+        deterministic: use deterministic algorithms, and fail where PyTorch has none. This matters for attention: it
+            excludes cuDNN's backward pass, and flash's sums in a fixed order. cuBLAS reads its setting at the first
+            matmul of the process, so call this before.
     """
     if precision == "float32":
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if deterministic:
         os.environ.setdefault(CUBLAS_WORKSPACE, ":4096:8")
-        # Every tensor of ours is written whole before it is read: filling it first would cost a pass over memory.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        # Our kernels write every element before it is read, so filling new tensors would only cost time.
+        # (Set on the module, which is no attribute to a type checker.)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     torch.use_deterministic_algorithms(deterministic)
 
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Inside, float32 convolutions and products on CUDA do not round to TF32 (see `use_numerics`)."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    """Within the context, float32 convolutions and matmuls on CUDA do not round to TF32 (see `use_numerics`)."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:
         yield
     finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = before
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before

@@ -1,4 +1,4 @@
-"""A folder that one process at a time may write to."""
+"""Lock a folder, so that one process at a time writes to it."""
 
 import fcntl
 import os
@@ -10,22 +10,22 @@ from unite_fast.errors import UserError
 from unite_fast.utils.files import writing
 
 LOCK = ".lock"
-"""The file in the folder. It says who holds it, and may stay: a lock on it lasts only as long as its process."""
+"""The lock file; it names the process that holds the lock. It may stay: the lock itself ends with the process."""
 
 
-def hold(folder: Path, doing: str, instead: str) -> TextIO:
-    """Make a folder this process's own, until the file that is returned is closed or the process ends, however it does.
+def lock_folder(folder: Path, doing: str, instead: str) -> TextIO:
+    """Lock a folder until the returned file is closed or the process ends.
 
-    By a POSIX record lock: a killed process leaves none, and readers that were forked do not inherit it. Where the file
-    system knows no locks, nothing is held.
+    A POSIX record lock: it ends even with a killed process, and forked data workers do not inherit it. A file system
+    without locks gives none.
 
     Args:
-        folder: made if it is not there.
-        doing: what is done to it, for the message: "being trained".
-        instead: how to do without it: "choose another folder with train.out=FOLDER".
+        folder: created if missing.
+        doing: what its owner does, for the message: "being trained".
+        instead: an alternative, for the message: "choose another folder with train.out=FOLDER".
 
     Raises:
-        UserError: another process holds it; no permission.
+        UserError: another process holds the lock, or no permission.
     """
     path = folder / LOCK
     with writing(folder):
@@ -38,8 +38,7 @@ def hold(folder: Path, doing: str, instead: str) -> TextIO:
             file.seek(0)
             holder = file.read() or "another process"
         raise UserError(
-            f"{folder} is {doing} by {holder}; stop that one, or {instead} (if its machine is gone for good, delete "
-            f"{path})"
+            f"{folder} is {doing} by {holder}; stop it, or {instead} (if its machine is gone for good, delete {path})"
         ) from error
     except OSError:
         pass

@@ -1,4 +1,4 @@
-"""Writing files so that nothing is lost, and reading metrics.jsonl."""
+"""Write files safely, and read metrics.jsonl."""
 
 import json
 import os
@@ -11,8 +11,8 @@ from unite_fast.errors import UserError, require
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError inside (disk full, no permission) into a `UserError` that names `path`; the system's own message
-    often names no file."""
+    """Turn an OSError (disk full, no permission) into a `UserError` that names `path`; often the OSError names no
+    file."""
     try:
         yield
     except OSError as error:
@@ -20,8 +20,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def writing_aside(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to, and rename it to `path` on success. Until then the old file stays intact.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to, and rename it to `path` on success. Until then the old file stays intact.
 
     Raises:
         UserError: see `writing`.
@@ -36,30 +36,30 @@ def writing_aside(path: Path) -> Iterator[Path]:
 
 
 def check_target(out: Path, suffixes: tuple[str, ...] = (".png", ".npz", "")) -> None:
-    """Check an output path before the work starts; the suffix "" means a folder.
+    """Check an output path before the work starts; the suffix "" stands for a folder.
 
     Raises:
-        UserError: another suffix, or a file where a folder should be, or the reverse.
+        UserError: another suffix; a file in place of a folder, or a folder in place of a file.
     """
-    known = ", ".join(suffix or "a folder (no suffix)" for suffix in suffixes)
-    require(out.suffix in suffixes, f"{out} ends in {out.suffix or 'nothing'}; the output can be: {known}")
+    allowed = ", ".join(suffix or "a folder (no suffix)" for suffix in suffixes)
+    require(out.suffix in suffixes, f"{out} ends in {out.suffix or 'nothing'}; the output can be: {allowed}")
     require(not out.exists() or out.is_dir() == (not out.suffix), f"{out} is in the way; choose another --out")
 
 
 def save_text(text: str, out: Path) -> None:
-    """Write a text file in UTF-8, aside and renamed; its folder is made if missing.
+    """Write a text file in UTF-8, atomically; its folder is created if missing.
 
     Raises:
         UserError: see `writing`.
     """
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    with writing_aside(out) as partial:
+    with atomic_write(out) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line cut short by a killed process or a full disk is skipped."""
+    """The rows of a metrics.jsonl; incomplete lines (after a kill or on a full disk) are skipped."""
     rows = []
     if path.exists():
         for line in path.read_text(errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""Pictures of results: image grids and loss curves, as PNG files."""
+"""Save images: grids, loss curves, files."""
 
 from pathlib import Path
 
@@ -10,18 +10,18 @@ from torch import Tensor
 from unite_fast.utils.files import check_target, writing
 
 GAP = 2
-"""Pixels between the images of a grid, before small images are enlarged."""
+"""Pixels between the images of a grid; 1 if the images are enlarged."""
 SMALLEST = 48
-"""Images smaller than this are enlarged by a whole factor, so that a person can see them."""
+"""Images with a smaller side are enlarged by an integer factor, so that they can be seen."""
 
 
-def picture_name(index: int, label: int) -> str:
-    """Of one generated image's file."""
+def image_file_name(index: int, label: int) -> str:
+    """File name of a generated image."""
     return f"{index:06d}_class{label}.png"
 
 
 def grid(images: Tensor, columns: int) -> Image.Image:
-    """uint8 [n, 3, S, S] -> one picture, row by row, on white."""
+    """uint8 [n, 3, S, S] -> one image of all, row by row, on white."""
     n, _, size, _ = images.shape
     rows = -(-n // columns)
     factor = -(-SMALLEST // size)
@@ -31,21 +31,21 @@ def grid(images: Tensor, columns: int) -> Image.Image:
     for i, image in enumerate(images):
         top, left = gap + i // columns * cell, gap + i % columns * cell
         canvas[top : top + size, left : left + size] = image.permute(1, 2, 0)
-    picture = Image.fromarray(canvas.numpy())
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    whole = Image.fromarray(canvas.numpy())
+    return whole.resize((whole.width * factor, whole.height * factor), Image.Resampling.NEAREST)
 
 
 def pairs(originals: Tensor, reconstructions: Tensor, columns: int) -> Image.Image:
-    """Rows of originals, each above the row of its reconstructions; both uint8 [n, 3, S, S]."""
+    """A grid with each row of originals above the row of its reconstructions; both uint8 [n, 3, S, S]."""
     rows = zip(originals.split(columns), reconstructions.split(columns), strict=True)
     return grid(torch.cat([part for row in rows for part in row]), columns)
 
 
 def save_images(images: Tensor, labels: Tensor, out: Path, columns: int) -> None:
-    """uint8 [n, 3, S, S] as one PNG grid, an .npz (arr_0 uint8 [n, S, S, 3], arr_1 labels) or a folder of PNGs.
+    """Save images uint8 [n, 3, S, S] as one PNG grid, an .npz (arr_0 uint8 [n, S, S, 3], arr_1 labels) or a folder.
 
     Raises:
-        UserError: see `check_target`; or no space left, or no permission.
+        UserError: see `check_target`; no space, or no permission.
     """
     check_target(out)
     with writing(out):
@@ -57,24 +57,24 @@ def save_images(images: Tensor, labels: Tensor, out: Path, columns: int) -> None
         else:
             out.mkdir(exist_ok=True)
             for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-                Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / picture_name(i, int(label)))
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / image_file_name(i, int(label)))
 
 
-def save_pairs(originals: Tensor, copies: Tensor, out: Path) -> None:
-    """Originals, each above its copy, as one PNG.
+def save_pairs(originals: Tensor, reconstructions: Tensor, out: Path) -> None:
+    """Save a PNG of originals above their reconstructions; both uint8 [n, 3, S, S].
 
     Raises:
-        UserError: see `check_target`; or no space left, or no permission.
+        UserError: see `check_target`; no space, or no permission.
     """
     check_target(out, (".png",))
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        pairs(originals, copies, min(10, len(originals))).save(out)
+        pairs(originals, reconstructions, min(10, len(originals))).save(out)
 
 
 def save_curves(rows: list[dict], path: Path) -> None:
-    """Losses, gradient norm, learning rate and speed against the step, from the rows of metrics.jsonl."""
-    from matplotlib.figure import Figure  # slow to import, needed once a run
+    """Plot losses, gradient norm and learning rate against the step, from the rows of metrics.jsonl."""
+    from matplotlib.figure import Figure  # slow to import, and needed once per run
 
     panels = [("l1", "L1"), ("flow", "flow loss (sum of F)"), ("grad_norm", "gradient norm"), ("lr", "learning rate")]
     if any(row["lpips"] for row in rows):

@@ -1,4 +1,4 @@
-"""Progress of long work: on a terminal a bar, in a pipe a line every 30 seconds."""
+"""Progress of long work: a bar on a terminal, a line every 30 seconds in a pipe."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -10,11 +10,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 _SECONDS_BETWEEN_LINES = 30
 
 Track = Callable[[Iterable, int, str], Iterable]
-"""(batches, their number, title) -> the same batches, showing progress: `track` or `no_progress`."""
+"""(batches, number of batches, title) -> the same batches: `track`, which shows progress, or `no_progress`."""
 
 
 def progress_bar(console: Console, show: bool = True) -> Progress:
-    """A bar of the form "title [bar] done/total elapsed left remaining", drawn on a terminal alone."""
+    """A bar "title [bar] done/total elapsed left remaining", drawn only on a terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -29,7 +29,7 @@ def progress_bar(console: Console, show: bool = True) -> Progress:
 
 @contextmanager
 def progress(title: str, total: int, unit: str, console: Console | None = None) -> Iterator[Callable[[int], None]]:
-    """Give a function to call with the amount done so far, of `total`."""
+    """Yield a function; call it with the amount done so far, out of `total`."""
     console = console or Console(markup=False, emoji=False, highlight=False)
     start = last_line = time.perf_counter()
     first: int | None = None
@@ -39,7 +39,7 @@ def progress(title: str, total: int, unit: str, console: Console | None = None) 
     def show(done: int) -> None:
         nonlocal last_line, first
         now = time.perf_counter()
-        first = done if first is None else first  # an earlier run's work says nothing about this one's speed
+        first = done if first is None else first  # resumed work: what was done before does not count towards the rate
         rate = (done - first) / (now - start)
         bar.update(task, completed=done, description=f"{title} {rate:.{0 if rate >= 10 else 1}f} {unit}/s")
         if not console.is_terminal and now - last_line > _SECONDS_BETWEEN_LINES:
@@ -52,7 +52,7 @@ def progress(title: str, total: int, unit: str, console: Console | None = None) 
 
 
 def track(batches: Iterable, total: int, title: str) -> Iterator:
-    """The same batches; rank 0 shows progress on stderr."""
+    """Yield the same batches; rank 0 shows progress on stderr."""
     from unite_fast.distributed.process_group import current_ranks
 
     if not current_ranks().main:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from unite_fast.data_pipeline import open_source
-from unite_fast.data_pipeline.shards.raw_images import find_pictures
+from unite_fast.data_pipeline.shards.raw_images import find_raw_images
 from unite_fast.data_pipeline.shards.source import ShardSource
 from unite_fast.errors import UserError
 
@@ -184,8 +184,8 @@ def test_parquet_without_the_columns(make, tmp_path, mentions):
 
 
 def test_the_fingerprint_tells_listings_apart(image_folder, tmp_path):
-    one = find_pictures(image_folder, "train", None, tmp_path)
+    one = find_raw_images(image_folder, "train", None, tmp_path)
     shutil.copytree(image_folder, tmp_path / "same")
-    assert find_pictures(tmp_path / "same", "train", None, tmp_path).fingerprint() == one.fingerprint()
+    assert find_raw_images(tmp_path / "same", "train", None, tmp_path).fingerprint() == one.fingerprint()
     (tmp_path / "same" / "class0" / "000.jpg").rename(tmp_path / "same" / "class0" / "0000.jpg")
-    assert find_pictures(tmp_path / "same", "train", None, tmp_path).fingerprint() != one.fingerprint()
+    assert find_raw_images(tmp_path / "same", "train", None, tmp_path).fingerprint() != one.fingerprint()

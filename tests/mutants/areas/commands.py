@@ -6,17 +6,15 @@ CHANGES = [
         ("tests/commands/test_forwarding.py", "tests/commands/test_options.py"),
         [
             (
-                "outputs.generate_with_progress(model, labels, seed, batch, settings)",
-                "outputs.generate_with_progress(model, labels, 0, batch, settings)",
+                "= generate_with_progress(model, labels, seed, batch, changes)",
+                "= generate_with_progress(model, labels, 0, batch, changes)",
             ),
             (
-                "outputs.generate_with_progress(model, labels, seed, batch, settings)",
-                "outputs.generate_with_progress(model, labels, seed, 64, settings)",
+                "= generate_with_progress(model, labels, seed, batch, changes)",
+                "= generate_with_progress(model, labels, seed, 64, changes)",
             ),
-            ("model.config.sampling.changed(**settings),", "model.config.sampling,"),
-            ("precision or model.config.train.precision,", "model.config.train.precision,"),
-            ('model.network.device.type == "cuda" if compile is None else compile', "compile is not None"),
-            ("save_pairs(originals, copies, out)", "save_pairs(copies, originals, out)"),
+            ("model.config.sampling.changed(**changes),", "model.config.sampling,"),
+            ("save_pairs(originals, reconstructions, out)", "save_pairs(reconstructions, originals, out)"),
         ],
     ),
     (
@@ -24,9 +22,9 @@ CHANGES = [
         ("tests/commands/test_forwarding.py", "tests/commands/test_options.py"),
         [
             ("        seed=seed,\n", ""),
-            ("        count=count,\n", ""),
+            ("        count=count or 0,\n", ""),
             ('        precision=precision or "",\n', ""),
-            ("        **given(reconstructions=reconstructions),\n", ""),
+            ("        reconstructions=reconstructions,\n", ""),
             ("folder = out or default_folder(checkpoint)", "folder = default_folder(checkpoint)"),
         ],
     ),
@@ -88,6 +86,9 @@ CHANGES = [
         ("tests/commands/test_forwarding.py", "tests/commands/test_options.py"),
         [
             ("use_threads(model.config.train.threads)", "pass"),
+            ("return precision or model.config.train.precision,", "return model.config.train.precision,"),
+            ("on_cuda if compile is None else compile", "compile is not None"),
+            ('"interval": parse_interval(interval), ', ""),
         ],
     ),
     (
@@ -105,7 +106,7 @@ CHANGES = [
         "unite_fast/benchmarking/figures.py",
         ("tests/commands/test_bench.py",),
         [
-            ("rate / world * flops / measured.product_rate", "rate * flops / measured.product_rate / world / 2"),
+            ("rate / world * flops / measurement.matmul_rate", "rate * flops / measurement.matmul_rate / world / 2"),
             ('"images_per_s_slow": batch / slow', '"images_per_s_slow": batch / fast'),
             ('"images_per_s_per_gpu": rate / world', '"images_per_s_per_gpu": rate'),
         ],
@@ -136,8 +137,8 @@ CHANGES = [
         "unite_fast/benchmarking/tune.py",
         ("tests/benchmarking/test_tune.py",),
         [
-            ("> MARGIN * found.best.images_per_s", "> found.best.images_per_s"),
-            ("attempt(found.best.settings | {axis.key: value})", "attempt({axis.key: value})"),
+            ("> MARGIN * result.best.images_per_s", "> result.best.images_per_s"),
+            ("attempt(result.best.settings | {axis.key: value})", "attempt({axis.key: value})"),
             ("climbed.add(axis.key)", "pass"),
             ("if walls and seconds < min(walls):", "if seconds < 0:"),
             ("[axis for axis in every if axis.smaller] +", "[axis for axis in every if axis.climbs][:1] +"),
@@ -154,7 +155,7 @@ CHANGES = [
         "unite_fast/planning/predict.py",
         ("tests/planning/test_predict.py",),
         [
-            ("memory.FLOAT * every - activations", "memory.FLOAT * every + activations"),
+            ("memory.FLOAT * total - activations", "memory.FLOAT * total + activations"),
         ],
     ),
 ]

@@ -92,7 +92,10 @@ CHANGES = [
         [
             ('if precision == "float32":', 'if precision == "bfloat16":'),
             ("torch.use_deterministic_algorithms(deterministic)", "torch.use_deterministic_algorithms(False)"),
-            ("cudnn.allow_tf32 = matmul.allow_tf32 = False\n    try", "pass\n    try"),
+            (
+                "torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False\n    try",
+                "pass\n    try",
+            ),
         ],
     ),
     (

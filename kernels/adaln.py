@@ -1,0 +1,369 @@
+"""The three adaLN ops of a block: adaln_modulate at its start, gated_residual_adaln in its middle and
+gated_residual_norm_adaln between two blocks. One C++ and one Triton kernel serve all three."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from unite_fast.kernels import backend, native, tensors
+from unite_fast.kernels.fused_op import Backend, FusedOp, triton_backend
+from unite_fast.kernels.registry import New, Size, register
+from unite_fast.kernels.tensors import argument_error, modulate, rms_norm, upcast
+
+
+def adaln_modulate_ref(
+    x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    return modulate(rms_norm(x, weight, eps), shift, scale).to(out_dtype or x.dtype)
+
+
+def gated_residual_adaln_ref(x, branch, gate, weight, shift, scale, eps=1e-6, out_dtype=None):
+    x = _gated_residual(x, branch, gate).to(x.dtype)
+    return x, adaln_modulate_ref(x, weight, shift, scale, eps, out_dtype)
+
+
+def gated_residual_norm_adaln_ref(x, branch, gate, norm_weight, weight, shift, scale, eps=1e-6, out_dtype=None):
+    x = rms_norm(_gated_residual(x, branch, gate), norm_weight, eps).to(x.dtype)
+    return x, adaln_modulate_ref(x, weight, shift, scale, eps, out_dtype)
+
+
+def _gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    return upcast(x) + upcast(gate).unsqueeze(1) * upcast(branch)
+
+
+# The functions below serve all three ops: branch, gate and norm_weight are None for an op without them, and so are the
+# results that belong to them.
+
+
+def _empty_outputs(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype):
+    """x_out, h and the rstd of the norms."""
+    b, t, _ = x.shape
+    x_out = None if branch is None else tensors.empty_like(x)
+    rstd = x.new_empty((b, t) if norm_weight is None else (2, b, t), dtype=torch.float32)
+    return x_out, tensors.empty_like(x, out_dtype), rstd
+
+
+def _native_forward(name, x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype):
+    x_out, h, rstd = _empty_outputs(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype)
+    x, branch, gate = tensors.dense(x), _supported(branch), _supported(gate)
+    norm_weight, weight = tensors.as_float32(norm_weight), tensors.as_float32(weight)
+    shift, scale = _supported(shift), _supported(scale)
+    native.run(
+        f"{name}_forward",
+        *x.shape,
+        eps,
+        *native.rows(x),
+        *_branch_arguments(branch, gate),
+        *_address(norm_weight),
+        weight.data_ptr(),
+        *native.vectors(shift),
+        *native.vectors(scale),
+        *(() if x_out is None else native.rows(x_out)),
+        *native.rows(h),
+        rstd.data_ptr(),
+    )
+    return x_out, h, rstd
+
+
+def _empty_gradients(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, rstd):
+    """Of x, branch, gate, norm_weight, weight, shift and scale."""
+    gated, normed = branch is not None, norm_weight is not None
+    return (
+        tensors.empty_like(x),
+        tensors.empty_gradient(branch) if gated else None,
+        tensors.empty_gradient(gate) if gated else None,
+        tensors.empty_weight_gradient(norm_weight, x) if normed else None,
+        tensors.empty_weight_gradient(weight, x),
+        tensors.empty_gradient(scale),
+        tensors.empty_gradient(scale),
+    )
+
+
+def _native_backward(name, d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, rstd):
+    gradients = _empty_gradients(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, rstd)
+    d_x, d_branch, d_gate, d_norm_weight, d_weight, d_shift, d_scale = gradients
+    d_h = tensors.gradient_or_zeros(d_h, x.shape, x)
+    if branch is not None:
+        d_x_out = tensors.gradient_or_zeros(d_x_out, x.shape, x)
+    x, branch, gate = tensors.dense(x), _supported(branch), _supported(gate)
+    norm_weight, weight, scale = tensors.as_float32(norm_weight), tensors.as_float32(weight), _supported(scale)
+    native.run(
+        f"{name}_backward",
+        *x.shape,
+        *(() if branch is None else native.rows(d_x_out)),
+        *native.rows(d_h),
+        *native.rows(x),
+        *_branch_arguments(branch, gate),
+        *_address(norm_weight),
+        weight.data_ptr(),
+        *native.vectors(scale),
+        rstd.data_ptr(),
+        *native.rows(d_x),
+        *_branch_arguments(d_branch, d_gate),
+        *_address(d_norm_weight),
+        d_weight.data_ptr(),
+        *native.vectors(d_shift),
+        *native.vectors(d_scale),
+    )
+    return gradients
+
+
+def _supported(x: Tensor | None) -> Tensor | None:
+    return None if x is None else tensors.as_supported(x)
+
+
+def _branch_arguments(branch: Tensor | None, gate: Tensor | None) -> tuple[int, ...]:
+    return () if branch is None else (*native.rows(branch), *native.vectors(gate))
+
+
+def _address(x: Tensor | None) -> tuple[int, ...]:
+    return () if x is None else (x.data_ptr(),)
+
+
+def _adaln_op(
+    name: str, expand: Callable[..., tuple], expand_backward: Callable[..., tuple], recompute: bool = False, **schema
+) -> FusedOp:
+    """One of the three ops. `expand` inserts None for the inputs that it does not have."""
+
+    def apply(run: Callable[..., tuple], expand: Callable[..., tuple], *leading) -> Callable[..., tuple]:
+        return lambda *inputs: tuple(r for r in run(*leading, *expand(*inputs)) if r is not None)
+
+    return FusedOp(
+        name,
+        fake_forward=apply(_empty_outputs, expand),
+        fake_backward=apply(_empty_gradients, expand_backward),
+        backends={
+            "native": Backend(apply(_native_forward, expand, name), apply(_native_backward, expand_backward, name)),
+            "triton": triton_backend("adaln", name, recompute),
+        },
+        **schema,
+    )
+
+
+adaln_modulate_op = _adaln_op(
+    "adaln_modulate",
+    lambda x, *vectors: (x, None, None, None, *vectors),
+    lambda d_h, x, *vectors: (None, d_h, x, None, None, None, *vectors),
+    inputs="Tensor x, Tensor weight, Tensor shift, Tensor scale, float eps, ScalarType? out_dtype",
+    outputs="Tensor, Tensor",
+    results=1,
+    backward_inputs="Tensor d_out, Tensor x, Tensor weight, Tensor scale, Tensor rstd",
+    backward_outputs="Tensor, Tensor, Tensor, Tensor",
+    saved=lambda inputs, outputs: (inputs[0], inputs[1], inputs[3], outputs[1]),
+)
+
+gated_residual_adaln_op = _adaln_op(
+    "gated_residual_adaln",
+    lambda x, branch, gate, *vectors: (x, branch, gate, None, *vectors),
+    lambda d_x_out, d_h, x_out, branch, gate, *vectors: (d_x_out, d_h, x_out, branch, gate, None, *vectors),
+    recompute=True,
+    inputs="Tensor x, Tensor branch, Tensor gate, Tensor weight, Tensor shift, Tensor scale, float eps, "
+    "ScalarType? out_dtype",
+    outputs="Tensor, Tensor, Tensor",
+    results=2,
+    backward_inputs="Tensor? d_x_out, Tensor? d_h, Tensor x_out, Tensor branch, Tensor gate, Tensor weight, "
+    "Tensor scale, Tensor rstd",
+    backward_outputs="Tensor, Tensor, Tensor, Tensor, Tensor, Tensor",
+    # x_out instead of x: the next op saves it as well, so it costs no memory.
+    saved=lambda inputs, outputs: (outputs[0], *inputs[1:4], inputs[5], outputs[2]),
+)
+
+gated_residual_norm_adaln_op = _adaln_op(
+    "gated_residual_norm_adaln",
+    lambda *inputs: inputs,
+    lambda *inputs: inputs,
+    inputs="Tensor x, Tensor branch, Tensor gate, Tensor norm_weight, Tensor weight, Tensor shift, Tensor scale, "
+    "float eps, ScalarType? out_dtype",
+    outputs="Tensor, Tensor, Tensor",
+    results=2,
+    backward_inputs="Tensor? d_x_out, Tensor? d_h, Tensor x, Tensor branch, Tensor gate, Tensor norm_weight, "
+    "Tensor weight, Tensor scale, Tensor rstd",
+    backward_outputs="Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor",
+    # Not x_out: recomputing it takes less time than reading it.
+    saved=lambda inputs, outputs: (*inputs[:5], inputs[6], outputs[2]),
+)
+
+
+def adaln_modulate(
+    x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """RMSNorm with weight, then scale and shift per sample.
+
+        out = x / sqrt(mean(x^2) + eps) * weight * (1 + scale) + shift
+
+    The mean and all products are float32. Source: adaLN of DiT (Peebles and Xie, arXiv 2212.09748) on RMSNorm.
+
+    Args:
+        x: [B, T, D]. The mean is over D.
+        weight: [D].
+        shift: [B, D].
+        scale: [B, D].
+        eps: added to the mean square.
+        out_dtype: dtype of the result; x's own by default.
+
+    Returns:
+        [B, T, D].
+
+    Raises:
+        ValueError: shapes that do not match.
+    """
+    check_modulation("adaln_modulate", x, weight, shift, scale)
+    chosen = backend.choose(x, out_dtype)
+    if chosen == "reference":
+        return adaln_modulate_ref(x, weight, shift, scale, eps, out_dtype)
+    return adaln_modulate_op(chosen, x, weight, shift, scale, eps, out_dtype)
+
+
+def gated_residual_adaln(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The middle of a block: add the gated branch to the residual, then `adaln_modulate`.
+
+        x_out = x + gate * branch
+        h     = adaln_modulate(x_out, weight, shift, scale)
+
+    All arithmetic is float32; h is computed from x_out as rounded to its dtype. Source: DiT (Peebles and Xie, arXiv
+    2212.09748).
+
+    Args:
+        x: [B, T, D], the residual.
+        branch: [B, T, D], the result of attention or the MLP.
+        gate: [B, D].
+        weight: [D], of the RMSNorm.
+        shift: [B, D].
+        scale: [B, D].
+        eps: added to the mean square.
+        out_dtype: dtype of h; x's own by default.
+
+    Returns:
+        x_out [B, T, D] in x's dtype, and h [B, T, D].
+
+    Raises:
+        ValueError: shapes that do not match.
+    """
+    check_modulation("gated_residual_adaln", x, weight, shift, scale)
+    check_branch("gated_residual_adaln", x, branch, gate)
+    chosen = backend.choose(x, out_dtype)
+    if chosen == "reference":
+        return gated_residual_adaln_ref(x, branch, gate, weight, shift, scale, eps, out_dtype)
+    return gated_residual_adaln_op(chosen, x, branch, gate, weight, shift, scale, eps, out_dtype)
+
+
+def gated_residual_norm_adaln(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The boundary of two blocks: gated residual and final norm of one, then `adaln_modulate` of the next.
+
+        x_out = rms_norm(x + gate * branch, norm_weight)
+        h     = adaln_modulate(x_out, weight, shift, scale)
+
+    All arithmetic is float32; h is computed from x_out as rounded to its dtype. Source: DiT (Peebles and Xie, arXiv
+    2212.09748), with the third norm of UNITE's block.
+
+    Args:
+        x: [B, T, D], the residual.
+        branch: [B, T, D], the result of the MLP.
+        gate: [B, D].
+        norm_weight: [D], norm3 of the block that ends.
+        weight: [D], norm1 of the block that begins, or of the final layer; likewise shift and scale.
+        shift: [B, D].
+        scale: [B, D].
+        eps: added to the mean squares of both norms.
+        out_dtype: dtype of h; x's own by default.
+
+    Returns:
+        x_out [B, T, D] in x's dtype, and h [B, T, D].
+
+    Raises:
+        ValueError: shapes that do not match.
+    """
+    op = "gated_residual_norm_adaln"
+    check_modulation(op, x, weight, shift, scale)
+    check_branch(op, x, branch, gate)
+    if norm_weight.shape != weight.shape:
+        raise argument_error(op, f"norm_weight must be {list(weight.shape)}")
+    chosen = backend.choose(x, out_dtype)
+    if chosen == "reference":
+        return gated_residual_norm_adaln_ref(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype)
+    return gated_residual_norm_adaln_op(chosen, x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype)
+
+
+def check_modulation(op: str, x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor) -> None:
+    if x.dim() != 3:
+        raise argument_error(op, f"x must be [B, T, D], got {list(x.shape)}")
+    b, _, d = x.shape
+    if weight.shape != (d,):
+        raise argument_error(op, f"weight must be [{d}], got {list(weight.shape)}")
+    if shift.shape != (b, d):
+        raise argument_error(op, f"shift must be [{b}, {d}], got {list(shift.shape)}")
+    if scale.shape != (b, d):
+        raise argument_error(op, f"scale must be [{b}, {d}], got {list(scale.shape)}")
+
+
+def check_branch(op: str, x: Tensor, branch: Tensor, gate: Tensor) -> None:
+    b, _, d = x.shape
+    if branch.shape != x.shape:
+        raise argument_error(op, f"branch must be {list(x.shape)} like x, got {list(branch.shape)}")
+    if gate.shape != (b, d):
+        raise argument_error(op, f"gate must be [{b}, {d}], got {list(gate.shape)}")
+
+
+def adaln_inputs(size: Size, new: New, names: str) -> dict[str, Tensor]:
+    """The named inputs of an adaLN op, by name."""
+    b, t, d = size.batch, size.tokens, size.width
+    # One Linear computes all modulation vectors of a block, so each is a strided view of its result.
+    shift, scale, gate = new(b, 3 * d, dtype=size.other).chunk(3, dim=-1)
+    inputs = {
+        # The residual stream is larger than a branch.
+        "x": 3 * new(b, t, d, dtype=size.residual),
+        "branch": new(b, t, d, dtype=size.other),
+        "gate": gate,
+        "norm_weight": new(d, dtype=size.weights, around=1.0),
+        "weight": new(d, dtype=size.weights, around=1.0),
+        "shift": shift,
+        "scale": scale,
+    }
+    return {name: inputs[name] for name in names.split()}
+
+
+def _entry(names: str) -> dict:
+    """`gradients` and `example` of an op's entry in the registry."""
+
+    def example(size, new):
+        return {**adaln_inputs(size, new, names), "eps": 1e-6, "out_dtype": size.other}
+
+    return {"gradients": tuple(names.split()), "example": example}
+
+
+# Three roundings: of x_out, before h is computed from it, of the result, and of the gradient of x_out.
+register(adaln_modulate, adaln_modulate_ref, adaln_modulate_op, **_entry("x weight shift scale"))
+register(
+    gated_residual_adaln,
+    gated_residual_adaln_ref,
+    gated_residual_adaln_op,
+    roundings=3,
+    **_entry("x branch gate weight shift scale"),
+)
+register(
+    gated_residual_norm_adaln,
+    gated_residual_norm_adaln_ref,
+    gated_residual_norm_adaln_op,
+    roundings=3,
+    **_entry("x branch gate norm_weight weight shift scale"),
+)

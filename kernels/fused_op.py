@@ -1,0 +1,204 @@
+"""`FusedOp`: one differentiable op made of its fast backends, `native` and `triton`.
+
+An eager call runs a `torch.autograd.Function` around the backend, which adds about 20 us; a dispatcher op written in
+Python would add about 95. Under torch.compile, fake tensors or a dispatch mode, a call runs the dispatcher op
+`unite_fast::NAME`, with the gradient `unite_fast::NAME_backward`, because only that is visible to them. Both paths run
+the same code on the same numbers.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from unite_fast.kernels import backend
+
+_library = torch.library.Library("unite_fast", "FRAGMENT")
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+Results = tuple[Tensor, ...]
+
+
+class Backend(NamedTuple):
+    """One implementation of an op. All backends of an op save the same tensors for backward."""
+
+    forward: Callable[..., Results]
+    """(*inputs) -> outputs. No output may be an input or a view of one. Small outputs may share one allocation."""
+    backward: Callable[..., Results]
+    """(gradient of each result, None if unused; *saved) -> gradients of the first inputs."""
+    eager_forward: Callable[..., Results] | None = None
+    """Replaces `forward` in eager mode; here an output may be a view of an input."""
+    backward_recompute: Callable[..., Results] | None = None
+    """`backward` that also recomputes the op's result, for an op that does not save it: gradients, then result."""
+
+
+def triton_backend(module: str, name: str, recompute: bool = False) -> Backend:
+    """The functions NAME_forward, NAME_backward and, with `recompute`, NAME_backward_recompute of
+    kernels/triton_kernels/MODULE.py. The module is imported by the first call: Triton is not on every machine."""
+
+    def launcher(suffix: str) -> Callable[..., Results]:
+        def call(*inputs):
+            kernels = importlib.import_module(f"unite_fast.kernels.triton_kernels.{module}")
+            return getattr(kernels, f"{name}_{suffix}")(*inputs)
+
+        return call
+
+    return Backend(
+        launcher("forward"),
+        launcher("backward"),
+        backward_recompute=launcher("backward_recompute") if recompute else None,
+    )
+
+
+class FusedOp:
+    """A differentiable op with several backends. docs/adding-a-kernel.md builds one step by step.
+
+    Args:
+        name: name in `torch.ops.unite_fast`.
+        inputs, outputs: the types, as PyTorch's operator schemas write them.
+        results: the first so many outputs are the caller's; the others are saved for backward.
+        fake_forward: `forward` on tensors without data: allocates outputs of the right shape, dtype and strides.
+        backward_inputs: gradients of the results, then what `saved` returns.
+        backward_outputs: gradients of the first inputs, one for each.
+        fake_backward: `backward` on tensors without data.
+        saved: (inputs, outputs) -> what backward needs.
+        backends: by name, "native" or "triton".
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        inputs: str,
+        outputs: str,
+        results: int,
+        fake_forward: Callable[..., Results],
+        backward_inputs: str,
+        backward_outputs: str,
+        fake_backward: Callable[..., Results],
+        saved: Callable[[tuple, Results], tuple],
+        backends: dict[str, Backend],
+    ):
+        self.name = name
+        self.results = results
+        self.fake_forward = fake_forward
+        self.fake_backward = fake_backward
+        self.saved = saved
+        self.backends = {key: _without_autocast(backend) for key, backend in backends.items()}
+        for op, schema, direction, fake in (
+            (name, f"({inputs}) -> ({outputs})", "forward", fake_forward),
+            (f"{name}_backward", f"({backward_inputs}) -> ({backward_outputs})", "backward", fake_backward),
+        ):
+            _library.define(op + schema)
+            runs = {key: _unpacked(_unshared(getattr(b, direction))) for key, b in self.backends.items()}
+            for device in ("cpu", "cuda"):
+                _library.impl(op, _choose_by_device(runs, torch.device(device)), device.upper())
+            torch.library.register_fake(f"unite_fast::{op}", _unpacked(fake), lib=_library)
+        self.op = getattr(torch.ops.unite_fast, name).default
+        self.backward_op = getattr(torch.ops.unite_fast, f"{name}_backward").default
+
+        def setup_context(ctx, inputs, output):
+            output = as_tuple(output)
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*output[results:])
+            _save(ctx, saved(inputs, output))
+
+        torch.library.register_autograd(
+            f"unite_fast::{name}",
+            lambda ctx, *incoming: _gradients(self.backward_op, ctx, incoming[:results]),
+            setup_context=setup_context,
+            lib=_library,
+        )
+        self.functions = {key: self._function(b) for key, b in self.backends.items()}
+
+    def _function(self, implementation: Backend) -> type[torch.autograd.Function]:
+        run = implementation.eager_forward or implementation.forward
+
+        def forward(ctx, *inputs):
+            outputs = run(*inputs)
+            ctx.set_materialize_grads(False)
+            _save(ctx, self.saved(inputs, outputs))
+            return outputs[: self.results] if self.results > 1 else outputs[0]
+
+        @once_differentiable
+        def backward(ctx, *incoming):
+            return _gradients(implementation.backward, ctx, incoming)
+
+        # A class of the op's own name: profiles show it.
+        return type(
+            self.name,
+            (torch.autograd.Function,),
+            {"forward": staticmethod(forward), "backward": staticmethod(backward)},
+        )
+
+    def __call__(self, chosen: str, *inputs):
+        """Run the backend that `backend.choose` returned for these inputs."""
+        if torch.compiler.is_compiling() or needs_dispatcher(inputs[0]):
+            outputs = as_tuple(self.op(*inputs))
+            return outputs[: self.results] if self.results > 1 else outputs[0]
+        return self.functions[chosen].apply(*inputs)
+
+
+def needs_dispatcher(x: Tensor) -> bool:
+    """Whether a call on x must go through the dispatcher: x is fake or traced, so that it has no address, or a dispatch
+    mode is active."""
+    return type(x) not in _PLAIN or bool(torch._C._len_torch_dispatch_stack())
+
+
+def _without_autocast(implementation: Backend) -> Backend:
+    """The backend with autocast off in its forward pass, where autocast would cast the inputs of PyTorch's operators a
+    second time."""
+
+    def wrap(run: Callable[..., Results] | None) -> Callable[..., Results] | None:
+        def call(*inputs):
+            device = inputs[0].device.type
+            if not torch.is_autocast_enabled(device):
+                return run(*inputs)
+            with torch.autocast(device, enabled=False):
+                return run(*inputs)
+
+        return run and call
+
+    forward, eager_forward = wrap(implementation.forward), wrap(implementation.eager_forward)
+    return implementation._replace(forward=forward, eager_forward=eager_forward)
+
+
+def _save(ctx, values: tuple) -> None:
+    """Save values for backward. `save_for_backward` takes tensors only; the others become an attribute."""
+    ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in values))
+    ctx.others = [None if isinstance(value, Tensor) else value for value in values]
+
+
+def _gradients(backward: Callable[..., Results], ctx, incoming: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    saved = (other if tensor is None else tensor for tensor, other in zip(ctx.saved_tensors, ctx.others, strict=True))
+    gradients = as_tuple(backward(*incoming, *saved))
+    needed = ctx.needs_input_grad
+    gradients += (None,) * (len(needed) - len(gradients))
+    # An op cannot return None, so a weight that is None has an empty gradient here.
+    return tuple(g if n else None for g, n in zip(gradients, needed, strict=True))
+
+
+def _choose_by_device(runs: dict[str, Callable], device: torch.device) -> Callable:
+    return lambda *inputs: runs[backend.fused_backend_on(device)](*inputs)
+
+
+def _unshared(run: Callable[..., Results]) -> Callable[..., Results]:
+    """`run`, with a copy of each result that shares its allocation with another: the dispatcher forbids sharing."""
+    return lambda *inputs: tuple(r.clone() if r.untyped_storage().nbytes() > r.nbytes else r for r in run(*inputs))
+
+
+def _unpacked(run: Callable[..., Results]) -> Callable:
+    """`run`, with a single result returned without its tuple, as operator schemas have it."""
+
+    def call(*inputs):
+        results = run(*inputs)
+        return results if len(results) > 1 else results[0]
+
+    return call
+
+
+def as_tuple(results: Tensor | Results) -> Results:
+    return results if isinstance(results, tuple) else (results,)

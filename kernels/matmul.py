@@ -1,0 +1,65 @@
+"""Forward and backward of a Linear, for the ops in linear.py and attention.py.
+
+    y = x W^T + b,    dx = dy W,  dW = dy^T x,  db = sum of dy over the rows
+
+x, y, dx and dy have the dtype of the matmul (bfloat16 or float32). W and b are float32 parameters, and their gradients
+are float32 too: a bfloat16 sum over all tokens of a batch would lose digits without saving anything.
+
+A CPU without bfloat16 instructions runs bfloat16 matmuls ten times slower than float32 ones. There, the operands are
+rounded to bfloat16 and multiplied in float32: the product of two bfloat16 numbers is exact in float32, and sums are
+float32 in both cases.
+"""
+
+import torch
+from torch import Tensor
+
+from unite_fast.kernels.casts import cast
+
+
+def bfloat16_instructions() -> bool:
+    """Whether PyTorch has fast bfloat16 matmuls on this CPU."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def in_float32(x: Tensor) -> bool:
+    """Whether matmuls of tensors like x run in float32 after an (exact) cast."""
+    return x.dtype == torch.bfloat16 and x.is_cpu and not bfloat16_instructions()
+
+
+def sums_in_float32(x: Tensor) -> bool:
+    """Whether x's device can return a bfloat16 matmul in float32, so that no pass is needed to cast it."""
+    return x.is_cuda and x.dtype == torch.bfloat16
+
+
+def matmul(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x [..., K], weight [N, K], bias [N] -> [..., N] in x's dtype; weight and bias are rounded to it."""
+    weight, bias = cast(weight, x.dtype), cast(bias, x.dtype)
+    if in_float32(x):
+        return torch.nn.functional.linear(x.float(), weight.float(), bias.float()).to(x.dtype)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def matmul_backward(d_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """d_y [..., N], x [..., K], weight [N, K] -> d_x [..., K] in d_y's dtype, d_weight and d_bias in float32."""
+    return input_gradient(d_y, weight), *weight_gradients(d_y, x)
+
+
+def input_gradient(d_y: Tensor, weight: Tensor) -> Tensor:
+    """d_y [..., N], weight [N, K] -> d_x [..., K] in d_y's dtype."""
+    weight = cast(weight, d_y.dtype)
+    if in_float32(d_y):
+        return (d_y.float() @ weight.float()).to(d_y.dtype)
+    return d_y @ weight
+
+
+def weight_gradients(d_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """d_y [..., N], x [..., K] -> d_weight [N, K] and d_bias [N] in float32."""
+    d_y, x = d_y.reshape(-1, d_y.shape[-1]), x.reshape(-1, x.shape[-1])
+    if in_float32(x):
+        d_y = d_y.float()
+        d_weight = d_y.mT @ x.float()
+    elif sums_in_float32(x):
+        d_weight = torch.mm(d_y.mT, x, out_dtype=torch.float32)
+    else:
+        d_weight = (d_y.mT @ x).float()
+    return d_weight, d_y.sum(0, dtype=torch.float32)

@@ -1,0 +1,112 @@
+"""The list of ops. Tests, the kernels benchmark, the traffic count and cross-compilation walk `OPS`; each op file adds
+its entry with `register`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unite_fast.kernels.fused_op import FusedOp
+
+New = Callable[..., Tensor]
+"""new(*shape, dtype=torch.float32, around=0.0) -> a tensor: normal numbers around a mean in a test or a benchmark, no
+data where only shapes matter."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of an op's example inputs: of an encoder block, or of latents with `width` channels."""
+
+    batch: int
+    tokens: int
+    width: int
+    heads: int = 1
+    head_dim: int = 0
+    hidden: int = 0
+    """Hidden width of SwiGLU."""
+    draws: int = 3
+    """Flow draws of one latent."""
+    residual: torch.dtype = torch.float32
+    """Dtype of the residual stream, or of the latents z."""
+    other: torch.dtype = torch.bfloat16
+    """Dtype of branches, modulation and results."""
+    weights: torch.dtype = torch.float32
+
+
+class Traffic(NamedTuple):
+    """Bytes that the two passes of an op must read and write."""
+
+    forward: int
+    backward: int
+
+
+@dataclass(frozen=True)
+class Op:
+    """What the walkers of `OPS` need to know of one op."""
+
+    function: Callable[..., Any]
+    """The public function."""
+    reference: Callable[..., Any] | None
+    """The formula in plain PyTorch, with the function's arguments; None where the function contains it."""
+    fused: FusedOp
+    example: Callable[[Size, New], dict[str, Any]]
+    """(size, new) -> keyword arguments of the function."""
+    gradients: tuple[str, ...]
+    """Names of the arguments that get a gradient."""
+    part: Literal["block", "latents", "linear", "lpips"] = "block"
+    """Where the model uses it. An op of a block has results [B, T, ...] or [B, H, T, K], and
+    tests/kernels/test_fused_op.py compares it with its reference; ops of blocks and latents are benchmarked."""
+    roundings: int = 1
+    """Roundings to bfloat16 between an input and a result when everything is bfloat16."""
+    op_inputs: Callable[..., tuple] | None = None
+    """(**example) -> inputs of `fused`; by default the arguments of the same names."""
+    unread: Callable[[Size], Traffic] | None = None
+    """Bytes of tensors that a pass takes or returns but does not touch."""
+
+    @property
+    def name(self) -> str:
+        return self.fused.name
+
+    @property
+    def reads_residual(self) -> bool:
+        """Whether an input has the dtype of the residual stream."""
+        size = Size(1, 2, 4, heads=2, head_dim=2, hidden=2, residual=torch.float64)
+        return any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in self.inputs(self.example(size, empty)))
+
+    def inputs(self, example: dict[str, Any]) -> tuple:
+        """The inputs of `fused` in a call of the function with `example`."""
+        if self.op_inputs:
+            return self.op_inputs(**example)
+        return tuple(example[argument.name] for argument in self.fused.op._schema.arguments)
+
+    def traffic(self, size: Size) -> Traffic:
+        """Bytes at a size: every tensor that a pass takes or returns, once. What a backend writes and reads between two
+        of its own kernels, such as partial sums of gradients, is not counted."""
+        inputs = self.inputs(self.example(size, empty))
+        outputs = self.fused.fake_forward(*inputs)
+        backward_inputs = *outputs[: self.fused.results], *self.fused.saved(inputs, outputs)
+        gradients = self.fused.fake_backward(*backward_inputs)
+        unread = self.unread(size) if self.unread else Traffic(0, 0)
+        return Traffic(
+            _nbytes(*inputs, *outputs) - unread.forward, _nbytes(*backward_inputs, *gradients) - unread.backward
+        )
+
+
+OPS: dict[str, Op] = {}
+"""By name, in the order in which `unite_fast.kernels` imports them."""
+
+
+def register(function: Callable[..., Any], reference: Callable[..., Any] | None, fused: FusedOp, **fields) -> None:
+    """Add an op to `OPS`; `fields` are those of `Op`."""
+    OPS[fused.name] = Op(function, reference, fused, **fields)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32, around: float = 0.0) -> Tensor:
+    """A tensor without data, for `Op.example`."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _nbytes(*values) -> int:
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))

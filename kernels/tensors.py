@@ -1,0 +1,87 @@
+"""What the ops share: their arithmetic in plain PyTorch, and how the fast backends read and allocate tensors."""
+
+from collections.abc import Sequence
+from math import gcd
+
+import torch
+from torch import Tensor
+
+EPS = 1e-6
+"""Epsilon of RMSNorms that are recomputed in backward; forward and backward must agree."""
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""Dtypes that the fast backends read and write, numbered as `Type` in csrc/element.h."""
+
+
+def upcast(x: Tensor) -> Tensor:
+    """float32 of a lower precision; float32 and float64 (the tests' truth) are left as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich, arXiv 1910.07467), in float32 or better."""
+    x = upcast(x)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * upcast(weight)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift, with x [B, T, D] and one shift and scale per sample, [B, D]."""
+    return x * (1 + upcast(scale).unsqueeze(1)) + upcast(shift).unsqueeze(1)
+
+
+def argument_error(op: str, message: str) -> ValueError:
+    """The error for an argument that an op cannot take. Call it only after the check failed: formatting a message costs
+    as much as a small op."""
+    return ValueError(f"{op}: {message}")
+
+
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """The dtype to which a Linear casts x. An op that writes it directly saves a pass over memory."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def dense(x: Tensor) -> Tensor:
+    """x, or a contiguous copy if its last dimension is strided. Keep a reference while its address is in use."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def as_float32(x: Tensor | None) -> Tensor | None:
+    """A weight or table in contiguous float32."""
+    return None if x is None else x.float().contiguous()
+
+
+def as_supported(x: Tensor) -> Tensor:
+    """x in one of `DTYPES` (float32 if it has another), with a dense last dimension."""
+    return dense(x if x.dtype in DTYPES else x.float())
+
+
+def gradient_or_zeros(incoming: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """An incoming gradient with a dense last dimension. None (output unused) becomes zeros in `like`'s dtype, expanded
+    from one row so that no full tensor is allocated."""
+    if incoming is None:
+        return like.new_zeros(shape[-1]).expand(shape)
+    return dense(incoming)
+
+
+def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised contiguous tensor of x's shape, in `dtype` or x's own."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def empty_gradient(x: Tensor) -> Tensor:
+    """Uninitialised gradient of an input that a backend reads with `as_supported`."""
+    return empty_like(x, None if x.dtype in DTYPES else torch.float32)
+
+
+def empty_weight_gradient(weight: Tensor | None, beside: Tensor) -> Tensor:
+    """Uninitialised float32 gradient of a weight; an empty tensor on `beside`'s device for a weight that is None."""
+    return beside.new_empty(0, dtype=torch.float32) if weight is None else empty_like(weight, torch.float32)
+
+
+def in_units(strides: Sequence[int]) -> tuple[int, list[int]]:
+    """The largest unit, at most 8 elements, that divides all strides, and the strides counted in it, for a Triton
+    kernel. Triton cannot see by itself that a stride of 72 is a multiple of 8, so it would not load 8 bfloat16 numbers
+    (16 bytes) at once."""
+    unit = gcd(8, *strides)
+    return unit, [stride // unit for stride in strides]

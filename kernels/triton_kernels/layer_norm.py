@@ -1,0 +1,169 @@
+"""LayerNorm on CUDA, for the Linears behind one: one kernel each way, and one for the sums of the weights' gradients.
+
+    x_out = x + branch                                with a branch (else x_out = x)
+    n = (x_out - mean(x_out)) / sqrt(var(x_out) + eps),   out = n * weight + bias
+
+A program takes `TOKENS` rows, one after another, and holds weight and bias in registers meanwhile. float32 inside. The
+gradients of weight and bias are one partial sum a program, added up in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from unite_fast.kernels import tensors
+from unite_fast.kernels.triton_kernels.sums import sum_rows
+
+TOKENS = 16
+"""Rows of a program: the partial sums then cost half a byte for each number of x, written and read."""
+LANES_EACH = 8
+"""Elements of a row that a thread takes: one access of 16 bytes of bfloat16, two of float32."""
+
+
+@triton.jit
+def _layer_norm_fwd_kernel(
+    x,
+    branch,
+    weight,
+    bias,
+    x_out,
+    out,
+    mean,
+    rstd,
+    rows,
+    eps,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    i_first = tl.program_id(0).to(tl.int64) * TOKENS
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    b_weight = tl.load(weight + o_d, mask=m_d, other=0.0)
+    b_bias = tl.load(bias + o_d, mask=m_d, other=0.0)
+    for i_row in range(i_first, tl.minimum(i_first + TOKENS, rows)):
+        b_x = tl.load(x + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+        if branch is not None:
+            b_x += tl.load(branch + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+            # What the next op reads is the rounded residual: out is made of the same.
+            b_x = b_x.to(x_out.dtype.element_ty)
+            tl.store(x_out + i_row * D + o_d, b_x, mask=m_d)
+            b_x = b_x.to(tl.float32)
+        b_mean = tl.sum(b_x, axis=0) / D
+        b_x = tl.where(m_d, b_x - b_mean, 0.0)
+        b_inverse = tl.rsqrt(tl.sum(b_x * b_x, axis=0) / D + eps)
+        tl.store(mean + i_row, b_mean)
+        tl.store(rstd + i_row, b_inverse)
+        b_out = b_x * b_inverse * b_weight + b_bias
+        tl.store(out + i_row * D + o_d, b_out.to(out.dtype.element_ty), mask=m_d)
+
+
+@triton.jit
+def _layer_norm_bwd_kernel(
+    d_x_out,
+    d_out,
+    x,
+    weight,
+    bias,
+    mean,
+    rstd,
+    d_x,
+    d_branch,
+    out,
+    partial,
+    rows,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    i_first = tl.program_id(0).to(tl.int64) * TOKENS
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    b_weight = tl.load(weight + o_d, mask=m_d, other=0.0)
+    if out is not None:
+        b_bias = tl.load(bias + o_d, mask=m_d, other=0.0)
+    b_d_weight = tl.zeros((BD,), tl.float32)
+    b_d_bias = tl.zeros((BD,), tl.float32)
+    for i_row in range(i_first, tl.minimum(i_first + TOKENS, rows)):
+        b_x = tl.load(x + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_g = tl.load(d_out + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+        if d_x_out is not None:
+            b_d_x_out = tl.load(d_x_out + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_r = tl.load(rstd + i_row)
+        b_n = tl.where(m_d, (b_x - tl.load(mean + i_row)) * b_r, 0.0)
+        b_d_weight += b_g * b_n
+        b_d_bias += b_g
+        b_a = b_g * b_weight
+        b_d_x = b_r * (b_a - tl.sum(b_a, axis=0) / D - b_n * (tl.sum(b_a * b_n, axis=0) / D))
+        if d_x_out is not None:
+            b_d_x += b_d_x_out
+        tl.store(d_x + i_row * D + o_d, b_d_x.to(d_x.dtype.element_ty), mask=m_d)
+        if d_branch is not None:
+            tl.store(d_branch + i_row * D + o_d, b_d_x.to(d_branch.dtype.element_ty), mask=m_d)
+        if out is not None:
+            tl.store(out + i_row * D + o_d, (b_n * b_weight + b_bias).to(out.dtype.element_ty), mask=m_d)
+    p_partial = partial + tl.program_id(0).to(tl.int64) * D + o_d
+    tl.store(p_partial, b_d_weight, mask=m_d)
+    tl.store(p_partial + tl.num_programs(0).to(tl.int64) * D, b_d_bias, mask=m_d)
+
+
+def layer_norm_forward(x, weight, bias, eps, out_dtype):
+    """x [..., D], weight and bias [D] -> out [..., D] in `out_dtype`, mean and rstd [..., 1] float32."""
+    return _forward(x, None, weight, bias, eps, out_dtype)[1:]
+
+
+def residual_layer_norm_forward(x, branch, weight, bias, eps, out_dtype):
+    """As layer_norm_forward, of x + branch, both [..., D] -> x_out like x, out, mean, rstd."""
+    return _forward(x, branch, weight, bias, eps, out_dtype)
+
+
+def _forward(x, branch, weight, bias, eps, out_dtype):
+    x, out = x.contiguous(), tensors.empty_like(x, out_dtype)
+    x_out = None
+    if branch is not None:
+        x_out, branch = tensors.empty_like(x), tensors.as_supported(branch).contiguous()
+    mean, rstd = (x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(2))
+    if out.numel():
+        pointers = x, branch, *map(tensors.as_float32, (weight, bias)), x_out, out, mean, rstd
+        _layer_norm_fwd_kernel[_grid(x)](*pointers, mean.numel(), eps, **_sizes(x))
+    return x_out, out, mean, rstd
+
+
+def layer_norm_backward(d_out, x, weight, mean, rstd):
+    """d_out [..., D] and what the forward pass took and gave -> d_x like x, d_weight and d_bias [D] float32."""
+    d_x, _, *others, _ = _backward(None, d_out, x, None, weight, None, mean, rstd, None)
+    return d_x, *others
+
+
+def layer_norm_backward_recompute(d_out, x, weight, bias, mean, rstd):
+    """As layer_norm_backward, and the result of the forward pass in d_out's type, made by the same kernel -> d_x,
+    d_weight, d_bias, out."""
+    d_x, _, *others = _backward(None, d_out, x, None, weight, bias, mean, rstd, tensors.empty_like(d_out))
+    return d_x, *others
+
+
+def residual_layer_norm_backward_recompute(d_x_out, d_out, x_out, branch_dtype, weight, bias, mean, rstd):
+    """d_x_out like x_out or None -> d_x, d_branch in `branch_dtype`, d_weight, d_bias, out as above."""
+    if d_x_out is not None:
+        d_x_out = d_x_out.contiguous()
+    d_branch = tensors.empty_like(x_out, branch_dtype)
+    return _backward(d_x_out, d_out, x_out, d_branch, weight, bias, mean, rstd, tensors.empty_like(d_out))
+
+
+def _backward(d_x_out, d_out, x, d_branch, weight, bias, mean, rstd, out):
+    x, d_x = x.contiguous(), tensors.empty_like(x)
+    partial = x.new_empty((2, *_grid(x), x.shape[-1]), dtype=torch.float32)
+    if d_x.numel():
+        inputs = d_x_out, d_out.contiguous(), x, *map(tensors.as_float32, (weight, bias)), mean, rstd
+        _layer_norm_bwd_kernel[_grid(x)](*inputs, d_x, d_branch, out, partial, mean.numel(), **_sizes(x))
+    return d_x, d_branch, *sum_rows(partial), out
+
+
+def _grid(x) -> tuple[int]:
+    return (triton.cdiv(x.shape[:-1].numel(), TOKENS),)
+
+
+def _sizes(x) -> dict[str, int]:
+    lanes = triton.next_power_of_2(x.shape[-1])
+    warps = min(max(lanes // (32 * LANES_EACH), 1), 16)
+    return {"D": x.shape[-1], "BD": lanes, "TOKENS": TOKENS, "num_warps": warps}

@@ -1,0 +1,298 @@
+"""What the C++ and Triton backends of every op of a block must do; tests/kernels/test_OP.py has what only one op does.
+
+The Triton backends run on a GPU if there is one, else in Triton's interpreter, which needs milliseconds for a program
+instance: hence their small shapes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from unite_fast import kernels
+from unite_fast.kernels import backend
+from unite_fast.kernels.fused_op import as_tuple
+from unite_fast.kernels.qk_norm_rope import qk_norm_rope_ref
+from unite_fast.kernels.registry import OPS, Op, Size
+
+HEAD_DIM = 14
+DTYPES = {
+    "float32": (torch.float32, torch.float32),
+    "autocast": (torch.float32, torch.bfloat16),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+}
+"""Of the residual, and of branch, modulation and results."""
+SHAPES = [
+    *(("native", shape) for shape in [(2, 150, 42), (5, 123, 123), (1, 1, 301), (3, 65, 16), (2, 64, 130)]),
+    *(("triton", shape) for shape in [(2, 21, 42), (3, 5, 123), (1, 1, 301), (2, 17, 16)]),
+]
+"""More than one chunk of tokens, widths that are no multiple of a vector, a single token."""
+SEVERAL_CHUNKS = {"native": 70, "triton": 21}
+"""Tokens, more than one program or task of a backend takes."""
+
+
+@pytest.fixture(autouse=True, params=["native", "triton"])
+def backend_name(request):
+    if missing := backend.why_missing(request.param):
+        pytest.skip(missing)
+    with backend.using(request.param):
+        yield request.param
+
+
+native_only = pytest.mark.parametrize("backend_name", ["native"], indirect=True)
+
+
+@dataclass
+class Call:
+    """The public function of an op or its reference, called with the tensors that get a gradient; returns a tuple. In
+    float64, everything else is float64 too."""
+
+    op: Op
+    function: Callable
+    example: dict
+
+    def __call__(self, *inputs):
+        example = self.example | dict(zip(self.op.gradients, inputs, strict=True))
+        if inputs[0].dtype == torch.float64:
+            example = {name: exact(value) for name, value in example.items()}
+        return as_tuple(self.function(**example))
+
+
+def exact(value):
+    if isinstance(value, torch.dtype):
+        return torch.float64
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@pytest.fixture(params=[name for name, op in OPS.items() if op.part == "block"])
+def case(request, draw):
+    """Makes (op, reference, inputs with a gradient) for a size and a pair of dtypes."""
+    op = OPS[request.param]
+
+    def make(b=2, t=9, d=42, residual=torch.float32, other=torch.float32):
+        heads = max(d // HEAD_DIM, 1)
+        example = op.example(Size(b, t, d, heads, HEAD_DIM, hidden=d, residual=residual, other=other), draw)
+        inputs = {name: example[name].detach().requires_grad_() for name in op.gradients}
+        return Call(op, op.function, example), Call(op, op.reference, example), inputs
+
+    return make
+
+
+def run(op, inputs):
+    """Outputs and gradients, in order."""
+    outputs = op(*inputs)
+    return *(o.detach() for o in outputs), *torch.autograd.grad(outputs, inputs, incoming_gradients(outputs))
+
+
+def incoming_gradients(outputs):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
+
+
+def assert_same(ours, others):
+    for mine, other in zip(ours, others, strict=True):
+        assert mine.dtype == other.dtype
+        assert torch.equal(mine, other)
+
+
+def result_dtypes(outputs):
+    return tuple(o.dtype for o in outputs)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize(("backend_name", "shape"), SHAPES, indirect=["backend_name"])
+def test_outputs_and_gradients_against_float64(case, shape, dtypes, judge):
+    op, reference, inputs = case(*shape, *DTYPES[dtypes])
+    roundings = op.op.roundings if dtypes == "bfloat16" else 1
+    judge(op, reference, inputs, result_dtypes(op(*inputs.values())), roundings)
+
+
+def test_a_result_that_nobody_uses_is_one_with_a_zero_gradient(case, backend_name):
+    op, _, inputs = case(2, SEVERAL_CHUNKS[backend_name], 42)
+    outputs = op(*inputs.values())
+    incoming = incoming_gradients(outputs)
+    for i, (output, gradient) in enumerate(zip(outputs, incoming, strict=True)):
+        zeros = [gradient if j == i else torch.zeros_like(other) for j, other in enumerate(incoming)]
+        want = torch.autograd.grad(outputs, list(inputs.values()), zeros, retain_graph=True)
+        assert_same(torch.autograd.grad(output, list(inputs.values()), gradient, retain_graph=True), want)
+
+
+@pytest.mark.parametrize("layout", ["tokens", "batch", "channels", "transposed", "expanded"])
+def test_strided_inputs(case, layout, judge):
+    op, reference, inputs = case(4, 12, 42)
+    name = next(iter(inputs))
+    x = inputs[name].detach()
+    b, t, d = x.shape
+    inputs[name] = {
+        "tokens": x.new_zeros(b, 2 * t, d)[:, ::2].copy_(x),
+        "batch": x.transpose(0, 1).contiguous().transpose(0, 1),
+        "channels": x.new_zeros(b, t, 2 * d)[..., ::2].copy_(x),
+        "transposed": x.mT.contiguous().mT,
+        "expanded": x[:1].expand(b, t, d),
+    }[layout]
+    judge(op, reference, inputs, result_dtypes(op(*inputs.values())))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_the_same_bits_again(case, dtypes, backend_name):
+    op, _, inputs = case(2, SEVERAL_CHUNKS[backend_name], 42, *DTYPES[dtypes])
+    assert_same(*(run(op, list(inputs.values())) for _ in range(2)))
+
+
+@native_only
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_the_same_bits_again_and_for_any_number_of_threads(case, dtypes):
+    """Large enough to be split among threads."""
+    op, _, inputs = case(3, 200, 84, *DTYPES[dtypes])
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run(op, list(inputs.values())))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert_same(other, results[0])
+
+
+def test_an_incoming_gradient_is_left_as_it_was(case):
+    op, _, inputs = case()
+    outputs = op(*inputs.values())
+    incoming = incoming_gradients(outputs)
+    kept = [g.clone() for g in incoming]
+    torch.autograd.grad(outputs, list(inputs.values()), incoming)
+    assert_same(incoming, kept)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 42), (3, 0, 42), (0, 0, 42)])
+def test_no_samples_and_no_tokens(case, shape):
+    op, reference, inputs = case(*shape)
+    ours, want = (run(backend_name, list(inputs.values())) for backend_name in (op, reference))
+    assert_same(ours, want)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_so_and_stays_in_its_token(case, bad):
+    op, _, inputs = case(2, 5, 42)
+    first, *others = (x.detach() for x in inputs.values())
+    spoilt = first.clone()
+    spoilt[0, 2] = bad
+    for got, want in zip(op(spoilt, *others), op(first, *others), strict=True):
+        if got.dim() == 4:
+            got, want = got.transpose(1, 2), want.transpose(1, 2)
+        # A NaN differs from itself, so this is every number that is not the one without the bad token.
+        touched = (got != want).flatten(2).any(dim=2).nonzero().tolist()
+        assert touched == [[0, 2]]
+        assert not got[0, 2].isfinite().any()
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_opcheck(case, dtypes):
+    """PyTorch's own examination of an op: schema, fake, gradient, and both under a dynamic trace."""
+    op, _, inputs = case(2, 9, 42, *DTYPES[dtypes])
+    fused = op.op.fused
+    arguments = op.op.inputs(op.example | inputs)
+    torch.library.opcheck(fused.op, arguments)
+    outputs = fused.op(*arguments)
+    outputs = [o.detach() for o in as_tuple(outputs)]
+    incoming = [torch.randn_like(o) for o in outputs[: fused.results]]
+    saved = [x if x is None else x.detach() for x in fused.saved(arguments, outputs)]
+    torch.library.opcheck(fused.backward_op, (*incoming, *saved))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_compiled_in_one_graph(case, dtypes):
+    op, _, inputs = case(2, 9, 42, *DTYPES[dtypes])
+    torch._dynamo.reset()
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    assert_same(run(compiled, list(inputs.values())), run(op, list(inputs.values())))
+
+
+def test_under_checkpoint(case):
+    op, _, inputs = case()
+
+    def checkpointed(*x):
+        return checkpoint(op, *x, use_reentrant=False)
+
+    assert_same(run(checkpointed, list(inputs.values())), run(op, list(inputs.values())))
+
+
+def test_autocast_casts_nothing(case, device):
+    op, _, inputs = case(2, 9, 42, *DTYPES["autocast"])
+    with torch.autocast(device.type, torch.bfloat16):
+        within = run(op, list(inputs.values()))
+    assert_same(within, run(op, list(inputs.values())))
+
+
+def test_fake_tensors_give_shapes_types_and_strides(case):
+    op, _, inputs = case(2, 9, 42, *DTYPES["autocast"])
+    want = op(*inputs.values())
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        got = op(*(mode.from_tensor(x) for x in inputs.values()))
+    for fake, real in zip(got, want, strict=True):
+        assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
+
+
+def test_a_second_derivative_is_refused(case):
+    op, _, inputs = case()
+    first = torch.autograd.grad(op(*inputs.values())[0].sum(), next(iter(inputs.values())), create_graph=True)[0]
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        first.sum().backward()
+
+
+def test_other_modulation_types_are_read_as_float32(draw):
+    x, weight = draw(2, 5, 8), draw(8)
+    shift, scale = draw(2, 8).half().requires_grad_(), draw(2, 8).half().requires_grad_()
+    got = kernels.adaln_modulate(x, weight, shift, scale)
+    want = kernels.adaln_modulate(x, weight, shift.float(), scale.float())
+    assert torch.equal(got, want)
+    assert torch.autograd.grad(got.sum(), shift)[0].dtype == torch.float16
+
+
+@pytest.mark.parametrize("head_dim", [2, 6, 16, 32, 64, 80])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_dimensions(head_dim, dtype, judge, draw):
+    angle = draw(7, head_dim // 2)
+
+    def bind(function):
+        def op(qkv, q_weight, k_weight):
+            return function(qkv, 3, q_weight, k_weight, angle.cos().to(q_weight), angle.sin().to(q_weight))
+
+        return op
+
+    inputs = {"qkv": draw(2, 7, 9 * head_dim, dtype=dtype), "q_weight": draw(head_dim), "k_weight": draw(head_dim)}
+    judge(bind(kernels.qk_norm_rope), bind(qk_norm_rope_ref), inputs, (dtype,) * 3)
+
+
+def test_cos_and_sin_get_no_gradient(draw):
+    with pytest.raises(ValueError, match="qk_norm_rope: cos and sin get no gradient; detach them"):
+        kernels.qk_norm_rope(draw(2, 5, 48), 2, None, None, draw(5, 4).requires_grad_(), draw(5, 4))
+
+
+@native_only
+def test_v_takes_no_memory_of_its_own(draw):
+    qkv = draw(2, 5, 48)
+    v = kernels.qk_norm_rope(qkv, 2, None, None, draw(5, 4), draw(5, 4))[2]
+    assert v.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
+
+
+@native_only
+def test_silu_to_the_last_place():
+    """The C++ has its own exp. Where silu(u) is a normal float32, 3 units in the last place: exp, sum and division have
+    one each at most, and 1.6 is what this grid shows."""
+    u = torch.linspace(-80, 100, 400_001)
+    got = kernels.swiglu(torch.stack((u, torch.ones_like(u)), dim=-1))[:, 0].double()
+    want = u.double() * torch.sigmoid(u.double())
+    assert ((got - want).abs() <= 3 * 2.0**-23 * want.abs()).all()
+
+
+def test_silu_far_out(device):
+    u = torch.tensor([-3e38, -1e4, -90.0, 90.0, 1e4, 3e38], device=device)
+    got = kernels.swiglu(torch.stack((u, torch.ones_like(u)), dim=-1))[:, 0]
+    # The C++ backend's exp ends near 2^-126, so that far out this part of u is left of it.
+    assert (got[:3].abs() <= 2.0**-125 * u[:3].abs()).all() and torch.equal(got[3:], u[3:])
