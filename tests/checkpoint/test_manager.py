@@ -28,7 +28,7 @@ from unite_fast.distributed.dtensor import local
 from unite_fast.errors import UserError
 
 PROGRESS = {"averages": {"sums": [0.1 + 0.2, 1e-300], "count": 3}, "loader": {"batch": 7, "skipped": [["a", "b"]]}}
-ERROR = "could not save {}: No space left on device; checkpoints saved before are untouched"
+ERROR = "could not save {}: No space left on device; earlier checkpoints are untouched"
 
 
 @pytest.fixture

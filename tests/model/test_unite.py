@@ -21,6 +21,16 @@ def test_parameters_of_the_published_sizes(preset, millions):
     assert round((counted + config.encoder.width) / 1e6, 2) == millions
 
 
+def test_initialize_reports_a_tensor_that_it_does_not_set(tiny_config, mentions):
+    """A norm of a class that `initialize` does not know would keep the memory of `to_empty`."""
+    with torch.device("meta"):
+        model = UNITE(tiny_config.model)
+        model.encoder.blocks[0].norm4 = torch.nn.LayerNorm(4)
+    model.to_empty(device="cpu")
+    with pytest.raises(RuntimeError, match=mentions("encoder.blocks.0.norm4.weight")):
+        model.initialize(0)
+
+
 def test_tokenize_has_no_class_and_ends_in_the_shared_norm(tiny_model, tiny_config):
     images, registers, t = draw(2, 3, 8, 8), draw(2, 4, 6), torch.tensor([0.0, 0.01])
     raw = tiny_model.encoder(registers, t, torch.tensor([5, 5]), images)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from unite_fast.checkpoint.reader import load_checkpoint
 from unite_fast.config import Config
-from unite_fast.distributed.launch import joined
+from unite_fast.distributed.launch import join_training
 from unite_fast.distributed.process_group import current_ranks
 from unite_fast.errors import UserError
 from unite_fast.kernels import native
@@ -94,7 +94,7 @@ class NoAsking(TorchFunctionMode):
 def _steps_without_waiting(config: Config) -> int:
     """Steps and their means, without reading images: those lie in the host's memory."""
     native.available = lambda: False  # C++ reaches into the memory of a CPU's tensors
-    with joined("cpu", 60) as (ranks, device):
+    with join_training("cpu", 60) as (ranks, device):
         trainer = Trainer(config, False, ranks, device)
         try:
             for step in range(config.train.steps):

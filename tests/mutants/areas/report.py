@@ -24,7 +24,7 @@ CHANGES = [
             ("(self.config.train.steps - self.state.step)", "self.config.train.steps"),
             ("(self.state.step - self.first_step)\n", "self.state.step\n"),
             ("if outcome.stopped_by:", "if not outcome.stopped_by:"),
-            ("list(skipped.items())[:NAMED]", "list(skipped.items())"),
+            ("list(skipped.items())[:MAX_SKIPPED_SHOWN]", "list(skipped.items())"),
         ],
     ),
     (
@@ -64,8 +64,8 @@ CHANGES = [
         ("tests/training/test_step_timer.py", "tests/training/test_trainer.py"),
         [
             (
-                'return whole, {**parts, "other": max(0.0, whole - sum(parts.values()))}',
-                'return whole, {**parts, "other": whole}',
+                'return elapsed, {**parts, "other": max(0.0, elapsed - sum(parts.values()))}',
+                'return elapsed, {**parts, "other": elapsed}',
             ),
         ],
     ),

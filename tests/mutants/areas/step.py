@@ -83,7 +83,7 @@ CHANGES = [
             ("draws.decoder_noise_time[None], draws.decoder_noise_mask)", "draws.decoder_noise_time[None])"),
             ("torch.where(draws.label_drop, model.config.num_classes, labels)", "labels.expand_as(draws.label_drop)"),
             (".mean() * len(draws.flow_time)", ".mean()"),
-            ("noisy_from + (1 - noisy_from) * philox", "noisy_from * philox"),
+            ("time_min + (1 - time_min) * philox", "time_min * philox"),
         ],
     ),
     (
