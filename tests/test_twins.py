@@ -9,7 +9,6 @@ COVERED_BY = {
     "data_pipeline/readers.py": ("data_pipeline/test_loader.py", "data_pipeline/test_pinning.py"),
     "data_pipeline/shards/manifest.py": ("data_pipeline/shards/test_source.py", "data_pipeline/shards/test_write.py"),
     "data_pipeline/shards/verify.py": ("data_pipeline/shards/test_write.py", "data_pipeline/shards/test_source.py"),
-    "kernels/attention.py": ("kernels/test_attention_backends.py", "kernels/test_qk_norm_rope.py"),
     "kernels/flash.py": ("kernels/test_attention_backends.py",),
     "kernels/matmul.py": ("kernels/test_linear.py",),
     "kernels/registry.py": ("kernels/test_fused_op.py", "kernels/test_fakes.py", "benchmarks/test_traffic.py"),
@@ -35,7 +34,6 @@ COVERED_BY = {
     "unite_fast/commands/images.py": ("commands/test_forwarding.py", "test_cli.py"),
     "unite_fast/commands/planning.py": ("commands/test_forwarding.py", "planning/test_predict.py"),
     "unite_fast/commands/training.py": ("commands/test_forwarding.py", "test_cli.py"),
-    "unite_fast/distributed/dtensor.py": ("training/test_parallelize.py", "optim/test_muon.py"),
     "unite_fast/errors.py": ("test_cli.py", "test_config.py"),
     "unite_fast/evaluation/batches.py": ("evaluation/test_evaluate.py", "evaluation/test_evaluator.py"),
     "unite_fast/evaluation/features.py": ("evaluation/test_inception.py", "evaluation/test_pixel_features.py"),
@@ -47,7 +45,6 @@ COVERED_BY = {
     "unite_fast/interop/names.py": ("interop/test_official.py",),
     "unite_fast/planning/report.py": ("planning/test_predict.py", "commands/test_forwarding.py"),
     "unite_fast/recipes.py": ("test_config.py",),
-    "unite_fast/training/run_folder.py": ("training/test_trainer.py", "test_torchrun.py"),
 }
 
 
