@@ -26,7 +26,9 @@ def _prepare(qkv, q_weight, k_weight, cos, sin, heads):
     if cos is None:
         q, k, v, rstd = *split(qkv, heads), None
     else:
-        q, k, v, rstd = qk_norm_rope_op.backends["native"].eager_forward(qkv, q_weight, k_weight, cos, sin, heads, EPS)
+        forward = qk_norm_rope_op.backends["native"].eager_forward
+        assert forward is not None
+        q, k, v, rstd = forward(qkv, q_weight, k_weight, cos, sin, heads, EPS)
     return (*(x.float() for x in (q, k, v)), rstd) if in_float32(qkv) else (q, k, v, rstd)
 
 

@@ -9,7 +9,7 @@ the same code on the same numbers.
 import importlib
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -162,7 +162,7 @@ class FusedOp:
             {"forward": staticmethod(forward), "backward": staticmethod(backward)},
         )
 
-    def __call__(self, chosen: str, *inputs):
+    def __call__(self, chosen: str, *inputs) -> Any:
         """Run the backend that `backend.choose` returned for these inputs."""
         if torch.compiler.is_compiling() or needs_dispatcher(inputs[0]):
             outputs = as_tuple(self.op(*inputs))
@@ -184,7 +184,7 @@ def _without_autocast(implementation: Backend) -> Backend:
     """The backend with autocast off in its forward pass, where autocast would cast the inputs of PyTorch's operators a
     second time."""
 
-    def wrap(run: Callable[..., Results] | None) -> Callable[..., Results] | None:
+    def wrap(run: Callable[..., Results]) -> Callable[..., Results]:
         def call(*inputs):
             device = inputs[0].device.type
             if not torch.is_autocast_enabled(device):
@@ -192,10 +192,10 @@ def _without_autocast(implementation: Backend) -> Backend:
             with torch.autocast(device, enabled=False):
                 return run(*inputs)
 
-        return run and call
+        return call
 
-    forward, eager_forward = wrap(implementation.forward), wrap(implementation.eager_forward)
-    return implementation._replace(forward=forward, eager_forward=eager_forward)
+    eager_forward = implementation.eager_forward and wrap(implementation.eager_forward)
+    return implementation._replace(forward=wrap(implementation.forward), eager_forward=eager_forward)
 
 
 def _save(ctx, values: tuple) -> None:
@@ -227,7 +227,7 @@ def _unpacked(run: Callable[..., Results]) -> Callable:
 
     def call(*inputs):
         results = run(*inputs)
-        return results if len(results) > 1 else results[0]
+        return results[0] if len(results) == 1 else results
 
     return call
 

@@ -180,6 +180,7 @@ def _residual_norm_linear_backend(norm: Backend) -> Backend:
 
     def backward(d_x_out, d_y, x_out, norm_weight, norm_bias, weight, mean, rstd, branch_dtype):
         d_normed = input_gradient(d_y, weight)
+        assert norm.backward_recompute is not None
         *gradients, normed = norm.backward_recompute(
             d_x_out, d_normed, x_out, branch_dtype, norm_weight, norm_bias, mean, rstd
         )
@@ -212,7 +213,8 @@ residual_layer_norm_linear_op = FusedOp(
     saved=lambda inputs, outputs: (outputs[0], *inputs[2:5], *outputs[2:], inputs[1].dtype),
     backends={
         "native": _residual_norm_linear_backend(
-            Backend(_residual_forward, None, backward_recompute=_residual_backward_recompute)
+            # Only `backward_recompute` is used.
+            Backend(_residual_forward, _residual_backward_recompute, backward_recompute=_residual_backward_recompute)
         ),
         "triton": _residual_norm_linear_backend(triton_backend("layer_norm", "residual_layer_norm", recompute=True)),
     },

@@ -23,7 +23,7 @@ def _hash_of_sources() -> str:
 
 _missing = ""
 try:
-    from unite_fast.kernels import _native
+    from unite_fast.kernels import _native  # pyright: ignore[reportAttributeAccessIssue]  # built from csrc/
 
     if _hash_of_sources() not in ("", getattr(_native, "sources", None)):
         _missing = (
@@ -65,7 +65,8 @@ def vectors(x: Tensor) -> tuple[int, int, int]:
 
 def heads(x: Tensor) -> tuple[int, int, int, int]:
     """A tensor [B, H, T, K], dense in K, as csrc/arguments.h reads it."""
-    return x.data_ptr(), *x.stride()[:3]
+    batch, head, token, _ = x.stride()
+    return x.data_ptr(), batch, head, token
 
 
 def run(name: str, *arguments: int | float | Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from math import gcd
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -46,6 +47,10 @@ def dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+@overload
+def as_float32(x: Tensor) -> Tensor: ...
+@overload
+def as_float32(x: None) -> None: ...
 def as_float32(x: Tensor | None) -> Tensor | None:
     """A weight or table in contiguous float32."""
     return None if x is None else x.float().contiguous()
