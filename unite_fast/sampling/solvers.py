@@ -130,7 +130,6 @@ def dopri5(predict: Prediction, x: Tensor, times: list[float]) -> Tensor:
         lambda t, x: velocity(predict, float(t), x), x, ends, rtol=DOPRI5_RTOL, atol=DOPRI5_ATOL, method="dopri5"
     )
     assert isinstance(path, Tensor)  # a tuple only for a tuple x
-    assert isinstance(path, Tensor)  # a tuple only for a tuple x
     return path[-1]
 
 
