@@ -222,7 +222,7 @@ def copy_bandwidth(device: torch.device, seconds: float = 2.0) -> float:
 
 def rows(case: Case, times: dict[str, dict[str, list[float]]], bandwidth: float, facts: dict) -> list[dict]:
     """Lines of the table, a way after the other."""
-    found = []
+    measured = []
     moved = {**case.bytes._asdict(), "both": sum(case.bytes)}
     for way in WAYS:
         middle = {backend_name: median(ways[way]) for backend_name, ways in times.items()}
@@ -243,8 +243,8 @@ def rows(case: Case, times: dict[str, dict[str, list[float]]], bandwidth: float,
                 "vs_compiled": middle["compiled"] / middle[backend_name] if "compiled" in middle else None,
                 "calls": len(ways[way]),
             }
-            found.append(row | facts)
-    return found
+            measured.append(row | facts)
+    return measured
 
 
 def surroundings(device: torch.device, bandwidth: float) -> dict:
@@ -279,10 +279,10 @@ def commit() -> str | None:
     return asked.stdout.strip() or None
 
 
-def table(found: list[dict]) -> str:
+def table(measured: list[dict]) -> str:
     header = ["op", "shape", "dtypes", "way", "backend", "ms", "p20 - p80", "MB", "share", "vs eager", "vs compiled"]
     lines = [header]
-    for row in found:
+    for row in measured:
         spread = f"{row['ms_p20']:.3f} - {row['ms_p80']:.3f}"
         case = (row[column] for column in header[:5])
         figures = f"{row['ms_p50']:.3f}", spread, f"{row['bytes'] / 1e6:.1f}", f"{row['bandwidth_share']:.0%}"
@@ -324,12 +324,12 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     torch.manual_seed(1)
     bandwidth = copy_bandwidth(device)
-    facts, found = surroundings(device, bandwidth), []
+    facts, measured = surroundings(device, bandwidth), []
     shapes = options.shape or [parse_shape(SHAPES[options.device])]
     for case in cases(options.op or OPS, shapes, device):
         print(case.title, file=sys.stderr)
-        found += rows(case, measure(case, device, options.seconds, not options.no_compiled), bandwidth, facts)
-    print(json.dumps(found, indent=1) if options.json else table(found))
+        measured += rows(case, measure(case, device, options.seconds, not options.no_compiled), bandwidth, facts)
+    print(json.dumps(measured, indent=1) if options.json else table(measured))
     if not options.json:
         print(", ".join(f"{key} {value}" for key, value in facts.items()))
     return 0

@@ -251,22 +251,22 @@ def count(config: Config, micro_batch: int, micro_batches: int = 1) -> dict:
     }
 
 
-def total(found: dict) -> float:
+def total(counts: dict) -> float:
     """Launches of a micro-batch."""
-    return sum(sum(names.values()) for names in found["micro_batch"].values())
+    return sum(sum(names.values()) for names in counts["micro_batch"].values())
 
 
-def table(found: dict, largest: int) -> str:
-    parts = {part: names for part, names in found["micro_batch"].items() if names}
+def table(counts: dict, largest: int) -> str:
+    parts = {part: names for part, names in counts["micro_batch"].items() if names}
     where = "tensors without memory on a CUDA device"
-    if found["device"] == "cpu":
+    if counts["device"] == "cpu":
         where = "no CUDA device: tensors without memory on the CPU, with a GPU's backends and matmuls"
     lines = [where, "", f"{'part':28}{'launches':>9}  most of them"]
     for part, names in parts.items():
         most = ", ".join(f"{name} {number:g}" for name, number in list(names.items())[:6])
         lines.append(f"{part:28}{sum(names.values()):9g}  {most}")
-    lines.append(f"{'a micro-batch':28}{total(found):9g}")
-    lines.append(f"{'the optimizers, apart':28}{sum(found['optimizer'].values()):9g}")
+    lines.append(f"{'a micro-batch':28}{total(counts):9g}")
+    lines.append(f"{'the optimizers, apart':28}{sum(counts['optimizer'].values()):9g}")
     names = Counter()
     for each in parts.values():
         names.update(each)
@@ -291,8 +291,8 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    found = count(config, options.micro_batch, options.step)
-    print(json.dumps({"total": total(found)} | found, indent=1) if options.json else table(found, options.largest))
+    counts = count(config, options.micro_batch, options.step)
+    print(json.dumps({"total": total(counts)} | counts, indent=1) if options.json else table(counts, options.largest))
     return 0
 
 

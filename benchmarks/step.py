@@ -148,7 +148,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     with backend.using(options.kernels):
-        found = {
+        counts = {
             "size": options.size,
             "batch": options.batch,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -158,9 +158,9 @@ def main() -> None:
             **count(*make_step(options.size, options.batch, options.lpips, device)),
         }
     if options.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(counts, indent=1))
         return
-    for name, value in found.items():
+    for name, value in counts.items():
         print(f"{name:<36}{f'{value:.1f}' if isinstance(value, float) else value}")
 
 

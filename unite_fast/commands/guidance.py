@@ -89,9 +89,9 @@ def search_guidance(
             *options.precision_and_compile(model, precision, compile),
         )
         objective = Objective(model, evaluator, search_settings, folder, ranks, track, str(checkpoint))
-        found = search(grid, objective, confirm)
+        result = search(grid, objective, confirm)
         if ranks.main:
-            guidance_report.save(found, grid, objective, folder)
-            for line in guidance_report.lines(found, grid, objective):
+            guidance_report.save(result, grid, objective, folder)
+            for line in guidance_report.lines(result, grid, objective):
                 typer.echo(line)
             typer.echo(f"everything is in {folder}")
