@@ -17,6 +17,8 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 PAGES += sorted(path for path in ROOT.glob("docs/**/*.md") if path.name != "LOG.md")
 FILE = re.compile(r"(?:^|[`\s(])((?:unite_fast|kernels|data_pipeline|configs|tests|benchmarks|docs)/[\w./*-]*\w)", re.M)
 PLACEHOLDER = re.compile(r"\b(?!LOG\b)[A-Z]{2,}\b|_[A-Z]{2,}\b|\*")
+EXAMPLE_OP = "scale_shift"
+"""What docs/adding-a-kernel.md builds."""
 COMMANDS = typer.main.get_command(app).commands
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -67,7 +69,7 @@ def test_links_lead_to_files_and_headings(page):
 @every_page
 def test_files_exist(page):
     for path in FILE.findall(page.read_text()):
-        assert PLACEHOLDER.search(path) or (ROOT / path).exists(), path
+        assert PLACEHOLDER.search(path) or EXAMPLE_OP in path or (ROOT / path).exists(), path
 
 
 @every_page
