@@ -36,7 +36,7 @@ from unite_fast.recipes import from_tree
 for variable in ("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS"):
     os.environ.pop(variable, None)
 
-# Every size differs from its neighbours, so that a mixed-up dimension cannot pass no_progress.
+# Every size differs from its neighbours, so that a mixed-up dimension cannot pass unnoticed.
 TINY = {
     "name": "tiny",
     "model": {

@@ -113,9 +113,10 @@ class Philox:
         Words 0 and 1 of a block give normals 0 and 1, words 2 and 3 give normals 2 and 3. They are computed in float64
         and rounded once.
 
-        Backends: C++ on a CPU, Triton on CUDA, PyTorch if the setting `kernels` is reference. Their float64 functions
-        differ from PyTorch's by one or two units in the last place. After rounding to float32 that should change one
-        normal in about 10^8, by one unit; in a test of 10^7 normals, C++ and PyTorch agreed on all.
+        Backends: C++ on a CPU, Triton on CUDA, PyTorch if the setting `kernels` is reference (the words come from C++
+        even then). Their float64 functions differ from PyTorch's by one or two units in the last place. After rounding
+        to float32 that should change one normal in about 10^8, by one unit; in a test of 10^7 normals, C++ and PyTorch
+        agreed on all.
         """
         return self._draw(stream, shape, draw, "philox_normals", self._normals)
 

@@ -2,7 +2,7 @@
 // strides): converting tensor objects would cost more than a small op. All checks are made in Python, by the callers
 // in kernels/*.py.
 //
-// An op defines its functions in its own file; `in` are the arguments:
+// An op defines its functions in its own file; `in` are the arguments (docs/adding-a-kernel.md has the whole example):
 //
 //     UNITE_FAST_FUNCTION(scale_shift_forward) {
 //         const Forward op{in.size(), in.rows(), in.vectors(), in.vectors(), in.rows()};

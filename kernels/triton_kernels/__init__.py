@@ -1,1 +1,2 @@
-"""Triton kernels for CUDA devices, one file per op. `fused_op.triton_backend` imports them with the first call."""
+"""Triton kernels for CUDA devices, one file per op or family of ops. `fused_op.triton_backend` imports a file
+at its first call."""

@@ -148,7 +148,7 @@ def test_noise_injection(seed, step, gated, judged, draw, sized, device):
     positions = 2**31 - samples // 2 + torch.arange(samples)  # across the sign bit of 32 bits
     z, t = draw(samples, tokens, channels), draw(draws, samples).sigmoid()
     gate = torch.arange(samples, device=device) % 3 > 0 if gated else None
-    # In plain PyTorch, which on a CPU tensor takes no kernel of ours in this mode.
+    # Normals by PyTorch; their random words come from C++ where it is built.
     with kernels.backend.using("reference"):
         there = Philox(seed, step, positions)
         noise = [there.normal(Stream.FLOW_NOISE, (tokens, channels), draw=f) for f in range(draws)]

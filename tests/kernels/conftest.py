@@ -11,7 +11,7 @@ from torch import Tensor
 from unite_fast.kernels import backend
 
 SLACK = 2.0
-"""House rule: an op's error may be at most twice that of the plain formula at the same precision (section 4)."""
+"""An op's error may be at most twice that of the plain formula at the same precision (CONTRIBUTING.md)."""
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 """Largest relative error of one rounding. Every result is rounded at least once, so no error below this can be held
 against an op, however lucky the plain formula was."""

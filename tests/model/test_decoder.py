@@ -17,7 +17,7 @@ TABLE_ROUNDING = 1e-6
 
 
 def spec_forward(w: dict[str, Tensor], config: ModelConfig, z: Tensor) -> Tensor:
-    """Spec, "The decoder", from the weights by name."""
+    """docs/method.md, "The decoder", from the weights by name."""
     size = config.decoder
     side, p = config.image_size // config.patch_size, config.patch_size
 

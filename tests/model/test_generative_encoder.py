@@ -17,7 +17,7 @@ TABLE_ROUNDING = 1e-6
 
 
 def spec_forward(w: dict[str, Tensor], config: ModelConfig, x, t, labels, images=None) -> Tensor:
-    """Spec, "The Generative Encoder", from the weights by name. Every block computes every token."""
+    """docs/method.md, "The Generative Encoder", from the weights by name. Every block computes every token."""
     size, n = config.encoder, config.latent_tokens
 
     def linear(name, value):

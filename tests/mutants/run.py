@@ -1,4 +1,4 @@
-"""Break the code in a hundred small ways, one at a time, and see which the tests find.
+"""Break the code in some 200 small ways, one at a time, and see which the tests find.
 
     python tests/mutants/run.py                       # all, two at a time: about half an hour on two cores
     python tests/mutants/run.py --only train_step     # those of files whose path holds this

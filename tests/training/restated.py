@@ -184,7 +184,7 @@ class Restated:
 
 
 def _in_float32(released: type) -> type:
-    """The network with its norms and its time embedding out of autocast, as the spec has them."""
+    """The network with its norms and its time embedding out of autocast, as docs/method.md has them."""
 
     class Network(released):
         def rms_norm(self, name: str, x: Tensor) -> Tensor:

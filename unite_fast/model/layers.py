@@ -73,7 +73,7 @@ def hidden_width(width: int) -> int:
 
 
 class SwiGLU(nn.Module):
-    """fc_out(SiLU(u) * w) with [u, w] = fc_in(x)."""
+    """fc_out(SiLU(u) * w) with [u, w] = fc_in(h). `forward` also adds the attention branch and computes h by norm2."""
 
     def __init__(self, width: int):
         super().__init__()
