@@ -172,7 +172,7 @@ def open_evaluator(
         return _pixel_evaluator(config, settings, reference, ranks, device, track, classifier)
     if reference is None:
         raise UserError(
-            "FID needs statistics of real images: give them with --reference REF.npz (in a recipe evaluation.reference); "
+            "FID needs statistics of real images: set --reference REF.npz (in a recipe evaluation.reference); "
             "unite-fast stats DATA REF.npz --features inception writes them"
         )
     features = load_inception(settings.inception, settings.inception_sha256, device)
