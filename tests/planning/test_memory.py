@@ -107,7 +107,7 @@ def test_padded_weights_count_where_a_width_asks_for_them():
     with torch.device("meta"):
         parts = [part for part in UNITE(config.model).encoder.modules() if isinstance(part, SwiGLU)]
     padded = [weight for part in parts for weight in part.weights(padded=True) if weight.dim() == 2]
-    assert len(parts) == config.model.encoder.depth and all(part.missing for part in parts)
+    assert len(parts) == config.model.encoder.depth and all(part.padding for part in parts)
     assert memory.activations(config).padding == sum(weight.nbytes for weight in padded)
     assert memory.activations(config, "native").padding == 0
 
