@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from unite_fast.config import Config
 from unite_fast.data_pipeline import open_source, read_readable
@@ -17,6 +16,7 @@ from unite_fast.sampling import sampler
 from unite_fast.training.train_state import TrainState
 from unite_fast.utils.files import writing
 from unite_fast.utils.images import grid, pairs, save_curves
+from unite_fast.utils.progress import progress_bar
 
 PICTURE_ROWS = 8
 PICTURE_COLUMNS = 10
@@ -42,16 +42,7 @@ class Report:
             f"steps {state.step}..{train.steps}, in {folder}"
         )
         self.held_out = held_out_images(config)
-        self.bar = Progress(
-            TextColumn("{task.fields[line]}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not (main and self.console.is_terminal),
-        )
+        self.bar = progress_bar(self.console, main)
 
     def print_line(self, line: str) -> None:
         """Print a line without wrapping it."""
@@ -62,7 +53,7 @@ class Report:
         """A progress bar on a terminal; elsewhere `show` prints a line per log interval."""
         self.started_at, self.first_step = time.perf_counter(), self.state.step
         line = "compiling" if self.config.train.compile else "starting"
-        self.task = self.bar.add_task("train", total=self.config.train.steps, completed=self.state.step, line=line)
+        self.task = self.bar.add_task(line, total=self.config.train.steps, completed=self.state.step)
         with self.bar:
             yield
 
@@ -74,7 +65,7 @@ class Report:
         lpips = f" lpips {row['lpips']:.4f}" if self.config.perceptual.weight else ""
         mfu = f" mfu {row['mfu']:.1%}" if "mfu" in row else ""
         line = f"{row['images_per_s']:.0f} img/s{mfu}  l1 {row['l1']:.4f}{lpips} flow {row['flow']:.3f}"
-        self.bar.update(self.task, line=line)
+        self.bar.update(self.task, description=line)
         if not self.console.is_terminal:
             per_step = (time.perf_counter() - self.started_at) / (self.state.step - self.first_step)
             left = per_step * (self.config.train.steps - self.state.step)
