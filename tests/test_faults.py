@@ -48,7 +48,7 @@ def truncate(path: Path) -> Path:
     return path
 
 
-# The ten kinds that issue 2 asks for.
+# Ten kinds of fault.
 
 
 def test_1_an_unknown_key(refused):

@@ -77,7 +77,7 @@ def test_kill_9_at_any_moment_ten_times_in_a_row(
     assert not list(folder.rglob("*.partial")), "what killed saves left behind is cleared away"
 
 
-def test_sigterm_and_sigint_save_and_resume_goes_on(
+def test_sigterm_and_sigint_save_and_the_run_resumes(
     tiny_run, process, wait_until, started_from, assert_same_run, tmp_path, mentions
 ):
     settings = (*tiny_run, "train.log_every=3", "train.checkpoint_every=100000")

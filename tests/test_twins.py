@@ -25,7 +25,6 @@ COVERED_BY = {
     "unite_fast/benchmarking/run.py": ("commands/test_bench.py", "commands/test_tune.py"),
     "unite_fast/benchmarking/top_kernels.py": ("commands/test_bench.py",),
     "unite_fast/benchmarking/tuned_file.py": ("benchmarking/test_tune.py",),
-    "unite_fast/checkpoint/reader.py": ("checkpoint/test_manager.py", "test_older_versions.py"),
     "unite_fast/commands/checkpoints.py": ("commands/test_forwarding.py", "interop/test_official.py"),
     "unite_fast/commands/data.py": ("commands/test_forwarding.py", "data_pipeline/shards/test_write.py"),
     "unite_fast/commands/evaluation.py": ("commands/test_forwarding.py", "evaluation/test_commands.py"),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from unite_fast import kernels
 from unite_fast.config import LPIPS_SHA256, VGG16_SHA256, PerceptualConfig
 from unite_fast.kernels.casts import cast
-from unite_fast.kernels.tensors import matmul_dtype
+from unite_fast.kernels.tensors import matmul_dtype, upcast
 from unite_fast.randomness import Philox, Stream
 from unite_fast.utils.pretrained import WeightFile
 
@@ -116,8 +116,8 @@ class LPIPS(nn.Module):
         """Does nothing: the module stays in evaluation mode when a parent is switched to training."""
         return super().train(False)
 
-    def product_weights(self) -> list[nn.Parameter]:
-        """What `kernels.casts.cast_once` is for."""
+    def matmul_weights(self) -> list[nn.Parameter]:
+        """Weights and biases of the convolutions, for `kernels.casts.cast_once`."""
         return list(self.blocks.parameters())
 
     def forward(self, image: Tensor, recon: Tensor, dropout_masks: Sequence[Tensor] | None = None) -> Tensor:
@@ -154,7 +154,7 @@ class LPIPS(nn.Module):
         return torch.stack(distances).sum(dim=0)
 
     def _scaled(self, image: Tensor) -> Tensor:
-        image = _wide(image)
+        image = upcast(image)
         if self.input_range == "signed":
             image = 2 * image - 1
         return ((image - self.shift) / self.scale).contiguous(memory_format=torch.channels_last)
@@ -173,7 +173,7 @@ def dropout_masks(philox: Philox, shapes: Sequence[tuple[int, int, int]]) -> lis
     instead of 8 M.
 
     Args:
-        philox: the draws of the step.
+        philox: random numbers of this step and these samples.
         shapes: (C, H, W) of each feature, C a multiple of 32; see `tap_shapes`.
 
     Returns:
@@ -198,7 +198,7 @@ def _mask(philox: Philox, draw: int, words: int) -> Tensor:
 
         return philox_dropout(philox.seed, philox.step, Stream.LPIPS_DROPOUT, draw, philox.positions, words)
     device = philox.positions.device
-    # By way of bytes, since 32 int64 a word would take eight times the memory of the mask.
+    # Through bytes: 32 int64 per word would take eight times the memory of the mask.
     drawn = philox.words(Stream.LPIPS_DROPOUT, (words,), draw)
     octets = ((drawn[..., None] >> torch.arange(0, 32, 8, device=device)) & 0xFF).to(torch.uint8)
     keep = (octets[..., None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
@@ -218,12 +218,12 @@ def load_lpips(config: PerceptualConfig) -> LPIPS:
 
 
 def has_weights(config: PerceptualConfig) -> bool:
-    """Whether `config` or the environment names a file of weights, right or wrong."""
+    """Whether `config` or the environment gives a path of weights; the file may be missing."""
     return VGG_FILE.named(config.vgg_path) or LPIPS_FILE.named(config.lpips_path)
 
 
 def random_lpips(config: PerceptualConfig) -> LPIPS:
-    """LPIPS with random weights: as much work, and no distance that means anything. To time a training step with."""
+    """LPIPS with random weights, to time a training step: the same work, but meaningless distances."""
     position = torch.zeros(1, dtype=torch.int64)
     tensors = {}
     for draw, (name, shape) in enumerate((VGG_SHAPES | LINEAR_SHAPES).items()):
@@ -234,10 +234,10 @@ def random_lpips(config: PerceptualConfig) -> LPIPS:
 
 
 def _block(vgg: dict[str, Tensor], layer: int) -> nn.Sequential:
-    """What lies between two taps: pooling (but not before the first), then convolutions, each with its ReLU."""
+    """The layers before a tap: pooling (except before the first), then convolutions with ReLU."""
     modules: list[nn.Module] = [nn.MaxPool2d(2)] if layer > 0 else []
     for index, inputs, outputs in VGG_BLOCKS[layer]:
-        # On "meta", so that no start values are drawn for weights that are replaced at once.
+        # On the meta device: no initial values are drawn for weights that are replaced below.
         conv = Convolution(inputs, outputs, 3, padding=1, device="meta")
         conv.weight = _frozen(vgg[f"features.{index}.weight"], torch.channels_last)
         conv.bias = _frozen(vgg[f"features.{index}.bias"])
@@ -250,7 +250,3 @@ def _frozen(weight: Tensor, memory_format: torch.memory_format = torch.contiguou
     # A copy, since the tensor may be a view of a mapped file.
     copy = weight.detach().to(torch.float32, copy=True).contiguous(memory_format=memory_format)
     return nn.Parameter(copy, requires_grad=False)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

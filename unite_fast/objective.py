@@ -109,13 +109,13 @@ def noise_decoder_input(z: Tensor, draws: StepDraws) -> Tensor:
 
 
 def flow_losses(model: UNITE, z: Tensor, labels: Tensor, draws: StepDraws) -> Tensor:
-    """L_flow, unweighted: sum over the F draws of mean(((z - x_hat) / max(1 - t, 0.05))^2).
+    """L_flow, unweighted: sum over the F draws of mean(((z - x_hat) / max(1 - t, flow.MIN_TIME_LEFT))^2).
+
+    The F draws of all samples go through the model as one batch of F B.
 
     Args:
         z: clean latents [B, N, C], detached.
         labels: int64 [B].
-
-    The F draws of all samples go through the model as one batch of F B.
     """
     x_t = flow.interpolate(z, draws.flow_noise, draws.flow_time)
     labels = torch.where(draws.label_drop, model.config.num_classes, labels)

@@ -28,7 +28,6 @@ from unite_fast.distributed.dtensor import local
 from unite_fast.errors import UserError
 
 PROGRESS = {"averages": {"sums": [0.1 + 0.2, 1e-300], "count": 3}, "loader": {"batch": 7, "skipped": [["a", "b"]]}}
-ERROR = "could not save {}: No space left on device; earlier checkpoints are untouched"
 
 
 @pytest.fixture
@@ -145,16 +144,15 @@ def test_steps_go_on_while_a_checkpoint_is_written(checkpoints, folder, tensors,
 
 
 @pytest.mark.parametrize("broken", ["save_file", "flush", "write_manifest", "os.replace"])
-def test_a_save_that_fails_leaves_what_was_there(checkpoints, folder, tensors, monkeypatch, broken):
+def test_a_save_that_fails_leaves_what_was_there(checkpoints, folder, tensors, monkeypatch, broken, mentions):
     save(checkpoints, 10, tensors)
     # The same step again, too: a resumed run writes over what it wrote before.
     for step in (10, 20):
         with monkeypatch.context() as patch:
             patch.setattr(f"unite_fast.checkpoint.format.{broken}", full_disk)
             checkpoints.save(step, Config(), {}, {"model.a": torch.zeros(1)})
-            with pytest.raises(UserError) as failure:
+            with pytest.raises(UserError, match=mentions(step_path(folder, step), os.strerror(errno.ENOSPC))):
                 checkpoints.wait()
-        assert str(failure.value) == ERROR.format(step_path(folder, step))
         assert sorted(os.listdir(folder)) == ["latest", "step_00000010"]
         found = load_checkpoint(folder)
         assert found.step == 10
@@ -250,7 +248,7 @@ def test_of_damaged_checkpoints_the_newest_whole_one_is_used(
         checkpoints.find()
 
 
-def test_a_folder_without_checkpoints_has_none_to_go_on_from(checkpoints):
+def test_find_returns_none_without_checkpoints(checkpoints):
     assert checkpoints.find() is None
 
 

@@ -33,7 +33,7 @@ def _stale(join: Callable[[], Peers], after_rendezvous: bool) -> list[int]:
     sums = torch.tensor([rank])
     distributed.all_reduce(sums)
     distributed.barrier()
-    return [int(sums), peers.start_max(rank).result()]
+    return [int(sums), peers.votes.start_max(rank).result()]
 
 
 @pytest.mark.parametrize("after_rendezvous", [False, True])

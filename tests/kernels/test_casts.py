@@ -10,7 +10,7 @@ from unite_fast import kernels
 from unite_fast.kernels import backend, casts
 from unite_fast.kernels.casts import cast, cast_once, joined
 from unite_fast.lpips import LINEAR_SHAPES, LPIPS, VGG_SHAPES
-from unite_fast.model.layers import SwiGLU, product_weights
+from unite_fast.model.layers import SwiGLU, matmul_weights
 from unite_fast.model.unite import UNITE
 
 HALF = torch.bfloat16
@@ -177,7 +177,7 @@ def test_in_float32_nothing_changes(weight, draw):
 def test_the_weights_of_a_model_that_profit(tiny_config):
     model = UNITE.create(tiny_config.model, seed=0)
     named = dict(model.named_parameters())
-    names = {next(n for n, p in named.items() if p is weight) for weight in product_weights(model)}
+    names = {next(n for n, p in named.items() if p is weight) for weight in matmul_weights(model)}
     linears = {
         n.rpartition(".")[0] for n, m in model.named_modules() for n in (f"{n}.weight",) if hasattr(m, "in_features")
     }
@@ -193,8 +193,8 @@ def test_lpips_takes_copies(draw, backend_name):
     image, recon = draw(1, 3, 16, 16), draw(1, 3, 16, 16)
     with torch.autocast("cpu", HALF), backend.using("reference"):
         want = lpips(image, recon)
-        with cast_once(lpips.product_weights()):
+        with cast_once(lpips.matmul_weights()):
             assert torch.equal(lpips(image, recon), want)
-            for parameter in lpips.product_weights():
+            for parameter in lpips.matmul_weights():
                 held(parameter).zero_()
             assert not lpips(image, recon).any()

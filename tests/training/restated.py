@@ -121,7 +121,7 @@ class Restated:
         return l1, lpips, flow
 
     def lpips(self, images: Tensor, recon: Tensor, philox: Philox) -> Tensor:
-        """Equation 1 of arXiv 1801.03924, half of the squared differences dropped (see `perceptual.dropout_masks`)."""
+        """Equation 1 of arXiv 1801.03924, half of the squared differences dropped (see `lpips.dropout_masks`)."""
         total = 0.0
         for layer, (x, y) in enumerate(zip(self.features(images), self.features(recon), strict=True)):
             x, y = (f / (f.square().sum(1, keepdim=True).sqrt() + 1e-10) for f in (x.to(self.dtype), y.to(self.dtype)))

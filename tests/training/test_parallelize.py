@@ -321,7 +321,7 @@ def go_on(config) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("saved_by", ["fsdp", "ddp"])
-def test_any_number_of_processes_goes_on_from_any_others_checkpoint(saved_by, settings, ranks):
+def test_a_checkpoint_resumes_on_any_world_size(saved_by, settings, ranks):
     config = settings(f"parallel.strategy={saved_by}")
     want = torch.tensor(ranks(4, save_and_go_on, config)[0], dtype=torch.float64)
     again = f"train.out={config.train.out}"

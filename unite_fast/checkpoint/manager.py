@@ -13,18 +13,23 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
+from torch.distributed.checkpoint import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+    Metadata,
+    SavePlan,
+    SavePlanner,
+    TensorStorageMetadata,
+    load,
+    save,
+)
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from unite_fast.checkpoint import format as files
 from unite_fast.checkpoint.format import DamagedCheckpoint, Manifest
-from unite_fast.checkpoint.reader import Checkpoint, find_intact
+from unite_fast.checkpoint.reader import OFFSETS, SHARDING_INFO, Checkpoint, find_intact
 from unite_fast.config import Config
 from unite_fast.distributed.dtensor import local
 from unite_fast.distributed.process_group import Ranks, current_ranks
@@ -138,7 +143,7 @@ class Checkpoints:
             ) from error
         finally:
             # Already renamed after a success. On a full disk it would take the space that the next save needs.
-            if ranks.rank == 0:
+            if ranks.main:
                 shutil.rmtree(partial, ignore_errors=True)
 
     def _finish(self, partial: Path, path: Path, manifest: Manifest) -> None:
@@ -178,8 +183,8 @@ class _ShardWriter(HuggingFaceStorageWriter):
             for item in plan.items:
                 name, shard = item.index.fqn, planner.resolve_data(item)
                 assert isinstance(shard, Tensor) and item.tensor_data is not None  # `save` passes tensors only
-                shards[name], offsets[name] = shard.contiguous(), {SAVED_OFFSETS_KEY: item.tensor_data.chunk.offsets}
-            files.save_safetensors(shards, path, {CUSTOM_METADATA_KEY: json.dumps(offsets)})
+                shards[name], offsets[name] = shard.contiguous(), {OFFSETS: item.tensor_data.chunk.offsets}
+            files.save_safetensors(shards, path, {SHARDING_INFO: json.dumps(offsets)})
             self.written = [path]
         done = torch.futures.Future()
         done.set_result([])

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unite_fast.checkpoint import format as files
-from unite_fast.checkpoint.format import DamagedCheckpoint, Manifest
+from unite_fast.checkpoint.format import DamagedCheckpoint, Manifest, Shard
 from unite_fast.config import Config
 from unite_fast.distributed.process_group import ALONE, Ranks
 from unite_fast.errors import UserError
@@ -30,6 +30,7 @@ class Checkpoint:
     step: int
     progress: dict
     """State of the trainer besides tensors: loader, averages, counters."""
+    shards: list[Shard]
     tensors: dict[str, Tensor]
 
 
@@ -44,7 +45,7 @@ def load_checkpoint(path: str | Path, prefixes: tuple[str, ...] = ("",)) -> Chec
         UserError: no such checkpoint, or it is damaged.
     """
     checkpoint = find_intact(Path(path), ALONE)
-    shards = [checkpoint.path / shard.name for shard in files.read_manifest(checkpoint.path).shards]
+    shards = [checkpoint.path / shard.name for shard in checkpoint.shards]
     checkpoint.tensors = read_tensors(checkpoint.path, shards, prefixes)
     return checkpoint
 
@@ -97,9 +98,9 @@ def find_intact(path: Path, ranks: Ranks) -> Checkpoint:
         except DamagedCheckpoint as error:
             damage.append(str(error))
             continue
-        for line in damage if ranks.rank == 0 else ():
+        for line in damage if ranks.main else ():
             files.log.warning("%s; using %s instead", line, candidate)
-        return Checkpoint(candidate, manifest.config, manifest.step, manifest.progress, {})
+        return Checkpoint(candidate, manifest.config, manifest.step, manifest.progress, manifest.shards, {})
     if checkpoints != [path]:
         raise DamagedCheckpoint(f"{path} contains no intact checkpoint: {'; '.join(damage)}")
     other = ranks.run_on_first(lambda: files.find_other(path))

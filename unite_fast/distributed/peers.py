@@ -4,13 +4,12 @@ import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
-from typing import cast
 
 import torch
 from torch import distributed
 from torch.distributed import distributed_c10d
 
-from unite_fast.distributed.process_group import PendingMax, Ranks
+from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError
 
 TEMPORARY = 75
@@ -38,20 +37,13 @@ class Peers:
     def __init__(self, rank: int = 0, world: int = 1):
         """All ranks call this together, after `init_process_group`."""
         self.rank, self.world = rank, world
-        self.votes = Ranks(rank, world)
+        # No timeout: the watchdog decides who waits too long.
+        endless = timedelta(days=1000)
+        self.votes, self.neighbours = (Ranks(rank, world).with_own_group(endless) for _ in range(2))
         if world > 1:
-            # No timeout: the watchdog decides who waits too long.
-            endless = timedelta(days=1000)
-            self.votes = self.votes.with_own_group(endless)
-            # An int only on ranks outside the group, and all ranks are in it.
-            self.neighbours = cast(distributed.ProcessGroup, distributed.new_group(backend="gloo", timeout=endless))
             # A connection of its own, because the main thread may hang in a request on the other one.
             store = distributed_c10d._get_default_store()
             self.store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]  # missing in torch's stub
-
-    def start_max(self, number: int) -> PendingMax:
-        """See `Ranks.start_max`."""
-        return self.votes.start_max(number)
 
     def wait_for_next(self) -> None:
         """Block until the next rank calls `release_previous`.
@@ -59,11 +51,11 @@ class Peers:
         Raises:
             RuntimeError: the next rank died.
         """
-        distributed.recv(torch.zeros(1), (self.rank + 1) % self.world, self.neighbours)
+        distributed.recv(torch.zeros(1), (self.rank + 1) % self.world, self.neighbours.group)
 
     def release_previous(self) -> None:
         """End the previous rank's `wait_for_next`."""
-        distributed.send(torch.zeros(1), (self.rank - 1) % self.world, self.neighbours)
+        distributed.send(torch.zeros(1), (self.rank - 1) % self.world, self.neighbours.group)
 
     def call_roll(self) -> None:
         """Ask all ranks to answer, because contact with one of them broke."""

@@ -28,7 +28,7 @@ class StopVote:
         """
         result = self.finish()
         if not result:
-            self.pending = self.peers.start_max(self.received[0] if self.received else 0)
+            self.pending = self.peers.votes.start_max(self.received[0] if self.received else 0)
             if self.peers.world == 1:
                 result = self.finish()
         return result

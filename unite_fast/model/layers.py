@@ -114,7 +114,7 @@ class SwiGLU(nn.Module):
         return fc_in, bias_in, F.pad(fc_out, (0, padding))
 
 
-def product_weights(model: nn.Module) -> list[Tensor]:
+def matmul_weights(model: nn.Module) -> list[Tensor]:
     """Weights and biases that the ops round to bfloat16 for matmuls, for `kernels.casts.cast_once`. Not among them: the
     time embedding, which stays float32, and SwiGLU weights that are padded first."""
     excluded = set()

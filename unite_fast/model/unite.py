@@ -39,12 +39,12 @@ class UNITE(nn.Module):
         `reset_parameters` of torch's modules is not called: `initialize` of encoder or decoder must set every tensor.
 
         Raises:
-            RuntimeError: it left a parameter or buffer unset, for example that of a new kind of norm.
+            RuntimeError: a parameter or buffer was not set, for example that of a new kind of norm.
         """
         tensors = dict((*self.named_parameters(), *self.named_buffers()))
         generator = torch.Generator().manual_seed(seed % 2**63)
         with torch.no_grad():
-            # Every write in place raises a tensor's version; unlike a look for odd values this needs no device sync.
+            # Every in-place write raises a tensor's version. Unlike a search for NaN, reading it needs no device sync.
             versions = {name: local(tensor)._version for name, tensor in tensors.items()}
             self.encoder.initialize(generator)
             fill(self.latent_norm.weight, nn.init.ones_)

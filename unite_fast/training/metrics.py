@@ -81,9 +81,9 @@ class Averages:
     def _average_over_ranks(self) -> None:
         """Replace the sums by their mean over ranks. A run that continues then has the same bits as one that
         resumes."""
-        if current_ranks().world > 1:
-            distributed.all_reduce(self.sums)
-            self.sums /= current_ranks().world
+        ranks = current_ranks()
+        ranks.sum(self.sums)
+        self.sums /= ranks.world
 
 
 class Speedometer:
@@ -151,7 +151,7 @@ def loss_spike(rows: Sequence[dict]) -> str | None:
     if not last["total"] > mean + SPIKE_DEVIATIONS * deviation:
         return None
     return (
-        f"loss spike: {last['total']:.4f} at step {last['step']}; the {len(before)} rows before it have mean "
+        f"loss spike: {last['total']:.4f} in the row of step {last['step']}; the {len(before)} rows before have mean "
         f"{mean:.4f}, standard deviation {deviation:.4f}"
     )
 

@@ -108,7 +108,8 @@ def restarted(folder: Path, peers: Peers) -> bool:
     because the folder contains another one."""
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     # Any rank counts: each machine's torchrun has its own count, and some may see an older state of the folder.
-    return bool(peers.start_max(again).result() and peers.start_max(read_status(folder) == running_status()).result())
+    votes = peers.votes
+    return bool(votes.start_max(again).result() and votes.start_max(read_status(folder) == running_status()).result())
 
 
 def running_status() -> str:

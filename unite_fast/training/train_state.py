@@ -18,7 +18,8 @@ counts steps once for all parameters."""
 
 
 class TrainState:
-    """
+    """Weights, optimizers, averages and step number of a run.
+
     With a sharded model each rank holds its shard of everything: parameters, optimizer states, averages, and reduced
     gradients. Gradients are whole from a step's first backward pass until they are reduced.
 

@@ -23,7 +23,7 @@ from unite_fast.data_pipeline import Batch
 from unite_fast.distributed.strategy import UNSHARDED, Strategy
 from unite_fast.kernels.casts import cast_once
 from unite_fast.lpips import LPIPS, dropout_masks, tap_shapes
-from unite_fast.model.layers import product_weights
+from unite_fast.model.layers import matmul_weights
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import Losses, StepDraws, draw_step, flow_losses, reconstruct
 from unite_fast.randomness import Philox, Stream
@@ -72,7 +72,7 @@ def accumulate_gradients(
     if config.perceptual.weight and lpips is None:
         raise ValueError(f"perceptual.weight is {config.perceptual.weight}, but no LPIPS network was given")
     clock, sums = clock or StepClock(model.device), None
-    with cast_once(matmul_weights(model, lpips, config.train.precision)):
+    with cast_once(weights_to_cast(model, lpips, config.train.precision)):
         for number, batch in enumerate(micro_batches, 1):
             last = number == count
             # One autocast context per pass: it caches casts of weights, and with them the graph of its pass.
@@ -185,11 +185,11 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def matmul_weights(model: UNITE, lpips: LPIPS | None, precision: str) -> list[Tensor]:
+def weights_to_cast(model: UNITE, lpips: LPIPS | None, precision: str) -> list[Tensor]:
     """Weights to cast to bfloat16 once per step, for all its passes; none in float32."""
     if precision != "bfloat16":
         return []
-    return [*product_weights(model), *(lpips.product_weights() if lpips else [])]
+    return [*matmul_weights(model), *(lpips.matmul_weights() if lpips else [])]
 
 
 def backward(model: UNITE, loss: Tensor) -> None:

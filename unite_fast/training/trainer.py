@@ -122,6 +122,7 @@ class Trainer:
         self.first_step = self.state.step
 
         self.report = Report(self.folder, config, self.device, self.state, checkpoint is not None, ranks.main)
+        self.report.print_line(f"data: {len(self.source)} images, {self.choice.name} loader ({self.choice.why})")
         self.validation = Validation(config, self.folder, self.device, self.state.step, len(self.source))
         self._print_setup()
         self.speed = Speedometer(config, self.device)
@@ -168,8 +169,8 @@ class Trainer:
         saved_decoder = checkpoint.progress.get("decoder", self.choice.decoder)
         require(
             saved_decoder == self.choice.decoder,
-            f"cannot resume: the run's images were decoded by {saved_decoder}, now it would be {self.choice.decoder}, "
-            f"whose pixels differ; set data.loader={'dali' if saved_decoder == 'dali' else 'webdataset'}",
+            f"cannot resume: {saved_decoder} decoded the run's images, now {self.choice.decoder} would, and its pixels "
+            f"differ; set data.loader={'dali' if saved_decoder == 'dali' else 'webdataset'}",
         )
         self.checkpoints.load_into(checkpoint, self.state.tensors())
         self.state.resume_at(checkpoint.step)
@@ -181,8 +182,7 @@ class Trainer:
             raise UserError(f"cannot resume from {checkpoint.path}: it has no {error}") from error
 
     def _print_setup(self) -> None:
-        """Loader, caveat of the validation, and strategy; the report has printed its header."""
-        self.report.print_line(f"data: {len(self.source)} images, {self.choice.name} loader ({self.choice.why})")
+        """The validation's caveat, and the strategy."""
         if self.validation.warning:
             self.report.print_line(f"evaluation: {self.validation.warning}")
         if self.ranks.world > 1:

@@ -40,7 +40,7 @@ CHANGES = [
             ("torch.where(bad, step, self.first_bad_step)", "torch.where(~finite, step, self.first_bad_step)"),
             ("self.sums.zero_()", "pass"),
             ("self.count.zero_()", "pass"),
-            ("self.sums /= current_ranks().world", "pass"),
+            ("self.sums /= ranks.world", "pass"),
             ("distributed.ReduceOp.MIN", "distributed.ReduceOp.MAX"),
             (
                 'row["images_per_s_per_gpu"] * self.image_flops / self.peak',
