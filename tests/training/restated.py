@@ -1,7 +1,7 @@
-"""Training once more, as plainly as possible, from raw images to weights, averages and rows of metrics.
+"""A plain restatement of training, from raw images to weights, averages and rows of metrics.
 
-Written from docs/method.md and not from `unite_fast/training`; the network is tests/interop/released.py's. From
-`unite_fast` it takes the random numbers, which tests/test_randomness.py tests, and the names of the settings.
+Written from docs/method.md, not from `unite_fast/training`. The network is the one in tests/interop/released.py. Only
+the random numbers (tested in tests/test_randomness.py) and the names of the settings come from `unite_fast`.
 
 Shapes: B global batch, N latent tokens, C latent channels, F flow draws, S image size.
 """
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from unite_fast.randomness import Philox, Stream
 
 VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)
-"""Configuration D of arXiv 1409.1556: channels of the convolutions, M a pooling, before which LPIPS looks."""
+"""Configuration D of arXiv 1409.1556: channels of the convolutions. M: LPIPS taps the features, then max-pooling."""
 
 
 class Restated:
@@ -24,10 +24,10 @@ class Restated:
     Args:
         released: the module tests/interop/released.py.
         config: the settings of the run.
-        weights: start values by the released names, not trained ones included.
-        vgg, linear: weights of LPIPS by the names of their files.
-        dtype: of all arithmetic.
-        autocast: bfloat16 products, as training in bfloat16 has them.
+        weights: initial values under the released names, including untrained tensors.
+        vgg, linear: LPIPS weights under the names in their files.
+        dtype: dtype of all computations.
+        autocast: bfloat16 matmuls and convolutions, as in bfloat16 training.
     """
 
     def __init__(self, released, config, weights: dict[str, Tensor], vgg, linear, dtype, autocast: bool = False):
@@ -55,8 +55,8 @@ class Restated:
         self.averages = {n: w.detach().clone() for n, w in self.trained.items()}
         self.moments = {n: [torch.zeros_like(w), torch.zeros_like(w)] for n, w in self.averages.items()}
         self.steps, self.rows = 0, []
-        # How near a pixel of a reconstruction came to its image: there, rounding can turn the gradient of |x| around.
-        self.nearest = math.inf
+        # Where |reconstruction - image| is close to 0, rounding can flip the sign of its gradient.
+        self.min_pixel_error = math.inf
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         """One optimizer step on raw images, uint8 [B, 3, S, S], and labels [B]."""
@@ -103,7 +103,7 @@ class Restated:
         t = (low + (1 - low) * uniform(Stream.DECODER_NOISE_TIME))[:, None, None]
         mixed = torch.where(noisy[:, None, None], t * z + (1 - t) * normal(Stream.DECODER_NOISE), z)
         recon = model.decode(mixed).to(self.dtype)
-        self.nearest = min(self.nearest, (recon - images).abs().min().item())
+        self.min_pixel_error = min(self.min_pixel_error, (recon - images).abs().min().item())
         l1 = (recon - images).abs().mean()
         lpips = self.lpips(images, recon, philox) if config.perceptual.weight else torch.zeros(())
 
@@ -121,7 +121,7 @@ class Restated:
         return l1, lpips, flow
 
     def lpips(self, images: Tensor, recon: Tensor, philox: Philox) -> Tensor:
-        """Equation 1 of arXiv 1801.03924, half of the squared differences dropped (see `lpips.dropout_masks`)."""
+        """Equation 1 of arXiv 1801.03924, with half of the squared differences dropped (see `lpips.dropout_masks`)."""
         total = 0.0
         for layer, (x, y) in enumerate(zip(self.features(images), self.features(recon), strict=True)):
             x, y = (f / (f.square().sum(1, keepdim=True).sqrt() + 1e-10) for f in (x.to(self.dtype), y.to(self.dtype)))
@@ -137,8 +137,8 @@ class Restated:
 
     def features(self, pixels: Tensor) -> list[Tensor]:
         mean = torch.tensor([-0.030, -0.088, -0.188]).to(self.dtype).view(1, 3, 1, 1)
-        deviation = torch.tensor([0.458, 0.448, 0.450]).to(self.dtype).view(1, 3, 1, 1)
-        x, taps, index = (pixels - mean) / deviation, [], 0
+        std = torch.tensor([0.458, 0.448, 0.450]).to(self.dtype).view(1, 3, 1, 1)
+        x, taps, index = (pixels - mean) / std, [], 0
         for entry in VGG16:
             if entry == "M":
                 taps.append(x)
@@ -156,35 +156,35 @@ class Restated:
         m.mul_(momentum).add_((1 - momentum) * g)
         x = (1 - momentum) * g + momentum * m
         x = x / max(x.norm().item(), self.config.optim.eps)
-        turned = x.shape[0] > x.shape[1]
-        x = x.T if turned else x
+        tall = x.shape[0] > x.shape[1]
+        x = x.T if tall else x
         for _ in range(5):
             a = x @ x.T
             x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-        return 0.2 * math.sqrt(max(x.shape)) * (x.T if turned else x)
+        return 0.2 * math.sqrt(max(x.shape)) * (x.T if tall else x)
 
     def adamw_update(self, name: str, g: Tensor) -> Tensor:
-        (one, two), (m, v) = self.config.optim.adamw_betas, self.moments[name]
-        m.mul_(one).add_((1 - one) * g)
-        v.mul_(two).add_((1 - two) * g.square())
+        (beta1, beta2), (m, v) = self.config.optim.adamw_betas, self.moments[name]
+        m.mul_(beta1).add_((1 - beta1) * g)
+        v.mul_(beta2).add_((1 - beta2) * g.square())
         count = self.steps + 1
-        return (m / (1 - one**count)) / ((v / (1 - two**count)).sqrt() + self.config.optim.eps)
+        return (m / (1 - beta1**count)) / ((v / (1 - beta2**count)).sqrt() + self.config.optim.eps)
 
     def rate(self) -> float:
         schedule = self.config.schedule
-        growth = self.config.train.batch_size / schedule.reference_batch
+        lr_scale = self.config.train.batch_size / schedule.reference_batch
         stages = {
             "warmup_steps": schedule.warmup_steps,
             "hold_1_until": schedule.hold_until,
             "decay_1_until": schedule.decay_until,
-            "base_lr_1": growth * schedule.lr,
-            "base_lr_2": growth * schedule.lr_2,
+            "base_lr_1": lr_scale * schedule.lr,
+            "base_lr_2": lr_scale * schedule.lr_2,
         }
         return self.learning_rate(stages, self.steps)
 
 
 def _in_float32(released: type) -> type:
-    """The network with its norms and its time embedding out of autocast, as docs/method.md has them."""
+    """The network with norms and time embedding outside autocast, as docs/method.md specifies."""
 
     class Network(released):
         def rms_norm(self, name: str, x: Tensor) -> Tensor:

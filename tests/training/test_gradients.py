@@ -14,9 +14,9 @@ def loss(parameters, power):
     return sum(p.pow(power).sum() for p in parameters)
 
 
-def test_the_sums_are_those_of_autograd(parameters):
+def test_accumulated_gradients_equal_autograds(parameters):
     def second_pass():
-        """The last gets its first gradient here, the one before it none."""
+        """In this pass the third parameter gets its first gradient and the second gets none."""
         for p in parameters:
             p.grad = None
         loss(parameters[:2], 2).backward()
@@ -25,14 +25,14 @@ def test_the_sums_are_those_of_autograd(parameters):
     second_pass().backward()
     want = [p.grad.clone() for p in parameters]
     second = second_pass()
-    kept = parameters[0].grad
+    first_gradient = parameters[0].grad
     with foreach_accumulation(parameters):
         second.backward()
-    assert parameters[0].grad is kept
+    assert parameters[0].grad is first_gradient
     assert all(torch.equal(p.grad, w) for p, w in zip(parameters, want, strict=True))
 
 
-def test_an_error_loses_no_gradient(parameters):
+def test_gradients_survive_an_error(parameters):
     loss(parameters, 2).backward()
     want = [p.grad.clone() for p in parameters]
     with pytest.raises(RuntimeError, match="on purpose"), foreach_accumulation(parameters):

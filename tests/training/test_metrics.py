@@ -1,4 +1,4 @@
-"""The means that are logged, and the files that hold them."""
+"""Logged means and rates, and the files of metrics."""
 
 import errno
 import json
@@ -31,12 +31,12 @@ def row(step: int) -> dict:
 def events(folder) -> dict[int, float]:
     reader = EventAccumulator(str(folder / "tensorboard"))
     reader.Reload()
-    found = reader.Scalars("l1")
-    assert len({event.step for event in found}) == len(found)  # none twice, as rewritten ones would be
-    return {event.step: event.value for event in found}
+    scalars = reader.Scalars("l1")
+    assert len({event.step for event in scalars}) == len(scalars)  # no duplicates of rewritten rows
+    return {event.step: event.value for event in scalars}
 
 
-def test_means_are_over_the_steps_since_the_last_time():
+def test_means_cover_the_steps_since_the_last_take():
     averages = Averages(torch.device("cpu"))
     for step, value in enumerate((1.0, 2.0, 6.0), start=1):
         averages.add(step, losses(value), torch.tensor(10 * value))
@@ -48,7 +48,7 @@ def test_means_are_over_the_steps_since_the_last_time():
         averages.add(4, losses(3.0), torch.tensor(30.0))
 
 
-def test_means_survive_json_to_the_last_bit():
+def test_means_survive_json_bit_for_bit():
     whole, first = Averages(torch.device("cpu")), Averages(torch.device("cpu"))
     for step, value in enumerate((0.1, 1e-30, 3e7)):
         whole.add(step, losses(value), torch.tensor(value / 3))
@@ -62,18 +62,18 @@ def test_means_survive_json_to_the_last_bit():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["losses", "gradient"])
-def test_the_first_step_that_is_not_finite_is_remembered(bad, where):
+def test_the_first_nonfinite_step_is_remembered(bad, where):
     averages = Averages(torch.device("cpu"))
     for step in range(1, 8):
         value = bad if step in (3, 5) else 1.0
         averages.add(step, losses(value if where == "losses" else 1.0), torch.tensor(value))
         assert averages.bad_step() == (3 if step >= 3 else None)
-    # Neither step is in the means.
+    # The means leave out both bad steps.
     means = averages.take()
     assert (means["total"], means["flow"], means["grad_norm"]) == (1.0, 3.0, 1.0)
 
 
-def test_means_of_no_finite_step_are_nan_and_no_good_loss():
+def test_means_without_a_finite_step_are_nan_and_ignored_by_loss_spike():
     averages = Averages(torch.device("cpu"))
     averages.add(1, losses(math.inf), torch.tensor(1.0))
     assert all(math.isnan(mean) for mean in averages.take().values())
@@ -81,69 +81,69 @@ def test_means_of_no_finite_step_are_nan_and_no_good_loss():
     assert loss_spike(rows_of([2.0, 2.1] * 5 + [math.nan, 9.0])) is not None
 
 
-def averaged_by(rank: int) -> Averages:
-    """What a rank of two has summed after three steps; rank 1 met a bad number in the second."""
+def averages_of(rank: int) -> Averages:
+    """The averages of one of two ranks after three steps."""
     averages = Averages(torch.device("cpu"))
     for step in (1, 2, 3):
         averages.add(step, losses(step + 10.0 * rank), torch.tensor(float(step)))
     return averages
 
 
-def two_ranks() -> dict:
+def average_on_two_ranks() -> dict:
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
-    averages, bad = averaged_by(rank), averaged_by(rank)
-    found = {"before": averages.bad_step(), "state": averages.state_dict()}
-    for each in (averages, bad):
-        each.add(4, losses(math.nan if rank and each is bad else 1.0), torch.tensor(1.0))
-    found |= {"means": averages.take(), "bad": bad.bad_step()}
+    averages, bad = averages_of(rank), averages_of(rank)
+    results = {"before": averages.bad_step(), "state": averages.state_dict()}
+    averages.add(4, losses(1.0), torch.tensor(1.0))
+    bad.add(4, losses(math.nan if rank else 1.0), torch.tensor(1.0))
+    results |= {"means": averages.take(), "bad": bad.bad_step()}
     resumed = Averages(torch.device("cpu"))
-    resumed.load_state_dict(json.loads(json.dumps(found["state"])))
+    resumed.load_state_dict(json.loads(json.dumps(results["state"])))
     resumed.add(4, losses(1.0), torch.tensor(1.0))
     speed = Speedometer(Config(), torch.device("cpu"))
-    speed.clock = Elapsed()
-    row = speed.row(4)
-    rates = row["images_per_s"], row["images_per_s_per_gpu"]
-    return found | {"resumed": resumed.take(), "memory": speed.memory(), "rates": rates}
+    speed.clock = FakeClock()
+    values = speed.row(4)
+    rates = values["images_per_s"], values["images_per_s_per_gpu"]
+    return results | {"resumed": resumed.take(), "memory": speed.memory(), "rates": rates}
 
 
-def test_ranks_share_their_means_and_their_bad_steps(ranks):
-    one, other = ranks(2, two_ranks)
+def test_means_and_bad_steps_are_the_same_on_all_ranks(ranks):
+    one, other = ranks(2, average_on_two_ranks)
     assert one == other
     assert one["before"] is None and one["bad"] == 4
     assert one["rates"] == (4 * Config().train.batch_size / 2, 4 * Config().train.batch_size / 2 / 2)
-    # Ranks 0 and 1 had 1, 2, 3 and 11, 12, 13, and both 1 in the end.
+    # Rank 0 added 1, 2, 3 and rank 1 added 11, 12, 13; then both added 1.
     assert one["means"]["total"] == (6 + 36 + 2) / 8 and one["means"]["grad_norm"] == 7 / 4
     assert one["state"] == {"sums": [21.0, 42.0, 84.0, 63.0, 6.0], "count": 3}
     assert one["resumed"] == one["means"]
 
 
-class Elapsed:
-    """A clock whose interval has taken two seconds."""
+class FakeClock:
+    """A clock whose interval took two seconds."""
 
     def take(self) -> tuple[float, dict[str, float]]:
         return 2.0, {"data": 0.5, "forward": 1.0, "other": 0.5}
 
 
-def test_a_row_has_rates_parts_and_memory(tiny_config):
+def test_a_row_has_rates_seconds_by_part_and_memory(tiny_config):
     speed = Speedometer(tiny_config, torch.device("cpu"))
     assert speed.mfu_note.endswith("no peak of a CPU is known (unite_fast/planning/gpus.py)")
-    speed.clock = Elapsed()
-    found = speed.row(4)
-    assert 0.01 < found.pop("memory_gb") < 100
+    speed.clock = FakeClock()
+    values = speed.row(4)
+    assert 0.01 < values.pop("memory_gb") < 100
     parts = {"seconds_data": 0.125, "seconds_forward": 0.25, "seconds_other": 0.125}
-    assert found == {"images_per_s": 4 * 6 / 2, "images_per_s_per_gpu": 12.0, **parts}
-    assert training_metrics({"step": 1, "total": 2.0, "lr": 0.1, **found, "mfu": 0.3}) == {
+    assert values == {"images_per_s": 4 * 6 / 2, "images_per_s_per_gpu": 12.0, **parts}
+    assert training_metrics({"step": 1, "total": 2.0, "lr": 0.1, **values, "mfu": 0.3}) == {
         "step": 1,
         "total": 2.0,
         "lr": 0.1,
     }
 
 
-def test_mfu_is_the_work_done_over_the_peak(tiny_config, monkeypatch):
+def test_mfu_is_flops_per_second_over_the_peak(tiny_config, monkeypatch):
     monkeypatch.setattr(metrics, "recognise", lambda name: find_gpu("h100"))
     speed = Speedometer(tiny_config, torch.device("cpu"))
-    speed.clock = Elapsed()
+    speed.clock = FakeClock()
     assert speed.row(4)["mfu"] == pytest.approx(12 * image_flops(tiny_config) / 989e12)
     assert "989 dense bfloat16 TFLOP/s" in speed.mfu_note
 
@@ -152,24 +152,24 @@ def rows_of(totals: list[float]) -> list[dict]:
     return [{"step": 50 * i, "total": total} for i, total in enumerate(totals, start=1)]
 
 
-def test_a_loss_far_above_the_rows_before_it_is_a_spike(mentions):
-    calm = [2.0, 2.1, 1.9, 2.0, 2.1, 1.9, 2.0, 2.1, 1.9, 2.0]
+def test_a_loss_six_deviations_above_recent_rows_is_a_spike(mentions):
+    steady = [2.0, 2.1, 1.9, 2.0, 2.1, 1.9, 2.0, 2.1, 1.9, 2.0]
     mean, deviation = 2.0, (6 * 0.01 / 9) ** 0.5
-    assert loss_spike(rows_of([*calm, mean + 5.9 * deviation])) is None
-    line = loss_spike(rows_of([*calm, mean + 6.1 * deviation]))
+    assert loss_spike(rows_of([*steady, mean + 5.9 * deviation])) is None
+    line = loss_spike(rows_of([*steady, mean + 6.1 * deviation]))
     assert re.match(rf"{mentions(550, 10, '2.0000')}.*\b2\.49", line)
-    assert loss_spike(rows_of([*calm, 0.1])) is None
-    # Too few rows to know what is usual; and a run that falls from far above is not compared with its start.
-    assert loss_spike(rows_of([*calm[1:], 9.0])) is None
-    assert loss_spike(rows_of([90.0, *calm, *calm, 9.0])) is not None
+    assert loss_spike(rows_of([*steady, 0.1])) is None
+    # Ten earlier rows are needed. Only recent ones count, so the high losses of a start do not hide a spike.
+    assert loss_spike(rows_of([*steady[1:], 9.0])) is None
+    assert loss_spike(rows_of([90.0, *steady, *steady, 9.0])) is not None
     assert loss_spike(rows_of([])) is loss_spike(rows_of([1.0])) is None
 
 
-def test_rows_and_events_can_be_read_back(tmp_path):
+def test_rows_and_events_can_be_read_during_a_run(tmp_path):
     log = MetricsLog(tmp_path, 0)
     for step in (5, 10):
         log.write(row(step))
-        # At once: who follows a run must not wait for its end.
+        # At once, so that a run can be followed.
         assert read_rows(tmp_path / "metrics.jsonl")[-1] == row(step)
     log.flush()
     assert events(tmp_path).keys() == {5, 10}
@@ -178,7 +178,7 @@ def test_rows_and_events_can_be_read_back(tmp_path):
     assert events(tmp_path) == pytest.approx({5: 5.1, 10: 10.1})
 
 
-def test_rows_after_the_checkpoint_are_written_anew(tmp_path):
+def test_resuming_drops_rows_after_the_checkpoint(tmp_path):
     log = MetricsLog(tmp_path, 0)
     for step in (5, 10, 15):
         log.write(row(step))
@@ -192,7 +192,7 @@ def test_rows_after_the_checkpoint_are_written_anew(tmp_path):
 
 
 @pytest.mark.parametrize("torn", ['{"step": 15, "l1"', "{", "5", "[]", "{}", '"', "\0" * 9, "\udcff\udcfe"])
-def test_what_a_kill_or_a_full_disk_left_half_written_is_passed_over(tmp_path, torn):
+def test_a_half_written_row_is_ignored(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes((json.dumps(row(5)) + "\n" + torn).encode(errors="surrogateescape"))
     log = MetricsLog(tmp_path, 20)
@@ -202,7 +202,7 @@ def test_what_a_kill_or_a_full_disk_left_half_written_is_passed_over(tmp_path, t
     assert os.listdir(tmp_path).count("metrics.jsonl.partial") == 0
 
 
-def test_a_full_disk_is_named_with_the_file(tmp_path, mentions):
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, mentions):
     log = MetricsLog(tmp_path, 0)
     log.path.unlink()
     log.path.symlink_to("/dev/full")

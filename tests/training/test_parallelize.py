@@ -1,4 +1,4 @@
-"""Several processes train as one does: the same start, the same losses, a part of the memory."""
+"""Training on several ranks: initial weights and losses of a single process, and a share of the memory each."""
 
 import itertools
 import re
@@ -17,15 +17,15 @@ from unite_fast.training.parallelize import build_model, placement, state_bytes
 from unite_fast.training.trainer import Trainer
 
 TOLERANCE = 1e-5
-"""Relative, of losses in float32: sums over the batch in another order. By --every-strategy: at most 5.3e-6."""
+"""Relative error of float32 losses, summed over the batch in another order. --every-strategy: at most 5.3e-6."""
 
 
 @pytest.fixture(scope="module")
 def settings(tiny_run, tmp_path_factory):
-    """The settings of a tiny run of batch 16, in a folder of its own.
+    """Makes configs of tiny runs with batch 16, each in a folder of its own.
 
-    The flow loss has the recipe's small weight: with 1 it falls from 2 to 0.01 in these 20 steps, and one process in
-    micro-batches is then 1.4e-5 from one without.
+    The flow loss has the recipe's small weight. At weight 1 it falls from 2 to 0.01 in these 20 steps, and then
+    micro-batches alone change the losses of a single process by 1.4e-5.
     """
     folder, numbers = tmp_path_factory.mktemp("runs"), itertools.count()
 
@@ -37,7 +37,7 @@ def settings(tiny_run, tmp_path_factory):
 
 
 class Run:
-    """A trainer of this process among others."""
+    """Joins the group of ranks and gives this rank's trainer."""
 
     def __init__(self, config, resume: bool = False):
         self.group = join_training("cpu", 60)
@@ -53,56 +53,58 @@ class Run:
 
 
 def take_steps(trainer: Trainer, count: int) -> list[list[float]]:
-    """Total, L1 and flow loss and gradient norm of each step, as they are logged."""
-    seen = []
+    """Logged total, L1 and flow loss and gradient norm of each step."""
+    rows = []
     for step in range(count):
         trainer.averages.add(step, *trainer.step(next(trainer.loader)))
         means = trainer.averages.take()
-        seen.append([means[name] for name in ("total", "l1", "flow", "grad_norm")])
-    return seen
+        rows.append([means[name] for name in ("total", "l1", "flow", "grad_norm")])
+    return rows
 
 
-def track(config, count: int) -> list[list[float]]:
+def run_steps(config, count: int) -> list[list[float]]:
     with Run(config) as trainer:
         return take_steps(trainer, count)
 
 
 @pytest.fixture(scope="module")
 def batch(pytestconfig) -> str:
-    """Of eight processes, only 32 images make four micro-batches each."""
+    """32 images where eight ranks run four micro-batches each, else 16."""
     return f"train.batch_size={32 if pytestconfig.getoption('every_strategy') else 16}"
 
 
 @pytest.fixture(scope="module")
-def alone(settings, batch) -> torch.Tensor:
-    """What one process sees in 20 steps."""
-    return torch.tensor(track(settings(batch), 20), dtype=torch.float64)
+def single_process(settings, batch) -> torch.Tensor:
+    """Losses and gradient norms of 20 steps in a single process."""
+    return torch.tensor(run_steps(settings(batch), 20), dtype=torch.float64)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A few of the ways to split the work, or with --every-strategy all of them, in one micro-batch and in four."""
-    if metafunc.function is not test_losses_are_those_of_one_process:
+    """A few strategies, or with --every-strategy all of them, with one and with four micro-batches."""
+    if metafunc.function is not test_losses_match_a_single_process:
         return
-    ways = [(2, 1, "ddp", 2, 20), (4, 2, "hsdp", 1, 20), (8, 1, "fsdp", 0, 8)]
+    cases = [(2, 1, "ddp", 2, 20), (4, 2, "hsdp", 1, 20), (8, 1, "fsdp", 0, 8)]
     if metafunc.config.getoption("every_strategy"):
-        spread = [(1, 1, "auto"), *((world, 1, kind) for world in (2, 4, 8) for kind in ("ddp", "fsdp"))]
-        spread += [(4, 2, "hsdp"), (8, 2, "hsdp")]
-        ways = [(world, nodes, kind, 32 // world // parts, 20) for world, nodes, kind in spread for parts in (1, 4)]
-    metafunc.parametrize(("world", "nodes", "strategy", "micro_batch", "steps"), ways)
+        layouts = [(1, 1, "auto"), *((world, 1, kind) for world in (2, 4, 8) for kind in ("ddp", "fsdp"))]
+        layouts += [(4, 2, "hsdp"), (8, 2, "hsdp")]
+        cases = [(world, nodes, kind, 32 // world // n, 20) for world, nodes, kind in layouts for n in (1, 4)]
+    metafunc.parametrize(("world", "nodes", "strategy", "micro_batch", "steps"), cases)
 
 
-def test_losses_are_those_of_one_process(world, nodes, strategy, micro_batch, steps, settings, batch, ranks, alone):
+def test_losses_match_a_single_process(
+    world, nodes, strategy, micro_batch, steps, settings, batch, ranks, single_process
+):
     config = settings(batch, f"parallel.strategy={strategy}", f"train.micro_batch={micro_batch}")
-    seen = torch.tensor(ranks(world, track, config, steps, nodes=nodes), dtype=torch.float64)
-    assert (seen == seen[0]).all()  # what is logged, clipped and decided is the same on all
-    want = alone[:steps].clamp(min=torch.finfo(torch.float64).tiny)  # the first flow loss is 0
-    difference = ((seen[0] - alone[:steps]).abs() / want)[:, :3].max(0).values.tolist()
+    rows = torch.tensor(ranks(world, run_steps, config, steps, nodes=nodes), dtype=torch.float64)
+    assert (rows == rows[0]).all()  # all ranks log and clip alike
+    want = single_process[:steps].clamp(min=torch.finfo(torch.float64).tiny)  # the first flow loss is 0
+    difference = ((rows[0] - single_process[:steps]).abs() / want)[:, :3].max(0).values.tolist()
     print("largest relative difference of total, L1 and flow:", *(f"{one:.1e}" for one in difference))
     assert max(difference) <= TOLERANCE
-    assert alone[0, 1] > 1.1 * alone[-1, 1]  # it does learn
+    assert single_process[0, 1] > 1.1 * single_process[-1, 1]  # the model learns
 
 
-def start_values(config) -> dict[str, torch.Tensor]:
+def initial_weights(config) -> dict[str, torch.Tensor]:
     with join_training("cpu", 60) as (ranks, device):
         model, _ = build_model(config, ranks, device)
         return {
@@ -111,17 +113,17 @@ def start_values(config) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("world", "nodes", "strategy"), [(3, 1, "fsdp"), (4, 2, "hsdp")])
-def test_start_values_do_not_depend_on_the_number_of_processes(world, nodes, strategy, settings, ranks):
+def test_initial_weights_do_not_depend_on_the_world_size(world, nodes, strategy, settings, ranks):
     config = settings(f"parallel.strategy={strategy}", "seed=5")
     model = UNITE.create(config.model, 5)
     want = dict((*model.named_parameters(), *model.named_buffers()))
-    for found in ranks(world, start_values, config, nodes=nodes):
-        assert found.keys() == want.keys()
-        assert [name for name, x in want.items() if not torch.equal(torch.from_numpy(found[name]), x)] == []
+    for values in ranks(world, initial_weights, config, nodes=nodes):
+        assert values.keys() == want.keys()
+        assert [name for name, x in want.items() if not torch.equal(torch.from_numpy(values[name]), x)] == []
 
 
-def held_bytes(config) -> dict[str, int]:
-    """What this process holds of the training state after a backward pass, memory and not sizes."""
+def allocated_bytes(config) -> dict[str, int]:
+    """Bytes that this rank allocates for each part of the training state, after a backward pass."""
     with Run(config) as trainer:
         trainer.train_step.accumulate(next(trainer.loader))
         state = trainer.state
@@ -131,14 +133,14 @@ def held_bytes(config) -> dict[str, int]:
             "averages": state.ema.averages.values(),
             "optimizers": [x for name, x in state.tensors().items() if name.startswith("optim.") and x.dim()],
         }
-        found = {}
+        allocated = {}
         for kind, tensors in kinds.items():
             storages = [local(tensor.detach()).untyped_storage() for tensor in tensors]
-            found[kind] = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-        return found
+            allocated[kind] = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        return allocated
 
 
-def test_bytes_of_a_process_fall_as_their_number_grows(settings, ranks):
+def test_fsdp_divides_the_training_state_by_the_world_size(settings, ranks):
     size = (
         "parallel.strategy=fsdp",
         "model.encoder.width=64",
@@ -149,24 +151,24 @@ def test_bytes_of_a_process_fall_as_their_number_grows(settings, ranks):
     config = settings(*size)
     model = UNITE(config.model)
     parameters = 4 * sum(p.numel() for p in model.parameters())
-    one = held_bytes(config)
+    one = allocated_bytes(config)
     assert sum(one.values()) == state_bytes(model)
     assert one["parameters"] == one["gradients"] == one["averages"] == parameters
     for world in (2, 4, 8):
-        for found in ranks(world, held_bytes, settings(*size)):
-            for kind, count in found.items():
-                # The label table has 12 rows: 8 processes hold 2 or none.
+        for allocated in ranks(world, allocated_bytes, settings(*size)):
+            for kind, count in allocated.items():
+                # The label table has 12 rows: each of 8 ranks has 2 or none.
                 assert one[kind] / world * 0.97 <= count <= one[kind] / world * 1.03, (world, kind)
 
 
-def test_no_process_of_ddp_holds_less_than_everything(settings, ranks):
-    one = held_bytes(settings())
-    assert ranks(2, held_bytes, settings("parallel.strategy=ddp")) == [one, one]
+def test_ddp_keeps_the_whole_training_state_on_every_rank(settings, ranks):
+    one = allocated_bytes(settings())
+    assert ranks(2, allocated_bytes, settings("parallel.strategy=ddp")) == [one, one]
 
 
 def bfloat16_step(config) -> tuple[list[float], set[torch.dtype], set[torch.dtype]]:
-    """Losses of a step from weights that are far from their start, dtypes of the blocks' residuals and of what the
-    optimizers see."""
+    """One step from perturbed weights: losses, dtypes of the residual stream, dtypes of weights and gradients in the
+    optimizers."""
     with Run(config) as trainer:
         state, residuals = trainer.state, set()
         generator = torch.Generator().manual_seed(0)
@@ -175,83 +177,83 @@ def bfloat16_step(config) -> tuple[list[float], set[torch.dtype], set[torch.dtyp
                 copy_full(parameter, full_tensor(parameter) + 0.1 * torch.randn(parameter.shape, generator=generator))
         for block in state.model.encoder.blocks:
             block.register_forward_pre_hook(lambda _, inputs: residuals.add(inputs[0].dtype))
-        seen = take_steps(trainer, 1)[0]
+        losses = take_steps(trainer, 1)[0]
         trainer.train_step.accumulate(next(trainer.loader))
-        return seen, residuals, {x.dtype for p in state.parameters for x in (p, p.grad)}
+        return losses, residuals, {x.dtype for p in state.parameters for x in (p, p.grad)}
 
 
-def test_in_bfloat16_the_forward_pass_is_that_of_one_process(settings, ranks):
-    """Norms and what makes the residual stay float32: several processes are closer to one than bfloat16 to float32."""
-    low = ("train.precision=bfloat16", "parallel.strategy=fsdp")
-    exact, one = bfloat16_step(settings()), bfloat16_step(settings(*low))
-    several = ranks(2, bfloat16_step, settings(*low))
-    assert all(part[1:] == one[1:] == ({torch.float32}, {torch.float32}) for part in several)
-    for truth, want, got in list(zip(exact[0], one[0], several[0][0], strict=True))[:3]:
+def test_bfloat16_losses_match_a_single_process(settings, ranks):
+    """Norms and the residual stream stay float32 when sharded, so losses differ far less than bfloat16 from float32."""
+    bfloat16 = ("train.precision=bfloat16", "parallel.strategy=fsdp")
+    exact, single = bfloat16_step(settings()), bfloat16_step(settings(*bfloat16))
+    sharded = ranks(2, bfloat16_step, settings(*bfloat16))
+    assert all(rank[1:] == single[1:] == ({torch.float32}, {torch.float32}) for rank in sharded)
+    for truth, want, got in list(zip(exact[0], single[0], sharded[0][0], strict=True))[:3]:
         assert abs(want - truth) > 1e-5 * truth
         assert abs(got - want) <= 0.1 * abs(want - truth)
 
 
-def draw_amid(config, pictures: bool) -> tuple[torch.Tensor, list[list[float]], torch.Tensor, dict]:
-    """A sample drawn between two steps, and the steps."""
+def sample_between_steps(config, draw: bool) -> tuple[torch.Tensor, list[list[float]], torch.Tensor, dict]:
+    """Five steps, with a sample drawn after the third: the sample, the losses, and the averages it was drawn with."""
     with Run(config) as trainer:
         state = trainer.state
-        seen = take_steps(trainer, 3)
+        losses = take_steps(trainer, 3)
         averages = {name: full_tensor(x).numpy() for name, x in state.ema.averages.items()}
         sample = None
-        if pictures:
+        if draw:
             with state.ema.applied():
                 sample = sampler.sample_images(state.model, torch.arange(4), config.sampling, config.seed).numpy()
-        return sample, seen + take_steps(trainer, 2), averages
+        return sample, losses + take_steps(trainer, 2), averages
 
 
-def test_pictures_drawn_together_are_those_of_the_averages_and_change_nothing(settings, ranks):
-    # Weights that stay gathered after a forward pass must not outlive the exchange with the averages. cfg_first calls
-    # the encoder, not the model.
+def test_sampling_between_steps_uses_the_averages_and_leaves_training_unchanged(settings, ranks):
+    # Weights that stay gathered after a forward pass must not survive the swap with the averages. cfg_first calls the
+    # encoder directly, not the model.
     common = ("parallel.strategy=fsdp", "parallel.reshard_after_forward=false", "sampling.order=cfg_first")
     config = settings(*common, "sampling.guidance=2")
-    drawn = ranks(2, draw_amid, config, True)
-    undisturbed = ranks(2, draw_amid, settings(*common), False)
-    assert drawn[0][1] == undisturbed[0][1]
-    plain = UNITE.create(config.model, 0)
-    plain.load_state_dict({name: torch.from_numpy(x) for name, x in drawn[0][2].items()}, strict=False)
-    want = sampler.sample_images(plain, torch.arange(4), config.sampling, config.seed)
-    assert all(torch.equal(torch.from_numpy(sample), want) for sample, *_ in drawn)
+    sampled = ranks(2, sample_between_steps, config, True)
+    plain = ranks(2, sample_between_steps, settings(*common), False)
+    assert sampled[0][1] == plain[0][1]
+    averaged = UNITE.create(config.model, 0)
+    averaged.load_state_dict({name: torch.from_numpy(x) for name, x in sampled[0][2].items()}, strict=False)
+    want = sampler.sample_images(averaged, torch.arange(4), config.sampling, config.seed)
+    assert all(torch.equal(torch.from_numpy(sample), want) for sample, *_ in sampled)
 
 
 def reductions(config) -> tuple[int, int]:
-    """How many sums over the processes a step asks for, before its last flow losses and in all."""
-    count, before, add_up, flow_losses = 0, 0, torch.distributed.all_reduce, train_step.flow_losses
+    """Number of all-reduces in a step: those before its last flow losses, and all."""
+    count, before, all_reduce, flow_losses = 0, 0, torch.distributed.all_reduce, train_step.flow_losses
 
-    def counting(*arguments, **options):
+    def counting_all_reduce(*arguments, **options):
         nonlocal count
         count += 1
-        return add_up(*arguments, **options)
+        return all_reduce(*arguments, **options)
 
-    def noting(*arguments):
+    def counting_flow_losses(*arguments):
         nonlocal before
         before = count
         return flow_losses(*arguments)
 
     with Run(config) as trainer:
-        torch.distributed.all_reduce, train_step.flow_losses = counting, noting
+        torch.distributed.all_reduce, train_step.flow_losses = counting_all_reduce, counting_flow_losses
         take_steps(trainer, 1)
         return before, count
 
 
-def test_gradients_are_added_up_once_a_step_whatever_the_micro_batches(settings, ranks):
+def test_gradients_are_reduced_once_per_step_whatever_the_micro_batches(settings, ranks):
     model = settings().model
-    # A group for each block and layer, for the norms of each of both, for the adaLN Linears, encoder, decoder and the
-    # model; and the losses.
+    # One per block and decoder layer; two for the norms of encoder and decoder; four for adaLN Linears, encoder,
+    # decoder and model; one for the losses.
     sums = model.encoder.depth + model.decoder.depth + 2 + 4 + 1
-    # The decoder's are complete before the flow begins: its layers, their norms, and what is around them.
+    # The decoder's run before the flow losses: its layers, their norms, and its other parameters.
     decoder = model.decoder.depth + 2
     for micro_batch in (0, 2):
         config = settings("parallel.strategy=ddp", f"train.micro_batch={micro_batch}")
         assert ranks(2, reductions, config) == [(decoder, sums)] * 2
 
 
-def skip_one(config) -> tuple[list[str], int, bool]:
-    """A step whose gradients are not finite on one process alone: what it changed, the count, and how it goes on."""
+def skip_step(config) -> tuple[list[str], int, bool]:
+    """A step with a NaN gradient on rank 0: changed tensors, skipped steps, and whether the next step is normal."""
     with Run(config) as trainer:
         state = trainer.state
         take_steps(trainer, 2)
@@ -267,26 +269,26 @@ def skip_one(config) -> tuple[list[str], int, bool]:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_step_of_bad_gradients_is_skipped_on_all_processes(world, settings, ranks):
+def test_a_nan_gradient_on_one_rank_skips_the_step_on_all(world, settings, ranks):
     config = settings("optim.nonfinite=skip", "parallel.strategy=fsdp")
-    assert ranks(world, skip_one, config) == [([], 1, True)] * world
+    assert ranks(world, skip_step, config) == [([], 1, True)] * world
 
 
 GB = 10**9
 
 
-def test_the_state_of_b_takes_three_and_a_half_gigabytes():
+def test_the_training_state_of_unite_b_has_3_5_gb():
     with torch.device("meta"):
         model = UNITE(load_config("imagenet256_b", ("perceptual.weight=0",)).model)
     assert round(state_bytes(model) / GB, 1) == 3.5
 
 
-def test_a_parameter_too_short_to_cut_is_cut_along_another_dimension():
+def test_a_parameter_with_fewer_rows_than_ranks_is_sharded_along_another_dimension():
     place = placement(4)
-    assert place(torch.empty(12, 7)) is None  # along the first
+    assert place(torch.empty(12, 7)) is None  # the first dimension
     assert place(torch.empty(1, 16, 6)).dim == 1
     assert place(torch.empty(1, 3, 8)).dim == 2
-    assert place(torch.empty(3)) is None  # with nothing on the last process
+    assert place(torch.empty(3)) is None  # the last rank has none of it
 
 
 def train_and_save(config) -> int:
@@ -295,18 +297,18 @@ def train_and_save(config) -> int:
     return train(config).steps
 
 
-def test_a_whole_run_leaves_what_one_process_would(settings, ranks, capfd, trained_folder, mentions):
-    often = ("train.steps=4", "train.log_every=2", "train.checkpoint_every=2")
-    config = settings(*often, "train.precision=bfloat16", "parallel.strategy=auto")
+def test_a_run_on_two_ranks_leaves_the_files_of_a_single_process(settings, ranks, capfd, trained_folder, mentions):
+    short = ("train.steps=4", "train.log_every=2", "train.checkpoint_every=2")
+    config = settings(*short, "train.precision=bfloat16", "parallel.strategy=auto")
     assert ranks(2, train_and_save, config) == [4, 4]
     out = capfd.readouterr().out
     assert re.search(mentions(2, 8, "ddp"), out)
     assert out.count("run folder") == 1
-    left = {path.name for path in Path(config.train.out).iterdir()}
-    assert left == {path.name for path in trained_folder.iterdir()}
+    files = {path.name for path in Path(config.train.out).iterdir()}
+    assert files == {path.name for path in trained_folder.iterdir()}
 
 
-def save_and_go_on(config) -> list[list[float]]:
+def save_and_continue(config) -> list[list[float]]:
     with Run(config) as trainer:
         take_steps(trainer, 3)
         trainer.save()
@@ -314,7 +316,7 @@ def save_and_go_on(config) -> list[list[float]]:
         return take_steps(trainer, 5)
 
 
-def go_on(config) -> list[list[float]]:
+def resume(config) -> list[list[float]]:
     with Run(config, resume=True) as trainer:
         assert trainer.state.step == 3
         return take_steps(trainer, 5)
@@ -323,10 +325,9 @@ def go_on(config) -> list[list[float]]:
 @pytest.mark.parametrize("saved_by", ["fsdp", "ddp"])
 def test_a_checkpoint_resumes_on_any_world_size(saved_by, settings, ranks):
     config = settings(f"parallel.strategy={saved_by}")
-    want = torch.tensor(ranks(4, save_and_go_on, config)[0], dtype=torch.float64)
-    again = f"train.out={config.train.out}"
+    want = torch.tensor(ranks(4, save_and_continue, config)[0], dtype=torch.float64)
+    folder = f"train.out={config.train.out}"
     for world, nodes, strategy in ((1, 1, "auto"), (2, 1, "ddp"), (4, 2, "hsdp"), (8, 1, "fsdp")):
-        found = ranks(world, go_on, settings(again, f"parallel.strategy={strategy}"), nodes=nodes)
-        for losses in found:
+        for losses in ranks(world, resume, settings(folder, f"parallel.strategy={strategy}"), nodes=nodes):
             difference = (torch.tensor(losses, dtype=torch.float64) - want).abs()
             assert (difference <= TOLERANCE * want)[:, :3].all(), (world, strategy)

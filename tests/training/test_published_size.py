@@ -1,4 +1,4 @@
-"""One whole optimizer step of UNITE-B at 256 x 256, batch 1: the ImageNet recipe runs, if slowly, on a CPU."""
+"""One optimizer step of UNITE-B at 256 x 256, batch 1: the ImageNet recipe runs on a CPU, if slowly."""
 
 import os
 
@@ -14,7 +14,7 @@ from unite_fast.training.train_step import TrainStep
 
 @pytest.fixture
 def all_cores():
-    """Other tests are small and run on one thread; this one is not."""
+    """Threads on all cores; other tests are small and run on one."""
     before = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count())
     yield
@@ -23,7 +23,7 @@ def all_cores():
 
 @pytest.mark.timeout(1200)
 @pytest.mark.usefixtures("all_cores")
-def test_a_training_step_of_unite_b():
+def test_unite_b_takes_a_training_step():
     overrides = ("perceptual.weight=0", "train.batch_size=1", "train.micro_batch=1", "optim.muon_dtype=float32")
     config = load_config("imagenet256_b", (*overrides, "schedule.warmup_steps=0"))
     state = TrainState(UNITE.create(config.model, seed=0), config)
@@ -33,6 +33,6 @@ def test_a_training_step_of_unite_b():
     losses, norm = TrainStep(state, config)(Batch(images, torch.tensor([207]), torch.tensor([0])))
     assert losses.total.isfinite() and norm.isfinite() and norm > 0
     moved = {name for name, p in state.model.named_parameters() if not torch.equal(p, before[name])}
-    # The zero-started final layer blocks what lies behind it at the first step, so only what lies ahead must move.
-    ahead = {name for name in before if name.startswith(("decoder.", "encoder.final_layer.linear"))}
-    assert ahead <= moved
+    # The final layer starts at zero, so the first step sends no gradient through it: only these must move.
+    must_move = {name for name in before if name.startswith(("decoder.", "encoder.final_layer.linear"))}
+    assert must_move <= moved

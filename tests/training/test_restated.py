@@ -1,4 +1,4 @@
-"""The real trainer against an independent restatement (restated.py): weights, averages and metrics of three steps."""
+"""The trainer against an independent restatement (restated.py): weights, averages and metrics of three steps."""
 
 import hashlib
 import importlib.util
@@ -25,15 +25,15 @@ STEPS, BATCH, SIDE = 3, 6, 16
 LOSS = 2e-6
 """Relative error of a logged loss, float32 against float64. Measured: at most 4e-7."""
 NORM = 2e-5
-"""The same of the gradient's norm. Measured: at most 2e-6."""
+"""Relative error of the gradient norm. Measured: at most 2e-6."""
 MOVED = 1e-3
-"""Error of a tensor relative to how far it moved. Newton-Schulz raises what float32 rounding leaves in the directions
-of small singular values by up to 3.4445^5 = 485, that of 6e-8 to 3e-5. Measured: 2e-5 to 3e-5."""
-KINKS = 50
-"""With LPIPS these are this many times larger: rounding switches one of VGG16's million ReLUs now and then,
-which changes the gradient of a reconstruction by up to 5e-3 (tests/test_lpips.py)."""
-NEAREST = 2e-6
-"""No pixel may come nearer to its image: float32 could turn its gradient around."""
+"""Error of a tensor relative to the distance it moved. Newton-Schulz amplifies float32 rounding (6e-8) in directions of
+small singular values by up to 3.4445^5 = 485, to 3e-5. Measured: 2e-5 to 3e-5."""
+LPIPS_FACTOR = 50
+"""With LPIPS, these bounds are larger by this factor: rounding occasionally flips one of VGG16's million ReLUs, which
+changes the gradient of a reconstruction by up to 5e-3 (tests/test_lpips.py)."""
+MIN_PIXEL_ERROR = 2e-6
+"""Every pixel must differ from its image by more than this: below, float32 could flip the sign of its gradient."""
 
 SETTINGS = (
     "data.source=folder",
@@ -63,7 +63,7 @@ SETTINGS = (
     "train.precision=float32",
     "sampling.solver=euler",
     "sampling.steps=1",
-    # Nothing here is what it is by default, so that no setting can be ignored.
+    # None of these is the default, so that an ignored setting shows.
     "objective.flow_draws=2",
     "objective.flow_weight=0.3",
     "objective.time_mean=0.2",
@@ -108,7 +108,7 @@ def released():
 
 @pytest.fixture(scope="module")
 def perceptual_weights() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """VGG16 whose features keep their size from layer to layer, and linear weights."""
+    """VGG16 weights that keep the scale of the features from layer to layer, and linear weights."""
     generator = torch.Generator().manual_seed(3)
 
     def normal(shape: tuple[int, ...]) -> Tensor:
@@ -123,7 +123,7 @@ def perceptual_weights() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, perceptual_weights) -> tuple[str, ...]:
-    """Pictures of three classes and the files of LPIPS on disk; the settings that name them."""
+    """Images of three classes and LPIPS weights on disk; returns the settings with their paths."""
     folder = tmp_path_factory.mktemp("restated")
     generator = np.random.default_rng(0)
     for split, count in (("train", 7), ("val", 1)):
@@ -142,18 +142,18 @@ def files(tmp_path_factory, perceptual_weights) -> tuple[str, ...]:
 
 
 @pytest.fixture(autouse=True)
-def far_from_the_start(monkeypatch) -> None:
-    """Start values moved by N(0, 0.1): as created, modulation, gates and output are zero, which would hide mistakes."""
+def perturb_initial_weights(monkeypatch) -> None:
+    """Perturb initial weights by N(0, 0.1): modulation, gates and output start at zero, which would hide mistakes."""
     initialize = UNITE.initialize
 
-    def moved(self, seed: int) -> None:
+    def initialize_and_perturb(self, seed: int) -> None:
         initialize(self, seed)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in self.parameters():
                 copy_full(parameter, full_tensor(parameter) + 0.1 * torch.randn(parameter.shape, generator=generator))
 
-    monkeypatch.setattr(UNITE, "initialize", moved)
+    monkeypatch.setattr(UNITE, "initialize", initialize_and_perturb)
 
 
 @pytest.fixture
@@ -165,8 +165,8 @@ def settings(files, tmp_path):
 
 
 @pytest.fixture
-def take(restated, released, perceptual_weights):
-    """The restatement's run of the same settings."""
+def restate(restated, released, perceptual_weights):
+    """Runs the restatement with a config; returns it, its initial weights and the number of images."""
 
     def run(config, dtype=torch.float64, autocast=False):
         model = UNITE.create(config.model, config.seed)
@@ -174,21 +174,21 @@ def take(restated, released, perceptual_weights):
         grid = int(config.model.latent_tokens**0.5)
         table = released.grid_table(grid, config.model.decoder.width)
         weights["decoder.decoder_pos_embed"] = torch.cat([torch.zeros(1, 1, table.shape[-1]), table], 1)
-        ours = restated.Restated(released, config, weights, *perceptual_weights, dtype, autocast)
+        restatement = restated.Restated(released, config, weights, *perceptual_weights, dtype, autocast)
         source = open_source("folder", config.data.path, SIDE, "train")
         order = torch.cat([source.order(config.seed, epoch) for epoch in range(2)])
         for step in range(STEPS):
-            ours.step(*source.read(order[step * BATCH : (step + 1) * BATCH]))
-        start = {name: weights[name].double() for name in ours.trained}
-        return ours, start, len(source)
+            restatement.step(*source.read(order[step * BATCH : (step + 1) * BATCH]))
+        start = {name: weights[name].double() for name in restatement.trained}
+        return restatement, start, len(source)
 
     return run
 
 
 def errors(folder: Path, want, start: dict[str, Tensor]) -> dict[str, float]:
-    """Of each weight and average in the newest checkpoint, relative to how far it moved."""
+    """Errors of weights and averages in the newest checkpoint, relative to the distance each moved."""
     saved = load_checkpoint(folder).tensors
-    found = {}
+    relative = {}
     names = {their_name(name.removeprefix("model.")): name for name in saved if name.startswith("model.")}
     assert names.keys() >= want.trained.keys()
     for theirs, first in start.items():
@@ -197,11 +197,11 @@ def errors(folder: Path, want, start: dict[str, Tensor]) -> dict[str, float]:
             exact = exact.detach().double()
             moved = (exact - first).norm()
             assert moved > 1e-5, theirs
-            found[f"{kind}.{name}"] = ((saved[f"{kind}.{name}"].double() - exact).norm() / moved).item()
-    return found
+            relative[f"{kind}.{name}"] = ((saved[f"{kind}.{name}"].double() - exact).norm() / moved).item()
+    return relative
 
 
-WAYS = {
+VARIANTS = {
     "plain": (),
     "lpips": LPIPS_ON,
     "lpips without dropout": (*LPIPS_ON, "perceptual.dropout=false"),
@@ -213,24 +213,24 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_three_steps_are_the_restatements(way, settings, take, ranks):
-    config = settings(*WAYS[way])
-    world = {"two processes": 2, "three processes, sharded": 3}.get(way, 1)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_three_steps_match_the_restatement(variant, settings, restate, ranks):
+    config = settings(*VARIANTS[variant])
+    world = {"two processes": 2, "three processes, sharded": 3}.get(variant, 1)
     if world > 1:
         ranks(world, train, config)
     else:
         train(config)
-    want, start, images = take(config)
-    assert want.nearest > NEAREST
-    folder, kinks = Path(config.train.out), KINKS if config.perceptual.weight else 1
+    want, start, images = restate(config)
+    assert want.min_pixel_error > MIN_PIXEL_ERROR
+    folder, factor = Path(config.train.out), LPIPS_FACTOR if config.perceptual.weight else 1
 
     rows = read_rows(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == [row["step"] for row in want.rows] == [1, 2, 3]
     for row, exact in zip(rows, want.rows, strict=True):
         for name in ("total", "l1", "lpips", "flow"):
-            assert row[name] == pytest.approx(exact[name], rel=kinks * LOSS, abs=0), (row["step"], name)
-        assert row["grad_norm"] == pytest.approx(exact["grad_norm"], rel=kinks * NORM, abs=0)
+            assert row[name] == pytest.approx(exact[name], rel=factor * LOSS, abs=0), (row["step"], name)
+        assert row["grad_norm"] == pytest.approx(exact["grad_norm"], rel=factor * NORM, abs=0)
         assert row["grad_norm"] > 2 * config.optim.clip_norm  # or clipping would not show
         assert row["lr"] == pytest.approx(exact["lr"], rel=1e-12, abs=0)
         assert row["epoch"] == pytest.approx(row["step"] * BATCH / images, rel=1e-12, abs=0)
@@ -238,18 +238,18 @@ def test_three_steps_are_the_restatements(way, settings, take, ranks):
     assert len({row["lr"] for row in rows}) == STEPS
     assert (rows[0]["lpips"] > 0) == bool(config.perceptual.weight)
 
-    found = errors(folder, want, start)
-    worst = max(found, key=found.get)
-    print(f"{way}: {worst} {found[worst]:.1e}")
-    assert found[worst] <= kinks * MOVED, worst
+    relative = errors(folder, want, start)
+    worst = max(relative, key=relative.get)
+    print(f"{variant}: {worst} {relative[worst]:.1e}")
+    assert relative[worst] <= factor * MOVED, worst
 
 
-def test_bfloat16_is_as_far_from_the_truth_as_the_restatements(settings, take):
-    """The products really are bfloat16, and nothing else is: three steps end as far from float64's as those of the
-    plain program under autocast."""
+def test_bfloat16_is_as_accurate_as_the_restatement_under_autocast(settings, restate):
+    """Matmuls are bfloat16 and nothing else is: after three steps, the distance from float64 is about that of the
+    restatement."""
     config = settings(*LPIPS_ON, "train.precision=bfloat16")
     train(config)
-    (exact, start, _), (low, _, _) = take(config), take(config, torch.float32, autocast=True)
+    (exact, start, _), (low, _, _) = restate(config), restate(config, torch.float32, autocast=True)
     folder = Path(config.train.out)
 
     ours = errors(folder, exact, start)
@@ -266,14 +266,14 @@ def test_bfloat16_is_as_far_from_the_truth_as_the_restatements(settings, take):
             math.sqrt(sum((row[name] / true[name] - 1) ** 2 for row, true in zip(part, exact.rows, strict=True)))
             for part in (rows, low.rows)
         )
-        # Three numbers are few to measure an error by: the floor is one rounding to bfloat16.
+        # The floor, one rounding to bfloat16: three steps give only a rough estimate of an error.
         assert mine <= 3 * other + 2**-9, name
 
 
-def test_rows_of_several_steps_are_their_means(settings, take):
+def test_a_row_of_several_steps_has_their_means(settings, restate):
     config = settings("train.log_every=3")
     train(config)
-    want, _, _ = take(config)
+    want, _, _ = restate(config)
     (row,) = read_rows(Path(config.train.out) / "metrics.jsonl")
     for name in ("total", "l1", "flow", "grad_norm"):
         assert row[name] == pytest.approx(sum(one[name] for one in want.rows) / 3, rel=NORM, abs=0)

@@ -16,7 +16,7 @@ def _restarted(folder: Path, count_on_rank_1: int, run: str) -> bool:
         return restarted(folder, Peers(ranks.rank, ranks.world))
 
 
-def test_a_restart_by_torchrun_is_known_on_all_ranks(ranks, tmp_path, monkeypatch):
+def test_all_ranks_recognise_a_restart_by_torchrun(ranks, tmp_path, monkeypatch):
     """Each machine's torchrun counts its own restarts, and one that joins later counts from 0."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 7")
     write_status(tmp_path, running_status())

@@ -1,4 +1,4 @@
-"""The parts of a step's time."""
+"""Seconds of a step by part."""
 
 import time
 from typing import ClassVar
@@ -6,13 +6,13 @@ from typing import ClassVar
 import pytest
 import torch
 
-from unite_fast.training import step_timer as clocks
+from unite_fast.training import step_timer
 from unite_fast.training.step_timer import StepClock
 
 
-def test_parts_and_the_rest_make_the_whole(monkeypatch):
+def test_parts_and_other_add_up_to_the_whole(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(clocks.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(step_timer.time, "perf_counter", lambda: now[0])
     clock = StepClock(torch.device("cpu"))
     for spent, name in ((1, "data"), (2, "forward"), (4, "backward"), (8, "optimizer"), (16, None), (32, "forward")):
         if name is None:
@@ -29,28 +29,28 @@ def test_parts_and_the_rest_make_the_whole(monkeypatch):
 
 
 class Event:
-    """In the place of a CUDA event: a device that is half a second behind whoever asks."""
+    """Stands in for a CUDA event, on a device that runs half a second behind the host."""
 
-    made = 0
-    asked_of: ClassVar[list] = []
+    created = 0
+    synchronized: ClassVar[list] = []
 
     def __init__(self, enable_timing: bool):
         assert enable_timing
-        Event.made += 1
+        Event.created += 1
 
     def record(self) -> None:
         self.time = time.perf_counter() + 0.5
 
     def synchronize(self) -> None:
-        Event.asked_of.append(self)
+        Event.synchronized.append(self)
 
     def elapsed_time(self, end: "Event") -> float:
         return (end.time - self.time) * 1e3
 
 
-def test_a_gpu_is_asked_only_when_the_seconds_are_taken(monkeypatch):
+def test_the_host_waits_for_a_gpu_only_when_seconds_are_taken(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(clocks.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(step_timer.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(torch.cuda, "Event", Event)
     clock = StepClock(torch.device("cuda"))
     for _ in range(3):
@@ -58,27 +58,27 @@ def test_a_gpu_is_asked_only_when_the_seconds_are_taken(monkeypatch):
             now[0] += 1
         with clock.measure("forward"):
             now[0] += 2
-    assert Event.made == 6 and not Event.asked_of
+    assert Event.created == 6 and not Event.synchronized
     whole, parts = clock.take()
     assert (whole, parts["data"], parts["forward"], parts["other"]) == (9, 3, pytest.approx(6), pytest.approx(0))
-    assert len(Event.asked_of) == 3
-    # The events of one interval serve the next.
+    assert len(Event.synchronized) == 3
+    # The next interval reuses the events.
     for _ in range(3):
         with clock.measure("backward"):
             now[0] += 1
-    assert clock.take()[1]["backward"] == pytest.approx(3) and Event.made == 6
+    assert clock.take()[1]["backward"] == pytest.approx(3) and Event.created == 6
 
 
 @pytest.mark.gpu
-def test_a_gpu_s_own_time_is_counted():
+def test_gpu_time_is_measured_and_not_launch_time():
     clock = StepClock(torch.device("cuda"))
     a = torch.randn(4096, 4096, device="cuda")
     a @ a
     torch.cuda.synchronize()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     with clock.measure("forward"):
         for _ in range(50):
             a @ a
-    asked = time.perf_counter() - begun
+    launching = time.perf_counter() - start
     _, parts = clock.take()
-    assert parts["forward"] > 2 * asked
+    assert parts["forward"] > 2 * launching

@@ -1,4 +1,4 @@
-"""Ordinary steps: what does not wait for a device, and what all processes decide alike."""
+"""A step never waits for the device, and all ranks handle a NaN alike."""
 
 import re
 from collections.abc import Callable
@@ -29,17 +29,17 @@ def config(tiny_run, tmp_path) -> Callable[..., Config]:
     return make
 
 
-def _with_a_nan(config: Config) -> str:
-    """Trains; in step 5, one pixel of rank 1's images is not a number, which no uint8 image could say."""
+def _train_with_a_nan(config: Config) -> str:
+    """Train with a NaN pixel on rank 1 in step 5, set after the conversion from uint8. Returns how the run ended."""
     make = train_step.make_micro_batch
 
-    def spoilt(images, labels, philox, config):
+    def make_with_nan(images, labels, philox, config):
         batch = make(images, labels, philox, config)
         if philox.step == 4 and current_ranks().rank == 1:
             batch.images[0, 0, 0, 0] = float("nan")
         return batch
 
-    train_step.make_micro_batch = spoilt
+    train_step.make_micro_batch = make_with_nan
     try:
         return f"finished at step {train(config).steps}"
     except UserError as error:
@@ -47,26 +47,26 @@ def _with_a_nan(config: Config) -> str:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_nan_of_one_rank_is_skipped_by_all(ranks, config, strategy):
+def test_a_nan_on_one_rank_skips_the_step_on_all(ranks, config, strategy):
     config = config("optim.nonfinite=skip", f"parallel.strategy={strategy}")
-    assert ranks(2, _with_a_nan, config) == ["finished at step 8"] * 2
+    assert ranks(2, _train_with_a_nan, config) == ["finished at step 8"] * 2
     saved = load_checkpoint(config.train.out)
     assert saved.step == 8 and all(tensor.isfinite().all() for tensor in saved.tensors.values())
     assert saved.progress["skipped_steps"] == 1
-    # A run that goes on from there has not forgotten it.
+    # The count survives a resume.
     config.train.steps = 12
     folder = train(config, resume=True).folder
     assert [(row["step"], row["skipped_steps"]) for row in read_rows(folder / "metrics.jsonl")][1:] == [(8, 1), (12, 1)]
 
 
-def test_a_nan_of_one_rank_stops_all_with_the_step(ranks, config, mentions):
+def test_a_nan_on_one_rank_stops_all_and_names_the_step(ranks, config, mentions):
     config = config("parallel.strategy=ddp")
-    for end in ranks(2, _with_a_nan, config):
+    for end in ranks(2, _train_with_a_nan, config):
         assert re.search(mentions("step 5", f"{config.train.out}/checkpoints/step_00000004"), end)
 
 
-class NoWaiting(TorchDispatchMode):
-    """Fails where the host would wait for a device, were the tensors on one."""
+class NoWaitingOperators(TorchDispatchMode):
+    """Fails on operators that make the host wait for the device when their tensors are on one."""
 
     NEED_VALUES = (
         torch.ops.aten._local_scalar_dense.default,
@@ -81,8 +81,8 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-class NoAsking(TorchFunctionMode):
-    """The same for what is no operator where tensors are on a CPU."""
+class NoWaitingMethods(TorchFunctionMode):
+    """The same for methods that are not dispatched as operators for CPU tensors."""
 
     NEED_VALUES = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu)
 
@@ -91,15 +91,15 @@ class NoAsking(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def _steps_without_waiting(config: Config) -> int:
-    """Steps and their means, without reading images: those lie in the host's memory."""
-    native.available = lambda: False  # C++ reaches into the memory of a CPU's tensors
+def _guarded_steps(config: Config) -> int:
+    """Take steps and add to the means under these guards. Reading images is left out: those are in host memory."""
+    native.available = lambda: False  # C++ kernels read the memory of CPU tensors
     with join_training("cpu", 60) as (ranks, device):
         trainer = Trainer(config, False, ranks, device)
         try:
             for step in range(config.train.steps):
                 batch = next(trainer.loader)
-                with NoWaiting(), NoAsking():
+                with NoWaitingOperators(), NoWaitingMethods():
                     trainer.averages.add(step, *trainer.step(batch))
         finally:
             trainer.close()
@@ -107,20 +107,20 @@ def _steps_without_waiting(config: Config) -> int:
 
 
 @pytest.mark.parametrize(("world", "policy"), [(1, "stop"), (2, "skip")])
-def test_an_ordinary_step_does_not_wait_for_the_device(ranks, config, world, policy):
+def test_a_step_does_not_wait_for_the_device(ranks, config, world, policy):
     config = config("kernels=reference", "train.steps=4", "train.micro_batch=2", f"optim.nonfinite={policy}")
-    assert ranks(world, _steps_without_waiting, config) == [4] * world
+    assert ranks(world, _guarded_steps, config) == [4] * world
 
 
-def test_what_would_wait_is_found():
+def test_the_guards_catch_operations_that_wait():
     operators = (torch.Tensor.item, torch.Tensor.nonzero, bool, lambda x: x[x > 0])
-    for waits in (*operators, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu):
-        with pytest.raises(AssertionError, match="waits"), NoWaiting(), NoAsking():
-            waits(torch.ones(1))
+    for operation in (*operators, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu):
+        with pytest.raises(AssertionError, match="waits"), NoWaitingOperators(), NoWaitingMethods():
+            operation(torch.ones(1))
 
 
 @pytest.mark.gpu
-def test_an_ordinary_step_does_not_wait_for_the_gpu(config):
+def test_a_step_does_not_wait_for_the_gpu(config):
     trainer = Trainer(config("train.device=cuda"), False)
     try:
         for step in range(4):

@@ -1,4 +1,4 @@
-"""What a run is made of between two steps, and that nothing of it is lost on the way through a checkpoint."""
+"""The training state: optimizer steps, and an exact round trip of all its tensors."""
 
 import pytest
 import torch
@@ -16,8 +16,8 @@ def make_state(config) -> TrainState:
 
 
 def train(state: TrainState, steps: int) -> list[float]:
-    """Real steps on images that follow from the step's number; total losses and gradient norms."""
-    config, seen = state.config, []
+    """Take steps on images seeded by the step number; returns total losses and gradient norms."""
+    config, numbers = state.config, []
     for _ in range(steps):
         philox = Philox(0, state.step, torch.arange(config.train.batch_size))
         draws = draw_step(config.objective, philox, (config.model.latent_tokens, config.model.latent_channels))
@@ -25,8 +25,8 @@ def train(state: TrainState, steps: int) -> list[float]:
         images = torch.rand(config.train.batch_size, 3, 8, 8, generator=generator)
         labels = torch.randint(config.model.num_classes, (config.train.batch_size,), generator=generator)
         losses = accumulate_gradients(state.model, [MicroBatch(images, labels, draws)], 1, config)
-        seen += [losses.total.item(), state.apply_gradients().item()]
-    return seen
+        numbers += [losses.total.item(), state.apply_gradients().item()]
+    return numbers
 
 
 def saved(state: TrainState) -> dict[str, torch.Tensor]:
@@ -34,15 +34,15 @@ def saved(state: TrainState) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def take_up(state: TrainState, tensors: dict[str, torch.Tensor], step: int) -> None:
-    """In place, as a checkpoint is read."""
+def load(state: TrainState, tensors: dict[str, torch.Tensor], step: int) -> None:
+    """Load in place, as from a checkpoint."""
     for name, tensor in state.tensors().items():
         tensor.copy_(tensors[name])
     state.resume_at(step)
 
 
 @pytest.mark.parametrize("muon_dtype", ["bfloat16", "float32"])
-def test_five_steps_are_two_and_three_bit_for_bit(muon_dtype, tiny_config):
+def test_two_and_three_steps_equal_five_bit_for_bit(muon_dtype, tiny_config):
     tiny_config.optim.muon_dtype = muon_dtype
     whole = make_state(tiny_config)
     losses = train(whole, 5)
@@ -50,7 +50,7 @@ def test_five_steps_are_two_and_three_bit_for_bit(muon_dtype, tiny_config):
     before = make_state(tiny_config)
     assert train(before, 2) == losses[:4]
     after = TrainState(UNITE.create(tiny_config.model, seed=99), tiny_config)
-    take_up(after, saved(before), before.step)
+    load(after, saved(before), before.step)
     assert train(after, 3) == losses[4:]
     assert after.step == 5
     want, got = whole.tensors(), after.tensors()
@@ -58,7 +58,7 @@ def test_five_steps_are_two_and_three_bit_for_bit(muon_dtype, tiny_config):
     assert [name for name in want if not torch.equal(got[name], want[name])] == []
 
 
-def test_a_checkpoint_holds_weights_averages_and_both_optimizers_of_every_parameter(tiny_config):
+def test_the_state_has_weights_averages_and_optimizer_tensors_of_every_parameter(tiny_config):
     state = make_state(tiny_config)
     train(state, 1)
     names = set(state.tensors())
@@ -67,18 +67,18 @@ def test_a_checkpoint_holds_weights_averages_and_both_optimizers_of_every_parame
     for name in state.adamw_parameters:
         moments = {f"optim.{name}.{key}" for key in ("step", "exp_avg", "exp_avg_sq")}
         assert {f"model.{name}", f"ema.{name}"} | moments <= names
-    assert "model.encoder.time_embed.frequencies" in names  # drawn once, never trained: lost if not saved
+    assert "model.encoder.time_embed.frequencies" in names  # drawn once, never trained: must be saved
 
 
 def test_a_fresh_state_round_trips_before_its_first_step(tiny_config):
     fresh = make_state(tiny_config)
     other = TrainState(UNITE.create(tiny_config.model, seed=99), tiny_config)
-    take_up(other, saved(fresh), 0)
+    load(other, saved(fresh), 0)
     assert train(other, 2) == train(fresh, 2)
 
 
 def test_one_step_by_hand(tiny_config):
-    """Clip over all gradients, the schedule's rate in both optimizers, averages, cleared gradients."""
+    """Clipping by the global norm, the scheduled rate in both optimizers, averages, cleared gradients."""
     tiny_config.optim.clip_norm = 0.5
     state = make_state(tiny_config)
     state.step = 1  # the rate of step 0 is zero
@@ -96,12 +96,12 @@ def test_one_step_by_hand(tiny_config):
     assert state.learning_rate == 1e-3
     assert all(p.grad is None for p in state.model.parameters())
 
-    # AdamW's first step is the rate times g / (|g| + eps): eps counts the clipped gradient.
+    # AdamW's first step is the rate times g / (|g| + eps), with the clipped gradient.
     name = "decoder.cls_token"
     g = gradients[name].double() * 0.5 / norm
     want = start[name].double() - rate * g / (g.abs() + tiny_config.optim.eps)
     torch.testing.assert_close(state.model.get_parameter(name).double(), want, rtol=1e-4, atol=1e-8)
-    # Muon's update has AdamW's scale, whatever the gradient's.
+    # Muon's update has AdamW's scale, independent of the gradient's.
     for name in state.muon_parameters:
         moved = state.model.get_parameter(name) - start[name]
         assert 0.03 * rate < moved.square().mean().sqrt() < 0.3 * rate, name
@@ -111,7 +111,7 @@ def test_one_step_by_hand(tiny_config):
 
 
 @pytest.mark.parametrize("clip_norm", [0.5, 1e9])
-def test_clipping_is_torchs_bit_for_bit(clip_norm, tiny_config):
+def test_clipping_equals_torchs_bit_for_bit(clip_norm, tiny_config):
     tiny_config.optim.clip_norm = clip_norm
     state, twin = make_state(tiny_config), make_state(tiny_config).model
     generator = torch.Generator().manual_seed(0)
@@ -124,7 +124,7 @@ def test_clipping_is_torchs_bit_for_bit(clip_norm, tiny_config):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_step_of_bad_gradients_changes_nothing_where_they_are_skipped(value, tiny_config):
+def test_a_skipped_step_changes_nothing(value, tiny_config):
     tiny_config.optim.nonfinite = "skip"
     state, undisturbed = make_state(tiny_config), make_state(tiny_config)
     train(state, 2)
@@ -134,20 +134,20 @@ def test_a_step_of_bad_gradients_changes_nothing_where_they_are_skipped(value, t
     assert not state.apply_gradients().isfinite()
     assert [name for name, x in state.tensors().items() if not torch.equal(x, before[name])] == []
     assert (int(state.skipped_steps), state.step) == (1, 3)
-    # The step after it is what it would have been: AdamW did not count the one left out.
+    # The next step is as if none had been skipped: AdamW did not count it.
     train(undisturbed, 2)
     undisturbed.step = 3
     assert train(state, 1) == train(undisturbed, 1)
     assert int(state.skipped_steps) == 1
 
 
-def test_optimizers_have_all_their_tensors_before_the_first_step(tiny_config):
+def test_optimizer_tensors_exist_before_the_first_step(tiny_config):
     state = make_state(tiny_config)
     fresh = saved(state)
     assert not any(x.any() for name, x in fresh.items() if name.startswith("optim."))
-    held = {name: x.data_ptr() for name, x in state.tensors().items()}
+    addresses = {name: x.data_ptr() for name, x in state.tensors().items()}
     train(state, 1)
-    assert {name: x.data_ptr() for name, x in state.tensors().items()} == held
+    assert {name: x.data_ptr() for name, x in state.tensors().items()} == addresses
 
 
 def test_small_gradients_are_not_clipped(tiny_config):

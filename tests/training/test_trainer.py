@@ -1,4 +1,4 @@
-"""Runs: resumed bit for bit, kept apart, stopped where they must stop, and all that they leave on disk."""
+"""Whole runs: exact resume, refused mistakes, stops on errors, and the files they leave."""
 
 import errno
 import json
@@ -27,7 +27,7 @@ from unite_fast.utils.files import read_rows
 
 @pytest.fixture
 def settings(tiny_run, tmp_path):
-    """The settings of a tiny run in a folder of this test."""
+    """Makes the config of a tiny run in this test's folder."""
 
     def make(*overrides: str, folder: str = "run"):
         return load_config("digits", (*tiny_run, f"train.out={tmp_path / folder}", *overrides))
@@ -36,23 +36,23 @@ def settings(tiny_run, tmp_path):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """A folder of two classes, 24 pictures of noise, the given ones cut in half."""
+def image_folder(tmp_path):
+    """Makes a folder of 24 noise images in two classes; files of `truncated` are cut in half."""
 
     def make(truncated: tuple[str, ...] = ()):
         generator = np.random.default_rng(0)
         for name in (f"{kind}/{i:02d}.png" for kind in ("cats", "dogs") for i in range(12)):
-            path = tmp_path / "pictures" / name
+            path = tmp_path / "images" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(generator.integers(0, 256, (9, 11, 3), dtype=np.uint8)).save(path)
             if name in truncated:
                 path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        return tmp_path / "pictures"
+        return tmp_path / "images"
 
     return make
 
 
-def steps(folder) -> list[int]:
+def saved_steps(folder) -> list[int]:
     return [step_of(path) for path in step_folders(folder / "checkpoints")]
 
 
@@ -65,7 +65,7 @@ def steps(folder) -> list[int]:
         pytest.param(19, ("train.log_every=20", "train.checkpoint_every=4"), id="before-the-log"),
     ],
 )
-def test_twenty_steps_are_some_and_a_save_and_the_rest(settings, assert_same_run, at, overrides):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(settings, assert_same_run, at, overrides):
     whole = train(settings(*overrides, folder="whole"))
     assert (whole.steps, whole.stopped_by) == (20, 0)
     train(settings(*overrides, f"train.steps={at}"))
@@ -76,8 +76,8 @@ def test_twenty_steps_are_some_and_a_save_and_the_rest(settings, assert_same_run
     assert read_rows(whole.folder / "metrics.jsonl")[-1]["step"] == 20
 
 
-def test_the_same_with_pictures_read_ahead_and_broken_ones_among_them(settings, assert_same_run, pictures):
-    data = pictures(truncated=("cats/03.png", "dogs/11.png"))
+def test_resume_is_exact_with_prefetched_and_broken_images(settings, assert_same_run, image_folder):
+    data = image_folder(truncated=("cats/03.png", "dogs/11.png"))
     overrides = ("data.source=folder", f"data.path={data}", "model.num_classes=2", "data.flip=true")
     whole = train(settings(*overrides, folder="whole"))
     train(settings(*overrides, "train.steps=2"))
@@ -89,37 +89,37 @@ def test_the_same_with_pictures_read_ahead_and_broken_ones_among_them(settings, 
     }
 
 
-def test_micro_batches_are_one_large_batch(settings, monkeypatch):
-    """Losses and gradient norms but for rounding: float32 sums in another order."""
-    tracks, sizes, make = [], [], train_step.make_micro_batch
+def test_micro_batches_match_one_large_batch(settings, monkeypatch):
+    """Losses and gradient norms, up to rounding: float32 sums in another order."""
+    histories, sizes, make = [], [], train_step.make_micro_batch
 
-    def noting(images, *others):
+    def make_and_record(images, *others):
         sizes.append(len(images))
         return make(images, *others)
 
-    monkeypatch.setattr(train_step, "make_micro_batch", noting)
+    monkeypatch.setattr(train_step, "make_micro_batch", make_and_record)
     for micro in (0, 4, 1):
         trainer = Trainer(settings(f"train.micro_batch={micro}", "data.flip=true", folder=f"micro{micro}"), False)
-        seen = []
+        history = []
         for _ in range(3):
             losses, norm = trainer.step(next(trainer.loader))
-            seen += [losses.total, losses.l1, losses.flow, norm]
+            history += [losses.total, losses.l1, losses.flow, norm]
         trainer.close()
-        tracks.append(torch.stack(seen))
-        own = micro or 8
-        assert sizes == [own] * (3 * 8 // own)
+        histories.append(torch.stack(history))
+        size = micro or 8
+        assert sizes == [size] * (3 * 8 // size)
         sizes.clear()
-    for track in tracks[1:]:
+    for history in histories[1:]:
         # 1e-5 is 80 roundings of float32; a wrong weight of a micro-batch would show as 0.1 or more.
-        assert torch.allclose(track, tracks[0], rtol=1e-5, atol=0)
-    assert not torch.equal(tracks[0][:4], tracks[0][4:8])
+        assert torch.allclose(history, histories[0], rtol=1e-5, atol=0)
+    assert not torch.equal(histories[0][:4], histories[0][4:8])
 
 
-def test_a_run_leaves_all_that_is_promised(trained_folder):
+def test_a_finished_run_leaves_all_documented_files(trained_folder):
     names = sorted(os.listdir(trained_folder))
     pictures = ["curves.png", "reconstructions", "reconstructions.png", "samples", "samples.png"]
     assert names == sorted([".lock", "checkpoints", "config.yaml", "metrics.jsonl", "status", "tensorboard", *pictures])
-    assert steps(trained_folder) == [10, 20]
+    assert saved_steps(trained_folder) == [10, 20]
     assert load_config(str(trained_folder / "config.yaml")) == load_checkpoint(trained_folder).config
 
     rows = [json.loads(line) for line in (trained_folder / "metrics.jsonl").read_text().splitlines()]
@@ -127,7 +127,7 @@ def test_a_run_leaves_all_that_is_promised(trained_folder):
     for row in rows:
         losses = {"step", "epoch", "total", "l1", "lpips", "flow", "grad_norm", "lr", "skipped_steps"}
         parts = {f"seconds_{part}" for part in ("data", "forward", "backward", "optimizer", "other")}
-        # No MFU: nobody publishes a CPU's peak.
+        # No MFU: no peak of a CPU is known.
         assert row.keys() == losses | parts | {"images_per_s", "images_per_s_per_gpu", "memory_gb"}
         assert row["images_per_s"] * sum(row[part] for part in parts) == pytest.approx(8)
         assert training_metrics(row).keys() == losses
@@ -143,12 +143,12 @@ def test_a_run_leaves_all_that_is_promised(trained_folder):
         assert [event.value for event in events.Scalars(key)] == pytest.approx([row[key] for row in rows])
 
 
-def test_a_rows_speed_is_that_of_the_steps_since_the_last_row(settings, monkeypatch):
+def test_the_speed_in_a_row_covers_the_steps_since_the_last_row(settings, monkeypatch):
     parts = dict.fromkeys(("data", "forward", "backward", "optimizer", "other"), 0.4)
     monkeypatch.setattr(StepClock, "take", lambda self: (2.0, parts))
     train(settings("train.steps=7"))
     rows = read_rows(train(settings("train.steps=15"), resume=True).folder / "metrics.jsonl")
-    # 8 images a step; the row at step 10 has three, for the run began anew after step 7.
+    # 8 images per step. The row of step 10 covers three steps: the run was resumed after step 7.
     steps = {row["step"]: row["images_per_s"] * 2.0 / 8 for row in rows}
     assert steps == {5: 5, 10: 3, 15: 5}
     assert [row["seconds_data"] for row in rows] == pytest.approx([0.4 / 5, 0.4 / 3, 0.4 / 5])
@@ -171,44 +171,44 @@ def test_pictures_of_a_run_are_not_blank(trained_folder, name):
         assert len(np.unique(np.asarray(picture.convert("L")))) > 20
 
 
-def test_pictures_are_drawn_along_the_way_when_asked_for(settings):
+def test_picture_every_draws_pictures_during_the_run(settings):
     folder = train(settings("train.picture_every=8")).folder
     for kind in ("samples", "reconstructions"):
         assert sorted(os.listdir(folder / kind)) == [f"step_{step:08d}.png" for step in (8, 16, 20)]
 
 
-def test_drawing_pictures_does_not_disturb_the_run(settings, assert_same_run):
+def test_drawing_pictures_does_not_change_the_run(settings, assert_same_run):
     assert_same_run(
         train(settings("train.picture_every=7", folder="with")).folder, train(settings(folder="without")).folder
     )
 
 
-def test_old_checkpoints_go_and_multiples_stay(settings):
+def test_old_checkpoints_are_deleted_except_multiples_of_keep_every(settings):
     folder = train(settings("train.checkpoint_every=3", "train.keep_every=6")).folder
-    assert steps(folder) == [6, 12, 18, 20]
+    assert saved_steps(folder) == [6, 12, 18, 20]
     assert sorted(os.listdir(folder / "checkpoints"))[:1] == ["latest"]
     assert len(os.listdir(folder / "checkpoints")) == 5
 
 
 def test_a_run_is_not_overwritten(settings, mentions):
     folder = train(settings("train.steps=2")).folder
-    written = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=mentions(folder, "--resume", "train.out=FOLDER")):
         train(settings())
-    # Without its config.yaml it is a run all the same: fresh checkpoints would be pruned among the old ones.
+    # Without config.yaml it still counts as a run: pruning would delete new checkpoints beside the old ones.
     (folder / "config.yaml").unlink()
-    del written[folder / "config.yaml"]
+    del times[folder / "config.yaml"]
     with pytest.raises(UserError, match=mentions(folder, "--resume")):
         train(settings())
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == written
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == times
 
 
-def test_resuming_what_has_no_checkpoint_yet_begins_at_step_zero(settings, assert_same_run):
-    """So that one command line serves the first start and every restart of a job."""
+def test_resuming_without_a_checkpoint_starts_at_step_zero(settings, assert_same_run):
+    """So one command line serves the first start and all restarts of a job."""
     fresh = train(settings("train.steps=4", folder="fresh"))
     killed = fresh.folder.with_name("run")
     killed.mkdir()
-    (killed / "config.yaml").write_text("left by a run that was killed early")
+    (killed / "config.yaml").write_text("of a run that was killed early")
     (killed / "metrics.jsonl").write_text(json.dumps({"step": 3, "l1": 1.0}) + "\n")
     assert_same_run(fresh.folder, train(settings("train.steps=4"), resume=True).folder)
 
@@ -233,7 +233,7 @@ def test_resuming_a_finished_run_changes_nothing(settings, assert_same_run):
         ("optim.adamw_betas=0.8,0.9", ("optim.adamw_betas", "[0.8, 0.9]", "[0.9, 0.999]")),
     ],
 )
-def test_settings_that_change_what_a_step_computes_cannot_change(settings, override, tokens, mentions):
+def test_resume_refuses_changed_settings_that_affect_a_step(settings, override, tokens, mentions):
     with pytest.raises(UserError, match=mentions(*tokens)) as refusal:
         check_same_settings(settings(), settings(override))
     assert "\n" not in str(refusal.value)
@@ -246,7 +246,7 @@ def test_resume_is_refused_with_another_image_decoder(settings, rewrite, mention
         train(settings("train.steps=4"), resume=True)
 
 
-def test_settings_that_do_not_can(settings):
+def test_resume_accepts_changed_settings_that_do_not_affect_a_step(settings):
     now = settings(
         "name=other", "data.workers=7", "train.steps=9", "train.device=auto", "train.log_every=1", "train.keep_every=3",
         "train.checkpoint_every=2", "train.picture_every=2", folder="elsewhere",
@@ -254,7 +254,7 @@ def test_settings_that_do_not_can(settings):
     check_same_settings(settings(), now)
 
 
-def test_a_resumed_run_writes_down_its_new_settings(settings):
+def test_a_resumed_run_saves_its_new_settings(settings):
     train(settings("train.steps=2"))
     folder = train(settings("train.steps=3"), resume=True).folder
     assert yaml.safe_load((folder / "config.yaml").read_text()) == to_tree(settings("train.steps=3"))
@@ -270,7 +270,7 @@ def test_a_resumed_run_writes_down_its_new_settings(settings):
         ("perceptual.weight=1.0", ("perceptual.vgg_path",)),
     ],
 )
-def test_a_mistake_found_at_the_start_leaves_no_run_behind(settings, override, tokens, monkeypatch, mentions):
+def test_a_mistake_at_the_start_leaves_no_run_folder(settings, override, tokens, monkeypatch, mentions):
     for variable in [name for name in os.environ if name.startswith("UNITE_FAST")]:
         monkeypatch.delenv(variable)
     with pytest.raises(UserError, match=mentions(*tokens)):
@@ -278,32 +278,32 @@ def test_a_mistake_found_at_the_start_leaves_no_run_behind(settings, override, t
     assert not os.path.exists(settings().train.out)
 
 
-def test_cuda_asked_for_and_absent_is_an_error(settings, monkeypatch, mentions):
+def test_missing_cuda_is_an_error(settings, monkeypatch, mentions):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=mentions("device", "cuda")):
         train(settings("train.device=cuda"))
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(settings, rewrite, mentions):
+def test_a_nonfinite_loss_stops_the_run_and_names_step_and_checkpoint(settings, rewrite, mentions):
     folder = train(settings("train.steps=6", "train.checkpoint_every=3")).folder
-    # From here on a huge rate: the next step's update spoils the weights, the loss of the one after shows it.
+    # A huge learning rate from here on: step 7 ruins the weights, and step 8 has a loss that is not finite.
     good = step_folders(folder / "checkpoints")[-1]
     rewrite(folder, lambda saved: setattr(saved.config.schedule, "lr", 1e30))
     with pytest.raises(UserError, match=mentions("step 8", good)):
         train(settings("schedule.lr=1e30", "train.log_every=2", "train.checkpoint_every=100"), resume=True)
-    assert steps(folder) == [3, 6]
+    assert saved_steps(folder) == [3, 6]
     assert load_checkpoint(folder).step == 6
     assert [row["step"] for row in read_rows(folder / "metrics.jsonl")] == [5]
 
 
-def test_a_loss_that_is_not_finite_before_any_checkpoint_says_so(settings, mentions):
+def test_a_nonfinite_loss_before_the_first_checkpoint_names_the_step(settings, mentions):
     config = settings("schedule.lr=1e30", "schedule.warmup_steps=1")
     with pytest.raises(UserError, match=mentions("step 3", "finite")):
         train(config)
-    assert steps(Path(config.train.out)) == []
+    assert saved_steps(Path(config.train.out)) == []
 
 
-def test_weights_that_are_not_finite_are_not_saved(settings, mentions):
+def test_nonfinite_weights_are_not_saved(settings, mentions):
     trainer = Trainer(settings(), False)
     trainer.step(next(trainer.loader))
     with torch.no_grad():
@@ -311,11 +311,11 @@ def test_weights_that_are_not_finite_are_not_saved(settings, mentions):
     with pytest.raises(UserError, match=mentions("weights", "step 1", "finite")):
         trainer.save()
     trainer.close()
-    assert steps(trainer.folder) == []
+    assert saved_steps(trainer.folder) == []
 
 
 @pytest.mark.parametrize(
-    ("spoil", "tokens"),
+    ("change", "tokens"),
     [
         (lambda saved: saved.tensors.pop("model.latent_norm.weight"), ("model.latent_norm.weight",)),
         (lambda saved: saved.tensors.pop("optim.latent_norm.weight.exp_avg"), ("optim.latent_norm.weight.exp_avg",)),
@@ -327,9 +327,9 @@ def test_weights_that_are_not_finite_are_not_saved(settings, mentions):
         (lambda saved: saved.progress.pop("averages"), ("'averages'",)),
     ],
 )
-def test_a_checkpoint_that_lacks_or_misfits_something_is_not_resumed(settings, rewrite, spoil, tokens, mentions):
+def test_a_checkpoint_with_missing_or_wrong_tensors_is_not_resumed(settings, rewrite, change, tokens, mentions):
     folder = train(settings("train.steps=2")).folder
-    rewrite(folder, spoil)
+    rewrite(folder, change)
     with pytest.raises(UserError, match=mentions(folder / "checkpoints" / "step_00000002", *tokens)) as refusal:
         train(settings("train.steps=4"), resume=True)
     assert "\n" not in str(refusal.value)
@@ -346,7 +346,7 @@ def test_resume_skips_a_damaged_checkpoint(settings, assert_same_run, checkpoint
     assert re.match(mentions(damaged, shard.name, used), warning)
 
 
-def test_a_save_that_fails_stops_the_run(settings, monkeypatch, mentions):
+def test_a_failed_save_stops_the_run(settings, monkeypatch, mentions):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
@@ -354,12 +354,12 @@ def test_a_save_that_fails_stops_the_run(settings, monkeypatch, mentions):
     monkeypatch.setattr("unite_fast.checkpoint.format.save_file", fail)
     with pytest.raises(UserError, match=mentions(folder / "checkpoints" / "step_00000006", os.strerror(errno.ENOSPC))):
         train(settings("train.checkpoint_every=6"), resume=True)
-    assert steps(folder) == [4]
+    assert saved_steps(folder) == [4]
     assert [row["step"] for row in read_rows(folder / "metrics.jsonl")][-1] <= 12, "it stops at the next save"
 
 
-def test_truncated_pictures_are_skipped_counted_and_named(settings, pictures, capfd, caplog, mentions):
-    data = pictures(truncated=("cats/03.png", "dogs/11.png"))
+def test_truncated_images_are_skipped_and_listed(settings, image_folder, capfd, caplog, mentions):
+    data = image_folder(truncated=("cats/03.png", "dogs/11.png"))
     train(settings("data.source=folder", f"data.path={data}", "model.num_classes=2"))
     out = capfd.readouterr().out
     assert re.search(mentions("skipped", 2), out)
@@ -368,14 +368,14 @@ def test_truncated_pictures_are_skipped_counted_and_named(settings, pictures, ca
         assert sum(f"{name}: " in message for message in caplog.messages) == 1
 
 
-def test_pictures_none_of_which_can_be_read_are_an_error(settings, pictures, mentions):
-    data = pictures(truncated=tuple(f"{kind}/{i:02d}.png" for kind in ("cats", "dogs") for i in range(12)))
+def test_a_folder_without_a_readable_image_is_an_error(settings, image_folder, mentions):
+    data = image_folder(truncated=tuple(f"{kind}/{i:02d}.png" for kind in ("cats", "dogs") for i in range(12)))
     with pytest.raises(UserError, match=mentions(24, "cats/00.png")):
         train(settings("data.source=folder", f"data.path={data}", "model.num_classes=2"))
 
 
-def test_the_summary_says_where_everything_is_whatever_the_names(settings, capfd):
-    """Not cut off, not wrapped, and not taken for markup or emoji."""
+def test_the_summary_prints_all_paths_verbatim(settings, capfd):
+    """Long lines are neither cut nor wrapped, and names are not parsed as markup or emoji."""
     folder = train(settings("train.steps=5", "name='[/b]'", folder=f"{'long' * 40}/[/red]:car:x")).folder
     out = capfd.readouterr().out.splitlines()
     assert any(line.split()[:2] == ["run", "folder"] and line.endswith(f" {folder}") for line in out)

@@ -1,4 +1,4 @@
-"""Evaluation of a run while it trains: it changes nothing, and measures what `evaluate` measures."""
+"""Evaluation during training: it leaves the run unchanged and gives the scores of `evaluate`."""
 
 import json
 import shutil
@@ -26,25 +26,25 @@ EVALUATED = ("train.evaluate_every=4", "evaluation.count=70", "sampling.guidance
 
 @pytest.fixture(scope="module")
 def evaluated(tiny_run, tmp_path_factory) -> Path:
-    """The folder of a run that evaluated itself, to look at and not to change."""
+    """The folder of a finished run with evaluation. Read-only."""
     folder = tmp_path_factory.mktemp("evaluated") / "run"
     train(load_config("digits", (*tiny_run, *EVALUATED, f"train.out={folder}")))
     return folder
 
 
 def rows_of(folder: Path) -> list[dict]:
-    """Without their times."""
+    """Rows of the evaluation curve, without their times."""
     rows = [json.loads(line) for line in (folder / "evaluation" / "curve.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
-def test_the_run_is_the_same_with_and_without_it(evaluated, tiny_run, tmp_path, assert_same_run):
+def test_evaluation_does_not_change_the_run(evaluated, tiny_run, tmp_path, assert_same_run):
     train(load_config("digits", (*tiny_run, "sampling.guidance=3", f"train.out={tmp_path / 'plain'}")))
     assert_same_run(evaluated, tmp_path / "plain")
     assert not (tmp_path / "plain" / "evaluation").exists()
 
 
-def test_what_is_written_says_how_it_was_measured(evaluated):
+def test_rows_state_their_settings_and_match_evaluate(evaluated):
     rows = rows_of(evaluated)
     assert [row["step"] for row in rows] == [4, 8, 12, 16, 20]
     assert {row["count"] for row in rows} == {70}
@@ -69,7 +69,7 @@ def test_the_gallery_shows_the_curve(evaluated):
 
 
 def test_a_resumed_run_has_the_same_curve(evaluated, tiny_run, tmp_path, assert_same_run):
-    """As if killed at step 13: the checkpoint of step 10 is the last, and the row of step 12 comes after it."""
+    """As if killed at step 13: the last checkpoint is that of step 10, and the row of step 12 is newer."""
     killed = tmp_path / "killed"
     shutil.copytree(evaluated, killed, symlinks=True)
     checkpoints = killed / "checkpoints"
@@ -79,14 +79,14 @@ def test_a_resumed_run_has_the_same_curve(evaluated, tiny_run, tmp_path, assert_
     curve.write_text("".join(curve.read_text().splitlines(keepends=True)[:3]) + '{"step": 16, "dist')
     settings = (*tiny_run, *EVALUATED, f"train.out={killed}")
     trainer = Trainer(load_config("digits", settings), resume=True)
-    assert [row["step"] for row in rows_of(killed)] == [4, 8], "what comes after the checkpoint is dropped at once"
+    assert [row["step"] for row in rows_of(killed)] == [4, 8], "rows after the checkpoint are dropped at once"
     trainer.run()
     trainer.close()
     assert rows_of(killed) == rows_of(evaluated)
     assert_same_run(killed, evaluated)
 
 
-def test_a_resumed_run_may_evaluate_otherwise(evaluated, tiny_run, tmp_path):
+def test_evaluation_settings_may_change_on_resume(evaluated, tiny_run, tmp_path):
     more = tmp_path / "more"
     shutil.copytree(evaluated, more, symlinks=True)
     changed = ("train.evaluate_every=1", "evaluation.count=9", "sampling.guidance=3", "train.steps=21")
@@ -94,7 +94,7 @@ def test_a_resumed_run_may_evaluate_otherwise(evaluated, tiny_run, tmp_path):
     assert [(row["step"], row["count"]) for row in rows_of(more)][-2:] == [(20, 70), (21, 9)]
 
 
-def test_it_is_due_at_multiples_of_its_steps(tiny_run):
+def test_evaluate_every_is_due_at_multiples_of_steps(tiny_run):
     config = load_config("digits", (*tiny_run, "train.evaluate_every=10"))
     evaluation = Validation(config, Path("nowhere"), torch.device("cpu"), 0, 1437)
     assert evaluation.count == 1000 and not evaluation.warning
@@ -103,7 +103,7 @@ def test_it_is_due_at_multiples_of_its_steps(tiny_run):
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1, [90, 180, 270]), (0.5, [45, 90, 135, 180, 225, 270]), (2.5, [225])])
-def test_it_is_due_at_the_first_step_after_its_epochs(epochs, steps, tiny_run):
+def test_evaluate_epochs_is_due_at_the_first_step_after_an_epoch(epochs, steps, tiny_run):
     """1,437 images in batches of 16: an epoch is 89.8 steps."""
     config = load_config("digits", (*tiny_run, "train.batch_size=16", f"train.evaluate_epochs={epochs}"))
     evaluation = Validation(config, Path("nowhere"), torch.device("cpu"), 0, 1437)
@@ -123,7 +123,7 @@ def test_it_is_due_at_the_first_step_after_its_epochs(epochs, steps, tiny_run):
         ("train.evaluate_epochs=1", ("train.evaluate_epochs", "train.evaluate_every")),
     ],
 )
-def test_mistakes_are_found_before_the_run_begins(tiny_run, tmp_path, setting, tokens, mentions):
+def test_mistakes_are_refused_before_the_run_starts(tiny_run, tmp_path, setting, tokens, mentions):
     with pytest.raises(UserError, match=mentions(*tokens)):
         train(load_config("digits", (*tiny_run, *EVALUATED, f"train.out={tmp_path / 'run'}", setting)))
     assert not (tmp_path / "run").exists()
@@ -134,16 +134,16 @@ def run_in_ranks(folder: Path, out: Path, settings: tuple[str, ...]) -> tuple[st
     config = load_config("digits", settings)
     state = TrainState(UNITE(config.model), config)
     checkpoints = Checkpoints(folder / "checkpoints", 0)
-    found = checkpoints.find()
-    checkpoints.load_into(found, state.tensors())
-    state.resume_at(found.step)
+    checkpoint = checkpoints.find()
+    checkpoints.load_into(checkpoint, state.tensors())
+    state.resume_at(checkpoint.step)
     evaluation = Validation(config, out, torch.device("cpu"), 0, 1437)
     return evaluation.run(state, None), evaluation.rows
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_processes_share_the_work(ranks, evaluated, tiny_run, tmp_path, world):
-    """70 samples in batches of 16 make five: for two or three processes one has nothing left in the last round."""
+def test_ranks_share_the_work(ranks, evaluated, tiny_run, tmp_path, world):
+    """70 samples make five batches of 16, so one of two or three ranks has none in the last round."""
     settings = (*tiny_run, *EVALUATED, "evaluation.batch=16")
     results = ranks(world, run_in_ranks, evaluated, tmp_path, settings)
     for _, rows in results:
@@ -152,6 +152,6 @@ def test_processes_share_the_work(ranks, evaluated, tiny_run, tmp_path, world):
     assert len(rows_of(tmp_path)) == 1
 
 
-def test_several_processes_need_a_solver_of_fixed_steps(ranks, evaluated, tiny_run, tmp_path, mentions):
+def test_several_ranks_need_a_solver_with_fixed_steps(ranks, evaluated, tiny_run, tmp_path, mentions):
     with pytest.raises(AssertionError, match=mentions("UserError", "sampling.solver=multistep")):
         ranks(2, run_in_ranks, evaluated, tmp_path, (*tiny_run, *EVALUATED, "sampling.solver=dopri5"))

@@ -1,4 +1,4 @@
-"""Weights & Biases, with a stand-in for its package."""
+"""Logging to Weights & Biases, with a stand-in for its package."""
 
 import gzip
 import json
@@ -12,15 +12,15 @@ from unite_fast.training.wandb_log import WandbLog
 
 
 class Wandb:
-    """Remembers what it is told, as the package wandb's `init` and its run take it."""
+    """Stands in for the wandb package and records what `init` and its run receive."""
 
     def __init__(self, failure: Exception | None = None):
-        self.failure, self.begun, self.logged, self.finished = failure, [], [], 0
+        self.failure, self.started, self.logged, self.finished = failure, [], [], 0
 
     def init(self, **settings):
         if self.failure:
             raise self.failure
-        self.begun.append(settings)
+        self.started.append(settings)
         return SimpleNamespace(id=settings["id"] or "ab12", log=self.log, finish=self.finish)
 
     def log(self, values: dict, step: int) -> None:
@@ -37,43 +37,43 @@ def wandb(monkeypatch) -> Wandb:
     return stand_in
 
 
-def test_rows_arrive_with_their_steps_and_a_resumed_run_goes_on(wandb, tiny_config, tmp_path):
+def test_rows_are_logged_with_their_steps_and_a_resumed_run_keeps_its_id(wandb, tiny_config, tmp_path):
     tiny_config.train.wandb = "pictures"
     for step in (5, 10):
         log = WandbLog(tiny_config, tmp_path)
         log.write({"step": step, "l1": 0.5})
         log.close()
     assert wandb.logged == [(5, {"l1": 0.5}), (10, {"l1": 0.5})] and wandb.finished == 2
-    first, second = wandb.begun
+    first, second = wandb.started
     assert (first["project"], first["name"], first["id"], second["id"]) == ("pictures", "tiny", None, "ab12")
     assert second["resume"] == "allow" and first["dir"] == str(tmp_path)
-    # It goes to others as it is: plain values.
+    # The config is sent as plain values.
     assert json.loads(json.dumps(first["config"]))["train"]["batch_size"] == 6
 
 
-def test_a_missing_package_is_named(tiny_config, tmp_path, monkeypatch, mentions):
+def test_a_missing_package_is_an_error(tiny_config, tmp_path, monkeypatch, mentions):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=mentions("train.wandb", "unite-fast[wandb]")):
         WandbLog(tiny_config, tmp_path)
 
 
-def test_a_run_that_cannot_report_leaves_nothing_that_counts_as_a_run(command, tiny_run, tmp_path, monkeypatch):
+def test_a_failed_login_leaves_no_run_behind(command, tiny_run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", Wandb(RuntimeError("no API key")))
     out = tmp_path / "run"
     for _ in range(2):
         command("train", *tiny_run, f"train.out={out}", "train.wandb=pictures").error("train.wandb", "no API key")
 
 
-def test_what_wandb_says_is_passed_on_in_a_line(tiny_config, tmp_path, monkeypatch, mentions):
+def test_an_error_from_wandb_becomes_one_line(tiny_config, tmp_path, monkeypatch, mentions):
     monkeypatch.setitem(sys.modules, "wandb", Wandb(RuntimeError("no API key\nconfigured")))
     with pytest.raises(UserError, match=mentions("train.wandb", "no API key configured", "WANDB_MODE=offline")):
         WandbLog(tiny_config, tmp_path)
 
 
-def test_a_run_reports_every_row_and_traces_the_steps_it_was_asked_for(wandb, command, tiny_run, tmp_path):
+def test_a_run_logs_every_row_and_traces_selected_steps(wandb, command, tiny_run, tmp_path):
     out = tmp_path / "run"
-    asked = ("train.wandb=pictures", "profile.steps=2:4")
-    ended = command("train", *tiny_run, "train.steps=4", "train.log_every=2", f"train.out={out}", *asked)
+    options = ("train.wandb=pictures", "profile.steps=2:4")
+    ended = command("train", *tiny_run, "train.steps=4", "train.log_every=2", f"train.out={out}", *options)
     assert ended.status == 0 and "profile: " in ended.out
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [{"step": step, **values} for step, values in wandb.logged] == rows and wandb.finished == 1
