@@ -1,4 +1,4 @@
-"""Folders of checkpoints: whole or not there at all, the right one counts, no more of them than asked for."""
+"""Checkpoint folders: atomic writes, paths, pruning, detection of damage."""
 
 import errno
 import json
@@ -31,7 +31,7 @@ def folder(tmp_path):
 
 
 def write(folder, step, content=b"numbers", config=None):
-    """What a save does, without processes and tensors."""
+    """Write a checkpoint as a save does, without ranks and tensors."""
     path = step_path(folder, step)
     partial = files.partial_path(path)
     files.make_empty(partial)
@@ -45,46 +45,46 @@ def steps(folder) -> list[int]:
     return [files.step_of(path) for path in files.step_folders(folder)]
 
 
-def best(path) -> int:
+def newest_step(path) -> int:
     return read_manifest(candidates(path)[0]).step
 
 
-def test_what_a_manifest_says_is_what_is_read(folder, tiny_config):
+def test_a_manifest_round_trips(folder, tiny_config):
     manifest = read_manifest(write(folder, 12, b"123456789", tiny_config))
     assert (manifest.config, manifest.step, manifest.progress) == (tiny_config, 12, PROGRESS)
-    # The check value that the standard CRC-32 is defined by.
+    # The check value in the definition of CRC-32.
     assert manifest.shards == [Shard("shard", 9, 0xCBF43926)]
 
 
-@pytest.mark.parametrize(("wanted", "expected"), [((), "0o644"), ((0o077,), "0o600"), ((0o002,), "0o664")])
-def test_shards_may_be_read_by_whom_the_umask_lets(folder, wanted, expected):
-    before = os.umask(*wanted or (0o022,))
+@pytest.mark.parametrize(("umask", "mode"), [((), "0o644"), ((0o077,), "0o600"), ((0o002,), "0o664")])
+def test_the_umask_sets_the_permissions_of_shards(folder, umask, mode):
+    before = os.umask(*umask or (0o022,))
     try:
         files.make_empty(folder)
         files.save_safetensors({"a": torch.zeros(3)}, folder / "shard", {})
     finally:
         os.umask(before)
-    assert oct((folder / "shard").stat().st_mode & 0o777) == expected
+    assert oct((folder / "shard").stat().st_mode & 0o777) == mode
 
 
-def test_latest_is_a_link_that_survives_a_move_of_the_folder(folder):
+def test_latest_is_a_link_that_survives_moving_the_folder(folder):
     write(folder, 1)
     write(folder, 2)
     assert os.readlink(folder / "latest") == "step_00000002"
-    assert best(folder.parent.rename(folder.parents[1] / "moved")) == 2
+    assert newest_step(folder.parent.rename(folder.parents[1] / "moved")) == 2
 
 
-def test_every_name_of_a_checkpoint_and_of_a_run(folder):
+def test_all_paths_of_a_run_and_of_a_checkpoint_work(folder):
     old, new = write(folder, 1), write(folder, 2)
     assert candidates(folder.parent) == candidates(folder) == [new, old]
     assert candidates(old) == [old]
     assert candidates(folder / "latest") == [folder / "latest"]
     new.rename(folder.parents[1] / "copy")
     assert candidates(folder.parents[1] / "copy") == [folder.parents[1] / "copy"], "whatever its name"
-    assert candidates(folder) == [old], "a link that leads nowhere says nothing"
+    assert candidates(folder) == [old], "a dangling link is ignored"
 
 
-def test_missing_checkpoints_are_named(tmp_path, mentions):
+def test_a_missing_checkpoint_is_an_error(tmp_path, mentions):
     with pytest.raises(UserError, match=mentions(tmp_path / "nowhere")):
         candidates(tmp_path / "nowhere")
     with pytest.raises(UserError, match=mentions(tmp_path, "latest")):
@@ -92,43 +92,43 @@ def test_missing_checkpoints_are_named(tmp_path, mentions):
 
 
 @pytest.mark.parametrize(
-    ("keep_every", "kept"), [(0, [50, 60]), (20, [20, 40, 50, 60]), (30, [30, 50, 60]), (7, [50, 60])]
+    ("keep_every", "remaining"), [(0, [50, 60]), (20, [20, 40, 50, 60]), (30, [30, 50, 60]), (7, [50, 60])]
 )
-def test_all_but_the_newest_two_and_the_multiples_are_deleted(folder, keep_every, kept):
+def test_pruning_keeps_the_newest_two_and_multiples_of_keep_every(folder, keep_every, remaining):
     for step in range(10, 70, 10):
         write(folder, step)
         files.prune(folder, keep_every, step)
-    assert steps(folder) == kept
-    assert len(os.listdir(folder)) == len(kept) + 1
-    assert best(folder) == 60
+    assert steps(folder) == remaining
+    assert len(os.listdir(folder)) == len(remaining) + 1
+    assert newest_step(folder) == 60
 
 
-def test_no_checkpoint_is_deleted_for_the_sake_of_a_later_step(folder):
-    """Someone pointed the link at an older checkpoint, or a kill came between a save and its link: the run goes on from
-    the older one, beside folders of steps that it has yet to reach."""
+def test_pruning_ignores_checkpoints_of_later_steps(folder):
+    """`latest` may point to an older checkpoint, set by hand or because a kill came between a save and its link. The
+    run then resumes from it, beside folders of later steps."""
     for step in (10, 30, 40):
         write(folder, step)
     files.point_latest(step_path(folder, 10))
-    assert best(folder) == 10
+    assert newest_step(folder) == 10
     write(folder, 20)
     files.prune(folder, 0, 20)
     assert steps(folder) == [10, 20, 30, 40]
     assert candidates(folder) == [step_path(folder, 20), step_path(folder, 10)]
 
 
-def test_what_a_killed_save_left_is_no_checkpoint_and_is_cleared_away(folder):
+def test_a_partial_save_is_no_checkpoint_and_is_deleted(folder):
     write(folder, 10)
-    aside = files.partial_path(step_path(folder, 20))
-    files.make_empty(aside)
-    (aside / "shard").write_bytes(b"half")
+    partial = files.partial_path(step_path(folder, 20))
+    files.make_empty(partial)
+    (partial / "shard").write_bytes(b"half")
     assert steps(folder) == [10]
     files.prune(folder, 0, 10)
     assert sorted(os.listdir(folder)) == ["latest", "step_00000010"]
 
 
 @pytest.mark.parametrize("calls_before_the_kill", [0, 1, 2, 3])
-def test_a_kill_while_a_step_is_written_again_loses_nothing(folder, monkeypatch, calls_before_the_kill):
-    """A resumed run that ends where it began, or that passes a damaged checkpoint."""
+def test_a_kill_while_a_step_is_rewritten_loses_nothing(folder, monkeypatch, calls_before_the_kill):
+    """A resumed run rewrites a step if it trains no further, or if the checkpoint of that step was damaged."""
 
     class Kill(BaseException):
         pass
@@ -157,7 +157,7 @@ def test_a_kill_while_a_step_is_written_again_loses_nothing(folder, monkeypatch,
     assert (folder / "latest" / "shard").read_bytes() == b"the next run"
 
 
-def test_other_files_in_the_folder_do_not_matter(folder):
+def test_other_files_in_the_folder_are_ignored(folder):
     write(folder, 10)
     (folder / "step_best").write_bytes(b"")
     (folder / "step_00000010 (copy)").mkdir()
@@ -166,7 +166,7 @@ def test_other_files_in_the_folder_do_not_matter(folder):
     assert len(os.listdir(folder)) == 4
 
 
-def test_damage_to_a_shard_is_recognised(folder, mentions):
+def test_damage_to_a_shard_is_detected(folder, mentions):
     path = write(folder, 10, bytes(1000))
     shards, shard = read_manifest(path).shards, path / "shard"
     check_sizes(path, shards)
@@ -186,21 +186,21 @@ def test_damage_to_a_shard_is_recognised(folder, mentions):
             check(path, shards)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
-def test_a_torn_manifest_is_recognised(folder, share, mentions):
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.5, 0.999])
+def test_a_truncated_manifest_is_detected(folder, fraction, mentions):
     path = write(folder, 10)
     whole = (path / MANIFEST).read_bytes()
-    (path / MANIFEST).write_bytes(whole[: int(share * len(whole))])
+    (path / MANIFEST).write_bytes(whole[: int(fraction * len(whole))])
     with pytest.raises(DamagedCheckpoint, match=mentions("step_00000010", MANIFEST)):
         read_manifest(path)
     (path / MANIFEST).unlink()
-    assert candidates(path) == [path], "its name says what it was"
+    assert candidates(path) == [path], "its name marks it as a checkpoint"
     with pytest.raises(DamagedCheckpoint, match=mentions("step_00000010", MANIFEST)):
         read_manifest(path)
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "null", "{}", '{"format": "unite_fast checkpoint 2"}'])
-def test_a_manifest_that_makes_no_sense_is_recognised(folder, text):
+def test_a_malformed_manifest_is_detected(folder, text):
     path = write(folder, 10)
     (path / MANIFEST).write_text(text)
     with pytest.raises(DamagedCheckpoint) as refusal:
@@ -208,7 +208,7 @@ def test_a_manifest_that_makes_no_sense_is_recognised(folder, text):
     assert "\n" not in str(refusal.value)
 
 
-def test_a_changed_manifest_is_recognised_and_one_of_another_version_named(folder, mentions):
+def test_an_edited_manifest_is_detected_and_another_version_refused(folder, mentions):
     path = write(folder, 10)
     outer = json.loads((path / MANIFEST).read_text())
     (path / MANIFEST).write_text(json.dumps(outer).replace('"step": 10', '"step": 11'))
@@ -219,7 +219,7 @@ def test_a_changed_manifest_is_recognised_and_one_of_another_version_named(folde
         read_manifest(path)
 
 
-def test_settings_that_this_version_does_not_know_are_an_error(folder, mentions):
+def test_unknown_settings_are_an_error(folder, mentions):
     path = write(folder, 10)
     outer = json.loads((path / MANIFEST).read_text())
     outer["content"]["config"]["zzz"] = 1

@@ -1,4 +1,4 @@
-"""Checkpoints: bit-equal whatever the number of processes and their sharding, written beside the steps, never torn."""
+"""Checkpoints: bit-equal for every world size and sharding, written in the background, never half-written."""
 
 import errno
 import json
@@ -66,29 +66,29 @@ def steps(folder) -> list[int]:
     return [step_of(path) for path in step_folders(folder)]
 
 
-def test_what_is_saved_is_what_is_loaded(checkpoints, folder, tensors, tiny_config):
+def test_a_checkpoint_round_trips(checkpoints, folder, tensors, tiny_config):
     save(checkpoints, 12, tensors, tiny_config)
     for path in (folder.parent, folder, folder / "latest", str(step_path(folder, 12))):
-        found = load_checkpoint(path)
-        assert (found.step, found.progress, found.config) == (12, PROGRESS, tiny_config)
-        assert found.tensors.keys() == tensors.keys()
+        loaded = load_checkpoint(path)
+        assert (loaded.step, loaded.progress, loaded.config) == (12, PROGRESS, tiny_config)
+        assert loaded.tensors.keys() == tensors.keys()
         for name, value in tensors.items():
-            assert found.tensors[name].dtype == value.dtype
-            assert torch.equal(found.tensors[name], value)
-    places = {name: torch.full_like(value, 7) for name, value in tensors.items()}
-    found = checkpoints.find()
-    checkpoints.load_into(found, places)
-    assert (found.step, found.progress, found.config) == (12, PROGRESS, tiny_config)
-    assert all(torch.equal(places[name], value) for name, value in tensors.items())
-    assert checkpoints.all_finite(places)
+            assert loaded.tensors[name].dtype == value.dtype
+            assert torch.equal(loaded.tensors[name], value)
+    targets = {name: torch.full_like(value, 7) for name, value in tensors.items()}
+    checkpoint = checkpoints.find()
+    checkpoints.load_into(checkpoint, targets)
+    assert (checkpoint.step, checkpoint.progress, checkpoint.config) == (12, PROGRESS, tiny_config)
+    assert all(torch.equal(targets[name], value) for name, value in tensors.items())
+    assert checkpoints.all_finite(targets)
 
 
-def test_only_the_wanted_tensors_are_read(checkpoints, folder, tensors):
+def test_only_tensors_with_the_prefix_are_read(checkpoints, folder, tensors):
     save(checkpoints, 1, tensors)
     assert load_checkpoint(folder, ("ema.",)).tensors.keys() == {"ema.a"}
 
 
-def test_a_checkpoint_is_json_and_numbers_without_pickles(checkpoints, folder, tensors):
+def test_a_checkpoint_has_no_pickle(checkpoints, folder, tensors):
     save(checkpoints, 1, tensors)
     assert sorted(os.listdir(folder / "latest")) == ["checkpoint.json", "shard_00001.safetensors"]
     assert json.loads((folder / "latest" / "checkpoint.json").read_text())["content"]["progress"] == PROGRESS
@@ -105,48 +105,48 @@ def test_a_checkpoint_is_json_and_numbers_without_pickles(checkpoints, folder, t
 @pytest.mark.parametrize(
     ("change", "tokens"),
     [
-        (lambda places: places.update({"more": torch.zeros(1)}), ("more",)),
-        (lambda places: places.pop("ema.a"), ("ema.a",)),
-        (lambda places: places.update({"ema.a": torch.zeros(5, 123)}), ("ema.a", "[123, 5]", "[5, 123]")),
+        (lambda targets: targets.update({"more": torch.zeros(1)}), ("more",)),
+        (lambda targets: targets.pop("ema.a"), ("ema.a",)),
+        (lambda targets: targets.update({"ema.a": torch.zeros(5, 123)}), ("ema.a", "[123, 5]", "[5, 123]")),
         (
-            lambda places: places.update({"ema.a": torch.zeros(123, 5).half()}),
+            lambda targets: targets.update({"ema.a": torch.zeros(123, 5).half()}),
             ("ema.a", "torch.float32", "torch.float16"),
         ),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(checkpoints, folder, tensors, change, tokens, mentions):
+def test_tensors_that_do_not_match_are_named(checkpoints, folder, tensors, change, tokens, mentions):
     save(checkpoints, 1, tensors)
-    places = dict(tensors)
-    change(places)
+    targets = dict(tensors)
+    change(targets)
     with pytest.raises(UserError, match=mentions(step_path(folder, 1), *tokens)) as refusal:
-        checkpoints.load_into(checkpoints.find(), places)
+        checkpoints.load_into(checkpoints.find(), targets)
     assert "\n" not in str(refusal.value)
 
 
-def test_steps_go_on_while_a_checkpoint_is_written(checkpoints, folder, tensors, monkeypatch):
-    """What is written is what the tensors held when they were saved."""
+def test_training_continues_while_a_checkpoint_is_written(checkpoints, folder, tensors, monkeypatch):
+    """The file has the values at the time of the save."""
     save(checkpoints, 10, tensors)
-    goes_on, real = threading.Event(), files.save_file
-    monkeypatch.setattr(files, "save_file", lambda *call: (goes_on.wait(60), real(*call)))
+    may_write, real = threading.Event(), files.save_file
+    monkeypatch.setattr(files, "save_file", lambda *call: (may_write.wait(60), real(*call)))
     before = {name: value.clone() for name, value in tensors.items()}
     checkpoints.save(20, Config(), {}, tensors)
     for value in tensors.values():
         value.fill_(-1)
     assert load_checkpoint(folder).step == 10
     assert steps(folder) == [10]
-    goes_on.set()
+    may_write.set()
     checkpoints.wait()
-    found = load_checkpoint(folder)
-    assert found.step == 20
-    assert all(torch.equal(found.tensors[name], value) for name, value in before.items())
+    loaded = load_checkpoint(folder)
+    assert loaded.step == 20
+    assert all(torch.equal(loaded.tensors[name], value) for name, value in before.items())
     save(checkpoints, 30, tensors)
     assert all(bool((value == -1).all()) for value in load_checkpoint(folder).tensors.values())
 
 
 @pytest.mark.parametrize("broken", ["save_file", "flush", "write_manifest", "os.replace"])
-def test_a_save_that_fails_leaves_what_was_there(checkpoints, folder, tensors, monkeypatch, broken, mentions):
+def test_a_failed_save_keeps_the_previous_checkpoint(checkpoints, folder, tensors, monkeypatch, broken, mentions):
     save(checkpoints, 10, tensors)
-    # The same step again, too: a resumed run writes over what it wrote before.
+    # Also at the same step: a resumed run may overwrite its own checkpoint.
     for step in (10, 20):
         with monkeypatch.context() as patch:
             patch.setattr(f"unite_fast.checkpoint.format.{broken}", full_disk)
@@ -154,26 +154,26 @@ def test_a_save_that_fails_leaves_what_was_there(checkpoints, folder, tensors, m
             with pytest.raises(UserError, match=mentions(step_path(folder, step), os.strerror(errno.ENOSPC))):
                 checkpoints.wait()
         assert sorted(os.listdir(folder)) == ["latest", "step_00000010"]
-        found = load_checkpoint(folder)
-        assert found.step == 10
-        assert torch.equal(found.tensors["model.a"], tensors["model.a"])
+        loaded = load_checkpoint(folder)
+        assert loaded.step == 10
+        assert torch.equal(loaded.tensors["model.a"], tensors["model.a"])
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, None])
-def test_a_shard_that_shrinks_or_goes_before_the_commit_fails_the_save(
-    checkpoints, folder, tensors, monkeypatch, share, mentions
+@pytest.mark.parametrize("fraction", [0.0, 0.5, None])
+def test_a_shard_truncated_or_lost_before_the_commit_fails_the_save(
+    checkpoints, folder, tensors, monkeypatch, fraction, mentions
 ):
-    """As on a network's disk that took a write and lost it: its size is the last thing looked at."""
+    """As on a network file system that accepts a write and loses it. Sizes are checked last."""
     save(checkpoints, 10, tensors)
     write_manifest = files.write_manifest
 
     def lose(partial: Path, manifest) -> None:
         write_manifest(partial, manifest)
         shard = partial / manifest.shards[0].name
-        if share is None:
+        if fraction is None:
             shard.unlink()
         else:
-            os.truncate(shard, int(share * manifest.shards[0].size))
+            os.truncate(shard, int(fraction * manifest.shards[0].size))
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "write_manifest", lose)
@@ -184,7 +184,7 @@ def test_a_shard_that_shrinks_or_goes_before_the_commit_fails_the_save(
     assert load_checkpoint(folder).step == 10
 
 
-def test_the_error_of_a_save_is_raised_by_the_next_one_and_the_one_after_works(
+def test_a_failed_save_raises_at_the_next_save_and_the_one_after_works(
     checkpoints, folder, tensors, monkeypatch, mentions
 ):
     with monkeypatch.context() as patch:
@@ -198,7 +198,7 @@ def test_the_error_of_a_save_is_raised_by_the_next_one_and_the_one_after_works(
     assert load_checkpoint(folder).step == 30
 
 
-def test_something_in_the_way_is_an_error_of_one_line(tmp_path, tensors, mentions):
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path, tensors, mentions):
     (tmp_path / "file").touch()
     checkpoints = Checkpoints(tmp_path / "file" / "checkpoints", 0)
     checkpoints.save(1, Config(), {}, tensors)
@@ -206,7 +206,7 @@ def test_something_in_the_way_is_an_error_of_one_line(tmp_path, tensors, mention
         checkpoints.close()
 
 
-def test_kill_9_in_the_middle_of_a_save(checkpoints, folder, tensors):
+def test_a_kill_during_a_save_keeps_the_previous_checkpoint(checkpoints, folder, tensors):
     save(checkpoints, 10, tensors)
 
     def die(_tensors, path, _metadata):
@@ -227,9 +227,7 @@ def test_kill_9_in_the_middle_of_a_save(checkpoints, folder, tensors):
     assert sorted(os.listdir(folder)) == ["latest", "step_00000010", "step_00000030"]
 
 
-def test_of_damaged_checkpoints_the_newest_whole_one_is_used(
-    checkpoints, folder, tensors, checkpoint_warnings, mentions
-):
+def test_the_newest_intact_checkpoint_is_used(checkpoints, folder, tensors, checkpoint_warnings, mentions):
     checkpoints.keep_every = 1
     for step in (10, 20, 30):
         save(checkpoints, step, tensors)
@@ -239,7 +237,7 @@ def test_of_damaged_checkpoints_the_newest_whole_one_is_used(
     newest, second = checkpoint_warnings()
     assert re.match(mentions(step_path(folder, 30), "shard_00001.safetensors", step_path(folder, 10)), newest)
     assert re.match(mentions(step_path(folder, 20), os.strerror(errno.ENOENT), step_path(folder, 10)), second)
-    # Whoever names one gets that one or an error, and the advice is a whole one.
+    # A damaged checkpoint given by its path is an error, which suggests an intact one.
     for step in (20, 30):
         with pytest.raises(UserError, match=rf"{step_path(folder, step)} .*step_000000[13]0$"):
             load_checkpoint(step_path(folder, step))
@@ -258,12 +256,12 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-# Many processes.
+# Several ranks.
 
 
 class Parts(nn.Module):
-    """Shapes that divide evenly, that do not, that have fewer rows than there are processes, and one cut along columns,
-    which FSDP cuts evenly alone."""
+    """Parameters that divide evenly and unevenly, that have fewer rows than ranks, and one sharded along columns, where
+    FSDP needs an even split."""
 
     def __init__(self):
         super().__init__()
@@ -283,7 +281,7 @@ def values() -> dict[str, torch.Tensor]:
     return {name: torch.randn(value.shape, generator=generator).to(value.dtype) for name, value in named.items()}
 
 
-def places(mesh_shape: tuple[int, int] | None) -> dict[str, torch.Tensor]:
+def zeros(mesh_shape: tuple[int, int] | None) -> dict[str, torch.Tensor]:
     """Zeros to load into: plain, or sharded over a mesh (replicate, shard)."""
     model = Parts()
     if mesh_shape:
@@ -298,20 +296,20 @@ def places(mesh_shape: tuple[int, int] | None) -> dict[str, torch.Tensor]:
     return named | {"optim.step": torch.tensor(0.0)}
 
 
-def part(whole: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor, cut by hand: as torch.chunk cuts."""
-    if not hasattr(place, "placements"):
+def shard(whole: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a tensor, computed with torch.chunk."""
+    if not hasattr(target, "placements"):
         return whole
-    (dim,) = (placement.dim for placement in place.placements if placement.is_shard())
-    count, here = place.device_mesh.shape[1], place.device_mesh.get_coordinate()[1]
+    (dim,) = (placement.dim for placement in target.placements if placement.is_shard())
+    count, index = target.device_mesh.shape[1], target.device_mesh.get_coordinate()[1]
     chunks = whole.chunk(count, dim)
-    return chunks[here] if here < len(chunks) else whole.narrow(dim, 0, 0)
+    return chunks[index] if index < len(chunks) else whole.narrow(dim, 0, 0)
 
 
 def save_sharded(mesh_shape, folder) -> None:
-    named = places(mesh_shape)
+    named = zeros(mesh_shape)
     for name, whole in values().items():
-        local(named[name].detach()).copy_(part(whole, named[name]))
+        local(named[name].detach()).copy_(shard(whole, named[name]))
     checkpoints = Checkpoints(folder, 0)
     checkpoints.save(10, Config(), PROGRESS, named)
     for value in named.values():
@@ -320,54 +318,54 @@ def save_sharded(mesh_shape, folder) -> None:
 
 
 def assert_loads(mesh_shape, folder) -> None:
-    checkpoints, named = Checkpoints(folder, 0), places(mesh_shape)
-    found = checkpoints.find()
-    checkpoints.load_into(found, named)
+    checkpoints, named = Checkpoints(folder, 0), zeros(mesh_shape)
+    checkpoint = checkpoints.find()
+    checkpoints.load_into(checkpoint, named)
     checkpoints.close()
-    assert (found.step, found.progress) == (10, PROGRESS)
-    wrong = [n for n, whole in values().items() if not torch.equal(local(named[n].detach()), part(whole, named[n]))]
+    assert (checkpoint.step, checkpoint.progress) == (10, PROGRESS)
+    wrong = [n for n, whole in values().items() if not torch.equal(local(named[n].detach()), shard(whole, named[n]))]
     assert wrong == []
 
 
-FOUR = [(1, 4), (4, 1), (2, 2)]
+MESHES_OF_FOUR = [(1, 4), (4, 1), (2, 2)]
 
 
-def on_four(folder) -> None:
+def save_and_load_on_four(folder) -> None:
     torch.distributed.init_process_group("gloo")
-    for saved in FOUR:
+    for saved in MESHES_OF_FOUR:
         save_sharded(saved, folder / f"{saved}")
-    for saved in FOUR:
-        for loaded in FOUR:
+    for saved in MESHES_OF_FOUR:
+        for loaded in MESHES_OF_FOUR:
             assert_loads(loaded, folder / f"{saved}")
 
 
-def on_any(meshes, folder) -> None:
+def load_on_meshes(meshes, folder) -> None:
     torch.distributed.init_process_group("gloo")
-    for saved in FOUR:
+    for saved in MESHES_OF_FOUR:
         for mesh in meshes:
             assert_loads(mesh, folder / f"{saved}")
 
 
-def test_what_four_save_any_number_can_load(ranks, tmp_path):
-    ranks(4, on_four, tmp_path)
+def test_a_checkpoint_of_four_ranks_loads_on_any_world_size(ranks, tmp_path):
+    ranks(4, save_and_load_on_four, tmp_path)
     whole = values()
-    for saved in FOUR:
+    for saved in MESHES_OF_FOUR:
         folder = tmp_path / f"{saved}"
-        # Each number is written once, copies or not.
+        # Every element is written once, replicated or not.
         stored = sum((folder / "latest" / name).stat().st_size for name in os.listdir(folder / "latest"))
         assert stored < sum(value.nbytes for value in whole.values()) + 20_000
         assert all(torch.equal(value, whole[name]) for name, value in load_checkpoint(folder).tensors.items())
         assert load_checkpoint(folder).tensors.keys() == whole.keys()
         assert_loads(None, folder)
-    ranks(2, on_any, [(1, 2), (2, 1)], tmp_path)
-    ranks(8, on_any, [(1, 8), (2, 4)], tmp_path)
+    ranks(2, load_on_meshes, [(1, 2), (2, 1)], tmp_path)
+    ranks(8, load_on_meshes, [(1, 8), (2, 4)], tmp_path)
 
 
-def save_with_mishaps(folder) -> list:
-    """Each mishap happens on one rank only; what every rank sees of it."""
+def save_with_failures(folder) -> list:
+    """Each failure happens on one rank; returns what this rank sees of them."""
     torch.distributed.init_process_group("gloo")
-    rank, seen = torch.distributed.get_rank(), []
-    checkpoints, named = Checkpoints(folder, 0), places((1, 2))
+    rank, errors = torch.distributed.get_rank(), []
+    checkpoints, named = Checkpoints(folder, 0), zeros((1, 2))
     checkpoints.save(10, Config(), PROGRESS, named)
     checkpoints.wait()
     real_save, real_read = files.save_file, files.read_shard
@@ -376,23 +374,23 @@ def save_with_mishaps(folder) -> list:
         path.unlink()
         return real_read(path)
 
-    for step, victim, name, mishap in (
+    for step, failing_rank, name, failure in (
         (20, 1, "save_file", full_disk),
         (30, 1, "read_shard", delete_and_read),
         (40, 0, "write_manifest", full_disk),
     ):
         real = getattr(files, name)
-        setattr(files, name, mishap if rank == victim else real)
+        setattr(files, name, failure if rank == failing_rank else real)
         checkpoints.save(step, Config(), PROGRESS, named)
         try:
             checkpoints.wait()
         except UserError as error:
-            seen.append((str(error), steps(folder), os.readlink(folder / "latest")))
+            errors.append((str(error), steps(folder), os.readlink(folder / "latest")))
         setattr(files, name, real)
     assert files.save_file is real_save
     checkpoints.save(50, Config(), PROGRESS, named)
     checkpoints.close()
-    # A rank alone cannot load what the others find damaged: both go on from the same one.
+    # If one rank sees damage, all ranks load the same earlier checkpoint.
     if rank == 0:
         flip_a_bit(folder / "step_00000050" / "shard_00002.safetensors")
     torch.distributed.barrier()
@@ -400,15 +398,15 @@ def save_with_mishaps(folder) -> list:
     finite = checkpoints.all_finite(named)
     if rank == 1:
         local(named["model.even"].detach())[0, 0] = torch.inf
-    return [*seen, checkpoints.find().step, finite, checkpoints.all_finite(named)]
+    return [*errors, checkpoints.find().step, finite, checkpoints.all_finite(named)]
 
 
-def test_what_fails_on_one_rank_fails_on_all_and_the_checkpoint_before_survives(ranks, folder, mentions):
-    for *seen, found, finite, still_finite in ranks(2, save_with_mishaps, folder):
+def test_a_save_that_fails_on_one_rank_fails_on_all_and_keeps_the_previous_checkpoint(ranks, folder, mentions):
+    for *errors, step_found, finite, still_finite in ranks(2, save_with_failures, folder):
         reasons = [os.strerror(number) for number in (errno.ENOSPC, errno.ENOENT, errno.ENOSPC)]
-        for step, reason, (message, *left) in zip((20, 30, 40), reasons, seen, strict=True):
+        for step, reason, (message, *files_left) in zip((20, 30, 40), reasons, errors, strict=True):
             assert re.search(mentions(step_path(folder, step), reason), message)
-            assert left == [[10], "step_00000010"]
-        assert (found, finite, still_finite) == (10, True, False)
+            assert files_left == [[10], "step_00000010"]
+        assert (step_found, finite, still_finite) == (10, True, False)
     shutil.rmtree(step_path(folder, 50))
     assert sorted(os.listdir(folder)) == ["latest", "step_00000010"]

@@ -1,4 +1,4 @@
-"""Models as single files: what `export` writes is what `load` reads."""
+"""Models as single files: `export`, `load` and `describe`."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ def exported(trained_folder, tmp_path):
     return tmp_path / "model.safetensors"
 
 
-def test_a_file_draws_what_its_run_draws(trained_folder, exported):
+def test_an_exported_model_samples_what_its_run_samples(trained_folder, exported):
     one, other = unite_fast.load(trained_folder), unite_fast.load(exported)
     assert (one.config, one.step) == (other.config, other.step)
     for name, value in one.network.state_dict().items():
@@ -32,7 +32,7 @@ def test_a_file_draws_what_its_run_draws(trained_folder, exported):
     assert torch.equal(one.generate([1, 2]), other.generate([1, 2]))
 
 
-def test_a_file_holds_averages_and_buffers_alone(trained_folder, exported):
+def test_a_file_has_only_averages_and_buffers(trained_folder, exported):
     run, file = load_model(trained_folder), load_model(exported)
     assert file.averages.keys() == run.averages.keys() == run.weights.keys()
     assert "encoder.time_embed.frequencies" in file.averages  # drawn once, never trained
@@ -49,7 +49,7 @@ def test_a_file_holds_averages_and_buffers_alone(trained_folder, exported):
     assert len(data) == 8 + length + sum(value.nbytes for value in file.averages.values())
 
 
-def test_a_file_can_be_exported_again_and_the_commands_take_it(command, exported, tmp_path, mentions):
+def test_commands_accept_an_exported_model(command, exported, tmp_path, mentions):
     assert command("export", exported, tmp_path / "again.safetensors").status == 0
     assert (tmp_path / "again.safetensors").read_bytes() == exported.read_bytes()
     ended = command("info", exported)
@@ -59,9 +59,9 @@ def test_a_file_can_be_exported_again_and_the_commands_take_it(command, exported
     command("export", exported, tmp_path / "model.bin").error(tmp_path / "model.bin", ".safetensors")
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
-def test_a_torn_file_is_refused(exported, share, mentions):
-    exported.write_bytes(exported.read_bytes()[: int(share * exported.stat().st_size)])
+@pytest.mark.parametrize("fraction", [0.0, 0.001, 0.5, 0.999])
+def test_a_truncated_file_is_refused(exported, fraction, mentions):
+    exported.write_bytes(exported.read_bytes()[: int(fraction * exported.stat().st_size)])
     with pytest.raises(UserError, match=mentions(exported)) as refusal:
         load_model(exported)
     assert "\n" not in str(refusal.value)
@@ -75,7 +75,7 @@ def test_garbage_is_refused(tmp_path, content, mentions):
         load_model(path)
 
 
-def test_foreign_files_and_checkpoints_of_earlier_versions_are_refused(tmp_path, mentions):
+def test_foreign_files_and_checkpoints_of_other_versions_are_refused(tmp_path, mentions):
     path = tmp_path / "other.safetensors"
     save_file({"weight": torch.zeros(3)}, path)
     with pytest.raises(UserError, match=mentions(path, "unite-fast export")):
@@ -99,7 +99,7 @@ def test_foreign_files_and_checkpoints_of_earlier_versions_are_refused(tmp_path,
         '{"config": {}, "step": null}',
     ],
 )
-def test_a_header_that_makes_no_sense_is_refused(tmp_path, header):
+def test_a_malformed_header_is_refused(tmp_path, header):
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.zeros(3)}, path, {model_file.FORMAT: header})
     with pytest.raises(UserError) as refusal:
@@ -108,7 +108,7 @@ def test_a_header_that_makes_no_sense_is_refused(tmp_path, header):
     assert "\n" not in str(refusal.value)
 
 
-def test_a_write_that_fails_leaves_what_was_there(exported, tmp_path, monkeypatch, mentions):
+def test_a_failed_write_keeps_the_previous_file(exported, tmp_path, monkeypatch, mentions):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
@@ -131,7 +131,7 @@ def test_a_checkpoint_without_an_average_is_refused(trained_folder, rewrite, tmp
         load_model(tmp_path / "run")
 
 
-def test_a_description_says_step_size_and_settings(trained_folder, mentions):
+def test_a_description_has_step_sizes_and_settings(trained_folder, mentions):
     text = describe(trained_folder)
     assert re.match(mentions("step_00000020", "digits", 20), text)
     total, encoder, decoder = (int(part.replace(",", "")) for part in numbers_after(text, "parameters: "))
@@ -144,6 +144,6 @@ def numbers_after(text: str, start: str) -> list[str]:
     return [word.strip("(),") for word in line.split() if word.strip("(),").replace(",", "").isdigit()]
 
 
-def test_a_description_of_nothing_is_refused(tmp_path, mentions):
+def test_describing_a_missing_path_is_an_error(tmp_path, mentions):
     with pytest.raises(UserError, match=mentions(tmp_path / "nothing")):
         describe(tmp_path / "nothing")

@@ -1,4 +1,4 @@
-"""Whole tensors out of shards, without DCP. test_manager.py reads what DCP wrote on several ranks."""
+"""Tensors assembled from shards written without DCP. test_manager.py reads what DCP wrote on several ranks."""
 
 import json
 
@@ -15,7 +15,7 @@ def write(path, offsets: dict[str, list[int]], **tensors: torch.Tensor):
     return path
 
 
-def test_parts_are_put_where_their_offsets_say(tmp_path):
+def test_offsets_say_where_parts_go(tmp_path):
     whole = torch.arange(35.0).reshape(5, 7)
     shards = [
         write(tmp_path / "1.safetensors", {"model.a": [3, 0]}, **{"model.a": whole[3:].clone()}),

@@ -1,4 +1,4 @@
-"""For tests of several ranks."""
+"""Fixtures for tests on several ranks."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -19,7 +19,7 @@ def short_roll_call(monkeypatch):
 
 @pytest.fixture(scope="session")
 def join() -> Callable[[], Peers]:
-    """A function that joins the group of its rank, to be passed to what runs in `ranks`."""
+    """Joins the process group of this rank; for functions that `ranks` runs."""
 
     def join_group(timeout: float = 30.0) -> Peers:
         store, rank, world = fresh_store(timeout)

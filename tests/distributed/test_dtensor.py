@@ -1,4 +1,4 @@
-"""Sharded and plain tensors through the same functions."""
+"""The same functions for sharded and plain tensors."""
 
 import torch
 from torch import distributed
@@ -8,7 +8,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from unite_fast.distributed.dtensor import copy_full, full_tensor, local, shard_group
 
 
-def test_a_plain_tensor_is_whole_already():
+def test_a_plain_tensor_is_its_own_local_and_full_tensor():
     tensor, source = torch.zeros(4, 2), torch.arange(8.0).view(4, 2)
     assert local(tensor) is tensor and full_tensor(tensor) is tensor and shard_group(tensor) is None
     copy_full(tensor, source)
@@ -32,5 +32,5 @@ def _sharded() -> list:
     ]
 
 
-def test_each_rank_holds_its_shard(ranks):
+def test_a_sharded_tensor_has_local_and_full_values(ranks):
     assert ranks(3, _sharded) == [[True] * 4] * 3

@@ -15,8 +15,8 @@ from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError
 
 
-def _stale(join: Callable[[], Peers], after_rendezvous: bool) -> list[int]:
-    """A restart by torchrun: the store of an earlier start, which exchanged addresses or was killed before that."""
+def _join_in_stale_store(join: Callable[[], Peers], after_rendezvous: bool) -> list[int]:
+    """Restart as torchrun does, in the store of a start that was killed before or after it exchanged addresses."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # Keeps the store's server alive, as torchrun's agent does.
     server = next(distributed.rendezvous("env://", timeout=timedelta(seconds=30)))[0]
@@ -37,22 +37,22 @@ def _stale(join: Callable[[], Peers], after_rendezvous: bool) -> list[int]:
 
 
 @pytest.mark.parametrize("after_rendezvous", [False, True])
-def test_ranks_find_each_other_in_the_store_of_a_dead_start(ranks, join, after_rendezvous):
-    assert ranks(3, _stale, join, after_rendezvous) == [[3, 2]] * 3
+def test_ranks_find_each_other_in_the_store_of_a_killed_start(ranks, join, after_rendezvous):
+    assert ranks(3, _join_in_stale_store, join, after_rendezvous) == [[3, 2]] * 3
 
 
-def _alone_of_two() -> str:
+def _start_one_of_two() -> str:
     os.environ["WORLD_SIZE"] = "2"
     with pytest.raises(LostContact) as lost:
         fresh_store(1.0)
     return str(lost.value)
 
 
-def test_a_rank_that_does_not_start(ranks):
-    assert ranks(1, _alone_of_two) == ["not all 2 processes came to the start within 1 s"]
+def test_a_rank_that_does_not_start_is_an_error(ranks):
+    assert ranks(1, _start_one_of_two) == ["not all 2 processes came to the start within 1 s"]
 
 
-def test_more_processes_than_cuda_devices(monkeypatch, mentions):
+def test_more_processes_than_cuda_devices_is_an_error(monkeypatch, mentions):
     for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

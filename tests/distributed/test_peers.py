@@ -43,5 +43,5 @@ def test_each_rank_waits_for_the_next_one(ranks, join):
     assert ranks(3, _neighbours, join) == [True] * 3
 
 
-def test_ranks_in_words():
+def test_names_of_ranks():
     assert [name_ranks(ranks) for ranks in ([], [1], [0, 2])] == ["another process", "rank 1", "ranks 0, 2"]

@@ -48,13 +48,13 @@ def test_an_error_on_one_rank_is_raised_on_all(ranks, kind, message):
     assert ranks(3, _error, kind) == [message] * 3
 
 
-def test_one_process_needs_no_group():
-    alone = current_ranks()
-    assert alone == Ranks() and alone.main
-    alone.wait()
-    assert alone.gather("x") == ["x"] and alone.broadcast("x") == "x"
-    assert alone.start_max(3).result() == 3 and alone.run_on_first(lambda: 4) == 4
-    assert alone.with_own_group() is alone
+def test_collectives_of_one_process_need_no_group():
+    single = current_ranks()
+    assert single == Ranks() and single.main
+    single.wait()
+    assert single.gather("x") == ["x"] and single.broadcast("x") == "x"
+    assert single.start_max(3).result() == 3 and single.run_on_first(lambda: 4) == 4
+    assert single.with_own_group() is single
 
 
 def test_ranks_from_the_environment(monkeypatch):

@@ -44,7 +44,7 @@ def test_under_torchrun_the_same_signal_may_come_twice(monkeypatch):
         assert vote.next_result() == signal.SIGUSR1
 
 
-def _signalled(join: Callable[[], Peers], number: int) -> tuple[int, int]:
+def _steps_until_signal(join: Callable[[], Peers], number: int) -> tuple[int, int]:
     peers, step = join(), 0
     with stop_on_signals(peers) as vote:
         while step < 40 and not (by := vote.next_result()):
@@ -58,10 +58,10 @@ def _signalled(join: Callable[[], Peers], number: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(ranks, join, number):
-    assert ranks(3, _signalled, join, number) == [(number, 8)] * 3
+    assert ranks(3, _steps_until_signal, join, number) == [(number, 8)] * 3
 
 
-def _unsignalled(join: Callable[[], Peers]) -> tuple[int, bool]:
+def _steps_without_signal(join: Callable[[], Peers]) -> tuple[int, bool]:
     """One vote is always pending when a loop ends; no rank may leave before the others have its result."""
     peers, step = join(), 0
     with stop_on_signals(peers) as vote:
@@ -73,7 +73,7 @@ def _unsignalled(join: Callable[[], Peers]) -> tuple[int, bool]:
 
 
 def test_a_loop_without_a_signal_ends_on_all_ranks(ranks, join):
-    assert ranks(3, _unsignalled, join) == [(5, True)] * 3
+    assert ranks(3, _steps_without_signal, join) == [(5, True)] * 3
 
 
 def test_exit_statuses(monkeypatch):

@@ -23,7 +23,7 @@ GB = 10**9
         ("hsdp", Ranks(world=16, per_node=4), GB, 80 * GB, "hsdp", (4, 4)),
     ],
 )
-def test_strategy_by_size_and_machines(strategy, ranks, state, memory, name, mesh):
+def test_the_strategy_depends_on_state_size_and_machines(strategy, ranks, state, memory, name, mesh):
     chosen = choose_strategy(ParallelConfig(strategy=strategy), ranks, state, memory)
     assert (chosen.name, chosen.mesh) == (name, mesh)
     if strategy == "auto" and ranks.world > 1:
@@ -35,7 +35,7 @@ def test_hsdp_needs_the_same_number_of_processes_on_each_machine(mentions):
         choose_strategy(ParallelConfig(strategy="hsdp"), Ranks(world=12, per_node=8), GB, GB)
 
 
-def test_each_rank_has_its_slice_and_a_micro_batch_that_divides_it(mentions):
+def test_each_rank_gets_its_slice_and_a_micro_batch_that_divides_it(mentions):
     assert split_batch(Ranks(rank=2, world=4), 64, 0) == (slice(32, 48), 16)
     assert split_batch(Ranks(rank=3, world=4), 64, 8) == (slice(48, 64), 8)
     assert split_batch(Ranks(rank=1, world=64), 1024, 64) == (slice(16, 32), 16)

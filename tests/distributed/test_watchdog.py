@@ -19,8 +19,8 @@ from unite_fast.errors import UserError
 
 
 def in_child(function: Callable, *arguments: object) -> int:
-    """Run the function in a forked process; returns its exit status, or minus the signal that ended it. This process
-    serves the store, as torchrun's agent does."""
+    """Run the function in a forked process; returns its exit status, or minus the number of the signal that ended it.
+    This process serves the store, as torchrun's agent does."""
     if os.environ.get("RANK") == "0":
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = distributed.TCPStore(*address, is_master=True, wait_for_workers=False)  # noqa: F841
@@ -42,7 +42,7 @@ def in_child(function: Callable, *arguments: object) -> int:
         os.kill(pid, signal.SIGKILL)
         status = os.waitpid(pid, 0)[1]
     if status and os.environ.get("RANK") == "0":
-        time.sleep(2 * peers_module.ROLL_CALL)  # the others may still ask the store
+        time.sleep(2 * peers_module.ROLL_CALL)  # other ranks may still use the store
     return os.waitstatus_to_exitcode(status)
 
 
@@ -75,21 +75,21 @@ def fail() -> None:
     raise UserError("only here")
 
 
-def mistake() -> None:
-    raise RuntimeError("a mistake of ours")
+def bug() -> None:
+    raise RuntimeError("a bug")
 
 
 def errors(capfd: pytest.CaptureFixture) -> tuple[list[str], str]:
-    """The lines that name an error, and all that was printed."""
+    """The error lines, and all of stderr."""
     printed = capfd.readouterr().err
     return sorted(line for line in printed.splitlines() if line.startswith("error: ")), printed
 
 
-@pytest.mark.parametrize(("failure", "status"), [(kill, -signal.SIGKILL), (fail, 2), (mistake, 1)])
+@pytest.mark.parametrize(("failure", "status"), [(kill, -signal.SIGKILL), (fail, 2), (bug, 1)])
 def test_a_rank_that_dies_ends_the_others_which_name_it(ranks, join, capfd, failure, status):
-    begun = time.monotonic()
+    start = time.monotonic()
     assert ranks(3, in_child, train_until_failure, join, failure, 60.0) == [TEMPORARY, status, TEMPORARY]
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - start < 20
     lines, printed = errors(capfd)
     lost = r"error: rank {}: step [567]: lost contact with rank 1 while waiting for the other processes"
     rank_1 = ["error: rank 1: only here"] * (failure is fail)
@@ -97,7 +97,7 @@ def test_a_rank_that_dies_ends_the_others_which_name_it(ranks, join, capfd, fail
     assert re.fullmatch(lost.format(0), lines[0])
     assert re.fullmatch(lost.format(2), lines[-1])
     assert lines[1:-1] == rank_1
-    assert ("Traceback" in printed) == (failure is mistake)
+    assert ("Traceback" in printed) == (failure is bug)
 
 
 def _wait_for_the_device(join: Callable[[], Peers]) -> None:
@@ -112,15 +112,15 @@ def _wait_for_the_device(join: Callable[[], Peers]) -> None:
 
 
 def test_a_rank_that_dies_ends_the_others_even_if_they_are_stuck(ranks, join, capfd, mentions):
-    begun = time.monotonic()
+    start = time.monotonic()
     assert ranks(4, in_child, _wait_for_the_device, join) == [TEMPORARY] * 3 + [-signal.SIGKILL]
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - start < 15
     lines, _ = errors(capfd)
     for rank, line in zip(range(3), lines, strict=True):
         assert re.match(mentions(f"error: rank {rank}", "step 5", "rank 3", "metrics"), line)
 
 
-def test_a_rank_that_hangs_ends_with_its_line_and_its_stack(ranks, join, capfd, mentions):
+def test_a_rank_that_hangs_ends_with_an_error_line_and_its_stack(ranks, join, capfd, mentions):
     """The other ranks hang as well, or lose contact with it, whichever comes first."""
     statuses = ranks(3, in_child, train_until_failure, join, sleep, 1.0)
     assert statuses[1] == HUNG and {statuses[0], statuses[2]} <= {HUNG, TEMPORARY}
@@ -153,7 +153,7 @@ def test_a_patient_beat_may_take_ten_times_as_long(ranks):
     assert in_child(slowly, False) == HUNG
 
 
-def test_a_process_whose_torchrun_is_gone_stops(monkeypatch):
+def test_a_process_stops_when_its_torchrun_is_gone(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
     read, write = os.pipe()
 
@@ -176,6 +176,6 @@ def test_a_process_whose_torchrun_is_gone_stops(monkeypatch):
     assert os.read(read, 6) == b"15"
 
 
-def test_other_errors_pass_through():
+def test_other_errors_are_raised_unchanged():
     with pytest.raises(RuntimeError, match="shape mismatch"), report_lost_contact(Watchdog(Peers(), 60.0)):
         raise RuntimeError("shape mismatch")
