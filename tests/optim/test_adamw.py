@@ -10,20 +10,20 @@ from unite_fast.optim.adamw import adamw
 from unite_fast.training.train_state import TrainState
 
 
-def test_torchs_own_is_fused():
+def test_adamw_of_torch_is_fused():
     optimizer = adamw("torch", [torch.nn.Parameter(torch.ones(2))], (0.9, 0.99), 1e-6)
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.defaults["fused"] and optimizer.defaults["weight_decay"] == 0
 
 
-def test_apex_that_is_missing_says_what_to_do(monkeypatch, mentions):
+def test_missing_apex_is_an_error_with_a_remedy(monkeypatch, mentions):
     monkeypatch.setitem(sys.modules, "apex.optimizers", None)
     with pytest.raises(UserError, match=mentions("optim.adamw", "apex", "optim.adamw=torch")):
         adamw("apex", [], (0.9, 0.999), 1e-6)
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """Stands in for apex's, which needs a GPU: its arguments, its state, one step count a group."""
+    """Stands in for apex's FusedAdam, which needs a GPU: its arguments and state, with one step count per group."""
 
     def __init__(self, params, lr, betas, eps, adam_w_mode, weight_decay):
         assert adam_w_mode and weight_decay == 0
@@ -33,15 +33,15 @@ class FusedAdam(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
-            (low, high), count = group["betas"], group["step"]
+            (beta1, beta2), count = group["betas"], group["step"]
             for p in group["params"]:
                 state = self.state[p]
                 if not state:
                     state.update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-                state["exp_avg"].lerp_(p.grad, 1 - low)
-                state["exp_avg_sq"].lerp_(p.grad**2, 1 - high)
-                scale = (state["exp_avg_sq"] / (1 - high**count)).sqrt() + group["eps"]
-                p.sub_(group["lr"] / (1 - low**count) * state["exp_avg"] / scale)
+                state["exp_avg"].lerp_(p.grad, 1 - beta1)
+                state["exp_avg_sq"].lerp_(p.grad**2, 1 - beta2)
+                scale = (state["exp_avg_sq"] / (1 - beta2**count)).sqrt() + group["eps"]
+                p.sub_(group["lr"] / (1 - beta1**count) * state["exp_avg"] / scale)
 
 
 @pytest.fixture
@@ -60,14 +60,14 @@ def steps(state: TrainState, first: int, last: int) -> None:
         state.apply_gradients()
 
 
-def test_apex_steps_as_torch_does_and_resumes(apex, tiny_config):
+def test_apex_matches_torch_and_resumes(apex, tiny_config):
     states = {}
-    for body in ("torch", "apex"):
-        tiny_config.optim.adamw = body
-        states[body] = TrainState(UNITE.create(tiny_config.model, 0), tiny_config)
-        steps(states[body], 0, 4)
+    for name in ("torch", "apex"):
+        tiny_config.optim.adamw = name
+        states[name] = TrainState(UNITE.create(tiny_config.model, 0), tiny_config)
+        steps(states[name], 0, 4)
     for ours, theirs in zip(*(state.model.parameters() for state in states.values()), strict=True):
-        # Four steps of 1e-3 move what starts at zero by 4e-3.
+        # Four steps of 1e-3: parameters that start at zero are about 4e-3.
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
 
     resumed = TrainState(UNITE.create(tiny_config.model, 1), tiny_config)

@@ -5,7 +5,7 @@ from torch import nn
 from unite_fast.optim.ema import EMA
 
 FLOAT32_ROUNDING = 1e-6
-"""Ten updates of one rounding (6e-8) each, relative."""
+"""Relative: ten updates with one rounding (6e-8) each."""
 
 
 def norm_layer() -> nn.BatchNorm1d:
@@ -23,7 +23,7 @@ def move(layer: nn.Module, by: float) -> None:
             parameter += by * torch.randn(parameter.shape)
 
 
-def test_averages_start_as_the_parameters_and_do_not_follow_them():
+def test_averages_start_as_copies_of_the_parameters():
     layer = norm_layer()
     ema = EMA(layer, 0.9)
     start = layer.weight.detach().clone()
@@ -32,7 +32,7 @@ def test_averages_start_as_the_parameters_and_do_not_follow_them():
     assert torch.equal(ema.averages["weight"], start)
 
 
-def test_formula_against_float64():
+def test_updates_match_the_formula_in_float64():
     layer, decay = norm_layer(), 0.9978
     ema = EMA(layer, decay)
     want = {name: p.detach().double() for name, p in layer.named_parameters()}
@@ -44,7 +44,7 @@ def test_formula_against_float64():
         torch.testing.assert_close(average.double(), want[name], rtol=FLOAT32_ROUNDING, atol=FLOAT32_ROUNDING)
 
 
-def test_a_skipped_update_changes_no_bit_and_another_is_the_usual_one():
+def test_a_skipped_update_changes_no_bit_and_the_next_is_ordinary():
     layer = norm_layer()
     ema, usual = EMA(layer, 0.9978), EMA(layer, 0.9978)
     move(layer, 1.0)
@@ -65,13 +65,13 @@ def test_applied_swaps_and_restores_even_on_failure(fails):
     ema.update()
     weights = {name: p.detach().clone() for name, p in layer.named_parameters()}
     averages = {name: average.clone() for name, average in ema.averages.items()}
-    places = {name: p.data_ptr() for name, p in layer.named_parameters()}
+    addresses = {name: p.data_ptr() for name, p in layer.named_parameters()}
     identities = {name: id(p) for name, p in layer.named_parameters()}
     try:
         with ema.applied():
             for name, parameter in layer.named_parameters():
                 assert torch.equal(parameter, averages[name])
-                assert id(parameter) == identities[name]  # optimizers and compiled code know the parameter by this
+                assert id(parameter) == identities[name]  # optimizers and compiled code refer to this object
             assert not torch.equal(layer.weight, weights["weight"])
             if fails:
                 raise KeyboardInterrupt
@@ -80,11 +80,11 @@ def test_applied_swaps_and_restores_even_on_failure(fails):
     for name, parameter in layer.named_parameters():
         assert torch.equal(parameter, weights[name])
         assert torch.equal(ema.averages[name], averages[name])
-        assert parameter.data_ptr() == places[name]
+        assert parameter.data_ptr() == addresses[name]
         assert parameter.requires_grad
 
 
-def test_a_compiled_model_runs_the_averages_inside():
+def test_a_compiled_model_uses_the_applied_averages():
     torch.manual_seed(0)
     layer = nn.Linear(4, 4)
     layer.compile(backend="eager")
@@ -98,7 +98,7 @@ def test_a_compiled_model_runs_the_averages_inside():
     assert not torch.equal(layer(x), before)
 
 
-def test_buffers_and_frozen_parameters_are_left_alone():
+def test_buffers_and_frozen_parameters_are_not_averaged():
     layer = norm_layer()
     layer.bias.requires_grad_(False)
     ema = EMA(layer, 0.5)

@@ -1,4 +1,4 @@
-"""Muon against float64 arithmetic and against PyTorch's own."""
+"""Muon against its definition in float64 and against PyTorch's Muon."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +23,7 @@ SHAPES = [(16, 40), (40, 16), (24, 24), (96, 32), (5, 123), (1, 7)]
 
 BAD = (float("nan"), float("inf"), -float("inf"))
 SLACK = 2.0
-"""Of the error of drawn arithmetic (see tests/drawn_arithmetic.py), or of PyTorch's own."""
+"""Allowed multiple of the error of drawn arithmetic (tests/drawn_arithmetic.py) or of PyTorch's Muon."""
 
 
 def normal(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
@@ -31,7 +31,7 @@ def normal(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
 
 
 def iteration(g: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """X <- aX + b(XX')X + c(XX')(XX')X five times from g / |g|, in the definition's own order."""
+    """X <- aX + b(XX')X + c(XX')(XX')X five times from g / |g|, evaluated as written."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g / (g * g).sum().sqrt().clamp_min(eps)
     for _ in range(5):
@@ -40,12 +40,12 @@ def iteration(g: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
 
 
 def updates_by_definition(gradients: list[torch.Tensor], lr: float) -> list[torch.Tensor]:
-    """Muon's updates by its definition, in the tensors' precision."""
-    moves, m = [], torch.zeros_like(gradients[0])
+    """Muon's updates by definition, in the precision of the tensors."""
+    updates, m = [], torch.zeros_like(gradients[0])
     for g in gradients:
         m = 0.95 * m + 0.05 * g
-        moves.append(-lr * 0.2 * max(g.shape) ** 0.5 * iteration(0.05 * g + 0.95 * m))
-    return moves
+        updates.append(-lr * 0.2 * max(g.shape) ** 0.5 * iteration(0.05 * g + 0.95 * m))
+    return updates
 
 
 def trajectory(start: torch.Tensor, gradients: list[torch.Tensor], lr: float) -> torch.Tensor:
@@ -58,14 +58,14 @@ def exact_trajectory(start: torch.Tensor, gradients: list[torch.Tensor], lr: flo
 
 @pytest.fixture
 def drawn_error(drawn_arithmetic) -> Callable[[Callable[[], torch.Tensor], torch.Tensor], float]:
-    """The largest error of a computation in three draws of arithmetic."""
+    """The largest error of a computation over three draws of arithmetic."""
 
     def worst(compute: Callable[[], torch.Tensor], want: torch.Tensor) -> float:
         errors = []
         for seed in range(3):
             with drawn_arithmetic(seed):
-                found = compute()
-            errors.append(error(found, want))
+                result = compute()
+            errors.append(error(result, want))
         return max(errors)
 
     return worst
@@ -87,13 +87,13 @@ def muon(parameters, lr=0.1, dtype=torch.bfloat16) -> Muon:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_newton_schulz_in_float32(shape, drawn_error):
+def test_newton_schulz_in_float32_matches_float64(shape, drawn_error):
     g = normal(shape)
     got, want = newton_schulz(g[None], 1e-6)[0], iteration(g.double())
     assert error(got, want) <= SLACK * drawn_error(lambda: iteration(g), want)
 
 
-def test_newton_schulz_moves_singular_values_alone():
+def test_newton_schulz_changes_only_the_singular_values():
     """U S V' becomes U f(S) V', and f brings all but the smallest close to 1."""
     g = normal((12, 30)).double()
     u, s, vt = torch.linalg.svd(g, full_matrices=False)
@@ -108,17 +108,17 @@ def test_newton_schulz_moves_singular_values_alone():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_batch_is_its_matrices_one_by_one(dtype, drawn_error, products):
+def test_a_batch_matches_its_matrices_one_by_one(dtype, drawn_error, products):
     g = normal((5, 24, 40))
     got = newton_schulz(g.to(dtype), 1e-6)
     assert got.dtype == dtype
-    for one, alone in zip(g, got, strict=True):
-        want = iteration(one.double())
-        itself = partial(muon_module._newton_schulz, one[None].to(dtype), 1e-6)
-        assert error(alone, want) <= SLACK * drawn_error(lambda itself=itself: itself()[0], want)
+    for matrix, result in zip(g, got, strict=True):
+        want = iteration(matrix.double())
+        single = partial(muon_module._newton_schulz, matrix[None].to(dtype), 1e-6)
+        assert error(result, want) <= SLACK * drawn_error(lambda single=single: single()[0], want)
 
 
-def test_a_zero_gradient_moves_nothing():
+def test_a_zero_gradient_changes_nothing():
     parameter = torch.nn.Parameter(normal((4, 6)))
     before = parameter.detach().clone()
     run(muon([parameter]), [parameter], [[torch.zeros(4, 6)]])
@@ -126,7 +126,7 @@ def test_a_zero_gradient_moves_nothing():
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_several_steps_in_float32(shape, drawn_error):
+def test_several_steps_in_float32_match_float64(shape, drawn_error):
     start = normal(shape)
     gradients = [normal(shape, seed) for seed in range(1, 6)]
     parameter = torch.nn.Parameter(start.clone())
@@ -135,10 +135,10 @@ def test_several_steps_in_float32(shape, drawn_error):
     assert error(parameter, want) <= SLACK * drawn_error(lambda: trajectory(start, gradients, lr=0.1), want)
 
 
-def test_several_steps_in_bfloat16_are_as_close_to_float64_as_pytorchs_own(products):
-    """All shapes together, so that matrices of one shape go through as a batch."""
+def test_several_steps_in_bfloat16_are_as_close_to_float64_as_pytorchs_muon(products):
+    """All shapes together, so that matrices of one shape are batched."""
     shapes = [*SHAPES, (16, 40), (24, 24), (16, 40)]
-    starts = [0.01 * normal(shape, i) for i, shape in enumerate(shapes)]  # small: the updates are what is compared
+    starts = [0.01 * normal(shape, i) for i, shape in enumerate(shapes)]  # small, so that the updates dominate
     gradients = [[normal(shape, 100 * step + i) for i, shape in enumerate(shapes)] for step in range(1, 6)]
     ours = [torch.nn.Parameter(start.clone()) for start in starts]
     theirs = [torch.nn.Parameter(start.clone()) for start in starts]
@@ -156,7 +156,7 @@ def test_several_steps_in_bfloat16_are_as_close_to_float64_as_pytorchs_own(produ
         assert error(a, want) <= SLACK * error(b, want), shapes[i]
 
 
-def test_a_parameter_without_gradient_is_left_alone():
+def test_a_parameter_without_gradient_is_unchanged():
     used, unused = torch.nn.Parameter(normal((4, 6))), torch.nn.Parameter(normal((4, 6), 1))
     optimizer, before = muon([used, unused]), unused.detach().clone()
     used.grad = normal((4, 6), 2)
@@ -165,7 +165,7 @@ def test_a_parameter_without_gradient_is_left_alone():
     assert not optimizer.state[unused]["momentum"].any()
 
 
-def test_the_gradient_is_not_written_over():
+def test_the_gradient_is_not_overwritten():
     parameter, g = torch.nn.Parameter(normal((4, 6))), normal((4, 6), 1)
     parameter.grad = g.clone()
     muon([parameter]).step()
@@ -181,8 +181,8 @@ def test_the_rate_is_read_at_every_step():
     assert optimizer.state[parameter]["momentum"].any()
 
 
-def test_one_shape_after_another_converges():
-    """A least-squares problem that needs both factors: the loss must fall by far."""
+def test_two_factors_converge():
+    """A low-rank factorization, where the loss must fall most of the way to its minimum."""
     target = normal((20, 30)) / 5
     a, b = torch.nn.Parameter(0.1 * normal((20, 8), 1)), torch.nn.Parameter(0.1 * normal((8, 30), 2))
     optimizer = muon([a, b], lr=0.05)
@@ -200,14 +200,14 @@ def test_one_shape_after_another_converges():
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_flops_are_those_of_the_products(shape):
+def test_flops_match_a_count_of_the_matmuls(shape):
     with FlopCounterMode(display=False) as counter:
         muon_module._newton_schulz(normal(shape)[None], 1e-6)
     assert newton_schulz_flops(shape) == counter.get_total_flops()
 
 
 def test_swiglu_of_width_1024_is_scaled_by_its_true_hidden_width(monkeypatch):
-    """A GPU multiplies by weights padded to 2752. The parameters, and so the update's scale, know of 2730 alone."""
+    """On a GPU, matmuls use weights padded to 2752. The parameters, and so the scale of their update, keep 2730."""
     monkeypatch.setattr(muon_module, "newton_schulz", lambda batch, eps: torch.ones_like(batch))
     swiglu = SwiGLU(1024)
     assert swiglu.weights(padded=True)[2].shape == (1024, 2752)
@@ -222,8 +222,8 @@ def test_swiglu_of_width_1024_is_scaled_by_its_true_hidden_width(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_process_does_nothing_but_the_formula(dtype):
-    """Bit for bit: what lets processes share the work costs plain tensors no rounding."""
+def test_one_process_computes_the_formula_bit_for_bit(dtype):
+    """Sharding support adds no rounding to plain tensors."""
     shapes = [(16, 40), (40, 16), (16, 40), (24, 24)]
     parameters = [torch.nn.Parameter(normal(shape, i)) for i, shape in enumerate(shapes)]
     want, momenta = [p.detach().clone() for p in parameters], [torch.zeros(shape) for shape in shapes]
@@ -240,8 +240,8 @@ def test_one_process_does_nothing_but_the_formula(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_is_skipped_on_the_device(dtype):
-    """found_inf = 1: not a bit changes, although gradients are NaN and infinite. 0: as if it were not there."""
+def test_found_inf_skips_a_step(dtype):
+    """With found_inf = 1 no bit changes, although gradients are NaN or infinite. found_inf = 0 has no effect."""
     starts = [normal(shape, i) for i, shape in enumerate(SHAPES)]
     ours, plain = ([torch.nn.Parameter(start.clone()) for start in starts] for _ in range(2))
     optimizer, other = muon(ours, dtype=dtype), muon(plain, dtype=dtype)
@@ -260,8 +260,8 @@ def test_a_step_is_skipped_on_the_device(dtype):
     assert all(map(torch.equal, ours, plain))
 
 
-def test_momenta_are_there_before_the_first_step():
-    """So that a checkpoint loads into them in place."""
+def test_momenta_exist_before_the_first_step():
+    """A checkpoint is loaded into them in place."""
     parameter = torch.nn.Parameter(normal((4, 6)))
     momentum = muon([parameter]).state[parameter]["momentum"]
     assert momentum.shape == (4, 6) and not momentum.any() and not momentum.requires_grad
@@ -269,16 +269,16 @@ def test_momenta_are_there_before_the_first_step():
 
 GRIDS = {"fsdp 2": (1, 2), "ddp 2": (2, 1), "fsdp 4": (1, 4), "ddp 4": (4, 1), "hsdp 2 x 2": (2, 2)}
 ODD = [(16, 40), (40, 16), (16, 40), (13, 24), (24, 13), (3, 50), (1, 7), (16, 40), (126, 96), (16, 40), (20, 36)]
-"""Rows that 2 and 4 do not divide, fewer rows than processes, shapes once and often."""
-CUT_IN_COLUMNS = (20, 36)
+"""Rows not divisible by 2 or 4, fewer rows than processes, shapes that occur once and several times."""
+SHARDED_BY_COLUMN = (20, 36)
 B = [(768, n) for n in (32, 512, 768, 2048, 3072)] + [(n, 768) for n in (1002, 2304, 3072, 4096, 4608)]
-"""The shapes of UNITE-B's matrices. Here each side is divided by 16; benchmarks/muon.py compares them at full size."""
-SPREAD = [*ODD, *((rows // 16, columns // 16) for rows, columns in B)]
+"""Shapes of UNITE-B's matrices. Here each side is divided by 16; benchmarks/muon.py compares them at full size."""
+ALL_SHAPES = [*ODD, *((rows // 16, columns // 16) for rows, columns in B)]
 STEPS = 3
 
 
 class Matrices(nn.Module):
-    """Parameters whose gradients are what forward is given."""
+    """Parameters whose gradients are the arguments of forward."""
 
     def __init__(self, starts: list[torch.Tensor]):
         super().__init__()
@@ -288,63 +288,63 @@ class Matrices(nn.Module):
         return sum((w * g).sum() for w, g in zip(self.matrices, gradients, strict=True))
 
 
-def spread_gradients(step: int) -> list[torch.Tensor]:
-    return [normal(shape, 100 * step + i) for i, shape in enumerate(SPREAD)]
+def all_gradients(step: int) -> list[torch.Tensor]:
+    return [normal(shape, 100 * step + i) for i, shape in enumerate(ALL_SHAPES)]
 
 
-def spread_over(grid: tuple[int, int]) -> Matrices:
-    """As `fully_shard` spreads them; what is local to a process stays so."""
+def shard_over(grid: tuple[int, int]) -> Matrices:
+    """The matrices, sharded over a grid by `fully_shard`."""
     dist.init_process_group("gloo")
-    model = Matrices([torch.zeros(shape) for shape in SPREAD])
+    model = Matrices([torch.zeros(shape) for shape in ALL_SHAPES])
     mesh = init_device_mesh("cpu", grid, mesh_dim_names=("replicate", "shard"))
-    return fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(int(p.shape == CUT_IN_COLUMNS)))
+    return fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(int(p.shape == SHARDED_BY_COLUMN)))
 
 
-def watch(events: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Note, in their order, what collectives start, with what precision, and the shapes of batches worked on."""
+def record_events(events: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Record in order which collectives start, with their dtype, and the shape of each Newton-Schulz batch."""
 
-    def noting(module, name: str, what) -> None:
+    def record(module, name: str, detail: Callable) -> None:
         function = getattr(module, name)
 
-        def noted(*args, **kwargs):
-            events.append((name, what(args)))
+        def recording(*args, **kwargs):
+            events.append((name, detail(args)))
             return function(*args, **kwargs)
 
-        monkeypatch.setattr(module, name, noted)
+        monkeypatch.setattr(module, name, recording)
 
-    noting(dist, "all_to_all_single", lambda args: args[1].dtype)
-    noting(dist, "all_gather", lambda args: args[1].dtype)
-    noting(muon_module, "newton_schulz", lambda args: args[0].shape)
+    record(dist, "all_to_all_single", lambda args: args[1].dtype)
+    record(dist, "all_gather", lambda args: args[1].dtype)
+    record(muon_module, "newton_schulz", lambda args: args[0].shape)
 
 
-def train_spread(grid: tuple[int, int], dtype: torch.dtype) -> dict:
-    """What one process sees of training: whole parameters after each step, what was started in the first, whether a
-    skipped step changes a bit, elements of parameters and of momenta that it holds."""
-    model, after, events = spread_over(grid), [], []
+def train_sharded(grid: tuple[int, int], dtype: torch.dtype) -> dict:
+    """Train on one of several processes. Returns whole parameters after each step, events of the first step, whether a
+    skipped step leaves all bits unchanged, and the numbers of local elements of parameters and momenta."""
+    model, after, events = shard_over(grid), [], []
     optimizer = muon(model.parameters(), dtype=dtype)
     for step in range(STEPS):
-        model(spread_gradients(step)).backward()
+        model(all_gradients(step)).backward()
         with pytest.MonkeyPatch.context() as monkeypatch:
             if step == 0:
-                watch(events, monkeypatch)
+                record_events(events, monkeypatch)
             optimizer.step()
         optimizer.zero_grad()
         after.append([p.full_tensor().detach().numpy().copy() for p in model.parameters()])
 
     parameters, momenta = list(model.parameters()), [optimizer.state[p]["momentum"] for p in model.parameters()]
-    held = [[local(x).detach().clone() for x in tensors] for tensors in (parameters, momenta)]
+    before = [[local(x).detach().clone() for x in tensors] for tensors in (parameters, momenta)]
     optimizer.found_inf = torch.ones(())
-    model([bad * g for g, bad in zip(spread_gradients(9), 7 * BAD, strict=True)]).backward()
+    model([bad * g for g, bad in zip(all_gradients(9), 7 * BAD, strict=True)]).backward()
     optimizer.step()
-    same = [torch.equal(local(x), y) for x, y in zip([*parameters, *momenta], [*held[0], *held[1]], strict=True)]
-    sizes = [sum(x.numel() for x in tensors) for tensors in held]
+    same = [torch.equal(local(x), y) for x, y in zip([*parameters, *momenta], [*before[0], *before[1]], strict=True)]
+    sizes = [sum(x.numel() for x in tensors) for tensors in before]
     return {"after": after, "events": events, "skips": all(same), "sizes": sizes}
 
 
 def updates(after: list[list[np.ndarray]], k: int) -> list[torch.Tensor]:
-    """How matrix k moved in each step, from zero."""
-    places = [np.zeros(SPREAD[k]), *(step[k].astype(np.float64) for step in after)]
-    return [torch.from_numpy(b - a) for a, b in pairwise(places)]
+    """The update of matrix k in each step, from zero."""
+    values = [np.zeros(ALL_SHAPES[k]), *(step[k].astype(np.float64) for step in after)]
+    return [torch.from_numpy(b - a) for a, b in pairwise(values)]
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -353,52 +353,52 @@ def reference(request) -> tuple[torch.dtype, list]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         if request.param == "float32":
             monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
-        parameters, after = [torch.nn.Parameter(torch.zeros(shape)) for shape in SPREAD], []
+        parameters, after = [torch.nn.Parameter(torch.zeros(shape)) for shape in ALL_SHAPES], []
         optimizer = torch.optim.Muon(
             parameters, lr=0.1, weight_decay=0.0, momentum=0.95, eps=1e-6, adjust_lr_fn="match_rms_adamw"
         )
         for step in range(STEPS):
-            run(optimizer, parameters, [spread_gradients(step)])
+            run(optimizer, parameters, [all_gradients(step)])
             after.append([p.detach().numpy().copy() for p in parameters])
     return getattr(torch, request.param), after
 
 
 @pytest.mark.parametrize("name", GRIDS)
-def test_spread_over_processes(name, reference, ranks):
+def test_sharded_updates_match_torch_muon(name, reference, ranks):
     grid, (dtype, want) = GRIDS[name], reference
-    seen = ranks(grid[0] * grid[1], train_spread, grid, dtype)
-    after = seen[0]["after"]
-    for rank in seen:
+    results = ranks(grid[0] * grid[1], train_sharded, grid, dtype)
+    after = results[0]["after"]
+    for rank in results:
         assert all(map(np.array_equal, rank["after"][-1], after[-1]))
         assert rank["skips"]
 
-    # The worst update is as close to float64 as the worst of torch.optim.Muon.
+    # The worst update is about as close to float64 as the worst of torch.optim.Muon.
     errors = {"ours": [], "torch": []}
-    for k in range(len(SPREAD)):
-        exact = updates_by_definition([spread_gradients(step)[k].double() for step in range(STEPS)], lr=0.1)
-        for name, places in (("ours", after), ("torch", want)):
-            errors[name] += [error(a, b) for a, b in zip(updates(places, k), exact, strict=True)]
+    for k in range(len(ALL_SHAPES)):
+        exact = updates_by_definition([all_gradients(step)[k].double() for step in range(STEPS)], lr=0.1)
+        for name, steps in (("ours", after), ("torch", want)):
+            errors[name] += [error(a, b) for a, b in zip(updates(steps, k), exact, strict=True)]
     assert max(errors["torch"]) < {torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]  # else it is another algorithm
     assert max(errors["ours"]) <= SLACK * max(errors["torch"])
 
-    # Each matrix was worked on once, by one process.
-    work = [shape for rank in seen for kind, shape in rank["events"] if kind == "newton_schulz"]
-    assert sorted(shape for n, *shape in work for _ in range(n)) == sorted(map(list, SPREAD))
-    # All that travels does so in the precision of the work; all gathers start before any work does.
-    for rank in seen:
+    # Each matrix was orthogonalised once, by one process.
+    work = [shape for rank in results for kind, shape in rank["events"] if kind == "newton_schulz"]
+    assert sorted(shape for n, *shape in work for _ in range(n)) == sorted(map(list, ALL_SHAPES))
+    # All communication has the dtype of Newton-Schulz; all gathers start before any Newton-Schulz does.
+    for rank in results:
         kinds = [kind for kind, _ in rank["events"]]
-        assert {what for kind, what in rank["events"] if kind != "newton_schulz"} == {dtype}
+        assert {detail for kind, detail in rank["events"] if kind != "newton_schulz"} == {dtype}
         assert ("all_gather" in kinds, "all_to_all_single" in kinds) == (grid[0] > 1, grid[1] > 1)
         buckets = kinds.count("all_to_all_single") // 2
         assert kinds[:buckets] == ["all_to_all_single"] * buckets
 
-    # Momenta are cut as the parameters are, and all processes of a row together hold each element once.
-    whole = sum(np.prod(shape) for shape in SPREAD)
-    assert all(rank["sizes"][0] == rank["sizes"][1] for rank in seen)
-    assert sum(rank["sizes"][1] for rank in seen) == grid[0] * whole
+    # Momenta are sharded like the parameters, and the processes of a row together have each element once.
+    whole = sum(np.prod(shape) for shape in ALL_SHAPES)
+    assert all(rank["sizes"][0] == rank["sizes"][1] for rank in results)
+    assert sum(rank["sizes"][1] for rank in results) == grid[0] * whole
 
 
-def more_processes_than_matrices(grid: tuple[int, int]) -> list[np.ndarray]:
+def step_with_few_matrices(grid: tuple[int, int]) -> list[np.ndarray]:
     dist.init_process_group("gloo")
     model = Matrices([torch.zeros(5, 3), torch.zeros(2, 7)])
     fully_shard(model, mesh=init_device_mesh("cpu", grid, mesh_dim_names=("replicate", "shard")))
@@ -409,11 +409,11 @@ def more_processes_than_matrices(grid: tuple[int, int]) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("grid", [(4, 1), (1, 4)], ids=["ddp", "fsdp"])
-def test_processes_that_own_nothing_follow(grid, ranks, drawn_error):
-    """One matrix with a gradient, one without, four processes."""
+def test_processes_that_own_no_matrix_get_the_updates(grid, ranks, drawn_error):
+    """Four processes, one matrix with a gradient and one without."""
     start, gradients = torch.zeros(5, 3), [normal((5, 3))]
     want = exact_trajectory(start, gradients, lr=0.1)
     allowed = SLACK * drawn_error(lambda: trajectory(start, gradients, lr=0.1), want)
-    for moved, unmoved in ranks(4, more_processes_than_matrices, grid):
+    for moved, unmoved in ranks(4, step_with_few_matrices, grid):
         assert error(torch.from_numpy(moved), want) <= allowed
         assert not unmoved.any()

@@ -14,7 +14,7 @@ from unite_fast.optim.param_groups import split_parameters
 TRACE = Path(__file__).parents[1] / "data" / "official_tiny_a.npz"
 
 
-def test_the_split_is_the_released_codes():
+def test_the_split_matches_the_released_code():
     meta = json.loads(bytes(np.load(TRACE)["meta_json"]))
     config: Config = Trace(TRACE).config()
     with torch.device("meta"):
@@ -27,7 +27,7 @@ def test_the_split_is_the_released_codes():
     assert set(adamw) == ours(meta["adamw_params"])
 
 
-def test_every_trained_parameter_is_in_one_group_and_muon_has_matrices():
+def test_every_parameter_is_in_one_group_and_muon_gets_matrices():
     with torch.device("meta"):
         model = UNITE(ModelConfig())
     muon, adamw = split_parameters(model)
@@ -37,7 +37,7 @@ def test_every_trained_parameter_is_in_one_group_and_muon_has_matrices():
 
 
 @pytest.mark.parametrize("frozen", ["encoder.label_embed.weight", "latent_norm.bias"])
-def test_a_frozen_parameter_is_in_none(frozen, tiny_model):
+def test_a_frozen_parameter_is_in_no_group(frozen, tiny_model):
     tiny_model.get_parameter(frozen).requires_grad_(False)
     muon, adamw = split_parameters(tiny_model)
     assert frozen not in muon | adamw

@@ -1,4 +1,4 @@
-"""Owners and communication of sharded matrices, without processes; test_muon.py runs real ones."""
+"""Owners and communication of sharded matrices, mostly in a single process. test_muon.py runs several."""
 
 from collections import Counter, defaultdict
 
@@ -42,43 +42,43 @@ def test_shards_are_those_of_torch_chunk(rows, dim):
     for shards in (1, 2, 3, 4, 8):
         want = list(whole.chunk(shards, dim))
         want += [whole.narrow(dim, 0, 0)] * (shards - len(want))
-        for shard, part in enumerate(want):
+        for shard, rows_of_shard in enumerate(want):
             matrix = Matrix(whole.shape, dim)
-            assert matrix.shard_shape(shards, shard) == part.shape
-            assert torch.equal(whole.narrow(dim, *matrix.shard_range(shards, shard)), part)
+            assert matrix.shard_shape(shards, shard) == rows_of_shard.shape
+            assert torch.equal(whole.narrow(dim, *matrix.shard_range(shards, shard)), rows_of_shard)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 8, 64])
-def test_owners_of_b_have_equally_much_to_do_and_shapes_together(processes, b_shapes):
+def test_owners_of_unite_b_are_balanced_and_keep_shapes_together(processes, b_shapes):
     costs = [newton_schulz_flops(shape) for shape in b_shapes]
     owners = choose_owners(b_shapes, costs, processes)
     assert owners == choose_owners(b_shapes, costs, processes)
-    # No choice does better than the mean; and of the n + 1 dearest, two share one of n processes.
-    dearest = sorted(costs, reverse=True)
-    bound = max(sum(costs) / processes, sum(dearest[processes - 1 : processes + 1]))
-    # Measured: 1.00, 1.01, 1.02 and 1.095 of it.
+    # Lower bounds: the mean load, and two of the n + 1 most expensive matrices, which share one of n processes.
+    by_cost = sorted(costs, reverse=True)
+    bound = max(sum(costs) / processes, sum(by_cost[processes - 1 : processes + 1]))
+    # Measured: 1.00, 1.01, 1.02 and 1.095 times the bound.
     assert max(loads(costs, owners, processes)) <= (1.1 if processes == 64 else 1.02) * bound
-    # Measured: 19 on 8 processes; 60 where only the load counts.
+    # Measured: 19 on 8 processes, against 60 where only the load counts.
     assert processes != 8 or batches(b_shapes, owners) <= 25
 
 
-def test_what_batches_may_cost_in_balance_is_bounded():
-    """Where no owner could keep matrices together within SLACK, balance goes first: 3 + 3 against 2 + 2 + 2."""
+def test_batching_stays_within_the_slack_of_balance():
+    """Batching may raise the largest load of the greedy assignment, here 70 and 30, by no more than SLACK."""
     shapes = [torch.Size(shape) for shape in ((3, 3), (3, 3), (2, 2), (2, 2), (2, 2))]
     owners = choose_owners(shapes, [30, 30, 20, 20, 20], 2)
     assert max(loads([30, 30, 20, 20, 20], owners, 2)) <= SLACK * 70
     assert choose_owners(shapes[:2], [30, 30], 2) == [0, 1]
 
 
-def test_each_matrix_is_in_one_batch_of_its_owner_with_others_of_its_shape():
+def test_each_matrix_is_in_one_batch_of_its_owner_and_shape():
     owners = [0, 1, 0, 2, 1, 0, 1]
     buckets = batches_by_owner(SHAPES, owners, 4)
-    seen = [(process, batch) for bucket in buckets for process, batch in enumerate(bucket) if batch]
-    assert sorted(k for _, batch in seen for k in batch) == list(range(len(SHAPES)))
-    for process, batch in seen:
+    assigned = [(process, batch) for bucket in buckets for process, batch in enumerate(bucket) if batch]
+    assert sorted(k for _, batch in assigned for k in batch) == list(range(len(SHAPES)))
+    for process, batch in assigned:
         assert {owners[k] for k in batch} == {process}
         assert len({SHAPES[k] for k in batch}) == 1
-    assert len(seen) == batches(SHAPES, owners)
+    assert len(assigned) == batches(SHAPES, owners)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -100,7 +100,7 @@ def test_one_process_applies_the_function_to_batches_of_one_shape(dtype):
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_elements_sent_are_those_that_others_own(grid):
+def test_elements_sent_match_a_count_by_matrix(grid):
     """Counted by matrix: each rank in the owner's row sends its shard and gets it back; rows share their results."""
     replicas, shards = grid
     matrices = [Matrix(shape) for shape in SHAPES]
@@ -122,21 +122,21 @@ def test_elements_sent_are_those_that_others_own(grid):
         assert sorted(sharded_map.inputs) == [k for k, owner in enumerate(owners) if owner // shards == one.replica]
 
 
-class Arrived:
+class FinishedWork:
     def wait(self) -> None:
         pass
 
 
-def share_at_once() -> tuple[list[list], int, int]:
-    """Results of one of three replicas, how much it was to send, and how much it sent. All-gathers that have happened
-    when they are asked for send whatever is there by then: too early, and others get what nobody has worked on."""
+def share_synchronously() -> tuple[list[list], int, int]:
+    """Results of one of three replicas, the number of elements it should send, and the number it sends. The all-gathers
+    complete at once, so one that is started too early sends values that are not computed yet."""
     dist.init_process_group("gloo")
     sent, all_gather = [], dist.all_gather
 
-    def gather(targets: list[Tensor], source: Tensor, group: dist.ProcessGroup, async_op: bool) -> Arrived:
+    def gather(targets: list[Tensor], source: Tensor, group: dist.ProcessGroup, async_op: bool) -> FinishedWork:
         sent.append(source.numel())
         all_gather(targets, source, group)
-        return Arrived()
+        return FinishedWork()
 
     dist.all_gather = gather
     grid = Grid(dist.get_world_size(), 1, dist.get_rank(), 0, column=dist.group.WORLD)
@@ -146,21 +146,21 @@ def share_at_once() -> tuple[list[list], int, int]:
     return [result.tolist() for result in results], sharded_map.elements_sent(), (grid.replicas - 1) * sum(sent)
 
 
-def test_replicas_share_everything_once_and_nothing_before_it_is_there(ranks):
-    for results, announced, sent in ranks(3, share_at_once):
+def test_replicas_share_each_result_once_and_only_when_computed(ranks):
+    for results, expected, sent in ranks(3, share_synchronously):
         for k, (result, shape) in enumerate(zip(results, SHAPES, strict=True)):
             assert result == torch.full(shape, 2.0 * k + 1).tolist(), k
-        assert sent == announced
+        assert sent == expected
 
 
-def strange_layouts() -> list[str]:
+def errors_of_unsupported_layouts() -> list[str]:
     dist.init_process_group("gloo")
     whole = torch.zeros(4, 4)
     line = init_device_mesh("cpu", (1,))
     grid = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
     good = distribute_tensor(whole, grid, (Replicate(), Shard(1)))
     assert layout([good]) == (Grid(row=grid.get_group(1), column=grid.get_group(0)), [Matrix(whole.shape, 1)])
-    said = []
+    messages = []
     for parameters in (
         [good, whole],
         [distribute_tensor(whole, line, (Shard(0),))],
@@ -168,11 +168,11 @@ def strange_layouts() -> list[str]:
     ):
         with pytest.raises(ValueError) as caught:
             layout(parameters)
-        said.append(str(caught.value))
-    return said
+        messages.append(str(caught.value))
+    return messages
 
 
-def test_other_layouts_are_refused(ranks):
-    mixed, line, placed = ranks(1, strange_layouts)[0]
+def test_unsupported_layouts_are_refused(ranks):
+    mixed, line, placed = ranks(1, errors_of_unsupported_layouts)[0]
     assert mixed == line and "DTensor" in line
     assert "(Shard(dim=0), Replicate())" in placed
