@@ -1,4 +1,4 @@
-"""The decoder against docs/method.md written out a second time."""
+"""The decoder against an independent implementation of docs/method.md."""
 
 import dataclasses
 import math
@@ -60,7 +60,7 @@ def latents(config: ModelConfig, batch: int = 2) -> Tensor:
 
 
 @pytest.mark.parametrize("image_size", [8, 12])
-def test_output_and_every_gradient_are_the_specs(image_size, tiny_config, make_model):
+def test_output_and_every_gradient_match_the_spec(image_size, tiny_config, make_model):
     config = dataclasses.replace(tiny_config.model, image_size=image_size, latent_tokens=0)
     decoder, z = make_model(config).decoder.double(), latents(config)
     names, parameters = zip(*decoder.named_parameters(), strict=True)
@@ -74,8 +74,8 @@ def test_output_and_every_gradient_are_the_specs(image_size, tiny_config, make_m
         assert (got - expected).norm() <= TABLE_ROUNDING * expected.norm(), name
 
 
-def test_unpatchify_puts_row_column_channel():
-    """Every pixel's value tells its token, row, column and channel."""
+def test_unpatchify_order_is_row_column_channel():
+    """The value of each pixel encodes its token, row, column and channel."""
     side, size = 2, 4
     patches = torch.arange(side * side * size * size * 3).view(1, side * side, size * size * 3)
     image = unpatchify(patches, side, size)
@@ -91,16 +91,16 @@ def test_output_is_not_clamped(tiny_model, tiny_config):
     assert tiny_model.decode(latents(tiny_config.model).float()).max() > 1
 
 
-# As the released code counts it: the input projection stands outside.
-def test_parameters_of_the_published_size():
+# Counted like the released code, which has the input projection elsewhere.
+def test_parameter_count_matches_the_published_size():
     with torch.device("meta"):
         decoder = Decoder(ModelConfig(decoder=from_tree(DecoderConfig, {"preset": "B"})))
     counted = sum(p.numel() for name, p in decoder.named_parameters() if not name.startswith("input_proj"))
     assert round(counted / 1e6, 2) == 86.24
 
 
-def test_start_values_are_pytorchs_own_defaults(tiny_config):
-    """The same bounds as nn.Linear's reset_parameters, from our generator; CLS token zero."""
+def test_initial_weights_have_the_distribution_of_pytorchs_defaults(tiny_config):
+    """The bounds of nn.Linear.reset_parameters, drawn from our generator; the CLS token is zero."""
     config = dataclasses.replace(tiny_config.model, decoder=DecoderConfig(width=64, depth=1, heads=2, mlp_width=96))
     decoder = Decoder(config)
     decoder.initialize(torch.Generator().manual_seed(0))

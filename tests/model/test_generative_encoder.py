@@ -1,4 +1,4 @@
-"""The Generative Encoder against docs/method.md written out a second time, token by token and without a short cut."""
+"""The Generative Encoder against an independent implementation of docs/method.md, without shortcuts."""
 
 import dataclasses
 import math
@@ -34,12 +34,12 @@ def spec_forward(w: dict[str, Tensor], config: ModelConfig, x, t, labels, images
         q, key, v = (part.unflatten(-1, (heads, k)).transpose(1, 2) for part in linear(name + ".qkv", h).chunk(3, -1))
         if size.qk_norm:
             q, key = rms(name + ".q_norm", q), rms(name + ".k_norm", key)
-        # None: a token that is not rotated.
+        # None: a token without rotation.
         angles = torch.tensor([[(p or 0) * 10000 ** (-2 * i / k) for i in range(k // 2)] for p in positions])
-        turn = torch.exp(1j * angles.double())
+        rotation = torch.exp(1j * angles.double())
 
         def rotate(value):
-            pairs = torch.complex(value[..., 0::2], value[..., 1::2]) * turn
+            pairs = torch.complex(value[..., 0::2], value[..., 1::2]) * rotation
             return torch.stack((pairs.real, pairs.imag), -1).flatten(-2)
 
         scores = rotate(q) @ rotate(key).mT / math.sqrt(k)
@@ -98,24 +98,24 @@ def with_encoder(config: ModelConfig, **changes) -> ModelConfig:
     [
         {},
         {"in_context_start": 0},
-        {"in_context_start": 2},  # the last block, whose slice of wanted tokens it moves
+        {"in_context_start": 2},  # the last block: shifts the slice of output tokens
         {"in_context_tokens": 0},
         {"qk_norm": False},
         {"depth": 1, "in_context_start": 0},
     ],
     ids=str,
 )
-def test_output_and_every_gradient_are_the_specs(changes, encode, tiny_config, make_model):
-    """Also the proof that the tokens which the last block leaves out have no part in the result."""
+def test_output_and_every_gradient_match_the_spec(changes, encode, tiny_config, make_model):
+    """Also shows that the tokens skipped by the last block do not affect the result."""
     config = with_encoder(tiny_config.model, **changes)
     encoder = make_model(config).encoder.double()
-    given = arguments(config)
+    inputs = arguments(config)
     if not encode:
-        del given["images"]
+        del inputs["images"]
     names, parameters = zip(*encoder.named_parameters(), strict=True)
 
-    ours = encoder(**given)
-    want = spec_forward(encoder.state_dict(keep_vars=True), config, **given)
+    ours = encoder(**inputs)
+    want = spec_forward(encoder.state_dict(keep_vars=True), config, **inputs)
     assert ours.shape == (2, config.latent_tokens, config.latent_channels)
     torch.testing.assert_close(ours, want, rtol=TABLE_ROUNDING, atol=TABLE_ROUNDING)
 
@@ -132,28 +132,28 @@ def test_output_and_every_gradient_are_the_specs(changes, encode, tiny_config, m
 
 
 @pytest.mark.parametrize("side", [12, 20])
-def test_other_image_sizes(side, tiny_config, make_model):
+def test_other_image_sizes_match_the_spec(side, tiny_config, make_model):
     config = dataclasses.replace(tiny_config.model, image_size=side, latent_tokens=0)
     encoder = make_model(config).encoder.double()
-    given = arguments(config)
+    inputs = arguments(config)
     assert config.latent_tokens == (side // 4) ** 2
     torch.testing.assert_close(
-        encoder(**given),
-        spec_forward(encoder.state_dict(), config, **given),
+        encoder(**inputs),
+        spec_forward(encoder.state_dict(), config, **inputs),
         rtol=TABLE_ROUNDING,
         atol=TABLE_ROUNDING,
     )
 
 
 def test_samples_do_not_see_each_other(tiny_model, tiny_config):
-    encoder, given = tiny_model.encoder.double(), arguments(tiny_config.model, batch=3)
-    alone = {name: value[1:2] for name, value in given.items()}
-    torch.testing.assert_close(encoder(**alone), encoder(**given)[1:2], rtol=1e-12, atol=1e-12)
+    encoder, inputs = tiny_model.encoder.double(), arguments(tiny_config.model, batch=3)
+    alone = {name: value[1:2] for name, value in inputs.items()}
+    torch.testing.assert_close(encoder(**alone), encoder(**inputs)[1:2], rtol=1e-12, atol=1e-12)
 
 
-# As the released code counts: without latent and patch tokens, with a time vector of `width` that it never uses.
+# Counted like the released code: without latent and patch tokens, with a time vector of `width` that it never uses.
 @pytest.mark.parametrize(("preset", "millions"), [("B", 130.59), ("M", 231.51), ("L", 458.22), ("XL", 675.33)])
-def test_parameters_of_the_published_sizes(preset, millions):
+def test_parameter_counts_match_the_published_sizes(preset, millions):
     config = ModelConfig(encoder=from_tree(EncoderConfig, {"preset": preset}))
     with torch.device("meta"):
         encoder = GenerativeEncoder(config)
@@ -163,7 +163,7 @@ def test_parameters_of_the_published_sizes(preset, millions):
     assert round((counted + config.encoder.width) / 1e6, 2) == millions
 
 
-def test_start_values(tiny_config):
+def test_initial_weights_have_their_distributions(tiny_config):
     config = with_encoder(tiny_config.model, width=64, in_context_tokens=40)
     config = dataclasses.replace(config, num_classes=60, image_size=32, latent_tokens=0)
     encoder = GenerativeEncoder(config)
@@ -173,7 +173,7 @@ def test_start_values(tiny_config):
     for name in ("label_embed.weight", "time_embed.fc1.weight", "time_embed.fc2.weight", "in_context_posemb"):
         assert_normal(state.pop(name), 0.02, name)
     assert_normal(state.pop("time_embed.frequencies"), 1.0, "frequencies")
-    # The released code leaves this one convolution as PyTorch makes it: the trace's weights show it.
+    # The released code keeps PyTorch's defaults for this convolution, as the trace's weights show.
     for name in ("patch_embed.weight", "patch_embed.bias"):
         assert_uniform(state.pop(name), (3 * 4 * 4) ** -0.5, name)
     for name, value in state.items():
@@ -186,9 +186,9 @@ def test_start_values(tiny_config):
 
 
 def assert_normal(value: Tensor, deviation: float, name: str) -> None:
-    # The smallest of these has 256 values: the standard error of their deviation is 4.4 %. Five of those.
+    # Five standard errors; for the smallest tensor, of 256 values, one is 4.4 %.
     assert value.std().item() == pytest.approx(deviation, rel=5 / math.sqrt(2 * value.numel())), name
-    assert value.abs().max() > 2 * deviation, f"{name} looks cut off"
+    assert value.abs().max() > 2 * deviation, f"{name} looks truncated"
 
 
 def assert_uniform(value: Tensor, bound: float, name: str) -> None:
@@ -197,31 +197,31 @@ def assert_uniform(value: Tensor, bound: float, name: str) -> None:
     assert abs(value.mean()) < 5 * bound / math.sqrt(3 * value.numel()), name
 
 
-def test_start_values_are_drawn_in_one_order_whatever_the_modules_are_called(tiny_config):
-    """A run's seed must give the same weights after the code is rearranged: the order is written down here again."""
+def test_initial_weights_are_drawn_in_a_fixed_order(tiny_config):
+    """A seed must give the same weights after a refactoring, so this test fixes the order of the draws."""
     encoder = GenerativeEncoder(tiny_config.model)
     encoder.initialize(torch.Generator().manual_seed(7))
-    generator, found = torch.Generator().manual_seed(7), encoder.state_dict()
+    generator, state = torch.Generator().manual_seed(7), encoder.state_dict()
     drawn = ["input_proj", "time_embed.fc1", "time_embed.fc2"]
     for i in range(tiny_config.model.encoder.depth):
         drawn += [f"blocks.{i}.{name}" for name in ("attn.qkv", "attn.proj", "mlp.fc_in", "mlp.fc_out")]
         drawn.append(f"modulation.{i}")
     values = {}
     for name in (*drawn, "final_layer.modulation", "final_layer.linear"):
-        values[name] = torch.nn.init.xavier_uniform_(torch.empty(found[f"{name}.weight"].shape), generator=generator)
+        values[name] = torch.nn.init.xavier_uniform_(torch.empty(state[f"{name}.weight"].shape), generator=generator)
     for name, value in values.items():
         if "modulation" not in name and not name.startswith(("time_embed", "final_layer")):
-            assert torch.equal(found[f"{name}.weight"], value), name
+            assert torch.equal(state[f"{name}.weight"], value), name
     bound = (3 * 4 * 4) ** -0.5
     for name in ("patch_embed.weight", "patch_embed.bias"):
-        want = torch.empty(found[name].shape).uniform_(-bound, bound, generator=generator)
-        assert torch.equal(found[name], want), name
-    assert torch.equal(found["time_embed.frequencies"], torch.empty(256).normal_(generator=generator))
+        want = torch.empty(state[name].shape).uniform_(-bound, bound, generator=generator)
+        assert torch.equal(state[name], want), name
+    assert torch.equal(state["time_embed.frequencies"], torch.empty(256).normal_(generator=generator))
     for name in ("time_embed.fc1.weight", "time_embed.fc2.weight", "label_embed.weight", "in_context_posemb"):
-        assert torch.equal(found[name], torch.empty(found[name].shape).normal_(std=0.02, generator=generator)), name
+        assert torch.equal(state[name], torch.empty(state[name].shape).normal_(std=0.02, generator=generator)), name
 
 
-def test_a_model_built_without_memory_is_the_same_once_filled(tiny_config):
+def test_a_model_from_the_meta_device_gets_the_same_initial_weights(tiny_config):
     with torch.device("meta"):
         encoder = GenerativeEncoder(tiny_config.model)
     encoder.to_empty(device="cpu")
@@ -242,15 +242,15 @@ def test_a_fresh_encoder_predicts_zero(tiny_config):
 
 
 def test_autocast_is_closer_to_float64_than_a_bfloat16_model(tiny_model, tiny_config):
-    """Norms, time and residual in float32 must pay; gradients are finite and have their parameters' dtype."""
-    encoder, given = tiny_model.encoder, arguments(tiny_config.model, batch=4, dtype=torch.float32)
+    """Norms, time embedding and residual in float32 must pay off; gradients are finite and float32."""
+    encoder, inputs = tiny_model.encoder, arguments(tiny_config.model, batch=4, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        ours = encoder(**given)
+        ours = encoder(**inputs)
     ours.float().square().mean().backward()
     assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in encoder.parameters())
 
     def cast(dtype):
-        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in given.items()}
+        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
     with torch.no_grad():
         truth = encoder.double()(**cast(torch.float64))
@@ -270,12 +270,12 @@ def test_matmul_dtype_follows_autocast():
 def test_a_block_compiles_without_a_graph_break(tiny_model, tiny_config):
     """`aot_eager` traces forward and backward as Inductor does, and runs them at once."""
     encoder = tiny_model.encoder
-    given = arguments(tiny_config.model, dtype=torch.float32)
+    inputs = arguments(tiny_config.model, dtype=torch.float32)
 
     def run() -> tuple[Tensor, Tensor]:
         encoder.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            out = encoder(**given)
+            out = encoder(**inputs)
         out.float().square().mean().backward()
         return out, encoder.blocks[1].attn.qkv.weight.grad.clone()
 
@@ -283,6 +283,6 @@ def test_a_block_compiles_without_a_graph_break(tiny_model, tiny_config):
     encoder.blocks[1].compile(fullgraph=True, backend="aot_eager")
     compiled_out, compiled_gradient = run()
     assert "_orig_mod" not in "".join(encoder.state_dict())
-    # bfloat16 products, in another order: a unit of 8 bits.
+    # bfloat16 matmuls in another order: one unit of 8 bits.
     for got, want in ((compiled_out, out), (compiled_gradient, gradient)):
         assert (got - want).norm() <= 2.0**-7 * want.norm()

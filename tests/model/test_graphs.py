@@ -1,6 +1,6 @@
-"""With kernels=auto and bfloat16 autocast, torch.compile takes a block, a decoder layer or LPIPS as one graph.
+"""With kernels=auto and bfloat16 autocast, torch.compile makes one graph of a block, a decoder layer, or LPIPS.
 
-CUDA graphs need no GPU: Dynamo traces tensors without memory. It needs a torch that was built for CUDA, though.
+Graphs for a GPU are tested without one: Dynamo traces fake tensors. This only needs a torch that was built with CUDA.
 """
 
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ def lpips():
 
 @contextmanager
 def autocast(device: str) -> Iterator[None]:
-    """As torch.autocast, which turns itself off where it sees no GPU."""
+    """Like torch.autocast, which would disable itself without a GPU."""
     before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     torch.set_autocast_enabled(device, True)
     torch.set_autocast_dtype(device, torch.bfloat16)
@@ -56,8 +56,8 @@ def autocast(device: str) -> Iterator[None]:
 
 @pytest.mark.parametrize("make", [block, decoder_layer, lpips])
 @pytest.mark.parametrize("device", ["cpu", on_cuda])
-def test_one_graph(make, device):
-    """On the CPU with its backward pass; autograd's engine asks fake CUDA tensors for the GPU's streams."""
+def test_the_module_compiles_to_one_graph(make, device):
+    """With the backward pass on the CPU only: for fake CUDA tensors, autograd's engine would need a GPU's streams."""
     torch._dynamo.reset()
     with backend.using("auto"), FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device(device):
@@ -65,10 +65,10 @@ def test_one_graph(make, device):
         if device == "cuda":
             assert backend.backend_on(torch.device(device)) == "triton"
             with autocast(device):
-                found = torch._dynamo.explain(module)(*inputs)
+                explanation = torch._dynamo.explain(module)(*inputs)
                 torch._dynamo.reset()
                 torch.compile(module, backend="eager", fullgraph=True)(*inputs)
-            assert (found.graph_count, found.graph_break_count) == (1, 0)
+            assert (explanation.graph_count, explanation.graph_break_count) == (1, 0)
             return
         with autocast(device):
             outputs = torch.compile(module, backend="aot_eager", fullgraph=True)(*inputs)

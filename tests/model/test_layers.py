@@ -1,4 +1,4 @@
-"""The encoder's parts against formulas in float64."""
+"""Layers of the encoder against formulas in float64."""
 
 import math
 
@@ -9,7 +9,7 @@ import torch
 from unite_fast.model.layers import Attention, SwiGLU, TimeEmbedding, rope_table, sincos_1d, sincos_2d
 
 ROUNDED_TO_FLOAT32 = 1e-7
-"""Tables of values up to 1 are computed in float64 and rounded once: 6e-8."""
+"""Tables, with values up to 1, are computed in float64 and rounded once: 6e-8."""
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -17,10 +17,10 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 FLOAT64 = dict(rtol=1e-12, atol=1e-12)
-"""For numbers around 1 whose sums have some tens of terms: 1e-15 times that."""
+"""For values around 1, from sums of some tens of terms: 1e-15 per term."""
 
 
-def test_rotary_angles():
+def test_rotary_angles_match_the_formula():
     cos, sin = rope_table(positions=512, head_dim=64)
     assert cos.shape == sin.shape == (512, 32)
     for position, pair in ((0, 0), (1, 0), (511, 0), (300, 7), (511, 31)):
@@ -38,14 +38,14 @@ def test_unrotated_tokens_come_first_and_do_not_shift_the_others():
     assert torch.equal(sin[4:], without[1])
 
 
-def test_positions_along_a_line():
+def test_sincos_1d_matches_the_formula():
     table = sincos_1d(torch.arange(256), 64).numpy()
     rates = 10000.0 ** (-np.arange(32) / 32)
     angle = np.arange(256)[:, None] * rates
     np.testing.assert_allclose(table, np.concatenate([np.sin(angle), np.cos(angle)], 1), atol=ROUNDED_TO_FLOAT32)
 
 
-def test_positions_on_a_grid_are_column_then_row():
+def test_sincos_2d_is_column_then_row():
     table = sincos_2d(3, 16)
     line = sincos_1d(torch.arange(3), 8)
     for row in range(3):
@@ -60,7 +60,7 @@ def time_embedding(width: int = 12) -> TimeEmbedding:
     return layer
 
 
-def test_time_embedding():
+def test_time_embedding_matches_the_formula():
     layer = time_embedding().double()
     t = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
     angle = 2 * math.pi * torch.outer(t, layer.frequencies)
@@ -84,7 +84,7 @@ def test_frequencies_are_saved_but_not_trained():
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
-def test_attention_head_by_head(qk_norm):
+def test_attention_matches_the_formula_head_by_head(qk_norm):
     b, t, heads, k = 2, 7, 3, 8
     torch.manual_seed(0)
     layer = Attention(heads * k, heads, qk_norm).double()
@@ -93,12 +93,12 @@ def test_attention_head_by_head(qk_norm):
         torch.nn.init.normal_(layer.k_norm.weight, 1, 0.2)
     x = normal(b, t, heads * k)
     angle = normal(t, k // 2, seed=1)
-    turn = torch.exp(1j * angle)
+    rotation = torch.exp(1j * angle)
 
     def prepare(part, norm):
         if qk_norm:
             part = part / part.pow(2).mean(-1, keepdim=True).add(1e-6).sqrt() * norm.weight
-        pairs = torch.complex(part[..., 0::2], part[..., 1::2]) * turn
+        pairs = torch.complex(part[..., 0::2], part[..., 1::2]) * rotation
         return torch.stack((pairs.real, pairs.imag), -1).flatten(-2)
 
     q, k_, v = (x @ layer.qkv.weight.T + layer.qkv.bias).split(heads * k, -1)
@@ -112,7 +112,7 @@ def test_attention_head_by_head(qk_norm):
     torch.testing.assert_close(layer(x, angle.cos(), angle.sin(), (2, 5)), want[:, 2:5], **FLOAT64)
 
 
-def test_attention_sees_only_differences_of_positions():
+def test_attention_depends_only_on_relative_positions():
     torch.manual_seed(0)
     layer = Attention(16, 2, qk_norm=True).double()
     cos, sin = (table.double() for table in rope_table(40, 8))
@@ -127,7 +127,7 @@ def test_attention_without_qk_norm_has_no_norm_weights():
 
 
 @pytest.mark.parametrize(("width", "hidden"), [(768, 2048), (1024, 2730), (1152, 3072)])
-def test_hidden_width_of_swiglu(width, hidden):
+def test_swiglu_has_the_published_hidden_width(width, hidden):
     with torch.device("meta"):
         layer = SwiGLU(width)
     assert layer.fc_in.weight.shape == (2 * hidden, width)
@@ -140,7 +140,7 @@ def swiglu_inputs(width: int) -> list[torch.Tensor]:
     return [normal(*shape, seed=seed) for seed, shape in enumerate(shapes)]
 
 
-def test_swiglu():
+def test_swiglu_matches_the_formula():
     torch.manual_seed(0)
     layer = SwiGLU(12).double()
     x, branch, gate, norm_weight, shift, scale = inputs = swiglu_inputs(12)
@@ -153,7 +153,7 @@ def test_swiglu():
     torch.testing.assert_close(got[1], want, **FLOAT64)
 
 
-def test_padding_changes_neither_results_nor_gradients(monkeypatch):
+def test_padding_changes_neither_output_nor_gradients(monkeypatch):
     """Hidden width 34, padded to 64."""
     torch.manual_seed(0)
     layer = SwiGLU(13).double()

@@ -12,7 +12,7 @@ def draw(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("preset", "millions"), [("B", 217.64), ("M", 318.82), ("L", 545.53), ("XL", 762.78)])
-def test_parameters_of_the_published_sizes(preset, millions):
+def test_parameter_counts_match_the_published_sizes(preset, millions):
     config = ModelConfig(encoder=from_tree(EncoderConfig, {"preset": preset}))
     with torch.device("meta"):
         model = UNITE(config)
@@ -22,7 +22,7 @@ def test_parameters_of_the_published_sizes(preset, millions):
 
 
 def test_initialize_reports_a_tensor_that_it_does_not_set(tiny_config, mentions):
-    """A norm of a class that `initialize` does not know would keep the memory of `to_empty`."""
+    """A norm of a class that `initialize` does not handle would keep uninitialised memory from `to_empty`."""
     with torch.device("meta"):
         model = UNITE(tiny_config.model)
         model.encoder.blocks[0].norm4 = torch.nn.LayerNorm(4)
@@ -31,7 +31,7 @@ def test_initialize_reports_a_tensor_that_it_does_not_set(tiny_config, mentions)
         model.initialize(0)
 
 
-def test_tokenize_has_no_class_and_ends_in_the_shared_norm(tiny_model, tiny_config):
+def test_tokenize_is_unconditional_and_ends_with_the_shared_norm(tiny_model, tiny_config):
     images, registers, t = draw(2, 3, 8, 8), draw(2, 4, 6), torch.tensor([0.0, 0.01])
     raw = tiny_model.encoder(registers, t, torch.tensor([5, 5]), images)
     norm = tiny_model.latent_norm
@@ -39,7 +39,7 @@ def test_tokenize_has_no_class_and_ends_in_the_shared_norm(tiny_model, tiny_conf
     assert torch.equal(tiny_model.tokenize(images, registers, t), want)
 
 
-def test_denoise_sees_time_and_label_and_ends_in_the_shared_norm(tiny_model):
+def test_denoise_uses_time_and_label_and_ends_with_the_shared_norm(tiny_model):
     x, t, labels = draw(2, 4, 6), torch.tensor([0.2, 0.9]), torch.tensor([1, 5])
     norm = tiny_model.latent_norm
     out = tiny_model.denoise(x, t, labels)
@@ -48,7 +48,7 @@ def test_denoise_sees_time_and_label_and_ends_in_the_shared_norm(tiny_model):
     assert not torch.allclose(out, tiny_model.denoise(x, t, labels.flip(0)))
 
 
-def test_the_denoising_loss_is_that_of_what_denoise_predicts(tiny_model):
+def test_the_denoising_loss_is_computed_from_the_prediction_of_denoise(tiny_model):
     x_t, z, t = draw(3, 2, 4, 6), draw(2, 4, 6), torch.tensor([[0.2, 0.9], [0.0, 0.99], [0.5, 0.7]])
     labels = torch.tensor([[1, 5], [0, 2], [3, 5]])
     losses = tiny_model.denoising_loss(x_t, t, labels, z)
@@ -66,7 +66,7 @@ def test_latents_are_float32_under_autocast(tiny_model):
     assert z.dtype == loss.dtype == torch.float32
 
 
-def test_start_values_depend_on_the_seed_alone(tiny_config):
+def test_initial_weights_depend_only_on_the_seed(tiny_config):
     def created(seed: int, global_seed: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(global_seed)
         return UNITE.create(tiny_config.model, seed).state_dict()
@@ -79,11 +79,11 @@ def test_start_values_depend_on_the_seed_alone(tiny_config):
 
 
 @pytest.mark.parametrize("seed", [0, 2**64 - 1])
-def test_any_seed_of_the_config_can_be_used(seed, tiny_config):
+def test_every_valid_seed_works(seed, tiny_config):
     UNITE.create(tiny_config.model, seed)
 
 
-def test_no_pass_calls_a_random_generator(tiny_model):
+def test_forward_passes_do_not_use_the_global_generator(tiny_model):
     before = torch.get_rng_state()
     z = tiny_model.tokenize(draw(2, 3, 8, 8), draw(2, 4, 6), torch.zeros(2))
     tiny_model.decode(tiny_model.denoise(z, torch.zeros(2), torch.tensor([0, 1])))
