@@ -7,14 +7,17 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from unite_fast.distributed.process_group import current_ranks
+
 _SECONDS_BETWEEN_LINES = 30
 
 Track = Callable[[Iterable, int, str], Iterable]
 """(batches, number of batches, title) -> the same batches: `track`, which shows progress, or `no_progress`."""
 
 
-def progress_bar(console: Console, show: bool = True) -> Progress:
-    """A bar "title [bar] done/total elapsed left remaining", drawn only on a terminal."""
+def progress_bar(console: Console, show: bool = True, transient: bool = False) -> Progress:
+    """A bar "title [bar] done/total elapsed left remaining", drawn only on a terminal. `transient` erases it at the
+    end."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -23,17 +26,20 @@ def progress_bar(console: Console, show: bool = True) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
+        transient=transient,
         disable=not (show and console.is_terminal),
     )
 
 
 @contextmanager
-def progress(title: str, total: int, unit: str, console: Console | None = None) -> Iterator[Callable[[int], None]]:
-    """Yield a function; call it with the amount done so far, out of `total`."""
+def progress(
+    title: str, total: int, unit: str, console: Console | None = None, transient: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """Yield a function; call it with the amount done so far, out of `total`. The default console is stdout."""
     console = console or Console(markup=False, emoji=False, highlight=False)
     start = last_line = time.perf_counter()
     first: int | None = None
-    bar = progress_bar(console)
+    bar = progress_bar(console, transient=transient)
     task = bar.add_task(title, total=total)
 
     def show(done: int) -> None:
@@ -41,11 +47,12 @@ def progress(title: str, total: int, unit: str, console: Console | None = None) 
         now = time.perf_counter()
         first = done if first is None else first  # resumed work: what was done before does not count towards the rate
         rate = (done - first) / (now - start)
-        bar.update(task, completed=done, description=f"{title} {rate:.{0 if rate >= 10 else 1}f} {unit}/s")
+        speed = f"{rate:.{0 if rate >= 10 else 1}f} {unit}/s"
+        bar.update(task, completed=done, description=f"{title} {speed}")
         if not console.is_terminal and now - last_line > _SECONDS_BETWEEN_LINES:
             last_line = now
             left = f"{(total - done) / rate:.0f} s left" if rate else "no rate yet"
-            console.print(f"{title} {done}/{total}  {rate:.{0 if rate >= 10 else 1}f} {unit}/s  {left}", soft_wrap=True)
+            console.print(f"{title} {done}/{total}  {speed}  {left}", soft_wrap=True)
 
     with bar:
         yield show
@@ -53,13 +60,11 @@ def progress(title: str, total: int, unit: str, console: Console | None = None) 
 
 def track(batches: Iterable, total: int, title: str) -> Iterator:
     """Yield the same batches; rank 0 shows progress on stderr."""
-    from unite_fast.distributed.process_group import current_ranks
-
     if not current_ranks().main:
         yield from batches
         return
     console = Console(stderr=True, markup=False, emoji=False, highlight=False)
-    with progress(title, total, "batches", console) as show:
+    with progress(title, total, "batches", console, transient=True) as show:
         show(0)
         for done, batch in enumerate(batches, 1):
             yield batch
