@@ -26,6 +26,7 @@ if not torch.cuda.is_available():
 
 from unite_fast.cli import main
 from unite_fast.config import Config, ModelConfig
+from unite_fast.data_pipeline.open_source import _KINDS
 from unite_fast.kernels import backend, matmul
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import StepDraws, draw_step
@@ -205,6 +206,15 @@ def make_model() -> Callable[[ModelConfig], UNITE]:
 @pytest.fixture
 def tiny_model(make_model: Callable[[ModelConfig], UNITE], tiny_config: Config) -> UNITE:
     return make_model(tiny_config.model)
+
+
+@pytest.fixture
+def forget_registered_sources() -> Iterator[None]:
+    """Removes the data sources that a test registers."""
+    before = dict(_KINDS)
+    yield
+    _KINDS.clear()
+    _KINDS.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -82,19 +82,14 @@ def test_the_notebook_runs(trained_folder, tmp_path, monkeypatch, capsys):
     assert "360 held-out images" in capsys.readouterr().out
 
 
-def test_the_page_on_datasets_is_true(tmp_path, monkeypatch, capsys):
-    """Its code block, as a script of its own."""
+def test_the_page_on_datasets_is_true(tmp_path, monkeypatch, capsys, forget_registered_sources):
+    """Runs its code block as a script."""
     page = (ROOT / "docs" / "adding-a-dataset.md").read_text()
     (block,) = re.findall(r"<!-- test -->\n```python\n(.*?)```", page, re.S)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys.modules["unite_fast.data_pipeline.open_source"], "_KINDS", dict(_kinds()))
     exec(compile(block, "adding-a-dataset.md", "exec"), {"__name__": "__main__"})
     said = capsys.readouterr().out
     assert re.search(r"shapes: 1000 images of 16 x 16 pixels, 2 classes", said)
     assert re.search(r"data: 1000 images, source loader", said)
     assert sorted(os.listdir(tmp_path)) == ["inspect.png", "runs"]
     assert unite_fast.load(tmp_path / "runs" / "shapes").config.data.source == "shapes"
-
-
-def _kinds() -> dict:
-    return sys.modules["unite_fast.data_pipeline.open_source"]._KINDS

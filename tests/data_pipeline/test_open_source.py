@@ -1,18 +1,15 @@
-"""Open data by their kind, find the kind of data, register a kind of one's own."""
-
-import sys
+"""Open data by kind, detect the kind, register a new kind."""
 
 import pytest
 import torch
 from PIL import Image
 
 from unite_fast.data_pipeline import detect_source, open_source, register_source
-from unite_fast.data_pipeline.open_source import _KINDS
 from unite_fast.data_pipeline.source import MemorySource
 from unite_fast.errors import UserError
 
 
-def test_unknown_names(mentions):
+def test_an_unknown_kind_or_split_is_refused(mentions):
     with pytest.raises(UserError, match=mentions("data.source", "'webdata'", "digits", "folder", "idx", "shards")):
         open_source("webdata", None, 8, "train")
     with pytest.raises(UserError, match=mentions("split", "'valid'", "train", "test")):
@@ -32,7 +29,7 @@ def test_a_path_is_refused_where_no_files_are_read(kind, mentions):
         open_source(kind, "somewhere", 8, "train")
 
 
-def test_the_kind_of_data_is_found_by_its_files(shards, image_folder, tmp_path):
+def test_the_kind_is_detected_from_the_files(shards, image_folder, tmp_path):
     (tmp_path / "idx").mkdir()
     (tmp_path / "idx" / "train-images-idx3-ubyte.gz").touch()
     raw = shards("raw")
@@ -49,6 +46,7 @@ def test_the_kind_of_data_is_found_by_its_files(shards, image_folder, tmp_path):
     (tmp_path / "set" / "train").symlink_to(raw)
     assert detect_source(str(tmp_path / "set"))[0] == "shards"
     assert detect_source("digits") == ("digits", "")
+    assert detect_source("./digits") == ("folder", "./digits")
 
 
 def test_size_0_is_the_default_of_the_kind(shards, image_folder):
@@ -58,29 +56,21 @@ def test_size_0_is_the_default_of_the_kind(shards, image_folder):
     assert open_source("synthetic", "", 0, "train").image_size == 256
 
 
-@pytest.fixture
-def registered(monkeypatch):
-    """Registers kinds for this test alone."""
-    # The function open_source hides the module of its name in the package.
-    monkeypatch.setattr(sys.modules[register_source.__module__], "_KINDS", dict(_KINDS))
-    return register_source
-
-
-def test_a_registered_kind_opens_like_any_other(registered, mentions):
-    asked = []
+def test_a_registered_kind_opens_like_any_other(forget_registered_sources, mentions):
+    calls = []
 
     def open_dots(path, image_size, split):
-        asked.append((path, image_size, split))
+        calls.append((path, image_size, split))
         return MemorySource(
             "dot", torch.zeros(3, image_size, image_size, dtype=torch.uint8), torch.zeros(3).long(), ["a"]
         )
 
-    registered("dots", open_dots, needs_path=False, image_size=4)
-    registered("files", open_dots)
+    register_source("dots", open_dots, needs_path=False, image_size=4)
+    register_source("files", open_dots)
     assert detect_source("dots") == ("dots", "") and detect_source("files")[0] == "folder"
     assert open_source("dots", None, 0, "test").image_size == 4
     assert open_source("files", "here", 6, "train").image_size == 6
-    assert asked == [("", 4, "test"), ("here", 6, "train")]
+    assert calls == [("", 4, "test"), ("here", 6, "train")]
     with pytest.raises(UserError, match=mentions("dots", "data.path", "here")):
         open_source("dots", "here", 4, "train")
     with pytest.raises(UserError, match=mentions("files", "data.path")):
@@ -89,10 +79,10 @@ def test_a_registered_kind_opens_like_any_other(registered, mentions):
         open_source("dot", "", 4, "train")
     for taken in ("dots", "digits", "synthetic"):
         with pytest.raises(ValueError, match=taken):
-            registered(taken, open_dots)
+            register_source(taken, open_dots)
 
 
-def test_home_folder(tmp_path, monkeypatch):
+def test_a_tilde_means_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "data" / "a").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "data" / "a" / "0.png")

@@ -20,7 +20,9 @@ Checkpoint = Annotated[
         metavar="CKPT", help="a run folder (its latest checkpoint), a checkpoint, or an exported model file"
     ),
 ]
-DataPath = Annotated[str, typer.Argument(metavar="DATA", help="folder or address of the data, or digits")]
+DataPath = Annotated[
+    str, typer.Argument(metavar="DATA", help="folder or address of the data, or digits; ./digits is a folder")
+]
 Data = Annotated[str, typer.Option(help="folder of the data, if not the training data")]
 Split = Annotated[str, typer.Option(help="train or test")]
 ImageSize = Annotated[int, typer.Option(help="side of the images, pixels; 0: the default for the data")]
