@@ -17,7 +17,7 @@ from torch import Tensor
 from unite_fast.data_pipeline.images import crop_region
 from unite_fast.data_pipeline.readers import Batch, Broken, OpenReader, Reader, first_readable
 from unite_fast.data_pipeline.shards.source import ShardSource
-from unite_fast.data_pipeline.source import Source, UnreadableSample
+from unite_fast.data_pipeline.source import Source, UnreadableSample, one_line
 from unite_fast.errors import UserError
 
 
@@ -80,7 +80,7 @@ class DaliReader:
             # Some image of the batch is broken; the error does not say which.
             if not self.find_broken([index for index, _ in samples]):
                 raise UserError(
-                    f"DALI fails on images that Pillow can read: {one_line(error)}; set data.loader"
+                    f"DALI fails on images that Pillow can read: {one_line(str(error))[:300]}; set data.loader"
                 ) from None
             return self.read(indices)
         ids = torch.tensor([index for index, _ in samples])
@@ -161,7 +161,3 @@ def encoded_size(data: memoryview) -> tuple[int, int]:
     """Width and height of an image file, read from its header."""
     with Image.open(io.BytesIO(data)) as image:
         return image.size
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

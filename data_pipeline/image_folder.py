@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from unite_fast.data_pipeline.images import adm_center_crop
-from unite_fast.data_pipeline.source import Source, UnreadableSample
+from unite_fast.data_pipeline.source import Source, UnreadableSample, one_line
 from unite_fast.errors import UserError
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -53,7 +53,9 @@ class FolderSource(Source):
             self.class_names = _subfolders(path / "train")
         for class_name in classes:
             if class_name not in self.class_names:
-                raise UserError(f"class folder {self.root / class_name} does not exist in {path / 'train'}: remove it")
+                raise UserError(
+                    f"there is no class folder {class_name} in {path / 'train'}: remove {self.root / class_name}"
+                )
             files = _image_files(self.root, class_name)
             if not files:
                 extensions = " ".join(IMAGE_EXTENSIONS)
@@ -76,7 +78,7 @@ class FolderSource(Source):
     def name(self, index: int) -> str:
         """The file's path, relative to the folder of class folders."""
         # A file name may hold line breaks or bytes that are no text; a message must not.
-        return _one_line(os.fsencode(self.files[index]).decode(errors="backslashreplace"))
+        return one_line(os.fsencode(self.files[index]).decode(errors="backslashreplace"))
 
     def read_into(self, index: int, image: np.ndarray) -> int:
         pixels = read_image(self.root / self.files[index], self.image_size, self.name(index))
@@ -121,10 +123,10 @@ def open_image(file: str | Path | BinaryIO, name: str) -> Iterator[Image.Image]:
     except UnidentifiedImageError:
         raise UnreadableSample(name, "not an image of a known format") from None
     except OSError as error:
-        raise UnreadableSample(name, error.strerror or _one_line(str(error))) from None
+        raise UnreadableSample(name, error.strerror or one_line(str(error))) from None
     except Exception as error:
         # On a broken file Pillow's decoders raise SyntaxError, ValueError, struct.error and more.
-        raise UnreadableSample(name, _one_line(str(error)) or type(error).__name__) from None
+        raise UnreadableSample(name, one_line(str(error)) or type(error).__name__) from None
 
 
 def _split_folder(path: Path, split: str) -> Path:
@@ -168,7 +170,3 @@ def _image_files(root: Path, class_name: str) -> list[str]:
 
 def _raise_user_error(error: OSError) -> NoReturn:
     raise UserError(f"cannot list {error.filename}: {error.strerror}; make it readable or remove it")
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -12,6 +12,7 @@ from unite_fast.data_pipeline.loader import Loader
 from unite_fast.data_pipeline.open_source import detect_source, open_source
 from unite_fast.data_pipeline.shards.source import ShardSource
 from unite_fast.data_pipeline.source import Source, read_readable
+from unite_fast.utils.device import choose_device
 from unite_fast.utils.files import writing
 from unite_fast.utils.images import grid
 
@@ -39,12 +40,13 @@ def inspect_data(
         out.parent.mkdir(parents=True, exist_ok=True)
         grid(images, _COLUMNS).save(out)
     yield f"grid: the first {len(images)} images of a run with seed {seed}, as the model sees them, in {out}"
+    device = choose_device("auto")
     for name in source.loaders:
         if name == "dali" and (reason := dali.missing()):
             yield f"loader dali: {reason}"
             continue
-        yield f"loader {name}: {_throughput(source, name, workers, seconds)}"
-    choice = choose_loader("auto", source, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        yield f"loader {name}: {_throughput(source, name, device, workers, seconds)}"
+    choice = choose_loader("auto", source, device)
     yield f"data.loader=auto chooses {choice.name}: {choice.why}"
 
 
@@ -63,9 +65,8 @@ def _describe_classes(source: Source) -> Iterator[str]:
     yield f"classes: {listed}{more}; {min(counts)} to {max(counts)} images each"
 
 
-def _throughput(source: Source, name: str, workers: int, seconds: float) -> str:
+def _throughput(source: Source, name: str, device: torch.device, workers: int, seconds: float) -> str:
     """Images per second of a loader from the first batch of a run on; starting the workers is not timed."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     choice = choose_loader(name, source, device)
     with Loader(source, min(_BATCH, len(source)), 0, workers, reader=choice.reader) as loader:
         next(loader)

@@ -26,6 +26,11 @@ class UnreadableSample(Exception):
         self.reason = reason
 
 
+def one_line(text: str) -> str:
+    """The words of an error message or a file name, without line breaks."""
+    return " ".join(text.split())
+
+
 class Source(ABC):
     """A fixed, finite list of labelled square images, numbered from 0. docs/adding-a-dataset.md has a small example.
 

@@ -1,10 +1,7 @@
 """Synthetic images for timing: as many as in ImageNet, made from one block of noise, no disk reads."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
-from torch import Tensor
 
 from unite_fast.data_pipeline.source import Source
 from unite_fast.randomness import Philox, Stream
@@ -46,10 +43,3 @@ class SyntheticSource(Source):
     def read_into(self, index: int, image: np.ndarray) -> int:
         image[:] = self.noise[index : index + image.size].reshape(image.shape)
         return index % len(self.class_names)
-
-    def read(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-        indices = torch.as_tensor(indices, dtype=torch.int64)
-        images = np.empty((len(indices), 3, self.image_size, self.image_size), np.uint8)
-        for index, image in zip(indices.tolist(), images, strict=True):
-            self.read_into(index, image)
-        return torch.from_numpy(images), indices % len(self.class_names)

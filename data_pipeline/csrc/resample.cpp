@@ -1,8 +1,8 @@
-// The resizing of 8-bit RGB pictures, bit for bit as Pillow does it: for each pass weights in 22-bit fixed point, sums
-// of products in 32 bits, rounded and clamped to 8. The weights come from images.py.
+// Resizes 8-bit RGB images with Pillow's bits: each pass has weights in 22-bit fixed point and sums products in 32 bits,
+// then rounds and clamps to 8 bits. The weights come from resample.py.
 //
-// Both passes run over long rows of bytes, which a compiler turns into vector instructions: for the pass along a row the
-// picture is turned over its diagonal first.
+// Both passes run over long rows of bytes, which a compiler vectorises. For the pass along the rows, the image is
+// transposed first.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -59,27 +59,27 @@ using Starts = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device:
 using Weights = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Target = nb::ndarray<uint8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
-void check(const Starts &starts, const Weights &weights, size_t wanted, int64_t length) {
-  bool sound = starts.shape(0) == wanted && weights.shape(0) == wanted;
-  for (size_t i = 0; sound && i < wanted; ++i)
-    sound = starts(i) >= 0 && starts(i) + static_cast<int64_t>(weights.shape(1)) <= length;
-  if (!sound) throw std::invalid_argument("weights do not fit the picture");
+void check(const Starts &starts, const Weights &weights, size_t count, int64_t length) {
+  bool valid = starts.shape(0) == count && weights.shape(0) == count;
+  for (size_t i = 0; valid && i < count; ++i)
+    valid = starts(i) >= 0 && starts(i) + static_cast<int64_t>(weights.shape(1)) <= length;
+  if (!valid) throw std::invalid_argument("weights do not fit the image");
 }
 
-// pixels [h, w, 3] -> out [a, b, 3]: first along the rows to b columns, then along those to a rows.
+// pixels [h, w, 3] -> out [a, b, 3]: first the rows to b columns, then the columns to a rows.
 void resample(Pixels pixels, Starts column_starts, Weights column_weights, Starts row_starts, Weights row_weights,
               Target out) {
   const int64_t h = pixels.shape(0), w = pixels.shape(1), a = out.shape(0), b = out.shape(1);
-  if (pixels.shape(2) != 3 || out.shape(2) != 3) throw std::invalid_argument("pictures have three channels");
+  if (pixels.shape(2) != 3 || out.shape(2) != 3) throw std::invalid_argument("images have three channels");
   check(column_starts, column_weights, b, w);
   check(row_starts, row_weights, a, h);
   nb::gil_scoped_release release;
-  std::vector<uint8_t> turned(w * h * 3), narrow(b * h * 3), upright(h * b * 3);
-  transpose(pixels.data(), turned.data(), h, w);
-  weigh_rows(turned.data(), narrow.data(), h * 3, b, column_starts.data(), column_weights.data(),
+  std::vector<uint8_t> transposed(w * h * 3), narrow_transposed(b * h * 3), narrow(h * b * 3);
+  transpose(pixels.data(), transposed.data(), h, w);
+  weigh_rows(transposed.data(), narrow_transposed.data(), h * 3, b, column_starts.data(), column_weights.data(),
              column_weights.shape(1));
-  transpose(narrow.data(), upright.data(), b, h);
-  weigh_rows(upright.data(), out.data(), b * 3, a, row_starts.data(), row_weights.data(), row_weights.shape(1));
+  transpose(narrow_transposed.data(), narrow.data(), b, h);
+  weigh_rows(narrow.data(), out.data(), b * 3, a, row_starts.data(), row_weights.data(), row_weights.shape(1));
 }
 
 }  // namespace

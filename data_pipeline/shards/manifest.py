@@ -7,7 +7,6 @@ sorted listing of the original data, in twelve digits. The index has the format 
 """
 
 import json
-import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from unite_fast.errors import UserError
-from unite_fast.utils.files import writing
+from unite_fast.utils.files import save_text
 
 MANIFEST = "dataset.json"
 FORMATS = ("original", "cropped-jpeg", "raw")
@@ -65,7 +64,7 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     tree = asdict(manifest) | {"samples": manifest.samples, "crop": manifest.crop}
-    write_whole(folder / MANIFEST, json.dumps(tree, indent=1) + "\n")
+    save_text(json.dumps(tree, indent=1) + "\n", folder / MANIFEST)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -143,11 +142,3 @@ def read_index(path: Path) -> Index:
     except ValueError:
         pass
     raise UserError(f"{path} is no index of a shard: restore it, or make the set again")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write to a temporary file and rename it, so that no reader sees half a file."""
-    partial = path.with_name(path.name + ".partial")
-    with writing(path):
-        partial.write_text(text)
-        os.replace(partial, path)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from unite_fast.data_pipeline.image_folder import IMAGE_EXTENSIONS, FolderSource
-from unite_fast.data_pipeline.source import UnreadableSample
+from unite_fast.data_pipeline.source import UnreadableSample, one_line
 from unite_fast.errors import UserError
 from unite_fast.utils.files import writing
 
@@ -179,8 +179,9 @@ def _from_parquet(files: list[Path], staging: Path) -> RawImages:
                 class_names = class_names or _class_names(file.schema_arrow.metadata or {})
                 sizes, file_labels = _stage(file, staging / f"{number:05d}.bin")
         except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are ValueErrors and KeyErrors
-            reason = " ".join(str(error).split())
-            raise UserError(f"cannot read {path}: {reason}; it needs the columns image and label") from None
+            raise UserError(
+                f"cannot read {path}: {one_line(str(error))}; it needs the columns image and label"
+            ) from None
         offsets = np.cumsum([0, *sizes]).tolist()
         places += [(str(staging / f"{number:05d}.bin"), *place) for place in zip(offsets[:-1], sizes, strict=True)]
         names += [f"{path.name}:{row}" for row in range(len(sizes))]

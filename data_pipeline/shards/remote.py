@@ -16,6 +16,7 @@ from torch import Tensor
 
 from unite_fast.data_pipeline.shards.manifest import MANIFEST, Shard, index_path, read_manifest
 from unite_fast.data_pipeline.shards.source import ShardSource
+from unite_fast.data_pipeline.source import one_line
 from unite_fast.errors import UserError
 from unite_fast.randomness import permutation
 from unite_fast.utils.files import writing
@@ -121,7 +122,7 @@ class RemoteShardSource(ShardSource):
                 # An error of the disk has an errno, one of the command has none.
                 if getattr(error, "errno", None) is not None:
                     raise
-                return " ".join(str(error).split())
+                return one_line(str(error))
             size = out.tell()
         if shard is not None and size != shard.bytes:
             return f"it has {size} bytes, the manifest says {shard.bytes}"

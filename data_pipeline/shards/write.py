@@ -29,13 +29,12 @@ from unite_fast.data_pipeline.shards.manifest import (
     index_path,
     read_manifest,
     write_manifest,
-    write_whole,
 )
 from unite_fast.data_pipeline.shards.raw_images import RawImages, find_raw_images
 from unite_fast.data_pipeline.source import UnreadableSample
 from unite_fast.errors import UserError
 from unite_fast.randomness import permutation
-from unite_fast.utils.files import writing
+from unite_fast.utils.files import save_text, writing
 from unite_fast.utils.progress import progress
 
 SKIPPED_LOG = "skipped.log"
@@ -120,7 +119,7 @@ def _begin(out: Path, plan: dict) -> bool:
         raise UserError(f"{out} holds shards of unknown origin: choose another folder")
     if before not in (None, text):
         raise UserError(f"{out} holds shards of other images or settings: use the same ones again, or another folder")
-    write_whole(path, text)
+    save_text(text, path)
     return (out / MANIFEST).exists()
 
 
@@ -194,11 +193,11 @@ def _write_shard(number: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     offsets = np.array(places, dtype=np.int64).reshape(-1, 2, 2)
-    write_whole(index_path(path), Index(np.array(keys), offsets[:, 0], offsets[:, 1], extensions).text())
+    save_text(Index(np.array(keys), offsets[:, 0], offsets[:, 1], extensions).text(), index_path(path))
     os.replace(partial, path)
     shard = Shard(path.name, len(keys), tar.size, tar.digest.hexdigest())
     record = {"shard": asdict(shard), "counts": sorted(counts.items()), "skipped": skipped}
-    write_whole(_record_path(out, number), json.dumps(record))
+    save_text(json.dumps(record), _record_path(out, number))
 
 
 def _record_path(out: Path, number: int) -> Path:
