@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
+from unite_fast.config import DEVICES
 from unite_fast.errors import require, require_choice
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
@@ -24,7 +25,7 @@ def choose_device(name: str) -> torch.device:
     Raises:
         UserError: another name, or no GPU.
     """
-    require_choice("the device", name, ("auto", "cpu", "cuda"))
+    require_choice("the device", name, DEVICES)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     require(name != "cuda" or torch.cuda.is_available(), "the device is cuda, but torch sees no CUDA device here")
@@ -46,7 +47,7 @@ def use_numerics(precision: str, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault(CUBLAS_WORKSPACE, ":4096:8")
         # Our kernels write every element before it is read, so filling new tensors would only cost time.
-        # (Set on the module, which is no attribute to a type checker.)
+        # The type checker does not know this attribute of a module.
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     torch.use_deterministic_algorithms(deterministic)
 

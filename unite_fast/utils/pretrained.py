@@ -33,11 +33,11 @@ class WeightFile:
 
     def named(self, path: str) -> bool:
         """Whether `path` or the environment variable is set; the file may be missing."""
-        return bool(path or os.environ.get(self.variable))
+        return bool(self._setting(path))
 
     def exists(self, path: str) -> bool:
         """Whether the file that `path` or the environment variable names exists."""
-        path = path or os.environ.get(self.variable, "")
+        path = self._setting(path)
         return bool(path) and Path(path).expanduser().is_file()
 
     def path(self, path: str) -> Path:
@@ -46,8 +46,7 @@ class WeightFile:
         Raises:
             UserError: neither is set, or no such file.
         """
-        origin = self._origin(path)
-        path = path or os.environ.get(self.variable, "")
+        origin, path = self._origin(path), self._setting(path)
         if not path:
             raise UserError(
                 f"{self.key} is not set: {self.needed_by} needs {self.source}; "
@@ -97,6 +96,10 @@ class WeightFile:
                     f"{origin}: {name} in {resolved} has shape {actual}, expected {shape} as in {self.source}"
                 )
         return {name: tensors[name] for name in shapes}
+
+    def _setting(self, path: str) -> str:
+        """`path`; if that is empty, the environment variable's."""
+        return path or os.environ.get(self.variable, "")
 
     def _origin(self, path: str) -> str:
         return self.key if path else self.variable
