@@ -3,6 +3,7 @@
 import posixpath
 import re
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -18,13 +19,10 @@ _layout: str | None = None
 
 @event_priority(100)
 def on_config(config):
-    """Lay the package out as it installs, since mkdocstrings reads files: kernels/ and data_pipeline/ go inside."""
+    """Give mkdocstrings, which reads files, a copy of the package laid out as installed."""
     global _layout
     _layout = tempfile.mkdtemp()
-    package = Path(_layout) / "unite_fast"
-    shutil.copytree(ROOT / "unite_fast", package)
-    for part in ("kernels", "data_pipeline"):
-        shutil.copytree(ROOT / part, package / part)
+    subprocess.run([ROOT / ".ci" / "copy-as-installed", _layout], check=True)
     config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [_layout]
     return config
 
