@@ -6,10 +6,11 @@ copies = model.reconstruct(images)
 """
 
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from unite_fast.sampling.pipeline import TrainedUNITE
@@ -28,8 +29,7 @@ def load(path: "str | Path", device: "str | torch.device" = "cpu") -> "TrainedUN
     Raises:
         UserError: no such checkpoint, or one that cannot be read.
     """
-    from unite_fast.sampling.pipeline import (
-        TrainedUNITE,  # imports torch, which takes seconds
-    )
+    # Imported here because it imports torch, which takes seconds.
+    from unite_fast.sampling.pipeline import TrainedUNITE
 
     return TrainedUNITE.load(path, device)
