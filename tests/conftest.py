@@ -1,4 +1,4 @@
-"""What all tests share: one thread, no CUDA test without a CUDA device, a UNITE of toy size, ways to run commands."""
+"""Shared by all tests: one thread, a tiny UNITE, ways to run commands, and no GPU tests without a CUDA device."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Where no GPU can run them, the Triton kernels run in Triton's interpreter. It looks at this when it is imported.
+    # Without a GPU, the Triton kernels run in Triton's interpreter. Triton reads this when it is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
 from unite_fast.cli import main
@@ -33,11 +33,11 @@ from unite_fast.objective import StepDraws, draw_step
 from unite_fast.randomness import NoiseKeys, Philox
 from unite_fast.recipes import from_tree
 
-# Build servers set these, and typer then colours its help even where nobody watches.
+# Build servers set these; typer then colours its help even in a pipe.
 for variable in ("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS"):
     os.environ.pop(variable, None)
 
-# Every size differs from its neighbours, so that a mixed-up dimension cannot pass unnoticed.
+# Sizes that could be swapped differ, so that a swap fails.
 TINY = {
     "name": "tiny",
     "model": {
@@ -52,8 +52,8 @@ TINY = {
     "train": {"batch_size": 6, "steps": 10, "precision": "float32", "compile": False, "device": "cpu"},
 }
 
-# The digits recipe at a size at which a run of twenty steps takes about a second, pictures included. What tests rely on
-# is said here, so that the recipe can change.
+# The digits recipe at a size at which a run of 20 steps takes about a second. It sets everything that tests rely on, so
+# that the recipe can change.
 TINY_RUN = (
     "model.latent_channels=4",
     "model.encoder.width=16",
@@ -84,23 +84,21 @@ TINY_RUN = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tests/gpu")
-    group.addoption(
-        "--gpu-device", default="cuda", choices=("cuda", "cpu"), help="cpu: try the code of tests/gpu there"
-    )
+    group.addoption("--gpu-device", default="cuda", choices=("cuda", "cpu"), help="cpu: run tests/gpu on the CPU")
     group = parser.getgroup("tests/test_torchrun.py")
     group.addoption("--kills", type=int, default=2, help="how often a process of a run is killed (default 2)")
-    group.addoption("--torchrun", action="store_true", help="start runs by the command, not by its agent alone")
+    group.addoption("--torchrun", action="store_true", help="start runs with the command torchrun, not only its agent")
     group = parser.getgroup("tests/training/test_parallelize.py")
-    group.addoption("--every-strategy", action="store_true", help="compare the losses of all ways to share the work")
+    group.addoption("--every-strategy", action="store_true", help="compare the losses of all strategies")
 
 
 def pytest_configure() -> None:
-    # The same split of float sums on every machine, and no crowding where tests run side by side: on a busy two-core
-    # machine, two threads that wait for each other took 17 times the CPU time of one (1.7 s for a toy training step).
+    # Float sums are split alike on every machine, and parallel tests do not compete: on a busy two-core machine, two
+    # threads that wait for each other took 17 times the CPU time of one (1.7 s for a tiny training step).
     torch.set_num_threads(1)
     if not torch.cuda.is_available():
-        # Autograd counts devices at its first backward pass and refuses to be forked if there are any. Fake tensors
-        # make a torch that was built for CUDA believe in one, so that pass must come before them.
+        # At its first backward pass autograd counts devices, and it refuses a later fork if there are any. Fake tensors
+        # show a torch built for CUDA a device, so run a backward pass before them.
         torch.ones(1, requires_grad=True).sum().backward()
 
 
@@ -108,32 +106,32 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False here")
-    tried = Path(__file__).with_name("gpu") if config.getoption("gpu_device") == "cpu" else None
+    on_cpu = Path(__file__).with_name("gpu") if config.getoption("gpu_device") == "cpu" else None
     for item in items:
-        if "gpu" in item.keywords and tried not in item.path.parents:
+        if "gpu" in item.keywords and on_cpu not in item.path.parents:
             item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def triton_interpreter_rounds() -> None:
-    """Triton's interpreter (3.9) cuts float32 off where bfloat16 ends. A GPU rounds to the nearest; so must this."""
+    """Triton's interpreter (3.9) truncates float32 to bfloat16. Round to nearest, as a GPU does."""
     if not backend.interpreted() or backend.why_missing("triton"):
         return
     from triton.runtime import interpreter
 
     convert = interpreter._convert_float
 
-    def rounding(numbers, given, wanted, mode):
-        if (given.name, wanted.name) == ("fp32", "bf16"):
+    def rounding(numbers, source, target, mode):
+        if (source.name, target.name) == ("fp32", "bf16"):
             return torch.tensor(numbers).bfloat16().view(torch.uint16).numpy()
-        return convert(numbers, given, wanted, mode)
+        return convert(numbers, source, target, mode)
 
     interpreter._convert_float = rounding
 
 
 @pytest.fixture(scope="session")
 def drawn_arithmetic() -> Callable[[int], contextlib.AbstractContextManager]:
-    """`with drawn_arithmetic(seed):` draws the luck of float32 arithmetic; see tests/drawn_arithmetic.py."""
+    """`with drawn_arithmetic(seed):` draws summation orders and roundings; see tests/drawn_arithmetic.py."""
     spec = importlib.util.spec_from_file_location("drawn_arithmetic", Path(__file__).with_name("drawn_arithmetic.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -142,20 +140,20 @@ def drawn_arithmetic() -> Callable[[int], contextlib.AbstractContextManager]:
 
 @pytest.fixture(params=[True, False], ids=["bfloat16-products", "float32-products"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """As on a CPU with bfloat16 instructions, and as on one without, whichever this is: gives which."""
+    """Whether the CPU has bfloat16 instructions: runs the test both ways, on any CPU."""
     monkeypatch.setattr(matmul, "bfloat16_instructions", lambda: request.param)
     return request.param
 
 
 @pytest.fixture
 def tiny_config() -> Config:
-    """Every part of UNITE, at a size at which a step takes milliseconds."""
+    """All parts of UNITE, at a size at which a step takes milliseconds."""
     return from_tree(Config, TINY)
 
 
 @pytest.fixture(scope="session")
 def draws_at() -> Callable[..., StepDraws]:
-    """The draws of a step for the samples at some places of the global batch."""
+    """Makes the draws of a step, for samples at given positions of the global batch."""
 
     def draw(config: Config, positions: torch.Tensor, seed: int = 9, step: int = 3) -> StepDraws:
         latents = (config.model.latent_tokens, config.model.latent_channels)
@@ -166,22 +164,22 @@ def draws_at() -> Callable[..., StepDraws]:
 
 @pytest.fixture
 def draws(draws_at, tiny_config: Config) -> StepDraws:
-    """Those of the tiny recipe's batch."""
+    """The draws for the batch of `tiny_config`."""
     return draws_at(tiny_config, torch.arange(tiny_config.train.batch_size))
 
 
 @pytest.fixture(scope="session")
 def with_numbers() -> Callable[[StepDraws, tuple[int, int]], StepDraws]:
-    """The same draws, the noise no longer as keys, for (N, C) latents."""
+    """Returns the same draws with noise tensors in place of keys; the latents are (N, C)."""
 
     def draw(draws: StepDraws, latents: tuple[int, int]) -> StepDraws:
-        def drawn(keys: NoiseKeys, count: int) -> torch.Tensor:
+        def noise(keys: NoiseKeys, count: int) -> torch.Tensor:
             return torch.stack([keys.philox.normal(keys.stream, latents, draw) for draw in range(count)])
 
         return dataclasses.replace(
             draws,
-            decoder_noise=drawn(draws.decoder_noise, 1)[0],
-            flow_noise=drawn(draws.flow_noise, len(draws.flow_time)),
+            decoder_noise=noise(draws.decoder_noise, 1)[0],
+            flow_noise=noise(draws.flow_noise, len(draws.flow_time)),
         )
 
     return draw
@@ -189,8 +187,8 @@ def with_numbers() -> Callable[[StepDraws, tuple[int, int]], StepDraws]:
 
 @pytest.fixture
 def make_model() -> Callable[[ModelConfig], UNITE]:
-    """Makes a model whose parameters are its start values moved by N(0, 0.1): as created, modulation, gates and output
-    are zero, which would hide mistakes."""
+    """Makes a model and adds N(0, 0.1) to its parameters: modulation, gates and output start at zero, which would hide
+    mistakes."""
 
     def make(config: ModelConfig) -> UNITE:
         model = UNITE.create(config, seed=0)
@@ -219,31 +217,31 @@ def forget_registered_sources() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_run() -> tuple[str, ...]:
-    """Arguments of `unite-fast train` for a tiny run; settings may follow that differ."""
+    """Arguments of `unite-fast train` for a tiny run; later settings override them."""
     return TINY_RUN
 
 
 def pattern_of(*tokens: object) -> str:
-    """Matches a text with a line that holds every token as a whole word, in any order."""
+    """A pattern that matches a text if one line contains every token as a whole word, in any order."""
     return "".join(rf"(?=.*(?<![\w-]){re.escape(str(token))}(?!\w))" for token in tokens)
 
 
 @pytest.fixture(scope="session")
 def mentions() -> Callable[..., str]:
-    """`match=mentions("optim.eps", -1)`: a line of the message names key and value, whatever its words."""
+    """`match=mentions("optim.eps", -1)`: a line of the message has key and value, in any wording."""
     return pattern_of
 
 
 @dataclass
 class Ended:
-    """A command that has ended."""
+    """Exit status and output of a command."""
 
     status: int
     out: str
     err: str
 
     def error(self, *tokens: object) -> str:
-        """What a user's mistake must look like: status 2 and one line on stderr, with every token; gives the line."""
+        """Check for a user's mistake: status 2, and one line on stderr with every token. Returns the line."""
         assert self.status == 2, self
         lines = self.err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: "), self.err
@@ -270,7 +268,7 @@ def command(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Ca
 
 @pytest.fixture(scope="session")
 def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished tiny run, to look at and not to change."""
+    """The folder of a finished tiny run. Tests do not change it."""
     from unite_fast.recipes import load_config
     from unite_fast.training.trainer import train
 
@@ -280,7 +278,7 @@ def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Process:
-    """A command in a process of its own."""
+    """A command in its own process."""
 
     def __init__(self, server: subprocess.Popen, arguments: tuple, folder: Path):
         self.server, self.output = server, folder / "output.txt"
@@ -294,7 +292,7 @@ class Process:
         os.kill(self.pid, number)
 
     def wait(self) -> int:
-        """Its exit status; negative: the signal that ended it."""
+        """Wait for the end; returns the exit status, or minus the signal that ended it."""
         status = int(self.server.stdout.readline())
         self.ended = True
         return status
@@ -328,7 +326,7 @@ def process(fork_server: subprocess.Popen, tmp_path: Path) -> Iterator[Callable[
         return started[-1]
 
     yield start
-    # A test that fails half-way leaves its process running.
+    # A failed test leaves its process running.
     for left in started:
         if not left.ended:
             with contextlib.suppress(ProcessLookupError):
@@ -338,8 +336,8 @@ def process(fork_server: subprocess.Popen, tmp_path: Path) -> Iterator[Callable[
 
 @pytest.fixture(scope="session")
 def ranks() -> Callable[..., list]:
-    """Runs function(*arguments) in `world` processes that find each other as torchrun's do, by environment variables,
-    and gives what each returned, rank 0 first. `nodes` of them count as machines."""
+    """Runs function(*arguments) in `world` processes with torchrun's environment variables, as if on `nodes` machines.
+    Returns the results, rank 0 first."""
 
     def run(world: int, function: Callable, *arguments: object, nodes: int = 1, timeout: float = 120) -> list:
         with socket.socket() as free:
@@ -364,7 +362,7 @@ def ranks() -> Callable[..., list]:
         results, failures = [], []
         end = time.monotonic() + timeout
         for rank, (_, here) in enumerate(started):
-            ok, result = (False, "said nothing in time")
+            ok, result = (False, "no result before the timeout")
             with contextlib.suppress(EOFError):
                 if here.poll(max(end - time.monotonic(), 0)):
                     ok, result = here.recv()
@@ -395,7 +393,7 @@ def wait_until() -> Callable[[Callable[[], bool]], None]:
     def wait(condition: Callable[[], bool]) -> None:
         end = time.monotonic() + 60
         while not condition():
-            assert time.monotonic() < end, "what was waited for did not happen within a minute"
+            assert time.monotonic() < end, "the condition did not hold within a minute"
             time.sleep(0.002)
 
     return wait
@@ -403,13 +401,13 @@ def wait_until() -> Callable[[Callable[[], bool]], None]:
 
 @pytest.fixture
 def checkpoint_warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """What was said of damaged checkpoints."""
+    """The warnings about damaged checkpoints."""
     return lambda: [record.getMessage() for record in caplog.records if record.name == "unite_fast.checkpoint"]
 
 
 @pytest.fixture(scope="session")
 def rewrite() -> Callable[[Path, Callable], None]:
-    """Writes a run's newest checkpoint again, changed."""
+    """Changes a run's newest checkpoint."""
     from unite_fast.checkpoint.manager import Checkpoints
     from unite_fast.checkpoint.reader import load_checkpoint
 
@@ -425,7 +423,7 @@ def rewrite() -> Callable[[Path, Callable], None]:
 
 @pytest.fixture(scope="session")
 def assert_same_run() -> Callable[[Path, Path], None]:
-    """Checks that two runs' latest checkpoints and metrics are equal to the last bit, speeds apart."""
+    """Checks that the latest checkpoints and the training metrics of two runs are equal bit for bit."""
     from unite_fast.checkpoint.reader import load_checkpoint
     from unite_fast.training.metrics import training_metrics
     from unite_fast.utils.files import read_rows

@@ -1,4 +1,4 @@
-"""The command line: what it says about itself, what it draws, and what is imported for it."""
+"""The command line: help, images, and what it imports."""
 
 import os
 import re
@@ -23,7 +23,7 @@ COMMANDS = (
 
 @pytest.fixture
 def sample(command, trained_folder, tmp_path, mentions):
-    """Runs `sample` with the trained model and gives the images and labels."""
+    """Runs `sample` with the trained model; returns images and labels."""
 
     def draw(*options: object) -> tuple[np.ndarray, list[int]]:
         out = tmp_path / "drawn.npz"
@@ -36,13 +36,13 @@ def sample(command, trained_folder, tmp_path, mentions):
     return draw
 
 
-def isolated(*arguments: str, folder: object = ".") -> subprocess.CompletedProcess:
-    """A process of its own, with nothing imported."""
+def run_python(*arguments: str, folder: object = ".") -> subprocess.CompletedProcess:
+    """A new Python process."""
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=folder)
 
 
-def test_it_runs_as_a_module_and_says_what_it_can_do(tmp_path):
-    ended = isolated("-m", "unite_fast", "--help", folder=tmp_path)
+def test_it_runs_as_a_module_and_lists_its_commands(tmp_path):
+    ended = run_python("-m", "unite_fast", "--help", folder=tmp_path)
     assert (ended.returncode, ended.stderr) == (0, "")
     for name in COMMANDS:
         assert re.search(rf"\b{name}\b", ended.stdout)
@@ -63,23 +63,23 @@ def test_without_a_command_help_is_shown(command):
 @pytest.mark.parametrize(
     "wrong", [("nonsense",), ("sample",), ("sample", "x", "--nope"), ("sample", "x", "--count", "0")]
 )
-def test_a_wrong_call_has_status_2_and_no_traceback(command, wrong):
+def test_wrong_arguments_have_status_2_and_no_traceback(command, wrong):
     ended = command(*wrong)
     assert ended.status == 2
     assert "Traceback" not in ended.err and "Error" in ended.err
 
 
-def test_importing_the_package_and_asking_for_help_imports_no_torch():
-    """torch takes seconds to import: only who needs it should wait."""
+def test_importing_the_command_line_imports_no_torch():
+    """torch takes seconds to import, and help does not need it."""
     code = "import sys, unite_fast, unite_fast.cli; print([m for m in sys.modules if m.partition('.')[0] in {names}])"
     names = {"torch", "torchvision", "scipy", "sklearn", "matplotlib", "tensorboard"}
-    ended = isolated("-c", code.format(names=names))
+    ended = run_python("-c", code.format(names=names))
     assert (ended.stdout, ended.stderr) == ("[]\n", "")
 
 
 def test_importing_the_data_pipeline_imports_no_library_of_a_single_source():
     code = "import sys, unite_fast.data_pipeline; print([name for name in {names} if name in sys.modules])"
-    ended = isolated("-c", code.format(names=("sklearn", "scipy", "torchvision", "nvidia.dali")))
+    ended = run_python("-c", code.format(names=("sklearn", "scipy", "torchvision", "nvidia.dali")))
     assert (ended.stdout, ended.stderr) == ("[]\n", "")
 
 
@@ -89,7 +89,7 @@ import importlib, pkgutil, sys
 class NoTorchvision:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "torchvision":
-            raise ImportError("torchvision is not here")
+            raise ImportError("no torchvision")
 sys.meta_path.insert(0, NoTorchvision())
 import unite_fast
 for module in pkgutil.walk_packages(unite_fast.__path__, "unite_fast."):
@@ -99,12 +99,12 @@ from unite_fast.cli import main
 sys.argv = ["unite-fast", "train", *sys.argv[1:]]
 main()
 """
-    ended = isolated("-c", code, *tiny_run, "train.steps=1", "train.out=run", folder=tmp_path)
+    ended = run_python("-c", code, *tiny_run, "train.steps=1", "train.out=run", folder=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "run" / "samples.png").exists()
 
 
-def test_train_takes_a_recipe_and_settings_that_differ(command, tiny_run, tmp_path, monkeypatch):
+def test_train_takes_a_recipe_and_settings(command, tiny_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tree = to_tree(load_config("digits", (*tiny_run, "name=mine")))
     (tmp_path / "a=b.yaml").write_text(yaml.safe_dump(tree))
@@ -123,7 +123,7 @@ def test_a_folder_named_like_a_recipe_does_not_hide_it(command, tiny_run, tmp_pa
     assert (tmp_path / "runs" / "digits" / "samples.png").exists()
 
 
-def test_samples_do_not_depend_on_the_batch_but_on_the_seed(sample):
+def test_samples_depend_on_the_seed_and_not_on_the_batch(sample):
     whole, labels = sample("--count", 12)
     assert whole.shape == (12, 8, 8, 3) and whole.dtype == np.uint8
     assert labels == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
@@ -134,7 +134,7 @@ def test_samples_do_not_depend_on_the_batch_but_on_the_seed(sample):
     assert np.array_equal(sample("--count", 5)[0], whole[:5])
 
 
-def test_every_option_of_sampling_counts(sample):
+def test_every_sampling_option_changes_the_images(sample):
     plain, _ = sample("--count", 6)
     assert sample("--count", 3, "--classes", "7,2")[1] == [7, 2, 7]
     for options in (
@@ -147,7 +147,7 @@ def test_every_option_of_sampling_counts(sample):
     ):
         assert not np.array_equal(sample("--count", 6, *options)[0], plain), options
     assert np.array_equal(sample("--count", 6, "--guidance", 8, "--interval", "0.4,0.4")[0], plain)
-    # The recipe's own settings, said aloud.
+    # The recipe's own settings, given as options.
     same = sample("--count", 6, "--solver", "euler", "--steps", 2, "--guidance", 1, "--interval", "0,1")
     assert np.array_equal(same[0], plain)
 
@@ -165,7 +165,7 @@ def test_samples_as_a_grid_and_as_a_folder(command, sample, trained_folder, tmp_
         assert np.array_equal(np.asarray(Image.open(tmp_path / "folder" / name)), image)
 
 
-def test_reconstruct_says_how_well_each_picture_comes_back(command, trained_folder, tmp_path, mentions):
+def test_reconstruct_prints_the_psnr_of_each_image(command, trained_folder, tmp_path, mentions):
     generator = np.random.default_rng(0)
     paths = [tmp_path / f"{name}.png" for name in ("a", "b", "c")]
     for path in paths:
@@ -182,7 +182,7 @@ def test_reconstruct_says_how_well_each_picture_comes_back(command, trained_fold
         assert len(np.unique(np.asarray(picture))) > 20
 
 
-def test_a_name_that_is_no_text_can_be_printed(process, trained_folder, tmp_path):
+def test_a_file_name_that_is_not_unicode_can_be_printed(process, trained_folder, tmp_path):
     path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")
     Image.new("RGB", (9, 9)).save(path)
     running = process("reconstruct", trained_folder, path)
@@ -190,7 +190,7 @@ def test_a_name_that_is_no_text_can_be_printed(process, trained_folder, tmp_path
     assert "\\udcff.png: " in running.printed()
 
 
-def test_info_says_what_a_checkpoint_holds(command, trained_folder):
+def test_info_describes_a_checkpoint(command, trained_folder):
     ended = command("info", trained_folder)
     assert ended.status == 0
     first, second, *settings = ended.out.splitlines()
@@ -199,10 +199,10 @@ def test_info_says_what_a_checkpoint_holds(command, trained_folder):
     assert yaml.safe_load("\n".join(settings)) == yaml.safe_load((trained_folder / "config.yaml").read_text())
 
 
-def test_there_and_back_through_the_authors_format(command, trained_folder, tmp_path):
-    theirs, ours = tmp_path / "theirs.pt", tmp_path / "ours.safetensors"
-    assert command("export-official", trained_folder, theirs).status == 0
-    assert command("import-official", theirs, ours, "--decoder-heads", 1, "--in-context-start", 1).status == 0
+def test_export_official_and_import_official_keep_the_weights(command, trained_folder, tmp_path):
+    official, ours = tmp_path / "official.pt", tmp_path / "ours.safetensors"
+    assert command("export-official", trained_folder, official).status == 0
+    assert command("import-official", official, ours, "--decoder-heads", 1, "--in-context-start", 1).status == 0
     one, other = unite_fast.load(trained_folder), unite_fast.load(ours)
     settings = dict(solver="euler", steps=2, guidance=2.0, interval=(0.0, 1.0))
     assert torch.equal(one.generate([1, 2, 3], **settings), other.generate([1, 2, 3], **settings))

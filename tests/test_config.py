@@ -1,4 +1,4 @@
-"""Recipes: what is accepted, what is refused, and that a refusal names the key."""
+"""Recipes and settings: which are accepted, which refused; a refusal names the key."""
 
 import ast
 import itertools
@@ -19,7 +19,7 @@ from unite_fast.sampling.solvers import RELEASED_SOLVERS
 
 @pytest.fixture
 def recipe(tmp_path):
-    """Writes a recipe and gives its path."""
+    """Writes a recipe; returns its path."""
 
     def write(text: str = "name: mine\n") -> str:
         path = tmp_path / "mine.yaml"
@@ -29,7 +29,7 @@ def recipe(tmp_path):
     return write
 
 
-def test_defaults_are_the_released_recipes():
+def test_defaults_are_those_of_the_released_recipe():
     config = from_tree(Config, {})
     objective, optim = config.objective, config.optim
     assert (config.model.encoder.width, config.model.encoder.in_context_tokens) == (768, 32)
@@ -45,17 +45,28 @@ def test_defaults_are_the_released_recipes():
 
 
 @pytest.mark.parametrize(
+    ("tree", "key", "suggestion", "other"),
+    [
+        ({"trian": {}}, "trian", "train", "model"),
+        ({"train": {"bacth_size": 1}}, "train.bacth_size", "batch_size", "steps"),
+        ({"model": {"encoder": {"widht": 1}}}, "model.encoder.widht", "width", "depth"),
+    ],
+)
+def test_a_misspelt_key_is_refused_with_a_suggestion(tree, key, suggestion, other, mentions):
+    with pytest.raises(UserError, match=mentions(key, suggestion)) as refusal:
+        from_tree(Config, tree)
+    assert other not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
     ("tree", "tokens"),
     [
-        ({"trian": {}}, ("trian", "train")),
-        ({"train": {"bacth_size": 1}}, ("train.bacth_size", "batch_size")),
-        ({"model": {"encoder": {"widht": 1}}}, ("model.encoder.widht", "width")),
         ({"model": {"encoder": {"zzz": 1}}}, ("model.encoder.zzz", "width", "depth")),
         ({"model": {"preset": "B"}}, ("model.preset", "encoder")),
         ({1: 2}, (1, "name", "seed")),
     ],
 )
-def test_an_unknown_key_is_refused_with_a_suggestion(tree, tokens, mentions):
+def test_an_unknown_key_is_refused_with_the_known_keys(tree, tokens, mentions):
     with pytest.raises(UserError, match=mentions(*tokens)):
         from_tree(Config, tree)
 
@@ -154,19 +165,19 @@ def tree_of(key: str, value) -> dict:
         ("sampling.time_shift", 0.0),
         ("schedule.lr_2", float("nan")),
         ("schedule.reference_batch", -1),
-        ("schedule.final_until", 5),  # would never come: there is no first decay
+        ("schedule.final_until", 5),  # has no effect without the first decay
         ("objective.flow_weight", float("inf")),
         ("optim.muon_momentum", 1.0),
         ("optim.adamw_betas", [0.9, 1.0]),
         ("optim.eps", 0.0),
     ],
 )
-def test_an_impossible_value_is_refused_by_name(key, value):
+def test_an_impossible_value_is_refused_with_its_key(key, value):
     with pytest.raises(UserError) as refusal:
         from_tree(Config, tree_of(key, value))
     message = str(refusal.value)
     group, _, name = key.rpartition(".")
-    # A rule over several settings of a group may name the group once.
+    # A rule about several settings of a group may name the group once.
     assert group in message and name in message, message
     assert "\n" not in message
 
@@ -176,7 +187,7 @@ def test_a_decoder_width_without_2d_positions_is_refused(mentions):
         from_tree(DecoderConfig, {"width": 6, "heads": 3})
 
 
-def test_stages_of_the_schedule_must_follow_each_other():
+def test_stages_of_the_schedule_must_be_in_order():
     with pytest.raises(UserError, match="schedule"):
         from_tree(Config, {"schedule": {"warmup_steps": 10, "hold_until": 5, "decay_until": 20}})
 
@@ -204,7 +215,7 @@ def test_a_setting_beside_a_preset_wins_in_either_order(tree):
     assert (config.width, config.depth, config.heads) == (1024, 6, 16)
 
 
-def test_yaml_reads_1e_4_as_text_and_we_as_a_number(recipe):
+def test_1e_4_is_a_number_though_yaml_reads_text(recipe):
     path = recipe("schedule: {lr: 1e-4, lr_2: 3, lr_final: 0.5e-5}\noptim: {adamw_betas: [0, 9e-1]}\n")
     config = load_config(path)
     assert (config.schedule.lr, config.schedule.lr_2, config.schedule.lr_final) == (1e-4, 3.0, 0.5e-5)
@@ -257,7 +268,7 @@ def test_a_malformed_override_is_refused(recipe, override, tokens, mentions):
         ("", ("mine.yaml", "settings")),
     ],
 )
-def test_a_file_that_is_no_recipe_is_refused(recipe, text, tokens, mentions):
+def test_a_file_that_is_not_a_recipe_is_refused(recipe, text, tokens, mentions):
     with pytest.raises(UserError, match=mentions(*tokens)) as refusal:
         load_config(recipe(text))
     assert "\n" not in str(refusal.value)
@@ -270,12 +281,12 @@ def test_a_binary_file_is_refused(tmp_path, mentions):
         load_config(str(path))
 
 
-def test_a_missing_recipe_is_refused_with_the_list_of_those_there_are(mentions):
+def test_a_missing_recipe_is_refused_with_a_list_of_the_recipes(mentions):
     with pytest.raises(UserError, match=mentions("nowhere", "digits", "imagenet256_xl")):
         load_config("nowhere")
 
 
-def test_a_folder_of_the_recipes_name_is_not_taken_for_it(tmp_path, monkeypatch):
+def test_a_folder_named_like_a_recipe_does_not_hide_it(tmp_path, monkeypatch):
     (tmp_path / "digits").mkdir()
     monkeypatch.chdir(tmp_path)
     assert load_config("digits").name == "digits"
@@ -301,22 +312,22 @@ def test_digits_ships_and_is_the_default():
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_every_shipped_recipe_loads_and_bears_its_files_name(name):
+def test_every_shipped_recipe_loads_and_has_its_file_s_name(name):
     assert load_config(name).name == name
 
 
-def test_a_preset_asked_for_on_the_command_line_replaces_the_sizes_of_the_recipe():
+def test_a_preset_on_the_command_line_replaces_the_sizes_of_the_recipe():
     config = load_config("digits", ("model.encoder.preset=L",))
     assert (config.model.encoder.width, config.model.encoder.depth, config.model.encoder.heads) == (1024, 24, 16)
     assert config.model.encoder.in_context_tokens == load_config("digits").model.encoder.in_context_tokens
 
 
-def test_a_preset_that_is_no_name_is_refused(mentions):
+def test_a_preset_that_is_not_a_name_is_refused(mentions):
     with pytest.raises(UserError, match=mentions("model.encoder.preset", "['L']")):
         load_config("digits", ("model.encoder.preset=[L]",))
 
 
-def test_a_range_of_steps_is_no_number_to_the_base_60(tmp_path):
+def test_a_range_of_steps_is_not_a_number_in_base_60(tmp_path):
     recipe = tmp_path / "traced.yaml"
     recipe.write_text("profile: {steps: 10:13}\n")
     for config in (load_config(str(recipe)), load_config("digits", ("profile.steps=10:13",))):
@@ -324,14 +335,14 @@ def test_a_range_of_steps_is_no_number_to_the_base_60(tmp_path):
         assert from_tree(Config, yaml.safe_load(yaml.safe_dump(to_tree(config)))) == config
 
 
-def test_the_ops_know_the_backends_that_settings_can_name():
-    """config.py imports nothing of the kernels, so both list the names."""
+def test_settings_and_kernels_have_the_same_backends():
+    """config.py does not import the kernels, so both list the names."""
     assert backend.NAMES == KERNELS and backend.ATTENTION_NAMES == ATTENTION
     assert tuple(sorted(RELEASED_SOLVERS | {"multistep": None})) == tuple(sorted(SOLVERS))
 
 
-def test_settings_import_nothing_but_errors():
-    """In a process of its own: what tests import does not count."""
+def test_config_imports_only_errors():
+    """In a new process, without the imports of the tests."""
     code = "import sys, unite_fast.config; print(*[name for name in sys.modules if name.partition('.')[0] in MODULES])"
     code = code.replace("MODULES", repr(("unite_fast", "torch", "numpy")))
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

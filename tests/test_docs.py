@@ -1,4 +1,4 @@
-"""The pages name what exists: files, links, commands, options, recipes, settings, the version."""
+"""Everything that the pages name exists: files, links, commands, options, recipes, settings, the version."""
 
 import re
 from pathlib import Path
@@ -13,12 +13,12 @@ from unite_fast.recipes import load_config, to_tree
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
-# Without the log, whose entries name the files of their day.
+# Not the log: its entries name files as of their date.
 PAGES += sorted(path for path in ROOT.glob("docs/**/*.md") if path.name != "LOG.md")
 FILE = re.compile(r"(?:^|[`\s(])((?:unite_fast|kernels|data_pipeline|configs|tests|benchmarks|docs)/[\w./*-]*\w)", re.M)
 PLACEHOLDER = re.compile(r"\b(?!LOG\b)[A-Z]{2,}\b|_[A-Z]{2,}\b|\*")
 EXAMPLE_OP = "scale_shift"
-"""What docs/adding-a-kernel.md builds."""
+"""The op of docs/adding-a-kernel.md."""
 COMMANDS = typer.main.get_command(app).commands
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -29,7 +29,7 @@ def without_blocks(text: str) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """Of a page's headings, as GitHub and MkDocs make them."""
+    """Anchors of a page's headings, as GitHub and MkDocs make them."""
     headings = re.findall(r"^#+ (.+)$", without_blocks(page.read_text()), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -40,8 +40,8 @@ def calls(page: Path) -> list[list[str]]:
     code = re.findall(r"```bash\n(.*?)```", text, re.DOTALL) + re.findall(r"`([^`\n]+)`", without_blocks(text))
     lines = [line.split(" #")[0] for part in code for line in part.replace("\\\n", " ").splitlines()]
     pattern = re.compile(r"(?:^|\s)(?:unite-fast|-m unite_fast)((?:\s+[^\s&|;]+)+)")
-    found = [call.split() for line in lines for call in pattern.findall(line)]
-    return [call for call in found if call[0] != "COMMAND"]
+    split_calls = [call.split() for line in lines for call in pattern.findall(line)]
+    return [call for call in split_calls if call[0] != "COMMAND"]
 
 
 def settings(tree: dict, prefix: str = "") -> set[str]:
@@ -52,7 +52,7 @@ def settings(tree: dict, prefix: str = "") -> set[str]:
     return names
 
 
-def test_there_are_commands_to_check():
+def test_the_pages_have_commands():
     assert sum(len(calls(page)) for page in PAGES) > 50
 
 

@@ -1,4 +1,4 @@
-"""The examples and the code blocks of the docs run; the training loop trains as the trainer does."""
+"""The examples and the code blocks of the docs run; the training loop gives the trainer's weights."""
 
 import ast
 import importlib.util
@@ -63,7 +63,7 @@ def test_latents_are_edited(example, trained_folder, tmp_path, monkeypatch):
 
 
 def test_the_notebook_runs(trained_folder, tmp_path, monkeypatch, capsys):
-    """Its code cells, one after another; a cell that ends in an expression shows it."""
+    """Runs the code cells in order, and collects the values that they show."""
     notebook = json.loads((ROOT / "examples" / "latents.ipynb").read_text())
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
@@ -88,8 +88,8 @@ def test_the_page_on_datasets_is_true(tmp_path, monkeypatch, capsys, forget_regi
     (block,) = re.findall(r"<!-- test -->\n```python\n(.*?)```", page, re.S)
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "adding-a-dataset.md", "exec"), {"__name__": "__main__"})
-    said = capsys.readouterr().out
-    assert re.search(r"shapes: 1000 images of 16 x 16 pixels, 2 classes", said)
-    assert re.search(r"data: 1000 images, source loader", said)
+    output = capsys.readouterr().out
+    assert re.search(r"shapes: 1000 images of 16 x 16 pixels, 2 classes", output)
+    assert re.search(r"data: 1000 images, source loader", output)
     assert sorted(os.listdir(tmp_path)) == ["inspect.png", "runs"]
     assert unite_fast.load(tmp_path / "runs" / "shapes").config.data.source == "shapes"

@@ -1,4 +1,4 @@
-"""The path and its loss, against formulas written out in float64."""
+"""The noise path against its formulas in float64."""
 
 import math
 
@@ -10,7 +10,7 @@ from unite_fast import flow
 from unite_fast.randomness import NoiseKeys, Philox, Stream
 
 FLOAT32_ROUNDING = 1e-6
-"""A few roundings of 6e-8 each, relative."""
+"""Relative error of a few roundings of 6e-8 each."""
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -19,11 +19,11 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def test_shifted_time():
     s = torch.linspace(0, 1, 11)
-    want = [0.5 * x / (1 - 0.5 * x) for x in np.linspace(0, 1, 11)]
-    assert flow.shift_time(s, 0.5).tolist() == pytest.approx(want, rel=FLOAT32_ROUNDING)
+    expected = [0.5 * x / (1 - 0.5 * x) for x in np.linspace(0, 1, 11)]
+    assert flow.shift_time(s, 0.5).tolist() == pytest.approx(expected, rel=FLOAT32_ROUNDING)
 
 
-def test_shift_keeps_ends_and_order_and_is_undone_by_its_inverse():
+def test_the_shift_keeps_ends_and_order_and_has_an_inverse():
     s = torch.linspace(0, 1, 101, dtype=torch.float64)
     t = flow.shift_time(s, 0.5)
     assert (t[0], t[-1]) == (0, 1)
@@ -44,16 +44,16 @@ def test_the_path_runs_from_noise_to_data():
     torch.testing.assert_close(x[0, 2], 0.25 * z[2] + 0.75 * noise[0, 2], rtol=0, atol=4 * FLOAT32_ROUNDING)
 
 
-def test_noise_as_keys_is_the_noise_that_they_stand_for():
+def test_keys_give_the_noise_of_their_draw():
     keys = NoiseKeys(Philox(3, 4, torch.arange(5, 8)), Stream.FLOW_NOISE)
     z, t, gate = normal(3, 2, 4), torch.rand(2, 3), torch.tensor([True, False, True])
-    drawn = torch.stack([keys.philox.normal(Stream.FLOW_NOISE, (2, 4), draw) for draw in range(2)])
+    tensor = torch.stack([keys.philox.normal(Stream.FLOW_NOISE, (2, 4), draw) for draw in range(2)])
     for arguments in ((t,), (t, gate)):
-        made, given = flow.interpolate(z, keys, *arguments), flow.interpolate(z, drawn, *arguments)
-        torch.testing.assert_close(made, given, rtol=0, atol=4 * FLOAT32_ROUNDING)
+        from_keys, from_tensor = flow.interpolate(z, keys, *arguments), flow.interpolate(z, tensor, *arguments)
+        torch.testing.assert_close(from_keys, from_tensor, rtol=0, atol=4 * FLOAT32_ROUNDING)
 
 
-def test_a_shut_gate_lets_no_noise_pass():
+def test_a_closed_gate_passes_no_noise():
     z, noise = normal(2, 3, 4), torch.full((1, 2, 3, 4), math.inf)
     x = flow.interpolate(z, noise, torch.full((1, 2), 0.5), torch.tensor([True, False]))
     assert x[0, 0].isinf().all() and torch.equal(x[0, 1], z[1])

@@ -1,4 +1,4 @@
-"""The launch files and the page that describes them: they parse, they agree, and their commands are ours."""
+"""The launch files and their page: they parse, agree with each other, and call valid commands."""
 
 import re
 import shutil
@@ -22,12 +22,12 @@ PAGE = (DOCS / "multi-node.md").read_text()
 def test_the_slurm_script_is_bash():
     bash = shutil.which("bash")
     if bash is None:
-        pytest.skip("no bash here")
+        pytest.skip("bash is not installed")
     checked = subprocess.run([bash, "-n", SLURM], capture_output=True, text=True)
     assert (checked.returncode, checked.stderr) == (0, "")
 
 
-def test_the_slurm_script_calls_torchrun_as_it_wants_to_be_called():
+def test_the_slurm_script_calls_torchrun_with_valid_options():
     text = SLURM.read_text()
     assert "#SBATCH --signal=USR1@300" in text
     body = text.split('torchrun" ', 1)[1].split("\n}", 1)[0]
@@ -36,13 +36,13 @@ def test_the_slurm_script_calls_torchrun_as_it_wants_to_be_called():
     options = get_args_parser().parse_args(words)
     assert (options.module, options.training_script) == (True, "unite_fast")
     assert {"SIGUSR1", "SIGTERM"} <= set(options.signals_to_handle.split(","))
-    # Before the end of the five minutes of the warning. Also for a torchrun that has no option for it.
+    # Less than the five minutes' warning. A variable, because older versions of torchrun have no option for it.
     assert 30 < int(re.search(r"^export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)$", text, re.MULTILINE)[1]) < 300
     assert options.training_script_args[:2] == ["train", "imagenet256_b"]
     assert options.training_script_args[-1] == "--resume"
 
 
-def test_the_kubernetes_example_is_of_one_piece():
+def test_the_kubernetes_example_is_consistent():
     service, job = yaml.safe_load_all(KUBERNETES.read_text())
     assert (service["kind"], job["kind"]) == ("Service", "Job")
     spec = job["spec"]
@@ -61,8 +61,8 @@ def test_the_kubernetes_example_is_of_one_piece():
     assert pod["subdomain"] == service["metadata"]["name"] and service["spec"]["clusterIP"] == "None"
     assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
     assert service["spec"]["ports"][0]["port"] == container["ports"][0]["containerPort"] == int(port)
-    patience = {entry["name"]: entry["value"] for entry in container["env"]}["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]
-    assert 30 < int(patience) < pod["terminationGracePeriodSeconds"]
+    timeout = {entry["name"]: entry["value"] for entry in container["env"]}["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]
+    assert 30 < int(timeout) < pod["terminationGracePeriodSeconds"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
 
     command, recipe, *settings = options.training_script_args
@@ -75,30 +75,30 @@ def figures(*cells: str) -> list[float]:
 
 
 def test_the_page_s_predictions_are_those_of_plan():
-    """Strategy and passes as they are, figures to a tenth: a small change of the model leaves the page as it is."""
+    """Strategy and passes exactly, figures within a tenth: a small change of the model does not change the page."""
     rows = re.findall(r"^\| `(imagenet256_\w+)` \| (\d+) x 8 (\w+) \| (.*) \|$", PAGE, re.MULTILINE)
     assert {row[0] for row in rows} == {"imagenet256_b", "imagenet256_l", "imagenet256_xl"}
     for recipe, nodes, gpu, rest in rows:
-        found = make_plan(load_config(recipe), Cluster(find_gpu(gpu), int(nodes), 8))
+        plan = make_plan(load_config(recipe), Cluster(find_gpu(gpu), int(nodes), 8))
         strategy, passes, used, largest, rate, mfu, hours, bound = rest.split(" | ")
-        images = found.config.train.steps * 1024
-        assert strategy == found.strategy and passes == f"{found.micro_batch} x {found.micro_steps}"
-        assert int(largest) == found.largest_micro_batch
-        slow, fast = found.slow, found.fast
-        assert figures(used) == pytest.approx([sum(found.memory.values()) / 1e9, found.cluster.gpu.memory], rel=0.1)
+        images = plan.config.train.steps * 1024
+        assert strategy == plan.strategy and passes == f"{plan.micro_batch} x {plan.micro_steps}"
+        assert int(largest) == plan.largest_micro_batch
+        slow, fast = plan.slow, plan.fast
+        assert figures(used) == pytest.approx([sum(plan.memory.values()) / 1e9, plan.cluster.gpu.memory], rel=0.1)
         assert figures(rate) == pytest.approx([slow.images_per_s, fast.images_per_s], rel=0.1)
         assert figures(mfu) == pytest.approx([100 * slow.mfu, 100 * fast.mfu], rel=0.1)
         expected = [images / speed.images_per_s / 3600 for speed in (fast, slow)]
         assert figures(hours) == pytest.approx(expected, rel=0.1, abs=0.5)
-        assert bound == ", ".join(dict.fromkeys((found.fast.bound_by, found.slow.bound_by)))
+        assert bound == ", ".join(dict.fromkeys((plan.fast.bound_by, plan.slow.bound_by)))
 
 
 @pytest.mark.parametrize("recipe", ["imagenet256_b", "imagenet256_l", "imagenet256_xl"])
 @pytest.mark.parametrize("nodes", [1, 4, 16])
-def test_the_recipes_keep_their_batch_on_one_machine_and_on_many(recipe, nodes):
-    found = make_plan(load_config(recipe), Cluster(find_gpu("h100"), nodes, 8))
-    assert found.fits and found.micro_batch * found.micro_steps * 8 * nodes == 1024
-    assert found.micro_batch == min(found.config.train.micro_batch, 1024 // (8 * nodes))
+def test_the_recipes_keep_their_batch_on_any_number_of_machines(recipe, nodes):
+    plan = make_plan(load_config(recipe), Cluster(find_gpu("h100"), nodes, 8))
+    assert plan.fits and plan.micro_batch * plan.micro_steps * 8 * nodes == 1024
+    assert plan.micro_batch == min(plan.config.train.micro_batch, 1024 // (8 * nodes))
 
 
 def test_the_page_names_files_that_exist():
@@ -108,7 +108,7 @@ def test_the_page_names_files_that_exist():
 
 @pytest.mark.parametrize(("ends", "signalled", "succeeds"), [("finished", False, True), ("stopped", True, False)])
 def test_a_pod_succeeds_only_when_the_run_has_finished(ends, signalled, succeeds, tmp_path):
-    """With a program in torchrun's place, which writes the status that a run would."""
+    """A script in place of torchrun writes the status of a run."""
     *_, job = yaml.safe_load_all(KUBERNETES.read_text())
     script = job["spec"]["template"]["spec"]["containers"][0]["command"][2]
     status = tmp_path / "status"

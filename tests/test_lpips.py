@@ -1,4 +1,4 @@
-"""LPIPS against a float64 reference written from the papers, on weights made here; its masks; its errors."""
+"""LPIPS against a float64 reference written from the papers, with random weights; dropout masks; errors."""
 
 import hashlib
 import math
@@ -21,8 +21,8 @@ MASK_SHAPES = tap_shapes(32, 32)
 # Bounds on |actual - float64 reference| / |float64 reference|, both 2-norms, and the largest measured.
 FLOAT64 = 1e-12  # 7e-16 for the value, 2e-14 for the gradient
 FLOAT32_VALUE = 2e-6  # 3e-7
-# The gradient jumps where a ReLU or a pooling switches, and rounding makes one of 10^6 activations switch now and then:
-# 7e-6 where none does, 5e-3 where one did. That the gradient is right is shown in float64.
+# The gradient jumps where a ReLU or a pooling switches, and rounding sometimes switches one of 10^6 activations:
+# measured 7e-6 without a switch, 5e-3 with one. The float64 test shows that the gradient is right.
 FLOAT32_GRADIENT = 0.02
 BFLOAT16_VALUE = 0.01  # 1.3e-3; one rounding to 8 bits is at most 4e-3
 
@@ -76,7 +76,7 @@ def _reference(
     """LPIPS in float64, [B], from configuration D of arXiv 1409.1556 and equation 1 of arXiv 1801.03924."""
 
     def features(pixels: Tensor) -> list[Tensor]:
-        # Rounded to float32 first, as every implementation has them.
+        # Float32 constants, as in every implementation.
         mean = torch.tensor([-0.030, -0.088, -0.188]).double().view(1, 3, 1, 1)
         deviation = torch.tensor([0.458, 0.448, 0.450]).double().view(1, 3, 1, 1)
         h = pixels.double() * 2 - 1 if signed else pixels.double()
@@ -134,7 +134,7 @@ def test_value_and_gradient_match_float64(vgg, linear, image, recon, input_range
         assert target.grad is None
 
 
-def test_a_size_that_no_pooling_divides(vgg, linear, lpips):
+def test_sides_that_are_not_multiples_of_16(vgg, linear, lpips):
     image, recon = torch.rand(1, 3, 37, 51), torch.rand(1, 3, 37, 51)
     masks = dropout_masks(_philox([0]), tap_shapes(37, 51))
     expected = _reference(vgg, linear, image, recon, masks=masks)
@@ -158,7 +158,7 @@ def test_dead_features_give_finite_gradients(linear, image, recon):
     assert torch.equal(recon.grad, torch.zeros_like(recon))
 
 
-def test_it_is_frozen_and_has_no_training_mode(lpips, image, recon):
+def test_it_is_frozen_and_always_in_evaluation_mode(lpips, image, recon):
     before = lpips(image, recon)
     lpips.train()
     assert not any(module.training for module in lpips.modules())
@@ -176,7 +176,7 @@ def test_bfloat16_autocast(vgg, linear, lpips, image, recon):
     _assert_close("value", distance, _reference(vgg, linear, image, recon), BFLOAT16_VALUE)
 
 
-def test_one_graph_for_the_compiler(lpips, image, recon):
+def test_it_compiles_to_one_graph(lpips, image, recon):
     """No graph break, forward or backward, and the in-place ReLUs survive functionalisation."""
     compiled = torch.compile(lpips.forward, fullgraph=True, backend="aot_eager")
     masks = dropout_masks(_philox([0, 1, 2, 3]), SHAPES)
@@ -199,7 +199,7 @@ def test_one_graph_for_the_compiler(lpips, image, recon):
     ],
     ids=["different", "one channel", "no batch", "small", "four masks"],
 )
-def test_wrong_inputs(lpips, image_shape, recon_shape, masks):
+def test_wrong_inputs_are_refused(lpips, image_shape, recon_shape, masks):
     with pytest.raises(ValueError, match=r"3, H, W|16 pixels|5 tensors"):
         lpips(torch.zeros(image_shape), torch.zeros(recon_shape), masks)
 
@@ -223,10 +223,10 @@ def test_masks_keep_half():
     masks = dropout_masks(_philox(list(range(8))), MASK_SHAPES)
     for layer, mask in enumerate(masks):
         assert set(mask.unique().tolist()) == {0, 2}
-        # Five standard deviations of a fair coin's mean; the draws are fixed, so this cannot flicker.
+        # Five standard deviations of the mean of a fair coin. The draws are fixed.
         bound = 5 / math.sqrt(mask.numel())
         assert abs(mask.double().mean().item() - 1) < bound, f"layer {layer}"
-        # No bit of the words is favoured: each of the 32 sees the same share of channels.
+        # Each of the 32 bits of the words is set equally often.
         by_bit = mask.double().permute(0, 2, 3, 1).reshape(-1, 32).mean(0)
         assert (by_bit - 1).abs().max() < bound * math.sqrt(32), f"layer {layer}"
 
@@ -243,7 +243,7 @@ def test_masks_depend_on_seed_step_position_and_layer_only():
     assert not torch.equal(*same_shape)
 
 
-def test_distance_with_masks_is_the_same_in_parts(lpips, image, recon):
+def test_distance_with_masks_does_not_depend_on_the_batch(lpips, image, recon):
     whole = lpips(image, recon, dropout_masks(_philox([0, 1, 2, 3]), SHAPES))
     parts = [
         lpips(image[i : i + 2], recon[i : i + 2], dropout_masks(_philox([i, i + 1]), SHAPES)) for i in range(0, 4, 2)
@@ -311,8 +311,8 @@ def files(tmp_path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_load(tmp_path, monkeypatch, vgg, linear, lpips, image, recon, zipped):
-    """Paths by configuration and by environment; both formats, since the published files are older than torch 1.6."""
+def test_weights_are_loaded(tmp_path, monkeypatch, vgg, linear, lpips, image, recon, zipped):
+    """Paths from settings and from the environment; both formats, since the published files predate torch 1.6."""
     vgg_path, linear_path = tmp_path / "vgg16.pth", tmp_path / "linear.pth"
     classifier = {"classifier.0.weight": torch.ones(2, 2)}
     torch.save({**vgg, **classifier}, vgg_path, _use_new_zipfile_serialization=zipped)
@@ -339,7 +339,7 @@ def _error(config: PerceptualConfig) -> str:
     return message
 
 
-def test_path_unset(files):
+def test_an_unset_path_is_refused(files):
     message = _error(PerceptualConfig(weight=1.0))
     for part in ("perceptual.vgg_path", "vgg16-397923af.pth", "UNITE_FAST_VGG16"):
         assert part in message
@@ -348,7 +348,7 @@ def test_path_unset(files):
         assert part in message
 
 
-def test_file_missing(files, tmp_path, monkeypatch):
+def test_a_missing_file_is_named(files, tmp_path, monkeypatch):
     absent = str(tmp_path / "absent.pth")
     message = _error(_config(*files, vgg_path=absent))
     assert message.startswith("perceptual.vgg_path:") and absent in message and "vgg16-397923af.pth" in message
@@ -356,8 +356,8 @@ def test_file_missing(files, tmp_path, monkeypatch):
     assert _error(_config(*files, lpips_path="")).startswith("UNITE_FAST_LPIPS:")
 
 
-def test_wrong_size(files):
-    """The published digests stand for files of a known size, which is quicker to compare."""
+def test_a_wrong_size_is_refused(files):
+    """With a published digest the size is checked first, which is faster."""
     size = files[0].stat().st_size
     message = _error(_config(*files, vgg_sha256=PerceptualConfig().vgg_sha256))
     for part in (f"{size} bytes", "553433881", "truncated", "perceptual.vgg_sha256"):
@@ -366,7 +366,7 @@ def test_wrong_size(files):
     assert "7289" in _error(_config(*files, lpips_sha256=PerceptualConfig().lpips_sha256))
 
 
-def test_wrong_digest(files):
+def test_a_wrong_digest_is_refused(files):
     digest = _sha256(files[1])
     message = _error(_config(*files, lpips_sha256="0123456789abcdef"))
     for part in (digest, "0123456789abcdef", "perceptual.lpips_sha256"):
@@ -374,23 +374,23 @@ def test_wrong_digest(files):
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"PK\x03\x04 cut off"], ids=["empty", "page", "cut zip"])
-def test_no_torch_file(files, content):
+def test_a_file_that_torch_did_not_save_is_refused(files, content):
     files[0].write_bytes(content)
     assert "torch.save" in _error(_config(*files))
 
 
-def test_no_dictionary(files):
+def test_a_file_without_named_tensors_is_refused(files):
     torch.save([torch.zeros(2)], files[1])
     assert "holds a list" in _error(_config(*files))
 
 
-def test_no_code_is_run(files):
-    """A pickle that names a function is refused, not obeyed."""
+def test_a_pickle_that_runs_code_is_refused(files):
+    """The pickle names a function."""
     torch.save({"features.0.weight": print}, files[0])
     assert "torch.save" in _error(_config(*files))
 
 
-def test_missing_tensor(files):
+def test_a_missing_tensor_is_named(files):
     torch.save({**_tiny(VGG_SHAPES), "features.28.bias": None}, files[0])
     assert "has no tensor features.28.bias" in _error(_config(*files))
     torch.save({"lin0": torch.zeros(1)}, files[1])
@@ -399,7 +399,7 @@ def test_missing_tensor(files):
     assert "has no tensor lin0.model.1.weight" in _error(_config(*files))
 
 
-def test_wrong_shape(files):
+def test_a_wrong_shape_is_named(files):
     torch.save({**_tiny(LINEAR_SHAPES), "lin3.model.1.weight": torch.zeros(1, 256, 1, 1)}, files[1])
     message = _error(_config(*files))
     for part in ("lin3.model.1.weight", "(1, 256, 1, 1)", "(1, 512, 1, 1)"):
@@ -417,6 +417,6 @@ def test_wrong_shape(files):
         ("input_range", "0..1"),
     ],
 )
-def test_wrong_settings(field, value):
+def test_invalid_settings_are_refused(field, value):
     with pytest.raises(UserError, match=f"perceptual.{field}"):
         PerceptualConfig(**{field: value})

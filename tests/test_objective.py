@@ -1,4 +1,4 @@
-"""The draws of a step: their shapes, distributions, and what they do not depend on."""
+"""The draws of a step: shapes, distributions, independence of the micro-batch."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from unite_fast.objective import StepDraws, draw_step
 from unite_fast.randomness import Philox
 
 SIGMAS = 5
-"""Of an estimate from a fixed seed: a fault moves it by far more, chance passes it once in 1.7 million."""
+"""Bound on an estimate from a fixed seed. A fault exceeds it by far; chance would once in 1.7 million."""
 
 BATCH = 6
 
@@ -66,7 +66,7 @@ def test_distributions_of_the_draws(with_numbers):
         assert_mean(s.logit().square(), 1, math.sqrt(2))
 
 
-def test_no_two_draws_share_their_numbers(with_numbers):
+def test_draws_are_uncorrelated(with_numbers):
     draws = with_numbers(draw_step(ObjectiveConfig(), Philox(1, 2, torch.arange(1000)), (1, 1)), (1, 1))
     columns = [draws.registers, draws.decoder_noise, *draws.flow_noise, draws.recon_time, draws.decoder_noise_time]
     columns += [*draws.flow_time, draws.decoder_noise_mask, *draws.label_drop]
@@ -83,7 +83,7 @@ def test_mean_and_deviation_of_the_times_are_settings():
 
 
 @pytest.mark.parametrize(("probability", "share"), [(0.0, 0), (1.0, BATCH)])
-def test_probabilities_of_0_and_1_are_never_and_always(probability, share):
+def test_probability_0_is_never_and_1_is_always(probability, share):
     config = ObjectiveConfig(decoder_noise_probability=probability, label_drop=probability)
     draws = draw_step(config, Philox(1, 2, torch.arange(BATCH)), (1, 1))
     assert draws.decoder_noise_mask.sum() == share

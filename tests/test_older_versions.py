@@ -1,4 +1,4 @@
-"""Files that version 0.1 wrote: a run folder, an exported model, half a generation."""
+"""Read files of version 0.1: a run folder, an exported model, an interrupted generation."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ TINY = (
 WEIGHTS = "d765ee369193bb5d621c4249cda671e7afa468089e49400c10a63386d3696197"
 """SHA-256 of the averaged weights, as version 0.1 computed it."""
 LOSSES = {"l1": 0.5448799431324005, "flow": 1.644769012928009, "grad_norm": 1.6191290616989136}
-"""Of step 6, when version 0.1 resumed the run."""
+"""At step 6, after version 0.1 resumed the run."""
 
 
 @pytest.mark.parametrize("name", ["run", "run/checkpoints/step_00000004", "model.safetensors"])
@@ -45,14 +45,14 @@ def test_a_run_resumes(command, tmp_path):
     assert {name: rows[-1][name] for name in LOSSES} == pytest.approx(LOSSES, rel=1e-4)
 
 
-def test_half_a_generation_is_finished(command, tmp_path):
+def test_an_interrupted_generation_is_finished(command, tmp_path):
     out = tmp_path / "generation.npz"
     parts = tmp_path / "generation.npz.parts"
     shutil.copytree(FILES / "generation.npz.parts", parts)
     manifest = json.loads((parts / "generation.json").read_text())
     manifest["torch"] = torch.__version__  # another version of torch is refused, since its images may differ
     (parts / "generation.json").write_text(json.dumps(manifest))
-    # A batch drawn again would overwrite this.
+    # A batch generated again would overwrite this.
     marked = bytearray((parts / "batch_00000000.uint8").read_bytes())
     marked[0] ^= 0xFF
     (parts / "batch_00000000.uint8").write_bytes(marked)

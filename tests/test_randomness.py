@@ -1,4 +1,4 @@
-"""Philox against its published answers and plain-integer arithmetic; the draws against numpy in float64."""
+"""Philox against its published answers and integer arithmetic; draws against numpy in float64."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ KNOWN_ANSWERS = (
     ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
 )
 
-# Of an estimate from a fixed seed: a fault moves it by far more, chance passes it once in 1.7 million.
+# Bound on an estimate from a fixed seed. A fault exceeds it by far; chance would once in 1.7 million.
 SIGMAS = 5
 
 WORD = 2**32 - 1
@@ -28,7 +28,7 @@ def words_of(text: str) -> list[int]:
 
 
 def philox_by_integers(counter: list[int], key: list[int]) -> list[int]:
-    """The paper's round, in Python's own integers."""
+    """The paper's rounds, in Python integers."""
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(10):
         product_0, product_1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
@@ -38,14 +38,14 @@ def philox_by_integers(counter: list[int], key: list[int]) -> list[int]:
 
 
 class FixedWords(Philox):
-    """Draws made of given words."""
+    """Draws from fixed words."""
 
     def _words(self, stream, elements, draw):
         return torch.tensor([[0, 0, WORD, WORD, 0, WORD, WORD, 0]])[:, :elements]
 
 
 @pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
-def test_published_answers_of_philox4x32_10(counter, key, answer):
+def test_philox4x32_10_gives_the_published_answers(counter, key, answer):
     words = philox4x32(torch.tensor([words_of(counter)]), tuple(words_of(key)))
     assert words.tolist() == [words_of(answer)]
 
@@ -55,15 +55,15 @@ def test_the_counter_holds_element_position_step_stream_and_draw(seed, step, dra
     positions = [0, 3, WORD]
     got = Philox(seed, step, torch.tensor(positions)).words(Stream.FLOW_NOISE, (2, 3), draw)
     for position, words in zip(positions, got.flatten(1).tolist(), strict=True):
-        want = []
+        expected = []
         for block in range(2):
             counter = [block, position, step, Stream.FLOW_NOISE * 2**16 + draw]
-            want += philox_by_integers(counter, [seed & WORD, seed >> 32])
-        assert words == want[:6]
+            expected += philox_by_integers(counter, [seed & WORD, seed >> 32])
+        assert words == expected[:6]
 
 
-def test_numbers_of_the_streams_never_change():
-    """They are part of the definition of a run."""
+def test_the_numbers_of_streams_never_change():
+    """They are part of a run's definition."""
     names = (
         "REGISTERS RECON_TIME DECODER_NOISE_MASK DECODER_NOISE DECODER_NOISE_TIME FLOW_TIME FLOW_NOISE LABEL_DROP FLIP "
         "LPIPS_DROPOUT SAMPLE_NOISE EPOCH_ORDER"
@@ -72,7 +72,7 @@ def test_numbers_of_the_streams_never_change():
     assert sorted(Stream) == list(range(len(Stream)))
 
 
-def test_a_uniform_never_is_0_or_1():
+def test_a_uniform_is_never_0_or_1():
     uniform = FixedWords(0, 0, torch.tensor([0])).uniform(Stream.FLIP, (8,))
     assert uniform.dtype == torch.float32
     assert uniform.unique().tolist() == [2.0**-24, 1 - 2.0**-24]
@@ -85,18 +85,18 @@ def test_normals_of_extreme_words_are_finite():
     assert normal.abs().max() < 6.8  # sqrt(-2 log 2^-33)
 
 
-@pytest.mark.parametrize("body", ["reference", "auto"])
-def test_normals_are_those_of_box_and_muller_in_float64(body):
+@pytest.mark.parametrize("name", ["reference", "auto"])
+def test_normals_agree_with_box_muller_in_float64(name):
     philox = Philox(5, 6, torch.arange(7))
-    with backend.using(body):
+    with backend.using(name):
         got = philox.normal(Stream.REGISTERS, (33, 3)).flatten(1).numpy()
-    words = philox.words(Stream.REGISTERS, (100,)).numpy().astype(np.float64)  # 99, filled up to whole blocks
+    words = philox.words(Stream.REGISTERS, (100,)).numpy().astype(np.float64)  # 99, padded to whole blocks
     radius = np.sqrt(-2 * np.log((words[:, 0::2] + 0.5) / 2**32))
     angle = 2 * np.pi * words[:, 1::2] / 2**32
-    want = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1).reshape(7, 100)[:, :99]
-    units = np.abs(got - want) / np.spacing(np.abs(want).astype(np.float32))
+    expected = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1).reshape(7, 100)[:, :99]
+    units = np.abs(got - expected) / np.spacing(np.abs(expected).astype(np.float32))
     assert got.dtype == np.float32
-    # Half a unit is the one rounding to float32; the rest is for float64 functions of another library.
+    # Half a unit for rounding to float32; the rest because another library computed the float64 functions.
     assert units.max() < 0.5 + 1e-6
 
 
@@ -108,7 +108,7 @@ def test_normals_are_those_of_box_and_muller_in_float64(body):
         ("uniform", {1: (1 / 2, 1 / 12), 2: (1 / 3, 4 / 45), 3: (1 / 4, 9 / 112)}),
     ],
 )
-def test_moments(kind, moments):
+def test_moments_of_the_draws(kind, moments):
     philox = Philox(11, 0, torch.arange(200))
     x = getattr(philox, kind)(Stream.FLOW_NOISE, (1000,)).double()
     for order, (mean, variance) in moments.items():
@@ -123,7 +123,7 @@ def test_neighbouring_samples_and_elements_are_uncorrelated(axis):
 
 
 @pytest.mark.parametrize("kind", ["words", "uniform", "normal"])
-def test_a_draw_does_not_depend_on_the_batch_it_is_in(kind):
+def test_a_draw_does_not_depend_on_its_batch(kind):
     def draw(positions):
         return getattr(Philox(3, 4, positions), kind)(Stream.FLOW_NOISE, (5, 3), 1)
 
@@ -139,7 +139,7 @@ def test_more_elements_do_not_change_the_first_ones():
 
 
 @pytest.mark.parametrize("kind", ["words", "uniform", "normal"])
-def test_a_range_of_draws_is_one_draw_after_the_other(kind):
+def test_a_range_of_draws_is_a_stack_of_draws(kind):
     draw = getattr(Philox(2**63 + 5, 7, torch.tensor([9, 2**31 + 1])), kind)
     got = draw(Stream.FLOW_TIME, (3,), range(2, 5))
     assert torch.equal(got, torch.stack([draw(Stream.FLOW_TIME, (3,), f) for f in (2, 3, 4)]))
@@ -158,7 +158,7 @@ def test_a_range_of_draws_is_one_draw_after_the_other(kind):
         (Philox(0, 0, torch.arange(1)), -1),
     ],
 )
-def test_keys_out_of_range(philox, draw):
+def test_keys_out_of_range_are_refused(philox, draw):
     with pytest.raises(ValueError, match="Philox: "):
         philox.uniform(Stream.FLIP, draw=draw)
 
@@ -180,7 +180,7 @@ def test_streams_draws_steps_seeds_and_samples_differ():
         assert not (a == b).any()
 
 
-def test_a_scalar_draw_has_one_number_a_sample():
+def test_a_scalar_draw_has_one_number_per_sample():
     philox = Philox(0, 0, torch.arange(3))
     assert philox.uniform(Stream.RECON_TIME).shape == (3,)
     assert philox.normal(Stream.FLOW_TIME).shape == (3,)
@@ -199,7 +199,7 @@ def test_epochs_and_seeds_differ_and_repeat():
     assert torch.equal(orders[1], permutation(0, 1, 100))
 
 
-def test_every_sample_is_as_likely_at_every_place():
+def test_every_sample_is_equally_likely_at_every_position():
     orders = torch.stack([permutation(0, epoch, 5) for epoch in range(1000)])
     counts = torch.stack([(orders == sample).sum(0) for sample in range(5)])
     assert (counts - 200).abs().max() < SIGMAS * math.sqrt(1000 * 0.2 * 0.8)

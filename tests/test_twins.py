@@ -1,4 +1,4 @@
-"""Every source file has a test of its own name, or a line here that says which tests cover it."""
+"""Every source file has a test file of the same name, or a line here with the tests that cover it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`unite-fast bench`: the real trainer, timed, and nothing left behind but a row of a table."""
+"""`unite-fast bench` times the real trainer, and leaves only a row of a table."""
 
 import csv
 import json
@@ -22,8 +22,8 @@ from unite_fast.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
-def places(tmp_path, monkeypatch):
-    """The current folder, and one for temporary files, which must be empty in the end."""
+def folders(tmp_path, monkeypatch):
+    """The current folder, and one for temporary files, which must be empty at the end."""
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     (tmp_path / "here").mkdir()
@@ -38,7 +38,7 @@ def places(tmp_path, monkeypatch):
 
 @pytest.fixture
 def bench(command, tiny_run):
-    """Runs it on the tiny recipe and gives the object that it prints."""
+    """Runs it on the tiny recipe; returns the JSON that it prints."""
 
     def run(*arguments: object) -> dict:
         ended = command("bench", "digits", *tiny_run, "--json", "--warmup", 2, "--steps", 5, *arguments)
@@ -53,7 +53,7 @@ def rows(path="runs/bench.csv"):
         return list(csv.DictReader(file))
 
 
-def test_what_it_tells(bench, monkeypatch):
+def test_a_row_has_every_figure(bench, monkeypatch):
     steps = []
     take = Trainer.step
 
@@ -62,31 +62,31 @@ def test_what_it_tells(bench, monkeypatch):
         return take(trainer, batch)
 
     monkeypatch.setattr(Trainer, "step", counted)
-    found = bench("train.micro_batch=4")
+    row = bench("train.micro_batch=4")
     assert len(steps) == 7 and {step[:2] for step in steps} == {((8, 3, 8, 8), "synthetic")}
     assert steps[0][2].startswith(tempfile.tempdir)
-    assert (found["batch_size"], found["micro_batch"], found["steps"], found["gpus"]) == (8, 4, 5, 1)
-    assert found["images_per_s"] == pytest.approx(8e3 / found["step_ms"])
-    assert found["images_per_s_slow"] <= found["images_per_s"] <= found["images_per_s_fast"]
-    parts = sum(found[f"{part}_ms"] for part in figures.PARTS)
-    assert parts == pytest.approx(8e3 / found["images_per_s_mean"], rel=1e-6), "parts are the whole"
-    assert found["forward_ms"] > 0 and found["backward_ms"] > 0 and found["optimizer_ms"] > 0
-    each = flops.image_flops(load_config("digits", tuple(found["settings"].split()))) / 1e9
-    assert found["gflop_per_image"] == pytest.approx(each)
-    share = each * found["images_per_s"] / (found["product_tflops"] * 1e3)
-    assert found["mfu_of_product"] == pytest.approx(share)
-    assert found["datasheet_tflops"] is found["mfu_of_datasheet"] is found["predicted_images_per_s_fast"] is None
-    assert "not in the table" in found["why_no_prediction"]
-    assert found["released_images_per_s_per_gpu"] is None and found["bad_step"] is None
-    assert found["memory_gb"] > 0.05 and found["first_step_s"] > 0 and found["data_wait_share"] < 0.5
-    assert found["torch"] == torch.__version__ and found["lpips"] == "off" and found["strategy"] == "none"
-    assert found["card"] and found["commit"] and found["date"].endswith("Z")
-    # The same in the table, and nothing else in this folder.
-    assert [row["images_per_s"] for row in rows()] == [str(found["images_per_s"])]
+    assert (row["batch_size"], row["micro_batch"], row["steps"], row["gpus"]) == (8, 4, 5, 1)
+    assert row["images_per_s"] == pytest.approx(8e3 / row["step_ms"])
+    assert row["images_per_s_slow"] <= row["images_per_s"] <= row["images_per_s_fast"]
+    parts = sum(row[f"{part}_ms"] for part in figures.PARTS)
+    assert parts == pytest.approx(8e3 / row["images_per_s_mean"], rel=1e-6), "the parts add up to the step"
+    assert row["forward_ms"] > 0 and row["backward_ms"] > 0 and row["optimizer_ms"] > 0
+    each = flops.image_flops(load_config("digits", tuple(row["settings"].split()))) / 1e9
+    assert row["gflop_per_image"] == pytest.approx(each)
+    share = each * row["images_per_s"] / (row["product_tflops"] * 1e3)
+    assert row["mfu_of_product"] == pytest.approx(share)
+    assert row["datasheet_tflops"] is row["mfu_of_datasheet"] is row["predicted_images_per_s_fast"] is None
+    assert "not in the table" in row["why_no_prediction"]
+    assert row["released_images_per_s_per_gpu"] is None and row["bad_step"] is None
+    assert row["memory_gb"] > 0.05 and row["first_step_s"] > 0 and row["data_wait_share"] < 0.5
+    assert row["torch"] == torch.__version__ and row["lpips"] == "off" and row["strategy"] == "none"
+    assert row["card"] and row["commit"] and row["date"].endswith("Z")
+    # The table has the same figures, and this folder nothing else.
+    assert [written["images_per_s"] for written in rows()] == [str(row["images_per_s"])]
     assert os.listdir() == ["runs"] and set(os.listdir("runs")) == {"bench.csv", ".bench.csv.lock"}
 
 
-def test_what_compiles_is_timed_apart(bench, monkeypatch):
+def test_the_first_step_is_not_timed_with_the_others(bench, monkeypatch):
     take, seconds = Trainer.step, [2.0]
 
     def slow_at_first(trainer, batch):
@@ -94,24 +94,24 @@ def test_what_compiles_is_timed_apart(bench, monkeypatch):
         return take(trainer, batch)
 
     monkeypatch.setattr(Trainer, "step", slow_at_first)
-    found = bench()
-    assert found["first_step_s"] > 2
-    assert 5 * 8 / found["images_per_s_mean"] < 2, "the timed steps alone"
-    assert sum(found[f"{part}_ms"] for part in figures.PARTS) < 2e3 / 5
+    row = bench()
+    assert row["first_step_s"] > 2
+    assert 5 * 8 / row["images_per_s_mean"] < 2, "without the first step"
+    assert sum(row[f"{part}_ms"] for part in figures.PARTS) < 2e3 / 5
 
 
-def test_a_recipe_that_evaluates_needs_nothing_for_it(bench, monkeypatch):
+def test_a_recipe_that_evaluates_needs_no_inception_weights(bench, monkeypatch):
     monkeypatch.delenv("UNITE_FAST_INCEPTION", raising=False)
-    found = bench("train.evaluate_every=1", "evaluation.features=inception", "train.picture_every=1", "--csv", "")
-    assert found["steps"] == 5 and os.listdir() == []
+    row = bench("train.evaluate_every=1", "evaluation.features=inception", "train.picture_every=1", "--csv", "")
+    assert row["steps"] == 5 and os.listdir() == []
 
 
-def test_words_a_second_row_and_a_picture(command, tiny_run):
+def test_text_a_second_row_and_a_plot(command, tiny_run):
     for arguments in (("--steps", 3), ("--steps", 3, "--profile", "--plot", "plot.png")):
         ended = command("bench", "digits", *tiny_run, "--warmup", 1, *arguments)
         assert ended.status == 0, ended.err
     assert "images/s" in ended.out and "aten::" in ended.out and "MFU" in ended.out
-    assert "first step" in ended.err, "progress, in a pipe too"
+    assert "first step" in ended.err, "progress is printed in a pipe too"
     assert len(rows()) == 2
     with Image.open("plot.png") as picture:
         assert picture.size[0] > 100
@@ -120,7 +120,7 @@ def test_words_a_second_row_and_a_picture(command, tiny_run):
     assert os.path.exists("plot.png")
 
 
-def test_profile_lists_what_takes_most_time(bench):
+def test_profile_lists_the_slowest_kernels(bench):
     top = bench("--profile", "--csv", "")["top_kernels"]
     assert {"aten::mm", "aten::addmm"} & {one["name"] for one in top}
     assert [one["ms"] for one in top] == sorted((one["ms"] for one in top), reverse=True)
@@ -128,29 +128,29 @@ def test_profile_lists_what_takes_most_time(bench):
     assert os.listdir() == []
 
 
-def test_seconds_bound_the_steps(bench):
+def test_seconds_limit_the_steps(bench):
     assert bench("--steps", 1000, "--seconds", 0.001)["steps"] == 1
     assert bench("--steps", 4, "--seconds", 1000)["steps"] == 4
 
 
-def test_the_digits_by_name(bench):
+def test_data_can_be_digits(bench):
     assert bench("--data", "digits")["data"] == "digits"
 
 
-def test_a_folder_of_pictures(bench, tmp_path):
+def test_data_can_be_an_image_folder(bench, tmp_path):
     for name in ("a/0.png", "a/1.png", "b/2.png"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (9, 9), (int(name[2]) * 90, 5, 5)).save(tmp_path / "data" / name)
-    found = bench("--data", tmp_path / "data", "model.num_classes=2", "data.workers=1")
-    assert found["data"] == str(tmp_path / "data") and found["data_ms"] > 0
+    row = bench("--data", tmp_path / "data", "model.num_classes=2", "data.workers=1")
+    assert row["data"] == str(tmp_path / "data") and row["data_ms"] > 0
 
 
-def test_lpips_without_weights_is_random_and_says_so(bench):
-    found = bench("model.image_size=16", "perceptual.weight=1", "train.batch_size=2", "--steps", 3)
-    assert found["lpips"] == "random weights" and found["bad_step"] is None
+def test_lpips_without_weights_is_random_and_the_row_says_so(bench):
+    row = bench("model.image_size=16", "perceptual.weight=1", "train.batch_size=2", "--steps", 3)
+    assert row["lpips"] == "random weights" and row["bad_step"] is None
 
 
-def test_random_weights_are_for_bench_alone(command, tiny_run):
+def test_train_has_no_random_weights(command, tiny_run):
     command("train", *tiny_run, "perceptual.weight=1").error("perceptual.vgg_path", "UNITE_FAST_VGG16")
 
 
@@ -159,11 +159,11 @@ def test_named_weights_that_are_missing_are_an_error(command, tiny_run):
     ended.error("perceptual.vgg_path", "nowhere.pth")
 
 
-def test_tuned_settings_stand_between_recipe_and_command(bench, command, tiny_run, tmp_path):
+def test_tuned_settings_override_the_recipe_and_not_the_command(bench, command, tiny_run, tmp_path):
     tuned = tmp_path / "tuned.yaml"
     tuned.write_text("# card\nkernels: reference\ntrain: {micro_batch: 2, threads: 1}\n")
-    found = bench("--tuned", tuned)
-    assert (found["kernels"], found["micro_batch"]) == ("reference", 2)
+    row = bench("--tuned", tuned)
+    assert (row["kernels"], row["micro_batch"]) == ("reference", 2)
     assert bench("--tuned", tuned, "train.micro_batch=4")["micro_batch"] == 4
     tuned.write_text("kernels: reference\noptim: {muon_dtype: float32}\n")
     for name in ("bench", "train"):
@@ -185,17 +185,17 @@ def test_tuned_settings_stand_between_recipe_and_command(bench, command, tiny_ru
         (("digits", "attention=sdpa_flash"), ("attention", "sdpa_flash")),
     ],
 )
-def test_mistakes(command, arguments, tokens):
+def test_a_mistake_is_one_error_line(command, arguments, tokens):
     command("bench", *arguments).error(*tokens)
 
 
-def test_a_table_that_cannot_be_written_costs_no_figures(command, tiny_run, mentions):
+def test_figures_are_printed_if_the_table_cannot_be_written(command, tiny_run, mentions):
     ended = command("bench", "digits", *tiny_run, "--steps", 1, "--csv", "/proc/bench.csv", "--json")
     assert ended.status == 2 and json.loads(ended.out)["images_per_s"] > 0
     assert re.match(mentions("/proc/bench.csv"), ended.err.splitlines()[-1])
 
 
-def test_an_error_in_a_step_leaves_nothing(command, tiny_run, monkeypatch, mentions):
+def test_an_error_in_a_step_leaves_no_files(command, tiny_run, monkeypatch, mentions):
     def broken(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
@@ -206,19 +206,19 @@ def test_an_error_in_a_step_leaves_nothing(command, tiny_run, monkeypatch, menti
     assert not os.path.exists("runs")
 
 
-def test_a_loss_that_is_not_finite_is_told(bench, command, tiny_run, monkeypatch):
+def test_a_step_that_is_not_finite_is_reported(bench, command, tiny_run, monkeypatch):
     take = Trainer.step
 
-    def spoilt(trainer, batch):
+    def nan_norm(trainer, batch):
         losses, norm = take(trainer, batch)
         return losses, norm * float("nan") if trainer.state.step == 3 else norm
 
-    monkeypatch.setattr(Trainer, "step", spoilt)
+    monkeypatch.setattr(Trainer, "step", nan_norm)
     assert bench()["bad_step"] == 3
     assert "NOT FINITE" in command("bench", "digits", *tiny_run, "--steps", 3).out
 
 
-def test_a_card_of_the_table_has_a_prediction(tiny_run, monkeypatch):
+def test_a_known_gpu_has_a_prediction(tiny_run, monkeypatch):
     config = load_config("imagenet256_b", ("train.batch_size=64",))
     measured = measure.Measurement(
         ranks=measure.Ranks(world=1),
@@ -235,25 +235,32 @@ def test_a_card_of_the_table_has_a_prediction(tiny_run, monkeypatch):
         random_lpips=True,
         top=None,
     )
-    about = {"date": "", "commit": "c", "card": "NVIDIA H100 80GB HBM3", "torch": "2", "cuda": "13.0", "triton": "3.6"}
-    monkeypatch.setattr(figures, "describe", lambda device: about)
-    found = figures.row(config, measured, measure.Window(), "synthetic", ())
+    machine = {
+        "date": "",
+        "commit": "c",
+        "card": "NVIDIA H100 80GB HBM3",
+        "torch": "2",
+        "cuda": "13.0",
+        "triton": "3.6",
+    }
+    monkeypatch.setattr(figures, "describe", lambda device: machine)
+    row = figures.row(config, measured, measure.Window(), "synthetic", ())
     plan = predict.make_plan(config, predict.Cluster(find_gpu("h100"), 1, 1))
-    assert found["datasheet_tflops"] == 989
-    assert found["mfu_of_datasheet"] == pytest.approx(64 / 0.3 * flops.image_flops(config) / 989e12)
-    assert found["predicted_images_per_s_slow"] == plan.slow.images_per_s < plan.fast.images_per_s
-    assert found["predicted_images_per_s_fast"] == plan.fast.images_per_s
-    assert found["released_images_per_s_per_gpu"] == RELEASED_IMAGES_PER_S
-    text = "\n".join(figures.lines(found))
+    assert row["datasheet_tflops"] == 989
+    assert row["mfu_of_datasheet"] == pytest.approx(64 / 0.3 * flops.image_flops(config) / 989e12)
+    assert row["predicted_images_per_s_slow"] == plan.slow.images_per_s < plan.fast.images_per_s
+    assert row["predicted_images_per_s_fast"] == plan.fast.images_per_s
+    assert row["released_images_per_s_per_gpu"] == RELEASED_IMAGES_PER_S
+    text = "\n".join(figures.lines(row))
     assert "989 TFLOP/s" in text and "2.08 x" in text and "random weights" in text
     other = load_config("imagenet256_b", ("objective.flow_draws=2", "train.precision=float32"))
-    found = figures.row(other, measured, measure.Window(), "synthetic", ())
-    assert found["released_images_per_s_per_gpu"] is None and "bfloat16" in found["why_no_prediction"]
+    row = figures.row(other, measured, measure.Window(), "synthetic", ())
+    assert row["released_images_per_s_per_gpu"] is None and "bfloat16" in row["why_no_prediction"]
 
 
-def test_marks_on_a_gpu_wait_for_nothing(monkeypatch):
+def test_marks_on_a_gpu_do_not_synchronise(monkeypatch):
     class Event:
-        """Stands in the device's queue at a moment of its clock."""
+        """A CUDA event, 250 ms after the one before."""
 
         now = 0.0
 
@@ -274,8 +281,8 @@ def test_marks_on_a_gpu_wait_for_nothing(monkeypatch):
     assert marks.seconds() == [0.25, 0.25, 0.25]
 
 
-def as_torchrun_does(folder: str, arguments: tuple[str, ...]) -> int:
-    """The command in one of several processes; what it prints goes to a file of its rank's."""
+def run_rank(folder: str, arguments: tuple[str, ...]) -> int:
+    """The command on one rank; its stdout goes to a file."""
     os.chdir(folder)
     output = os.open(f"rank{os.environ['RANK']}.txt", os.O_WRONLY | os.O_CREAT, 0o600)
     os.dup2(output, 1)
@@ -293,10 +300,10 @@ def as_torchrun_does(folder: str, arguments: tuple[str, ...]) -> int:
 def test_two_processes(ranks, tiny_run, tmp_path):
     here = str(tmp_path / "here")
     arguments = ("digits", *tiny_run, "--json", "--warmup", "2", "--steps", "4", "--seconds", "60", "--profile")
-    assert ranks(2, as_torchrun_does, here, arguments) == [0, 0]
+    assert ranks(2, run_rank, here, arguments) == [0, 0]
     assert (tmp_path / "here" / "rank1.txt").read_text() == ""
-    found = json.loads((tmp_path / "here" / "rank0.txt").read_text())
-    assert (found["gpus"], found["nodes"], found["strategy"]) == (2, 1, "ddp")
-    assert (found["batch_size"], found["micro_batch"], found["steps"]) == (8, 4, 4)
-    assert found["images_per_s_per_gpu"] == pytest.approx(found["images_per_s"] / 2)
-    assert len(rows()) == 1 and found["top_kernels"]
+    row = json.loads((tmp_path / "here" / "rank0.txt").read_text())
+    assert (row["gpus"], row["nodes"], row["strategy"]) == (2, 1, "ddp")
+    assert (row["batch_size"], row["micro_batch"], row["steps"]) == (8, 4, 4)
+    assert row["images_per_s_per_gpu"] == pytest.approx(row["images_per_s"] / 2)
+    assert len(rows()) == 1 and row["top_kernels"]

@@ -1,5 +1,5 @@
-"""Every option of every command reaches what it is for: the work is replaced by a recorder, the options are set to
-values that are no default."""
+"""Every option of every command reaches the function that it configures. A recorder replaces that function, and each
+option has a value that is not the default."""
 
 import inspect
 import re
@@ -12,7 +12,7 @@ from unite_fast.commands import options as options_module
 
 
 class Recorder:
-    """Stands for a function; remembers the arguments of its last call by name."""
+    """Replaces a function; keeps the arguments of its last call by name."""
 
     def __init__(self, function, result=None):
         self.signature, self.result, self.calls = inspect.signature(function), result, 0
@@ -39,14 +39,14 @@ def record(monkeypatch):
 
 @pytest.fixture
 def model(monkeypatch):
-    """Loading gives a stand-in; what was asked for is remembered."""
+    """Replaces loading: `options.load` returns this stand-in, and `load_arguments` are those of the call."""
     from unite_fast.recipes import load_config
 
     config = load_config("digits", ("train.precision=float32",))
     loaded = SimpleNamespace(config=config, network=SimpleNamespace(device=SimpleNamespace(type="cpu")))
 
     def load(checkpoint, device):
-        loaded.asked = checkpoint, device
+        loaded.load_arguments = checkpoint, device
         return loaded
 
     monkeypatch.setattr(options_module, "load", load)
@@ -54,11 +54,11 @@ def model(monkeypatch):
 
 
 SAMPLING = ("--guidance", 2.5, "--interval", "0.2,0.9", "--solver", "heun", "--steps", 7)
-SAMPLED = {"guidance": 2.5, "interval": (0.2, 0.9), "solver": "heun", "steps": 7}
+SAMPLING_SETTINGS = {"guidance": 2.5, "interval": (0.2, 0.9), "solver": "heun", "steps": 7}
 
 
 def test_sample(command, record, model, tmp_path, mentions):
-    drawn = record("unite_fast.commands.images.generate_with_progress", result=[0, 0, 0])
+    generated = record("unite_fast.commands.images.generate_with_progress", result=[0, 0, 0])
     saved = record("unite_fast.utils.images.save_images")
     out = tmp_path / "s.npz"
     ended = command(
@@ -66,10 +66,10 @@ def test_sample(command, record, model, tmp_path, mentions):
         *("--out", out, *SAMPLING),
     )
     assert ended.status == 0 and re.search(mentions(3, out), ended.out)
-    assert model.asked == (Path("run"), "cpu")
-    asked = drawn.arguments
-    assert list(asked["labels"]) == [7, 2, 7]
-    assert (asked["seed"], asked["batch"], asked["settings"]) == (11, 5, SAMPLED)
+    assert model.load_arguments == (Path("run"), "cpu")
+    arguments = generated.arguments
+    assert list(arguments["labels"]) == [7, 2, 7]
+    assert (arguments["seed"], arguments["batch"], arguments["settings"]) == (11, 5, SAMPLING_SETTINGS)
     assert saved.arguments["images"] == [0, 0, 0] and saved.arguments["out"] == out
     assert list(saved.arguments["labels"]) == [7, 2, 7]
 
@@ -90,11 +90,11 @@ def test_generate(command, record, model, tmp_path, extra, precision, compiled, 
         *("--out", out, *SAMPLING, *extra),
     )
     assert ended.status == 0, ended.err
-    assert model.asked == (Path("run"), "cpu")
+    assert model.load_arguments == (Path("run"), "cpu")
     generation = written.arguments["generation"]
     assert written.arguments["out"] == out and written.arguments["model"] is model
     assert list(generation.labels) == [3, 1, 3, 1]
-    assert generation.sampling == model.config.sampling.changed(**SAMPLED)
+    assert generation.sampling == model.config.sampling.changed(**SAMPLING_SETTINGS)
     assert (generation.seed, generation.batch, generation.precision, generation.compile) == (12, 6, precision, compiled)
     assert re.search(mentions(4, out, "about.json"), ended.out)
 
@@ -113,7 +113,7 @@ def test_reconstruct(command, record, model, tmp_path):
     assert list(saved.arguments.values())[:3] == [originals, copies, out]
 
 
-EVALUATED = (
+EVALUATION = (
     *("--features", "pixels", "--inception", "i.pt", "--inception-sha256", "abcdef12", "--reference", "r.npz"),
     *("--data", "somewhere", "--batch", 9),
 )
@@ -124,25 +124,25 @@ def test_evaluate(command, record, model, tmp_path, mentions):
     record("unite_fast.evaluation.report.lines", result=["a line"])
     out = tmp_path / "e"
     ended = command(
-        *("evaluate", "run", *EVALUATED, "--count", 33, "--guidance", "1,2.5", "--interval", "0.2,0.9"),
+        *("evaluate", "run", *EVALUATION, "--count", 33, "--guidance", "1,2.5", "--interval", "0.2,0.9"),
         *("--solver", "heun", "--steps", 7, "--reconstructions", 44, "--seed", 13, "--precision", "bfloat16"),
         *("--compile", "--device", "cpu", "--out", out),
     )
     assert ended.status == 0, ended.err
     line, where = ended.out.splitlines()
     assert line == "a line" and re.search(mentions(out), where)
-    assert model.asked == (Path("run"), "cpu")
-    asked = ran.arguments
-    settings = asked["settings"]
+    assert model.load_arguments == (Path("run"), "cpu")
+    arguments = ran.arguments
+    settings = arguments["settings"]
     assert (settings.features, settings.inception, settings.inception_sha256) == ("pixels", "i.pt", "abcdef12")
     assert (settings.reference, settings.data, settings.batch, settings.seed) == ("r.npz", "somewhere", 9, 13)
     assert (settings.count, settings.guidance, settings.reconstructions) == (33, (1.0, 2.5), 44)
-    assert settings.sampling == {name: value for name, value in SAMPLED.items() if name != "guidance"}
+    assert settings.sampling == {name: value for name, value in SAMPLING_SETTINGS.items() if name != "guidance"}
     assert (settings.precision, settings.compile) == ("bfloat16", True)
-    assert out in asked.values() and "run" in asked.values() and model in asked.values()
+    assert out in arguments.values() and "run" in arguments.values() and model in arguments.values()
 
 
-def test_evaluate_by_default_leaves_the_choices_to_the_evaluation(command, record, model, mentions):
+def test_defaults_of_evaluate(command, record, model, mentions):
     ran = record("unite_fast.evaluation.evaluate.evaluate", result="result")
     record("unite_fast.evaluation.report.lines", result=[])
     ended = command("evaluate", "run", "--device", "cpu")
@@ -162,9 +162,9 @@ def test_stats(command, record, tmp_path, mentions):
         *("--image-size", 32, "--split", "test", "--batch", 9, "--workers", 3, "--device", "cpu"),
     )
     assert ended.status == 0, ended.err
-    asked = list(saved.arguments.values())
-    settings = asked[3]
-    assert asked[:3] == ["data", 32, "test"] and asked[4] == out and asked[7] == 3
+    arguments = list(saved.arguments.values())
+    settings = arguments[3]
+    assert arguments[:3] == ["data", 32, "test"] and arguments[4] == out and arguments[7] == 3
     assert (settings.features, settings.inception, settings.inception_sha256) == ("pixels", "i.pt", "abcdef12")
     assert settings.batch == 9
     assert re.search(mentions(77, 5, "pixels", out), ended.out)
@@ -174,13 +174,13 @@ def test_stats(command, record, tmp_path, mentions):
 def test_search_guidance(command, record, model, tmp_path, counts, expected, mentions):
     evaluator = SimpleNamespace(features=SimpleNamespace(name="pixels"))
     opened = record("unite_fast.evaluation.evaluator.open_evaluator", result=evaluator)
-    judged = record("unite_fast.evaluation.guidance_search.Objective", result="objective")
+    built = record("unite_fast.evaluation.guidance_search.Objective", result="objective")
     searched = record("unite_fast.evaluation.guidance_search.search", result="found")
     saved = record("unite_fast.evaluation.guidance_report.save")
     record("unite_fast.evaluation.guidance_report.lines", result=["best"])
     out = tmp_path / "guidance"
     ended = command(
-        *("search-guidance", "run", *EVALUATED, "--scales", "1:2:0.5", "--lows", "0,0.1", "--highs", "0.9:1:0.1"),
+        *("search-guidance", "run", *EVALUATION, "--scales", "1:2:0.5", "--lows", "0,0.1", "--highs", "0.9:1:0.1"),
         *(*counts, "--confirm", 2, "--solver", "heun", "--steps", 7, "--seed", 14, "--precision", "bfloat16"),
         *("--compile", "--device", "cpu", "--out", out),
     )
@@ -191,13 +191,13 @@ def test_search_guidance(command, record, model, tmp_path, counts, expected, men
     grid, objective, confirm = searched.arguments.values()
     assert (list(grid.scales), list(grid.lows), list(grid.highs)) == ([1.0, 1.5, 2.0], [0.0, 0.1], [0.9, 1.0])
     assert (objective, confirm) == ("objective", 2)
-    asked = judged.arguments
-    assert asked["model"] is model and asked["evaluator"] is evaluator
-    settings = asked["settings"]
+    arguments = built.arguments
+    assert arguments["model"] is model and arguments["evaluator"] is evaluator
+    settings = arguments["settings"]
     assert settings.sampling == model.config.sampling.changed(solver="heun", steps=7)
     assert (settings.count, settings.final_count) == expected
     assert (settings.seed, settings.batch, settings.precision, settings.compile) == (14, 9, "bfloat16", True)
-    assert asked["out"] == out and saved.calls == 1
+    assert arguments["out"] == out and saved.calls == 1
     line, where = ended.out.splitlines()
     assert line == "best" and re.search(mentions(out), where)
 
@@ -212,10 +212,10 @@ def test_gallery(command, record, model, tmp_path, real, data):
         *("--scales", "1,2", "--seed", 15, "--batch", 6, "--device", "cpu", *SAMPLING),
     )
     assert ended.status == 0, ended.err
-    asked, checkpoint, settings = made.arguments.values()
-    assert asked is model and checkpoint == Path("run") and model.asked == (Path("run"), "cpu")
+    model_used, checkpoint, settings = made.arguments.values()
+    assert model_used is model and checkpoint == Path("run") and model.load_arguments == (Path("run"), "cpu")
     assert (settings.classes, settings.per_class, settings.scales) == ([3, 1], 4, (1.0, 2.0))
-    assert (settings.data, settings.seed, settings.batch, settings.sampling) == (data, 15, 6, SAMPLED)
+    assert (settings.data, settings.seed, settings.batch, settings.sampling) == (data, 15, 6, SAMPLING_SETTINGS)
     assert out.read_text() == "<html>"
 
 
@@ -237,7 +237,7 @@ def test_train(command, record, tmp_path):
 
 def test_plan(command, record):
     made = record("unite_fast.planning.predict.make_plan", result="plan")
-    said = record("unite_fast.planning.report.lines", result=["a plan"])
+    printed = record("unite_fast.planning.report.lines", result=["a plan"])
     ended = command(
         *("plan", "imagenet256_l", "train.micro_batch=16", "--gpu", "h200", "--nodes", 3, "--gpus-per-node", 4),
         *("--price", 2.5, "--data", "raw"),
@@ -246,7 +246,7 @@ def test_plan(command, record):
     config, cluster, data = made.arguments.values()
     assert (config.name, config.train.micro_batch, data) == ("imagenet256_l", 16, "raw")
     assert (cluster.gpu.key, cluster.nodes, cluster.gpus_per_node) == ("h200", 3, 4)
-    assert list(said.arguments.values()) == ["plan", 2.5]
+    assert list(printed.arguments.values()) == ["plan", 2.5]
 
 
 def test_shards(command, record, tmp_path, mentions):
@@ -275,14 +275,14 @@ def test_verify(command, record):
 
 
 def test_inspect(command, record, tmp_path):
-    looked = record("unite_fast.data_pipeline.inspection.inspect_data", result=["a line"])
+    inspected = record("unite_fast.data_pipeline.inspection.inspect_data", result=["a line"])
     out = tmp_path / "i.png"
     ended = command(
         *("inspect", "data", "--image-size", 32, "--split", "test", "--workers", 3, "--seconds", 0.5, "--seed", 6),
         *("--out", out),
     )
     assert (ended.status, ended.out) == (0, "a line\n")
-    assert list(looked.arguments.values()) == ["data", 32, "test", 3, 0.5, 6, out]
+    assert list(inspected.arguments.values()) == ["data", 32, "test", 3, 0.5, 6, out]
 
 
 def test_export_and_info(command, record):
@@ -294,16 +294,16 @@ def test_export_and_info(command, record):
     assert described.arguments["checkpoint"] == Path("run")
 
 
-def test_the_authors_checkpoints(command, record):
+def test_import_official_and_export_official(command, record):
     read = record("unite_fast.interop.official.import_official")
     ended = command(
         *("import-official", "f.pt", "o.safetensors", "--weights", "model", "--decoder-heads", 3),
         *("--in-context-start", 2),
     )
     assert ended.status == 0, ended.err
-    asked = read.arguments
-    assert list(asked.values())[:2] == [Path("f.pt"), Path("o.safetensors")]
-    assert (asked["weights"], asked["decoder_heads"], asked["in_context_start"]) == ("model", 3, 2)
+    arguments = read.arguments
+    assert list(arguments.values())[:2] == [Path("f.pt"), Path("o.safetensors")]
+    assert (arguments["weights"], arguments["decoder_heads"], arguments["in_context_start"]) == ("model", 3, 2)
     written = record("unite_fast.interop.official.export_official")
     assert command("export-official", "run", "o.pt").status == 0
     assert list(written.arguments.values())[:2] == [Path("run"), Path("o.pt")]
@@ -319,20 +319,20 @@ def test_parity(command, record):
     assert ran.arguments["backend"] == "reference"
 
 
-def test_a_loaded_model_has_the_threads_of_its_run(monkeypatch):
-    seen = []
+def test_loading_a_model_sets_the_threads_of_its_run(monkeypatch):
+    calls = []
     config = SimpleNamespace(train=SimpleNamespace(threads=3))
     monkeypatch.setattr(
-        "unite_fast.load", lambda path, device: seen.append((path, str(device))) or SimpleNamespace(config=config)
+        "unite_fast.load", lambda path, device: calls.append((path, str(device))) or SimpleNamespace(config=config)
     )
-    monkeypatch.setattr("unite_fast.utils.device.use_threads", seen.append)
+    monkeypatch.setattr("unite_fast.utils.device.use_threads", calls.append)
     options_module.load(Path("run"), "cpu")
-    assert seen == [(Path("run"), "cpu"), 3]
+    assert calls == [(Path("run"), "cpu"), 3]
 
 
 def test_bench(command, record, tmp_path):
     read = record("unite_fast.benchmarking.run.read_recipe", result=("config", ("a=1",)))
-    ran, drawn = record("unite_fast.benchmarking.run.bench"), record("unite_fast.benchmarking.run.draw")
+    ran, plotted = record("unite_fast.benchmarking.run.bench"), record("unite_fast.benchmarking.run.draw")
     ended = command(
         *("bench", "digits", "a=1", "--data", "photos", "--warmup", 3, "--steps", 7, "--seconds", 2.5, "--profile"),
         *("--tuned", "t.yaml", "--json", "--csv", "b.csv", "--plot", "p.png"),
@@ -350,7 +350,7 @@ def test_bench(command, record, tmp_path):
         "table": Path("b.csv"),
         "as_json": True,
     }
-    assert drawn.arguments == {"table": Path("b.csv"), "out": Path("p.png")}
+    assert plotted.arguments == {"table": Path("b.csv"), "out": Path("p.png")}
 
 
 def test_tune(command, record):

@@ -1,4 +1,4 @@
-"""`unite-fast tune` with real candidates, each a process of its own."""
+"""`unite-fast tune` with real candidates, each in its own process."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from unite_fast.recipes import load_config, read_tuned, to_tree
 
 
 @pytest.fixture(autouse=True)
-def places(tmp_path, monkeypatch):
+def folders(tmp_path, monkeypatch):
     (tmp_path / "scratch").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
     monkeypatch.setattr(tempfile, "tempdir", None)
@@ -26,14 +26,14 @@ def places(tmp_path, monkeypatch):
     assert list((tmp_path / "scratch").glob("unite_fast*")) == []
 
 
-def test_the_fastest_of_the_table_is_written_and_trains(command, tiny_run, tmp_path):
+def test_the_fastest_settings_are_written_and_train(command, tiny_run, tmp_path):
     path, fixed = tmp_path / "recipe.yaml", ("train.compile=false", "train.threads=1")
     path.write_text(yaml.safe_dump(to_tree(load_config("digits", (*tiny_run, "kernels=reference")))))
     ended = command("tune", path, *fixed, "--budget", 120, "--out", "new/tuned.yaml")
     assert ended.status == 0, ended.err
     fastest = [line for line in ended.out.splitlines() if line.endswith("<- fastest")]
     assert len(fastest) == 1 and "kernels=auto" in ended.out
-    # Which one it is, a busy machine may decide.
+    # On a busy machine either may be the fastest.
     expected = {"kernels": "auto"} if fastest[0].startswith("kernels=auto") else {}
     assert re.search("recipe.*images/s", ended.err.splitlines()[0])
     assert read_tuned("new/tuned.yaml") == expected
@@ -42,16 +42,16 @@ def test_the_fastest_of_the_table_is_written_and_trains(command, tiny_run, tmp_p
     assert load_config("run/config.yaml").kernels == expected.get("kernels", "reference")
 
 
-def test_candidates_that_do_not_run(tiny_run, monkeypatch):
+def test_candidates_that_fail_have_a_status(tiny_run, monkeypatch):
     words = ("digits", *tiny_run)
-    # A table of class tokens that no memory holds.
+    # The table of in-context tokens exceeds any memory.
     trial = candidate.run(words, {"model.encoder.in_context_tokens": 10**13}, 120.0, ALONE)
     assert (trial.status, trial.row) == (OUT_OF_MEMORY, None)
     trial = candidate.run(words, {"attention": "sdpa_flash"}, 120.0, ALONE)
     assert trial.status == FAILED and trial.why.startswith("attention")
-    begun = time.monotonic()
+    start = time.monotonic()
     assert candidate.run(words, {"train.steps": 5}, 0.5, ALONE).status == OUT_OF_TIME
-    assert time.monotonic() - begun < 0.5 + candidate.GRACE + 5
+    assert time.monotonic() - start < 0.5 + candidate.GRACE + 5
 
 
 @pytest.mark.parametrize(
@@ -63,12 +63,12 @@ def test_candidates_that_do_not_run(tiny_run, monkeypatch):
         (("digits", "train.device=cuda"), ("cuda", "device")),
     ],
 )
-def test_mistakes(command, arguments, tokens):
+def test_a_mistake_is_one_error_line(command, arguments, tokens):
     command("tune", *arguments).error(*tokens)
 
 
-def as_torchrun_does(folder: str, arguments: tuple[str, ...]) -> str:
-    """What the command prints in one of several processes."""
+def run_rank(folder: str, arguments: tuple[str, ...]) -> str:
+    """The stdout of the command on one rank."""
     os.chdir(folder)
     output = os.open(f"rank{os.environ['RANK']}.txt", os.O_WRONLY | os.O_CREAT, 0o600)
     os.dup2(output, 1)
@@ -86,7 +86,7 @@ def as_torchrun_does(folder: str, arguments: tuple[str, ...]) -> str:
 def test_two_processes(ranks, tiny_run, tmp_path):
     fixed = ("train.compile=false", "kernels=auto", "train.threads=1", "parallel.strategy=fsdp")
     arguments = ("digits", *tiny_run, *fixed, "--budget", "200")
-    first, second = ranks(2, as_torchrun_does, str(tmp_path), arguments, timeout=250)
+    first, second = ranks(2, run_rank, str(tmp_path), arguments, timeout=250)
     assert "parallel.reshard_after_forward=False" in first and "<- fastest" in first and second == ""
     assert "failed" not in first
     assert set(read_tuned("tuned.yaml")) <= {"parallel.reshard_after_forward"}
@@ -102,5 +102,5 @@ def test_two_processes(ranks, tiny_run, tmp_path):
         ("{\ntorn", None),
     ],
 )
-def test_figures_among_what_libraries_print(out, expected):
+def test_the_row_is_found_among_other_output(out, expected):
     assert candidate.printed_row(out) == expected

@@ -1,4 +1,4 @@
-"""Pictures that look like photographs to a decoder, and shard sets made of them."""
+"""Images that compress like photographs, and shard sets made of them."""
 
 import os
 from pathlib import Path
@@ -13,11 +13,11 @@ from unite_fast.data_pipeline.shards.write import Settings, make_shards
 SIZE = 32
 
 
-def picture(seed: int, width: int = 45, height: int = 40) -> Image.Image:
-    """Smooth colours and some grain."""
-    chance = np.random.default_rng(seed)
-    coarse = Image.fromarray(chance.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((width, height), 3)
-    grain = chance.integers(-9, 10, (height, width, 3))
+def photograph(seed: int, width: int = 45, height: int = 40) -> Image.Image:
+    """Smooth colours with noise."""
+    random = np.random.default_rng(seed)
+    coarse = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((width, height), 3)
+    grain = random.integers(-9, 10, (height, width, 3))
     return Image.fromarray((np.asarray(coarse).astype(int) + grain).clip(0, 255).astype(np.uint8))
 
 
@@ -28,13 +28,13 @@ def image_folder(tmp_path_factory) -> Path:
     for number in range(41):
         file = folder / f"class{number % 3}" / f"{number:03d}.jpg"
         file.parent.mkdir(exist_ok=True)
-        picture(number, 33 + number % 50, 40 + number % 31).save(file, quality=90)
+        photograph(number, 33 + number % 50, 40 + number % 31).save(file, quality=90)
     return folder
 
 
 @pytest.fixture(scope="session")
 def shards(image_folder, tmp_path_factory):
-    """Folder of a shard set of `image_folder` by format, made once; nobody changes it."""
+    """format -> folder of a shard set of `image_folder`, made once; tests do not change it."""
     made = {}
 
     def make(format: str) -> Path:
@@ -48,7 +48,7 @@ def shards(image_folder, tmp_path_factory):
 
 @pytest.fixture
 def make(tmp_path):
-    """Makes a small set from any source: folder and manifest."""
+    """Makes a small shard set of any source; returns its folder and manifest."""
 
     def run(source: Path, format: str = "raw", workers: int = 1, **options) -> tuple[Path, Manifest]:
         split, labels = options.pop("split", "train"), options.pop("labels", None)
@@ -60,30 +60,30 @@ def make(tmp_path):
 
 
 @pytest.fixture
-def odd_pictures(tmp_path) -> Path:
-    """A folder with one class of pictures that are no plain JPEGs; the names of plain ones hold "jpeg"."""
+def odd_images(tmp_path) -> Path:
+    """A folder with one class of images in unusual modes and formats; names with "jpeg" are RGB or grey JPEGs."""
     folder = tmp_path / "odd" / "a"
     folder.mkdir(parents=True)
-    rgb = picture(3)
+    rgb = photograph(3)
     rgb.convert("CMYK").save(folder / "cmyk.jpg", quality=95)
     high = np.random.default_rng(1).integers(0, 65536, (40, 45), dtype=np.uint16)
     Image.fromarray(high).save(folder / "16bit.png")
     rgb.quantize(8).save(folder / "palette.png", transparency=bytes((0, 100, 255)))
     rgb.convert("RGBA").save(folder / "rgba.png")
-    rgb.save(folder / "named_wrongly.jpg", format="PNG")
+    rgb.save(folder / "png_named.jpg", format="PNG")
     rgb.convert("L").save(folder / "grey.jpeg")
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    rgb.save(folder / "turned.jpeg", exif=turned)
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    rgb.save(folder / "rotated.jpeg", exif=rotated)
     rgb.save(folder / "progressive.jpeg", progressive=True)
     return folder.parent
 
 
 @pytest.fixture
 def assert_flat_memory():
-    """Takes a loader whose batch is an epoch of few images: 50 such epochs, the first five of which warm up."""
+    """Reads 50 batches, the first five to warm up, and checks that memory does not grow. A batch is a small epoch."""
     if not os.path.exists("/proc/self/statm"):
-        pytest.skip("the system does not tell a process's memory")
+        pytest.skip("/proc/self/statm does not exist")
 
     def resident() -> int:
         with open("/proc/self/statm") as file:

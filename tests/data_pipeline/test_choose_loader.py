@@ -1,4 +1,4 @@
-"""Which loader is taken, and why."""
+"""Which loader is chosen, and the reason."""
 
 import pytest
 import torch
@@ -34,28 +34,28 @@ def source(shards, image_folder):
         ("original", CUDA, False, "webdataset", "pip install"),
     ],
 )
-def test_auto(source, monkeypatch, kind, device, here, name, why):
-    monkeypatch.setattr(dali, "missing", lambda: None if here else "DALI is not there: pip install it")
+def test_auto_chooses_the_fastest_loader(source, monkeypatch, kind, device, here, name, why):
+    monkeypatch.setattr(dali, "missing", lambda: None if here else "DALI is missing: pip install it")
     choice = choose_loader("auto", source(kind), device)
     assert choice.name == name and why in choice.why
     assert choice.decoder == ("dali" if name == "dali" else "pillow")
 
 
-def test_by_name(source, monkeypatch, mentions):
+def test_a_named_loader_must_be_able_to_read_the_source(source, monkeypatch, mentions):
     monkeypatch.setattr(dali, "missing", lambda: None)
     assert choose_loader("dali", source("original"), CPU).decoder == "dali"
     assert choose_loader("webdataset", source("original"), CUDA).name == "webdataset"
     for kind, wrong, fits in (
-        ("raw", "dali", "raw"),
-        ("original", "raw", "dali"),
-        ("digits", "folder", "memory"),
+        ("raw", "dali", ("raw",)),
+        ("original", "raw", ("webdataset", "dali")),
+        ("digits", "folder", ("memory",)),
     ):
-        with pytest.raises(UserError, match=mentions("data.loader", wrong, fits)):
+        with pytest.raises(UserError, match=mentions("data.loader", wrong, *fits)):
             choose_loader(wrong, source(kind), CPU)
 
 
 class Rings(Source):
-    """A source of somebody's own."""
+    """A source outside the package."""
 
     def __init__(self, workers):
         self.image_size, self.class_names, self.workers = 4, ["ring"], workers
@@ -75,7 +75,7 @@ class Rings(Source):
 
 
 @pytest.mark.parametrize(("workers", "name"), [("processes", "source"), ("threads", "source"), ("none", "memory")])
-def test_a_source_of_one_s_own_is_not_taken_for_another_kind(workers, name, mentions):
+def test_an_unknown_source_has_the_loader_source_or_memory(workers, name, mentions):
     source = Rings(workers)
     choice = choose_loader("auto", source, CPU)
     assert choose_loader(name, source, CPU).name == name

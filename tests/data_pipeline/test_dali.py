@@ -1,4 +1,4 @@
-"""Decoding by DALI, with its CPU operators: how far its pixels are from Pillow's, its order, and broken pictures."""
+"""Decode with DALI's CPU operators: the difference from Pillow's pixels, the order, broken images."""
 
 import shutil
 
@@ -28,23 +28,23 @@ def photographs(tmp_path_factory):
     from sklearn.datasets import load_sample_images
 
     folder = tmp_path_factory.mktemp("photographs")
-    chance = np.random.default_rng(0)
+    random = np.random.default_rng(0)
     for number in range(24):
         photo = Image.fromarray(load_sample_images().images[number % 2])
         large = number % 4 == 3
         if large:
             photo = photo.resize((photo.width * 2, photo.height * 2), Image.Resampling.BICUBIC)
         low, high = (520, 850) if large else (256, 427)
-        width, height = (int(chance.integers(low, high)) for _ in range(2))
-        left, top = (int(chance.integers(0, rest + 1)) for rest in (photo.width - width, photo.height - height))
+        width, height = (int(random.integers(low, high)) for _ in range(2))
+        left, top = (int(random.integers(0, rest + 1)) for rest in (photo.width - width, photo.height - height))
         file = folder / ("large" if large else "usual") / f"{number}.jpg"
         file.parent.mkdir(exist_ok=True)
         photo.crop((left, top, left + width, top + height)).save(file, quality=90)
     return folder
 
 
-def test_pixels_are_near_pillow_s(photographs, make):
-    """What docs/data.md states. Only the resampling differs, not the JPEG decoder, as the next test shows."""
+def test_pixels_are_close_to_pillow_s(photographs, make):
+    """docs/data.md states these figures. Only the resampling differs, not the JPEG decoder: see the next test."""
     folder, _ = make(photographs, "original")
     pillow = open_source("shards", str(folder), 256, "train")
     with loader(folder, size=256, batch=24) as loading:
@@ -54,7 +54,7 @@ def test_pixels_are_near_pillow_s(photographs, make):
     difference = (batch.images.int() - images.int()).abs()
     usual = difference[labels == pillow.class_names.index("usual")]
     large = difference[labels == pillow.class_names.index("large")]
-    # Measured: mean 0.16 and maximum 12; of those that ADM halves first, with a box filter, 1.0 and 40.
+    # Measured: mean 0.16 and maximum 12; for images that ADM first halves with a box filter, 1.0 and 40.
     assert usual.float().mean() < 0.25 and usual.max() <= 24
     assert large.float().mean() < 1.5 and large.max() <= 80
 
@@ -69,37 +69,37 @@ def test_cropped_jpegs_are_pillow_s_bit_for_bit(shards):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_the_order_and_resume_are_everybody_s(shards, world):
+def test_order_and_resume_are_those_of_the_other_loaders(shards, world):
     source = ShardSource(shards("original"), SIZE)
     with Loader(source, 10, 3) as plain:
         expected = [next(plain) for _ in range(9)]
     ranks = [loader(shards("original"), rank=rank, world=world) for rank in range(world)]
-    for wanted in expected[:5]:
+    for expected_batch in expected[:5]:
         got = [next(loading) for loading in ranks]
-        assert torch.equal(torch.cat([batch.ids for batch in got]), wanted.ids)
-        assert torch.equal(torch.cat([batch.labels for batch in got]), wanted.labels)
+        assert torch.equal(torch.cat([batch.ids for batch in got]), expected_batch.ids)
+        assert torch.equal(torch.cat([batch.labels for batch in got]), expected_batch.labels)
     with loader(shards("original")) as after:
         after.load_state_dict(ranks[0].state_dict())
-        for wanted in expected[5:]:
-            assert torch.equal(next(after).ids, wanted.ids)
+        for expected_batch in expected[5:]:
+            assert torch.equal(next(after).ids, expected_batch.ids)
     for loading in ranks:
         loading.close()
 
 
-def test_odd_pictures_and_orientation(odd_pictures, make):
-    """CMYK, 16 bits, palettes and transparency are PNGs of plain RGB by now; EXIF is not heeded."""
-    folder, _ = make(odd_pictures, "original")
+def test_odd_images_and_orientation(odd_images, make):
+    """In original shards, CMYK, 16 bits, palettes and transparency are RGB PNGs. EXIF is ignored."""
+    folder, _ = make(odd_images, "original")
     pillow = open_source("shards", str(folder), SIZE, "train")
     with loader(folder, batch=len(pillow)) as loading:
         batch = next(loading)
     difference = (batch.images.int() - pillow.read(batch.ids)[0].int()).abs()
-    # Grainy pictures, taken down to 32 pixels; a turned one or a palette's numbers would be off by 40 and more.
+    # These are noisy images, resized to 32 pixels. A rotated image or palette indices would differ by 40 and more.
     assert difference.float().mean((1, 2, 3)).max() < 2
 
 
-def test_a_broken_picture_is_replaced_named_and_counted(shards, tmp_path):
-    """One that was damaged after the set was made. Of a JPEG that merely ends early DALI says nothing, unlike Pillow:
-    making a set is what finds those, and verifying it what finds later damage."""
+def test_a_broken_image_is_replaced_and_named(shards, tmp_path):
+    """An image damaged after the set was made. Unlike Pillow, DALI accepts a JPEG that ends early; making and verifying
+    shards finds those."""
     folder = shutil.copytree(shards("original"), tmp_path / "copy")
     source = ShardSource(folder, SIZE)
     offset, _ = source._images[7].tolist()
@@ -119,7 +119,7 @@ def test_memory_is_flat_over_ten_epochs(shards, assert_flat_memory):
 
 
 def test_the_graph_for_a_gpu_can_be_defined():
-    """Without a GPU it goes no further: DALI asks for the driver when a pipeline is built."""
+    """DALI needs the GPU's driver only when a pipeline is built."""
     pipeline = dali.build_pipeline(4, 2, torch.device("cuda", 0), 256, crop=True)
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match=r"CUDA|driver"):
@@ -137,7 +137,7 @@ def test_a_gpu_decodes_what_a_cpu_does(photographs, make):
     assert (gpu.images.cpu().int() - cpu.images.int()).abs().float().mean() < 1
 
 
-def test_it_is_missed_by_name(monkeypatch, mentions):
+def test_the_error_names_the_missing_library(monkeypatch, mentions):
     monkeypatch.setattr(dali, "missing", lambda: "the reason")
     with pytest.raises(UserError, match=mentions("data.loader", "dali", "the reason")):
         dali.dali_reader(CPU)

@@ -1,4 +1,4 @@
-"""scikit-learn's digits."""
+"""The digits of scikit-learn."""
 
 import numpy as np
 import pytest
@@ -34,8 +34,3 @@ def test_white_is_255():
 def test_another_size_is_refused(mentions):
     with pytest.raises(UserError, match=mentions("image_size", 32, 8)):
         open_source("digits", None, 32, "train")
-
-
-def test_a_path_is_refused():
-    with pytest.raises(UserError, match=r"data\.path"):
-        open_source("digits", "somewhere", 8, "train")

@@ -1,4 +1,4 @@
-"""MNIST's file format: whole files, and each way a file can be wrong."""
+"""IDX files: values, padding, labels, and each fault of a file."""
 
 import gzip
 import os
@@ -60,18 +60,18 @@ def test_the_test_split_has_its_own_files(folder, mentions):
     assert len(open_(folder, split="test")) == 2
 
 
-def test_missing_labels(folder, mentions):
+def test_missing_labels_are_named(folder, mentions):
     (folder / LABELS).unlink()
     with pytest.raises(UserError, match=mentions(LABELS, f"{LABELS}.gz")):
         open_(folder)
 
 
-def test_missing_folder(tmp_path):
+def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         open_(tmp_path / "nowhere")
 
 
-def test_images_larger_than_asked_for(folder, mentions):
+def test_images_larger_than_image_size_are_refused(folder, mentions):
     with pytest.raises(UserError, match=mentions("image_size", 4, 5)):
         open_(folder, size=4)
 
@@ -92,7 +92,7 @@ WRONG = {
 
 @pytest.mark.parametrize("fault", WRONG)
 @pytest.mark.parametrize("compressed", [False, True])
-def test_a_wrong_file_is_named_in_one_line(folder, fault, compressed):
+def test_a_wrong_file_is_one_error_line(folder, fault, compressed):
     contents, message = WRONG[fault]
     (folder / IMAGES).write_bytes(contents)
     if compressed:
@@ -104,7 +104,7 @@ def test_a_wrong_file_is_named_in_one_line(folder, fault, compressed):
 
 
 @pytest.mark.parametrize("damage", ["short", "flipped", "not compressed"])
-def test_damaged_compression(folder, damage, mentions):
+def test_damaged_compression_is_named(folder, damage, mentions):
     compress(folder)
     file = folder / f"{IMAGES}.gz"
     data = bytearray(file.read_bytes())

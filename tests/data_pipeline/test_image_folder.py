@@ -1,4 +1,4 @@
-"""Folders of pictures: what is found, what is decoded, and each way a folder or a file can be wrong."""
+"""Image folders: which files are listed, how they are decoded, and each fault of a folder or file."""
 
 import os
 import struct
@@ -32,11 +32,11 @@ def open_(path, split="train", size=SIZE):
     return open_source("folder", str(path), size, split)
 
 
-def test_classes_and_files_are_sorted_and_nested_files_found(tmp_path):
+def test_classes_and_files_are_sorted_and_nested_files_are_listed(tmp_path):
     for seed, name in enumerate(["b/2.png", "b/10.PNG", "a/z.JPEG", "a/deep/er/x.jpg", "c/1.webp", "c/0.bmp"]):
         save(tmp_path / name, seed)
     (tmp_path / "a" / "notes.txt").write_text("no image")
-    (tmp_path / "a" / "._z.jpg").write_text("another system's notes")
+    (tmp_path / "a" / "._z.jpg").write_text("metadata of a Mac")
     save(tmp_path / ".cache" / "hidden.png")
     save(tmp_path / "a" / ".thumbs" / "hidden.png")
     save(tmp_path / "loose.png")
@@ -53,7 +53,7 @@ def test_classes_and_files_are_sorted_and_nested_files_found(tmp_path):
 
 
 @pytest.mark.parametrize("held_out", ["val", "test"])
-def test_split_folders(tmp_path, held_out):
+def test_each_split_has_its_folder(tmp_path, held_out):
     for name in ("train/a/0.png", "train/b/1.png", f"{held_out}/b/2.png"):
         save(tmp_path / name)
     (tmp_path / "annotations").mkdir()
@@ -64,14 +64,14 @@ def test_split_folders(tmp_path, held_out):
     assert test.read([0])[1].tolist() == [1]
 
 
-def test_a_held_out_class_that_is_not_trained_on(tmp_path, mentions):
+def test_a_held_out_class_that_train_lacks_is_refused(tmp_path, mentions):
     for name in ("train/a/0.png", "val/z/1.png"):
         save(tmp_path / name)
     with pytest.raises(UserError, match=mentions(tmp_path / "val" / "z", tmp_path / "train")):
         open_(tmp_path, "test")
 
 
-def test_only_train_has_no_test(tmp_path, mentions):
+def test_train_alone_has_no_test_split(tmp_path, mentions):
     save(tmp_path / "train" / "a" / "0.png")
     assert open_(tmp_path).class_names == ["a"]
     with pytest.raises(UserError, match=mentions("val", "test", tmp_path)):
@@ -89,7 +89,7 @@ def test_without_split_folders_both_splits_are_the_same_images(tmp_path):
     assert open_(tmp_path, "test").name(0) == open_(tmp_path).name(0)
 
 
-def test_wrong_folders(tmp_path, mentions):
+def test_wrong_folders_are_refused(tmp_path, mentions):
     with pytest.raises(UserError, match=mentions(tmp_path / "nowhere", "data.path=FOLDER")):
         open_(tmp_path / "nowhere")
     file = save(tmp_path / "file.png")
@@ -104,7 +104,7 @@ def test_wrong_folders(tmp_path, mentions):
         open_(tmp_path)
 
 
-def test_a_link_stands_for_a_class(tmp_path):
+def test_a_class_folder_may_be_a_link(tmp_path):
     save(tmp_path / "elsewhere" / "0.png")
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "a").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
@@ -185,7 +185,7 @@ def test_a_broken_file_is_named_with_a_reason(tmp_path, kind):
     source.read([1])
 
 
-def test_modes(tmp_path):
+def test_every_mode_becomes_rgb(tmp_path):
     folder = tmp_path / "a"
     folder.mkdir()
     rgb = picture(3, SIZE, SIZE)
@@ -208,15 +208,15 @@ def test_modes(tmp_path):
 
 
 def test_orientation_in_exif_is_ignored(tmp_path):
-    turned = Image.Exif()
-    turned[0x0112] = 6
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
     save(tmp_path / "a" / "0.png")
-    save(tmp_path / "a" / "1.png", exif=turned)
+    save(tmp_path / "a" / "1.png", exif=rotated)
     images, _ = open_(tmp_path).read([0, 1])
     assert torch.equal(images[0], images[1])
 
 
-def test_a_camera_s_jpeg_with_a_second_picture_is_its_first(tmp_path):
+def test_a_jpeg_of_two_images_is_its_first(tmp_path):
     (tmp_path / "a").mkdir()
     picture(1).save(tmp_path / "a" / "0.jpg")
     picture(1).save(tmp_path / "a" / "1.jpg", format="MPO", save_all=True, append_images=[picture(2)])
@@ -224,13 +224,13 @@ def test_a_camera_s_jpeg_with_a_second_picture_is_its_first(tmp_path):
     assert torch.equal(images[0], images[1])
 
 
-def test_the_contents_count_not_the_extension(tmp_path):
+def test_the_format_is_read_from_the_contents(tmp_path):
     save(tmp_path / "a" / "0.jpg", seed=5, format="PNG")
     images, _ = open_(tmp_path).read([0])
     np.testing.assert_array_equal(images[0].permute(1, 2, 0), adm_center_crop(picture(5), SIZE))
 
 
-def test_pictures_are_read_in_order_and_cropped(tmp_path):
+def test_images_are_read_in_order_and_cropped(tmp_path):
     for name, value in (("a.png", 10), ("b.jpg", 200)):
         Image.new("RGB", (20, 12), (value, value, value)).save(tmp_path / name)
     images = read_images([tmp_path / "b.jpg", tmp_path / "a.png"], 8)

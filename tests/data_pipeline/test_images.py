@@ -1,4 +1,4 @@
-"""The centre crop, against the same filters written out in numpy; and every mode a picture can have."""
+"""The centre crop against the same filters in numpy, and conversion of every mode to RGB."""
 
 import warnings
 
@@ -65,31 +65,31 @@ SIZES = [(64, 64), (32, 32), (32, 45), (63, 40), (65, 131), (200, 97), (129, 128
 
 @pytest.mark.parametrize("height, width", SIZES)
 @pytest.mark.parametrize("size", [32, 24])
-def test_same_as_the_filters_in_numpy(height, width, size):
+def test_the_crop_agrees_with_the_filters_in_numpy(height, width, size):
     pixels = noise(height, width)
     got = adm_center_crop(Image.fromarray(pixels), size)
     assert got.dtype == np.uint8
     assert got.shape == (size, size, 3)
-    # Pillow's weights have 22 fractional bits, so a value near a half may round the other way. More than a few would be
-    # passes in the other order, which is what Pillow 13 does by itself at some of these sizes.
+    # Pillow's weights have 22 fractional bits, so a value near a half may round the other way. If more than a few
+    # differ, the passes ran in the other order, as in Pillow 13 at some of these sizes.
     difference = np.abs(got - crop_by_numpy(pixels, size))
     assert difference.max() <= 1
     assert (difference > 0).mean() < 0.01
 
 
-def test_a_square_of_the_right_size_is_left_alone():
+def test_a_square_of_the_right_size_is_unchanged():
     pixels = noise(32, 32)
     np.testing.assert_array_equal(adm_center_crop(Image.fromarray(pixels), 32), pixels)
 
 
-def test_twice_the_size_is_the_mean_of_two_by_two():
-    pixels = noise(64, 64) // 4 * 4  # means of means need no rounding to be compared
+def test_twice_the_size_is_averaged_two_by_two():
+    pixels = noise(64, 64) // 4 * 4  # so that means of means need no rounding
     means = pixels.reshape(32, 2, 32, 2, 3).astype(float).mean((1, 3))
     assert np.abs(adm_center_crop(Image.fromarray(pixels), 32) - means).max() <= 1
 
 
 @pytest.mark.parametrize("height, width, top, left", [(32, 37, 0, 2), (32, 36, 0, 2), (41, 32, 4, 0)])
-def test_offsets_round_down(height, width, top, left):
+def test_offsets_of_the_crop_round_down(height, width, top, left):
     pixels = noise(height, width)
     got = adm_center_crop(Image.fromarray(pixels), 32)
     np.testing.assert_array_equal(got, pixels[top : top + 32, left : left + 32])
@@ -108,7 +108,7 @@ def test_mirror_images_have_mirrored_crops():
     assert np.abs(mirrored[:, ::-1].astype(int) - plain).max() <= 1
 
 
-def test_too_long_and_narrow_is_refused_before_it_is_made(mentions):
+def test_a_long_and_narrow_image_is_refused_before_it_is_resized(mentions):
     with pytest.raises(ValueError, match=mentions(25_600_000, 256)):
         adm_center_crop(Image.new("L", (100_000, 1)), 256)
 
@@ -121,7 +121,7 @@ def test_16_bit_grey_keeps_its_high_byte():
         np.testing.assert_array_equal(np.asarray(to_rgb(picture)), expected)
 
 
-def test_transparent_palette_keeps_the_colours_without_a_warning():
+def test_a_transparent_palette_keeps_its_colours_without_a_warning():
     indices = np.arange(64, dtype=np.uint8).reshape(8, 8) % 4
     picture = Image.frombytes("P", (8, 8), indices.tobytes())
     colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [9, 8, 7]], dtype=np.uint8)
@@ -133,7 +133,7 @@ def test_transparent_palette_keeps_the_colours_without_a_warning():
     np.testing.assert_array_equal(got, colours[indices])
 
 
-def test_other_modes():
+def test_other_modes_become_rgb():
     rgba = noise(8, 8, 4)
     np.testing.assert_array_equal(np.asarray(to_rgb(Image.fromarray(rgba))), rgba[..., :3])
     grey = noise(8, 8)[..., 0]
@@ -146,7 +146,7 @@ def test_other_modes():
 
 
 @pytest.mark.parametrize("height, width", SIZES)
-def test_the_region_is_what_the_crop_shows(height, width):
+def test_the_region_is_that_of_the_crop(height, width):
     top, left, bottom, right = crop_region(width, height, 32)
     assert 0 <= top < bottom <= height + 1e-9 and 0 <= left < right <= width + 1e-9
     # A ramp along each axis: the mean of the crop is the middle of the region.

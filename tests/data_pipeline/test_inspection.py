@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 
-def test_it_counts_shows_and_times(command, shards, image_folder, tmp_path, mentions):
+def test_it_counts_images_saves_a_grid_and_times_loaders(command, shards, image_folder, tmp_path, mentions):
     out = tmp_path / "grid.png"
     for data, kind, loaders in (
         (shards("raw"), "shards", ["raw"]),
@@ -24,7 +24,7 @@ def test_it_counts_shows_and_times(command, shards, image_folder, tmp_path, ment
             assert picture.width == (8 * 33 + 1) * 2
 
 
-def test_digits_and_sizes(command, shards, tmp_path, mentions):
+def test_size_0_is_the_default_of_the_data(command, shards, tmp_path, mentions):
     ended = command("inspect", "digits", "--seconds", 0.1, "--out", tmp_path / "a.png")
     assert re.search(mentions("digits", 1437, "8 x 8", 10), ended.out)
     ended = command("inspect", shards("raw"), "--seconds", 0.1, "--out", tmp_path / "a.png")
@@ -32,6 +32,6 @@ def test_digits_and_sizes(command, shards, tmp_path, mentions):
 
 
 @pytest.mark.parametrize("options", [("nowhere",), ("digits", "--out", "x.jpg"), ("digits", "--split", "x")])
-def test_mistakes(command, tmp_path, monkeypatch, options):
+def test_a_mistake_is_one_error_line(command, tmp_path, monkeypatch, options):
     monkeypatch.chdir(tmp_path)
     command("inspect", *options).error()

@@ -1,4 +1,4 @@
-"""The order of samples, its independence of everything but the seed, and broken samples."""
+"""The order of samples depends only on the seed; broken samples; worker threads and processes."""
 
 import gc
 import logging
@@ -43,7 +43,7 @@ class Numbers(Source):
 
     def read_into(self, index, image):
         self.reads.append(index)
-        # The later in the source, the sooner it is read: workers finish out of order.
+        # Later samples are read faster, so workers finish out of order.
         time.sleep(self.seconds * (self.n - index) / self.n)
         if index == self.crash:
             raise RuntimeError(f"sample {index} crashed")
@@ -75,7 +75,7 @@ READING = {
 
 @pytest.fixture(params=READING)
 def reading(request):
-    """How to make a source and loader of each kind."""
+    """Makes a loader, with each kind of workers."""
     kind, workers = READING[request.param]
 
     def make(n, batch_size, seed=0, seconds=0.0, **options):
@@ -85,7 +85,7 @@ def reading(request):
 
 
 @pytest.mark.parametrize("n, batch_size", [(10, 4), (12, 4), (5, 8), (3, 10), (1, 1), (7, 1)])
-def test_every_sample_once_an_epoch(reading, n, batch_size):
+def test_every_sample_appears_once_per_epoch(reading, n, batch_size):
     epochs = 6
     with reading(n, batch_size) as loader:
         stream = ids(take(loader, -(-epochs * n // batch_size)))
@@ -95,7 +95,7 @@ def test_every_sample_once_an_epoch(reading, n, batch_size):
         assert len(set(map(tuple, orders))) == epochs, "every epoch has its own order"
 
 
-def test_batches_hold_what_they_say(reading):
+def test_images_and_labels_belong_to_the_ids(reading):
     with reading(10, 4) as loader:
         for k, batch in enumerate(take(loader, 5)):
             assert batch.images.dtype == torch.uint8 and batch.images.shape == (4, 3, 2, 2)
@@ -106,7 +106,7 @@ def test_batches_hold_what_they_say(reading):
     assert loader.skipped == {}
 
 
-def test_the_seed_is_the_order(reading):
+def test_the_seed_determines_the_order(reading):
     with reading(50, 10, seed=1) as one, reading(50, 10, seed=1) as same, reading(50, 10, seed=2) as other:
         stream = ids(take(one, 5))
         assert stream == ids(take(same, 5))
@@ -118,8 +118,8 @@ def test_ranks_share_the_global_batch(reading, world):
     with reading(10, 8, seed=3) as whole:
         expected = [batch.ids for batch in take(whole, 6)]
     ranks = [reading(10, 8, seed=3, rank=rank, world=world) for rank in range(world)]
-    for wanted in expected:
-        assert torch.equal(torch.cat([next(loader).ids for loader in ranks]), wanted)
+    for expected_ids in expected:
+        assert torch.equal(torch.cat([next(loader).ids for loader in ranks]), expected_ids)
     for loader in ranks:
         loader.close()
 
@@ -133,14 +133,14 @@ def test_resume_at_any_batch(reading):
             state = before.state_dict()
         assert state == {"batch": stop, "skipped": []}
         with reading(23, 5) as after, reading(23, 5, start=stop) as started:
-            next(after)  # what was read ahead for the old place is dropped
+            next(after)  # the batches read ahead are dropped
             after.load_state_dict(state)
-            for wanted in expected[stop : stop + 5]:
-                assert torch.equal(next(after).ids, wanted)
-                assert torch.equal(next(started).ids, wanted)
+            for expected_ids in expected[stop : stop + 5]:
+                assert torch.equal(next(after).ids, expected_ids)
+                assert torch.equal(next(started).ids, expected_ids)
 
 
-def test_batch_indices_far_into_a_run_need_no_walk_there():
+def test_batch_indices_far_into_a_run_are_computed_directly():
     loader = Loader(Numbers(7), 5, seed=0)
     assert sorted(torch.cat([loader.batch_indices(7 * 10**8 + k) for k in range(7)]).tolist()) == sorted(
         list(range(7)) * 5
@@ -153,19 +153,19 @@ def test_broken_samples_are_replaced_and_named_once(kind, workers, caplog):
     source = Numbers(20, bad, kind, seconds=0.002 * workers)
     with Loader(source, 8, seed=0, workers=workers) as loader, caplog.at_level(logging.WARNING, "unite_fast.data"):
         for k, batch in enumerate(take(loader, 10)):
-            wanted = [{3: 5, 4: 5, 19: 0}.get(index, index) for index in loader.batch_indices(k).tolist()]
-            assert batch.ids.tolist() == wanted
-            assert batch.labels.tolist() == wanted
-            assert batch.images[:, 2, 1, 1].tolist() == wanted
+            expected_ids = [{3: 5, 4: 5, 19: 0}.get(index, index) for index in loader.batch_indices(k).tolist()]
+            assert batch.ids.tolist() == expected_ids
+            assert batch.labels.tolist() == expected_ids
+            assert batch.images[:, 2, 1, 1].tolist() == expected_ids
         stream = [index for k in range(10) for index in loader.batch_indices(k).tolist()]
-    met = list(dict.fromkeys(name for index in stream for name in {3: (3, 4), 4: (4,), 19: (19,)}.get(index, ())))
-    assert list(loader.skipped.items()) == [(f"number {index}", "broken") for index in met]
-    assert [record.getMessage() for record in caplog.records] == [f"skipped number {index}: broken" for index in met]
+    order = list(dict.fromkeys(name for index in stream for name in {3: (3, 4), 4: (4,), 19: (19,)}.get(index, ())))
+    assert list(loader.skipped.items()) == [(f"number {index}", "broken") for index in order]
+    assert [record.getMessage() for record in caplog.records] == [f"skipped number {index}: broken" for index in order]
     if workers == 0:
-        assert all(source.reads.count(index) == 1 for index in bad), "a broken sample is tried once a run"
+        assert all(source.reads.count(index) == 1 for index in bad), "a broken sample is tried once per run"
 
 
-def test_what_was_skipped_survives_a_resume(caplog):
+def test_skipped_samples_are_restored_by_a_resume(caplog):
     with Loader(Numbers(20, {3}), 20, seed=0) as before:
         next(before)
         state = before.state_dict()
@@ -178,7 +178,7 @@ def test_what_was_skipped_survives_a_resume(caplog):
     assert not caplog.records, "reported before the resume"
 
 
-def test_reading_ahead_records_nothing_ahead_of_time():
+def test_a_prefetched_broken_sample_is_reported_with_its_batch():
     with Loader(Numbers(40, {7}), 4, seed=0, workers=2) as loader:
         first = next(k for k in range(10) if 7 in loader.batch_indices(k))
         for k in range(10):
@@ -220,11 +220,11 @@ def test_a_long_run_of_broken_samples_stops_early():
 
 
 @pytest.mark.parametrize("kind, workers", [("threads", 0), ("threads", 2), ("processes", 2)])
-def test_a_crash_reaches_the_consumer_and_closes(kind, workers):
+def test_a_crash_in_a_worker_is_raised_and_closes_the_loader(kind, workers):
     threads = threading.active_count()
     loader = Loader(Numbers(30, (), kind, crash=11, seconds=0.001), 3, seed=0, workers=workers)
-    whole = next(k for k in range(10) if 11 in loader.batch_indices(k))
-    take(loader, whole)
+    before = next(k for k in range(10) if 11 in loader.batch_indices(k))
+    take(loader, before)
     with pytest.raises(RuntimeError, match="sample 11 crashed"):
         next(loader)
     assert threading.active_count() == threads and not multiprocessing.active_children()
@@ -233,31 +233,31 @@ def test_a_crash_reaches_the_consumer_and_closes(kind, workers):
     loader.close()
 
 
-def test_stopping_early_leaves_no_threads_and_does_not_wait_for_what_is_queued():
+def test_closing_early_ends_the_threads_and_does_not_read_the_queue():
     threads = threading.active_count()
     source = Numbers(1000, seconds=0.02)
     with Loader(source, 100, seed=0, workers=4) as loader:
         next(loader)
     assert threading.active_count() == threads
-    assert len(source.reads) < 300, "three batches were asked for"
+    assert len(source.reads) < 300, "three batches are queued"
 
 
 @pytest.mark.parametrize("by_signal", [True, False])
-def test_a_killed_process_is_one_line_and_no_hang(by_signal, mentions):
-    """By what it reads, as when it takes too much memory, or while it waits for work."""
+def test_a_killed_process_is_one_error_line_and_no_hang(by_signal, mentions):
+    """Killed while it reads, as when it takes too much memory, or while it waits for work."""
     loader = Loader(Numbers(30, (), "processes", kill=11 if by_signal else None), 3, seed=0, workers=2)
-    whole = next(k for k in range(10) if 11 in loader.batch_indices(k))
-    take(loader, whole)
+    before = next(k for k in range(10) if 11 in loader.batch_indices(k))
+    take(loader, before)
     if not by_signal:
         next(loader)
         for process in multiprocessing.active_children():
             os.kill(process.pid, signal.SIGKILL)
             process.join()
-    begun = time.monotonic()
+    start = time.monotonic()
     with pytest.raises(UserError, match=mentions("killed", "data.workers", "--resume")) as caught:
         take(loader, 5)
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - start < 5
     assert not multiprocessing.active_children()
 
 
@@ -280,7 +280,7 @@ os.kill(os.getpid(), 9)
     assert not any(os.path.exists(f"/proc/{pid}") for pid in children)
 
 
-def test_a_loader_that_is_dropped_ends_its_processes():
+def test_a_deleted_loader_ends_its_processes():
     loader = Loader(Numbers(20, (), "processes"), 4, seed=0, workers=2)
     next(loader)
     assert len(multiprocessing.active_children()) == 2
@@ -289,7 +289,7 @@ def test_a_loader_that_is_dropped_ends_its_processes():
     assert not multiprocessing.active_children()
 
 
-def test_a_loader_that_is_dropped_ends_its_threads():
+def test_a_deleted_loader_ends_its_threads():
     threads = threading.active_count()
     loader = Loader(Numbers(20), 4, seed=0, workers=2)
     next(loader)
@@ -300,7 +300,7 @@ def test_a_loader_that_is_dropped_ends_its_threads():
     assert threading.active_count() == threads
 
 
-def test_reads_two_batches_ahead():
+def test_two_batches_are_read_ahead():
     source = Numbers(100)
     with Loader(source, 5, seed=0, workers=2) as loader:
         next(loader)
@@ -310,13 +310,13 @@ def test_reads_two_batches_ahead():
         assert len(source.reads) == 15
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="the system does not list a process's threads")
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="/proc/self/task does not exist")
 def test_workers_start_no_threads_of_their_own(tmp_path):
     (tmp_path / "a").mkdir()
     for index in range(8):
         Image.new("RGB", (256, 256)).save(tmp_path / "a" / f"{index}.png")
     before, threads = len(os.listdir("/proc/self/task")), torch.get_num_threads()
-    torch.set_num_threads(4)  # or a machine with one core would show nothing
+    torch.set_num_threads(4)  # on a machine with one core the default would hide a thread pool
     try:
         source = open_source("folder", str(tmp_path), 256, "train")
         source.workers = "threads"
@@ -327,7 +327,7 @@ def test_workers_start_no_threads_of_their_own(tmp_path):
         torch.set_num_threads(threads)
 
 
-def test_wrong_arguments():
+def test_wrong_arguments_are_refused():
     source = Numbers(10)
     for arguments in ({"batch_size": 0}, {"batch_size": 6, "world": 4}, {"batch_size": 4, "workers": -1}):
         with pytest.raises(UserError):
@@ -336,7 +336,7 @@ def test_wrong_arguments():
         Loader(source, 4, seed=0, rank=2, world=2)
 
 
-def test_a_folder_with_workers_is_the_folder_without(tmp_path):
+def test_workers_do_not_change_the_batches_of_a_folder(tmp_path):
     rng = np.random.default_rng(0)
     for index in range(24):
         file = tmp_path / f"class{index % 3}" / f"{index}.jpg"
@@ -345,10 +345,10 @@ def test_a_folder_with_workers_is_the_folder_without(tmp_path):
         if index in (5, 8):
             file.write_bytes(file.read_bytes()[:-300])
     source = open_source("folder", str(tmp_path), 16, "train")
-    with Loader(source, 7, seed=4) as plain, Loader(source, 7, seed=4, workers=3) as helped:
-        for one, other in zip(take(plain, 8), take(helped, 8), strict=True):
+    with Loader(source, 7, seed=4) as plain, Loader(source, 7, seed=4, workers=3) as parallel:
+        for one, other in zip(take(plain, 8), take(parallel, 8), strict=True):
             assert torch.equal(one.images, other.images)
             assert torch.equal(one.labels, other.labels)
             assert torch.equal(one.ids, other.ids)
-    assert list(plain.skipped.items()) == list(helped.skipped.items())
+    assert list(plain.skipped.items()) == list(parallel.skipped.items())
     assert {name.replace("\\", "/") for name in plain.skipped} == {"class2/5.jpg", "class2/8.jpg"}

@@ -1,5 +1,5 @@
-"""The order over real processes: every sample once an epoch, the same order on 1, 2 and 4 ranks, resume on other ranks,
-memory that does not grow."""
+"""The order in real processes: every sample once per epoch, the same order on 1, 2 and 4 ranks, resume on other ranks,
+constant memory."""
 
 import multiprocessing
 import random
@@ -16,30 +16,30 @@ BATCHES = 12  # more than three epochs of 41
 
 
 def rank_main(rank, world, kind, path, workers, start, batches, store, results):
-    """One rank of a gloo group: reads its share; rank 0 hands on the batches of all put together."""
+    """One rank of a gloo group: reads its slices; rank 0 returns the global batches."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     source = open_source(kind, path, SIZE, "train")
-    found = []
+    batches_read = []
     with Loader(source, BATCH, 7, workers, rank=rank, world=world) as loader:
         loader.load_state_dict({"batch": start, "skipped": []})
         for _ in range(batches):
             batch = next(loader)
             parts = [torch.empty(BATCH // world, 2, dtype=torch.int64) for _ in range(world)]
-            # The sum of the pixels stands for them: every image has its own.
+            # The sum of the pixels identifies an image.
             sums = batch.images.flatten(1).sum(1, dtype=torch.int64)
             dist.all_gather(parts, torch.stack([batch.ids, sums], 1))
-            found.append(torch.cat(parts).tolist())
+            batches_read.append(torch.cat(parts).tolist())
         states = [None] * world
         dist.all_gather_object(states, loader.state_dict())
     if rank == 0:
-        results.put((found, states))
+        results.put((batches_read, states))
     dist.destroy_process_group()
 
 
 @pytest.fixture
 def run(tmp_path):
-    """The global batches that a group of processes reads, and every rank's state after them."""
+    """Starts a group of processes; returns the global batches, and the loader's state on every rank."""
     numbers = iter(range(1000))
 
     def start(kind, path, world, workers=0, start=0, batches=BATCHES):
@@ -49,18 +49,18 @@ def run(tmp_path):
         ranks = [fork.Process(target=rank_main, args=(rank, *arguments)) for rank in range(world)]
         for process in ranks:
             process.start()
-        found = results.get(timeout=120)
+        result = results.get(timeout=120)
         for process in ranks:
             process.join(60)
             assert process.exitcode == 0
-        return found
+        return result
 
     return start
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("format", ["raw", "original"])
-def test_any_number_of_ranks_and_workers_reads_the_same(run, shards, image_folder, format, workers):
+def test_the_order_does_not_depend_on_ranks_and_workers(run, shards, image_folder, format, workers):
     source = open_source("folder", str(image_folder), SIZE, "train")
     sums = source.read(range(41))[0].flatten(1).sum(1, dtype=torch.int64).tolist()
     expected, _ = run("shards", shards(format), 1)
@@ -73,28 +73,28 @@ def test_any_number_of_ranks_and_workers_reads_the_same(run, shards, image_folde
     assert all(sums[index] == total for index, total in stream)
 
 
-def test_resume_at_ten_random_points_on_other_ranks(run, shards):
+def test_resume_at_ten_random_batches_on_other_ranks(run, shards):
     expected, _ = run("shards", shards("raw"), 1)
-    chance = random.Random(4)
-    for stop in chance.sample(range(1, BATCHES - 1), 10):
-        before, after = chance.sample([1, 2, 4], 2)
+    generator = random.Random(4)
+    for stop in generator.sample(range(1, BATCHES - 1), 10):
+        before, after = generator.sample([1, 2, 4], 2)
         _, states = run("shards", shards("raw"), before, batches=stop)
         assert all(state == {"batch": stop, "skipped": []} for state in states), "every rank has the same state"
         got, _ = run("shards", shards("raw"), after, start=states[0]["batch"], batches=min(3, BATCHES - stop))
         assert got == expected[stop : stop + 3]
 
 
-def test_eight_ranks(shards):
+def test_eight_ranks_share_the_batches(shards):
     source = open_source("shards", str(shards("raw")), SIZE, "train")
     with Loader(source, 16, 3) as whole:
         expected = [next(whole).ids for _ in range(6)]
     ranks = [Loader(source, 16, 3, rank=rank, world=8) for rank in range(8)]
-    for wanted in expected:
-        assert torch.equal(torch.cat([next(loader).ids for loader in ranks]), wanted)
+    for expected_ids in expected:
+        assert torch.equal(torch.cat([next(loader).ids for loader in ranks]), expected_ids)
 
 
 @pytest.mark.parametrize("format, workers", [("raw", 0), ("raw", 2), ("original", 2)])
-def test_memory_is_flat_over_ten_epochs(shards, assert_flat_memory, format, workers):
+def test_memory_does_not_grow_over_epochs(shards, assert_flat_memory, format, workers):
     source = open_source("shards", str(shards(format)), SIZE, "train")
     with Loader(source, 41, 0, workers) as loader:
         assert_flat_memory(loader)

@@ -1,4 +1,4 @@
-"""The reader that pins batches ahead of need: the same batches, in order, the same errors, and no hang."""
+"""The reader that pins batches ahead of need: the same batches in order, the same errors, no hang."""
 
 import gc
 import multiprocessing
@@ -48,7 +48,7 @@ class Numbers(Source):
 
 
 class Pin:
-    """Marks what it was given, and notes by which threads."""
+    """Stands in for pinning: changes the images, and records the threads that call it."""
 
     def __init__(self, seconds=0.0):
         self.threads, self.seconds, self.count = set(), seconds, 0
@@ -61,7 +61,9 @@ class Pin:
 
 
 def loader(source, workers, pin, batch=4, **options):
-    return Loader(source, batch, 3, workers, reader=lambda *about: PinnedReader(open_reader(*about), pin), **options)
+    return Loader(
+        source, batch, 3, workers, reader=lambda *arguments: PinnedReader(open_reader(*arguments), pin), **options
+    )
 
 
 READING = [("none", 0), ("processes", 0), ("threads", 2), ("processes", 2)]
@@ -69,7 +71,7 @@ READING = [("none", 0), ("processes", 0), ("threads", 2), ("processes", 2)]
 
 @pytest.mark.parametrize(("kind", "workers"), READING)
 @pytest.mark.parametrize("slow", [0.0, 0.01])
-def test_the_same_batches_in_order(kind, workers, slow):
+def test_batches_and_their_order_are_unchanged(kind, workers, slow):
     pin = Pin(slow)
     with Loader(Numbers(kind), 4, 3, workers) as plain, loader(Numbers(kind), workers, pin) as pinned:
         for _ in range(25):
@@ -82,7 +84,7 @@ def test_the_same_batches_in_order(kind, workers, slow):
 
 
 @pytest.mark.parametrize(("kind", "workers"), READING)
-def test_batches_are_pinned_while_the_trainer_computes(kind, workers, wait_until):
+def test_batches_are_pinned_ahead_of_need(kind, workers, wait_until):
     pin = Pin()
     with loader(Numbers(kind), workers, pin) as pinned:
         next(pinned)
@@ -90,7 +92,7 @@ def test_batches_are_pinned_while_the_trainer_computes(kind, workers, wait_until
 
 
 @pytest.mark.parametrize(("kind", "workers"), READING[1:])
-def test_resume_and_broken_samples(kind, workers):
+def test_resume_with_broken_samples(kind, workers):
     bad = {3, 4, 19}
     with loader(Numbers(kind, bad), workers, Pin()) as whole:
         expected = [next(whole) for _ in range(20)]
@@ -103,29 +105,29 @@ def test_resume_and_broken_samples(kind, workers):
     with loader(Numbers(kind, bad), workers, Pin()) as after:
         next(after)
         after.load_state_dict(state)
-        for wanted in expected[7:]:
-            assert torch.equal(next(after).ids, wanted.ids)
+        for expected_batch in expected[7:]:
+            assert torch.equal(next(after).ids, expected_batch.ids)
         assert after.skipped == skipped
 
 
-def test_too_many_broken_samples_and_killed_workers_come_out_of_next(mentions):
+def test_broken_samples_and_killed_workers_raise_in_next(mentions):
     with (
         loader(Numbers("threads", range(N)), 2, Pin()) as pinned,
         pytest.raises(UserError, match=mentions(N, "broken")),
     ):
         next(pinned)
-    begun = time.monotonic()
+    start = time.monotonic()
     with (
         loader(Numbers("processes", kill=11), 2, Pin()) as pinned,
         pytest.raises(UserError, match=mentions("killed", "data.workers")),
     ):
         for _ in range(20):
             next(pinned)
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - start < 10
     assert not multiprocessing.active_children()
 
 
-def test_what_pinning_raises_comes_out_of_next():
+def test_an_error_while_pinning_raises_in_next():
     def pin(batch):
         raise RuntimeError("no memory")
 
@@ -140,14 +142,14 @@ def test_close_never_hangs(kind, workers):
         pinned = loader(Numbers(kind, seconds=0.003), workers, Pin(0.005), batch=8)
         next(pinned)
         time.sleep(delay)
-        begun = time.monotonic()
+        start = time.monotonic()
         pinned.close()
         pinned.close()
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - start < 5
     assert threading.active_count() == threads and not multiprocessing.active_children()
 
 
-def test_a_loader_that_is_dropped_ends_its_processes():
+def test_a_deleted_loader_ends_its_processes():
     pinned = loader(Numbers("processes"), 2, Pin())
     for _ in range(3):
         next(pinned)
@@ -159,7 +161,7 @@ def test_a_loader_that_is_dropped_ends_its_processes():
     assert not multiprocessing.active_children()
 
 
-def test_only_a_cuda_device_wants_it(monkeypatch):
+def test_batches_are_pinned_only_for_a_cuda_device(monkeypatch):
     calls = []
     monkeypatch.setattr(torch.cuda, "device", lambda device: calls.append(device) or nullcontext())
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: calls.append("pinned") or tensor)

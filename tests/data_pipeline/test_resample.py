@@ -1,4 +1,4 @@
-"""The C++ resizing against Pillow's, bit for bit, and its weights."""
+"""The C++ resizing equals Pillow's bit for bit; its weights sum to one."""
 
 import numpy as np
 import pytest
@@ -15,17 +15,17 @@ def noise(seed, height, width):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def both(image, *place):
-    return resample.resize_and_crop(image, *place), resample.reference(image, *place)
+def both(image, *region):
+    return resample.resize_and_crop(image, *region), resample.reference(image, *region)
 
 
 @needs_native
 @pytest.mark.parametrize("seed", range(40))
-def test_same_as_pillow_bit_for_bit(seed):
-    chance = np.random.default_rng(seed)
-    size = int(chance.integers(1, 150))
-    # From enlarged eight times to a little more than halved twice.
-    height, width = (int(side) for side in chance.integers(max(1, size // 8), 5 * size + 2, 2))
+def test_it_equals_pillow_bit_for_bit(seed):
+    random = np.random.default_rng(seed)
+    size = int(random.integers(1, 150))
+    # From enlarged 8 times to reduced 5 times.
+    height, width = (int(side) for side in random.integers(max(1, size // 8), 5 * size + 2, 2))
     shorter = min(height, width)
     resized_width, resized_height = round(width * size / shorter), round(height * size / shorter)
     left, top = (resized_width - size) // 2, (resized_height - size) // 2
@@ -36,16 +36,16 @@ def test_same_as_pillow_bit_for_bit(seed):
 
 @needs_native
 @pytest.mark.parametrize(
-    "place", [(60, 40, 0, 0, 40), (60, 40, 20, 0, 40), (45, 50, 3, 9, 41), (30, 33, 30 - 7, 33 - 7, 7)]
+    "region", [(60, 40, 0, 0, 40), (60, 40, 20, 0, 40), (45, 50, 3, 9, 41), (30, 33, 30 - 7, 33 - 7, 7)]
 )
-def test_corners_and_a_square_anywhere(place):
-    got, expected = both(noise(1, 45, 50), *place)
+def test_the_square_may_be_anywhere(region):
+    got, expected = both(noise(1, 45, 50), *region)
     np.testing.assert_array_equal(got, expected)
 
 
 @needs_native
-def test_extremes_are_clamped():
-    """Bicubic overshoots at edges."""
+def test_overshoots_are_clamped():
+    """Bicubic interpolation overshoots at edges."""
     pixels = np.zeros((40, 50, 3), np.uint8)
     pixels[:, 20:30], pixels[10:20, :, 1] = 255, 255
     got, expected = both(Image.fromarray(pixels), 33, 27, 2, 0, 27)
@@ -54,7 +54,7 @@ def test_extremes_are_clamped():
 
 
 @needs_native
-def test_threads_may_resize_at_once():
+def test_threads_can_resize_at_once():
     from concurrent.futures import ThreadPoolExecutor
 
     images = [noise(seed, 90, 120) for seed in range(30)]
@@ -82,5 +82,5 @@ def test_wrong_weights_are_refused_before_memory_is_read():
 def test_weights_sum_to_one(length, resized):
     starts, values = resample.weights(length, resized, 0, resized)
     assert (starts >= 0).all() and (starts + values.shape[1] <= length).all()
-    # Each is rounded by itself, to half of a unit.
+    # Each weight is rounded, by at most half a unit.
     assert np.abs(values.sum(1) - 2**22).max() <= values.shape[1] / 2

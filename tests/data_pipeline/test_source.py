@@ -1,4 +1,4 @@
-"""Images in memory, and which loaders read a source."""
+"""Sources of images in memory, and the error for a broken sample."""
 
 import numpy as np
 import torch
@@ -7,7 +7,7 @@ from unite_fast.data_pipeline import UnreadableSample
 from unite_fast.data_pipeline.source import MemorySource
 
 
-def test_memory_source_repeats_grey_and_keeps_the_order_asked_for():
+def test_a_memory_source_repeats_grey_and_keeps_the_order_of_the_indices():
     images = torch.arange(5, dtype=torch.uint8)[:, None, None].expand(5, 4, 4)
     source = MemorySource("dot", images, torch.arange(5) * 10, ["a", "b"])
     assert (len(source), source.image_size, source.class_names, source.workers) == (5, 4, ["a", "b"], "none")
@@ -20,13 +20,13 @@ def test_memory_source_repeats_grey_and_keeps_the_order_asked_for():
         assert (got[:, :1] == got).all()
 
 
-def test_reading_one_is_reading_several():
+def test_read_into_agrees_with_read():
     source = MemorySource("dot", torch.arange(80, dtype=torch.uint8).reshape(5, 4, 4), torch.arange(5), ["a"])
     image = np.empty((3, 4, 4), np.uint8)
     assert source.read_into(2, image) == 2
     assert torch.equal(torch.from_numpy(image), source.read([2])[0][0])
 
 
-def test_unreadable_sample_says_which_and_why():
+def test_an_unreadable_sample_has_name_and_reason():
     error = UnreadableSample("a/b.jpg", "truncated")
     assert (error.name, error.reason, str(error)) == ("a/b.jpg", "truncated", "a/b.jpg: truncated")

@@ -1,4 +1,4 @@
-"""Made-up images: as many as ImageNet has, all different, the same on every machine."""
+"""Synthetic images: as many as in ImageNet, all different, the same on every machine."""
 
 import hashlib
 import os
@@ -6,11 +6,9 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 import torch
 
 from unite_fast.data_pipeline import Loader, open_source
-from unite_fast.errors import UserError
 
 
 def test_every_image_is_a_function_of_split_and_number():
@@ -27,7 +25,7 @@ def test_every_image_is_a_function_of_split_and_number():
             assert source.read_into(number, alone) == number % 7
             assert np.array_equal(alone, image)
     assert not torch.equal(train.read([0])[0], test.read([0])[0])
-    # Noise: every byte about as often, no image like its neighbour.
+    # Noise: bytes are about equally frequent, and neighbouring images differ.
     first = train.read([0])[0]
     assert hashlib.sha256(first.numpy().tobytes()).hexdigest()[:16] == "ae41a90a6bca0299"
     assert 100 < first.float().mean() < 155
@@ -41,19 +39,14 @@ def test_class_counts_are_those_of_the_labels():
     assert source.class_counts() == labels.bincount(minlength=9).tolist()
 
 
-def test_a_loader_reads_them():
+def test_a_loader_reads_synthetic_images():
     with Loader(open_source("synthetic", "", 8, "train", 3), 4, seed=1) as loader:
         batch = next(loader)
         assert torch.equal(batch.labels, batch.ids % 3)
         assert torch.equal(batch.images, loader.source.read(batch.ids)[0])
 
 
-def test_a_path_is_a_mistake(mentions):
-    with pytest.raises(UserError, match=mentions("data.path", "pictures")):
-        open_source("synthetic", "pictures", 8, "train")
-
-
-def test_python_and_cpp_make_the_same(tmp_path):
+def test_python_and_cpp_make_the_same_images(tmp_path):
     code = """
 import hashlib
 from unite_fast.kernels import native

@@ -30,7 +30,7 @@ def train(command, tiny_run, tmp_path):
 
 @pytest.fixture(scope="module")
 def small_shards(image_folder, tmp_path_factory):
-    """Sets whose images have the size of the tiny model's, 8 x 8."""
+    """Shard sets of 8 x 8 images, the size of the tiny model."""
     folder = tmp_path_factory.mktemp("small")
     for format in ("raw", "original", "cropped-jpeg"):
         make_shards(image_folder, folder / format, Settings(format, 8, per_shard=11), workers=1)
@@ -43,24 +43,24 @@ def losses(folder):
 
 
 def test_the_same_pixels_give_the_same_run(train, small_shards, image_folder, mentions):
-    expected, said = train("folder", "folder", image_folder, "data.workers=0")
-    assert re.search(mentions("data", 41, "folder"), said)
+    expected, output = train("folder", "folder", image_folder, "data.workers=0")
+    assert re.search(mentions("data", 41, "folder"), output)
     for name, format, workers in (
         ("raw0", "raw", 0),
         ("raw3", "raw", 3),
         ("original0", "original", 0),
         ("original3", "original", 3),
     ):
-        folder, said = train(name, "shards", small_shards / format, f"data.workers={workers}", "data.loader=auto")
-        assert re.search(mentions("data", 41, "raw" if format == "raw" else "webdataset"), said)
+        folder, output = train(name, "shards", small_shards / format, f"data.workers={workers}", "data.loader=auto")
+        assert re.search(mentions("data", 41, "raw" if format == "raw" else "webdataset"), output)
         assert losses(folder) == losses(expected)
     assert len(losses(expected)) == 6
 
 
 @needs_dali
-def test_dali_trains_and_its_runs_go_on_with_it_alone(train, command, small_shards, tiny_run, mentions):
-    folder, said = train("dali", "shards", small_shards / "original", "data.loader=dali")
-    assert re.search(mentions("data", 41, "dali", "data.loader"), said)
+def test_dali_trains_and_its_runs_resume_only_with_dali(train, command, small_shards, tiny_run, mentions):
+    folder, output = train("dali", "shards", small_shards / "original", "data.loader=dali")
+    assert re.search(mentions("data", 41, "dali", "data.loader"), output)
     assert len(losses(folder)) == 6
     again = ("shards", small_shards / "original", "train.steps=8", "--resume")
     train("dali", *again, "data.loader=dali")
@@ -69,19 +69,20 @@ def test_dali_trains_and_its_runs_go_on_with_it_alone(train, command, small_shar
 
 
 @needs_dali
-def test_cropped_jpegs_are_the_same_pixels_to_every_decoder(train, small_shards):
+def test_cropped_jpegs_give_the_same_run_with_every_decoder(train, small_shards):
     pillow, _ = train("pillow", "shards", small_shards / "cropped-jpeg", "data.loader=webdataset")
     other, _ = train("dali", "shards", small_shards / "cropped-jpeg", "data.loader=dali")
     assert losses(pillow) == losses(other)
 
 
-def test_digits_through_their_loader(train, command, tiny_run, tmp_path, mentions):
+def test_digits_are_read_from_memory(train, command, tiny_run, tmp_path, mentions):
     ended = command("train", *tiny_run, "train.steps=2", f"train.out={tmp_path / 'digits'}")
     assert ended.status == 0 and re.search(mentions("data", 1437, "memory"), ended.out)
 
 
-def test_a_killed_worker_ends_the_run_in_one_line(command, tiny_run, small_shards, tmp_path, monkeypatch):
-    """The last checkpoint is there to go on from."""
+def test_a_killed_worker_is_one_error_line_and_the_run_can_resume(
+    command, tiny_run, small_shards, tmp_path, monkeypatch
+):
     real = ShardSource.read_into
 
     def deadly(self, index, image):

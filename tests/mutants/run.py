@@ -25,8 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = {"unite_fast": "", "kernels": "kernels", "data_pipeline": "data_pipeline", "configs": "configs"}
-"""Folders of the repository and where they install inside the package."""
 LIMIT = 600
 """Seconds after which a mutant that makes the tests hang counts as found."""
 WITHOUT_THE_CHECKOUT = """import sys
@@ -54,8 +52,7 @@ class Mutant:
         return text.replace(self.old, self.new)
 
     def installed(self) -> Path:
-        folder, _, rest = self.path.partition("/")
-        return Path("unite_fast", PARTS[folder], rest)
+        return Path(self.path) if self.path.startswith("unite_fast/") else Path("unite_fast", self.path)
 
 
 def load_mutants() -> list[Mutant]:
@@ -70,10 +67,9 @@ def load_mutants() -> list[Mutant]:
 
 
 def assemble(folder: Path) -> None:
-    """The package as it installs, C++ parts from where they are installed, in `folder`."""
-    for source, inside in PARTS.items():
-        target = folder / "unite_fast" / inside
-        shutil.copytree(ROOT / source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    """Copy the package to `folder` as it installs, with the C++ extensions that are installed."""
+    folder.mkdir()
+    subprocess.run([ROOT / ".ci" / "copy-as-installed", folder], check=True)
     for name in ("unite_fast.kernels", "unite_fast.data_pipeline"):
         for found in importlib.util.find_spec(name).submodule_search_locations:
             for library in Path(found).glob("*.so"):

@@ -1,4 +1,4 @@
-"""How exactly PyTorch computes: what the settings switch, and that they are switched back."""
+"""The device, and PyTorch's numerics: float32 without TF32, deterministic algorithms."""
 
 import os
 
@@ -18,13 +18,13 @@ def tf32() -> tuple[bool, bool]:
 
 
 @pytest.fixture(autouse=True)
-def put_back(monkeypatch):
+def restore_numerics(monkeypatch):
     monkeypatch.delenv(CUBLAS_WORKSPACE, raising=False)
-    before, filled = tf32(), torch.utils.deterministic.fill_uninitialized_memory
+    before, fill = tf32(), torch.utils.deterministic.fill_uninitialized_memory
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     yield
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(False)
     os.environ.pop(CUBLAS_WORKSPACE, None)
 
@@ -36,10 +36,10 @@ def test_float32_is_not_tf32(precision, rounded):
     assert not torch.are_deterministic_algorithms_enabled() and CUBLAS_WORKSPACE not in os.environ
 
 
-def test_deterministic_is_strict_and_reaches_cublas():
+def test_deterministic_is_strict_and_configures_cublas():
     use_numerics("bfloat16", deterministic=True)
     assert torch.are_deterministic_algorithms_enabled()
-    # Only warned, flash attention keeps the algorithm that is not deterministic.
+    # With warn-only, flash attention keeps its nondeterministic algorithm.
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
     assert os.environ[CUBLAS_WORKSPACE] == ":4096:8"
     assert not torch.utils.deterministic.fill_uninitialized_memory
@@ -47,7 +47,7 @@ def test_deterministic_is_strict_and_reaches_cublas():
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_exact_float32_is_for_a_while():
+def test_exact_float32_ends_with_its_context():
     with exact_float32():
         assert tf32() == (False, False)
     assert tf32() == (True, True)
@@ -56,12 +56,12 @@ def test_exact_float32_is_for_a_while():
     assert tf32() == (True, True)
 
 
-def test_a_trainer_switches_what_its_settings_say(tiny_run, tmp_path):
+def test_a_trainer_applies_its_settings(tiny_run, tmp_path):
     config = load_config("digits", (*tiny_run, f"train.out={tmp_path / 'run'}", "train.deterministic=true"))
     trainer = Trainer(config, False)
     try:
         assert tf32() == (False, False) and torch.are_deterministic_algorithms_enabled()
-        trainer.step(trainer.read())  # nothing in a step lacks a deterministic body
+        trainer.step(trainer.read())  # every op of a step has a deterministic implementation
     finally:
         trainer.close()
 
@@ -74,11 +74,11 @@ def test_attention_that_cannot_be_deterministic_is_refused(attention, mentions):
     assert from_tree(Config, tree | {"attention": "sdpa"}).train.deterministic
 
 
-def test_the_device_asked_for(monkeypatch, mentions):
+def test_choose_device(monkeypatch, mentions):
     assert choose_device("cpu").type == "cpu"
-    for there in (False, True):
-        monkeypatch.setattr(device.torch.cuda, "is_available", lambda there=there: there)
-        assert choose_device("auto").type == ("cuda" if there else "cpu")
+    for available in (False, True):
+        monkeypatch.setattr(device.torch.cuda, "is_available", lambda available=available: available)
+        assert choose_device("auto").type == ("cuda" if available else "cpu")
     assert choose_device("cuda").type == "cuda"
     monkeypatch.setattr(device.torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=mentions("device", "cuda")):

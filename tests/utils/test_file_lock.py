@@ -1,4 +1,4 @@
-"""One process a folder: by the lock of another process, of a dead one, and where there are no locks."""
+"""Lock a folder: held by another process, left by a killed one, on a file system without locks."""
 
 import errno
 import fcntl
@@ -15,12 +15,12 @@ from unite_fast.utils.file_lock import LOCK, lock_folder
 
 @pytest.fixture
 def holder(tmp_path):
-    """A process that holds the folder `tmp_path`/x."""
+    """A process that holds the lock of `tmp_path`/x."""
     fork = multiprocessing.get_context("fork")
-    here, there = fork.Pipe()
-    process = fork.Process(target=_hold_lock, args=(tmp_path / "x", there), daemon=True)
+    ours, theirs = fork.Pipe()
+    process = fork.Process(target=_hold_lock, args=(tmp_path / "x", theirs), daemon=True)
     process.start()
-    assert here.recv() == "held"
+    assert ours.recv() == "locked"
     yield process
     process.kill()
     process.join()
@@ -28,17 +28,17 @@ def holder(tmp_path):
 
 def _hold_lock(folder: Path, pipe) -> None:
     file = lock_folder(folder, "being read", "read another")
-    pipe.send("held")
+    pipe.send("locked")
     pipe.recv()
     file.close()
 
 
-def test_a_folder_that_another_process_holds_is_refused_until_it_is_killed(holder, tmp_path, mentions):
+def test_a_locked_folder_is_refused_until_the_holder_is_killed(holder, tmp_path, mentions):
     folder = tmp_path / "x"
-    for _ in range(2):  # the first refusal must not have let go what is not its own
+    for _ in range(2):  # a refusal must not release the lock
         with pytest.raises(UserError) as caught:
             lock_folder(folder, "being read", "read another")
-        # What the caller says of both, who it is, and what to delete.
+        # The caller's two texts, the holder, and the file to delete.
         assert re.match(
             mentions(folder, "being read", f"process {holder.pid}", "read another", folder / LOCK), str(caught.value)
         )
@@ -50,7 +50,7 @@ def test_a_folder_that_another_process_holds_is_refused_until_it_is_killed(holde
     assert os.listdir(folder) == [LOCK]
 
 
-def test_where_there_are_no_locks_nothing_is_refused(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_refuses_nothing(tmp_path, monkeypatch):
     def lockf(file, operation):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -59,7 +59,7 @@ def test_where_there_are_no_locks_nothing_is_refused(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "new" / "x") == [LOCK]
 
 
-def test_a_folder_that_cannot_be_made(tmp_path, mentions):
+def test_a_folder_that_cannot_be_created_is_named(tmp_path, mentions):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=mentions(tmp_path / "file", os.strerror(errno.EEXIST))):
         lock_folder(tmp_path / "file", "being read", "read another")

@@ -9,7 +9,7 @@ from unite_fast.errors import UserError
 from unite_fast.utils.files import atomic_write, check_target, read_rows, save_text, writing
 
 
-def test_something_of_another_kind_in_the_way_is_refused(tmp_path, mentions):
+def test_a_folder_for_a_file_and_the_reverse_are_refused(tmp_path, mentions):
     (tmp_path / "a.png").mkdir()
     (tmp_path / "file").touch()
     for out in (tmp_path / "a.png", tmp_path / "file"):
@@ -18,7 +18,7 @@ def test_something_of_another_kind_in_the_way_is_refused(tmp_path, mentions):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.npz", "folder", "new/a.png"])
-def test_a_free_target_and_one_of_its_kind_are_accepted(tmp_path, name):
+def test_a_new_target_and_an_existing_one_of_its_kind_are_accepted(tmp_path, name):
     check_target(tmp_path / name)
     if name == "folder":
         (tmp_path / name).mkdir()
@@ -27,7 +27,7 @@ def test_a_free_target_and_one_of_its_kind_are_accepted(tmp_path, name):
     check_target(tmp_path / name)
 
 
-def test_an_error_of_the_system_names_the_file(tmp_path, mentions):
+def test_an_oserror_names_the_file(tmp_path, mentions):
     with pytest.raises(UserError, match=mentions(tmp_path, os.strerror(errno.ENOSPC))), writing(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -50,7 +50,7 @@ def test_text_is_utf8_in_a_new_folder(tmp_path):
     assert (tmp_path / "new" / "a.txt").read_bytes() == b"\xc3\xa9\n"
 
 
-def test_rows_are_read_without_the_incomplete_ones(tmp_path):
+def test_incomplete_rows_are_skipped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert read_rows(path) == []
     path.write_text('{"step": 1, "l1": 2.0}\n[1]\n{"l1": 3}\n{"step": 2, "l1": NaN}\n{"step": 3, "l')

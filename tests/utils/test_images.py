@@ -1,4 +1,4 @@
-"""Grids, curves and files of images."""
+"""Image grids, loss curves, image files."""
 
 import errno
 import os
@@ -34,7 +34,7 @@ def test_images_stand_row_by_row_on_white(size, gap, factor):
     assert (small[~inside] == 255).all()
 
 
-def test_colours_are_in_order():
+def test_channels_are_in_order():
     image = torch.zeros(1, 3, 48, 48, dtype=torch.uint8)
     image[:, 0] = 200
     image[:, 2] = 100
@@ -44,7 +44,7 @@ def test_colours_are_in_order():
 def test_each_original_stands_above_its_reconstruction():
     picture = np.asarray(pairs(flat(1, 2, 3, size=48), flat(101, 102, 103, size=48), columns=2))
     places = picture[10::50, 10::50, 0]
-    # Three pairs in two columns: the last row of either kind has one image, and the grid is filled without a gap.
+    # Three pairs in two columns: the last row of originals and of reconstructions has one image, without a gap between.
     assert [row.tolist() for row in places] == [[1, 2], [101, 102], [3, 103]]
 
 
@@ -80,7 +80,7 @@ def test_an_npz_holds_images_and_labels(tmp_path, images):
 
 
 def test_a_folder_holds_each_image_by_number_and_class(tmp_path, images):
-    for _ in range(2):  # twice, as the folder may be there
+    for _ in range(2):  # twice: the folder may exist
         save_images(images, torch.tensor([3, 1, 4, 1]), tmp_path / "new" / "folder", 10)
     names = sorted(os.listdir(tmp_path / "new" / "folder"))
     assert names == ["000000_class3.png", "000001_class1.png", "000002_class4.png", "000003_class1.png"]
@@ -96,7 +96,7 @@ def test_a_png_holds_all_images(tmp_path, images):
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.PNG", "a.npy", "a.png.gz"])
-def test_another_ending_is_refused_before_anything_is_written(tmp_path, images, name, mentions):
+def test_another_suffix_is_refused_before_anything_is_written(tmp_path, images, name, mentions):
     with pytest.raises(UserError, match=mentions(tmp_path / "new" / name, ".png", ".npz", "folder")):
         save_images(images, torch.zeros(4), tmp_path / "new" / name, 3)
     with pytest.raises(UserError, match=mentions(tmp_path / "new" / name, ".png")):

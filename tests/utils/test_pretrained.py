@@ -1,4 +1,4 @@
-"""Published weights: each way in which a file can be missing or wrong, and the right one."""
+"""Published weights: the expected file, and each way in which it can be missing or wrong."""
 
 import hashlib
 
@@ -35,12 +35,12 @@ def test_the_named_tensors_are_loaded(weights, path):
     assert file_sha256(path) == weights.sha256
 
 
-def test_an_old_file_that_is_no_zip_is_loaded(weights, path):
+def test_an_old_file_without_zip_is_loaded(weights, path):
     torch.save(TENSORS, path, _use_new_zipfile_serialization=False)
     assert torch.equal(weights.load(str(path), file_sha256(path), SHAPES)["a.bias"], torch.ones(2))
 
 
-def test_the_environment_variable_stands_in_for_an_empty_setting(weights, path, monkeypatch, mentions):
+def test_the_environment_variable_is_read_if_the_setting_is_empty(weights, path, monkeypatch, mentions):
     assert weights.named(str(path)) and not weights.named("")
     monkeypatch.setenv("UNITE_FAST_TEST", str(path))
     assert weights.named("") and weights.path("") == path
@@ -51,12 +51,12 @@ def test_the_environment_variable_stands_in_for_an_empty_setting(weights, path, 
         weights.path("")
 
 
-def test_the_home_folder(weights, path, monkeypatch):
+def test_a_tilde_means_the_home_folder(weights, path, monkeypatch):
     monkeypatch.setenv("HOME", str(path.parent))
     assert weights.path("~/weights.pth") == path
 
 
-def test_no_path_and_no_file_are_refused(weights, path, mentions):
+def test_a_missing_path_or_file_is_refused(weights, path, mentions):
     with pytest.raises(UserError, match=mentions("test.path", "UNITE_FAST_TEST", "weights of the test", "the test")):
         weights.path("")
     with pytest.raises(UserError, match=mentions("test.path", path.parent)):
@@ -71,7 +71,7 @@ def test_a_truncated_or_changed_file_is_refused(weights, path, mentions):
     path.write_bytes(whole[:-1] + b"x")
     with pytest.raises(UserError, match=mentions("test.path", file_sha256(path), weights.sha256, "test.sha256")):
         weights.load(str(path), weights.sha256, SHAPES)
-    # Another file on purpose: its own SHA-256 is given, and the published size no longer counts.
+    # With another SHA-256, the published size is not checked.
     torch.save(TENSORS | {"more": torch.zeros(50)}, path)
     assert weights.load(str(path), file_sha256(path), SHAPES).keys() == SHAPES.keys()
 
@@ -86,14 +86,14 @@ def test_a_truncated_or_changed_file_is_refused(weights, path, mentions):
         ({"a.weight": torch.zeros(3, 2), "a.bias": torch.zeros(2)}, "a.weight"),
     ],
 )
-def test_a_file_of_something_else_is_refused(weights, path, content, token, mentions):
+def test_a_file_with_other_contents_is_refused(weights, path, content, token, mentions):
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(UserError, match=mentions("test.path", path, token)) as caught:
         weights.load(str(path), file_sha256(path), SHAPES)
     assert "\n" not in str(caught.value)
 
 
-def test_a_pickle_that_would_run_code_is_refused(weights, path, tmp_path, mentions):
+def test_a_pickle_that_runs_code_is_refused(weights, path, tmp_path, mentions):
     class Harmful:
         def __reduce__(self):
             return (open, (str(tmp_path / "harm"), "w"))

@@ -1,4 +1,4 @@
-"""What shards can be made of: folders, ImageNet's tar files, Parquet files."""
+"""The inputs of `unite-fast shards`: folders, ImageNet's tar files, Parquet files."""
 
 import io
 import json
@@ -49,7 +49,7 @@ def assert_same(out, expected):
 
 
 def test_the_tar_of_class_tars_is_the_folder(by_class, expected, make, tmp_path):
-    """As ILSVRC2012_img_train.tar comes."""
+    """The layout of ILSVRC2012_img_train.tar."""
     path = tmp_path / "train.tar"
     files = [(f"{name}.tar", tar_of([*files, ("notes.txt", b"x")])) for name, files in reversed(by_class.items())]
     path.write_bytes(tar_of(files))
@@ -68,12 +68,12 @@ def test_a_folder_of_class_tars_is_the_folder(by_class, expected, make, tmp_path
 def test_a_tar_of_folders_is_the_folder(by_class, expected, make, tmp_path):
     path = tmp_path / "all.tar"
     files = [(f"deep/{name}/{file}", data) for name, files in by_class.items() for file, data in files]
-    path.write_bytes(tar_of([*files, ("deep/class0/._000.jpg", b"another system's notes")]))
+    path.write_bytes(tar_of([*files, ("deep/class0/._000.jpg", b"metadata of a Mac")]))
     assert_same(make(path)[0], expected)
 
 
 def test_a_flat_tar_with_a_list_of_labels_is_the_folder(by_class, expected, make, tmp_path, mentions):
-    """As ILSVRC2012_img_val.tar comes: the list is in the order of names, whatever the order in the file."""
+    """The layout of ILSVRC2012_img_val.tar; the list is in the order of names, which need not be that of the file."""
     pairs = sorted((name, data, class_name) for class_name, files in by_class.items() for name, data in files)
     path, labels = tmp_path / "val.tar", tmp_path / "labels.txt"
     path.write_bytes(tar_of([(name, data) for name, data, _ in reversed(pairs)]))
@@ -89,7 +89,7 @@ def test_a_flat_tar_with_a_list_of_labels_is_the_folder(by_class, expected, make
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.8])
-def test_a_truncated_tar_is_one_line(by_class, make, tmp_path, share, mentions):
+def test_a_truncated_tar_is_one_error_line(by_class, make, tmp_path, share, mentions):
     path = tmp_path / "train.tar"
     whole = tar_of([(f"{name}.tar", tar_of(files)) for name, files in by_class.items()])
     path.write_bytes(whole[: int(share * len(whole))])
@@ -99,7 +99,7 @@ def test_a_truncated_tar_is_one_line(by_class, make, tmp_path, share, mentions):
 
 
 @pytest.mark.parametrize("blocks", [3, 10])
-def test_a_truncated_tar_within_a_tar_is_one_line(by_class, make, tmp_path, blocks, mentions):
+def test_a_truncated_tar_within_a_tar_is_named(by_class, make, tmp_path, blocks, mentions):
     inner = {name: tar_of(files) for name, files in by_class.items()}
     inner["class1"] = inner["class1"][: 512 * blocks]
     (tmp_path / "train.tar").write_bytes(tar_of([(f"{name}.tar", data) for name, data in inner.items()]))
@@ -107,7 +107,7 @@ def test_a_truncated_tar_within_a_tar_is_one_line(by_class, make, tmp_path, bloc
         make(tmp_path / "train.tar")
 
 
-def test_nothing_to_read(make, tmp_path, mentions):
+def test_a_path_without_images_is_refused(make, tmp_path, mentions):
     (tmp_path / "text.tar").write_text("no tar file at all\n" * 100)
     with pytest.raises(UserError, match=mentions(tmp_path / "text.tar")):
         make(tmp_path / "text.tar")
@@ -118,7 +118,7 @@ def test_nothing_to_read(make, tmp_path, mentions):
         make(tmp_path / "nowhere")
 
 
-def test_splits_of_a_folder(image_folder, make, tmp_path):
+def test_each_split_has_its_folder(image_folder, make, tmp_path):
     for split, names in (("train", ("class0", "class1", "class2")), ("val", ("class1",))):
         for name in names:
             shutil.copytree(image_folder / name, tmp_path / "both" / split / name)
@@ -164,7 +164,7 @@ def test_parquet_splits_and_classes_without_names(parquet_folder, make, tmp_path
     assert list(make(folder)[1].classes) == ["0", "1", "2"]
 
 
-def test_a_parquet_file_that_is_none(parquet_folder, make, tmp_path, mentions):
+def test_a_damaged_parquet_file_is_named(parquet_folder, make, tmp_path, mentions):
     folder = parquet_folder()
     path = folder / "data" / "train-00001-of-00002.parquet"
     path.write_bytes(path.read_bytes()[:-20])
@@ -173,7 +173,7 @@ def test_a_parquet_file_that_is_none(parquet_folder, make, tmp_path, mentions):
     assert "\n" not in str(caught.value)
 
 
-def test_parquet_without_the_columns(make, tmp_path, mentions):
+def test_parquet_without_the_columns_is_refused(make, tmp_path, mentions):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     from pyarrow import parquet
 

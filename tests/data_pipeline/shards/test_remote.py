@@ -1,4 +1,4 @@
-"""Shard sets behind an address: read like local ones, fetched once, tried again, and what never comes."""
+"""Remote shard sets: the samples of local ones, one fetch per file, retries, and failures."""
 
 import functools
 import http.server
@@ -31,12 +31,12 @@ def open_(address):
     return open_source("shards", address, SIZE, "train")
 
 
-def counting(folder, log):
-    """An address that writes down what is asked for."""
+def logged(folder, log):
+    """An address that logs the file names it is asked for."""
     return f"pipe:echo {{}} >> {log}; cat {folder}/{{}}"
 
 
-def fetched(log: Path) -> list[str]:
+def names_fetched(log: Path) -> list[str]:
     return sorted(log.read_text().split())
 
 
@@ -73,14 +73,14 @@ def server(shards):
         running.shutdown()
 
 
-def test_a_server_that_breaks_off_is_asked_again(server, shards, monkeypatch):
+def test_a_broken_transfer_is_tried_again(server, shards, monkeypatch):
     monkeypatch.setattr(Server, "faults", 3)
     images, _ = open_(server).read(range(41))
     assert Server.faults == 0
     assert torch.equal(images, ShardSource(shards("raw"), SIZE).read(range(41))[0])
 
 
-def test_what_a_server_does_not_have_is_one_line(server, mentions):
+def test_a_missing_file_is_one_error_line(server, mentions):
     with pytest.raises(UserError, match=mentions("dataset.json", f"{server}/nowhere", 4)) as caught:
         open_(f"{server}/nowhere")
     assert "\n" not in str(caught.value)
@@ -89,7 +89,7 @@ def test_what_a_server_does_not_have_is_one_line(server, mentions):
 @pytest.mark.parametrize("workers", [0, 3])
 def test_the_order_goes_shard_by_shard_and_each_is_fetched_once(shards, tmp_path, workers):
     log = tmp_path / "log"
-    source = open_(counting(shards("original"), log))
+    source = open_(logged(shards("original"), log))
     with Loader(source, 1, 5, workers) as loader:
         epochs = [[int(next(loader).ids) for _ in range(41)] for _ in range(3)]
     for epoch in epochs:
@@ -98,21 +98,21 @@ def test_the_order_goes_shard_by_shard_and_each_is_fetched_once(shards, tmp_path
         runs = [shard for place, shard in enumerate(visited) if place == 0 or visited[place - 1] != shard]
         assert sorted(runs) == list(range(5)), "one run of each shard"
     assert len(set(map(tuple, epochs))) == 3
-    shard_names = [name for name in fetched(log) if name.endswith(".tar")]
+    shard_names = [name for name in names_fetched(log) if name.endswith(".tar")]
     assert shard_names == [f"shard-{number:05d}.tar" for number in range(5)]
 
 
-def test_only_what_is_needed_is_fetched(shards, tmp_path):
+def test_only_needed_shards_are_fetched(shards, tmp_path):
     log = tmp_path / "log"
-    source = open_(counting(shards("raw"), log))
-    assert not [name for name in fetched(log) if name.endswith(".tar")]
+    source = open_(logged(shards("raw"), log))
+    assert not [name for name in names_fetched(log) if name.endswith(".tar")]
     source.read([0])
-    assert len([name for name in fetched(log) if name.endswith(".tar")]) == 1
+    assert len([name for name in names_fetched(log) if name.endswith(".tar")]) == 1
 
 
 def test_shards_are_fetched_ahead_of_need(shards, tmp_path):
     log = tmp_path / "log"
-    source = open_(counting(shards("raw"), log))
+    source = open_(logged(shards("raw"), log))
     with Loader(source, 1, 0) as loader:
         first = int(source.shard_of[int(next(loader).ids)])
         source._fetcher.join(20)
@@ -125,9 +125,9 @@ def _read_all(address, done):
     done.put(True)
 
 
-def test_processes_of_a_machine_fetch_once_together(shards, tmp_path):
+def test_processes_of_a_machine_fetch_each_file_once(shards, tmp_path):
     log = tmp_path / "log"
-    address = counting(shards("raw"), log)
+    address = logged(shards("raw"), log)
     fork = multiprocessing.get_context("fork")
     done = fork.Queue()
     processes = [fork.Process(target=_read_all, args=(address, done)) for _ in range(3)]
@@ -136,21 +136,21 @@ def test_processes_of_a_machine_fetch_once_together(shards, tmp_path):
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    assert len(fetched(log)) == len(set(fetched(log))) == 11
+    assert len(names_fetched(log)) == len(set(names_fetched(log))) == 11
 
 
-def test_ranks_and_resume_as_anywhere(shards):
+def test_ranks_share_batches_and_resume(shards):
     source = open_(f"pipe:cat {shards('raw')}/{{}}")
     with Loader(source, 8, 1) as whole:
         expected = [next(whole).ids for _ in range(12)]
     ranks = [Loader(source, 8, 1, rank=rank, world=4) for rank in range(4)]
-    for wanted in expected[:5]:
-        assert torch.equal(torch.cat([next(loader).ids for loader in ranks]), wanted)
+    for ids in expected[:5]:
+        assert torch.equal(torch.cat([next(loader).ids for loader in ranks]), ids)
     halves = [Loader(source, 8, 1, rank=rank, world=2) for rank in range(2)]
     for loader in halves:
         loader.load_state_dict(ranks[0].state_dict())
-    for wanted in expected[5:]:
-        assert torch.equal(torch.cat([next(loader).ids for loader in halves]), wanted)
+    for ids in expected[5:]:
+        assert torch.equal(torch.cat([next(loader).ids for loader in halves]), ids)
 
 
 def test_a_shard_whose_hash_is_wrong_is_never_used(shards, tmp_path, cache):
@@ -166,12 +166,12 @@ def test_a_shard_whose_hash_is_wrong_is_never_used(shards, tmp_path, cache):
     assert not list(cache.rglob("*.tar"))
 
 
-def test_a_command_that_fails_after_its_output_is_not_believed(shards, mentions):
+def test_a_command_that_fails_after_its_output_is_an_error(shards, mentions):
     with pytest.raises(UserError, match=mentions("dataset.json", "false")):
         open_(f"pipe:cat {shards('raw')}/{{}}; false")
 
 
-def test_a_pipe_without_a_place_for_the_name(mentions):
+def test_a_pipe_address_without_braces_is_refused(mentions):
     with pytest.raises(UserError, match=mentions("pipe:cat shard.tar", "{}")):
         open_("pipe:cat shard.tar")
 

@@ -1,4 +1,4 @@
-"""Shards: what is in them, that they depend on nothing but images and settings, and how their making is interrupted."""
+"""Make shards: their contents, what the contents depend on, and resume after an interruption."""
 
 import io
 import json
@@ -37,7 +37,7 @@ def test_the_manifest_counts(shards):
     assert (tree["samples"], tree["crop"]) == (41, "ADM centre crop")
 
 
-def test_nothing_but_the_set_is_left(shards):
+def test_no_temporary_files_are_left(shards):
     names = {f"shard-{number:05d}.{kind}" for number in range(5) for kind in ("tar", "idx")}
     assert set(contents(shards("raw"))) == names | {"dataset.json", "plan.json", "skipped.log"}
 
@@ -46,18 +46,18 @@ def test_raw_is_the_folder_bit_for_bit(shards, image_folder):
     folder = open_source("folder", str(image_folder), SIZE, "train")
     images, labels = folder.read(range(41))
     for format in ("raw", "original"):
-        got, its_labels = open_source("shards", str(shards(format)), SIZE, "train").read(range(41))
-        assert torch.equal(got, images) and torch.equal(its_labels, labels)
+        got, got_labels = open_source("shards", str(shards(format)), SIZE, "train").read(range(41))
+        assert torch.equal(got, images) and torch.equal(got_labels, labels)
 
 
-def test_cropped_jpegs_are_near(shards, image_folder):
+def test_cropped_jpegs_are_close_to_the_images(shards, image_folder):
     images = open_source("folder", str(image_folder), SIZE, "train").read(range(41))[0].float()
     got = open_source("shards", str(shards("cropped-jpeg")), SIZE, "train").read(range(41))[0].float()
-    # Quality 95 without subsampling; measured 1.3 on these grainy pictures.
+    # Quality 95 without subsampling; measured 1.3 on these noisy images.
     assert (got - images).abs().mean() < 2
 
 
-def test_workers_do_not_change_a_byte_and_seeds_do(image_folder, make, tmp_path):
+def test_shards_depend_on_the_seed_and_not_on_workers(image_folder, make, tmp_path):
     one, _ = make(image_folder, workers=1, out=tmp_path / "1")
     three, _ = make(image_folder, workers=3, out=tmp_path / "3")
     other, _ = make(image_folder, out=tmp_path / "4", seed=1)
@@ -67,10 +67,10 @@ def test_workers_do_not_change_a_byte_and_seeds_do(image_folder, make, tmp_path)
     assert keys != sorted(keys), "the samples are shuffled over the shards"
 
 
-def test_an_interrupted_run_goes_on(image_folder, make, tmp_path):
+def test_an_interrupted_run_resumes(image_folder, make, tmp_path):
     whole, manifest = make(image_folder, out=tmp_path / "whole")
     part, _ = make(image_folder, out=tmp_path / "part")
-    # As if it was killed in shard 3: no manifest yet, the records of the finished ones, half a file.
+    # As after a kill in shard 3: no manifest, records of the complete shards, half a file.
     (part / "dataset.json").unlink()
     for shard in manifest.shards:
         record = {"shard": vars(shard), "counts": [], "skipped": []}
@@ -81,13 +81,13 @@ def test_an_interrupted_run_goes_on(image_folder, make, tmp_path):
     (part / "shard-00003.tar").unlink()
     (part / "shard-00003.tar.partial").write_bytes(b"half")
     make(image_folder, out=part)
-    assert kept.stat().st_mtime == 1, "a finished shard is not made again"
+    assert kept.stat().st_mtime == 1, "a complete shard is not made again"
     assert contents(part)["shard-00003.tar"] == contents(whole)["shard-00003.tar"]
     assert not list(part.glob("*.partial")) and not list(part.glob("*.done"))
 
 
-def test_kill_9_and_again(process, image_folder, tmp_path):
-    """A real process, killed wherever it happens to be, then run to its end."""
+def test_a_killed_process_resumes(process, image_folder, tmp_path):
+    """A real process, killed at two points, then run to its end."""
     command = ("shards", image_folder, "killed", "--image-size", 200, "--per-shard", 2, "--workers", 1)
     for delay in (0.0, 0.1):
         running = process(*command)
@@ -103,25 +103,25 @@ def test_kill_9_and_again(process, image_folder, tmp_path):
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
-def test_other_settings_or_images_do_not_mix(image_folder, make, tmp_path, mentions):
+def test_a_folder_of_other_shards_is_refused(image_folder, make, tmp_path, mentions):
     out, _ = make(image_folder)
     before = contents(out)
     make(image_folder)
-    assert contents(out) == before, "made already: nothing to do"
-    with pytest.raises(UserError, match=mentions(out)):
+    assert contents(out) == before, "the set is complete"
+    with pytest.raises(UserError, match=mentions(out, "other")):
         make(image_folder, seed=3)
     shutil.copytree(image_folder, tmp_path / "more")
     Image.new("RGB", (40, 40)).save(tmp_path / "more" / "class0" / "new.png")
-    with pytest.raises(UserError, match=mentions(out)):
+    with pytest.raises(UserError, match=mentions(out, "other")):
         make(tmp_path / "more")
     assert contents(out) == before
     (out / "plan.json").unlink()
-    with pytest.raises(UserError, match=mentions(out)):
+    with pytest.raises(UserError, match=mentions(out, "unknown")):
         make(image_folder)
 
 
 @pytest.mark.parametrize("format", ["raw", "cropped-jpeg", "original"])
-def test_broken_images_are_left_out_counted_and_named(format, image_folder, make, tmp_path):
+def test_broken_images_are_skipped_counted_and_named(format, image_folder, make, tmp_path):
     folder = tmp_path / "some"
     shutil.copytree(image_folder, folder)
     truncated = folder / "class1" / "001.jpg"
@@ -144,17 +144,17 @@ def open_(folder):
     return open_source("folder", str(folder), SIZE, "train")
 
 
-def test_nothing_but_broken_images(make, tmp_path, mentions):
+def test_a_folder_of_broken_images_is_refused(make, tmp_path, mentions):
     (tmp_path / "bad" / "a").mkdir(parents=True)
     (tmp_path / "bad" / "a" / "0.jpg").write_text("no")
     with pytest.raises(UserError, match=mentions(1, "a/0.jpg")):
         make(tmp_path / "bad")
 
 
-def test_odd_pictures_in_original_shards_are_pngs_with_the_same_pixels(make, odd_pictures):
-    out, manifest = make(odd_pictures, "original")
+def test_odd_images_in_original_shards_are_pngs_with_the_same_pixels(make, odd_images):
+    out, manifest = make(odd_images, "original")
     assert manifest.skipped == 0
-    folder, source = open_(odd_pictures), ShardSource(out, SIZE)
+    folder, source = open_(odd_images), ShardSource(out, SIZE)
     assert torch.equal(source.read(range(len(source)))[0], folder.read(range(len(folder)))[0])
     for index in range(len(source)):
         name = folder.name(index)
@@ -162,11 +162,11 @@ def test_odd_pictures_in_original_shards_are_pngs_with_the_same_pixels(make, odd
             plain = "jpeg" in name
             assert (stored.format, stored.mode) == (("JPEG", stored.mode) if plain else ("PNG", "RGB")), name
             if plain:
-                assert bytes(source.encoded(index)[0]) == (odd_pictures / name).read_bytes()
+                assert bytes(source.encoded(index)[0]) == (odd_images / name).read_bytes()
 
 
 @pytest.mark.parametrize(
-    "settings, words",
+    "settings, token",
     [
         ({"format": "zip"}, "original, cropped-jpeg, raw"),
         ({"format": "raw", "image_size": 0}, "--image-size"),
@@ -175,12 +175,12 @@ def test_odd_pictures_in_original_shards_are_pngs_with_the_same_pixels(make, odd
         ({"format": "raw", "per_shard": 0}, "--per-shard"),
     ],
 )
-def test_wrong_settings(settings, words):
-    with pytest.raises(UserError, match=words):
+def test_invalid_settings_are_refused(settings, token):
+    with pytest.raises(UserError, match=token):
         Settings(**settings)
 
 
-def test_a_killed_worker_is_one_line_and_the_rest_is_kept(image_folder, make, tmp_path, monkeypatch, mentions):
+def test_a_killed_worker_is_one_error_line_and_the_run_can_resume(image_folder, make, tmp_path, monkeypatch, mentions):
     from unite_fast.data_pipeline.shards import write
 
     real = write._encode
@@ -198,12 +198,12 @@ def test_a_killed_worker_is_one_line_and_the_rest_is_kept(image_folder, make, tm
     assert make(image_folder)[1].samples == 41
 
 
-def test_a_full_disk_is_one_line(command, image_folder):
+def test_a_full_disk_is_one_error_line(command, image_folder):
     ended = command("shards", image_folder, "/dev/full/set")
     assert ended.status == 2 and "/dev/full/set" in ended.err and len(ended.err.splitlines()) == 1
 
 
-def test_no_pixel_of_the_crop_is_lost(shards):
+def test_read_into_agrees_with_read(shards):
     source = ShardSource(shards("raw"), SIZE)
     image = np.empty((3, SIZE, SIZE), np.uint8)
     label = source.read_into(7, image)

@@ -163,7 +163,7 @@ CHANGES = [
         "data_pipeline/synthetic.py",
         ("tests/data_pipeline/test_synthetic.py",),
         [
-            ("torch.from_numpy(images), indices % len", "torch.from_numpy(images), indices // len"),
+            ("return index % len", "return index // len"),
             ("self.noise[index : index + image.size]", "self.noise[: image.size]"),
             ("Philox(seed, 0,", "Philox(0, 0,"),
         ],
