@@ -24,10 +24,6 @@ FEATURES = ("auto", "inception", "pixels")
 
 TRAINING_SAMPLES = {"inception": 5_000, "pixels": 1_000}
 """Generated images for an evaluation during training, by features."""
-EVALUATION_SAMPLES = {"inception": 50_000, "pixels": 1_000}
-"""Generated images for `unite-fast evaluate`, by features."""
-SEARCH_SAMPLES = {"inception": (5_000, 50_000), "pixels": (500, 2_000)}
-"""Generated images of a candidate in `unite-fast search-guidance`, by features: while searching, and to confirm."""
 
 VGG16_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
 """Of torchvision's vgg16-397923af.pth."""
@@ -456,45 +452,6 @@ class EvaluationConfig:
         require_choice("evaluation.features", self.features, FEATURES)
         require(self.count == 0 or self.count >= 2, f"evaluation.count is {self.count}; it must be at least 2, or 0")
         require(self.batch > 0, "evaluation.batch must be positive")
-
-
-@dataclass
-class EvaluationSettings(EvaluationConfig):
-    """What `unite-fast evaluate`, `stats` and `search-guidance` are asked to do: `EvaluationConfig` and more."""
-
-    count: int = 0
-    """Generated images for each guidance scale; 0: 50,000 with Inception, 1,000 with pixels."""
-    batch: int = 128
-    """Images that a process generates at a time; another number may change the last bits of a result."""
-    inception_sha256: str = INCEPTION_SHA256
-    """SHA-256 of Inception's weights in hex, or its first digits (8 at least)."""
-    data: str = ""
-    """Folder or address of the data, of any kind; empty: the training data."""
-    guidance: tuple[float, ...] = ()
-    """Guidance scales to evaluate; empty: unguided, and the recipe's."""
-    sampling: dict = field(default_factory=dict)
-    """Sampling settings that differ from the recipe's: solver, steps, interval, order, time_shift."""
-    seed: int = 0
-    """Seed of the noise."""
-    precision: str = ""
-    """Precision of generation: float32 or bfloat16; empty: that of training. Reconstructions are float32."""
-    compile: bool | None = None
-    """Compile the network for generation; None: on CUDA."""
-    reconstructions: int = 50_000
-    """Held-out images to reconstruct, at most; 0: none."""
-
-    def __post_init__(self):
-        require(self.count == 0 or self.count >= 2, f"the count is {self.count} images; a covariance needs at least 2")
-        super().__post_init__()
-        check_seed_and_batch(self.seed, self.batch)
-        require(is_digest(self.inception_sha256), "--inception-sha256 must be 8 to 64 hex digits")
-        require_choice("the precision", self.precision, ("", *PRECISIONS))
-        require(
-            self.reconstructions == 0 or self.reconstructions >= 2,
-            f"the number of reconstructions is {self.reconstructions}; a covariance needs at least 2, or give 0",
-        )
-        require(all(math.isfinite(scale) for scale in self.guidance), "guidance must be finite")
-        require("guidance" not in self.sampling, "sampling must not hold guidance; set the field guidance instead")
 
 
 @dataclass

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 import unite_fast
-from unite_fast.config import EvaluationSettings
 from unite_fast.data_pipeline import open_source
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError
@@ -21,6 +20,7 @@ from unite_fast.evaluation.evaluator import bias_warning
 from unite_fast.evaluation.inception import inception_shapes
 from unite_fast.evaluation.reference import save_statistics
 from unite_fast.evaluation.report import lines
+from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.sampling.pipeline import weights_sha256
 
 
@@ -198,12 +198,15 @@ def test_features_that_cannot_be_had(model, inception_file, digits_npz, tmp_path
 @pytest.mark.parametrize(
     ("wrong", "tokens"),
     [
-        ({"features": "clip"}, ("features", "'clip'", "auto", "inception", "pixels")),
-        ({"count": 1}, ("count", 1, 2)),
-        ({"reconstructions": -1}, ("reconstructions", -1, 2)),
-        ({"reconstructions": 1}, ("reconstructions", 1, 2)),
-        ({"batch": 0}, ("batch",)),
-        ({"guidance": (float("nan"),)}, ("guidance", "finite")),
+        ({"features": "clip"}, ("--features", "'clip'", "auto", "inception", "pixels")),
+        ({"count": 0}, ("--count", 0, 2)),
+        ({"count": 1}, ("--count", 1, 2)),
+        ({"reconstructions": -1}, ("--reconstructions", -1, 2)),
+        ({"reconstructions": 1}, ("--reconstructions", 1, 2)),
+        ({"batch": 0}, ("--batch", 0)),
+        ({"seed": -1}, ("--seed", -1)),
+        ({"precision": "int8"}, ("--precision", "'int8'", "float32", "bfloat16")),
+        ({"guidance": (float("nan"),)}, ("--guidance", "finite")),
         ({"inception_sha256": "67"}, ("--inception-sha256", 8, 64)),
     ],
 )

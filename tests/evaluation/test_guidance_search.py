@@ -11,12 +11,12 @@ from PIL import Image
 
 import unite_fast
 from unite_fast.commands.options import parse_range
-from unite_fast.config import EvaluationSettings
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError
 from unite_fast.evaluation.evaluate import evaluate
 from unite_fast.evaluation.guidance_search import UNGUIDED, Candidate, Grid, SearchSettings, coarse_to_fine
 from unite_fast.evaluation.provenance import machine_info
+from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.sampling import distributed_sampler
 from unite_fast.sampling.pipeline import weights_sha256
 

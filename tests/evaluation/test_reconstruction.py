@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import unite_fast
-from unite_fast.config import EvaluationSettings, PerceptualConfig
+from unite_fast.config import PerceptualConfig
 from unite_fast.data_pipeline import open_source
 from unite_fast.data_pipeline.source import MemorySource
 from unite_fast.distributed.process_group import Ranks
@@ -18,6 +18,7 @@ from unite_fast.evaluation.evaluator import Evaluator
 from unite_fast.evaluation.pixel_features import fit_pixels
 from unite_fast.evaluation.reconstruction import score_reconstructions
 from unite_fast.evaluation.reference import make_reference
+from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.lpips import LINEAR_SHAPES, VGG_SHAPES, load_lpips
 from unite_fast.utils.progress import no_progress
 

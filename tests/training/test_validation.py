@@ -11,10 +11,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import unite_fast
 from unite_fast.checkpoint.manager import Checkpoints
-from unite_fast.config import EvaluationSettings
 from unite_fast.errors import UserError
 from unite_fast.evaluation.evaluate import evaluate
 from unite_fast.evaluation.gallery import curves
+from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.model.unite import UNITE
 from unite_fast.recipes import load_config
 from unite_fast.training.train_state import TrainState

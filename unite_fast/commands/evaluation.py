@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 
 from unite_fast.commands import options
-from unite_fast.config import INCEPTION_SHA256, EvaluationSettings
-from unite_fast.errors import require
+from unite_fast.evaluation.settings import EVALUATION_SAMPLES, EvaluationSettings
 
 app = typer.Typer()
 
@@ -17,11 +16,15 @@ def evaluate(
     checkpoint: options.Checkpoint,
     features: options.Features = "auto",
     inception: options.Inception = "",
-    inception_sha256: options.InceptionSha256 = INCEPTION_SHA256,
+    inception_sha256: options.InceptionSha256 = EvaluationSettings.inception_sha256,
     reference: options.Reference = "",
     data: options.Data = "",
     count: Annotated[
-        int | None, typer.Option(help="generated images per guidance scale [default: 50,000; with pixels 1,000]")
+        int | None,
+        typer.Option(
+            help=f"generated images per guidance scale [default: {EVALUATION_SAMPLES['inception']:,}; "
+            f"with pixels {EVALUATION_SAMPLES['pixels']:,}]"
+        ),
     ] = None,
     guidance: Annotated[
         str, typer.Option(metavar="SCALE[,SCALE...]", help="guidance scales [default: 1 (unguided) and the recipe's]")
@@ -29,9 +32,11 @@ def evaluate(
     interval: options.Interval = None,
     solver: options.Solver = None,
     steps: options.Steps = None,
-    reconstructions: Annotated[int, typer.Option(min=0, help="most held-out images to reconstruct; 0: none")] = 50_000,
+    reconstructions: Annotated[
+        int, typer.Option(min=0, help="most held-out images to reconstruct; 0: none")
+    ] = EvaluationSettings.reconstructions,
     seed: options.Seed = 0,
-    batch: options.Batch = 128,
+    batch: options.Batch = EvaluationSettings.batch,
     precision: options.Precision = None,
     compile: options.Compile = None,
     device: options.Device = "auto",
@@ -61,7 +66,7 @@ def evaluate(
         inception_sha256=inception_sha256,
         reference=reference,
         data=data,
-        count=count or 0,
+        count=count,
         guidance=tuple(options.parse_numbers("--guidance", guidance, float)) if guidance else (),
         sampling=options.sampling_changes(None, interval, solver, steps),
         seed=seed,
@@ -70,7 +75,6 @@ def evaluate(
         compile=compile,
         reconstructions=reconstructions,
     )
-    require(count != 0, "--count: the count is 0; it must be at least 2, since a covariance needs two images")
     folder = out or default_folder(checkpoint)
     with ranks_of_torchrun(choose_device(device)) as ranks:
         model = options.load(checkpoint, device)
@@ -87,10 +91,10 @@ def stats(
     out: Annotated[Path, typer.Argument(metavar="OUT.npz", help="the file to write")],
     features: options.Features = "auto",
     inception: options.Inception = "",
-    inception_sha256: options.InceptionSha256 = INCEPTION_SHA256,
+    inception_sha256: options.InceptionSha256 = EvaluationSettings.inception_sha256,
     image_size: options.ImageSize = 0,
     split: options.Split = "train",
-    batch: options.Batch = 128,
+    batch: options.Batch = EvaluationSettings.batch,
     workers: Annotated[int, typer.Option(min=0, help="threads that read images")] = 2,
     device: options.Device = "auto",
 ) -> None:

@@ -6,10 +6,11 @@ from typing import Annotated
 import typer
 
 from unite_fast.commands import options
-from unite_fast.config import INCEPTION_SHA256, SEARCH_SAMPLES, EvaluationSettings
+from unite_fast.evaluation.settings import SEARCH_SAMPLES, EvaluationSettings
 
 app = typer.Typer()
 
+INCEPTION, PIXELS = SEARCH_SAMPLES["inception"], SEARCH_SAMPLES["pixels"]
 RANGE = "START:STOP:STEP or a list such as 1,1.5,2"
 
 
@@ -18,21 +19,25 @@ def search_guidance(
     checkpoint: options.Checkpoint,
     features: options.Features = "auto",
     inception: options.Inception = "",
-    inception_sha256: options.InceptionSha256 = INCEPTION_SHA256,
+    inception_sha256: options.InceptionSha256 = EvaluationSettings.inception_sha256,
     reference: options.Reference = "",
     data: options.Data = "",
     scales: Annotated[str, typer.Option(help=f"guidance scales: {RANGE}")] = "1:5:0.2",
     lows: Annotated[str, typer.Option(help="lower ends of the interval, likewise")] = "0:0.4:0.1",
     highs: Annotated[str, typer.Option(help="upper ends of the interval, likewise")] = "0.8:1:0.1",
-    count: Annotated[int | None, typer.Option(help="samples per candidate [default: 5,000; with pixels 500]")] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(help=f"samples per candidate [default: {INCEPTION[0]:,}; with pixels {PIXELS[0]:,}]"),
+    ] = None,
     final_count: Annotated[
-        int | None, typer.Option(help="samples to confirm a candidate [default: 50,000; with pixels 2,000]")
+        int | None,
+        typer.Option(help=f"samples to confirm a candidate [default: {INCEPTION[1]:,}; with pixels {PIXELS[1]:,}]"),
     ] = None,
     confirm: Annotated[int, typer.Option(min=1, help="number of candidates to confirm")] = 3,
     solver: options.Solver = None,
     steps: options.Steps = None,
     seed: options.Seed = 0,
-    batch: options.Batch = 128,
+    batch: options.Batch = EvaluationSettings.batch,
     precision: options.Precision = None,
     compile: options.Compile = None,
     device: options.Device = "auto",

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unite_fast.config import EVALUATION_SAMPLES, EvaluationSettings, SamplingConfig
+from unite_fast.config import SamplingConfig
 from unite_fast.distributed.process_group import Ranks, current_ranks
 from unite_fast.errors import UserError
 from unite_fast.evaluation import report
@@ -15,6 +15,7 @@ from unite_fast.evaluation.batches import open_images
 from unite_fast.evaluation.evaluator import Evaluator, open_evaluator
 from unite_fast.evaluation.provenance import checkpoint_info, machine_info, sampling_info
 from unite_fast.evaluation.reconstruction import score_reconstructions
+from unite_fast.evaluation.settings import EVALUATION_SAMPLES, EvaluationSettings
 from unite_fast.sampling.distributed_sampler import Generation, Samples, sample_distributed
 from unite_fast.sampling.pipeline import TrainedUNITE
 from unite_fast.utils.progress import Track, no_progress

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from unite_fast.config import Config, EvaluationSettings
+from unite_fast.config import Config
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError, require
 from unite_fast.evaluation import metrics, pixel_features
@@ -17,6 +17,7 @@ from unite_fast.evaluation.fid import Moments, Reference, frechet_distance, load
 from unite_fast.evaluation.inception import DIMENSION, load_inception
 from unite_fast.evaluation.pixel_features import Classifier, PixelFeatures, fit_pixels_on_main, read_evenly
 from unite_fast.evaluation.reference import KeptFeatures, SampleOrder, check_features, choose_features, make_reference
+from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.utils.progress import Track, no_progress
 
 SAMPLES_PER_DIMENSION = 10

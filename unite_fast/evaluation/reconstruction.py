@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unite_fast.config import EvaluationSettings, PerceptualConfig
+from unite_fast.config import PerceptualConfig
 from unite_fast.data_pipeline import Source
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.evaluation import metrics
@@ -15,6 +15,7 @@ from unite_fast.evaluation.batches import read_batches, unreadable_info
 from unite_fast.evaluation.evaluator import Evaluator, bias_warning
 from unite_fast.evaluation.fid import Moments, frechet_distance
 from unite_fast.evaluation.reference import check_unreadable
+from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.lpips import LPIPS, LPIPS_FILE, SMALLEST_SIDE, VGG_FILE, load_lpips
 from unite_fast.sampling.pipeline import TrainedUNITE
 from unite_fast.utils.device import exact_float32

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unite_fast.config import EvaluationSettings
 from unite_fast.data_pipeline import Source
 from unite_fast.data_pipeline.open_source import detect_source, open_source
 from unite_fast.data_pipeline.readers import check_broken_fraction
@@ -18,6 +17,7 @@ from unite_fast.evaluation.features import Features
 from unite_fast.evaluation.fid import Moments, Reference, save_reference
 from unite_fast.evaluation.inception import load_inception
 from unite_fast.evaluation.pixel_features import PixelFeatures, fit_pixels_on_main
+from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.randomness import permutation
 from unite_fast.utils.files import check_target
 from unite_fast.utils.progress import Track, no_progress

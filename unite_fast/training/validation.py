@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
-from unite_fast.config import TRAINING_SAMPLES, Config, EvaluationSettings
+from unite_fast.config import TRAINING_SAMPLES, Config
 from unite_fast.distributed.process_group import current_ranks
 from unite_fast.errors import require
 from unite_fast.evaluation.evaluator import bias_warning, open_evaluator
 from unite_fast.evaluation.fid import Moments
 from unite_fast.evaluation.provenance import sampling_info
+from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.sampling import sampler
 from unite_fast.sampling.solvers import ADAPTIVE_SOLVERS
 from unite_fast.training.metrics import MetricsLog
