@@ -70,12 +70,7 @@ def test_the_kubernetes_example_is_consistent():
     assert load_config(recipe, tuple(settings)).data.source == "shards"
 
 
-def figures(*cells: str) -> list[float]:
-    return [float(number) for number in re.findall(r"[\d.]+", " ".join(cells))]
-
-
 def test_the_page_s_predictions_are_those_of_plan():
-    """Strategy and passes exactly, figures within a tenth: a small change of the model does not change the page."""
     rows = re.findall(r"^\| `(imagenet256_\w+)` \| (\d+) x 8 (\w+) \| (.*) \|$", PAGE, re.MULTILINE)
     assert {row[0] for row in rows} == {"imagenet256_b", "imagenet256_l", "imagenet256_xl"}
     for recipe, nodes, gpu, rest in rows:
@@ -83,13 +78,12 @@ def test_the_page_s_predictions_are_those_of_plan():
         strategy, passes, used, largest, rate, mfu, hours, bound = rest.split(" | ")
         images = plan.config.train.steps * 1024
         assert strategy == plan.strategy and passes == f"{plan.micro_batch} x {plan.micro_steps}"
+        assert used == f"{sum(plan.memory.values()) / 1e9:.0f} of {plan.cluster.gpu.memory}"
         assert int(largest) == plan.largest_micro_batch
-        slow, fast = plan.slow, plan.fast
-        assert figures(used) == pytest.approx([sum(plan.memory.values()) / 1e9, plan.cluster.gpu.memory], rel=0.1)
-        assert figures(rate) == pytest.approx([slow.images_per_s, fast.images_per_s], rel=0.1)
-        assert figures(mfu) == pytest.approx([100 * slow.mfu, 100 * fast.mfu], rel=0.1)
-        expected = [images / speed.images_per_s / 3600 for speed in (fast, slow)]
-        assert figures(hours) == pytest.approx(expected, rel=0.1, abs=0.5)
+        assert rate == f"{plan.slow.images_per_s:.0f} to {plan.fast.images_per_s:.0f}"
+        assert mfu == f"{plan.slow.mfu:.0%} to {plan.fast.mfu:.0%}"
+        fast, slow = (images / speed.images_per_s / 3600 for speed in (plan.fast, plan.slow))
+        assert hours == f"{fast:.0f} to {slow:.0f}"
         assert bound == ", ".join(dict.fromkeys((plan.fast.bound_by, plan.slow.bound_by)))
 
 

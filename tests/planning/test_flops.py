@@ -88,6 +88,7 @@ def test_ours_leaves_out_what_nobody_reads():
 
     saved = flops.image_flops(config, skip_unread=False) - flops.image_flops(config)
     assert saved == unread(288, 544) + 3 * unread(32, 288)
+    assert flops.image_flops(config) / 1e9 == pytest.approx(1001.2, abs=0.05)
 
 
 MIDDLE = {
