@@ -4,11 +4,9 @@ Shapes: N latent tokens (as many as patches), D encoder width, T rows of a rotar
 """
 
 import math
-import os
 import pickle
 import re
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -21,6 +19,7 @@ from unite_fast.interop.names import FIXED_DRAWS, UNREAD, our_name, plain_name, 
 from unite_fast.model.layers import sincos_2d
 from unite_fast.model.unite import UNITE
 from unite_fast.recipes import load_config
+from unite_fast.utils.files import atomic_write, writing
 
 RECIPE = "imagenet256_b"
 """Recipe whose sampling settings an imported model gets; the three ImageNet recipes have the same."""
@@ -275,14 +274,11 @@ def export_official(checkpoint: str | Path, out: str | Path) -> None:
 
 
 def save_torch(path: Path, content: dict) -> None:
-    """`torch.save`, aside and renamed: whatever stood at `path` before stays whole until the new file is complete."""
-    partial = path.with_name(path.name + ".partial")
-    try:
+    """`torch.save` with `atomic_write`; the folder is created if missing."""
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, partial)
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        with suppress(OSError):
-            partial.unlink()
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-        raise UserError(f"could not write {path}: {reason}") from error
+    with atomic_write(path) as partial:
+        try:
+            torch.save(content, partial)
+        except RuntimeError as error:  # from torch's own writer, for example on a full disk
+            raise OSError(str(error).splitlines()[0]) from error

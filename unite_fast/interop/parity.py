@@ -103,8 +103,8 @@ def run(path: str | Path, backend: str = "reference", device: str | torch.device
     """Compare with a trace file; print a summary by kind and the failures.
 
     Args:
-        backend: kernels backend of our side.
-        device: device of our side.
+        backend: backend of our kernels.
+        device: device on which our model runs.
 
     Returns:
         Whether all quantities agree.

@@ -18,9 +18,9 @@ from unite_fast.interop.official import load_released
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import StepDraws
 from unite_fast.recipes import from_tree
-from unite_fast.sampling.solvers import DOPRI5_ATOL, DOPRI5_RTOL, RELEASED_SOLVERS
+from unite_fast.sampling.solvers import DOPRI5_ATOL, DOPRI5_RTOL
 
-SOLVERS = {{"heun": "heun2"}.get(name, name): name for name in RELEASED_SOLVERS}
+SOLVERS = {"euler": "euler", "heun2": "heun", "dopri5": "dopri5"}
 """torchdiffeq's name -> our name."""
 
 DRAWS = {
