@@ -103,7 +103,7 @@ def cpu_seconds() -> float:
 
 
 def measure(start: Callable[[], Iterator], batch: int) -> tuple[float, float]:
-    """images/s from the first batch until the loader is closed, and CPU seconds per 1,000 images for the whole epoch."""
+    """images/s from the first batch until the loader is closed, and CPU seconds per 1,000 images of the whole epoch."""
     cpu, batches, first = cpu_seconds(), 0, 0.0
     for _ in start():
         if not batches:

@@ -46,13 +46,12 @@ def parity(c: Context) -> None:
 def digits(c: Context) -> None:
     """The same run of the digits recipe in float32 on the GPU and on the CPU, in parallel."""
     steps = 10 if c.tiny else 200
-    device, other = c.device.type, "cpu"
     folder = Path.cwd() / f"digits_{os.getpid()}"
     runs = {
-        name: start(folder / name, steps, f"train.device={where}", f"kernels={backend_name}")
-        for name, where, backend_name in (
-            ("ours", device, c.backend_name),
-            ("cpu", other, "auto" if c.cuda else "reference"),
+        name: start(folder / name, steps, f"train.device={device}", f"kernels={backend_name}")
+        for name, device, backend_name in (
+            ("ours", c.device.type, c.backend_name),
+            ("cpu", "cpu", "auto" if c.cuda else "reference"),
         )
     }
     rows = {}
@@ -60,7 +59,7 @@ def digits(c: Context) -> None:
         output, _ = process.communicate()
         print(output[-3000:])
         if process.returncode:
-            c.say(f"run on {device if name == 'ours' else other}", ok=False, error=output[-500:])
+            c.say(f"run on {c.device.type if name == 'ours' else 'cpu'}", ok=False, error=output[-500:])
             continue
         rows[name] = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     shutil.rmtree(folder, ignore_errors=True)

@@ -4,13 +4,13 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 
 from gpu_parts import RESULT
+from unite_fast.benchmarking.matmul_rate import timed
 
 
 class Context:
@@ -20,7 +20,7 @@ class Context:
         part: name of the part.
         device: cuda or cpu.
         tiny: whether to use toy sizes.
-        backend_name: the fast kernels backend of this device.
+        backend_name: the fast backend of the kernels on this device.
     """
 
     def __init__(self, part: str, device: str, tiny: bool):
@@ -39,21 +39,10 @@ class Context:
         self.out.write(f"\n{line}\n")
         self.out.flush()
 
-    def wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-
     def seconds(self, run: Callable[[], object], repeats: int) -> float:
-        """Median seconds of a call, with the device synchronised, after one warm-up call."""
+        """Median seconds of a call, including its work on the device, after one warm-up call."""
         run()
-        seconds = []
-        for _ in range(repeats):
-            self.wait()
-            start = time.perf_counter()
-            run()
-            self.wait()
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds)
+        return statistics.median(timed(run, self.device) for _ in range(repeats))
 
     def device_seconds(self, run: Callable[[], object], repeats: int) -> float:
         """Median seconds of a call by the device's clock. On a GPU the calls queue behind a wait of about 20 ms, so

@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from gpu_parts.context import Context
 from gpu_parts.steps import config, peak_gb
+from unite_fast.benchmarking.matmul_rate import synchronize
 from unite_fast.benchmarking.measure import open_trainer, take_step
 from unite_fast.training.train_step import TrainStep
 from unite_fast.training.trainer import Trainer
@@ -41,7 +42,7 @@ def measure(c: Context) -> None:
     with open_trainer(config(c, c.backend_name, False, IMAGES)) as trainer:
         for _ in range(3):  # compiles and chooses algorithms
             take_step(trainer)
-        c.wait()
+        synchronize(c.device)
         host_synchronisations(c, trainer)
         host_time(c, trainer)
         kernels(c, trainer)
@@ -73,11 +74,11 @@ def host_time(c: Context, trainer: Trainer) -> None:
     batch = replace(batch, images=batch.images[:few], labels=batch.labels[:few], ids=batch.ids[:few])
     launched, done = [], []
     for number in range(4 if c.tiny else 9):
-        c.wait()
+        synchronize(c.device)
         start = time.perf_counter()
         step(batch)
         launched.append(1e3 * (time.perf_counter() - start))
-        c.wait()
+        synchronize(c.device)
         if number > 1:  # the first steps may compile for the new size
             done.append(1e3 * (time.perf_counter() - start))
     c.say(
@@ -97,21 +98,21 @@ def kernels(c: Context, trainer: Trainer) -> None:
     @contextmanager
     def measure(name: str):
         names[name] += 1
-        c.wait()
+        synchronize(c.device)
         with record_function(f"PART {name} {names[name]}"), original(name):
             yield
-            c.wait()
+            synchronize(c.device)
 
     clock.measure = measure
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if c.cuda else [])]
     batch = trainer.read()
-    c.wait()
+    synchronize(c.device)
     try:
         with profile(activities=activities) as trace:
             start = time.perf_counter()
             with record_function("PART all"):
                 trainer.train_step(batch)
-                c.wait()
+                synchronize(c.device)
             wall = 1e3 * (time.perf_counter() - start)
     finally:
         del clock.measure

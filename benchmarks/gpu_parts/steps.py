@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gpu_parts.context import Context
 from unite_fast.benchmarking.candidate import bench_command, printed_row
+from unite_fast.benchmarking.matmul_rate import synchronize
 from unite_fast.benchmarking.measure import open_trainer, take_step
 from unite_fast.benchmarking.run import read_recipe
 from unite_fast.config import Config
@@ -102,7 +103,7 @@ def warm_triton(c: Context) -> None:
     with open_trainer(config(c, c.backend_name, False, 16)) as trainer:
         for _ in range(2):
             take_step(trainer)
-        c.wait()
+        synchronize(c.device)
     c.say("Triton kernels", ready=True)
 
 
@@ -120,7 +121,7 @@ def compile_layers(c: Context, backend_name: str, images: int = 64) -> None:
         for layer in (*model.encoder.blocks, *model.decoder.layers):
             backward_at_once(layer)
         trainer.train_step.accumulate(trainer.read())
-        c.wait()
+        synchronize(c.device)
         counters = torch._dynamo.utils.counters["stats"]
         c.say(f"layers compiled, {backend_name}", graphs=counters["unique_graphs"], peak_gb=peak_gb(c))
 
