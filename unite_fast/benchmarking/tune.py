@@ -13,6 +13,7 @@ from unite_fast.benchmarking.candidate import OK, OUT_OF_MEMORY, OUT_OF_TIME, Tr
 from unite_fast.benchmarking.machine import usable_cores
 from unite_fast.config import NONDETERMINISTIC_ATTENTION, Config
 from unite_fast.distributed.process_group import Ranks
+from unite_fast.distributed.strategy import split_batch
 from unite_fast.errors import UserError
 from unite_fast.kernels import backend, flash
 from unite_fast.planning.predict import micro_batches
@@ -60,9 +61,13 @@ class Axis:
 
 
 def timed_batch(config: Config, world: int) -> int:
-    """Batch size of the timed steps: the recipe's, or one with fewer micro-batches."""
+    """Batch size of the timed steps: the recipe's, or one with fewer micro-batches.
+
+    Raises:
+        UserError: the ranks cannot share the recipe's batch.
+    """
     own = config.train.batch_size // world
-    now = min(config.train.micro_batch or own, own)
+    _, now = split_batch(Ranks(world=world), config.train.batch_size, config.train.micro_batch)
     sizes = [size for size in micro_batches(own) if size <= TIMED_IMAGES and size % now == 0]
     return world * max(sizes, default=now)
 
@@ -81,9 +86,8 @@ def axes(config: Config, cuda: bool, world: int, fixed: set[str]) -> list[Axis]:
         Axis("kernels", ("auto",) if config.kernels == "reference" else ("reference",)),
     ]
     if cuda:
-        own = train.batch_size // world
-        now = min(train.micro_batch or own, own)
-        sizes = micro_batches(own)
+        _, now = split_batch(Ranks(world=world), train.batch_size, train.micro_batch)
+        sizes = micro_batches(train.batch_size // world)
         larger = tuple(size for size in reversed(sizes) if size > now and size % now == 0)
         smaller = tuple(size for size in sizes if size < now and now % size == 0)
         result += [

@@ -72,6 +72,11 @@ def hidden_width(width: int) -> int:
     return int(2 / 3 * 4 * width)
 
 
+def hidden_padding(hidden: int) -> int:
+    """Channels to add to make a hidden width a multiple of 64."""
+    return -hidden % 64
+
+
 class SwiGLU(nn.Module):
     """fc_out(SiLU(u) * w) with [u, w] = fc_in(h). `forward` also adds the attention branch and computes h by norm2."""
 
@@ -99,8 +104,7 @@ class SwiGLU(nn.Module):
 
     @property
     def padding(self) -> int:
-        """Channels to add to make the hidden width a multiple of 64."""
-        return -self.fc_out.in_features % 64
+        return hidden_padding(self.fc_out.in_features)
 
     def weights(self, padded: bool) -> tuple[Tensor, Tensor, Tensor]:
         """fc_in's weight and bias, and fc_out's weight. `padded` appends zeros, which change no result, to make the

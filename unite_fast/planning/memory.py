@@ -13,7 +13,7 @@ from operator import mul
 
 from unite_fast.config import Config, ModelConfig
 from unite_fast.lpips import VGG_SHAPES, tap_shapes
-from unite_fast.model.layers import hidden_width
+from unite_fast.model.layers import hidden_padding, hidden_width
 from unite_fast.planning.flops import (
     TIME_FEATURES,
     VGG_CONVOLUTIONS,
@@ -36,7 +36,7 @@ SLACK = 0.05
 
 def padded_hidden(width: int, backend: str) -> int:
     hidden = hidden_width(width)
-    return hidden + (-hidden % 64 if backend == "triton" else 0)
+    return hidden + (hidden_padding(hidden) if backend == "triton" else 0)
 
 
 def encoder_activations(model: ModelConfig, with_image: bool, backend: str = "triton") -> float:
