@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from unite_fast.errors import UserError
 from unite_fast.kernels import backend
 from unite_fast.lpips import LINEAR_SHAPES, LPIPS, VGG_SHAPES, dropout_masks, tap_shapes
-from unite_fast.planning import predict
+from unite_fast.planning import flops, memory, predict
 from unite_fast.planning.gpus import find_gpu
 from unite_fast.planning.predict import (
     FAST,
@@ -22,10 +22,8 @@ from unite_fast.planning.predict import (
     Collective,
     Work,
     collective_seconds,
-    flops,
     image_seconds,
     make_plan,
-    memory,
 )
 from unite_fast.randomness import Philox
 from unite_fast.recipes import load_config

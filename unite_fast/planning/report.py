@@ -1,5 +1,6 @@
 """The output of `unite-fast plan`."""
 
+from unite_fast.planning import flops, memory
 from unite_fast.planning.predict import (
     CPU_SECONDS,
     FAST,
@@ -9,10 +10,8 @@ from unite_fast.planning.predict import (
     Assumptions,
     Plan,
     collective_seconds,
-    flops,
     has_released_speed,
     image_work,
-    memory,
 )
 
 
@@ -98,7 +97,7 @@ def _run(plan: Plan, price: float) -> list[str]:
     row = f"run        {plan.config.train.steps} steps: {hours[0]:.1f} to {hours[1]:.1f} hours"
     row += f", {gpu_hours[0]:.0f} to {gpu_hours[1]:.0f} GPU hours"
     if price:
-        row += f", {gpu_hours[0] * price:.0f} to {gpu_hours[1] * price:.0f} EUR at {price:g} EUR a GPU hour"
+        row += f", {gpu_hours[0] * price:.0f} to {gpu_hours[1] * price:.0f} EUR at {price:g} EUR per GPU hour"
     return [row]
 
 
@@ -107,7 +106,7 @@ def _released_speed(plan: Plan) -> list[str]:
     if not has_released_speed(plan.config) or (plan.cluster.gpu.key, plan.cluster.gpus) != ("h200", 8):
         return []
     return [
-        f"measured   the released code on 8 H200: {RELEASED_IMAGES_PER_S} images/s a GPU (its authors report 26 "
+        f"measured   the released code on 8 H200: {RELEASED_IMAGES_PER_S} images/s per GPU (its authors report 26 "
         f"minutes per epoch); predicted here {plan.slow.images_per_s / 8:.0f} to {plan.fast.images_per_s / 8:.0f}"
     ]
 
