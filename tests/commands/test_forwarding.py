@@ -41,9 +41,11 @@ def record(monkeypatch):
 def model(monkeypatch):
     """Replaces loading: `options.load` returns this stand-in, and `load_arguments` are those of the call."""
     from unite_fast.recipes import load_config
+    from unite_fast.sampling.pipeline import TrainedUNITE
 
-    config = load_config("digits", ("train.precision=float32",))
-    loaded = SimpleNamespace(config=config, network=SimpleNamespace(device=SimpleNamespace(type="cpu")))
+    loaded = TrainedUNITE.__new__(TrainedUNITE)
+    loaded.config = load_config("digits", ("train.precision=float32",))
+    loaded.network = SimpleNamespace(device=SimpleNamespace(type="cpu"))
 
     def load(checkpoint, device):
         loaded.load_arguments = checkpoint, device
@@ -147,7 +149,7 @@ def test_defaults_of_evaluate(command, record, model, mentions):
     record("unite_fast.evaluation.report.lines", result=[])
     ended = command("evaluate", "run", "--device", "cpu")
     settings = ran.arguments["settings"]
-    assert (settings.features, settings.count, settings.guidance, settings.precision) == ("auto", 0, (), "")
+    assert (settings.features, settings.count, settings.guidance, settings.precision) == ("auto", None, (), "")
     assert (settings.compile, settings.sampling, settings.reconstructions) == (None, {}, 50_000)
     assert re.search(mentions("evaluation"), ended.out)
 

@@ -12,7 +12,7 @@ from unite_fast.benchmarking import candidate, csv_file, figures, plot, tuned_fi
 from unite_fast.benchmarking.measure import Window, measure, sigterm_unwinds
 from unite_fast.benchmarking.tune import axes, lines, search, timed_batch
 from unite_fast.config import Config
-from unite_fast.data_pipeline.open_source import detect_source
+from unite_fast.data_pipeline import detect_source
 from unite_fast.distributed.launch import ranks_of_torchrun
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError

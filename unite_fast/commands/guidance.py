@@ -91,7 +91,7 @@ def search_guidance(
             many if final_count is None else final_count,
             seed,
             batch,
-            *options.precision_and_compile(model, precision, compile),
+            *model.precision_and_compile(precision, compile),
         )
         objective = Objective(model, evaluator, search_settings, folder, ranks, track, str(checkpoint))
         result = search(grid, objective, confirm)

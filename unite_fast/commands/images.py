@@ -91,7 +91,7 @@ def generate(
             model.config.sampling.changed(**changes),
             seed,
             batch,
-            *options.precision_and_compile(model, precision, compile),
+            *model.precision_and_compile(precision, compile),
         )
         manifest = write_samples(model, generation, out, ranks)
     if ranks.main:

@@ -72,12 +72,6 @@ def sampling_changes(
     return {name: value for name, value in changes.items() if value is not None}
 
 
-def precision_and_compile(model: "TrainedUNITE", precision: str | None, compile: bool | None) -> tuple[str, bool]:
-    """The options --precision and --compile, with their defaults filled in for this model."""
-    on_cuda = model.network.device.type == "cuda"
-    return precision or model.config.train.precision, on_cuda if compile is None else compile
-
-
 def parse_interval(text: str | None) -> tuple[float, float] | None:
     if text is None:
         return None

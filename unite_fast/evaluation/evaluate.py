@@ -93,15 +93,15 @@ def make_generations(
     model: TrainedUNITE, configs: list[SamplingConfig], settings: EvaluationSettings, count: int
 ) -> list[Generation]:
     """One generation per config, all with the same noise; labels cycle, so classes are balanced."""
-    on_gpu = model.network.device.type == "cuda"
+    precision, compile = model.precision_and_compile(settings.precision, settings.compile)
     return [
         Generation(
             torch.arange(count) % model.config.model.num_classes,
             sampling,
             settings.seed,
             min(settings.batch, count),
-            settings.precision or model.config.train.precision,
-            on_gpu if settings.compile is None else settings.compile,
+            precision,
+            compile,
         )
         for sampling in configs
     ]

@@ -191,11 +191,7 @@ def _pixel_evaluator(
     classifier: bool,
 ) -> Evaluator:
     size = config.model.image_size
-    require(
-        size <= pixel_features.LARGEST,
-        f"the model's images are {size} x {size}; --features pixels works up to "
-        f"{pixel_features.LARGEST} x {pixel_features.LARGEST}: use --features inception",
-    )
+    pixel_features.check_size(size)
     features = None
     if reference is not None:
         require(

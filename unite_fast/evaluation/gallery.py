@@ -325,14 +325,11 @@ class SectionBuilder:
         parts = zip(labels.to(network.device).split(self.batch), noise.split(self.batch), strict=True)
         return torch.cat([sampler.sample_latents(network, part, start, self.sampling) for part, start in parts])
 
-    @torch.no_grad()
     def _tokenize(self, images: Tensor) -> Tensor:
         return sampler.tokenize(self.model.network, images, self.seed, self.batch)
 
-    @torch.no_grad()
     def _decode(self, latents: Tensor) -> Tensor:
-        parts = [sampler.to_uint8(self.model.network.decode(part)) for part in latents.split(self.batch)]
-        return torch.cat(parts)
+        return sampler.decode(self.model.network, latents, self.batch)
 
     def _real_images(self, count: int) -> RealImages:
         """At most `count` of the real images, evenly spaced."""

@@ -77,7 +77,7 @@ def table(search: SearchResult, grid: Grid, objective: Objective) -> str:
             f"- reference: {settings['reference']['path'] or 'the training images'}, {settings['reference']['images']} "
             "images",
             "",
-            f"| guidance | samples | {objective.evaluator.features.title} | network evaluations an image |",
+            f"| guidance | samples | {objective.evaluator.features.title} | network evaluations per image |",
             "|---|---|---|---|",
             *rows,
             "",

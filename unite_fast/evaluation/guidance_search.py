@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from unite_fast.config import SamplingConfig, check_seed_and_batch
+from unite_fast.config import PRECISIONS, SamplingConfig, check_seed_and_batch
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError, require, require_choice
 from unite_fast.evaluation.evaluator import Evaluator
@@ -179,7 +179,7 @@ class SearchSettings:
 
     def __post_init__(self):
         check_seed_and_batch(self.seed, self.batch)
-        require_choice("the precision", self.precision, ("float32", "bfloat16"))
+        require_choice("the precision", self.precision, PRECISIONS)
         require(
             min(self.count, self.final_count) >= 2,
             f"a Frechet distance needs at least 2 images, got counts {self.count} and {self.final_count}",

@@ -114,6 +114,18 @@ def _grey(images: Tensor) -> np.ndarray:
     return (images.float().mean(1).flatten(1) / 255).numpy()
 
 
+def check_size(size: int) -> None:
+    """
+    Raises:
+        UserError: images of this side are too large for pixel features.
+    """
+    require(
+        size <= LARGEST,
+        f"the images are {size} x {size}; --features pixels works up to {LARGEST} x {LARGEST}: "
+        "use --features inception",
+    )
+
+
 def fit_pixels_on_main(source: Source, ranks: Ranks, device: torch.device | str) -> PixelFeatures:
     """Fit pixel features on rank 0 and broadcast them, so that all ranks have the same bits."""
     fitted = fit_pixels(read_evenly(source, FITTED_IMAGES)[0]) if ranks.main else None

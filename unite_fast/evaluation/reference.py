@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unite_fast.data_pipeline import Source
-from unite_fast.data_pipeline.open_source import detect_source, open_source
+from unite_fast.data_pipeline import Source, detect_source, open_source
 from unite_fast.data_pipeline.readers import check_broken_fraction
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import require
@@ -175,11 +174,7 @@ def save_statistics(
     source = open_source(kind, path, image_size, split)
     size = source.image_size
     if choose_features(settings, size) == pixel_features.NAME:
-        require(
-            size <= pixel_features.LARGEST,
-            f"these images are {size} x {size}; --features pixels works up to "
-            f"{pixel_features.LARGEST} x {pixel_features.LARGEST}: use --features inception",
-        )
+        pixel_features.check_size(size)
         features: Features = fit_pixels_on_main(source, ranks, device)
     else:
         features = load_inception(settings.inception, settings.inception_sha256, device)

@@ -41,7 +41,6 @@ def save(result: dict, samples: dict[str, Tensor], reconstructions: tuple[Tensor
     Raises:
         UserError: no space left, or no permission.
     """
-    check_folder(out)
     grids = {name: grid(images, _COLUMNS) for name, images in samples.items()}
     if reconstructions is not None:
         grids[PAIRS] = pairs(*reconstructions, min(_COLUMNS, len(reconstructions[0])))
@@ -106,7 +105,7 @@ def table(result: dict) -> str:
         "interval": lambda one: "{:g} to {:g}".format(*one["interval"]),
         "solver": lambda one: one["solver"],
         "steps": lambda one: str(one["steps"] or "own"),
-        "numbers": lambda one: one["network_precision"],
+        "dtype": lambda one: one["network_precision"],
         "images": lambda one: str(one["count"]),
         _distance(features, "g"): lambda one: f"{one['frechet_distance']:.4f}",
         "IS": lambda one: f"{one['inception_score']:.2f}" if "inception_score" in one else "",

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unite_fast.config import SamplingConfig, check_seed_and_batch
+from unite_fast.config import PRECISIONS, SamplingConfig, check_seed_and_batch
 from unite_fast.distributed.process_group import ALONE, Ranks
 from unite_fast.errors import require, require_choice
 from unite_fast.model.unite import UNITE
@@ -39,7 +39,7 @@ class Generation:
     def __post_init__(self):
         require(len(self.labels) > 0, "there is nothing to generate: the number of images is 0")
         check_seed_and_batch(self.seed, self.batch)
-        require_choice("the precision", self.precision, ("float32", "bfloat16"))
+        require_choice("the precision", self.precision, PRECISIONS)
 
     @property
     def batches(self) -> int:

@@ -105,6 +105,11 @@ class TrainedUNITE:
         check_seed_and_batch(0, batch)
         return sampler.decode(self.network, latents, batch)
 
+    def precision_and_compile(self, precision: str | None, compile: bool | None) -> tuple[str, bool]:
+        """Fill in defaults: without a precision that of training, and compilation on CUDA only."""
+        on_cuda = self.network.device.type == "cuda"
+        return precision or self.config.train.precision, on_cuda if compile is None else compile
+
 
 def weights_sha256(model: TrainedUNITE) -> str:
     """SHA-256 of the EMA weights (names, shapes, float32 values, sorted by name), whatever file they came from."""

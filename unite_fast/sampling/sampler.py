@@ -175,7 +175,6 @@ def check_classes(labels: Iterable[int], num_classes: int) -> None:
         require(0 <= label < num_classes, f"class {label} is out of range: this model has classes 0..{num_classes - 1}")
 
 
-@torch.no_grad()
 def reconstruct(model: UNITE, images: Tensor, seed: int = 0, batch: int = 64, first: int = 0) -> Tensor:
     """Encode and decode images: uint8 [n, 3, S, S] -> uint8 [n, 3, S, S] on the CPU; see `tokenize`."""
     return decode(model, tokenize(model, images, seed, batch, first), batch)
