@@ -38,8 +38,8 @@ def model(trained_folder):
 
 
 class PerfectModel:
-    """Gives back what it gets but for one level in every value, and "generates" the real images of the classes asked
-    for; without guidance, zeros only."""
+    """Reconstructs every value one level off, and "generates" real images of the requested classes; without guidance,
+    zeros only."""
 
     def __init__(self, trained):
         self.config, self.network, self.step = trained.config, trained.network, trained.step
@@ -62,6 +62,6 @@ class PerfectModel:
 
 @pytest.fixture
 def perfect(model, monkeypatch):
-    made = PerfectModel(model)
-    monkeypatch.setattr(evaluate, "sample_distributed", made.sample_distributed)
-    return made
+    stand_in = PerfectModel(model)
+    monkeypatch.setattr(evaluate, "sample_distributed", stand_in.sample_distributed)
+    return stand_in

@@ -1,10 +1,10 @@
-"""What torch-fidelity computes, kept in `data/torch_fidelity.npz`, so that tests need not install it.
+"""Numbers that torch-fidelity computes, stored in `data/torch_fidelity.npz`, so that tests need not install it.
 
 The file was made with torch-fidelity 0.4.0 and torch 2.13.0 (CPU) by
 
     pip install torch-fidelity tqdm --no-deps && python tests/evaluation/fidelity_numbers.py
 
-torchvision, which torch-fidelity imports and does not need for this, is replaced by an empty module.
+torchvision, which torch-fidelity imports but does not need here, is replaced by an empty module.
 """
 
 import sys
@@ -37,7 +37,7 @@ def random_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor
 
 
 def random_image(height: int, width: int) -> torch.Tensor:
-    """uint8 [1, 3, height, width]: noise, whose every pixel matters."""
+    """uint8 [1, 3, height, width]: noise, so that every pixel matters."""
     values = np.random.RandomState(height * 1000 + width).randint(0, 256, (1, 3, height, width))
     return torch.from_numpy(values.astype(np.uint8))
 
@@ -53,7 +53,7 @@ def random_features() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 class _Torchvision(types.ModuleType):
-    """Has every name that torch-fidelity's modules import, none of which runs here."""
+    """Has every name that torch-fidelity's modules import; none of them runs here."""
 
     def __getattr__(self, name: str):
         if name.startswith("__"):
@@ -75,12 +75,12 @@ def main() -> None:
     arrays = {}
     weights = random_weights(inception_shapes())
     with tempfile.NamedTemporaryFile(suffix=".pth") as file:
-        # Not read by us: the bias of the logits, and batch normalisation's counters.
+        # We do not read the bias of the logits and batch normalisation's counters.
         counters = {name.replace("running_var", "num_batches_tracked"): torch.tensor(0) for name in weights}
         counters = {name: value for name, value in counters.items() if name.endswith("num_batches_tracked")}
         torch.save({**weights, **counters, "fc.bias": torch.zeros(1008)}, file.name)
-        wanted = ["2048", "logits_unbiased"]
-        exact, rounded = (FeatureExtractorInceptionV3("inception", wanted, file.name) for _ in range(2))
+        layers = ["2048", "logits_unbiased"]
+        exact, rounded = (FeatureExtractorInceptionV3("inception", layers, file.name) for _ in range(2))
     # By hand: in 0.4.0 its own setting "float64" means float32.
     exact.double().feature_extractor_internal_dtype = torch.float64
     for height, width in SIZES:
@@ -89,7 +89,7 @@ def main() -> None:
             arrays[f"{name}/{height}x{width}"] = a[0].numpy()
             arrays[f"{name}_error/{height}x{width}"] = float((b.double() - a.double()).norm() / a.double().norm())
     generated, real, logits = random_features()
-    # In float64: in float32 torch.cdist has errors that decide who lies on the rim of a ball.
+    # In float64: torch.cdist's errors in float32 decide which points lie inside a ball.
     arrays |= isc_features_to_metric(logits, 10, shuffle=False)
     arrays |= kid_features_to_metric(generated.double(), real.double(), **KID)
     arrays |= prc_features_to_metric(generated.double(), real.double())

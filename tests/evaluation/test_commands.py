@@ -1,4 +1,4 @@
-"""`unite-fast evaluate` and `unite-fast stats`, alone and as torchrun starts them."""
+"""`unite-fast evaluate` and `unite-fast stats`, in one process and under torchrun."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from unite_fast.evaluation.report import default_folder
 QUICK = ("--count", 20, "--steps", 1)
 
 
-def test_evaluate_says_and_keeps_what_it_found(command, trained_folder, tmp_path, mentions):
+def test_evaluate_prints_and_saves_its_result(command, trained_folder, tmp_path, mentions):
     ended = command("evaluate", trained_folder, *QUICK, "--guidance", "1,3", "--out", tmp_path / "out")
     assert (ended.status, ended.err) == (0, "")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -24,10 +24,10 @@ def test_evaluate_says_and_keeps_what_it_found(command, trained_folder, tmp_path
         "reconstructions.png",
     }
     result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    # Another evaluation there leaves no picture of this one.
+    # Another evaluation in that folder removes the grids of this one.
     assert command("evaluate", trained_folder, *QUICK, "--guidance", "2", "--out", tmp_path / "out").status == 0
     assert [path.name for path in (tmp_path / "out").glob("samples*")] == ["samples_guidance_2.png"]
-    # What is printed is what the file holds: each figure, each note, and where it all is.
+    # The output has the figures and notes of the file, and names the folder.
     rebuilt, (unguided, guided) = result["reconstruction"], result["generated"]
     assert (rebuilt["images"], unguided["guidance"], guided["guidance"]) == (360, 1, 3)
     assert rebuilt["real_class_agreement"] > 0.9, "the classifier knows real digits"
@@ -46,12 +46,12 @@ def test_evaluate_says_and_keeps_what_it_found(command, trained_folder, tmp_path
         assert re.search(mentions(*tokens), notes), tokens
 
 
-def test_results_lie_in_the_runs_folder():
+def test_results_go_to_the_run_folder():
     assert default_folder(Path("runs/x/checkpoints/step_00000020")) == Path("runs/x/evaluation")
     assert default_folder(Path("here/model.safetensors")) == Path("here/evaluation")
 
 
-def test_a_runs_own_folder_is_the_default(command, trained_folder, tmp_path):
+def test_the_run_folder_is_the_default(command, trained_folder, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     for path in (trained_folder / "checkpoints").iterdir():
@@ -60,7 +60,7 @@ def test_a_runs_own_folder_is_the_default(command, trained_folder, tmp_path):
     assert (run / "evaluation" / "evaluation.json").exists()
 
 
-def test_stats_of_digits_and_of_a_folder_with_a_broken_picture(command, trained_folder, tmp_path, mentions):
+def test_stats_of_digits_and_of_a_folder_with_a_broken_image(command, trained_folder, tmp_path, mentions):
     out = tmp_path / "digits.npz"
     ended = command("stats", "digits", out, "--split", "test")
     assert (ended.status, ended.err) == (0, "")
@@ -79,8 +79,8 @@ def test_stats_of_digits_and_of_a_folder_with_a_broken_picture(command, trained_
     ended = command("stats", tmp_path / "data", tmp_path / "data.npz", "--image-size", 8)
     assert re.search(mentions(1, "a/3.png"), ended.out.splitlines()[1])
     with np.load(tmp_path / "data.npz", allow_pickle=False) as file:
-        about = json.loads(bytes(file["meta_json"]))["about"]
-    (unreadable,) = about["unreadable_first"]
+        provenance = json.loads(bytes(file["meta_json"]))["about"]
+    (unreadable,) = provenance["unreadable_first"]
     assert unreadable.startswith("a/3.png: ")
 
 
@@ -91,24 +91,24 @@ def run_main(arguments: list[str]) -> None:
     assert not ending.value.code and not torch.distributed.is_initialized()
 
 
-def test_torchrun_shares_the_work(command, ranks, trained_folder, tmp_path):
-    found = []
+def test_torchrun_gives_the_same_result(command, ranks, trained_folder, tmp_path):
+    results = []
     for world in (1, 2):
         reference, out = tmp_path / f"{world}.npz", tmp_path / f"out{world}"
-        made = ["stats", "digits", str(reference)]
-        judged = ["evaluate", str(trained_folder), *map(str, QUICK), "--batch", "8", "--out", str(out)]
-        for arguments in (made, [*judged, "--reference", str(reference)]):
+        stats = ["stats", "digits", str(reference)]
+        evaluation = ["evaluate", str(trained_folder), *map(str, QUICK), "--batch", "8", "--out", str(out)]
+        for arguments in (stats, [*evaluation, "--reference", str(reference)]):
             if world == 1:
                 assert command(*arguments).status == 0
             else:
                 ranks(world, run_main, arguments)
         result = json.loads((out / "evaluation.json").read_text())
         assert result["processes"] == world
-        found.append((result["generated"][0]["frechet_distance"], result["reconstruction"]["frechet_distance"]))
+        results.append((result["generated"][0]["frechet_distance"], result["reconstruction"]["frechet_distance"]))
         with Image.open(out / "samples_guidance_1.png") as picture:
-            found[-1] += (np.asarray(picture).tobytes(),)
-    assert found[1][2] == found[0][2]
-    assert found[1][:2] == pytest.approx(found[0][:2], rel=1e-9)
+            results[-1] += (np.asarray(picture).tobytes(),)
+    assert results[1][2] == results[0][2]
+    assert results[1][:2] == pytest.approx(results[0][:2], rel=1e-9)
 
 
 @pytest.mark.parametrize(

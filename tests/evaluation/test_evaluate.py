@@ -1,4 +1,4 @@
-"""The whole evaluation: of models whose scores are known, by several processes, and of what a user gets wrong."""
+"""`evaluate` end to end: models with known scores, several processes, and users' mistakes."""
 
 import hashlib
 import json
@@ -24,10 +24,10 @@ from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.sampling.pipeline import weights_sha256
 
 
-def test_a_model_without_fault_and_one_of_a_single_class_get_what_they_deserve(perfect):
+def test_a_perfect_model_and_a_collapsed_one_get_their_known_scores(perfect):
     result = evaluate(perfect, EvaluationSettings(count=600, guidance=(1.0, 3.0), batch=100))
     zeros, right = result["generated"]
-    # Without guidance it draws zeros only, right for one in ten.
+    # Without guidance it generates zeros only, right for one label in ten.
     assert zeros["class_agreement"] == pytest.approx(0.1)
     assert right["class_agreement"] >= 0.95
     # Measured: 15.2 for zeros, 0.30 for 600 of the 1,437 real images, 0.0009 for 1,430 of them.
@@ -42,7 +42,7 @@ def test_a_model_without_fault_and_one_of_a_single_class_get_what_they_deserve(p
     assert rebuilt["real_class_agreement"] == pytest.approx(358 / 360) == rebuilt["class_agreement"]
 
 
-def test_a_result_says_what_it_rests_on(model, tmp_path):
+def test_a_result_records_model_settings_and_reference(model, tmp_path):
     settings = EvaluationSettings(count=30, sampling={"solver": "heun", "steps": 2}, seed=5, batch=20)
     result = evaluate(model, settings, tmp_path / "new" / "here", "runs/x")
     assert json.loads((tmp_path / "new" / "here" / "evaluation.json").read_text()) == json.loads(json.dumps(result))
@@ -51,10 +51,10 @@ def test_a_result_says_what_it_rests_on(model, tmp_path):
         **{"path": "runs/x", "weights": "EMA", "step": 20, "name": "digits"},
         "weights_sha256": weights_sha256(model),
     }
-    # The recipe is unguided here, so one scale is all.
+    # The recipe is unguided here, so there is one scale.
     (one,) = result["generated"]
-    said = {"guidance": 1, "interval": (0.0, 1.0), "solver": "heun", "steps": 2, "order": "norm_first"}
-    assert {name: one[name] for name in said} == said
+    expected = {"guidance": 1, "interval": (0.0, 1.0), "solver": "heun", "steps": 2, "order": "norm_first"}
+    assert {name: one[name] for name in expected} == expected
     assert (one["count"], one["seed"], one["batch"], one["network_precision"]) == (30, 5, 20, "float32")
     reference = result["reference"]
     assert reference["images"] == 1437 and re.fullmatch("[0-9a-f]{64}", reference["data_sha256"])
@@ -72,7 +72,7 @@ def test_a_result_says_what_it_rests_on(model, tmp_path):
     [("euler", 1, 0.5), ("heun", 1, 0.5), ("multistep", 1, None), ("dopri5", None, None)],
 )
 def test_settings_that_the_solver_does_not_use_are_null(model, tmp_path, solver, steps, time_shift):
-    # Of weights that are zero, so that dopri5 takes few steps.
+    # With zero weights dopri5 takes few steps.
     for parameter in model.network.parameters():
         parameter.zero_()
     settings = EvaluationSettings(count=10, sampling={"solver": solver, "steps": 1}, reconstructions=0)
@@ -92,7 +92,7 @@ def test_each_guidance_scale_is_evaluated_once(model):
     assert scales() == [1.0, 2.0]
 
 
-def test_the_digest_of_weights_is_theirs_alone(model, trained_folder):
+def test_the_digest_depends_on_the_weights_only(model, trained_folder):
     same = unite_fast.load(trained_folder)
     assert weights_sha256(same) == weights_sha256(model)
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_the_digest_of_weights_is_theirs_alone(model, trained_folder):
     assert weights_sha256(same) != weights_sha256(model)
 
 
-def of_ranks(folder: str, settings: EvaluationSettings) -> dict:
+def evaluate_on_a_rank(folder: str, settings: EvaluationSettings) -> dict:
     torch.distributed.init_process_group("gloo")
     return evaluate(unite_fast.load(folder), settings)
 
@@ -108,11 +108,11 @@ def of_ranks(folder: str, settings: EvaluationSettings) -> dict:
 NUMBERS = ("frechet_distance", "kid", "kid_deviation", "precision", "recall", "class_agreement")
 
 
-def test_processes_change_nothing(ranks, trained_folder):
+def test_the_number_of_processes_does_not_change_the_result(ranks, trained_folder):
     settings = EvaluationSettings(count=150, batch=32, guidance=(2.0,), sampling={"steps": 1})
     alone = evaluate(unite_fast.load(trained_folder), settings)
     for world in (2, 4):
-        for shared in ranks(world, of_ranks, str(trained_folder), settings):
+        for shared in ranks(world, evaluate_on_a_rank, str(trained_folder), settings):
             assert shared["processes"] == world
             for name in NUMBERS:
                 a, b = shared["generated"][0][name], alone["generated"][0][name]
@@ -130,19 +130,19 @@ def digits_npz(tmp_path_factory):
     return path
 
 
-def test_statistics_of_a_file_are_those_taken_on_the_way(model, digits_npz):
+def test_a_reference_file_gives_the_same_result(model, digits_npz):
     settings = EvaluationSettings(count=20, sampling={"steps": 1}, reconstructions=0)
     fresh = evaluate(model, settings)
-    kept = evaluate(model, replace(settings, reference=str(digits_npz)))
-    assert kept["generated"][0]["frechet_distance"] == fresh["generated"][0]["frechet_distance"]
-    assert kept["reference"]["data_sha256"] == fresh["reference"]["data_sha256"]
-    assert kept["reference"]["sha256"] == hashlib.sha256(digits_npz.read_bytes()).hexdigest()
-    assert kept["reconstruction"] is None
+    from_file = evaluate(model, replace(settings, reference=str(digits_npz)))
+    assert from_file["generated"][0]["frechet_distance"] == fresh["generated"][0]["frechet_distance"]
+    assert from_file["reference"]["data_sha256"] == fresh["reference"]["data_sha256"]
+    assert from_file["reference"]["sha256"] == hashlib.sha256(digits_npz.read_bytes()).hexdigest()
+    assert from_file["reconstruction"] is None
 
 
 @pytest.fixture(scope="module")
 def inception_file(fidelity, tmp_path_factory):
-    """Random weights, and what the command line must be told to believe them."""
+    """Random weights: the options that accept them."""
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
     torch.save(fidelity.random_weights(inception_shapes()), path)
     return {"inception": str(path), "inception_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
@@ -161,12 +161,12 @@ def test_with_inception_there_are_fid_and_inception_score(model, inception_file,
     (one,) = result["generated"]
     assert one["frechet_distance"] > 0 and one["inception_score"] >= 1 and "class_agreement" not in one
     assert result["features"]["sha256"] == inception_file["inception_sha256"]
-    said = "\n".join(lines(result))
-    assert "gFID" in said and "IS 1." in said and "KID" in said
-    assert re.search(mentions(10, 2048), said)
+    printed = "\n".join(lines(result))
+    assert "gFID" in printed and "IS 1." in printed and "KID" in printed
+    assert re.search(mentions(10, 2048), printed)
 
 
-def test_words_about_few_images():
+def test_warnings_of_few_images():
     assert "covariance has rank 99 at most, which makes the Frechet distance too large" in bias_warning(
         100, 100, "real"
     )
@@ -174,7 +174,7 @@ def test_words_about_few_images():
     assert bias_warning(1000, 100, "generated") == ""
 
 
-def test_features_that_cannot_be_had(model, inception_file, digits_npz, tmp_path, mentions):
+def test_missing_or_mismatched_features(model, inception_file, digits_npz, tmp_path, mentions):
     def error(**settings) -> str:
         with pytest.raises(UserError) as caught:
             evaluate(model, EvaluationSettings(**settings))
@@ -182,10 +182,10 @@ def test_features_that_cannot_be_had(model, inception_file, digits_npz, tmp_path
         return str(caught.value)
 
     assert "--reference REF.npz" in error(features="inception", **inception_file)
-    theirs = tmp_path / "theirs.npz"
-    np.savez(theirs, mu=np.zeros(2048), sigma=np.eye(2048))
-    assert "weights-inception-2015-12-05-6726825d.pth" in error(reference=str(theirs))
-    assert re.search(mentions(theirs, "pixels"), error(reference=str(theirs), features="pixels"))
+    foreign = tmp_path / "foreign.npz"
+    np.savez(foreign, mu=np.zeros(2048), sigma=np.eye(2048))
+    assert "weights-inception-2015-12-05-6726825d.pth" in error(reference=str(foreign))
+    assert re.search(mentions(foreign, "pixels"), error(reference=str(foreign), features="pixels"))
     message = error(reference=str(digits_npz), features="inception", **inception_file)
     assert re.search(mentions("digits.npz", "pixels", "inception", 2048), message)
     model.config.model.image_size = 16
@@ -215,7 +215,7 @@ def test_settings_out_of_range(wrong, tokens, mentions):
         EvaluationSettings(**wrong)
 
 
-def test_pictures_that_cannot_be_read_are_counted(model, tmp_path, mentions):
+def test_unreadable_images_are_counted(model, tmp_path, mentions):
     images, labels = open_source("digits", "", 8, "train").read(range(60))
     for split in ("train", "val"):
         for i, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -230,15 +230,15 @@ def test_pictures_that_cannot_be_read_are_counted(model, tmp_path, mentions):
     assert (result["reconstruction"]["images"], result["reconstruction"]["unreadable"]) == (58, 2)
     four, five = result["reconstruction"]["unreadable_first"]
     assert four.startswith("4/4.png: ") and five.startswith("5/5.png: ")
-    said = "\n".join(lines(result))
-    assert re.search(mentions(2, four), said) and re.search(mentions(1, "3/3.png"), said)
+    printed = "\n".join(lines(result))
+    assert re.search(mentions(2, four), printed) and re.search(mentions(1, "3/3.png"), printed)
     for path in (tmp_path / "val").rglob("*.png"):
         path.write_bytes(b"no picture")
     with pytest.raises(UserError, match=mentions("60 of 60", "9/9.png")):
         evaluate(model, EvaluationSettings(count=20, sampling={"steps": 1}))
 
 
-def test_named_data_may_be_of_another_kind_than_those_trained_on(model, tmp_path, mentions):
+def test_data_may_have_another_format_than_the_training_data(model, tmp_path, mentions):
     images, labels = open_source("digits", "", 8, "test").read(range(60))
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         for split in ("train", "val"):
@@ -246,11 +246,11 @@ def test_named_data_may_be_of_another_kind_than_those_trained_on(model, tmp_path
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
     settings = EvaluationSettings(count=20, sampling={"steps": 1}, data=str(tmp_path / "data"))
-    of_pictures = evaluate(model, settings)
-    assert (of_pictures["reference"]["images"], of_pictures["reconstruction"]["images"]) == (60, 60)
-    # A model that was imported knows that it wants a folder, and not which.
+    from_images = evaluate(model, settings)
+    assert (from_images["reference"]["images"], from_images["reconstruction"]["images"]) == (60, 60)
+    # An imported model knows that its data are a folder, but not which one.
     model.config.data.source = "folder"
-    assert evaluate(model, settings)["reconstruction"]["psnr"] == of_pictures["reconstruction"]["psnr"]
+    assert evaluate(model, settings)["reconstruction"]["psnr"] == from_images["reconstruction"]["psnr"]
     with pytest.raises(UserError, match=mentions("data.path", "training", "--data FOLDER")):
         evaluate(model, replace(settings, data=""))
     model.config.model.num_classes = 11
@@ -258,12 +258,12 @@ def test_named_data_may_be_of_another_kind_than_those_trained_on(model, tmp_path
         evaluate(model, settings)
     reference = tmp_path / "ref.npz"
     save_statistics(str(tmp_path / "data"), 8, "train", settings, reference, Ranks(), "cpu")
-    model.config.model.num_classes = 1  # so no classifier is taught, which would read them
+    model.config.model.num_classes = 1  # so no classifier is fitted, which would read them
     with pytest.raises(UserError, match=mentions("data.path", "--data FOLDER", "--reconstructions 0")):
         evaluate(model, replace(settings, data="", reference=str(reference)))
 
 
-def test_what_is_in_the_way_is_found_before_the_work(model, tmp_path, monkeypatch, mentions):
+def test_mistakes_are_reported_before_the_work(model, tmp_path, monkeypatch, mentions):
     monkeypatch.setattr(module, "open_evaluator", None)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=mentions(tmp_path / "file", "--out")):

@@ -1,4 +1,4 @@
-"""All scores of a evaluator: those of the whole, however the images are shared out."""
+"""All scores of an evaluator are those of the whole set, however its images are split over ranks."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def moments_of(images: torch.Tensor) -> Moments:
     return moments
 
 
-def judged(ranks: Ranks) -> dict:
+def scored(ranks: Ranks) -> dict:
     real, generated = noise(0), noise(1)
     evaluator = Evaluator(FirstPixels(), Reference(moments_of(real).statistics(), samples=FirstPixels()(real).pool))
     batches = (
@@ -45,8 +45,8 @@ def judged(ranks: Ranks) -> dict:
     return evaluator.score(batches, COUNT, ranks)
 
 
-def distances_together() -> float:
-    """Of uneven shares: the first two thirds, and the rest."""
+def distance_on_a_rank() -> float:
+    """With uneven shares: the first two thirds, and the rest."""
     torch.distributed.init_process_group("gloo")
     ranks = current_ranks()
     evaluator = Evaluator(FirstPixels(), Reference(moments_of(noise(0)).statistics()))
@@ -54,37 +54,37 @@ def distances_together() -> float:
     return evaluator.distance(moments_of(share), ranks)
 
 
-def judged_together() -> dict:
+def scored_on_a_rank() -> dict:
     torch.distributed.init_process_group("gloo")
-    return judged(current_ranks())
+    return scored(current_ranks())
 
 
 def test_scores_are_those_of_all_features_at_once():
-    found = judged(Ranks())
+    scores = scored(Ranks())
     real, generated = (FirstPixels()(noise(seed)) for seed in (0, 1))
     distance = frechet_distance(moments_of(noise(1)).statistics(), moments_of(noise(0)).statistics())
-    assert found["frechet_distance"] == pytest.approx(distance, rel=1e-12)
+    assert scores["frechet_distance"] == pytest.approx(distance, rel=1e-12)
     order = SampleOrder(COUNT).positions(torch.arange(COUNT)).argsort()
     score = metrics.inception_score(generated.logits[order])
-    assert (found["inception_score"], found["inception_score_deviation"]) == pytest.approx(score, rel=1e-12)
-    assert (found["kid"], found["kid_deviation"]) == metrics.kid(generated.pool[order], real.pool, size=COUNT)
-    assert (found["precision"], found["recall"]) == metrics.precision_recall(generated.pool, real.pool)
-    assert found["kid_subset"] == COUNT and found["compared"] == [COUNT, COUNT] and "class_agreement" not in found
+    assert (scores["inception_score"], scores["inception_score_deviation"]) == pytest.approx(score, rel=1e-12)
+    assert (scores["kid"], scores["kid_deviation"]) == metrics.kid(generated.pool[order], real.pool, size=COUNT)
+    assert (scores["precision"], scores["recall"]) == metrics.precision_recall(generated.pool, real.pool)
+    assert scores["kid_subset"] == COUNT and scores["compared"] == [COUNT, COUNT] and "class_agreement" not in scores
 
 
-def test_processes_change_nothing(ranks):
-    alone = judged(Ranks())
+def test_the_number_of_processes_does_not_change_the_scores(ranks):
+    alone = scored(Ranks())
     for world in (2, 4):
-        for shared in ranks(world, judged_together):
+        for shared in ranks(world, scored_on_a_rank):
             assert shared.keys() == alone.keys()
             assert shared.pop("compared") == [COUNT, COUNT]
             for name, value in shared.items():
                 assert abs(alone[name] - value) <= 1e-9 * max(1, abs(value)), name
 
 
-def test_the_distance_is_of_what_all_processes_saw(ranks):
+def test_the_distance_covers_the_images_of_all_processes(ranks):
     expected = frechet_distance(moments_of(noise(1)).statistics(), moments_of(noise(0)).statistics())
-    first, second = ranks(2, distances_together)
+    first, second = ranks(2, distance_on_a_rank)
     assert first == second == pytest.approx(expected, rel=1e-9)
 
 
@@ -93,24 +93,24 @@ def test_positions_are_a_permutation_and_splits_are_even():
     every = torch.arange(50)
     assert sorted(sample_order.positions(every).tolist()) == every.tolist()
     assert sample_order.splits(every).bincount().tolist() == [5] * metrics.SPLITS
-    # Classes come in turn; no split may consist of one class.
+    # Labels cycle through the classes; no split may consist of one class.
     assert all(len((every[sample_order.splits(every) == split] % 10).unique()) > 1 for split in range(metrics.SPLITS))
 
 
-def test_what_is_kept_does_not_depend_on_the_order_of_batches():
+def test_kept_features_do_not_depend_on_the_order_of_batches():
     sample_order, features = SampleOrder(40), torch.arange(40.0)[:, None]
-    found = []
+    gathered = []
     for order in (torch.arange(40), torch.arange(39, -1, -1)):
-        kept = KeptFeatures(sample_order, limit=15)
+        kept_features = KeptFeatures(sample_order, limit=15)
         for batch in order.split(7):
-            kept.update(batch, features[batch])
-        found.append(kept.gather(Ranks()))
-    assert torch.equal(found[0], found[1]) and found[0].shape == (15, 1)
-    assert sample_order.positions(found[0][:, 0].long()).tolist() == list(range(15))
+            kept_features.update(batch, features[batch])
+        gathered.append(kept_features.gather(Ranks()))
+    assert torch.equal(gathered[0], gathered[1]) and gathered[0].shape == (15, 1)
+    assert sample_order.positions(gathered[0][:, 0].long()).tolist() == list(range(15))
     assert reference.KEPT_SAMPLES >= metrics.KID_SUBSET_SIZE
 
 
-def test_a_reference_of_others_allows_the_frechet_distance_alone():
+def test_a_reference_without_single_features_gives_the_frechet_distance_only():
     evaluator = Evaluator(FirstPixels(), Reference(moments_of(noise(0)).statistics()))
     batch = NumberedBatch(torch.arange(5), noise(1)[:5], torch.zeros(5))
     assert evaluator.score([batch], 5, Ranks()).keys() == {"frechet_distance"}
@@ -119,7 +119,7 @@ def test_a_reference_of_others_allows_the_frechet_distance_alone():
         assert part in notes
 
 
-def test_each_number_of_images_that_is_too_small_gets_a_word():
+def test_every_count_that_is_too_small_gets_a_warning():
     def starts(count: int, *counts: int) -> list[str]:
         evaluator = Evaluator(FirstPixels(), Reference(moments_of(noise(0)).statistics(), count=count))
         return [note.split(":")[0] for note in evaluator.bias_notes(*counts)]

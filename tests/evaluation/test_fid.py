@@ -1,4 +1,4 @@
-"""The Frechet distance against scipy, running sums against the definition, files of statistics."""
+"""The Frechet distance against scipy, running sums against their definition, and reference files."""
 
 import re
 import zipfile
@@ -12,8 +12,8 @@ from unite_fast.distributed.process_group import Ranks, current_ranks
 from unite_fast.errors import UserError
 from unite_fast.evaluation.fid import Moments, Reference, Statistics, frechet_distance, load_reference, save_reference
 
-# What issue 6 asks for; measured: 4e-13 at full rank, 3e-8 where a covariance is singular. There scipy's own square
-# root of zero eigenvalues, which rounding leaves at 1e-16, is 1e-8.
+# Measured: 4e-13 at full rank, 3e-8 where a covariance is singular. There scipy's own square root of zero eigenvalues,
+# which rounding leaves at 1e-16, is 1e-8.
 AGREEMENT = 1e-6
 
 
@@ -48,11 +48,11 @@ def by_scipy(a: np.ndarray, b: np.ndarray) -> float:
     ],
     ids=["random", "wide", "one singular", "both singular", "fewer samples than dimensions", "nearly equal"],
 )
-def test_frechet_distance_is_scipys(a, b):
-    found = frechet_distance(statistics(a), statistics(b))
-    scale = max(found, 1e-3 * float(np.trace(np.cov(a, rowvar=False))))
-    assert abs(found - by_scipy(a, b)) <= AGREEMENT * scale
-    assert abs(frechet_distance(statistics(b), statistics(a)) - found) <= 1e-9 * scale
+def test_frechet_distance_equals_scipys(a, b):
+    distance = frechet_distance(statistics(a), statistics(b))
+    scale = max(distance, 1e-3 * float(np.trace(np.cov(a, rowvar=False))))
+    assert abs(distance - by_scipy(a, b)) <= AGREEMENT * scale
+    assert abs(frechet_distance(statistics(b), statistics(a)) - distance) <= 1e-9 * scale
 
 
 def test_known_distances():
@@ -77,36 +77,36 @@ def test_moments_are_mean_and_covariance(mentions):
     moments = Moments(6)
     for part in np.array_split(x, 7):
         moments.update(torch.from_numpy(part))
-    found = moments.statistics()
+    result = moments.statistics()
     assert int(moments.count) == 101
-    np.testing.assert_allclose(found.mean, x.mean(0, dtype=np.float64), rtol=1e-13)
-    np.testing.assert_allclose(found.covariance, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-11)
+    np.testing.assert_allclose(result.mean, x.mean(0, dtype=np.float64), rtol=1e-13)
+    np.testing.assert_allclose(result.covariance, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-11)
     with pytest.raises(UserError, match=mentions("covariance", 2, 0)):
         Moments(6).statistics()
 
 
-def distances_of_ranks(a: np.ndarray, b: np.ndarray) -> float:
+def distance_on_a_rank(a: np.ndarray, b: np.ndarray) -> float:
     torch.distributed.init_process_group("gloo")
     return shared_distance(a, b)
 
 
 def shared_distance(a: np.ndarray, b: np.ndarray) -> float:
-    ranks, found = current_ranks(), []
+    ranks, pair = current_ranks(), []
     for x in (a, b):
         moments = Moments(x.shape[1])
         for batch in ranks.batches(len(x), 16):
             moments.update(torch.from_numpy(x[batch.start : batch.stop]))
         moments.all_reduce(ranks)
-        found.append(moments.statistics())
-    return frechet_distance(*found)
+        pair.append(moments.statistics())
+    return frechet_distance(*pair)
 
 
 @pytest.mark.parametrize("rank", [None, 6], ids=["full rank", "singular"])
-def test_processes_change_nothing(ranks, rank):
+def test_the_number_of_processes_does_not_change_the_distance(ranks, rank):
     a, b = (samples(333, 24, seed, rank).astype(np.float32) for seed in (0, 1))
     alone = shared_distance(a, b)
     for world in (2, 4):
-        for shared in ranks(world, distances_of_ranks, a, b):
+        for shared in ranks(world, distance_on_a_rank, a, b):
             assert abs(shared - alone) <= 1e-9 * alone
 
 
@@ -121,33 +121,33 @@ def test_every_sample_is_in_one_batch_of_one_process():
 def reference() -> Reference:
     features = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     basis = {"mean": torch.zeros(12), "components": torch.eye(3, 12)}
-    about = {"data_sha256": "ab", "unreadable": 1}
-    return Reference(statistics(samples(9, 3, 0)), "pixels", 9, about, features, basis)
+    provenance = {"data_sha256": "ab", "unreadable": 1}
+    return Reference(statistics(samples(9, 3, 0)), "pixels", 9, provenance, features, basis)
 
 
-def test_a_reference_comes_back_from_its_file(reference, tmp_path):
+def test_save_and_load_a_reference(reference, tmp_path):
     path = tmp_path / "new" / "ref.npz"
     save_reference(reference, path)
-    again = load_reference(path)
-    assert torch.equal(again.statistics.mean, reference.statistics.mean)
-    assert torch.equal(again.statistics.covariance, reference.statistics.covariance)
-    assert torch.equal(again.samples, reference.samples)
-    assert all(torch.equal(again.basis[name], value) for name, value in reference.basis.items())
-    assert (again.features, again.count, again.provenance) == ("pixels", 9, reference.provenance)
-    assert re.fullmatch("[0-9a-f]{64}", again.sha256) and again.path == str(path)
+    loaded = load_reference(path)
+    assert torch.equal(loaded.statistics.mean, reference.statistics.mean)
+    assert torch.equal(loaded.statistics.covariance, reference.statistics.covariance)
+    assert torch.equal(loaded.samples, reference.samples)
+    assert all(torch.equal(loaded.basis[name], value) for name, value in reference.basis.items())
+    assert (loaded.features, loaded.count, loaded.provenance) == ("pixels", 9, reference.provenance)
+    assert re.fullmatch("[0-9a-f]{64}", loaded.sha256) and loaded.path == str(path)
     assert [path.name for path in path.parent.iterdir()] == ["ref.npz"]
 
 
-def test_a_file_of_others_has_only_mu_and_sigma(tmp_path):
-    path = tmp_path / "theirs.npz"
-    # Objects cannot be read without unpickling: whatever else there is stays unread.
+def test_a_foreign_file_has_only_mu_and_sigma(tmp_path):
+    path = tmp_path / "foreign.npz"
+    # Reading an object array would unpickle it, so other arrays must stay unread.
     np.savez(path, mu=np.zeros(3, np.float32), sigma=np.eye(3, dtype=np.float32), arr_0=np.array([{}], dtype=object))
-    found = load_reference(path)
-    assert (found.features, found.count, found.samples, dict(found.basis)) == ("", 0, None, {})
-    assert found.statistics.mean.dtype == found.statistics.covariance.dtype == torch.float64
+    reference = load_reference(path)
+    assert (reference.features, reference.count, reference.samples, dict(reference.basis)) == ("", 0, None, {})
+    assert reference.statistics.mean.dtype == reference.statistics.covariance.dtype == torch.float64
 
 
-def test_files_that_are_no_statistics(tmp_path, mentions):
+def test_invalid_files(tmp_path, mentions):
     path = tmp_path / "x.npz"
     with pytest.raises(UserError, match=mentions(path, "unite-fast stats DATA x.npz")):
         load_reference(path)
@@ -158,7 +158,7 @@ def test_files_that_are_no_statistics(tmp_path, mentions):
         with pytest.raises(UserError, match=mentions(path, ".npz", "unite-fast stats")) as caught:
             load_reference(path)
         assert "pickle" not in str(caught.value)
-    with zipfile.ZipFile(path, "w") as archive:  # whose compressed bytes are damaged
+    with zipfile.ZipFile(path, "w") as archive:  # with damaged compressed bytes
         for name in ("mu.npy", "sigma.npy"):
             archive.writestr(name, b"\xff" * 50)
             archive.getinfo(name).compress_type = zipfile.ZIP_DEFLATED

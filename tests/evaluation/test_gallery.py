@@ -1,4 +1,4 @@
-"""The page as a browser reads it, and the interpolation against its geometry."""
+"""The page as a browser parses it, and the geometry of the interpolations."""
 
 import base64
 import io
@@ -20,7 +20,7 @@ VOID = {"meta", "img", "line", "polyline", "br"}
 
 
 class Page(HTMLParser):
-    """Checks that tags are closed in order, and keeps what a test asks about."""
+    """Checks that tags are closed in order, and collects images, links and attributes."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -30,17 +30,17 @@ class Page(HTMLParser):
         assert self.open == []
 
     def handle_starttag(self, tag, attributes):
-        found = dict(attributes)
+        values = dict(attributes)
         self.attributes += attributes
         if tag not in VOID:
             self.open.append(tag)
-        if "id" in found:
-            self.ids.add(found["id"])
-            self.section = found["id"]
+        if "id" in values:
+            self.ids.add(values["id"])
+            self.section = values["id"]
         if tag == "a":
-            self.links.append(found["href"])
-        if tag == "img" and "src" in found:
-            self.images.append((self.section, found["alt"], found["src"]))
+            self.links.append(values["href"])
+        if tag == "img" and "src" in values:
+            self.images.append((self.section, values["alt"], values["src"]))
 
     def handle_startendtag(self, tag, attributes):
         self.attributes += attributes
@@ -63,15 +63,15 @@ def trained(trained_folder):
     return unite_fast.load(trained_folder)
 
 
-def test_the_page_is_whole_and_needs_no_network(command, trained_folder, tmp_path, mentions):
+def test_the_page_is_complete_and_needs_no_network(command, trained_folder, tmp_path, mentions):
     out = tmp_path / "new" / "page.html"
     ended = command("gallery", trained_folder, "--out", out, "--per-class", 2, "--scales", "1,2.5")
     assert (ended.status, ended.err) == (0, "")
     text = out.read_text(encoding="utf-8")
     page = Page(text)
     assert re.search(mentions(len(page.images), f"{out.stat().st_size / 2**20:.1f} MiB", out), ended.out)
-    # Ten classes; five of them on two scales; 20 pairs; four paths of nine points, of real images with their ends.
-    # Euler of two steps looks at two times, and the result makes three.
+    # Ten classes; five of them at two scales; 20 pairs; four paths of nine points, those between real images with both
+    # originals. Euler with two steps evaluates at two times; the result is the third image.
     counts = {name: page.count(name) for name in page.ids if name != "curves"}
     assert counts == {
         "samples": 20,
@@ -94,15 +94,15 @@ def test_the_page_is_whole_and_needs_no_network(command, trained_folder, tmp_pat
     assert text.count("<polyline") == 2, "the curves of L1 and flow loss; there is no LPIPS in this run"
 
 
-def test_what_is_shown_is_what_the_model_makes(trained, trained_folder):
-    wishes = GallerySettings(classes=[7, 2], per_class=3, scales=(1.0, 4.0), seed=5, sampling={"steps": 3})
-    head, sections = make_gallery(trained, trained_folder, wishes)
+def test_the_page_shows_the_outputs_of_the_model(trained, trained_folder):
+    settings = GallerySettings(classes=[7, 2], per_class=3, scales=(1.0, 4.0), seed=5, sampling={"steps": 3})
+    head, sections = make_gallery(trained, trained_folder, settings)
     by_key = {section.key: section for section in sections}
     assert head["sampling"] == "euler, 3 steps, unguided" and head["seed"] == "5"
-    wanted = trained.generate([7, 7, 7, 2, 2, 2], seed=5, steps=3)
+    expected = trained.generate([7, 7, 7, 2, 2, 2], seed=5, steps=3)
     shown = [figure.images[0] for row in by_key["samples"].rows for figure in row.figures]
-    assert torch.equal(torch.stack(shown), wanted)
-    for column, scale in enumerate(wishes.scales):
+    assert torch.equal(torch.stack(shown), expected)
+    for column, scale in enumerate(settings.scales):
         guided = [row.figures[column].images[0] for row in by_key["guidance"].rows]
         assert torch.equal(torch.stack(guided), trained.generate([7, 2], seed=5, steps=3, guidance=scale))
     originals, copies = zip(*(figure.images for figure in by_key["reconstructions"].rows[0].figures), strict=True)
@@ -110,9 +110,9 @@ def test_what_is_shown_is_what_the_model_makes(trained, trained_folder):
     # The ends of the paths are reconstructions of the two images and samples of the two noises; the denoising ends with
     # the sample.
     paths = [[figure.images[0] for figure in row.figures] for row in by_key["between-images"].rows]
-    ends = trained.reconstruct(torch.stack([way[0] for way in paths] + [way[-1] for way in paths]), seed=5)
+    ends = trained.reconstruct(torch.stack([path[0] for path in paths] + [path[-1] for path in paths]), seed=5)
     for i, (_, first, *_, last, _) in enumerate(paths):
-        # The affine of LayerNorm taken off and put on again: a rounding, which can tip a truncated pixel.
+        # Undoing and redoing LayerNorm's affine rounds once, which can move a truncated pixel by a level.
         assert (first.int() - ends[i].int()).abs().max() <= 1
         assert (last.int() - ends[len(paths) + i].int()).abs().max() <= 1
     both = trained.generate([7, 2, 7, 2], seed=5, steps=3)
@@ -134,14 +134,14 @@ def test_the_same_seed_gives_the_same_page(trained, trained_folder):
 
 
 @pytest.mark.parametrize("solver", ["heun", "multistep", "dopri5"])
-def test_every_solver_leaves_a_path_from_noise_to_result(trained, solver):
+def test_every_solver_gives_a_trajectory_from_noise_to_result(trained, solver):
     settings = unite_fast.config.SamplingConfig(solver=solver, steps=4, guidance=2.0, interval=(0.0, 1.0))
     names = [str(i) for i in range(10)]
     builder = SectionBuilder(trained, settings, names, [3], [1.0], Counts.for_size(8), None, 0, 64)
     row = builder.denoising().rows[0].figures
     assert row[0].caption == "t = 0.00" and row[-1].caption == "t = 1.00"
-    wanted = trained.generate([3], solver=solver, steps=4, guidance=2.0, interval=(0.0, 1.0))
-    assert torch.equal(row[-1].images[0], wanted[0])
+    expected = trained.generate([3], solver=solver, steps=4, guidance=2.0, interval=(0.0, 1.0))
+    assert torch.equal(row[-1].images[0], expected[0])
 
 
 def test_names_cannot_break_out_of_the_page(trained, trained_folder):
@@ -151,12 +151,12 @@ def test_names_cannot_break_out_of_the_page(trained, trained_folder):
     page = Page(render({**head, "recipe": "</title><h1>"}, sections, "today"))
     assert page.images[0][1] == '"><b>'
     assert {name for name, _, _ in page.images} == {"samples", "guidance", "between-noises", "denoising"}, (
-        "no real ones"
+        "no real images"
     )
 
 
 def test_a_large_page_stays_small_enough(trained):
-    """84 photographs of 256 x 256, whose PNGs take some 112 kB: see the docstring of `Counts.for_size`."""
+    """84 photographs of 256 x 256; their PNGs take about 112 kB each. See the docstring of `Counts.for_size`."""
     counts = Counts.for_size(256)
     guided = counts.guided * len(GallerySettings().scales)
     paths = counts.paths * (counts.points + 2) + 2 * counts.paths * counts.points
@@ -180,7 +180,7 @@ def test_interpolated_latents_are_results_of_layer_norm(s):
         return torch.nn.functional.cosine_similarity(x, y, dim=-1).clamp(-1, 1).acos()
 
     free = nn.functional.layer_norm((between - norm.bias) / norm.weight, (16,), eps=norm.eps)
-    # What LayerNorm gave, it leaves alone, up to its eps (1e-5 beside a variance of 1) and float32.
+    # LayerNorm does not change its own output, up to its eps (1e-5 beside a variance of 1) and float32.
     assert torch.allclose(free * norm.weight + norm.bias, between, atol=3e-5)
     assert torch.allclose(between[4], a[4], atol=1e-6)
     # The arc from a to b is divided as s : 1 - s. acos makes a rounding of 1e-7 an angle of 4e-4 near zero.
@@ -188,24 +188,24 @@ def test_interpolated_latents_are_results_of_layer_norm(s):
     assert torch.allclose(angle(b, between), (1 - s) * angle(a, b), atol=1e-3)
 
 
-def test_a_channel_without_scale_stays_where_it_is():
+def test_a_channel_without_scale_stays_constant():
     norm = nn.LayerNorm(4).requires_grad_(False)
     norm.weight[1], norm.bias[1] = 0, 0.7
     a, b = norm(torch.tensor([[[1.0, 2, 3, 4]], [[2.0, -1, 5, 0]]]))
     assert torch.equal(between_latents(a, b, 0.3, norm)[:, 1], torch.tensor([0.7]))
 
 
-def test_noises_between_are_noise_again(trained):
-    """cos a + sin b at the angle of each stop: mean 0 and variance 1 at every place, for independent a and b."""
+def test_interpolated_noise_is_noise(trained):
+    """cos a + sin b at the angle of each image: mean 0 and variance 1 everywhere, for independent a and b."""
     builder = SectionBuilder(
         trained, trained.config.sampling, list("0123456789"), [1], [1.0], Counts.for_size(8), None, 0, 64
     )
-    seen = []
-    builder._sample_latents = lambda labels, noise: seen.append(noise) or torch.zeros_like(noise)
+    noises = []
+    builder._sample_latents = lambda labels, noise: noises.append(noise) or torch.zeros_like(noise)
     builder.between_noises()
     (a,), (b,) = builder._noise(2).split(1)
     weights = [(math.cos(angle), math.sin(angle)) for angle in np.linspace(0, math.pi / 2, 9)]
-    assert torch.allclose(seen[0], torch.stack([u * a + v * b for u, v in weights]), rtol=0, atol=1e-6)
+    assert torch.allclose(noises[0], torch.stack([u * a + v * b for u, v in weights]), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -223,12 +223,12 @@ def test_noises_between_are_noise_again(trained):
         (("--out", "page.png"), ("page.png", ".html")),
     ],
 )
-def test_mistakes_are_said_in_a_line(command, trained_folder, tmp_path, monkeypatch, options, tokens):
+def test_mistakes_are_one_line(command, trained_folder, tmp_path, monkeypatch, options, tokens):
     monkeypatch.chdir(tmp_path)
     command("gallery", trained_folder, *options).error(*tokens)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_in_the_place_of_the_page_is_a_mistake(command, trained_folder, tmp_path):
+def test_a_folder_at_the_path_of_the_page_is_a_mistake(command, trained_folder, tmp_path):
     (tmp_path / "page.html").mkdir()
     command("gallery", trained_folder, "--out", tmp_path / "page.html").error(tmp_path / "page.html", "--out")

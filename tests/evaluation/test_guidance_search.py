@@ -1,4 +1,4 @@
-"""The search on distances that are known everywhere, its cache, and one real search end to end."""
+"""The search on known distances, its cache, and one real search end to end."""
 
 import json
 import math
@@ -24,8 +24,8 @@ SCALES, LOWS, HIGHS = (parse_range("", text) for text in ("1:5:0.2", "0:0.4:0.1"
 
 
 def bowl(seed: int):
-    """A quadratic function of scale and interval with its minimum somewhere on the grid's box, tilted: the best scale
-    depends on the interval, as it does for real models."""
+    """A quadratic function of scale and interval with its minimum inside the box of the grid. It is tilted: the best
+    scale depends on the interval, as for real models."""
     draw = random.Random(seed)
     scale, low, high = draw.uniform(1, 5), draw.uniform(0, 0.4), draw.uniform(0.8, 1)
     widths = draw.uniform(2, 8), draw.uniform(0.2, 2), draw.uniform(0.2, 1)
@@ -41,23 +41,21 @@ def bowl(seed: int):
 
 def test_the_best_of_a_bowl_is_found_with_a_third_of_the_measurements():
     grid = Grid(SCALES, LOWS, HIGHS)
-    found, measured = 0, []
+    hits, measured = 0, []
     for seed in range(100):
-        distance, asked = bowl(seed), []
-        ranked = coarse_to_fine(
-            grid, lambda candidate, of=distance, asked=asked: asked.append(candidate) or of(candidate)
-        )
+        distance = bowl(seed)
+        ranked = coarse_to_fine(grid, distance)
         assert [distance(one) for one in ranked] == sorted(map(distance, ranked))
-        found += ranked[0] == min(grid.all(), key=distance)
+        hits += ranked[0] == min(grid.all(), key=distance)
         measured.append(len(ranked))
     assert len(grid.all()) == 20 * 5 * 3 + 1
-    # 99 and 90.2; the one that is missed is worse than the best by 0.07 %.
-    assert found >= 98
+    # Measured: 99 and 90.2; in the other search the result is 0.07 % worse than the best.
+    assert hits >= 98
     assert sum(measured) / len(measured) < 100
 
 
-def test_nothing_beside_the_best_is_left_unmeasured():
-    """On a rugged function a coarse search cannot find the best; what it finds has no better neighbour."""
+def test_all_neighbours_of_the_best_are_measured():
+    """On a rugged function a coarse search may miss the best, but no neighbour of its result is better."""
     draw = random.Random(0)
     height = {}
 
@@ -75,22 +73,22 @@ def test_nothing_beside_the_best_is_left_unmeasured():
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (7, 1, 2), (3, 9, 1)])
-def test_small_grids_are_searched_to_their_ends(shape):
+def test_small_grids_are_searched_up_to_their_ends(shape):
     scales = [1.5 + i for i in range(shape[0])]
     grid = Grid(scales, [0.01 * i for i in range(shape[1])], [0.5 + 0.1 * i for i in range(shape[2])])
     for corner in (0, -1):
-        wanted = Candidate(scales[corner], grid.lows[corner], grid.highs[corner])
+        best = Candidate(scales[corner], grid.lows[corner], grid.highs[corner])
 
-        def distance(one: Candidate, wanted=wanted) -> float:
-            return math.dist((one.scale, one.low, one.high), (wanted.scale, wanted.low, wanted.high))
+        def distance(one: Candidate, best=best) -> float:
+            return math.dist((one.scale, one.low, one.high), (best.scale, best.low, best.high))
 
-        assert coarse_to_fine(grid, distance)[0] == wanted
+        assert coarse_to_fine(grid, distance)[0] == best
 
 
-def test_without_effect_guidance_is_one_candidate():
-    asked = []
-    ranked = coarse_to_fine(Grid([1.0], LOWS, HIGHS), lambda candidate: asked.append(candidate) or 1.0)
-    assert ranked == [UNGUIDED] and set(asked) == {UNGUIDED}
+def test_guidance_without_effect_is_one_candidate():
+    measured = []
+    ranked = coarse_to_fine(Grid([1.0], LOWS, HIGHS), lambda candidate: measured.append(candidate) or 1.0)
+    assert ranked == [UNGUIDED] and set(measured) == {UNGUIDED}
 
 
 def test_ranges(mentions):
@@ -130,20 +128,20 @@ def searched(command, trained_folder, tmp_path):
 def test_a_search_end_to_end(searched, trained_folder, mentions):
     out, printed = searched
     result = json.loads((out / "guidance.json").read_text())
-    # Two scales that guide with two intervals, and unguided.
+    # Two guided scales with two intervals each, and unguided.
     assert len(result["searched"]) == 5
-    wanted = [one["candidate"] for one in result["searched"][:2]] + [asdict(UNGUIDED)]
+    expected = [one["candidate"] for one in result["searched"][:2]] + [asdict(UNGUIDED)]
     confirmed = [one["candidate"] for one in result["confirmed"]]
-    assert all(candidate in confirmed for candidate in wanted) and len(confirmed) == len(set(map(str, wanted)))
+    assert all(candidate in confirmed for candidate in expected) and len(confirmed) == len(set(map(str, expected)))
     assert {one["count"] for one in result["searched"]} == {40}
-    # Euler of two steps, at t = 0 and 1/3: with the interval (0, 1) both are guided, with (0.2, 1) the second.
+    # Euler with two steps, at t = 0 and 1/3: the interval (0, 1) guides both, (0.2, 1) only the second.
     for one in result["searched"]:
         candidate = one["candidate"]
         guided = 0 if candidate["scale"] == 1 else 2 if candidate["low"] == 0 else 1
         assert one["evaluations"] == 40 * (2 + guided), one
     assert result["evaluations"] == sum(one["evaluations"] for one in result["searched"] + result["confirmed"])
     assert result["full_grid_evaluations"] == 50 * (2 + 4 + 4 + 3 + 3)
-    # What is confirmed is what `evaluate` measures.
+    # `evaluate` measures the confirmed distance.
     best = result["best"]["candidate"]
     settings = EvaluationSettings(
         count=50,
@@ -155,7 +153,7 @@ def test_a_search_end_to_end(searched, trained_folder, mentions):
     assert result["best"]["distance"] == pytest.approx(evaluated["frechet_distance"], rel=1e-9)
     assert f"{result['best']['distance']:.4f}" in printed.splitlines()[0]
     assert re.search(mentions(f"{result['evaluations']:,}", "5 of 5"), printed)
-    # 10 samples a dimension would do.
+    # 10 samples per dimension would suffice.
     few, better = result["notes"]
     assert re.search(mentions(40, 41), few) and re.search(mentions(50, 41), better)
     assert [line for line in printed.splitlines() if line.startswith("note: ")] == [
@@ -167,7 +165,7 @@ def test_a_search_end_to_end(searched, trained_folder, mentions):
         assert picture.width > 500
 
 
-def test_a_search_says_what_it_rests_on(searched, trained_folder, mentions):
+def test_a_search_records_model_and_machine(searched, trained_folder, mentions):
     out, printed = searched
     result = json.loads((out / "guidance.json").read_text())
     model = unite_fast.load(trained_folder)
@@ -178,20 +176,20 @@ def test_a_search_says_what_it_rests_on(searched, trained_folder, mentions):
     machine = machine_info(model.network.device, Ranks())
     assert machine["processes"] == 1 and {name: result[name] for name in machine} == machine
     assert result["seconds"] == pytest.approx(sum(one["seconds"] for one in result["searched"] + result["confirmed"]))
-    # Fewer evaluations than the search of so small a grid, and not "1 times as many".
+    # The full grid is so small that it needs fewer evaluations than the search: the ratio must not be rounded to 1.
     ratio = result["full_grid_evaluations"] / result["evaluations"]
     assert 0.1 < ratio < 1 and re.search(mentions(f"{result['full_grid_evaluations']:,.0f}", f"{ratio:.1f}"), printed)
 
 
-def test_what_confirms_is_not_what_chose(command, trained_folder, tmp_path):
-    """Even at equal counts: other samples."""
+def test_confirmation_uses_other_samples_than_the_search(command, trained_folder, tmp_path):
+    """Even at equal counts."""
     few = ("--scales", "2", "--lows", "0", "--highs", "1", "--count", "40", "--final-count", "40")
     assert command("search-guidance", trained_folder, *few, "--out", tmp_path / "out").status == 0
     result = json.loads((tmp_path / "out" / "guidance.json").read_text())
     assert result["searched"][0]["distance"] != result["confirmed"][0]["distance"]
 
 
-def test_a_killed_search_goes_on_where_it_was(command, searched, trained_folder, monkeypatch):
+def test_a_killed_search_resumes(command, searched, trained_folder, monkeypatch):
     out, printed = searched
     before = (out / "guidance.json").read_text()
     cache = json.loads((out / "measured.json").read_text())
@@ -224,12 +222,12 @@ def test_a_killed_search_goes_on_where_it_was(command, searched, trained_folder,
         (("--count", "41"), ("count", 40, 41)),
     ],
 )
-def test_measurements_of_other_settings_are_not_mixed_in(command, searched, trained_folder, options, tokens):
+def test_measurements_with_other_settings_are_refused(command, searched, trained_folder, options, tokens):
     out, _ = searched
     command("search-guidance", trained_folder, *SMALL, "--out", out, *options).error(out, "--out", *tokens)
 
 
-def test_a_cache_that_is_none_is_a_mistake(command, trained_folder, tmp_path):
+def test_an_invalid_cache_is_a_mistake(command, trained_folder, tmp_path):
     (tmp_path / "measured.json").write_text('{"settings": {')
     command("search-guidance", trained_folder, *SMALL, "--out", tmp_path).error(tmp_path / "measured.json", "--out")
 
@@ -248,13 +246,13 @@ def test_a_cache_that_is_none_is_a_mistake(command, trained_folder, tmp_path):
         (("--features", "inception"), ("--reference",)),
     ],
 )
-def test_mistakes_are_said_in_a_line(command, trained_folder, tmp_path, options, tokens):
+def test_mistakes_are_one_line(command, trained_folder, tmp_path, options, tokens):
     out = tmp_path / "guidance"
     command("search-guidance", trained_folder, *SMALL, "--out", out, *options).error(*tokens)
     assert not out.exists()
 
 
-def distances_of_ranks(folder: str, out: str) -> list[float]:
+def distances_on_a_rank(folder: str, out: str) -> list[float]:
     import torch
 
     from unite_fast.distributed.process_group import current_ranks
@@ -270,8 +268,8 @@ def distances_of_ranks(folder: str, out: str) -> list[float]:
     return [(one.distance, one.evaluations) for one in measured]
 
 
-def test_processes_share_the_work(ranks, trained_folder, tmp_path):
-    alone, two = (ranks(world, distances_of_ranks, trained_folder, tmp_path / str(world)) for world in (1, 2))
+def test_the_number_of_processes_does_not_change_the_distances(ranks, trained_folder, tmp_path):
+    alone, two = (ranks(world, distances_on_a_rank, trained_folder, tmp_path / str(world)) for world in (1, 2))
     assert two[0] == two[1]
     for one, other in zip(alone[0], two[0], strict=True):
         assert one[0] == pytest.approx(other[0], rel=1e-9) and one[1] == other[1]

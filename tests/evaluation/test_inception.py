@@ -1,4 +1,4 @@
-"""Inception against torch-fidelity's, on the same random weights; where its own come from."""
+"""Inception against torch-fidelity's with the same random weights, and the checks of its weight file."""
 
 import hashlib
 
@@ -13,7 +13,7 @@ from unite_fast.evaluation.inception import (
     resize_like_tensorflow,
 )
 
-# Of torch-fidelity's own error in float32, which is 3e-7 to 6e-7 of the norm; measured: at most 1.07.
+# Allowed multiple of torch-fidelity's own float32 error, which is 3e-7 to 6e-7 of the norm; measured: at most 1.07.
 SLACK = 2
 
 
@@ -24,23 +24,23 @@ def network(fidelity) -> InceptionFeatures:
 
 @pytest.mark.parametrize("side", ["32x32", "64x64", "256x256", "299x299", "40x75"])
 def test_features_are_those_of_torch_fidelity(network, fidelity, side):
-    found = network(fidelity.random_image(*map(int, side.split("x"))))
-    for name, actual in (("pool", found.pool), ("logits", found.logits)):
+    features = network(fidelity.random_image(*map(int, side.split("x"))))
+    for name, actual in (("pool", features.pool), ("logits", features.logits)):
         expected = torch.from_numpy(fidelity.numbers[f"{name}/{side}"]).double()
         error = (actual[0].double() - expected).norm() / expected.norm()
         assert error <= SLACK * float(fidelity.numbers[f"{name}_error/{side}"]), name
 
 
-def test_it_says_what_it_gives(network, fidelity):
-    found = network(fidelity.random_image(32, 32))
-    assert found.pool.shape == (1, network.dimension) and found.pool.dtype == torch.float32
-    assert found.logits.shape == (1, network.classes) and found.logits.dtype == torch.float32
+def test_shapes_and_dtypes_of_the_features(network, fidelity):
+    features = network(fidelity.random_image(32, 32))
+    assert features.pool.shape == (1, network.dimension) and features.pool.dtype == torch.float32
+    assert features.logits.shape == (1, network.classes) and features.logits.dtype == torch.float32
     with pytest.raises(ValueError, match="uint8"):
         network(torch.zeros(1, 3, 32, 32))
 
 
-def test_the_resize_reads_at_whole_multiples_of_the_scale():
-    """Output i lies at i * size / side: the first pixel is kept, and the last ones repeat the edge."""
+def test_the_resize_samples_at_multiples_of_the_scale():
+    """Output i is sampled at i * size / side: the first pixel is exact, and the last ones repeat the edge."""
     x = torch.tensor([[0.0, 10.0], [20.0, 30.0]]).reshape(1, 1, 2, 2)
     expected = [[0, 5, 10, 10], [10, 15, 20, 20], [20, 25, 30, 30], [20, 25, 30, 30]]
     assert resize_like_tensorflow(x, 4)[0, 0].tolist() == expected
@@ -55,7 +55,7 @@ def test_shapes_are_those_of_the_published_file():
     assert shapes["Mixed_7c.branch3x3dbl_3b.conv.weight"] == (384, 384, 3, 1)
 
 
-def test_missing_weights_say_where_they_come_from():
+def test_an_error_says_where_missing_weights_come_from():
     with pytest.raises(UserError) as caught:
         load_inception()
     for part in ("--inception", "weights-inception-2015-12-05-6726825d.pth", "torch-fidelity", "UNITE_FAST_INCEPTION"):

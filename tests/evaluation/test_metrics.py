@@ -1,4 +1,4 @@
-"""Scores of features against torch-fidelity's, on the same features; of pixels against their definitions."""
+"""Metrics of features against torch-fidelity's on the same features; metrics of pixels against their definitions."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def features(fidelity):
     return fidelity.random_features()
 
 
-def test_inception_score_is_torch_fidelitys(fidelity, features):
+def test_inception_score_equals_torch_fidelitys(fidelity, features):
     mean, deviation = metrics.inception_score(features[2])
     assert mean == pytest.approx(float(fidelity.numbers["inception_score_mean"]), rel=1e-12)
     assert deviation == pytest.approx(float(fidelity.numbers["inception_score_std"]), rel=1e-12)
@@ -29,7 +29,7 @@ def test_inception_score_of_known_distributions(mentions):
         metrics.inception_score(torch.zeros(9, 3))
 
 
-def test_inception_score_from_parts_is_that_of_the_whole(features):
+def test_inception_score_from_parts_equals_that_of_the_whole(features):
     logits = features[2]
     split = torch.arange(len(logits)) % 4
     whole, parts = metrics.InceptionScore(7, splits=4), metrics.InceptionScore(7, splits=4)
@@ -40,7 +40,7 @@ def test_inception_score_from_parts_is_that_of_the_whole(features):
     assert parts.result() == pytest.approx(whole.result(), rel=1e-12)
 
 
-def test_kid_is_torch_fidelitys(fidelity, features):
+def test_kid_equals_torch_fidelitys(fidelity, features):
     subsets, size = fidelity.KID.values()
     mean, deviation = metrics.kid(*features[:2], subsets, size)
     assert mean == pytest.approx(float(fidelity.numbers["kernel_inception_distance_mean"]), rel=1e-9)
@@ -49,11 +49,11 @@ def test_kid_is_torch_fidelitys(fidelity, features):
     assert metrics.kid(*features[:2], subsets, size, seed=0)[0] != mean
 
 
-def test_kid_takes_100_subsets_of_1000_as_the_fields_tools_do(monkeypatch):
-    taken = []
-    monkeypatch.setattr(metrics, "_mmd", lambda x, y: taken.append((len(x), len(y))) or torch.tensor(0.0))
+def test_kid_uses_100_subsets_of_1000_as_the_usual_tools_do(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(metrics, "_mmd", lambda x, y: sizes.append((len(x), len(y))) or torch.tensor(0.0))
     metrics.kid(torch.zeros(1500, 2), torch.zeros(1200, 2))
-    assert taken == [(1000, 1000)] * 100
+    assert sizes == [(1000, 1000)] * 100
 
 
 def test_kid_by_its_definition(mentions):
@@ -74,7 +74,7 @@ def test_kid_by_its_definition(mentions):
 
 
 @pytest.mark.parametrize("block", [metrics._BLOCK, 10], ids=["one block", "many"])
-def test_precision_and_recall_are_torch_fidelitys(fidelity, features, monkeypatch, block):
+def test_precision_and_recall_equal_torch_fidelitys(fidelity, features, monkeypatch, block):
     monkeypatch.setattr(metrics, "_BLOCK", block)
     precision, recall = metrics.precision_recall(*features[:2])
     # torch-fidelity counts in float32.
@@ -113,7 +113,7 @@ def test_pixel_errors_by_their_definitions(pair):
 
 def test_ssim_by_scipys_gaussian(pair, mentions):
     def local(image: np.ndarray) -> np.ndarray:
-        # 3.5 sigma is the 11 x 11 window; the rim, where it leaves the image, is cut off.
+        # 3.5 sigma is the 11 x 11 window; the border, where it leaves the image, is cut off.
         return scipy.ndimage.gaussian_filter(image, 1.5, truncate=3.5)[5:-5, 5:-5]
 
     expected = []

@@ -1,7 +1,8 @@
-"""Scores of reconstructions, of a model whose copies are known."""
+"""Scores of the reconstructions of a model whose outputs are known."""
 
 import hashlib
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -39,7 +40,7 @@ def evaluator(source) -> Evaluator:
 
 @pytest.fixture
 def lpips_files(tmp_path, monkeypatch) -> PerceptualConfig:
-    """Small files of one number for each tensor, under the names of the environment."""
+    """Small files with one number per tensor, named by the environment variables."""
     digests = {}
     for kind, variable, shapes in (("vgg", "VGG16", VGG_SHAPES), ("lpips", "LPIPS", LINEAR_SHAPES)):
         path = tmp_path / f"{kind}.pth"
@@ -51,13 +52,13 @@ def lpips_files(tmp_path, monkeypatch) -> PerceptualConfig:
 
 
 def copy(images: torch.Tensor) -> torch.Tensor:
-    """A little darker on the left; the first image is left as it is."""
+    """Half as bright on the left; the first image is unchanged."""
     copies = images.clone()
     copies[1:, :, :, : SIDE // 2] = images[1:, :, :, : SIDE // 2] // 2
     return copies
 
 
-def test_means_over_all_images_whatever_the_batch(source, evaluator, lpips_files, monkeypatch):
+def test_scores_are_means_over_all_images(source, evaluator, lpips_files, monkeypatch):
     monkeypatch.setattr(reconstruction, "LPIPS_BATCH", 3)
     model = SimpleNamespace(
         config=SimpleNamespace(perceptual=lpips_files, data=SimpleNamespace(workers=0)),
@@ -65,44 +66,47 @@ def test_means_over_all_images_whatever_the_batch(source, evaluator, lpips_files
         reconstruct=lambda images, seed, batch, first: copy(whole)[first : first + len(images)],
     )
     whole = source.read(range(10))[0]
-    found, (originals, copies) = score_reconstructions(
+    scores, (originals, copies) = score_reconstructions(
         model, source, evaluator, EvaluationSettings(batch=4), Ranks(), no_progress
     )
     assert torch.equal(originals, whole[:4]) and torch.equal(copies, copy(whole)[:4])
     pair = whole, copy(whole)
-    assert found["l1"] == pytest.approx(metrics.l1(*pair).mean().item(), rel=1e-12)
-    assert found["ssim"] == pytest.approx(metrics.ssim(*pair).mean().item(), rel=1e-12)
+    assert scores["l1"] == pytest.approx(metrics.l1(*pair).mean().item(), rel=1e-12)
+    assert scores["ssim"] == pytest.approx(metrics.ssim(*pair).mean().item(), rel=1e-12)
     decibels = metrics.psnr(*pair)
     assert decibels[0] == float("inf")
-    # One level off in one of the 768 values.
+    # Counted as one level off in one of the 768 values.
     decibels[0] = -10 * torch.log10(torch.tensor(1 / (255**2 * 3 * SIDE**2), dtype=torch.float64))
-    assert found["psnr"] == pytest.approx(decibels.mean().item(), rel=1e-12)
+    assert scores["psnr"] == pytest.approx(decibels.mean().item(), rel=1e-12)
     errors = (10 ** (-decibels / 10)).numpy()
-    assert found["psnr_of_mean_error"] == pytest.approx(-10 * math.log10(errors.mean()), rel=1e-12)
+    assert scores["psnr_of_mean_error"] == pytest.approx(-10 * math.log10(errors.mean()), rel=1e-12)
     signed = PerceptualConfig(**{**vars(lpips_files), "input_range": "signed"})
     distances = load_lpips(signed)(*(images.float() / 255 for images in pair))
-    assert found["lpips"] == pytest.approx(distances.mean().item(), rel=1e-5) and found["lpips"] > 0
-    assert found["class_agreement"] is None
+    assert scores["lpips"] == pytest.approx(distances.mean().item(), rel=1e-5) and scores["lpips"] > 0
+    assert scores["class_agreement"] is None
     # Ten images have nine components.
-    (note,) = found["notes"]
+    (note,) = scores["notes"]
     assert note.startswith("10 held-out images for 9 features: ")
     few, (originals, _) = score_reconstructions(
         model, source, evaluator, EvaluationSettings(batch=4, reconstructions=4), Ranks(), no_progress
     )
-    # Spread over a source that may be sorted by class.
+    # Evenly spaced: the source may be sorted by class.
     assert few["images"] == 4 and torch.equal(originals, whole[[0, 3, 6, 9]])
 
 
-def test_the_setting_wins_over_the_environment(lpips_files, tmp_path, monkeypatch):
+def test_the_setting_wins_over_the_environment(lpips_files, tmp_path, monkeypatch, mentions):
     paths = {"vgg_path": str(tmp_path / "vgg.pth"), "lpips_path": str(tmp_path / "lpips.pth")}
     for variable in ("UNITE_FAST_VGG16", "UNITE_FAST_LPIPS"):
         monkeypatch.setenv(variable, "/nowhere")
-    assert reconstruction._load_lpips(lpips_files, SIDE, torch.device("cpu"))[0] is None
-    found, notes = reconstruction._load_lpips(replace(lpips_files, **paths), SIDE, torch.device("cpu"))
-    assert found is not None and notes == []
+    lpips, (note,) = reconstruction._load_lpips(lpips_files, SIDE, torch.device("cpu"))
+    assert lpips is None
+    for tokens in (("perceptual.vgg_path", "UNITE_FAST_VGG16"), ("perceptual.lpips_path", "UNITE_FAST_LPIPS")):
+        assert re.search(mentions(*tokens), note)
+    lpips, notes = reconstruction._load_lpips(replace(lpips_files, **paths), SIDE, torch.device("cpu"))
+    assert lpips is not None and notes == []
 
 
-def test_the_registers_of_an_image_do_not_depend_on_where_the_batch_begins(trained_folder):
+def test_the_registers_of_an_image_do_not_depend_on_its_batch(trained_folder):
     model = unite_fast.load(trained_folder)
     images = open_source("digits", "", 8, "test").read(range(6))[0]
     whole = model.reconstruct(images, seed=3)
