@@ -1,4 +1,4 @@
-"""A trained model in Python: what it draws, what it refuses."""
+"""A trained model in Python: what it generates, and what it refuses."""
 
 import shutil
 
@@ -18,7 +18,7 @@ def model(trained_folder):
 
 @pytest.fixture
 def changed(trained_folder, rewrite, tmp_path):
-    """A copy of the trained run, its newest checkpoint changed."""
+    """A copy of the trained run whose newest checkpoint is changed."""
 
     def make(change):
         shutil.copytree(trained_folder, tmp_path / "changed", symlinks=True)
@@ -34,7 +34,7 @@ def images(model):
     return torch.randint(256, (5, 3, size, size), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 
 
-def test_a_run_its_folder_of_checkpoints_and_a_checkpoint_load_alike(trained_folder, model):
+def test_a_run_its_checkpoint_folder_and_a_checkpoint_load_alike(trained_folder, model):
     assert model.step == 20
     for path in (trained_folder / "checkpoints", trained_folder / "checkpoints" / "step_00000020"):
         other = unite_fast.load(str(path))
@@ -51,7 +51,7 @@ def test_it_has_the_averaged_weights_and_no_gradients(trained_folder, model):
     assert not model.network.training
 
 
-def test_generated_images_depend_on_seed_label_and_place_alone(model):
+def test_an_image_depends_on_seed_label_and_index_only(model):
     labels = [3, 1, 4, 1, 5]
     whole = model.generate(labels, seed=7)
     assert whole.shape == (5, 3, 8, 8) and whole.dtype == torch.uint8
@@ -60,21 +60,21 @@ def test_generated_images_depend_on_seed_label_and_place_alone(model):
     assert torch.equal(model.generate(labels[2:], seed=7, first=2), whole[2:])
     assert torch.equal(model.generate(np.array(labels), seed=7), whole)
     assert not torch.equal(model.generate(labels, seed=8), whole)
-    assert not torch.equal(whole[1], whole[3]), "the same class in another place has other noise"
+    assert not torch.equal(whole[1], whole[3]), "the same class at another index has other noise"
 
 
 @pytest.mark.parametrize("seed", [0, 2**63, 2**64 - 1])
-def test_any_seed_of_64_bits_will_do(model, seed):
+def test_any_seed_of_64_bits_works(model, seed):
     assert model.generate([0], seed=seed).float().std() > 0
 
 
-def test_settings_of_sampling_are_used(trained_folder, model):
+def test_sampling_settings_are_used(trained_folder, model):
     plain = model.generate([0, 1, 2])
     assert not torch.equal(model.generate([0, 1, 2], steps=7), plain)
     assert not torch.equal(model.generate([0, 1, 2], solver="dopri5"), plain)
     assert not torch.equal(model.generate([0, 1, 2], guidance=9.0), plain)
     assert torch.equal(model.generate([0, 1, 2], guidance=9.0, interval=(0.5, 0.5)), plain)
-    assert model.config == load_checkpoint(trained_folder).config, "settings of one call are not kept"
+    assert model.config == load_checkpoint(trained_folder).config, "settings of one call are not stored"
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_settings_of_sampling_are_used(trained_folder, model):
         ([3], {"interval": (0.9, 0.1)}, ("sampling.interval", "LOW,HIGH")),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(model, labels, settings, tokens, mentions):
+def test_invalid_labels_and_settings_are_refused(model, labels, settings, tokens, mentions):
     with pytest.raises(UserError, match=mentions(*tokens)):
         model.generate(labels, **settings)
 
@@ -117,13 +117,13 @@ def test_reconstructions_do_not_depend_on_the_batch(model, images):
         torch.zeros(0, 3, 8, 8, dtype=torch.uint8),
     ],
 )
-def test_images_of_another_kind_are_refused(model, wrong, mentions):
+def test_images_of_another_shape_or_dtype_are_refused(model, wrong, mentions):
     for use in (model.reconstruct, model.encode):
         with pytest.raises(UserError, match=mentions(list(wrong.shape) if len(wrong) else "one image")):
             use(wrong)
 
 
-def test_reconstruction_is_encode_then_decode(model, images):
+def test_reconstruct_is_encode_then_decode(model, images):
     config = model.config.model
     latents = model.encode(images, seed=3)
     assert latents.shape == (5, config.latent_tokens, config.latent_channels) and latents.dtype == torch.float32
@@ -161,7 +161,7 @@ NORM = "latent_norm.weight"
         (lambda s: s.tensors[f"ema.{NORM}"].fill_(torch.nan), (NORM, "finite")),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(changed, change, tokens, mentions):
+def test_invalid_weights_are_refused(changed, change, tokens, mentions):
     path = changed(change)
     with pytest.raises(UserError, match=mentions(*tokens)) as refusal:
         unite_fast.load(path)

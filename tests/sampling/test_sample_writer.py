@@ -1,4 +1,4 @@
-"""Files of many images, by processes that are killed and resumed: the same bytes every time."""
+"""Files of many images: processes that are killed and resumed write the same bytes."""
 
 import errno
 import json
@@ -32,28 +32,28 @@ def model(trained_folder):
 
 
 @pytest.fixture
-def made() -> Generation:
+def generation() -> Generation:
     sampling = SamplingConfig(solver="multistep", steps=3, guidance=2.0, interval=(0.2, 0.9))
     return Generation(torch.arange(23) % 10, sampling, seed=5, batch=4)
 
 
-def test_an_npz_as_the_field_reads_it(command, trained_folder, model, tmp_path, mentions):
+def test_an_npz_in_the_usual_format(command, trained_folder, model, tmp_path, mentions):
     out = tmp_path / "new" / "samples.npz"
     ended = command("generate", trained_folder, "--num", 23, "--batch", 4, "--seed", 5, "--steps", 3, "--out", out)
-    about = out.with_name("samples.json")
+    manifest = out.with_name("samples.json")
     assert (ended.status, ended.err) == (0, "")
-    assert re.fullmatch(rf"{mentions(23, out, about)}.*\n", ended.out)
+    assert re.fullmatch(rf"{mentions(23, out, manifest)}.*\n", ended.out)
     with np.load(out) as file:
         assert file.files == ["arr_0", "arr_1"]
         images, labels = file["arr_0"], file["arr_1"]
     assert images.shape == (23, 8, 8, 3) and images.dtype == np.uint8
     assert labels.tolist() == [i % 10 for i in range(23)] and labels.dtype == np.int64
-    want = model.generate(labels, seed=5, batch=4, steps=3)
-    assert np.array_equal(images, want.permute(0, 2, 3, 1).numpy())
+    expected = model.generate(labels, seed=5, batch=4, steps=3)
+    assert np.array_equal(images, expected.permute(0, 2, 3, 1).numpy())
     assert sorted(os.listdir(out.parent)) == ["samples.json", "samples.npz"]
-    said = json.loads(about.read_text())
-    assert (said["weights"], said["images"], said["seed"]) == (weights_sha256(model), 23, 5)
-    assert (said["sampling.steps"], said["torch"]) == (3, torch.__version__)
+    facts = json.loads(manifest.read_text())
+    assert (facts["weights"], facts["images"], facts["seed"]) == (weights_sha256(model), 23, 5)
+    assert (facts["sampling.steps"], facts["torch"]) == (3, torch.__version__)
 
 
 def test_a_folder_of_pngs(command, trained_folder, model, tmp_path):
@@ -66,37 +66,37 @@ def test_a_folder_of_pngs(command, trained_folder, model, tmp_path):
         *(f"{i:06d}_class{label}.png" for i, label in enumerate([7, 2, 7, 2, 7])),
         "generation.json",
     ]
-    want = model.generate([7, 2, 7, 2, 7]).permute(0, 2, 3, 1).numpy()
-    for name, image in zip(names, want, strict=False):
+    expected = model.generate([7, 2, 7, 2, 7]).permute(0, 2, 3, 1).numpy()
+    for name, image in zip(names, expected, strict=False):
         assert np.array_equal(np.asarray(Image.open(out / name)), image)
     assert json.loads((out / "generation.json").read_text())["images"] == 5
     assert os.listdir(tmp_path) == ["pictures"]
 
 
-def on_a_rank(folder: Path, out: Path, made: Generation) -> None:
+def write_on_a_rank(folder: Path, out: Path, generation: Generation) -> None:
     with ranks_of_torchrun(torch.device("cpu")) as ranks:
-        write_samples(unite_fast.load(folder), made, out, ranks)
+        write_samples(unite_fast.load(folder), generation, out, ranks)
 
 
-def test_real_processes_write_the_same_file(trained_folder, model, made, ranks, tmp_path):
-    write_samples(model, made, tmp_path / "1.npz")
+def test_several_processes_write_the_same_file(trained_folder, model, generation, ranks, tmp_path):
+    write_samples(model, generation, tmp_path / "1.npz")
     for world in (2, 4):
         out = tmp_path / f"{world}.npz"
-        ranks(world, on_a_rank, trained_folder, out, made)
+        ranks(world, write_on_a_rank, trained_folder, out, generation)
         assert out.read_bytes() == (tmp_path / "1.npz").read_bytes()
         assert (tmp_path / f"{world}.json").read_bytes() == (tmp_path / "1.json").read_bytes()
     assert len(os.listdir(tmp_path)) == 6
 
 
-def test_a_mistake_is_told_by_every_process_and_none_waits(trained_folder, made, ranks, tmp_path):
+def test_every_process_reports_a_mistake_and_none_waits(trained_folder, generation, ranks, tmp_path):
     out = tmp_path / "a.npz"
     out.touch()
     with pytest.raises(AssertionError, match=rf"(?s)rank 0.*{out} .*--out.*rank 1.*{out} .*--out"):
-        ranks(2, on_a_rank, trained_folder, out, made, timeout=60)
+        ranks(2, write_on_a_rank, trained_folder, out, generation, timeout=60)
 
 
-def test_torchrun_leaves_the_options_alone(command):
-    """It reads them all for abbreviations of its own, and did so with --num."""
+def test_torchrun_does_not_take_our_options(command):
+    """It takes any prefix of its own options as an abbreviation; it did so with --num."""
     from torch.distributed.run import parse_args
 
     options = set(re.findall(r"--[a-z-]+", command("generate", "--help").out)) - {"--num", "--help", "--nproc-per-node"}
@@ -106,16 +106,16 @@ def test_torchrun_leaves_the_options_alone(command):
 
 
 @pytest.mark.parametrize("name", ["samples.npz", "pictures"])
-def test_kill_9_at_any_moment_five_times_in_a_row(trained_folder, process, wait_until, name, tmp_path):
-    """Each time the finished batches stay, and in the end there is what a generation that nobody killed leaves."""
+def test_kill_9_at_any_moment_five_times(trained_folder, process, wait_until, name, tmp_path):
+    """Finished batches survive every kill, and the result is that of an undisturbed generation."""
     arguments = ("generate", trained_folder, "--num", 90, "--batch", 3, "--solver", "heun", "--steps", 20)
-    folder, chance, finished = tmp_path / f"{name}.parts", random.Random(3), set()
+    folder, rng, finished = tmp_path / f"{name}.parts", random.Random(3), set()
     for attempt in range(5):
         running = process(*arguments, "--out", name)
-        # Two of them die while they start, the others somewhere in a batch, or while one is written.
+        # Two are killed while they start, the others within a batch or while one is written.
         if attempt not in (1, 3):
             wait_until(lambda before=finished: whole(folder) > before)
-        time.sleep(chance.uniform(0, 0.05))
+        time.sleep(rng.uniform(0, 0.05))
         running.signal(signal.SIGKILL)
         assert running.wait() == -signal.SIGKILL, running.printed()
         assert whole(folder) >= finished
@@ -125,9 +125,9 @@ def test_kill_9_at_any_moment_five_times_in_a_row(trained_folder, process, wait_
     assert process(*arguments, "--out", name).wait() == 0
     assert process(*arguments, "--out", f"undisturbed_{name}").wait() == 0
     assert contents(tmp_path / name) == contents(tmp_path / f"undisturbed_{name}")
-    about = {"samples.npz": ["samples.json", "undisturbed_samples.json"]}.get(name, [])
-    assert sorted(os.listdir(tmp_path)) == sorted([name, f"undisturbed_{name}", "output.txt", *about])
-    assert len({(tmp_path / other).read_bytes() for other in about}) <= 1
+    manifests = {"samples.npz": ["samples.json", "undisturbed_samples.json"]}.get(name, [])
+    assert sorted(os.listdir(tmp_path)) == sorted([name, f"undisturbed_{name}", "output.txt", *manifests])
+    assert len({(tmp_path / other).read_bytes() for other in manifests}) <= 1
 
 
 @pytest.mark.parametrize("name", ["samples.npz", "pictures"])
@@ -136,7 +136,7 @@ def test_two_processes_do_not_write_the_same_files(trained_folder, process, wait
     out, folder = tmp_path / name, tmp_path / f"{name}.parts"
     running = process(*arguments, "--out", out)
     wait_until(lambda: whole(folder))
-    # So that it is still there when the other one comes, however busy the machine is.
+    # Stopped, so that it still runs when the other one starts, however busy the machine is.
     running.signal(signal.SIGSTOP)
     command(*arguments, "--out", out).error(folder, f"process {running.pid}", "--out")
     running.signal(signal.SIGCONT)
@@ -155,23 +155,23 @@ def contents(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.iterdir()} if path.is_dir() else {"": path.read_bytes()}
 
 
-def test_a_resumed_generation_draws_only_what_is_missing(model, made, tmp_path, monkeypatch):
-    out, drawn = tmp_path / "a.npz", []
-    draw = distributed_sampler.sample_batch
+def test_a_resumed_generation_samples_only_missing_batches(model, generation, tmp_path, monkeypatch):
+    out, sampled = tmp_path / "a.npz", []
+    sample = distributed_sampler.sample_batch
 
     def interrupted(*arguments):
-        drawn.append(int(arguments[3][0]))
-        if len(drawn) == 4:
+        sampled.append(int(arguments[3][0]))
+        if len(sampled) == 4:
             raise KeyboardInterrupt
-        return draw(*arguments)
+        return sample(*arguments)
 
     monkeypatch.setattr(distributed_sampler, "sample_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_samples(model, made, out)
-    # A file that a power cut emptied does not count as finished.
+        write_samples(model, generation, out)
+    # A truncated file, as after a power cut, does not count as finished.
     os.truncate(tmp_path / "a.npz.parts" / "batch_00000001.uint8", 10)
-    write_samples(model, made, out)
-    assert drawn == [0, 4, 8, 12, 4, 12, 16, 20]
+    write_samples(model, generation, out)
+    assert sampled == [0, 4, 8, 12, 4, 12, 16, 20]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_a_resumed_generation_draws_only_what_is_missing(model, made, tmp_path, 
         (("--out", "a.png"), ("a.png", ".npz", "folder")),
     ],
 )
-def test_what_cannot_be_generated_is_refused_before_anything_is_written(
+def test_invalid_options_are_refused_before_anything_is_written(
     command, trained_folder, options, tokens, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -196,19 +196,19 @@ def test_what_cannot_be_generated_is_refused_before_anything_is_written(
 
 
 @pytest.fixture
-def stopped(model, made, tmp_path, monkeypatch):
-    """A generation of 23 images that stopped after two batches of four; gives its .npz that is not there yet."""
-    draw, left = distributed_sampler.sample_batch, [None, None]
+def stopped(model, generation, tmp_path, monkeypatch):
+    """Path of an .npz of 23 images that is not there yet: its generation stopped after two batches of four."""
+    sample, left = distributed_sampler.sample_batch, [None, None]
 
     def interrupted(*arguments):
         if not left:
             raise KeyboardInterrupt
         left.pop()
-        return draw(*arguments)
+        return sample(*arguments)
 
     monkeypatch.setattr(distributed_sampler, "sample_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_samples(model, made, tmp_path / "a.npz")
+        write_samples(model, generation, tmp_path / "a.npz")
     monkeypatch.undo()
     return tmp_path / "a.npz"
 
@@ -216,47 +216,50 @@ def stopped(model, made, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "tokens"),
     [
-        (lambda made: replace(made, seed=6), ("seed", 5, 6)),
-        (lambda made: replace(made, batch=8), ("batch", 4, 8)),
-        (lambda made: replace(made, precision="bfloat16"), ("precision", "float32", "bfloat16")),
-        (lambda made: replace(made, labels=made.labels[:22]), ("images", 23, 22)),
-        (lambda made: replace(made, labels=made.labels.flip(0)), ("labels",)),
-        (lambda made: replace(made, sampling=replace(made.sampling, guidance=1.5)), ("sampling.guidance", 2.0, 1.5)),
+        (lambda generation: replace(generation, seed=6), ("seed", 5, 6)),
+        (lambda generation: replace(generation, batch=8), ("batch", 4, 8)),
+        (lambda generation: replace(generation, precision="bfloat16"), ("precision", "float32", "bfloat16")),
+        (lambda generation: replace(generation, labels=generation.labels[:22]), ("images", 23, 22)),
+        (lambda generation: replace(generation, labels=generation.labels.flip(0)), ("labels",)),
         (
-            lambda made: replace(made, sampling=replace(made.sampling, interval=(0.0, 0.9))),
+            lambda generation: replace(generation, sampling=replace(generation.sampling, guidance=1.5)),
+            ("sampling.guidance", 2.0, 1.5),
+        ),
+        (
+            lambda generation: replace(generation, sampling=replace(generation.sampling, interval=(0.0, 0.9))),
             ("sampling.interval", "[0.2, 0.9]", "[0.0, 0.9]"),
         ),
     ],
 )
-def test_parts_of_other_settings_are_refused_and_kept(model, made, stopped, change, tokens, mentions):
+def test_parts_of_other_settings_are_refused_and_stay(model, generation, stopped, change, tokens, mentions):
     with pytest.raises(UserError, match=mentions(stopped.with_name("a.npz.parts"), "--out", *tokens)):
-        write_samples(model, change(made), stopped)
+        write_samples(model, change(generation), stopped)
     assert len(whole(stopped.with_name("a.npz.parts"))) == 2
 
 
-def test_parts_of_other_weights_are_refused(trained_folder, made, stopped, mentions):
+def test_parts_of_other_weights_are_refused(trained_folder, generation, stopped, mentions):
     other = unite_fast.load(trained_folder / "checkpoints" / "step_00000010")
     with pytest.raises(UserError, match=mentions(stopped.with_name("a.npz.parts"), "weights")):
-        write_samples(other, made, stopped)
+        write_samples(other, generation, stopped)
 
 
-def test_a_full_disk_is_told_in_a_line_and_nothing_is_lost(model, made, stopped, mentions):
+def test_a_full_disk_is_one_line_and_loses_nothing(model, generation, stopped, mentions):
     parts = stopped.with_name("a.npz.parts")
     for name in ("batch_00000003.uint8.partial", "a.npz.partial"):
         (parts / name).symlink_to("/dev/full")
         with pytest.raises(UserError, match=mentions("a.npz", os.strerror(errno.ENOSPC))):
-            write_samples(model, made, stopped)
+            write_samples(model, generation, stopped)
         assert not stopped.exists()
         (parts / name).unlink(missing_ok=True)
     assert len(whole(parts)) == 6
-    write_samples(model, made, stopped)
-    write_samples(model, made, stopped.with_name("undisturbed.npz"))
+    write_samples(model, generation, stopped)
+    write_samples(model, generation, stopped.with_name("undisturbed.npz"))
     assert stopped.read_bytes() == stopped.with_name("undisturbed.npz").read_bytes()
 
 
 @pytest.fixture
-def killed(model, made, stopped, monkeypatch):
-    """Goes on with the stopped generation, and dies just before or just after the result gets its name."""
+def killed(model, generation, stopped, monkeypatch):
+    """Resumes the stopped generation, and kills it just before or just after the result is renamed."""
     rename = os.replace
 
     def kill(renamed: bool) -> Path:
@@ -269,14 +272,14 @@ def killed(model, made, stopped, monkeypatch):
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr("unite_fast.sampling.sample_writer.os.replace", dying)
-            write_samples(model, made, stopped)
+            write_samples(model, generation, stopped)
         return stopped.with_name("a.npz.parts")
 
     return kill
 
 
-@pytest.mark.parametrize("kept", [7, 3, 1])
-def test_killed_while_the_parts_were_deleted(model, made, stopped, killed, kept, mentions):
+@pytest.mark.parametrize("remaining", [7, 3, 1])
+def test_resume_after_a_kill_while_the_parts_were_deleted(model, generation, stopped, killed, remaining, mentions):
     parts = killed(renamed=True)
     content = stopped.read_bytes()
     left = sorted(parts.iterdir())
@@ -285,117 +288,117 @@ def test_killed_while_the_parts_were_deleted(model, made, stopped, killed, kept,
         *(f"batch_{n:08d}.uint8" for n in range(6)),
         "generation.json",
     ]
-    for path in left[:-kept]:
+    for path in left[:-remaining]:
         path.unlink()
     with pytest.raises(UserError, match=mentions("seed", 5, 6)):
-        write_samples(model, replace(made, seed=6), stopped)
-    write_samples(model, made, stopped)
+        write_samples(model, replace(generation, seed=6), stopped)
+    write_samples(model, generation, stopped)
     assert stopped.read_bytes() == content
     assert json.loads(stopped.with_suffix(".json").read_text())["seed"] == 5
     assert not parts.exists()
 
 
-def test_killed_before_the_result_had_its_name(model, made, stopped, killed, mentions):
+def test_resume_after_a_kill_before_the_rename(model, generation, stopped, killed, mentions):
     parts = killed(renamed=False)
-    # An .npz of ours is never there without what it was made from.
+    # The manifest is written before the .npz.
     assert json.loads(stopped.with_suffix(".json").read_text())["seed"] == 5
     stopped.write_text("mine")
     with pytest.raises(UserError, match=mentions(stopped, "--out")):
-        write_samples(model, made, stopped)
+        write_samples(model, generation, stopped)
     assert stopped.read_text() == "mine" and len(whole(parts)) == 6
     stopped.unlink()
-    write_samples(model, made, stopped)
+    write_samples(model, generation, stopped)
     assert stopped.stat().st_size > 23 * 8 * 8 * 3 and not parts.exists()
 
 
-def test_the_manifest_beside_an_npz_takes_no_place_but_its_own(model, made, stopped, monkeypatch, mentions):
-    about, parts = stopped.with_suffix(".json"), stopped.with_name("a.npz.parts")
-    refused = pytest.raises(UserError, match=mentions(about, "a.npz", "--out"))
+def test_the_manifest_replaces_no_other_file(model, generation, stopped, monkeypatch, mentions):
+    manifest, parts = stopped.with_suffix(".json"), stopped.with_name("a.npz.parts")
+    refused = pytest.raises(UserError, match=mentions(manifest, "a.npz", "--out"))
     for other in ('{"mine": 1}', "[1]", "text"):
-        about.write_text(other)
+        manifest.write_text(other)
         with refused:
-            write_samples(model, made, stopped)
-        assert about.read_text() == other and len(whole(parts)) == 2
-    about.unlink()
-    draw = distributed_sampler.sample_batch
+            write_samples(model, generation, stopped)
+        assert manifest.read_text() == other and len(whole(parts)) == 2
+    manifest.unlink()
+    sample = distributed_sampler.sample_batch
 
     def disturbed(*arguments):
-        about.write_text("mine")
-        return draw(*arguments)
+        manifest.write_text("mine")
+        return sample(*arguments)
 
     with monkeypatch.context() as patch, refused:
         patch.setattr(distributed_sampler, "sample_batch", disturbed)
-        write_samples(model, made, stopped)
-    assert about.read_text() == "mine" and len(whole(parts)) == 6 and not stopped.exists()
-    about.unlink()
-    assert write_samples(model, made, stopped) == about
-    # That of an .npz which was deleted is written over.
+        write_samples(model, generation, stopped)
+    assert manifest.read_text() == "mine" and len(whole(parts)) == 6 and not stopped.exists()
+    manifest.unlink()
+    assert write_samples(model, generation, stopped) == manifest
+    # The manifest of a deleted .npz is replaced.
     stopped.unlink()
-    write_samples(model, replace(made, seed=6), stopped)
-    assert json.loads(about.read_text())["seed"] == 6
+    write_samples(model, replace(generation, seed=6), stopped)
+    assert json.loads(manifest.read_text())["seed"] == 6
 
 
-def test_a_file_of_somebody_else_is_not_the_result(model, made, stopped, monkeypatch, mentions):
+def test_a_foreign_file_is_not_taken_for_the_result(model, generation, stopped, monkeypatch, mentions):
     parts = stopped.with_name("a.npz.parts")
     stopped.write_text("mine")
     with pytest.raises(UserError, match=mentions(stopped, "--out")):
-        write_samples(model, made, stopped)
+        write_samples(model, generation, stopped)
     assert len(whole(parts)) == 2
-    # Nor is one that appears meanwhile.
+    # Nor is one that appears during the generation.
     stopped.unlink()
-    draw = distributed_sampler.sample_batch
+    sample = distributed_sampler.sample_batch
 
     def disturbed(*arguments):
         stopped.write_text("mine")
-        return draw(*arguments)
+        return sample(*arguments)
 
     monkeypatch.setattr(distributed_sampler, "sample_batch", disturbed)
     with pytest.raises(UserError, match=mentions(stopped, "--out")):
-        write_samples(model, made, stopped)
+        write_samples(model, generation, stopped)
     assert stopped.read_text() == "mine" and len(whole(parts)) == 6
-    # An empty folder tells nothing about the file beside it.
+    # An empty folder of parts does not say what the file is.
     for path in parts.iterdir():
         path.unlink()
     with pytest.raises(UserError, match=mentions(stopped, "--out")):
-        write_samples(model, made, stopped)
+        write_samples(model, generation, stopped)
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_parts_of_a_version_that_draws_otherwise_are_refused_and_kept(model, made, stopped, number, mentions):
+def test_parts_of_another_format_version_are_refused_and_stay(model, generation, stopped, number, mentions):
     path = stopped.with_name("a.npz.parts") / "generation.json"
     assert json.loads(path.read_text())["format"] == "unite_fast generation 2"
     path.write_text(path.read_text().replace("generation 2", f"generation {number}"))
     with pytest.raises(UserError, match=mentions(path.parent, f"generation {number}", "generation 2", "--out")):
-        write_samples(model, made, stopped)
+        write_samples(model, generation, stopped)
     assert len(whole(path.parent)) == 2
 
 
 @pytest.mark.parametrize("key", ["device", "torch"])
-def test_parts_of_another_machine_are_refused(model, made, stopped, key, mentions):
+def test_parts_of_another_machine_are_refused(model, generation, stopped, key, mentions):
     path = stopped.with_name("a.npz.parts") / "generation.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: "other"}))
     with pytest.raises(UserError, match=mentions(key, "other")):
-        write_samples(model, made, stopped)
+        write_samples(model, generation, stopped)
 
 
-def test_what_is_in_the_way_is_left_alone(model, made, tmp_path, mentions):
+def test_files_at_the_output_path_stay_unchanged(model, generation, tmp_path, mentions):
     (tmp_path / "a.npz").write_text("mine")
     with pytest.raises(UserError, match=mentions(tmp_path / "a.npz", "--out")):
-        write_samples(model, made, tmp_path / "a.npz")
+        write_samples(model, generation, tmp_path / "a.npz")
     (tmp_path / "folder.npz").mkdir()
     with pytest.raises(UserError, match=mentions(tmp_path / "folder.npz", "--out")):
-        write_samples(model, made, tmp_path / "folder.npz")
+        write_samples(model, generation, tmp_path / "folder.npz")
     (tmp_path / "b.parts").mkdir()
     (tmp_path / "b.parts" / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match=mentions(tmp_path / "b.parts", "generation.json", "--out")):
-        write_samples(model, made, tmp_path / "b")
+        write_samples(model, generation, tmp_path / "b")
     assert os.listdir(tmp_path / "b.parts") == ["thesis.tex"]
     (tmp_path / "c.parts").mkdir()
-    about = tmp_path / "c.parts" / "generation.json"
+    manifest = tmp_path / "c.parts" / "generation.json"
     for wrong in ("{", "[]"):
-        about.write_text(wrong)
-        with pytest.raises(UserError, match=mentions(about, about.parent)):
-            write_samples(model, made, tmp_path / "c")
+        manifest.write_text(wrong)
+        with pytest.raises(UserError, match=mentions(manifest, manifest.parent)):
+            write_samples(model, generation, tmp_path / "c")
     assert (tmp_path / "a.npz").read_text() == (tmp_path / "b.parts" / "thesis.tex").read_text() == "mine"
 
 

@@ -1,4 +1,4 @@
-"""Guidance on a model that tells what it was asked; pictures of a small one."""
+"""Guidance on a stand-in that records its calls; images of a small model."""
 
 import math
 from dataclasses import replace
@@ -29,7 +29,7 @@ NO_CLASS = 5
 
 
 class Recorder:
-    """Stands in for UNITE: predicts label + 1 everywhere, ten times that after the norm, and remembers each call."""
+    """Stands in for UNITE: predicts label + 1 everywhere, ten times that after the norm, and records each call."""
 
     def __init__(self):
         self.config = SimpleNamespace(num_classes=NO_CLASS)
@@ -53,15 +53,15 @@ class Recorder:
     ("solver", "steps", "tolerance"),
     [("euler", 4000, 1e-3), ("heun", 400, 1e-4), ("multistep", 4, 1e-6), ("dopri5", 50, 2e-3)],
 )
-def test_a_known_answer_is_reached_along_a_straight_line(solver, steps, tolerance):
-    """With the right prediction the path is straight until t = 0.95, where 1 - t meets its floor; from there the rest
-    shrinks by exp(-1)."""
+def test_a_constant_prediction_is_reached_along_a_straight_line(solver, steps, tolerance):
+    """With a constant prediction the path is straight until t = 0.95, where 1 - t reaches its floor; from there to the
+    end the rest shrinks by exp(-1)."""
     noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     config = SamplingConfig(solver=solver, steps=steps, guidance=1.0)
-    got = sample_latents(Recorder(), torch.tensor([0, 3]), noise, config)
+    actual = sample_latents(Recorder(), torch.tensor([0, 3]), noise, config)
     z = torch.tensor([10.0, 40.0])[:, None, None]
-    want = z + 0.05 * math.exp(-1) * (noise - z)
-    assert ((got - want).abs() / want.abs()).max() < tolerance
+    expected = z + 0.05 * math.exp(-1) * (noise - z)
+    assert ((actual - expected).abs() / expected.abs()).max() < tolerance
 
 
 def test_the_time_grid_is_shifted_and_runs_from_0_to_1():
@@ -84,16 +84,16 @@ def test_guidance_moves_away_from_the_prediction_without_label():
     assert model.calls == [("normed", 0.5, [2, NO_CLASS])]
 
 
-def test_cfg_first_never_normalises():
+def test_cfg_first_does_not_normalise():
     prediction, model = predicted(0.5, guidance=1.5, order="cfg_first")
     assert prediction == pytest.approx(6 + 1.5 * (3 - 6))
     assert model.calls == [("raw", 0.5, [2, NO_CLASS])]
 
 
-@pytest.mark.parametrize(("order", "want", "kind"), [("norm_first", 30, "normed"), ("cfg_first", 3, "raw")])
-def test_without_guidance_there_is_no_second_pass(order, want, kind):
+@pytest.mark.parametrize(("order", "expected", "kind"), [("norm_first", 30, "normed"), ("cfg_first", 3, "raw")])
+def test_without_guidance_there_is_no_second_pass(order, expected, kind):
     prediction, model = predicted(0.5, guidance=1.0, order=order)
-    assert prediction == pytest.approx(want)
+    assert prediction == pytest.approx(expected)
     assert model.calls == [(kind, 0.5, [2])]
 
 
@@ -117,20 +117,20 @@ def test_guidance_acts_inside_its_interval_only(interval, t, guided):
 
 
 def solved(solver: str, **settings) -> tuple[GuidedPrediction, list[tuple[float, bool]]]:
-    """After a solution for two samples: each call's time, and whether it was guided."""
+    """Solve for two samples; also the time of each call, and whether it was guided."""
     model, config = Recorder(), SamplingConfig(solver=solver, guidance=2.0, **settings)
     predict = GuidedPrediction(model.denoise, torch.tensor([0, 1]), NO_CLASS, config)
     solve(predict, torch.zeros(2, 1, 1))
     return predict, [(pytest.approx(t), len(labels) == 4) for _, t, labels in model.calls]
 
 
-def test_evaluations_count_a_pass_for_each_half():
+def test_evaluations_count_guided_calls_twice():
     predict, calls = solved("euler", steps=10, interval=(0.3, 0.7))
     assert len(calls) == 10
     assert predict.evaluations == sum(2 if 0.3 < t.expected < 0.7 else 1 for t, _ in calls)
 
 
-def test_multistep_looks_at_a_jump_of_guidance_from_either_side():
+def test_multistep_evaluates_both_sides_of_a_jump_of_guidance():
     predict, calls = solved("multistep", steps=4, interval=(0.3, 0.7))
     assert len(calls) == predict.evaluations - sum(guided for _, guided in calls)
     assert [guided for t, guided in calls if t == 0.3] == [False, True]
@@ -139,20 +139,20 @@ def test_multistep_looks_at_a_jump_of_guidance_from_either_side():
 
 
 @pytest.mark.parametrize("interval", [(0.1, 1.0), (0.3, 0.7), (0.0, 0.4), (0.501, 0.502)])
-def test_multistep_is_exact_where_the_prediction_does_nothing_but_jump(interval):
-    """Recorder's predictions stay: 30 without guidance, 0 with 2 of it."""
+def test_multistep_is_exact_for_a_piecewise_constant_prediction(interval):
+    """Recorder predicts 30 without guidance and 0 with guidance 2."""
     low, high = interval
     noise = torch.tensor([[[3.0]]], dtype=torch.float64)
     config = SamplingConfig(steps=6, guidance=2.0, interval=interval)
-    got = sample_latents(Recorder(), torch.tensor([2]), noise, config)
-    want, left = 3.0, {0.0: 1.0, low: 1 - low, high: 1 - high} | {1.0: 0.05 / math.e}
+    actual = sample_latents(Recorder(), torch.tensor([2]), noise, config)
+    expected, left = 3.0, {0.0: 1.0, low: 1 - low, high: 1 - high} | {1.0: 0.05 / math.e}
     for start, end in pairwise(sorted({0.0, low, high, 1.0})):
         z = 0.0 if low <= start < high else 30.0
-        want = z + left[end] / left[start] * (want - z)
-    assert got.item() == pytest.approx(want, rel=1e-6)
+        expected = z + left[end] / left[start] * (expected - z)
+    assert actual.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_without_guidance_or_jump_there_is_one_stretch():
+def test_without_guidance_or_jump_there_is_one_segment():
     assert len(smooth_segments(SamplingConfig(guidance=1.0, interval=(0.1, 0.9)))) == 1
     assert len(smooth_segments(SamplingConfig(guidance=2.0, interval=(0.0, 1.0)))) == 1
     assert len(smooth_segments(SamplingConfig(guidance=2.0, interval=(0.5, 0.5)))) == 1
@@ -166,24 +166,25 @@ def test_guided_prediction_of_the_real_model(tiny_model):
         config = SamplingConfig(guidance=3.0, order=order)
         with torch.no_grad():
             conditional, without = denoise(x, t, labels), denoise(x, t, torch.tensor([5, 5]))
-            got = GuidedPrediction(Network.of(tiny_model, order).denoise, labels, 5, config)(0.4, x)
-        torch.testing.assert_close(got, without + 3 * (conditional - without), rtol=0, atol=1e-5)
+            actual = GuidedPrediction(Network.of(tiny_model, order).denoise, labels, 5, config)(0.4, x)
+        torch.testing.assert_close(actual, without + 3 * (conditional - without), rtol=0, atol=1e-5)
 
 
 FAST = SamplingConfig(solver="euler", steps=3, guidance=2.0)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 64])
-def test_the_same_images_for_any_batch_size(batch, tiny_model):
+def test_any_batch_size_gives_the_same_images(batch, tiny_model):
     labels = torch.tensor([0, 1, 4, 2, 2])
-    got, want = sample_images(tiny_model, labels, FAST, batch=batch), sample_images(tiny_model, labels, FAST, batch=5)
-    assert got.shape == (5, 3, 8, 8) and got.dtype == torch.uint8
-    # Another batch may sum in another order: a value on the edge between two levels may fall on either side.
-    assert (got.int() - want.int()).abs().max() <= 1
-    assert not torch.equal(got[3], got[4])
+    actual = sample_images(tiny_model, labels, FAST, batch=batch)
+    expected = sample_images(tiny_model, labels, FAST, batch=5)
+    assert actual.shape == (5, 3, 8, 8) and actual.dtype == torch.uint8
+    # Another batch may sum in another order, so a value between two levels may round to either.
+    assert (actual.int() - expected.int()).abs().max() <= 1
+    assert not torch.equal(actual[3], actual[4])
 
 
-def test_an_image_depends_on_its_seed_place_and_label_alone(tiny_model):
+def test_an_image_depends_on_seed_index_and_label_only(tiny_model):
     first = sample_images(tiny_model, torch.tensor([0, 1, 2]), FAST)
     assert torch.equal(first, sample_images(tiny_model, torch.tensor([0, 1, 2]), FAST))
     other_labels = sample_images(tiny_model, torch.tensor([0, 3, 2]), FAST)
@@ -193,44 +194,44 @@ def test_an_image_depends_on_its_seed_place_and_label_alone(tiny_model):
 
 
 @pytest.mark.parametrize("wrong", [-1, 5])
-def test_a_class_that_does_not_exist_is_refused_by_its_number(wrong, tiny_model, mentions):
+def test_an_unknown_class_is_refused(wrong, tiny_model, mentions):
     with pytest.raises(UserError, match=mentions("class", wrong, "0..4")):
         sample_images(tiny_model, torch.tensor([0, wrong]), FAST)
 
 
-def test_the_compiled_network_is_whole_and_compiled_once_for_each_shape(tiny_model):
-    """No graph break in it (fullgraph), and no compilation after the first guided step, the first unguided one and the
-    first decoding: neither for other times, labels and noise, nor for a step of the solver that comes later."""
+def test_the_network_is_one_graph_and_compiled_once_per_shape(tiny_model):
+    """No graph break (fullgraph), and no compilation after the first guided step, the first unguided step and the first
+    decoding: neither for other times, labels and noise nor for later steps of the solver."""
     counter = CompileCounter()
     network = Network.of(tiny_model, "norm_first").compiled(backend=counter, fullgraph=True)
     config = replace(FAST, solver="multistep", steps=6, interval=(0.2, 0.8))
-    pictures = []
+    images = []
     for positions in (torch.arange(3), torch.arange(3, 6)):
         labels = positions % 5
-        pictures.append(sample_batch(tiny_model, network, labels, positions, config, seed=0)[0])
+        images.append(sample_batch(tiny_model, network, labels, positions, config, seed=0)[0])
         eager = sample_images(tiny_model, labels, config, first=int(positions[0]))
-        assert (pictures[-1].int() - eager.int()).abs().max() <= 1
+        assert (images[-1].int() - eager.int()).abs().max() <= 1
         assert counter.frame_count == 3
-    assert not torch.equal(*pictures)
+    assert not torch.equal(*images)
 
 
-def test_bfloat16_runs_the_network_in_it_and_nothing_else(tiny_model):
-    """Pictures stay near those of float32; what a pass gives and the decoder takes is float32."""
-    seen = []
+def test_bfloat16_is_for_the_network_only(tiny_model):
+    """Images stay near those of float32; the network's outputs and the decoder's inputs are float32."""
+    calls = []
 
     def denoise(x, t, labels):
-        seen.append((x.dtype, t.dtype, torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")))
+        calls.append((x.dtype, t.dtype, torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")))
         return tiny_model.denoise(x, t, labels)
 
     labels, network = torch.tensor([0, 1]), Network(denoise, tiny_model.decode)
     full, _ = sample_batch(tiny_model, network, labels, torch.arange(2), FAST, seed=0)
     half, _ = sample_batch(tiny_model, network, labels, torch.arange(2), FAST, 0, "bfloat16")
-    assert seen[0] == (torch.float32, torch.float32, torch.bfloat16, False)
-    assert seen[-1] == (torch.float32, torch.float32, torch.bfloat16, True)
+    assert calls[0] == (torch.float32, torch.float32, torch.bfloat16, False)
+    assert calls[-1] == (torch.float32, torch.float32, torch.bfloat16, True)
     assert 0 < (full.int() - half.int()).abs().float().mean() < 8
 
 
-def test_generation_keeps_no_graph(tiny_model):
+def test_sampling_builds_no_graph(tiny_model):
     noise = torch.zeros(1, 4, 6)
     assert not sample_latents(tiny_model, torch.tensor([0]), noise, FAST).requires_grad
 
@@ -240,9 +241,9 @@ def test_reconstruction_is_tokenizer_and_decoder(batch, tiny_model):
     images = torch.randint(256, (3, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     registers = Philox(7, 0, torch.arange(3)).normal(Stream.REGISTERS, (4, 6))
     with torch.no_grad():
-        want = tiny_model.decode(tiny_model.tokenize(images / 255, registers, torch.zeros(3)))
-    got = reconstruct(tiny_model, images, seed=7, batch=batch)
-    assert (got.int() - to_uint8(want).int()).abs().max() <= 1
+        expected = tiny_model.decode(tiny_model.tokenize(images / 255, registers, torch.zeros(3)))
+    actual = reconstruct(tiny_model, images, seed=7, batch=batch)
+    assert (actual.int() - to_uint8(expected).int()).abs().max() <= 1
 
 
 def test_uint8_is_clamped_and_truncated():
@@ -255,7 +256,7 @@ def test_uint8_is_clamped_and_truncated():
     ("classes", "count", "labels"),
     [([], 7, [0, 1, 2, 3, 4, 0, 1]), ([3], 2, [3, 3]), ([3, 1, 4], 5, [3, 1, 4, 3, 1]), ([0, 2], 1, [0])],
 )
-def test_classes_are_taken_in_turn(classes, count, labels):
+def test_labels_cycle_through_the_classes(classes, count, labels):
     chosen = choose_labels(classes, count, num_classes=5)
     assert chosen.tolist() == labels and chosen.dtype == torch.int64
 

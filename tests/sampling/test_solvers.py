@@ -22,11 +22,11 @@ from unite_fast.sampling.solvers import (
 
 
 def predict(t, x):
-    """What makes dx/dt = t (1 - 2 x), solved by x = 1/2 + (x0 - 1/2) exp(-t^2)."""
+    """The prediction for dx/dt = t (1 - 2 x), whose solution is x = 1/2 + (x0 - 1/2) exp(-t^2)."""
     return x + max(1 - t, MIN_TIME_LEFT) * t * (1 - 2 * x)
 
 
-def test_a_right_prediction_gives_the_paths_own_velocity():
+def test_the_exact_prediction_gives_the_velocity_of_the_path():
     z, noise = torch.randn(2, 3, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     t = torch.tensor(0.7, dtype=torch.float64)
     x = flow.interpolate(z, noise[None], t.expand(1, 3))[0]
@@ -50,20 +50,20 @@ def error_of(solver, times: list[float]) -> float:
 
 @pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2), (multistep, 2)])
 def test_order_of_the_fixed_step_solvers(solver, order):
-    """Up to where the floor begins: there, this equation's prediction has a kink."""
+    """Up to the start of the floor, where the prediction of this equation has a kink."""
     measured = math.log2(error_of(solver, grid(128, 0.9)) / error_of(solver, grid(256, 0.9)))
     assert measured == pytest.approx(order, abs=0.1)
 
 
 @pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2), (multistep, 2)])
 def test_the_floor_costs_no_order(solver, order):
-    """A prediction without a kink, through the floor to the end; the truth is heun's with four times the steps."""
+    """A prediction without a kink, through the floor to the end; the reference is heun with four times the steps."""
 
     def solved(solver, steps):
         return solver(lambda t, x: math.cos(3 * t) + 0.5 * x, torch.tensor([2.0], dtype=torch.float64), grid(steps))
 
-    truth = solved(heun, 2000)
-    errors = [abs(solved(solver, steps) - truth).item() for steps in (100, 500)]
+    reference = solved(heun, 2000)
+    errors = [abs(solved(solver, steps) - reference).item() for steps in (100, 500)]
     assert math.log(errors[0] / errors[1]) / math.log(5) > order - 0.1
 
 
@@ -78,15 +78,15 @@ def test_predictions_of_five_steps(solver, predictions):
     solver(counted, torch.ones(1, 1), grid(5))
     assert len(times) == predictions
     assert times[-1] == (1.0 if solver is heun else grid(5)[-2])
-    assert all(type(t) is float for t in times), "a tensor would make a GPU wait at each step"
+    assert all(type(t) is float for t in times), "a tensor would synchronise a GPU at each step"
 
 
-def test_dopri5_keeps_its_tolerance_and_does_not_heed_the_grid():
+def test_dopri5_keeps_its_tolerance_and_ignores_the_grid():
     assert error_of(dopri5, grid(2)) < 2 * solvers.DOPRI5_RTOL
     assert error_of(dopri5, grid(2)) == error_of(dopri5, grid(50))
 
 
-def test_dopri5_spends_few_evaluations_on_a_smooth_equation():
+def test_dopri5_needs_few_evaluations_for_a_smooth_equation():
     calls = []
 
     def counted(t, x):
@@ -98,47 +98,47 @@ def test_dopri5_spends_few_evaluations_on_a_smooth_equation():
 
 
 @pytest.mark.parametrize("times", [[0.0, 1.0], [0.0, 0.3, 0.96, 1.0], [0.1, 0.95, 0.97], [0.0, 0.2, 0.5]])
-def test_multistep_is_exact_for_a_prediction_that_stays(times):
-    """dx/dt = (z - x) / m(t): what is left of x - z shrinks as 1 - t, and past the floor by e every MIN_TIME_LEFT."""
+def test_multistep_is_exact_for_a_constant_prediction(times):
+    """dx/dt = (z - x) / m(t): x - z shrinks as 1 - t, and in the floor by the factor e every MIN_TIME_LEFT."""
     x, z = torch.tensor([3.0], dtype=torch.float64), torch.tensor([-2.0], dtype=torch.float64)
 
     def left(t):
         return 1 - t if t < 0.95 else 0.05 * math.exp(-(t - 0.95) / 0.05)
 
-    want = z + left(times[-1]) / left(times[0]) * (x - z)
-    torch.testing.assert_close(multistep(lambda t, x: z, x, times), want, rtol=1e-12, atol=0)
+    expected = z + left(times[-1]) / left(times[0]) * (x - z)
+    torch.testing.assert_close(multistep(lambda t, x: z, x, times), expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(("t0", "t1"), [(0.0, 0.6), (0.2, 0.97), (0.95, 1.0), (0.96, 1.0)])
-def test_a_line_is_followed_exactly(t0, t1):
-    """Against two thousand steps of heun."""
+def test_a_linear_prediction_is_integrated_exactly(t0, t1):
+    """Compared with two thousand steps of heun."""
     x, prediction, slope = torch.tensor([[3.0], [-2.0], [0.7]], dtype=torch.float64)
     times = torch.linspace(t0, t1, 2001, dtype=torch.float64).tolist()
-    want = heun(lambda t, x: prediction + (t - t0) * slope, x, times)
-    torch.testing.assert_close(step_on_line(x, prediction, slope, t0, t1), want, rtol=1e-5, atol=0)
+    expected = heun(lambda t, x: prediction + (t - t0) * slope, x, times)
+    torch.testing.assert_close(step_on_line(x, prediction, slope, t0, t1), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("end", [0.8, 1.0])
-def test_multistep_corrects_a_step_when_it_sees_the_next_prediction(end):
-    """Two steps: the first is done again with the line through both its ends, the second goes on along it, and is done
-    again too unless it ends at 1."""
+def test_multistep_corrects_a_step_with_the_next_prediction(end):
+    """Two steps: the first is repeated with the line through the predictions at both its ends. The second extrapolates
+    that line, and is repeated as well unless it ends at 1."""
     predictions = {0.0: torch.tensor(1.0), 0.5: torch.tensor(2.0), 0.8: torch.tensor(5.0)}
-    seen = []
+    calls = []
 
     def predict(t, x):
-        seen.append((t, x.item()))
+        calls.append((t, x.item()))
         return predictions[t]
 
-    got = multistep(predict, torch.tensor(0.0), [0.0, 0.5, end])
+    actual = multistep(predict, torch.tensor(0.0), [0.0, 0.5, end])
     middle = step_on_line(torch.tensor(0.0), predictions[0.0], torch.tensor(2.0), 0.0, 0.5)
     ahead = step_on_line(middle, predictions[0.5], torch.tensor(2.0), 0.5, end).item()
     corrected = step_on_line(middle, predictions[0.5], torch.tensor(10.0), 0.5, end).item()
-    assert seen[:2] == [(0.0, 0.0), (0.5, 0.5)]
-    assert seen[2:] == ([] if end == 1 else [(0.8, pytest.approx(ahead))])
-    assert got.item() == pytest.approx(ahead if end == 1 else corrected)
+    assert calls[:2] == [(0.0, 0.0), (0.5, 0.5)]
+    assert calls[2:] == ([] if end == 1 else [(0.8, pytest.approx(ahead))])
+    assert actual.item() == pytest.approx(ahead if end == 1 else corrected)
 
 
-def test_steps_of_multistep_are_even_but_for_the_ends_held_back_by_the_floor():
+def test_steps_of_multistep_are_even_in_log_odds():
     times = multistep_times(20)
     log_odds = [math.log((t + 0.05) / (1 - t + 0.05)) for t in times]
     assert (times[0], times[-1], len(times)) == (0.0, 1.0, 21)
@@ -146,14 +146,14 @@ def test_steps_of_multistep_are_even_but_for_the_ends_held_back_by_the_floor():
 
 
 @pytest.mark.parametrize(("start", "end", "parts"), [(0.0, 0.5, 10), (0.1, 1.0, 16), (0.5, 0.5001, 1), (0.0, 0.1, 4)])
-def test_a_stretch_has_its_share_of_the_steps(start, end, parts):
+def test_a_segment_has_its_share_of_the_steps(start, end, parts):
     times = multistep_times(20, start, end)
     assert (times[0], times[-1], len(times) - 1) == (start, end, parts)
     assert all(a < b for a, b in pairwise(times))
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 0.94, 0.97, 1.0])
-def test_noise_left_falls_by_its_share_of_the_time_left(t):
+def test_remaining_noise_falls_with_the_remaining_time(t):
     h = 1e-6
     (n0, g0), (n, _), (n1, g1) = (remaining_noise(t + d) for d in (-h, 0.0, h))
     assert remaining_noise(0.0) == (1, 0)
