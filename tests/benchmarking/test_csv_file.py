@@ -1,4 +1,4 @@
-"""The table of measurements: one header, rows of differing columns, several writers at once."""
+"""The table of measurements: one header, rows with different columns, several writers at once."""
 
 import csv
 import multiprocessing
@@ -14,7 +14,7 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-def test_rows_of_differing_columns(tmp_path):
+def test_rows_with_different_columns(tmp_path):
     path = tmp_path / "new" / "bench.csv"
     csv_file.append(path, {"recipe": "a, b", "images_per_s": 1.5})
     csv_file.append(path, {"images_per_s": 2.5, "recipe": 'say "c"', "mfu": None})
@@ -30,32 +30,32 @@ def test_rows_of_differing_columns(tmp_path):
 
 
 def column(writer, number):
-    """Every other row has a column of its own, for which the table is written anew."""
+    """Every other row has its own column, for which the table is rewritten."""
     return f"column_{writer}_{number}" if number % 2 else "column"
 
 
-def write(path, writer, count, everyone):
-    everyone.wait()
+def write(path, writer, count, barrier):
+    barrier.wait()
     for number in range(count):
         csv_file.append(path, {"images_per_s": number, column(writer, number): "x" * 3000, "writer": writer})
 
 
 def test_several_processes_write_at_once(tmp_path):
     path, fork = tmp_path / "bench.csv", multiprocessing.get_context("fork")
-    everyone = fork.Barrier(4)
-    writers = [fork.Process(target=write, args=(path, writer, 20, everyone)) for writer in range(4)]
+    barrier = fork.Barrier(4)
+    writers = [fork.Process(target=write, args=(path, writer, 20, barrier)) for writer in range(4)]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join()
-    found = rows(path)
-    assert sorted((row["writer"], int(row["images_per_s"])) for row in found) == [
+    written = rows(path)
+    assert sorted((row["writer"], int(row["images_per_s"])) for row in written) == [
         (str(writer), number) for writer in range(4) for number in range(20)
     ]
-    assert all(row[column(row["writer"], int(row["images_per_s"]))] == "x" * 3000 for row in found)
+    assert all(row[column(row["writer"], int(row["images_per_s"]))] == "x" * 3000 for row in written)
 
 
-def test_what_is_no_table(tmp_path, mentions):
+def test_invalid_tables_are_refused(tmp_path, mentions):
     path = tmp_path / "notes.csv"
     path.write_text("day,weather\nmonday,rain\n")
     with pytest.raises(UserError, match=mentions(path, "--csv")):

@@ -1,4 +1,4 @@
-"""The search: what is tried, what wins, what is left out when time is short or memory too small."""
+"""The search: what it tries, what wins, and what it skips for lack of time or memory."""
 
 import re
 from dataclasses import replace
@@ -14,7 +14,7 @@ from unite_fast.recipes import TUNABLE, load_config
 
 
 class Machine:
-    """Times settings by a rule; a second of its clock is none of ours."""
+    """Stands in for timing: a rule gives the speed of settings, and its clock is not the real one."""
 
     def __init__(self, monkeypatch, speed, seconds=10.0):
         self.speed, self.seconds, self.now, self.tried, self.limits = speed, seconds, 0.0, [], []
@@ -32,10 +32,10 @@ class Machine:
 
 
 def search(machine, axes, budget=1000.0):
-    said = []
-    found = tune.search(axes, machine, budget, ALONE, said.append)
-    assert len(said) == len(found.trials)
-    return found
+    messages = []
+    result = tune.search(axes, machine, budget, ALONE, messages.append)
+    assert len(messages) == len(result.trials)
+    return result
 
 
 AXES = [
@@ -57,7 +57,7 @@ def test_each_setting_is_tried_with_the_best_before_it(monkeypatch, mentions):
         return OUT_OF_MEMORY if settings.get("train.micro_batch") == 512 else speed(settings)
 
     machine = Machine(monkeypatch, rule)
-    found = search(machine, AXES)
+    result = search(machine, AXES)
     assert machine.tried == [
         {},
         {"kernels": "reference"},
@@ -67,13 +67,13 @@ def test_each_setting_is_tried_with_the_best_before_it(monkeypatch, mentions):
         {"train.micro_batch": 256, "attention": "sdpa_flash"},
         {"train.micro_batch": 256, "attention": "sdpa_cudnn"},
     ]
-    assert found.best.settings == {"train.micro_batch": 256, "attention": "sdpa_cudnn"}
-    text = "\n".join(tune.lines(found))
+    assert result.best.settings == {"train.micro_batch": 256, "attention": "sdpa_cudnn"}
+    text = "\n".join(tune.lines(result))
     assert re.search(mentions(1, 7, "memory"), text) and re.search(mentions("sdpa_cudnn", "26.0%"), text)
-    assert "39.7%" in text, "the reference body, of the best"
+    assert "39.7%" in text, "the reference backend, relative to the best"
 
 
-def test_smaller_micro_batches_where_larger_ones_do_not_help(monkeypatch):
+def test_smaller_micro_batches_are_tried_if_larger_ones_do_not_help(monkeypatch):
     machine = Machine(monkeypatch, lambda settings: 100.0 + (settings.get("train.micro_batch", 64) == 32))
     search(machine, AXES[1:3])
     assert machine.tried == [{}, {"train.micro_batch": 128}, {"train.micro_batch": 32}], "1 % is no gain"
@@ -88,38 +88,38 @@ def test_a_recipe_that_does_not_fit_gets_the_first_micro_batch_that_does(monkeyp
         return 50.0 if "kernels" in settings else 60.0
 
     machine = Machine(monkeypatch, rule)
-    found = search(machine, AXES)
+    result = search(machine, AXES)
     assert machine.tried[:4] == [
         {},
         {"train.micro_batch": 32},
         {"train.micro_batch": 16},
         {"train.micro_batch": 16, "kernels": "reference"},
     ]
-    assert found.best.settings == {"train.micro_batch": 16}
-    assert re.search(mentions(2, 6, "memory"), "\n".join(tune.lines(found)))
+    assert result.best.settings == {"train.micro_batch": 16}
+    assert re.search(mentions(2, 6, "memory"), "\n".join(tune.lines(result)))
     with pytest.raises(UserError, match=mentions("memory", "train.batch_size")):
         search(Machine(monkeypatch, lambda settings: OUT_OF_MEMORY), AXES)
 
 
-def test_what_there_is_no_time_for_is_named(monkeypatch, mentions):
+def test_settings_without_time_are_reported(monkeypatch, mentions):
     machine = Machine(monkeypatch, lambda settings: 100.0)
-    found = search(machine, AXES, budget=25.0)
+    result = search(machine, AXES, budget=25.0)
     assert machine.tried == [{}, {"kernels": "reference"}]
     assert machine.limits == [25.0, 15.0]
-    assert {"train.micro_batch": 128} in found.untried and {"attention": "sdpa_flash"} in found.untried
-    assert re.search(mentions("attention=sdpa_flash", "--budget"), "\n".join(tune.lines(found)))
-    # No candidate may eat the others' time.
+    assert {"train.micro_batch": 128} in result.untried and {"attention": "sdpa_flash"} in result.untried
+    assert re.search(mentions("attention=sdpa_flash", "--budget"), "\n".join(tune.lines(result)))
+    # No candidate may use up the time of the others.
     machine = Machine(monkeypatch, lambda settings: 100.0)
     search(machine, AXES, budget=1000.0)
     assert machine.limits[0] == 1000.0 and set(machine.limits[1:]) == {tune.PATIENCE * 10}
 
 
-def test_failures_are_told_and_do_not_end_the_search(monkeypatch, mentions):
+def test_failures_are_reported_and_do_not_end_the_search(monkeypatch, mentions):
     rule = {"sdpa_flash": FAILED, "sdpa_cudnn": OUT_OF_TIME}
     machine = Machine(monkeypatch, lambda settings: rule.get(settings.get("attention"), 100.0))
-    found = search(machine, AXES[3:])
-    assert found.best is found.recipe
-    text = "\n".join(tune.lines(found))
+    result = search(machine, AXES[3:])
+    assert result.best is result.recipe
+    text = "\n".join(tune.lines(result))
     for tokens in (("attention=sdpa_flash", "it broke"), ("attention=sdpa_cudnn", OUT_OF_TIME), ("recipe", "100.0")):
         assert re.search(mentions(*tokens), text), tokens
     with pytest.raises(UserError, match="it broke"):
@@ -128,7 +128,7 @@ def test_failures_are_told_and_do_not_end_the_search(monkeypatch, mentions):
         search(Machine(monkeypatch, lambda settings: OUT_OF_TIME), AXES, budget=9.0)
 
 
-def test_what_is_tried_on_each_kind_of_machine(monkeypatch):
+def test_settings_tried_on_each_kind_of_machine(monkeypatch):
     monkeypatch.setattr(tune, "usable_cores", lambda: 8)
     config = load_config("imagenet256_b")
     names = [(axis.key, axis.values) for axis in tune.axes(config, cuda=True, world=8, fixed=set())]
@@ -145,7 +145,7 @@ def test_what_is_tried_on_each_kind_of_machine(monkeypatch):
     assert cpu == {"train.compile": (False,), "train.threads": (8, 4, 1)}
 
 
-def test_the_file_is_read_back(tmp_path, mentions):
+def test_write_and_read_the_file(tmp_path, mentions):
     settings = {"kernels": "reference", "train.compile": False, "train.micro_batch": 32, "train.threads": 2}
     row = {"date": "d", "gpus": 1, "card": "c: #1", "torch": "t", "cuda": "", "triton": "", "commit": "1", "step_ms": 1}
     trial = Trial(settings, OK, 1.0, row | {"images_per_s": 5.0, "memory_gb": 1.0})
@@ -171,7 +171,7 @@ def test_the_file_is_read_back(tmp_path, mentions):
         (3, "", (FAILED, "exit status 3")),
     ],
 )
-def test_how_a_process_ended(status, err, expected):
+def test_reasons_of_a_failed_process(status, err, expected):
     assert candidate.explain(status, err) == expected
 
 
@@ -179,7 +179,7 @@ def test_how_a_process_ended(status, err, expected):
     ("batch", "micro", "world", "expected"),
     [(1024, 64, 1, 256), (1024, 64, 8, 1024), (96, 0, 1, 96), (1024, 512, 1, 512), (1000, 100, 1, 200), (8, 2, 2, 8)],
 )
-def test_a_timed_step_has_a_few_micro_batches(batch, micro, world, expected):
-    """At most 256 images a process, in whole micro-batches, and one micro-batch at least."""
+def test_a_timed_step_has_few_micro_batches(batch, micro, world, expected):
+    """At most 256 images per process, in whole micro-batches, and at least one micro-batch."""
     config = load_config("digits", (f"train.batch_size={batch}", f"train.micro_batch={micro}"))
     assert timed_batch(config, world) == expected

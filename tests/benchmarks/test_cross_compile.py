@@ -1,4 +1,4 @@
-"""What the compiler says of the Triton kernels for one of the GPUs of benchmarks/cross_compile.py."""
+"""What the compiler says about the Triton kernels for one of the GPUs of benchmarks/cross_compile.py."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ def rows() -> list[dict]:
     return json.loads(ended.stdout)
 
 
-def test_every_kernel_is_there_at_every_size(rows):
+def test_every_kernel_is_compiled_at_every_size(rows):
     sources = (file.read_text() for file in (ROOT / "kernels/triton_kernels").glob("*.py"))
     kernels = {name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE)}
     assert {row["kernel"] for row in rows} == kernels

@@ -1,4 +1,4 @@
-"""The loaders' benchmark runs and says what it promises."""
+"""The benchmark of the loaders runs and prints its rows."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py on a CPU at toy sizes: every part's code runs, and a part that fails costs itself alone."""
+"""benchmarks/gpu.py on a CPU at toy sizes: every part runs, and a part that fails does not affect the others."""
 
 import json
 import os
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() o
 
 @pytest.fixture
 def gpu(tmp_path):
-    """Runs the command; gives its exit status, its lines by part, and what it printed."""
+    """Runs the command; returns its exit status, its results by part, and its output."""
 
     def run(*arguments: str, budget: int = 500, broken: str = "") -> tuple[int, dict[str, list[dict]], str]:
         words = [sys.executable, SCRIPT, "--out", tmp_path, "--device", "cpu", "--tiny", "--budget", str(budget)]
@@ -40,15 +40,15 @@ def named(lines: list[dict], name: str) -> dict:
 
 @pytest.mark.timeout(600)  # alone on two cores, less than one minute
 def test_every_part(gpu, tmp_path):
-    status, parts, said = gpu()
+    status, parts, printed = gpu()
     wrong = [line for lines in parts.values() for line in lines if line["ok"] is False]
-    assert (status, wrong) == (0, []), said[-3000:]
+    assert (status, wrong) == (0, []), printed[-3000:]
     ran = {name for name, lines in parts.items() if any(line["name"] == "part ended" for line in lines)}
     skipped = {name for name, lines in parts.items() if any(line["name"] == "skipped" for line in lines)}
     benches = {f"bench_{name}" for name in ("compiled", "reference", "triton_128", "compiled_128")}
     assert skipped == {"warm_triton", "warm_reference", *benches}
     assert ran | skipped == parts.keys() - {"start", "end"} and not ran & skipped
-    # Each says what it is there for.
+    # Each part has its main result.
     assert named(parts["env"], "copy")["tb_per_s"] > 0
     assert sum(line["ok"] is True for line in parts["ops"]) > 30
     assert [line["graphs"] for line in parts["graphs"] if "graphs" in line] == [1] * 3
@@ -69,7 +69,7 @@ def test_every_part(gpu, tmp_path):
     assert "Nothing was wrong." in summary and "### Steps" in summary and "### Ops" in summary
 
 
-def test_a_part_that_crashes_or_hangs_costs_itself(gpu, tmp_path):
+def test_a_part_that_crashes_or_hangs_does_not_affect_the_others(gpu, tmp_path):
     status, parts, _ = gpu("--only", "env,op_times,sdpa", budget=60, broken="env=crash,sdpa=hang")
     assert status == 1
     assert parts["env"] == [named(parts["env"], "part ended")] and "exit status" in parts["env"][0]["error"]
@@ -78,15 +78,15 @@ def test_a_part_that_crashes_or_hangs_costs_itself(gpu, tmp_path):
     assert "2 results are wrong" in (tmp_path / "summary.md").read_text()
 
 
-def test_a_wrong_number_and_no_time(gpu):
+def test_a_wrong_number_and_a_small_budget(gpu):
     status, parts, _ = gpu("--only", "sdpa", broken="sdpa=wrong")
     assert status == 1 and named(parts["sdpa"], "part ended")["ok"] and not named(parts["sdpa"], "a wrong number")["ok"]
     status, parts, _ = gpu("--only", "sdpa", budget=5)
     assert status == 0 and "of the budget are left" in named(parts["sdpa"], "skipped")["why"]
 
 
-def test_layers_that_are_compiled_by_themselves_are_those_of_a_step(monkeypatch):
-    """So the caches that a warm part fills are those that the timed parts look into."""
+def test_compile_layers_compiles_the_layers_of_a_step(monkeypatch):
+    """So the timed parts find their layers in the caches that a warm part fills."""
     monkeypatch.syspath_prepend(SCRIPT.parent)
     from gpu_parts import steps
     from gpu_parts.context import Context

@@ -50,7 +50,7 @@ def test_every_part_was_counted(launches, unite_b):
     assert parts["LPIPS forward"]["_tap_distance_fwd_kernel"] == 5
 
 
-def test_draws_are_a_launch_each(unite_b):
+def test_each_draw_is_one_launch(unite_b):
     draws = unite_b["micro_batch"]["draws"]
     assert (draws["_uniforms_kernel"], draws["_normals_kernel"]) == (4, 2)
     assert sum(draws.values()) <= 20
@@ -62,17 +62,17 @@ def test_weights_are_cast_once(unite_b):
     assert sum(names.get("_to_copy", 0) for names in parts.values()) < 60
 
 
-def test_more_micro_batches_add_to_gradients(launches):
-    """A recipe without a GPU's sizes; the mean of a step's micro-batches."""
+def test_further_micro_batches_also_add_gradients(launches):
+    """With a small recipe; the count is the mean over the micro-batches of a step."""
     config = load_config("digits", ("train.precision=bfloat16",))
     one, two = (launches.total(launches.count(config, 4, n)) for n in (1, 2))
     assert one < two < 2 * one
 
 
 def counted(launches, function, *tensors):
-    with launches.Launches() as found:
+    with launches.Launches() as counter:
         function(*tensors)
-    return {name: number for (_, name), number in found.counts.items()}
+    return {name: number for (_, name), number in counter.counts.items()}
 
 
 def test_the_rules(launches):
@@ -90,7 +90,7 @@ def test_the_rules(launches):
     assert counted(launches, torch._foreach_add_, [torch.zeros(2**20)] * 40, 1) == {"_foreach_add_": 2}
 
 
-def test_an_operator_whose_body_did_not_run_is_a_mistake(launches, mentions):
+def test_an_op_that_ran_no_kernel_is_a_mistake(launches, mentions):
     x = torch.randn(2, 8)
     with pytest.raises(AssertionError, match=mentions("swiglu.default")), launches.Launches():
         torch.ops.unite_fast.swiglu(x)
@@ -99,9 +99,9 @@ def test_an_operator_whose_body_did_not_run_is_a_mistake(launches, mentions):
 def test_command(launches, monkeypatch, capsys, mentions):
     monkeypatch.setattr(sys, "argv", ["launches.py", "--recipe", "digits", "--micro-batch", "2", "--json"])
     assert launches.main() == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["total"] == launches.total(found) > 0
-    assert found["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    result = json.loads(capsys.readouterr().out)
+    assert result["total"] == launches.total(result) > 0
+    assert result["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(sys, "argv", ["launches.py", "--recipe", "digits", "--micro-batch", "2"])
     assert launches.main() == 0
     assert "a micro-batch" in capsys.readouterr().out

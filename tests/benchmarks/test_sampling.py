@@ -1,4 +1,4 @@
-"""Which solver the benchmark chooses, and what it compares it with."""
+"""Which solver the benchmark chooses, and the released procedure that it compares with."""
 
 import pytest
 import torch
@@ -9,20 +9,20 @@ from unite_fast.sampling.sampler import GuidedPrediction
 
 
 def result(**rows: tuple[float, float]) -> dict:
-    """rows: solver_steps = evaluations, distance against dopri5's. Others do not match."""
+    """`rows`: solver_steps = evaluations, relative distance to dopri5's. Other rows do not match."""
     names = [("dopri5", 0), *((solver, steps) for solver, numbers in STEPS.items() for steps in numbers)]
-    found = []
+    table = []
     for solver, steps in names:
         evaluations, against = rows.get(f"{solver}_{steps}", (150.0 if solver == "dopri5" else 20.0, 0.5))
-        found.append({"solver": solver, "steps": steps, "evaluations": evaluations, "against_dopri5": against})
-    return {"rows": found}
+        table.append({"solver": solver, "steps": steps, "evaluations": evaluations, "against_dopri5": against})
+    return {"rows": table}
 
 
 GOOD = {f"multistep_{n}": (2.0 * n, against) for n, against in ((12, 0.0), (16, -0.01), (20, 0.01), (24, 0.003))}
 
 
 @pytest.mark.parametrize(
-    ("others", "want"),
+    ("others", "expected"),
     [
         ({}, ("multistep", 12)),
         ({"euler_10": (10.0, 0.0)}, ("multistep", 12)),  # by luck: 20 steps are worse
@@ -33,17 +33,17 @@ GOOD = {f"multistep_{n}": (2.0 * n, against) for n, against in ((12, 0.0), (16, 
         ({"multistep_24": (48.0, 0.5)}, None),
     ],
 )
-def test_the_cheapest_that_matches_with_all_its_larger_numbers_of_steps(others, want):
-    assert choose([result(**(GOOD | others))]) == want
+def test_the_cheapest_solver_that_matches_also_with_more_steps(others, expected):
+    assert choose([result(**(GOOD | others))]) == expected
 
 
-def test_it_has_to_match_on_every_run():
+def test_it_must_match_on_every_run():
     worse = GOOD | {"multistep_12": (24.0, 0.02)}
     assert choose([result(**GOOD), result(**worse)]) == ("multistep", 16)
 
 
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
-def test_the_released_procedure_predicts_the_same_with_a_pass_more(t):
+def test_the_released_procedure_predicts_the_same_with_one_more_pass(t):
     def denoise(x, times, labels):
         return x + labels[:, None, None]
 

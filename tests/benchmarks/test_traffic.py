@@ -1,5 +1,5 @@
-"""The byte counts of benchmarks/traffic.py against the tensors that the ops take and give, and against what a block of
-the model runs."""
+"""The byte counts of benchmarks/traffic.py against the inputs and outputs of the ops, and the ops that a block of the
+model runs."""
 
 import importlib
 import importlib.util
@@ -31,7 +31,7 @@ def traffic(monkeypatch):
 
 @pytest.fixture
 def bench(traffic):
-    """benchmarks/kernels.py, under a name that nothing else has."""
+    """benchmarks/kernels.py, imported under a unique name."""
     spec = importlib.util.spec_from_file_location("benchmarks_kernels", FOLDER / "kernels.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -39,7 +39,7 @@ def bench(traffic):
 
 
 class Counting(TorchDispatchMode):
-    """Sums the bytes of the tensors that ops of ours take and give, by op."""
+    """Sums the bytes of the inputs and outputs of our ops, by op."""
 
     def __init__(self):
         super().__init__()
@@ -67,7 +67,7 @@ def test_each_tensor_of_an_op_is_counted_once(name, bench):
         assert counted.moved == {name: moved[0], f"{name}_backward": moved[1]}
 
 
-def test_v_is_not_counted_where_qk_norm_rope_leaves_it_in_place():
+def test_v_is_not_counted_in_qk_norm_rope():
     size = Size(2, 5, 192, heads=3, head_dim=64)
     q = k = v = 2 * 5 * 192 * 2
     weights, tables, rstd = 2 * 64 * 4, 2 * 5 * 32 * 4, 2 * 5 * 2 * 3 * 4
@@ -86,7 +86,7 @@ def backend_name(request):
 
 @pytest.fixture
 def runs(backend_name, monkeypatch):
-    """Counts the passes that a backend runs, by name."""
+    """Counts how often a backend runs each pass, by name."""
     counted = Counter()
 
     def counting(name, run):
@@ -113,24 +113,24 @@ def test_a_block_runs_the_ops_that_are_counted(backend_name, runs, traffic):
     with torch.autocast(device.type, torch.bfloat16):
         results = block(x, h, vectors[:4], (weight, *vectors[4:]), *tables)
         sum(result.float().sum() for result in results).backward()
-    want = Counter(f"{op}_{way}" for op in traffic.BLOCK_OPS for way in ("forward", "backward"))
+    expected = Counter(f"{op}_{direction}" for op in traffic.BLOCK_OPS for direction in ("forward", "backward"))
     if backend_name == "native":
-        want.update(f"{op}_forward" for op in traffic.RECOMPUTED)
+        expected.update(f"{op}_forward" for op in traffic.RECOMPUTED)
     else:
         for op in traffic.RETURNED_BY_BACKWARD:
-            want[f"{op}_backward_recompute"] = want.pop(f"{op}_backward")
-    assert runs == want
+            expected[f"{op}_backward_recompute"] = expected.pop(f"{op}_backward")
+    assert runs == expected
 
 
 def test_the_bytes_of_a_block(traffic):
-    """The sums of the module's docstring, and a little for what they leave out."""
+    """The sums of the module's docstring, and a little for what they omit."""
     for residual, r in ((torch.float32, 4), (torch.bfloat16, 2)):
         least = 10 * r + 86 + 2 / 3
-        for given, want in (
+        for arguments, expected in (
             (("native", False), least),
             (("native", True), least + r + 2 + 16 + 8),
             (("triton", False), least + 4),
             (("triton", True), least + 4 + 2 + 16 / 3),
         ):
-            assert want < traffic.block_bytes(residual, *given) < want + 0.6
+            assert expected < traffic.block_bytes(residual, *arguments) < expected + 0.6
     assert traffic.block_bytes(torch.float32) <= traffic.TARGET

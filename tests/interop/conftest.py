@@ -1,4 +1,4 @@
-"""Traces, of the released code and of its plain restatement `released.py`."""
+"""Traces of the released code and of its plain restatement `released.py`."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ OFFICIAL = Path(__file__).parents[1] / "data" / "official_tiny_a.npz"
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
-    """At these sizes a second thread costs more than it saves, far more where the machine is busy."""
+    """At these sizes a second thread costs more than it saves, and much more on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -39,7 +39,7 @@ def official() -> Trace:
 
 @pytest.fixture
 def write_trace(tmp_path: Path) -> Callable[..., Path]:
-    """Writes arrays, and settings in place of theirs if given, as a trace."""
+    """Writes arrays as a trace; `meta` replaces their settings."""
 
     def write(arrays: dict[str, np.ndarray], meta: dict | None = None) -> Path:
         if meta is not None:
@@ -53,6 +53,6 @@ def write_trace(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def small(released: ModuleType) -> dict[str, np.ndarray]:
-    """The arrays of a trace that is compared in less than a second: 4 x 4 patches, Euler steps."""
+    """Arrays of a trace that takes less than a second to compare: 4 x 4 patches, Euler steps."""
     meta = released.new_meta("small", method="euler", num_time_points=8, warmup_steps=1, hold_1_until=1)
     return released.record(meta, size=32)

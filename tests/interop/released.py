@@ -1,8 +1,7 @@
-"""The released UNITE once more, as plainly as possible: a second opinion on our model, and a maker of small traces.
+"""The released UNITE restated as plainly as possible: an independent check of our model, and a source of small traces.
 
-Written from the description of the released code, not from `unite_fast`, which it does not import. Weights are a
-dictionary with the released names; one head at a time, one flow draw at a time; the optimizers and the solver are
-torch's and torchdiffeq's.
+Written from the description of the released code; it does not import `unite_fast`. Weights are a dictionary with the
+released names. Heads and flow draws are computed one at a time. The optimizers are torch's, the solver is torchdiffeq's.
 
 Shapes: B batch, N latent tokens, C latent channels, D width, F flow draws, S image size, P patch size.
 """
@@ -25,7 +24,7 @@ LARGE_GRADIENTS = (
     "encoder_layer_norm.weight",
     "up_sample_decoder.weight",
 )
-"""Recorded whole, not only their norms."""
+"""Recorded in full, not only their norms."""
 
 
 class Released:
@@ -98,7 +97,7 @@ class Released:
         return self.layer_norm("encoder_layer_norm", z, 1e-5)
 
     def tokenize(self, images: Tensor, registers: Tensor, t: Tensor) -> Tensor:
-        """The latents, not yet normalised."""
+        """The latents before LayerNorm."""
         return self.encoder(registers, t, torch.full((len(images),), self.meta["num_classes"]), images)
 
     def decode(self, z: Tensor) -> Tensor:
@@ -161,7 +160,7 @@ class Released:
 
 
 def rotate(x: Tensor, positions: tuple) -> Tensor:
-    """Turn the pairs (2i, 2i + 1) of x [B, T, K] by position * 10000^(-2i / K); tokens without a position stay."""
+    """Rotate the pairs (2i, 2i + 1) of x [B, T, K] by position * 10000^(-2i / K); position None is not rotated."""
     cos, sin = rope_tables(positions, x.shape[-1])
     even, odd = x[..., 0::2], x[..., 1::2]
     cos, sin = cos[:, 0::2], sin[:, 0::2]
@@ -170,7 +169,7 @@ def rotate(x: Tensor, positions: tuple) -> Tensor:
 
 @cache
 def rope_tables(positions: tuple, width: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, K], each column twice; a position of None is a token that is not turned."""
+    """cos and sin [T, K], each column twice; a token at position None is not rotated."""
     rates = 1.0 / (10000 ** (torch.arange(0, width, 2).float() / width))
     angles = torch.stack([(0 if p is None else p) * rates for p in positions]).repeat_interleave(2, -1)
     return angles.cos(), angles.sin()
@@ -187,7 +186,7 @@ def grid_table(side: int, width: int) -> Tensor:
 
 
 def new_state(meta: dict, size: int, seed: int) -> dict[str, Tensor]:
-    """Every tensor of a released checkpoint, with random numbers that leave no part of the network idle."""
+    """Every tensor of a released checkpoint, with random values such that each part of the network has an effect."""
     random = torch.Generator().manual_seed(seed)
     config, encoder, decoder = meta["config"], meta["encoder"], meta["decoder"]
     d, c, p, side = (
@@ -275,11 +274,11 @@ def new_inputs(meta: dict, size: int, seed: int) -> dict[str, Tensor]:
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=random)
 
-    given = {f"state/{name}": value for name, value in new_state(meta, size, seed).items()}
-    given["in/images_uint8"] = torch.randint(0, 256, (batch, 3, size, size), generator=random, dtype=torch.uint8)
-    given["in/labels"] = torch.randint(0, meta["num_classes"], (batch,), generator=random)
-    given |= {"tokenize/registers": normal(batch, *latents), "tokenize/t": 0.01 * uniform(batch)}
-    given |= {
+    inputs = {f"state/{name}": value for name, value in new_state(meta, size, seed).items()}
+    inputs["in/images_uint8"] = torch.randint(0, 256, (batch, 3, size, size), generator=random, dtype=torch.uint8)
+    inputs["in/labels"] = torch.randint(0, meta["num_classes"], (batch,), generator=random)
+    inputs |= {"tokenize/registers": normal(batch, *latents), "tokenize/t": 0.01 * uniform(batch)}
+    inputs |= {
         "denoise/xt": normal(batch, *latents),
         "denoise/t": uniform(batch),
         "sample/noise": normal(batch, *latents),
@@ -287,7 +286,7 @@ def new_inputs(meta: dict, size: int, seed: int) -> dict[str, Tensor]:
     a = config["timestep_shift_alpha"]
     for k in range(steps):
         s = normal(flow_draws, batch).sigmoid()
-        given |= {
+        inputs |= {
             f"step{k}/registers": normal(batch, *latents),
             f"step{k}/recon_t": 0.01 * uniform(batch),
             f"step{k}/decoder_noise_mask": uniform(batch) < 0.5,
@@ -297,7 +296,7 @@ def new_inputs(meta: dict, size: int, seed: int) -> dict[str, Tensor]:
             f"step{k}/flow_noise": normal(flow_draws, batch, *latents),
             f"step{k}/label_drop": uniform(flow_draws, batch) < 0.3,
         }
-    return given
+    return inputs
 
 
 def learning_rate(schedule: dict, step: int) -> float:
@@ -312,25 +311,25 @@ def learning_rate(schedule: dict, step: int) -> float:
     return second
 
 
-def run(meta: dict, given: dict[str, Tensor], sampling: bool = True, clipped: bool = True) -> tuple[dict, list[dict]]:
-    """What the released code makes of these inputs: the outputs by their names in a trace, and the losses of each step.
+def run(meta: dict, inputs: dict[str, Tensor], sampling: bool = True, clipped: bool = True) -> tuple[dict, list[dict]]:
+    """Outputs of the released code for these inputs, by their names in a trace, and the losses of each step.
 
     Args:
         clipped: record the gradients after clipping, as `official_tiny_a.npz` does.
     """
-    state = {name.removeprefix("state/"): value.clone() for name, value in given.items() if name.startswith("state/")}
+    state = {name.removeprefix("state/"): value.clone() for name, value in inputs.items() if name.startswith("state/")}
     model = Released(meta, state)
-    images, labels = given["in/images_uint8"].float() / 255, given["in/labels"]
+    images, labels = inputs["in/images_uint8"].float() / 255, inputs["in/labels"]
     out = {}
     with torch.no_grad():
-        out["tokenize/z"] = model.tokenize(images, given["tokenize/registers"], given["tokenize/t"])
+        out["tokenize/z"] = model.tokenize(images, inputs["tokenize/registers"], inputs["tokenize/t"])
         out["tokenize/z_normed"] = model.norm(out["tokenize/z"])
         reconstruction = model.decode(out["tokenize/z_normed"])
         out["tokenize/reconstruction_f16"] = reconstruction.half()
         out["tokenize/reconstruction_l1"] = (reconstruction - images).abs().mean()
-        out["denoise/x_pred"] = model.norm(model.encoder(given["denoise/xt"], given["denoise/t"], labels))
+        out["denoise/x_pred"] = model.norm(model.encoder(inputs["denoise/xt"], inputs["denoise/t"], labels))
         if sampling:
-            out["sample/latents"] = model.sample(given["sample/noise"], labels)
+            out["sample/latents"] = model.sample(inputs["sample/noise"], labels)
             out["sample/images_f16"] = model.decode(out["sample/latents"]).half()
 
     weights = {name: w.requires_grad_() for name, w in state.items() if not name.endswith(NEVER_TRAINED)}
@@ -343,7 +342,7 @@ def run(meta: dict, given: dict[str, Tensor], sampling: bool = True, clipped: bo
     losses = []
     for step in range(meta["steps"]):
         rate = learning_rate(optim["schedule"], step)
-        draws = {name.split("/")[1]: value for name, value in given.items() if name.startswith(f"step{step}/")}
+        draws = {name.split("/")[1]: value for name, value in inputs.items() if name.startswith(f"step{step}/")}
         l1, flow = model.losses(images, labels, draws)
         total = l1 + meta["config"]["loss"]["gen_loss_weight"] * flow
         total.backward()
@@ -377,22 +376,22 @@ def parameter_groups(weights: dict[str, Tensor]) -> tuple[list[str], list[str]]:
 
 
 def record(meta: dict, size: int, seed: int = 0, clipped: bool = True) -> dict[str, np.ndarray]:
-    """A trace of the released format."""
-    given = new_inputs(meta, size, seed)
-    out, losses = run(meta, given, clipped=clipped)
+    """A trace in the format of the released code."""
+    inputs = new_inputs(meta, size, seed)
+    out, losses = run(meta, inputs, clipped=clipped)
     weights = {
         n.removeprefix("state/"): w
-        for n, w in given.items()
+        for n, w in inputs.items()
         if n.startswith("state/") and not n.endswith(NEVER_TRAINED)
     }
     muon, adamw = parameter_groups(weights)
-    arrays = {name: value.numpy() for name, value in (given | out).items()}
+    arrays = {name: value.numpy() for name, value in (inputs | out).items()}
     text = json.dumps(meta | {"losses": losses, "muon_params": muon, "adamw_params": adamw})
     return arrays | {"meta_json": np.frombuffer(text.encode(), np.uint8)}
 
 
 def new_meta(name: str, **changes) -> dict:
-    """Settings of a small trace; `changes` go where their keys are: config, sampling, schedule, loss or the top."""
+    """Settings of a small trace. `changes` replace keys in config, sampling, schedule or loss, or at the top."""
     meta = {
         "name": name,
         "encoder": {"depth": 3, "hidden_size": 32, "num_heads": 2},

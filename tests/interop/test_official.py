@@ -1,4 +1,4 @@
-"""The authors' checkpoints: in, out, and back."""
+"""Import and export of the authors' checkpoints."""
 
 import argparse
 from pathlib import Path
@@ -17,7 +17,7 @@ from unite_fast.interop.parity import relative_error
 from unite_fast.model.unite import UNITE
 
 OPTIONS = dict(decoder_heads=2, in_context_start=1)
-"""What the tensors of the small model do not tell."""
+"""What the tensors of the small model do not determine."""
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def theirs(released, meta) -> dict[str, Tensor]:
 
 @pytest.fixture
 def save(tmp_path):
-    """Writes what an authors' file may hold."""
+    """Writes a file as the authors do."""
 
     def write(content) -> Path:
         torch.save(content, tmp_path / "theirs.pt")
@@ -52,7 +52,7 @@ def refused(source: Path, *words: str, **options) -> None:
 
 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """Same names, shapes, dtypes and values, but for a parameter that nobody reads and that we do not keep."""
+    """Same names, shapes, dtypes and values, except for a parameter that is never read and that we do not store."""
     assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
     differing = {name for name in ours if not torch.equal(ours[name], theirs[name])}
     assert differing <= {"encoder.t_embedder.special_time_emb"}
@@ -74,7 +74,7 @@ def test_round_trip_through_files(released, save, tmp_path, changes):
 
     content = torch.load(back, weights_only=True)
     assert list(content) == ["model", "ema"]
-    # What we take of a file is one set of weights: the averages, unless asked for others.
+    # An import takes one set of weights: the averages by default.
     released_tables = {name: tensor for name, tensor in averages.items() if name in COMPUTED}
     assert len(released_tables) == (4 if changes.get("in_content_len") == 0 else 6)
     for kind in content:
@@ -84,36 +84,36 @@ def test_round_trip_through_files(released, save, tmp_path, changes):
     assert [path.name for path in back.parent.iterdir()] == ["back.pt"]
 
 
-def test_weights_and_averages_of_a_run_keep_their_places(trained_folder, tmp_path):
-    """Out and in again, each kind under its own name."""
+def test_weights_and_averages_of_a_run_are_not_mixed_up(trained_folder, tmp_path):
+    """Export and import, each kind under its own name."""
     run = load_model(trained_folder)
     assert any(not torch.equal(value, run.weights[name]) for name, value in run.averages.items())
     export_official(trained_folder, tmp_path / "back.pt")
     content = torch.load(tmp_path / "back.pt", weights_only=True)
-    for kind, held in (("model", run.weights), ("ema", run.averages)):
+    for kind, expected in (("model", run.weights), ("ema", run.averages)):
         for name, value in our_state(content[kind]).items():
-            assert torch.equal(value, held[name]), (kind, name)
+            assert torch.equal(value, expected[name]), (kind, name)
         sizes = run.config.model
         options = dict(decoder_heads=sizes.decoder.heads, in_context_start=sizes.encoder.in_context_start)
         import_official(tmp_path / "back.pt", tmp_path / "in.safetensors", weights=kind, **options)
-        again = load_model(tmp_path / "in.safetensors").averages
-        assert again.keys() == held.keys()
-        assert all(torch.equal(value, held[name]) for name, value in again.items()), kind
+        imported = load_model(tmp_path / "in.safetensors").averages
+        assert imported.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in imported.items()), kind
 
 
-def test_imported_model_computes_what_theirs_does(released, meta, theirs, save, tmp_path):
+def test_an_imported_model_computes_the_same(released, meta, theirs, save, tmp_path):
     import_official(save(theirs), tmp_path / "ours.safetensors", **OPTIONS)
     ours = unite_fast.load(tmp_path / "ours.safetensors").network
     plain = released.Released(meta, theirs)
-    given = released.new_inputs(meta, size=32, seed=5)
-    images, registers, t = given["in/images_uint8"].float() / 255, given["tokenize/registers"], given["tokenize/t"]
+    inputs = released.new_inputs(meta, size=32, seed=5)
+    images, registers, t = inputs["in/images_uint8"].float() / 255, inputs["tokenize/registers"], inputs["tokenize/t"]
     with torch.no_grad():
         z = plain.norm(plain.tokenize(images, registers, t))
         assert relative_error(ours.tokenize(images, registers, t), z) < 1e-5
         assert relative_error(ours.decode(z), plain.decode(z)) < 1e-5
 
 
-def test_an_imported_model_holds_the_weights_alone(theirs, save, tmp_path):
+def test_an_imported_model_has_weights_only(theirs, save, tmp_path):
     import_official(save(theirs), tmp_path / "ours.safetensors", **OPTIONS)
     saved = load_model(tmp_path / "ours.safetensors")
     assert (saved.step, saved.config.name) == (0, "theirs")
@@ -174,13 +174,13 @@ def test_sizes_come_from_the_tensors(released, save, tmp_path):
     assert (decoder.width, decoder.depth, decoder.heads, decoder.mlp_width, decoder.embed_width) == (128, 1, 2, 72, 768)
 
 
-def test_what_the_tensors_do_not_tell(theirs, save):
+def test_sizes_that_the_tensors_do_not_determine(theirs, save):
     refused(save(theirs), "32", "64", "heads", decoder_heads=None)
     refused(save(theirs), "heads (5)", decoder_heads=5)
     refused(save(theirs), "in_context_start", in_context_start=4)
 
 
-def test_files_that_are_none(tmp_path, theirs, save):
+def test_invalid_files(tmp_path, theirs, save):
     refused(tmp_path / "none.pt", "none.pt")
     refused(tmp_path, str(tmp_path))
     text = tmp_path / "text.pt"
@@ -194,16 +194,16 @@ def test_files_that_are_none(tmp_path, theirs, save):
 
 
 def test_files_with_code_are_not_run(theirs, save, tmp_path):
-    class Mischief:
+    class Code:
         def __reduce__(self):
             return Path.touch, (tmp_path / "ran",)
 
-    refused(save({"model": theirs, "args": Mischief()}), "theirs.pt", "code")
+    refused(save({"model": theirs, "args": Code()}), "theirs.pt", "code")
     assert not (tmp_path / "ran").exists()
     refused(save({"model": theirs, "args": argparse.Namespace(lr=1)}), "argparse.Namespace")
 
 
-def test_tensors_that_do_not_fit(theirs, save):
+def test_missing_unknown_and_misshapen_tensors(theirs, save):
     def without(*names: str) -> dict[str, Tensor]:
         return {name: value for name, value in theirs.items() if name not in names}
 
@@ -231,7 +231,7 @@ def test_a_tensor_of_another_model(released, theirs, mentions):
         load_released(model, extra, "theirs.pt")
 
 
-def test_import_does_not_spoil_what_was_there(theirs, save, tmp_path):
+def test_a_failed_import_keeps_the_old_file(theirs, save, tmp_path):
     out = tmp_path / "ours.safetensors"
     import_official(save(theirs), out, **OPTIONS)
     before = out.read_bytes()
@@ -254,10 +254,10 @@ def test_export_errors(theirs, save, tmp_path, mentions):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_names_go_both_ways(official, mentions):
+def test_names_translate_both_ways(official, mentions):
     named = {name: our_name(name) for name in official.below("state/")}
-    kept = {theirs: ours for theirs, ours in named.items() if ours}
-    assert {their_name(ours) for ours in kept.values()} == set(kept)
-    assert set(named) - set(kept) == {*COMPUTED, *UNREAD}
+    translated = {theirs: ours for theirs, ours in named.items() if ours}
+    assert {their_name(ours) for ours in translated.values()} == set(translated)
+    assert set(named) - set(translated) == {*COMPUTED, *UNREAD}
     with pytest.raises(UserError, match=mentions("encoder.blocks.0.attn.rotary")):
         our_name("encoder.blocks.0.attn.rotary")

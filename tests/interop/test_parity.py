@@ -1,4 +1,4 @@
-"""`compare` must pass every true trace, of whatever settings, and fail every false one."""
+"""`compare` must pass every true trace, whatever its settings, and fail every false one."""
 
 import json
 import math
@@ -48,11 +48,11 @@ def test_official_trace(official):
     assert failures(rows) == []
     groups = summarise(rows)
     assert sorted(group.kind for group in groups) == sorted(KINDS)
-    # Everything recorded is compared, once, but for what the comparison starts from.
+    # Everything recorded is compared exactly once, except the inputs of the comparison.
     names = [row.name for row in rows]
     assert sum(group.count for group in groups) == len(rows) == len(set(names))
-    given = {"meta_json", "tokenize/registers", "tokenize/t", "denoise/xt", "denoise/t", "sample/noise"}
-    results = {name for name in official.arrays if not re.match(r"(state|in|step\d+)/", name)} - given
+    inputs = {"meta_json", "tokenize/registers", "tokenize/t", "denoise/xt", "denoise/t", "sample/noise"}
+    results = {name for name in official.arrays if not re.match(r"(state|in|step\d+)/", name)} - inputs
     losses = {f"step{k}/{name}" for k, recorded in enumerate(official.meta["losses"]) for name in recorded}
     assert len(losses) > 0 and set(names) >= results | losses
     assert notes(rows, official) == []
@@ -66,8 +66,8 @@ def test_other_traces(released, write_trace, variant):
     assert failures(compare(Trace(write_trace(arrays)))) == []
 
 
-def test_amplified_rounding_is_measured_and_told(released, write_trace, monkeypatch):
-    # How much rounding is amplified depends on the machine; a tolerance below any rounding stands for a bad case.
+def test_amplified_rounding_is_measured_and_noted(released, write_trace, monkeypatch):
+    # How much rounding is amplified depends on the machine; a tolerance below any rounding simulates a bad case.
     monkeypatch.setattr(parity, "SAMPLED", 1e-9)
     trace = Trace(write_trace(released.record(released.new_meta("touchy"), size=32, seed=2)))
     rows = compare(trace)
@@ -78,7 +78,7 @@ def test_amplified_rounding_is_measured_and_told(released, write_trace, monkeypa
     assert "while everything else agrees" in note and "amplify rounding" in note
 
 
-# A change of a trace's arrays or settings that makes it false, and a kind of row that must notice.
+# A change of a trace's arrays or settings that makes it false, and a kind of row that must fail.
 FALSEHOODS = {
     "a block's norm": ("state/encoder.blocks.1.norm2.weight", lambda w: w * np.float32(1.01), "forward"),
     "q norm": ("state/encoder.blocks.2.attn.q_norm.weight", lambda w: w * np.float32(1.01), "forward"),
@@ -116,7 +116,7 @@ def test_false_traces_fail(small, write_trace, falsehood):
     arrays, meta = dict(small), settings(small)
     if falsehood == "an unmoved weight":
         unmoved = arrays[place.replace("final_head", "state")][:8]
-        # So little does a weight move in a few steps.
+        # A weight moves only this little in a few steps.
         assert np.linalg.norm(unmoved - arrays[place]) < 5e-3 * np.linalg.norm(unmoved)
         arrays[place] = unmoved
     elif "/" in place:
@@ -137,13 +137,13 @@ def test_small_trace_is_true(small, write_trace):
 
 def test_wrong_rotary_embedding_fails(small, write_trace, monkeypatch):
     right = generative_encoder.rope_table
-    # Turned the other way round: only relative positions matter, so nothing but the sign changes.
+    # Rotated in the other direction: only relative positions matter, so only the sign changes.
     monkeypatch.setattr(generative_encoder, "rope_table", lambda *sizes: (right(*sizes)[0], -right(*sizes)[1]))
     failed = {row.name for row in compare(Trace(write_trace(small))) if not row.passed}
     assert {"tokenize/z", "denoise/x_pred"} <= failed
 
 
-def test_trace_with_lpips_on_is_told(small, write_trace):
+def test_a_trace_with_lpips_is_noted(small, write_trace):
     meta = settings(small)
     for step in meta["losses"]:
         step["total"] += 0.3
@@ -188,7 +188,7 @@ def test_printed_report(small, write_trace, capsys, mentions):
         run(write_trace(small), "magic")
 
 
-def test_threads_are_given_back(small, write_trace):
+def test_the_number_of_threads_is_restored(small, write_trace):
     torch.set_num_threads(2)
     try:
         with pytest.raises(UserError):

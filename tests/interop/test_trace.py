@@ -1,4 +1,4 @@
-"""What is no trace, or asks for what we do not have, must be refused in one line that names it."""
+"""Invalid and unsupported traces must be refused in one line that names the reason."""
 
 import json
 import zipfile
@@ -25,7 +25,7 @@ def test_missing_file(tmp_path):
     refused(tmp_path, str(tmp_path))
 
 
-def test_no_zip(tmp_path):
+def test_not_a_zip(tmp_path):
     path = tmp_path / "trace.npz"
     path.write_text("hello")
     refused(path, str(path), ".npz file")
@@ -63,7 +63,7 @@ def test_pickles_are_not_read(write_trace):
 
 
 @pytest.mark.parametrize("text", [b"{not json", b"\xff\xfe"])
-def test_meta_that_is_no_json(small, write_trace, text):
+def test_meta_that_is_not_json(small, write_trace, text):
     refused(write_trace(small | {"meta_json": np.frombuffer(text, np.uint8)}), "meta_json", "JSON")
 
 
@@ -112,7 +112,7 @@ def test_wrong_arrays(small, write_trace, name, change):
     refused(write_trace(small | {name: change(small[name])}), name)
 
 
-def test_weights_that_do_not_fit(small, write_trace):
+def test_misshapen_and_unknown_weights(small, write_trace):
     name = "state/encoder.blocks.0.mlp.w3.weight"
     refused(write_trace(small | {name: small[name][:, 1:]}), "encoder.blocks.0.mlp.w3.weight", "[32, 84]")
     refused(

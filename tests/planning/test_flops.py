@@ -1,4 +1,4 @@
-"""The formulas against torch's own counter, against the model, and against the figures of the released code."""
+"""The formulas against torch's counter, the model and the figures of the released code."""
 
 from collections import Counter
 
@@ -38,24 +38,24 @@ def test_the_published_sizes_have_the_published_numbers_of_parameters(encoder, m
 
 
 @pytest.mark.parametrize("encoder", [{}, {"qk_norm": False}, {"in_context_tokens": 0}, PRESETS[EncoderConfig]["L"]])
-def test_every_shape_is_one_of_the_model_and_has_its_optimizer(tiny_config, encoder):
+def test_shapes_and_optimizers_are_those_of_the_model(tiny_config, encoder):
     config = changed(tiny_config, **encoder)
     with torch.device("meta"):
         model = UNITE(config.model)
-    found = Counter()
+    actual = Counter()
     for of_muon, parameters in zip((True, False), split_parameters(model), strict=True):
-        found.update((tuple(p.shape), of_muon) for p in parameters.values())
+        actual.update((tuple(p.shape), of_muon) for p in parameters.values())
     expected = Counter()
     for shape in flops.parameter_shapes(config.model):
         expected[shape.shape, shape.muon] += shape.count
-    assert expected == found
+    assert expected == actual
     by_part = {"encoder": model.encoder, "norm": model.latent_norm, "decoder": model.decoder}
     assert flops.parameters(config.model) == {
         name: sum(p.numel() for p in part.parameters()) for name, part in by_part.items()
     }
 
 
-# Counted on the released code when this project was designed: GFLOP an image by part, and in all for F = 3 and 14.
+# Counted on the released code when this project was designed: GFLOP per image by part, and in total for F = 3 and 14.
 RELEASED = {
     "B": (304.2, 150.2, 140.1, 120.3, 1015, 2667),
     "L": (1063.3, 536.7, 140.1, 120.3, 2934, 8838),
@@ -64,7 +64,7 @@ RELEASED = {
 
 
 @pytest.mark.parametrize("encoder", RELEASED)
-def test_the_released_code_s_work_comes_out(encoder):
+def test_parts_and_sums_of_the_released_code(encoder):
     config = published(encoder)
     tokenizer, draw, decoder, lpips, three, fourteen = RELEASED[encoder]
     parts = flops.parts(config, skip_unread=False)
@@ -77,8 +77,8 @@ def test_the_released_code_s_work_comes_out(encoder):
     assert flops.image_flops(config, skip_unread=False) / 1e9 == pytest.approx(fourteen, abs=1.5)
 
 
-def test_ours_leaves_out_what_nobody_reads():
-    """Of B's last block: queries, output and SwiGLU of 288 tokens of the tokenizer's and of 32 of each flow draw."""
+def test_our_model_skips_tokens_that_are_not_read():
+    """In the last block of B: queries, output and SwiGLU of 288 tokens in the tokenizer and of 32 in each flow draw."""
     config = published("B")
     d = config.model.encoder.width
     hidden = hidden_width(d)
@@ -113,11 +113,11 @@ def test_a_step_has_the_flops_that_torch_counts(tiny_config, encoder):
         config.objective, Philox(0, 0, torch.arange(images)), (config.model.patches, model.config.latent_channels)
     )
     labels = torch.zeros(images, dtype=torch.int64)
-    # The reference backends show their products; attention written out shows its own.
+    # The reference backend runs matmuls that the counter sees, and so does attention by its formula (MATH).
     with backend.using("reference"), sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward:
-            found = reconstruct(model, torch.rand(images, 3, size, size), draws, config)
-            loss = found.loss + flow_losses(model, found.z, labels, draws)
+            reconstruction = reconstruct(model, torch.rand(images, 3, size, size), draws, config)
+            loss = reconstruction.loss + flow_losses(model, reconstruction.z, labels, draws)
         with FlopCounterMode(display=False) as backward:
             loss.backward()
     parts = flops.parts(config).values()

@@ -6,13 +6,13 @@ from unite_fast.errors import UserError
 from unite_fast.planning.gpus import GPUS, find_gpu, recognise
 
 
-def test_the_table_is_in_order():
+def test_the_table_is_plausible():
     assert len({gpu.key for gpu in GPUS}) == len(GPUS)
     names = [name for gpu in GPUS for name in gpu.names]
     assert len(set(names)) == len(names)
     for gpu in GPUS:
         assert gpu.source and min(gpu.tflops, gpu.memory, gpu.bandwidth, gpu.link, gpu.network) > 0
-        # Units mixed up would leave these ranges: FLOPs a byte of memory traffic, and a network slower than a link.
+        # Wrong units would leave these ranges: FLOPs per byte of memory traffic, and a network slower than a link.
         assert 70 < gpu.tflops / gpu.bandwidth < 450
         assert gpu.network <= gpu.link
 

@@ -1,4 +1,4 @@
-"""Predicted bytes against those that autograd keeps and that a training state holds."""
+"""Predicted bytes against those that autograd saves and that a training state holds."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ from unite_fast.randomness import Philox
 from unite_fast.recipes import from_tree
 from unite_fast.training.train_state import TrainState
 
-# What the formulas leave out: masks, times, labels and the like. Measured 0.006 % at the size of the benchmark, 0.6 %
-# at the smallest size here; a forgotten tensor of a block is 3 % at least.
+# The formulas omit masks, times, labels and the like. Measured: 0.006 % at the size of the benchmark, 0.6 % at the
+# smallest size here; a forgotten tensor of a block is at least 3 %.
 MARGIN = 0.01
 
 BENCH = {"width": 384, "depth": 6, "heads": 6}
@@ -23,7 +23,7 @@ SMALL = {"width": 96, "depth": 3, "heads": 2, "in_context_tokens": 5, "in_contex
 TINY_DECODER = {"width": 64, "depth": 1, "heads": 2, "mlp_width": 128}
 SIZES = {
     "bench": {"model": {"encoder": BENCH, "decoder": BENCH | {"mlp_width": 1536}}},
-    # 96 has a hidden width of 256, which no padding changes.
+    # Width 96 has the hidden width 256, which needs no padding.
     "small": {
         "model": {
             "image_size": 64,
@@ -38,38 +38,38 @@ SIZES = {
 }
 
 
-def kept_bytes(forward, own: list[torch.Tensor]) -> int:
-    """Bytes of the storages that autograd keeps of one call, those of `own` left out."""
-    known, found = {x.untyped_storage().data_ptr() for x in own}, {}
+def saved_bytes(forward, own: list[torch.Tensor]) -> int:
+    """Bytes of the storages that autograd saves in one call, without those of `own`."""
+    known, storages = {x.untyped_storage().data_ptr() for x in own}, {}
 
-    def keep(x: torch.Tensor) -> torch.Tensor:
+    def save(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
         if storage.data_ptr() not in known:
-            found[storage.data_ptr()] = storage
+            storages[storage.data_ptr()] = storage
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
         result = forward()
-    size = sum(storage.nbytes() for storage in found.values())
+    size = sum(storage.nbytes() for storage in storages.values())
     del result
     return size
 
 
-def measured(config: Config, images: int, body: str) -> tuple[int, int]:
-    """Bytes kept by the reconstruction and by the flow loss."""
+def measured(config: Config, images: int, backend_name: str) -> tuple[int, int]:
+    """Bytes saved by the reconstruction and by the flow loss."""
     model = UNITE.create(config.model, seed=0)
     size, latents = config.model.image_size, (config.model.latent_tokens, config.model.latent_channels)
-    pictures, labels = torch.rand(images, 3, size, size), torch.zeros(images, dtype=torch.int64)
+    batch, labels = torch.rand(images, 3, size, size), torch.zeros(images, dtype=torch.int64)
     draws = draw_step(config.objective, Philox(0, 0, torch.arange(images)), latents)
     own = [*model.parameters(), *model.buffers()]
-    with backend.using(body), torch.autocast("cpu", torch.bfloat16):
+    with backend.using(backend_name), torch.autocast("cpu", torch.bfloat16):
         z = torch.randn(images, *latents)
-        flow = kept_bytes(lambda: flow_losses(model, z, labels, draws), own)
-        return kept_bytes(lambda: reconstruct(model, pictures, draws, config), own), flow
+        flow = saved_bytes(lambda: flow_losses(model, z, labels, draws), own)
+        return saved_bytes(lambda: reconstruct(model, batch, draws, config), own), flow
 
 
 @pytest.mark.parametrize("size, images", [("bench", 1), ("small", 3), ("one block", 2)])
-def test_activations_of_the_native_bodies(size, images):
+def test_activations_of_the_native_kernels(size, images):
     if missing := backend.why_missing("native"):
         pytest.skip(missing)
     config = from_tree(Config, SIZES[size])
@@ -77,7 +77,7 @@ def test_activations_of_the_native_bodies(size, images):
     predicted = memory.activations(config, "native")
     assert images * predicted.reconstruction + predicted.patch_weight == pytest.approx(reconstruction, rel=MARGIN)
     assert images * predicted.flow == pytest.approx(flow, rel=MARGIN)
-    # With a backward pass after each, the larger of the two is what counts.
+    # Each has its own backward pass, so the peak is the larger of the two.
     assert predicted.peak(images) == pytest.approx(max(reconstruction, flow), rel=MARGIN)
 
 
@@ -96,13 +96,13 @@ def test_activations_of_the_triton_kernels():
     reconstruction, flow = measured(config, 1, "triton")
     predicted = memory.activations(config, "triton")
     assert predicted.padding == 0
-    # Vectors of a sample weigh more where a sequence has four tokens: 1.0 % and 2.5 % measured.
+    # Vectors per sample matter more in a sequence of four tokens: 1.0 % and 2.5 % measured.
     assert predicted.reconstruction + predicted.patch_weight == pytest.approx(reconstruction, rel=2 * MARGIN)
     assert predicted.flow == pytest.approx(flow, rel=5 * MARGIN)
 
 
-def test_padded_weights_count_where_a_width_asks_for_them():
-    """1024 has a hidden width of 2730, from which the weights of L's blocks are padded on a GPU."""
+def test_padded_weights_are_counted_for_widths_that_need_them():
+    """Width 1024 has the hidden width 2730, so the weights of L's blocks are padded on a GPU."""
     config = from_tree(Config, {"model": {"encoder": {"preset": "L"}}})
     with torch.device("meta"):
         parts = [part for part in UNITE(config.model).encoder.modules() if isinstance(part, SwiGLU)]
@@ -112,10 +112,10 @@ def test_padded_weights_count_where_a_width_asks_for_them():
     assert memory.activations(config, "native").padding == 0
 
 
-@pytest.mark.parametrize("body", ["native", "triton"])
+@pytest.mark.parametrize("backend_name", ["native", "triton"])
 @pytest.mark.parametrize("side, dropout", [(32, True), (16, False)])
-def test_activations_and_weights_of_lpips(side, dropout, body):
-    if missing := backend.why_missing(body):
+def test_activations_and_weights_of_lpips(side, dropout, backend_name):
+    if missing := backend.why_missing(backend_name):
         pytest.skip(missing)
     lpips = LPIPS(
         {name: torch.full(shape, 0.01) for name, shape in VGG_SHAPES.items()},
@@ -123,17 +123,17 @@ def test_activations_and_weights_of_lpips(side, dropout, body):
     )
     image, recon = torch.rand(1, 3, side, side), torch.rand(1, 3, side, side, requires_grad=True)
     own = [*lpips.parameters(), *lpips.buffers()]
-    with backend.using(body), torch.autocast("cpu", torch.bfloat16):
+    with backend.using(backend_name), torch.autocast("cpu", torch.bfloat16):
         masks = dropout_masks(Philox(0, 0, torch.arange(1)), tap_shapes(side, side)) if dropout else None
-        kept = kept_bytes(lambda: lpips(image, recon, masks), own)
+        saved = saved_bytes(lambda: lpips(image, recon, masks), own)
     weights = sum(p.numel() for p in lpips.blocks.parameters())
     casts = 2 * sum(p.numel() for p in lpips.blocks.parameters() if p.dim() == 4)
     assert memory.lpips_weights() == 6 * weights
-    assert memory.lpips_activations(side, dropout, body) == pytest.approx(kept - casts, rel=MARGIN)
+    assert memory.lpips_activations(side, dropout, backend_name) == pytest.approx(saved - casts, rel=MARGIN)
 
 
 @pytest.mark.parametrize("muon_dtype", ["float32", "bfloat16"])
-def test_the_training_state_is_what_a_state_holds(tiny_config, muon_dtype):
+def test_the_training_state_is_that_of_a_train_state(tiny_config, muon_dtype):
     tiny_config.optim.muon_dtype = muon_dtype
     state = TrainState(UNITE.create(tiny_config.model, seed=0), tiny_config)
     parameters = list(state.model.parameters())
@@ -141,9 +141,11 @@ def test_the_training_state_is_what_a_state_holds(tiny_config, muon_dtype):
         p.grad = torch.zeros_like(p)
     gradients = sum(p.grad.nbytes for p in parameters)
     state.apply_gradients()
-    held = state.tensors()
-    optimizers = sum(x.nbytes for name, x in held.items() if name.startswith("optim.") and not name.endswith(".step"))
-    averages = sum(x.nbytes for name, x in held.items() if name.startswith("ema."))
+    tensors = state.tensors()
+    optimizers = sum(
+        x.nbytes for name, x in tensors.items() if name.startswith("optim.") and not name.endswith(".step")
+    )
+    averages = sum(x.nbytes for name, x in tensors.items() if name.startswith("ema."))
     expected = memory.State(sum(p.nbytes for p in parameters), gradients, optimizers, averages)
     assert memory.training_state(tiny_config.model) == expected
     assert memory.training_state(tiny_config.model, 4).total == expected.total / 4

@@ -1,4 +1,4 @@
-"""`unite-fast plan`: its arithmetic, and what it prints."""
+"""`unite-fast plan`: its arithmetic and its output."""
 
 import importlib
 import re
@@ -35,20 +35,20 @@ def plan(recipe: str, gpu: str, nodes: int, *overrides: str, per_node: int = 8):
     return make_plan(load_config(recipe, overrides), Cluster(find_gpu(gpu), nodes, per_node))
 
 
-# The time model that this project began with: its work of UNITE-B and its images/s (docs/performance.md, 2026-11-22).
+# The first time model of this project: its work of UNITE-B, and below its images/s (docs/performance.md, 2026-11-22).
 FIRST_WORK = Work(matmul=895e9, convolutions=120e9, bytes=157 * 16384 * 768 + 0.5e9 + 0.07e9, lpips_bytes=0)
 
 
 @pytest.mark.parametrize("gpu, images_per_s", [("h100", 395), ("h200", 442), ("b200", 914)])
-def test_the_time_model_gives_the_figures_it_began_with(gpu, images_per_s):
+def test_the_time_model_gives_the_first_figures(gpu, images_per_s):
     assert 1 / sum(image_seconds(FIRST_WORK, find_gpu(gpu), FAST).values()) == pytest.approx(images_per_s, rel=5e-3)
 
 
-def test_the_work_of_unite_b_is_what_the_first_model_had_but_for_unread_tokens_and_lpips():
+def test_the_work_of_unite_b_differs_from_the_first_model_in_unread_tokens_and_lpips():
     work = predict.image_work(load_config("imagenet256_b"))
     assert work.matmul == pytest.approx(FIRST_WORK.matmul, rel=0.02)
     assert work.convolutions == pytest.approx(FIRST_WORK.convolutions, rel=0.005)
-    # What is made again is written by kernels that read its source anyway: 138 bytes instead of 157.
+    # Kernels that read the inputs anyway write the recomputed tensors: 138 bytes instead of 157.
     saved = (157 - predict.BLOCK_BYTES) * 16384 * 768
     assert work.bytes == pytest.approx(FIRST_WORK.bytes - 0.07e9 - saved, rel=0.04)
     assert work.lpips_bytes == pytest.approx(0.538e9, rel=0.005)
@@ -61,17 +61,17 @@ def test_block_bytes_are_those_of_the_benchmark(monkeypatch):
     assert round(traffic.block_bytes(torch.float32, "triton", recompute=True)) == predict.BLOCK_BYTES
 
 
-class Moved(TorchDispatchMode):
-    """Bytes of the inputs and outputs of operators, convolutions and views left out."""
+class Traffic(TorchDispatchMode):
+    """Counts the bytes of the inputs and outputs of operators, without convolutions and views."""
 
     size = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
-        made = ("detach", "empty", "new_empty", "empty_like", "empty_strided")
-        # The last two are how Triton's interpreter reads and writes.
-        free = function.is_view or name in (*made, "set_", "copy_")
+        allocations = ("detach", "empty", "new_empty", "empty_like", "empty_strided")
+        # Triton's interpreter reads and writes with the last two.
+        free = function.is_view or name in (*allocations, "set_", "copy_")
         if not free and "convolution" not in name:
             tensors = (x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor))
             self.size += sum(x.numel() * x.element_size() for x in tensors)
@@ -85,12 +85,12 @@ def test_lpips_bytes_are_those_of_its_operators():
 
     def moved_bytes(side: int) -> int:
         recon = torch.rand(1, 3, side, side, requires_grad=True)
-        with backend.using("triton"), Moved() as found:
+        with backend.using("triton"), Traffic() as traffic:
             masks = dropout_masks(Philox(0, 0, torch.arange(1)), tap_shapes(side, side))
             with torch.autocast("cpu", torch.bfloat16):
                 lpips(torch.rand(1, 3, side, side), recon, masks).sum().backward()
-        # No operator writes the masks, but a kernel.
-        return found.size + sum(mask.nbytes for mask in masks)
+        # A kernel writes the masks, not an operator.
+        return traffic.size + sum(mask.nbytes for mask in masks)
 
     # The difference of two sizes: casts of weights do not grow with the image.
     assert (moved_bytes(32) - moved_bytes(16)) / (32**2 - 16**2) == pytest.approx(predict.LPIPS_BYTES, rel=0.001)
@@ -100,7 +100,7 @@ def test_collectives_take_the_time_of_their_bytes():
     cluster = Cluster(find_gpu("h100"), nodes=4, gpus_per_node=8)
     links, network = 450e9, 50e9
     one = Collective("all-gather", 8e9, times=3, group=32, overlaps=True)
-    # 7/8 of it by links; across nodes each GPU has an eighth of the 3/4 that other nodes hold.
+    # 7/8 over links; across nodes each GPU receives an eighth of the 3/4 that other nodes hold.
     expected = 3 * (8e9 * 7 / 8 / links + 8e9 * 3 / 4 / 8 / network) / FAST.links
     assert collective_seconds(one, cluster, FAST) == pytest.approx(expected)
     within = Collective("all-gather", 8e9, times=1, group=8, overlaps=True)
@@ -119,56 +119,58 @@ def test_sharding_divides_the_state_and_sends_the_parameters():
     assert {one.name for one in replicated.collectives} == {"all-reduce of gradients", "all-gather of Muon's updates"}
     gathers = [one for one in sharded.collectives if one.name == "all-gather of parameters"]
     assert gathers[0].times == 2 * sharded.micro_steps == 4 and gathers[0].group == 16
-    every, encoder = (flops.parameters(sharded.config.model)[part] for part in ("decoder", "encoder"))
-    assert gathers[0].size == pytest.approx(2 * (every + 2 * encoder), rel=1e-6)
-    kept = plan("imagenet256_xl", "h100", 2, "parallel.strategy=fsdp", "parallel.reshard_after_forward=false")
-    assert kept.collectives[0].times == 1 and kept.collectives[0].size == pytest.approx(2 * (every + encoder), rel=1e-6)
-    assert kept.memory["gathered in bfloat16"] > sharded.memory["gathered in bfloat16"]
+    decoder, encoder = (flops.parameters(sharded.config.model)[part] for part in ("decoder", "encoder"))
+    assert gathers[0].size == pytest.approx(2 * (decoder + 2 * encoder), rel=1e-6)
+    gathered = plan("imagenet256_xl", "h100", 2, "parallel.strategy=fsdp", "parallel.reshard_after_forward=false")
+    assert gathered.collectives[0].times == 1 and gathered.collectives[0].size == pytest.approx(
+        2 * (decoder + encoder), rel=1e-6
+    )
+    assert gathered.memory["gathered in bfloat16"] > sharded.memory["gathered in bfloat16"]
 
 
-def test_one_gpu_sends_nothing():
+def test_one_gpu_does_not_communicate():
     alone = plan("imagenet256_b", "h200", 1, per_node=1)
     assert (alone.strategy, alone.collectives, alone.fast.seconds["communication"]) == ("ddp", [], 0)
     assert "gathered in bfloat16" not in alone.memory
-    every = sum(flops.parameters(alone.config.model).values())
-    assert alone.memory["weights in bfloat16"] == 2 * every
-    # A second set of gradients grows while activations are let go: of few images it is the larger.
+    total = sum(flops.parameters(alone.config.model).values())
+    assert alone.memory["weights in bfloat16"] == 2 * total
+    # A pass's own gradients grow while its activations are freed: with few images they are the larger part.
     assert "gradients of a pass" not in alone.memory
     few = plan("imagenet256_xl", "h200", 1, "train.micro_batch=1", per_node=1)
-    kept, every = memory.activations(few.config), sum(flops.parameters(few.config.model).values())
+    saved, total = memory.activations(few.config), sum(flops.parameters(few.config.model).values())
     left = few.memory["gradients of a pass"]
-    assert left > 1e9 and left == pytest.approx(4 * every - max(kept.reconstruction, kept.flow))
+    assert left > 1e9 and left == pytest.approx(4 * total - max(saved.reconstruction, saved.flow))
 
 
 @pytest.mark.parametrize(
     "gpu, recipe", [("rtx4090", "imagenet256_b"), ("l40s", "imagenet256_l"), ("h100", "imagenet256_xl")]
 )
 def test_the_largest_micro_batch_fits_and_the_next_does_not(gpu, recipe):
-    found = plan(recipe, gpu, 1)
-    room = found.cluster.gpu.memory * 1e9 * (1 - predict.RESERVED)
+    chosen = plan(recipe, gpu, 1)
+    limit = chosen.cluster.gpu.memory * 1e9 * (1 - predict.RESERVED)
     sizes = predict.micro_batches(1024 // 8)
 
     def needed(images: int) -> float:
-        return sum(predict.memory_parts(found.config, found.cluster, found.strategy, images).values())
+        return sum(predict.memory_parts(chosen.config, chosen.cluster, chosen.strategy, images).values())
 
-    place = sizes.index(found.largest_micro_batch)
-    assert place > 0 and needed(found.largest_micro_batch) <= room < needed(sizes[place - 1])
-    assert found.fits == (found.micro_batch <= found.largest_micro_batch)
+    place = sizes.index(chosen.largest_micro_batch)
+    assert place > 0 and needed(chosen.largest_micro_batch) <= limit < needed(sizes[place - 1])
+    assert chosen.fits == (chosen.micro_batch <= chosen.largest_micro_batch)
 
 
-def test_a_gpu_that_is_too_small_is_told():
+def test_a_gpu_that_is_too_small_is_reported():
     tiny = plan("imagenet256_xl", "l4", 1, "parallel.strategy=ddp", "train.micro_batch=128")
     assert not tiny.fits and sum(tiny.memory.values()) > 24e9
 
 
 def test_activations_are_the_larger_of_the_two_passes():
     for recipe in ("imagenet256_b", "imagenet256_xl"):
-        found = plan(recipe, "h200", 1)
-        kept = memory.activations(found.config)
+        chosen = plan(recipe, "h200", 1)
+        saved = memory.activations(chosen.config)
         named = sum(
-            size for name, size in found.memory.items() if name.endswith("activations") or name == "padded weights"
+            size for name, size in chosen.memory.items() if name.endswith("activations") or name == "padded weights"
         )
-        assert named == pytest.approx(kept.peak(found.micro_batch))
+        assert named == pytest.approx(saved.peak(chosen.micro_batch))
 
 
 def test_speed_and_cost_follow_the_machines(command):
@@ -179,23 +181,23 @@ def test_speed_and_cost_follow_the_machines(command):
     assert one.slow.images_per_s < one.fast.images_per_s
     assert one.fast.mfu == pytest.approx(one.fast.images_per_s / 8 * flops.image_flops(one.config) / 989e12)
 
-    told = command("plan", "imagenet256_b", "--gpu", "h100", "--nodes", 4, "--price", 2)
+    ended = command("plan", "imagenet256_b", "--gpu", "h100", "--nodes", 4, "--price", 2)
     hours = 300240 * 1024 / four.fast.images_per_s / 3600
-    assert told.status == 0 and f"{hours * 32:.0f} to" in told.out and f"{hours * 64:.0f} to" in told.out
-    assert "measured" not in told.out
+    assert ended.status == 0 and f"{hours * 32:.0f} to" in ended.out and f"{hours * 64:.0f} to" in ended.out
+    assert "measured" not in ended.out
 
 
-def test_the_command_says_what_is_predicted_and_what_was_measured(command, mentions):
-    told = command("plan", "imagenet256_b", "--gpu", "h200")
-    assert told.status == 0
-    assert re.match(mentions("PREDICTION", "imagenet256_b", "1 x 8 h200"), told.out)
-    assert re.search(mentions(8, "H200", "102.7 images/s"), told.out)
-    found = plan("imagenet256_b", "h200", 1)
-    assert f"{found.slow.images_per_s / 8:.0f} to {found.fast.images_per_s / 8:.0f}" in told.out
-    for part in (*found.memory, *found.fast.seconds):
-        assert f"  {part} " in told.out
-    assert re.search(mentions("bound", found.fast.bound_by), told.out) and "assumptions\n" in told.out
-    # Another objective is another work: what was measured does not belong beside it.
+def test_the_output_separates_predictions_from_measurements(command, mentions):
+    ended = command("plan", "imagenet256_b", "--gpu", "h200")
+    assert ended.status == 0
+    assert re.match(mentions("PREDICTION", "imagenet256_b", "1 x 8 h200"), ended.out)
+    assert re.search(mentions(8, "H200", "102.7 images/s"), ended.out)
+    chosen = plan("imagenet256_b", "h200", 1)
+    assert f"{chosen.slow.images_per_s / 8:.0f} to {chosen.fast.images_per_s / 8:.0f}" in ended.out
+    for part in (*chosen.memory, *chosen.fast.seconds):
+        assert f"  {part} " in ended.out
+    assert re.search(mentions("bound", chosen.fast.bound_by), ended.out) and "assumptions\n" in ended.out
+    # With another objective the measured speed does not apply.
     assert "102.7" not in command("plan", "imagenet256_b", "--gpu", "h200", "--", "objective.flow_draws=14").out
 
 
@@ -214,6 +216,6 @@ def test_mistakes_are_named(command, arguments, tokens):
     command("plan", *arguments).error(*tokens)
 
 
-def test_an_unknown_format_is_an_error_of_the_library_too():
+def test_an_unknown_format_is_also_an_error_of_the_library():
     with pytest.raises(UserError, match="--data"):
         make_plan(load_config("imagenet256_b"), Cluster(find_gpu("h100"), 1, 8), "floppy")
