@@ -8,7 +8,7 @@ the same code on the same numbers.
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from unite_fast.kernels import backend, native, tensors
 
 _library = torch.library.Library("unite_fast", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
+_NOT_PASSED = (torch.dtype, type(None))
 
 Results = tuple[Tensor, ...]
 
@@ -59,20 +60,22 @@ def native_backend(name: str, fake_forward: Callable[..., Results], fake_backwar
     """The C++ functions NAME_forward and NAME_backward of an op whose first output and first gradient are [B, T, D].
 
     Their arguments are B, T and D, the inputs and the outputs in the order of the op, as `native.run` passes them;
-    dtypes are left out. An incoming gradient that is None is passed as zeros [B, T, D].
+    dtypes and None are left out. An incoming gradient that is None is passed as zeros [B, T, D].
     """
+
+    def converted(inputs: Iterable) -> list:
+        return [tensors.as_input(v) if isinstance(v, Tensor) else v for v in inputs if not isinstance(v, _NOT_PASSED)]
 
     def forward(*inputs):
         outputs = fake_forward(*inputs)
-        numbers = (value for value in inputs if not isinstance(value, torch.dtype | None))
-        native.run(f"{name}_forward", *outputs[0].shape, *numbers, *outputs)
+        native.run(f"{name}_forward", *outputs[0].shape, *converted(inputs), *outputs)
         return outputs
 
     def backward(*inputs):
         gradients = fake_backward(*inputs)
         shape, like = gradients[0].shape, gradients[0]
         inputs = (tensors.gradient_or_zeros(None, shape, like) if value is None else value for value in inputs)
-        native.run(f"{name}_backward", *shape, *inputs, *gradients)
+        native.run(f"{name}_backward", *shape, *converted(inputs), *gradients)
         return gradients
 
     return Backend(forward, backward)

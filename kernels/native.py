@@ -5,7 +5,7 @@ an error, never a silent fallback.
 """
 
 import hashlib
-from itertools import chain
+import warnings
 from pathlib import Path
 
 import torch
@@ -21,21 +21,33 @@ def _hash_of_sources() -> str:
     return hashlib.sha256(hashes.encode()).hexdigest() if files else ""
 
 
-_missing = ""
 try:
     from unite_fast.kernels import _native  # pyright: ignore[reportAttributeAccessIssue]  # built from csrc/
 
-    if _hash_of_sources() not in ("", getattr(_native, "sources", None)):
-        _missing = (
-            "unite_fast.kernels._native was built from other C++ sources than these; rebuild it with "
-            "`pip install -e . --no-deps`, or as CONTRIBUTING.md says"
-        )
+    _import_error = ""
 except ImportError as error:
     # It was never built, or it was built for another Python or against a library that is gone. The text says which.
-    _missing = (
-        f"unite_fast.kernels._native cannot be imported ({error}); install a C++ compiler and the Python headers, "
-        "then reinstall unite-fast with `pip install -v` to see the build"
+    _native, _import_error = None, str(error)
+
+
+def _why_missing() -> str:
+    if _native is None:
+        return (
+            f"unite_fast.kernels._native cannot be imported ({_import_error}); install a C++ compiler and the Python "
+            "headers, then reinstall unite-fast with `pip install -v` to see the build"
+        )
+    if _hash_of_sources() in ("", getattr(_native, "sources", None)):
+        return ""
+    stale = (
+        "unite_fast.kernels._native was built from other C++ sources than these; rebuild it with "
+        "`pip install -e . --no-deps`, or as CONTRIBUTING.md says"
     )
+    # Somebody has built it, so the backend `auto` must not replace it by `reference` without a word.
+    warnings.warn(stale, stacklevel=2)
+    return stale
+
+
+_missing = _why_missing()
 
 
 def available() -> bool:
@@ -71,14 +83,12 @@ def heads(x: Tensor) -> tuple[int, int, int, int]:
 
 def run(name: str, *arguments: int | float | Tensor) -> None:
     """Call a C++ function with torch's number of threads. A tensor of three dimensions is passed as `rows`, of two as
-    `vectors`, and a weight [D] as the address of its float32 numbers; other tensors must be passed as numbers."""
-    dense = [_dense(x) if isinstance(x, Tensor) else x for x in arguments]  # alive until the call returns
-    numbers = (_PASSED_AS[x.dim()](x) if isinstance(x, Tensor) else (x,) for x in dense)
-    getattr(_native, name)(*chain.from_iterable(numbers), torch.get_num_threads())
-
-
-def _dense(x: Tensor) -> Tensor:
-    return tensors.as_float32(x) if x.dim() == 1 else tensors.as_supported(x)
+    `vectors`, of one as its address: each must come from `tensors.as_input` or be an output that a fake allocated.
+    Other tensors must be passed as numbers."""
+    numbers = []
+    for x in arguments:
+        numbers += _PASSED_AS[x.dim()](x) if isinstance(x, Tensor) else (x,)
+    getattr(_native, name)(*numbers, torch.get_num_threads())
 
 
 _PASSED_AS = {1: lambda x: (x.data_ptr(),), 2: vectors, 3: rows}

@@ -61,6 +61,11 @@ def as_supported(x: Tensor) -> Tensor:
     return dense(x if x.dtype in DTYPES else x.float())
 
 
+def as_input(x: Tensor) -> Tensor:
+    """x as the fast backends read an input: a weight [D] `as_float32`, all else `as_supported`."""
+    return as_float32(x) if x.dim() == 1 else as_supported(x)
+
+
 def gradient_or_zeros(incoming: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """An incoming gradient with a dense last dimension. None (output unused) becomes zeros in `like`'s dtype, expanded
     from one row so that no full tensor is allocated."""

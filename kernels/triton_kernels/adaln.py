@@ -299,8 +299,7 @@ def _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, rstd, s
 
 
 def _vectors(x):
-    """x in a dtype that the kernels load, with a dense last dimension; a weight in float32."""
-    return None if x is None else tensors.as_float32(x) if x.dim() == 1 else tensors.as_supported(x)
+    return None if x is None else tensors.as_input(x)
 
 
 def _two(x):

@@ -1,4 +1,6 @@
-"""The C++ words against those of unite_fast/randomness.py: bit by bit, since a run is defined by them."""
+"""Whether the extension can be used, and its Philox words against those of unite_fast/randomness.py, bit by bit."""
+
+import re
 
 import pytest
 import torch
@@ -17,8 +19,16 @@ def test_availability_and_reason_agree():
 
 @pytest.mark.skipif(native.available(), reason="the extension is built")
 def test_a_missing_extension_is_an_error_that_says_why():
-    with pytest.raises(RuntimeError, match="install a C\\+\\+ compiler"):
+    with pytest.raises(RuntimeError, match=re.escape(native.reason())):
         native.philox_words(0, 0, 0, 0, torch.arange(2), 4)
+
+
+@needs_native
+def test_a_build_from_other_sources_is_missing_and_warns(monkeypatch):
+    """Otherwise, after an edit of C++, `auto` would train on the reference without a word."""
+    monkeypatch.setattr(native._native, "sources", "of another build")
+    with pytest.warns(UserWarning, match=re.escape("pip install -e . --no-deps")) as warned:
+        assert native._why_missing() == str(warned[0].message)
 
 
 @needs_native
