@@ -1,5 +1,5 @@
-"""What the compiler makes of every Triton kernel, with no GPU: registers, spills, shared memory, width of global
-accesses and occupancy, at the shapes of UNITE-B, L and XL.
+"""Compile every Triton kernel without a GPU, at the shapes of UNITE-B, L and XL, and list registers, spills, shared
+memory, width of global accesses and occupancy.
 
 The launchers of kernels/triton_kernels run on tensors without memory while a stand-in for the CUDA driver names the
 target, and Triton compiles each launch as it would on that GPU (types, constants, strides, alignment) and starts
@@ -26,19 +26,25 @@ from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from traffic import residual_dtypes
 
-from unite_fast.kernels import registry
-from unite_fast.kernels.registry import OPS
+from unite_fast.kernels.registry import OPS, Op, Size, empty
 from unite_fast.lpips import tap_shapes
 
 BATCH = 64
 TOKENS = (544, 288)
-"""Of the tokenizer pass and of a flow draw, in-context tokens included."""
+"""Tokens of the tokenizer pass and of a flow draw, in-context tokens included."""
 DRAWS, LATENT = 3, (256, 32)
+SIZES = {
+    "B": Size(BATCH, TOKENS[0], 768, heads=12, head_dim=64, hidden=2048),
+    "L": Size(BATCH, TOKENS[0], 1024, heads=16, head_dim=64, hidden=2752),
+    "XL": Size(BATCH, TOKENS[0], 1152, heads=16, head_dim=72, hidden=3072),
+}
+"""Encoder blocks; hidden widths are padded as the model pads them."""
 LARGE = 0.1
 """A tensor of less than this share of a kernel's largest is statistics, weights or partial sums, not real traffic."""
 
@@ -50,26 +56,13 @@ EXAMPLES = """examples:
 
 
 @dataclass(frozen=True)
-class Size:
-    """Of an encoder block."""
-
-    width: int
-    heads: int
-    hidden: int
-    """Of SwiGLU, padded as the model pads it."""
-
-
-SIZES = {"B": Size(768, 12, 2048), "L": Size(1024, 16, 2752), "XL": Size(1152, 16, 3072)}
-
-
-@dataclass(frozen=True)
 class Arch:
-    """What a streaming multiprocessor holds at most; CUDA C++ programming guide, table of compute capabilities."""
+    """Limits of a streaming multiprocessor; CUDA C++ programming guide, table of compute capabilities."""
 
     warps: int
     blocks: int
     shared: int
-    """Bytes, 1024 of which each block loses to the system."""
+    """Bytes of shared memory. The system takes 1024 of them for each block."""
 
 
 ARCHS = {
@@ -79,11 +72,7 @@ ARCHS = {
     120: Arch(48, 24, 100 * 1024),
 }
 REGISTERS = 65536
-"""Of a multiprocessor, handed out to warps in units of 256."""
-
-
-def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+"""Registers of a multiprocessor; a warp gets a multiple of 256."""
 
 
 def cases(op: str) -> Iterator[tuple[dict, tuple]]:
@@ -92,34 +81,32 @@ def cases(op: str) -> Iterator[tuple[dict, tuple]]:
     if op == "draws":
         yield {"shape": f"images {BATCH}x256x256", "dtypes": "float32"}, ()
     elif op.endswith("layer_norm"):
-        x, weight = empty(BATCH, 257, 768, dtype=torch.float32), empty(768, dtype=torch.float32)
-        branch = (empty(BATCH, 257, 768),) if op.startswith("residual") else ()
+        x, weight = empty(BATCH, 257, 768), empty(768)
+        branch = (empty(BATCH, 257, 768, dtype=half),) if op.startswith("residual") else ()
         inputs = x, *branch, weight, weight, 1e-12, half
         yield {"shape": f"decoder {BATCH}x257", "dtypes": "float32"}, inputs
     else:
         for shape, size in sizes(OPS[op]):
-            inputs = OPS[op].inputs(OPS[op].example(size, registry.empty))
+            inputs = OPS[op].inputs(OPS[op].example(size, empty))
             yield {"shape": shape, "dtypes": str(size.residual).removeprefix("torch.")}, inputs
 
 
-def sizes(op: registry.Op) -> Iterator[tuple[str, registry.Size]]:
-    """The sizes of an op by name. All is bfloat16 but the residual, weights and tables."""
+def sizes(op: Op) -> Iterator[tuple[str, Size]]:
+    """The sizes of an op by name. Everything is bfloat16 except the residual, weights and tables."""
     half = torch.bfloat16
     if op.part == "latents":
         draws, (tokens, channels) = DRAWS, LATENT
-        size = registry.Size(BATCH, tokens, channels, draws=draws, residual=half)
+        size = Size(BATCH, tokens, channels, draws=draws, residual=half)
         yield f"latents {draws}x{BATCH}x{tokens}x{channels}", size
     elif op.part == "lpips":
         for layer, (channels, height, width) in enumerate(tap_shapes(256, 256)):
-            size = registry.Size(BATCH, height * width, channels, residual=half)
+            size = Size(BATCH, height * width, channels, residual=half)
             yield f"tap{layer} {BATCH}x{channels}x{height}x{width}", size
     else:
-        for name, s in SIZES.items():
+        for name, size in SIZES.items():
             for tokens in TOKENS:
-                for residual in (half, torch.float32) if op.reads_residual else (half,):
-                    heads = s.heads, s.width // s.heads
-                    size = registry.Size(BATCH, tokens, s.width, *heads, s.hidden, residual=residual)
-                    yield f"{name} {BATCH}x{tokens}", size
+                for residual in residual_dtypes(op):
+                    yield f"{name} {BATCH}x{tokens}", replace(size, tokens=tokens, residual=residual)
 
 
 def triton_modules() -> dict:
@@ -131,7 +118,7 @@ def triton_modules() -> dict:
 
 def ops() -> list[str]:
     """Everything with a Triton kernel of its own: ops, the norms inside Linears, and the draws."""
-    of_blocks = (name for name, op in OPS.items() if op.part != "linear" and "triton" in op.fused.backends)
+    of_blocks = (name for name, op in OPS.items() if op.part != "composed" and "triton" in op.fused.backends)
     return [*of_blocks, "layer_norm", "residual_layer_norm", "draws"]
 
 

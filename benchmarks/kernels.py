@@ -2,12 +2,12 @@
 
 All backends of a case run in one process on the same numbers, a round of each in turn. A round is the forward pass on
 each of several copies of the inputs, then the backward pass on each: together the copies are larger than the cache,
-and the backward pass finds as little there as in a training step. `both` is their sum. A forward pass keeps what its
-backward pass needs, and making room for results is part of the time, as it is in training. The eager and the compiled
-noise_injection take their random words from C++ or, on a CUDA device, from PyTorch.
+and the backward pass finds as little there as in a training step. `both` is their sum. As in training, a forward pass
+saves what backward needs, and the times include allocations. The eager and the compiled noise_injection take their
+random words from C++ or, on a CUDA device, from PyTorch.
 
-The share is that of the bandwidth of a large copy on the same threads, by the bytes that the op must move (traffic.py),
-whatever the backend moves beyond them. latents are those of 3 flow draws, 256 tokens of 32 channels.
+The share is that of the bandwidth of a large copy on the same threads. It counts the bytes that the op must move
+(traffic.py), even if a backend moves more. Latents are of 3 flow draws, with 256 tokens of 32 channels.
 
 On a CUDA device the clock is that of CUDA events; each round begins behind a long wait, so that the host is ahead. No
 machine with such a device has run this yet.
@@ -15,14 +15,10 @@ machine with such a device has run this yet.
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from statistics import median, quantiles
 from typing import NamedTuple
 
@@ -30,7 +26,9 @@ import torch
 import traffic
 from torch import Tensor
 
+from unite_fast.benchmarking import machine
 from unite_fast.kernels import backend, registry
+from unite_fast.kernels.fused_op import as_tuple
 from unite_fast.randomness import Philox
 
 EXAMPLES = """examples:
@@ -67,8 +65,8 @@ class Case(NamedTuple):
         return f"{self.op.name} {self.shape} {self.dtypes}"
 
     @property
-    def bytes(self) -> registry.Traffic:
-        return self.op.traffic(self.size)
+    def bytes(self) -> traffic.Traffic:
+        return traffic.op_traffic(self.op, self.size)
 
     def draw(self) -> dict:
         """New arguments of the op; those that get a gradient require it."""
@@ -107,7 +105,7 @@ def cases(names: Iterable[str], shapes: list[tuple[int, int, int]], device: torc
                 shape = f"latents {size.draws}x{b}x{LATENT_TOKENS}x{CHANNELS}"
                 yield Case(op, size, shape, name(half), device)
                 continue
-            for residual in (torch.float32, half) if op.reads_residual else (half,):
+            for residual in traffic.residual_dtypes(op):
                 size = registry.Size(b, t, d, d // HEAD_DIM, HEAD_DIM, hidden=8 * d // 3, residual=residual)
                 dtypes = name(half) if residual == half else f"{name(residual)} residual, {name(half)}"
                 yield Case(op, size, f"{b}x{t}x{d}", dtypes, device)
@@ -135,13 +133,8 @@ def copies(case: Case) -> list[Copy]:
     return made
 
 
-def as_tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return results if isinstance(results, tuple) else (results,)
-
-
-def one_round(backend_name: tuple[Callable, str], rotated: list[Copy]) -> tuple[list[float], list[float]]:
+def one_round(call: Callable, setting: str, rotated: list[Copy]) -> tuple[list[float], list[float]]:
     """Milliseconds of the forward and of the backward pass on each copy."""
-    call, setting = backend_name
     device = rotated[0].leaves[0].device
     results, marks = [], {"forward": [], "backward": []}
     with backend.using(setting):
@@ -177,19 +170,19 @@ def milliseconds(start: float | torch.cuda.Event, end: float | torch.cuda.Event)
 
 
 def measure(
-    case: Case, device: torch.device, seconds: float, compiled: bool = True, warm_up: float = WARM_UP
+    case: Case, seconds: float, compiled: bool = True, warm_up: float = WARM_UP
 ) -> dict[str, dict[str, list[float]]]:
     """Milliseconds of all calls, by backend and way."""
     torch.compiler.reset()
     rotated, backends = copies(case), case.backends(compiled)
-    for backend_name in backends.values():
-        one_round(backend_name, rotated[:1])
-        until(warm_up, lambda backend_name=backend_name: one_round(backend_name, rotated))
+    for call, setting in backends.values():
+        one_round(call, setting, rotated[:1])
+        until(warm_up, partial(one_round, call, setting, rotated))
     times = {backend_name: {way: [] for way in WAYS} for backend_name in backends}
 
     def each_in_turn() -> None:
         for backend_name, ways in times.items():
-            forward, backward = one_round(backends[backend_name], rotated)
+            forward, backward = one_round(*backends[backend_name], rotated)
             ways["forward"] += forward
             ways["backward"] += backward
             ways["both"] += map(sum, zip(forward, backward, strict=True))
@@ -198,7 +191,7 @@ def measure(
     return times
 
 
-def until(seconds: float, work: Callable[[], None]) -> None:
+def until(seconds: float, work: Callable[[], object]) -> None:
     """Repeat for so long, and twice at least."""
     end, done = time.perf_counter() + seconds, 0
     while done < 2 or time.perf_counter() < end:
@@ -221,7 +214,7 @@ def copy_bandwidth(device: torch.device, seconds: float = 2.0) -> float:
 
 
 def rows(case: Case, times: dict[str, dict[str, list[float]]], bandwidth: float, facts: dict) -> list[dict]:
-    """Lines of the table, a way after the other."""
+    """Rows of the table: all backends forward, then backward, then both."""
     measured = []
     moved = {**case.bytes._asdict(), "both": sum(case.bytes)}
     for way in WAYS:
@@ -248,35 +241,12 @@ def rows(case: Case, times: dict[str, dict[str, list[float]]], bandwidth: float,
 
 
 def surroundings(device: torch.device, bandwidth: float) -> dict:
-    """What a figure depends on besides its case."""
-    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-        "copy_gb_per_s": round(bandwidth / 1e9, 2),
+    """The machine, and how fast it copies."""
+    return machine.describe(device) | {
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": installed("triton"),
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
+        "copy_gb_per_s": round(bandwidth / 1e9, 2),
     }
-
-
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def commit() -> str | None:
-    """Of these sources, with `-dirty` where they were changed; None where git does not know them."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        asked = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return asked.stdout.strip() or None
 
 
 def table(measured: list[dict]) -> str:
@@ -328,7 +298,7 @@ def main() -> int:
     shapes = options.shape or [parse_shape(SHAPES[options.device])]
     for case in cases(options.op or OPS, shapes, device):
         print(case.title, file=sys.stderr)
-        measured += rows(case, measure(case, device, options.seconds, not options.no_compiled), bandwidth, facts)
+        measured += rows(case, measure(case, options.seconds, not options.no_compiled), bandwidth, facts)
     print(json.dumps(measured, indent=1) if options.json else table(measured))
     if not options.json:
         print(", ".join(f"{key} {value}" for key, value in facts.items()))

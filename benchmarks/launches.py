@@ -8,7 +8,7 @@ runs on tensors without memory, and two things are counted:
   number where it depends on shapes, and `_foreach_*` start one for each `FOREACH_CHUNKS` chunks of 2^16 elements and
   each `FOREACH_TENSORS` tensors.
 - every launch of a Triton kernel of ours. The launchers of kernels/triton_kernels run as they are, inside our operators
-  too (their eager way, see kernels/fused_op.py), and a stub takes the launch.
+  too (through the eager path of kernels/fused_op.py), and a stub takes the launch.
 
 Eager mode: torch.compile would fuse some of the operators. Copies of the batch from the host are left out, and so are
 the memsets that cuBLAS, cuDNN and sums over many rows may add. Where torch sees no CUDA device, the tensors are on the
@@ -133,7 +133,7 @@ def kernels_of(function: torch._ops.OpOverload, args: tuple, kwargs: dict, out: 
     """The kernels that one call of an operator starts; see the module's docstring."""
     name = function.overloadpacket.__name__
     if function.namespace == "unite_fast":
-        raise AssertionError(f"{function} was counted as one: its body did not run")
+        raise AssertionError(f"{function} was counted as one launch: its backend did not run")
     results = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
     computes = any(x.numel() for x in results) if results else function._schema.is_mutable
     if function.is_view or name in NOTHING or not computes:
@@ -156,7 +156,7 @@ def triton_stubbed(launches: Launches) -> Iterator[None]:
     from triton.runtime.jit import JITFunction
 
     def run(self, *args, grid, warmup, **named):
-        # A kernel writes where it can; the dispatcher needs to know nothing of it.
+        # Fake tensors hold no numbers that a kernel could write.
         launches.add(self.__name__)
 
     with mock.patch.object(InterpretedFunction, "run", run), mock.patch.object(JITFunction, "run", run):
@@ -165,7 +165,7 @@ def triton_stubbed(launches: Launches) -> Iterator[None]:
 
 @contextmanager
 def as_on_a_gpu(device: str) -> Iterator[None]:
-    """Tensors on the CPU take the ways that those on a GPU take."""
+    """Tensors on the CPU run on the backends and matmuls of a GPU."""
     weights = SwiGLU.weights
     with contextlib.ExitStack() as stack:
         stack.enter_context(backend.using("triton"))

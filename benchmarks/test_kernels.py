@@ -15,6 +15,7 @@ import torch
 
 import kernels as bench
 from unite_fast.kernels import backend
+from unite_fast.kernels.fused_op import as_tuple
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = bench.parse_shape(bench.SHAPES[DEVICE.type])
@@ -45,7 +46,7 @@ def test_op(prepared, backend_name, way, benchmark):
     call, setting = prepared.backends[backend_name]
 
     def forward(copy):
-        return bench.as_tuple(call(**copy.arguments)), copy.leaves, copy.incoming
+        return as_tuple(call(**copy.arguments)), copy.leaves, copy.incoming
 
     def both(copy):
         return finish(torch.autograd.grad(*forward(copy)))

@@ -1,7 +1,6 @@
 """Bytes that the ops of one encoder block must read and write: every tensor that a pass takes or returns, once.
 
-`unite_fast.kernels.registry` counts one op. Per (token x channel) of a block, with r bytes per element of the residual
-and 2 of everything else:
+Per (token x channel) of a block, with r bytes per element of the residual and 2 of everything else:
 
     gated_residual_adaln          forward r + 2 -> r + 2;  backward r + 2 + r + 2 -> r + 2            5 r + 10
     gated_residual_norm_adaln     the same                                                            5 r + 10
@@ -20,9 +19,13 @@ residual that is 6 + 16 + 8 = 30 more. The Triton kernels of the backward passes
 inputs anyway and write the result too (2 and 8/3 of 2): 7.33 more.
 """
 
-import torch
+from collections.abc import Callable
+from typing import NamedTuple
 
-from unite_fast.kernels.registry import OPS, Size
+import torch
+from torch import Tensor
+
+from unite_fast.kernels.registry import OPS, Op, Size, empty
 
 TARGET = 130
 """For a block with a float32 residual."""
@@ -36,12 +39,53 @@ RETURNED_BY_BACKWARD = ("gated_residual_adaln", "swiglu")
 BACKENDS = ("native", "triton")
 
 
+class Traffic(NamedTuple):
+    """Bytes of the two passes of an op."""
+
+    forward: int
+    backward: int
+
+
+def _unread_v(size: Size) -> Traffic:
+    """The operator copies v, which an eager call returns as a view of qkv; backward takes v with qkv, but reads only q
+    and k."""
+    v = size.batch * size.tokens * size.heads * size.head_dim * size.other.itemsize
+    return Traffic(forward=2 * v, backward=v)
+
+
+UNREAD: dict[str, Callable[[Size], Traffic]] = {"qk_norm_rope": _unread_v}
+"""Bytes of tensors that a pass takes or returns but does not touch."""
+
+
+def op_traffic(op: Op, size: Size) -> Traffic:
+    """Bytes that an op must read and write: every tensor that a pass takes or returns, once. What a backend writes and
+    reads between two of its own kernels, such as partial sums of gradients, is not counted."""
+    inputs = op.inputs(op.example(size, empty))
+    outputs = op.fused.fake_forward(*inputs)
+    backward_inputs = *outputs[: op.fused.results], *op.fused.saved(inputs, outputs)
+    gradients = op.fused.fake_backward(*backward_inputs)
+    unread = UNREAD[op.name](size) if op.name in UNREAD else Traffic(0, 0)
+    return Traffic(_nbytes(*inputs, *outputs) - unread.forward, _nbytes(*backward_inputs, *gradients) - unread.backward)
+
+
+def _nbytes(*values) -> int:
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+
+def residual_dtypes(op: Op) -> tuple[torch.dtype, ...]:
+    """Dtypes of the residual stream to measure an op with; bfloat16 alone if it has no such input."""
+    size = Size(1, 2, 4, heads=2, head_dim=2, hidden=2, residual=torch.float64)
+    inputs = op.inputs(op.example(size, empty))
+    reads_residual = any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in inputs)
+    return (torch.float32, torch.bfloat16) if reads_residual else (torch.bfloat16,)
+
+
 def block_bytes(residual: torch.dtype, backend: str = "native", recompute: bool = False) -> float:
     """Bytes per (token x channel) of the elementwise and norm work of one block, forward and backward: each op once, or
     with what the model recomputes."""
     b, t, d, hidden, other = 64, 544, 768, 2048, torch.bfloat16
     size = Size(b, t, d, heads=12, head_dim=64, hidden=hidden, residual=residual, other=other)
-    moved = {name: OPS[name].traffic(size) for name in {*BLOCK_OPS, *RECOMPUTED}}
+    moved = {name: op_traffic(OPS[name], size) for name in {*BLOCK_OPS, *RECOMPUTED}}
     total = sum(sum(moved[name]) for name in BLOCK_OPS)
     if backend == "triton":
         total += 2 * b * t * d * other.itemsize  # v is copied

@@ -134,6 +134,6 @@ register(
     attention_ref,
     attention_op,
     example=lambda size, new: qk_inputs(size, new) | {"token_range": (1, size.tokens)},
-    part="linear",
+    part="composed",
     op_inputs=_op_inputs,
 )

@@ -511,7 +511,7 @@ def _register(function: Callable, fused: FusedOp, names: str, **constants) -> No
         None,
         fused,
         example=lambda size, new: _example(size, new, names) | constants,
-        part="linear",
+        part="composed",
         op_inputs=lambda **example: (*example.values(), torch.bfloat16)[: len(fused.op._schema.arguments)],
     )
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from unite_fast.kernels import backend, native, tensors
 from unite_fast.kernels.fused_op import Backend, FusedOp, triton_backend
-from unite_fast.kernels.registry import New, Size, Traffic, register
+from unite_fast.kernels.registry import New, Size, register
 from unite_fast.kernels.tensors import argument_error, rms_norm, upcast
 
 
@@ -186,17 +186,9 @@ def qk_inputs(size: Size, new: New) -> dict:
     }
 
 
-def _unread(size: Size) -> Traffic:
-    """The operator copies v, which an eager call returns as a view of qkv; backward takes v with qkv, but reads only q
-    and k."""
-    v = size.batch * size.tokens * size.heads * size.head_dim * size.other.itemsize
-    return Traffic(forward=2 * v, backward=v)
-
-
 register(
     qk_norm_rope,
     qk_norm_rope_ref,
     qk_norm_rope_op,
     example=lambda size, new: qk_inputs(size, new) | {"eps": 1e-6},
-    unread=_unread,
 )

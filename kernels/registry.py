@@ -3,7 +3,7 @@ its entry with `register`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,13 +35,6 @@ class Size:
     weights: torch.dtype = torch.float32
 
 
-class Traffic(NamedTuple):
-    """Bytes that the two passes of an op must read and write."""
-
-    forward: int
-    backward: int
-
-
 @dataclass(frozen=True)
 class Op:
     """What the walkers of `OPS` need to know of one op."""
@@ -53,15 +46,14 @@ class Op:
     fused: FusedOp
     example: Callable[[Size, New], dict[str, Any]]
     """(size, new) -> keyword arguments of the function."""
-    part: Literal["block", "latents", "linear", "lpips"] = "block"
-    """Where the model uses it. An op of a block has results [B, T, ...] or [B, H, T, K], and
-    tests/kernels/test_fused_op.py compares it with its reference; ops of blocks and latents are benchmarked."""
+    part: Literal["block", "latents", "composed", "lpips"] = "block"
+    """Where the model uses it; "composed": made of other ops, with no kernel of its own. An op of a block has results
+    [B, T, ...] or [B, H, T, K], and tests/kernels/test_fused_op.py compares it with its reference; ops of blocks and
+    latents are benchmarked."""
     roundings: int = 1
     """Roundings to bfloat16 between an input and a result when everything is bfloat16."""
     op_inputs: Callable[..., tuple] | None = None
     """(**example) -> inputs of `fused`; by default the arguments of the same names."""
-    unread: Callable[[Size], Traffic] | None = None
-    """Bytes of tensors that a pass takes or returns but does not touch."""
 
     @property
     def name(self) -> str:
@@ -73,29 +65,11 @@ class Op:
         count = len(self.fused.backward_op._schema.returns)
         return [argument.name for argument in self.fused.op._schema.arguments[:count]]
 
-    @property
-    def reads_residual(self) -> bool:
-        """Whether an input has the dtype of the residual stream."""
-        size = Size(1, 2, 4, heads=2, head_dim=2, hidden=2, residual=torch.float64)
-        return any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in self.inputs(self.example(size, empty)))
-
     def inputs(self, example: dict[str, Any]) -> tuple:
         """The inputs of `fused` in a call of the function with `example`."""
         if self.op_inputs:
             return self.op_inputs(**example)
         return tuple(example[argument.name] for argument in self.fused.op._schema.arguments)
-
-    def traffic(self, size: Size) -> Traffic:
-        """Bytes at a size: every tensor that a pass takes or returns, once. What a backend writes and reads between two
-        of its own kernels, such as partial sums of gradients, is not counted."""
-        inputs = self.inputs(self.example(size, empty))
-        outputs = self.fused.fake_forward(*inputs)
-        backward_inputs = *outputs[: self.fused.results], *self.fused.saved(inputs, outputs)
-        gradients = self.fused.fake_backward(*backward_inputs)
-        unread = self.unread(size) if self.unread else Traffic(0, 0)
-        return Traffic(
-            _nbytes(*inputs, *outputs) - unread.forward, _nbytes(*backward_inputs, *gradients) - unread.backward
-        )
 
 
 OPS: dict[str, Op] = {}
@@ -110,7 +84,3 @@ def register(function: Callable[..., Any], reference: Callable[..., Any] | None,
 def empty(*shape: int, dtype: torch.dtype = torch.float32, around: float = 0.0) -> Tensor:
     """A tensor without data, for `Op.example`."""
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _nbytes(*values) -> int:
-    return sum(value.nbytes for value in values if isinstance(value, Tensor))

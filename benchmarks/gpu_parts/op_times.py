@@ -44,7 +44,7 @@ def measure(c: Context) -> None:
 
 
 def one_case(c: Context, case, bandwidth: float) -> None:
-    times = bench.measure(case, c.device, 0.02 if c.tiny else SECONDS, compiled=False, warm_up=0.02 if c.tiny else 0.1)
+    times = bench.measure(case, 0.02 if c.tiny else SECONDS, compiled=False, warm_up=0.02 if c.tiny else 0.1)
     facts = {}
     for place, way in enumerate(("forward", "backward")):
         ours, eager = (statistics.median(times[backend_name][way]) for backend_name in (c.backend_name, "eager"))

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from unite_fast.kernels import backend, native
+from unite_fast.kernels.fused_op import as_tuple
 from unite_fast.kernels.registry import OPS, Size
 from unite_fast.model.generative_encoder import Block
 from unite_fast.model.layers import rope_table
@@ -55,25 +56,25 @@ class Counting(TorchDispatchMode):
 
 @needs_native
 @pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.part in ("block", "latents")])
-def test_each_tensor_of_an_op_is_counted_once(name, bench):
+def test_each_tensor_of_an_op_is_counted_once(name, bench, traffic):
     for case in bench.cases([name], [(2, 5, 192)], CPU):
         arguments = case.draw()
         leaves = [arguments[name] for name in case.op.gradients]
         with backend.using("native"), Counting() as counted:
-            results = bench.as_tuple(case.op.function(**arguments))
+            results = as_tuple(case.op.function(**arguments))
             torch.autograd.grad(results, leaves, [torch.ones_like(result) for result in results])
-        unread = case.op.unread(case.size) if case.op.unread else (0, 0)
+        unread = traffic.UNREAD[name](case.size) if name in traffic.UNREAD else (0, 0)
         moved = [sum(both) for both in zip(case.bytes, unread, strict=True)]
         assert counted.moved == {name: moved[0], f"{name}_backward": moved[1]}
 
 
-def test_v_is_not_counted_in_qk_norm_rope():
+def test_v_is_not_counted_in_qk_norm_rope(traffic):
     size = Size(2, 5, 192, heads=3, head_dim=64)
     q = k = v = 2 * 5 * 192 * 2
     weights, tables, rstd = 2 * 64 * 4, 2 * 5 * 32 * 4, 2 * 5 * 2 * 3 * 4
     forward = (q + k + weights + tables) + (q + k + rstd)
     backward = (q + k + v) + (q + k + weights + tables + rstd) + (q + k + v + weights)
-    assert OPS["qk_norm_rope"].traffic(size) == (forward, backward)
+    assert traffic.op_traffic(OPS["qk_norm_rope"], size) == (forward, backward)
 
 
 @pytest.fixture(params=["native", "triton"])

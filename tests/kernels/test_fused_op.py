@@ -174,7 +174,7 @@ def test_an_incoming_gradient_is_left_as_it_was(case):
 @pytest.mark.parametrize("shape", [(0, 5, 42), (3, 0, 42), (0, 0, 42)])
 def test_no_samples_and_no_tokens(case, shape):
     op, reference, inputs = case(*shape)
-    ours, want = (run(backend_name, list(inputs.values())) for backend_name in (op, reference))
+    ours, want = (run(function, list(inputs.values())) for function in (op, reference))
     assert_same(ours, want)
 
 
@@ -231,7 +231,7 @@ def test_autocast_casts_nothing(case, device):
     assert_same(within, run(op, list(inputs.values())))
 
 
-def test_fake_tensors_give_shapes_types_and_strides(case):
+def test_fake_tensors_give_shapes_and_dtypes(case):
     op, _, inputs = case(2, 9, 42, *DTYPES["autocast"])
     want = op(*inputs.values())
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
