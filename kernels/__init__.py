@@ -8,16 +8,9 @@ of these. docs/adding-a-kernel.md shows how to add an op.
 from unite_fast.kernels.adaln import adaln_modulate, gated_residual_adaln, gated_residual_norm_adaln
 from unite_fast.kernels.attention import attention
 from unite_fast.kernels.flow_loss import flow_loss
-from unite_fast.kernels.linear import (
-    gated_residual_adaln_linear,
-    gelu_linear,
-    layer_norm_linear,
-    linear,
-    linears,
-    residual_layer_norm_linear,
-    swiglu_linear,
-)
+from unite_fast.kernels.linear import gelu_linear, linear, linears, swiglu_linear
 from unite_fast.kernels.noise_injection import noise_injection
+from unite_fast.kernels.norm_linear import gated_residual_adaln_linear, layer_norm_linear, residual_layer_norm_linear
 from unite_fast.kernels.qk_norm_rope import qk_norm_rope
 from unite_fast.kernels.swiglu import swiglu
 from unite_fast.kernels.tap_distance import tap_distance

@@ -89,9 +89,9 @@ adaln_modulate_op = _adaln_op(
     lambda x, *vectors: (x, None, None, None, *vectors),
     lambda d_h, x, *vectors: (None, d_h, x, None, None, None, *vectors),
     inputs="Tensor x, Tensor weight, Tensor shift, Tensor scale, float eps, ScalarType? out_dtype",
-    outputs="Tensor, Tensor",
+    outputs=2,
     backward_inputs="Tensor d_out, Tensor x, Tensor weight, Tensor scale, Tensor rstd",
-    backward_outputs="Tensor, Tensor, Tensor, Tensor",
+    backward_outputs=4,
     saved=lambda inputs, outputs: (inputs[0], inputs[1], inputs[3], outputs[1]),
 )
 
@@ -102,11 +102,11 @@ gated_residual_adaln_op = _adaln_op(
     recompute=True,
     inputs="Tensor x, Tensor branch, Tensor gate, Tensor weight, Tensor shift, Tensor scale, float eps, "
     "ScalarType? out_dtype",
-    outputs="Tensor, Tensor, Tensor",
+    outputs=3,
     results=2,
     backward_inputs="Tensor? d_x_out, Tensor? d_h, Tensor x_out, Tensor branch, Tensor gate, Tensor weight, "
     "Tensor scale, Tensor rstd",
-    backward_outputs="Tensor, Tensor, Tensor, Tensor, Tensor, Tensor",
+    backward_outputs=6,
     # x_out instead of x: the next op saves it as well, so it costs no memory.
     saved=lambda inputs, outputs: (outputs[0], *inputs[1:4], inputs[5], outputs[2]),
 )
@@ -117,11 +117,11 @@ gated_residual_norm_adaln_op = _adaln_op(
     lambda *inputs: inputs,
     inputs="Tensor x, Tensor branch, Tensor gate, Tensor norm_weight, Tensor weight, Tensor shift, Tensor scale, "
     "float eps, ScalarType? out_dtype",
-    outputs="Tensor, Tensor, Tensor",
+    outputs=3,
     results=2,
     backward_inputs="Tensor? d_x_out, Tensor? d_h, Tensor x, Tensor branch, Tensor gate, Tensor norm_weight, "
     "Tensor weight, Tensor scale, Tensor rstd",
-    backward_outputs="Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor",
+    backward_outputs=7,
     # Not x_out: recomputing it takes less time than reading it.
     saved=lambda inputs, outputs: (*inputs[:5], inputs[6], outputs[2]),
 )

@@ -74,11 +74,11 @@ attention_op = FusedOp(
     "attention",
     inputs="Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, SymInt heads, SymInt first, "
     "SymInt last",
-    outputs="Tensor, Tensor",
+    outputs=2,
     fake_forward=_fake_forward,
     backward_inputs="Tensor d_out, Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, "
     "Tensor out, Tensor log_sum, SymInt first",
-    backward_outputs="Tensor, Tensor, Tensor",
+    backward_outputs=3,
     fake_backward=_fake_backward,
     saved=lambda inputs, outputs: (*inputs[:5], *outputs, inputs[6]),
     backends={"native": Backend(_native_forward, _native_backward)},

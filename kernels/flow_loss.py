@@ -58,11 +58,11 @@ def _native_arguments(y, weight, bias, z, share, mean, rstd):
 flow_loss_op = FusedOp(
     "flow_loss",
     inputs="Tensor y, Tensor weight, Tensor bias, Tensor z, Tensor t, float min_time_left, float eps",
-    outputs="Tensor, Tensor, Tensor, Tensor",
+    outputs=4,
     fake_forward=_fake_forward,
     backward_inputs="Tensor d_loss, Tensor y, Tensor weight, Tensor bias, Tensor z, Tensor share, Tensor mean, "
     "Tensor rstd",
-    backward_outputs="Tensor, Tensor, Tensor",
+    backward_outputs=3,
     fake_backward=_fake_backward,
     saved=lambda inputs, outputs: (*inputs[:4], *outputs[1:]),
     backends={"native": Backend(_native_forward, _native_backward), "triton": triton_backend("flow_loss")},

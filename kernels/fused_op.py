@@ -37,22 +37,24 @@ class Backend(NamedTuple):
     """`backward` that also recomputes the op's result, for an op that does not save it: gradients, then result."""
 
 
+def triton_function(module: str, name: str) -> Callable[..., Results]:
+    """A function of kernels/triton_kernels/MODULE.py. The module is imported by the first call: Triton is not on every
+    machine."""
+
+    def call(*inputs):
+        return getattr(importlib.import_module(f"unite_fast.kernels.triton_kernels.{module}"), name)(*inputs)
+
+    return call
+
+
 def triton_backend(module: str, name: str | None = None, recompute: bool = False) -> Backend:
     """The functions NAME_forward, NAME_backward and, with `recompute`, NAME_backward_recompute of
-    kernels/triton_kernels/MODULE.py; NAME is MODULE by default. The module is imported by the first call: Triton is not
-    on every machine."""
-
-    def launcher(suffix: str) -> Callable[..., Results]:
-        def call(*inputs):
-            kernels = importlib.import_module(f"unite_fast.kernels.triton_kernels.{module}")
-            return getattr(kernels, f"{name or module}_{suffix}")(*inputs)
-
-        return call
-
+    kernels/triton_kernels/MODULE.py; NAME is MODULE by default."""
+    name = name or module
     return Backend(
-        launcher("forward"),
-        launcher("backward"),
-        backward_recompute=launcher("backward_recompute") if recompute else None,
+        triton_function(module, f"{name}_forward"),
+        triton_function(module, f"{name}_backward"),
+        backward_recompute=triton_function(module, f"{name}_backward_recompute") if recompute else None,
     )
 
 
@@ -86,13 +88,14 @@ class FusedOp:
 
     Args:
         name: name in `torch.ops.unite_fast`.
-        inputs, outputs: the types, as PyTorch's operator schemas write them. Without `inputs`, each parameter of
-            `fake_forward` is a Tensor.
+        inputs: their types, as PyTorch's operator schemas write them. By default, each parameter of `fake_forward` is a
+            Tensor.
+        outputs: number of tensors that `forward` returns.
         results: the first so many outputs are the caller's; the others are saved for backward.
         fake_forward: `forward` on tensors without data: allocates outputs of the right shape, dtype and strides.
         backward_inputs: gradients of the results, then what `saved` returns. By default, each parameter of
             `fake_backward` is a Tensor.
-        backward_outputs: gradients of the first inputs, one for each.
+        backward_outputs: number of gradients that `backward` returns, one for each of the first inputs.
         fake_backward: `backward` on tensors without data.
         saved: (inputs, outputs) -> what backward needs.
         backends: by name, "native" or "triton".
@@ -103,11 +106,11 @@ class FusedOp:
         name: str,
         *,
         inputs: str | None = None,
-        outputs: str = "Tensor",
+        outputs: int = 1,
         results: int = 1,
         fake_forward: Callable[..., Results],
         backward_inputs: str | None = None,
-        backward_outputs: str,
+        backward_outputs: int,
         fake_backward: Callable[..., Results],
         saved: Callable[[tuple, Results], tuple],
         backends: dict[str, Backend],
@@ -118,12 +121,12 @@ class FusedOp:
         self.fake_forward = fake_forward
         self.fake_backward = fake_backward
         self.saved = saved
-        self.backends = {key: _without_autocast(backend) for key, backend in backends.items()}
-        for op, schema, direction, fake in (
-            (name, f"({inputs}) -> ({outputs})", "forward", fake_forward),
-            (f"{name}_backward", f"({backward_inputs}) -> ({backward_outputs})", "backward", fake_backward),
+        self.backends = {key: _without_autocast(implementation) for key, implementation in backends.items()}
+        for op, arguments, returns, direction, fake in (
+            (name, inputs, outputs, "forward", fake_forward),
+            (f"{name}_backward", backward_inputs, backward_outputs, "backward", fake_backward),
         ):
-            _library.define(op + schema)
+            _library.define(f"{op}({arguments}) -> ({', '.join(['Tensor'] * returns)})")
             runs = {key: _unpacked(_unshared(getattr(b, direction))) for key, b in self.backends.items()}
             for device in ("cpu", "cuda"):
                 _library.impl(op, _choose_by_device(runs, torch.device(device)), device.upper())

@@ -1,4 +1,4 @@
-"""Forward and backward of a Linear, for the ops in linear.py and attention.py.
+"""Forward and backward of a Linear, for the ops in linear.py, norm_linear.py and attention.py.
 
     y = x W^T + b,    dx = dy W,  dW = dy^T x,  db = sum of dy over the rows
 
@@ -13,6 +13,7 @@ float32 in both cases.
 import torch
 from torch import Tensor
 
+from unite_fast.kernels import tensors
 from unite_fast.kernels.casts import cast
 
 
@@ -39,6 +40,11 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
 
 
+def fake_matmul(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`matmul` on tensors without data."""
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype or x.dtype)
+
+
 def matmul_backward(d_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """d_y [..., N], x [..., K], weight [N, K] -> d_x [..., K] in d_y's dtype, d_weight and d_bias in float32."""
     return input_gradient(d_y, weight), *weight_gradients(d_y, x)
@@ -63,3 +69,8 @@ def weight_gradients(d_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     else:
         d_weight = (d_y.mT @ x).float()
     return d_weight, d_y.sum(0, dtype=torch.float32)
+
+
+def fake_weight_gradients(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`weight_gradients` on tensors without data."""
+    return tensors.empty_like(weight, torch.float32), weight.new_empty(weight.shape[0], dtype=torch.float32)

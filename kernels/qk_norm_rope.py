@@ -100,12 +100,12 @@ def _native_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, rstd):
 qk_norm_rope_op = FusedOp(
     "qk_norm_rope",
     inputs="Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, SymInt heads, float eps",
-    outputs="Tensor, Tensor, Tensor, Tensor",
+    outputs=4,
     results=3,
     fake_forward=_fake_forward,
     backward_inputs="Tensor? d_q, Tensor? d_k, Tensor? d_v, Tensor qkv, Tensor? q_weight, Tensor? k_weight, "
     "Tensor cos, Tensor sin, Tensor rstd",
-    backward_outputs="Tensor, Tensor, Tensor",
+    backward_outputs=3,
     fake_backward=_fake_backward,
     saved=lambda inputs, outputs: (*inputs[:5], outputs[3]),
     backends={

@@ -42,7 +42,7 @@ def _native_backward(d_out, uw):
 swiglu_op = FusedOp(
     "swiglu",
     fake_forward=_fake_forward,
-    backward_outputs="Tensor",
+    backward_outputs=1,
     fake_backward=_fake_backward,
     saved=lambda inputs, outputs: inputs,
     backends={

@@ -40,7 +40,7 @@ tap_distance_op = FusedOp(
     inputs="Tensor y, Tensor x, Tensor weight, Tensor? mask",
     fake_forward=lambda y, x, weight, mask: (y.new_empty(y.shape[0], dtype=torch.float32),),
     backward_inputs="Tensor d_out, Tensor y, Tensor x, Tensor weight, Tensor? mask",
-    backward_outputs="Tensor",
+    backward_outputs=1,
     fake_backward=lambda d_out, y, x, weight, mask: (empty_channels_last(y),),
     saved=lambda inputs, outputs: inputs,
     backends={"triton": triton_backend("tap_distance")},

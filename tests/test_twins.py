@@ -11,6 +11,7 @@ COVERED_BY = {
     "data_pipeline/shards/verify.py": ("data_pipeline/shards/test_write.py", "data_pipeline/shards/test_source.py"),
     "kernels/flash.py": ("kernels/test_attention_backends.py",),
     "kernels/matmul.py": ("kernels/test_linear.py",),
+    "kernels/norm_linear.py": ("kernels/test_linear.py",),
     "kernels/registry.py": ("kernels/test_fused_op.py", "kernels/test_fakes.py", "benchmarks/test_traffic.py"),
     "kernels/tensors.py": ("kernels/test_fused_op.py",),
     "kernels/triton_kernels/layer_norm.py": ("kernels/test_linear.py",),

@@ -51,15 +51,15 @@ def _flow_loss_fwd_kernel(
     b_z = tl.load(z + i_sample % samples * N * C + o, mask=m, other=0.0).to(tl.float32)
     b_mean = tl.sum(b_y, axis=1) / C  # [BT]
     b_n = tl.where(m, b_y - b_mean[:, None], 0.0)
-    b_inverse = tl.rsqrt(tl.sum(b_n * b_n, axis=1) / C + eps)
-    b_error = b_z - (b_n * b_inverse[:, None] * _channels(weight, C, BC) + _channels(bias, C, BC))
+    b_rstd = tl.rsqrt(tl.sum(b_n * b_n, axis=1) / C + eps)
+    b_error = b_z - (b_n * b_rstd[:, None] * _channels(weight, C, BC) + _channels(bias, C, BC))
     b_error = tl.where(m, b_error, 0.0)
     time_left = 1.0 - tl.load(t + i_sample)
     # Not maximum(), which would drop a NaN.
     time_left = tl.where(time_left < min_time_left, min_time_left, time_left)
     b_share = 1.0 / (time_left * time_left * (N * C))
     tl.store(mean + i_sample * N + o_t, b_mean, mask=o_t < N)
-    tl.store(rstd + i_sample * N + o_t, b_inverse, mask=o_t < N)
+    tl.store(rstd + i_sample * N + o_t, b_rstd, mask=o_t < N)
     tl.store(share + i_sample, b_share, mask=tl.program_id(1) == 0)
     b_loss = b_share * tl.sum(tl.sum(b_error * b_error, axis=1), axis=0)
     tl.store(partial + i_sample * tl.num_programs(1) + tl.program_id(1), b_loss)
@@ -89,15 +89,16 @@ def _flow_loss_bwd_kernel(
     b_y = tl.load(y + i_sample * N * C + o, mask=m, other=0.0).to(tl.float32)
     b_z = tl.load(z + i_sample % samples * N * C + o, mask=m, other=0.0).to(tl.float32)
     b_mean = tl.load(mean + i_sample * N + o_t, mask=m_t, other=0.0)[:, None]
-    b_inverse = tl.load(rstd + i_sample * N + o_t, mask=m_t, other=0.0)[:, None]
+    b_rstd = tl.load(rstd + i_sample * N + o_t, mask=m_t, other=0.0)[:, None]
     b_weight = _channels(weight, C, BC)
-    b_n = tl.where(m, (b_y - b_mean) * b_inverse, 0.0)
+    b_n = tl.where(m, (b_y - b_mean) * b_rstd, 0.0)
     b_error = tl.where(m, b_n * b_weight + _channels(bias, C, BC) - b_z, 0.0)
-    b_d = 2.0 * tl.load(d_loss + i_sample) * tl.load(share + i_sample) * b_error  # of the prediction
-    b_a = b_d * b_weight  # of b_n; a norm passes back (a - mean(a) - n mean(a n)) / deviation
+    b_d = 2.0 * tl.load(d_loss + i_sample) * tl.load(share + i_sample) * b_error  # gradient of the prediction
+    # With a the gradient of n, the gradient of y is (a - mean(a) - n mean(a n)) rstd.
+    b_a = b_d * b_weight
     b_mean_a = tl.sum(b_a, axis=1)[:, None] / C
     b_mean_an = tl.sum(b_a * b_n, axis=1)[:, None] / C
-    b_d_y = b_inverse * (b_a - b_mean_a - b_n * b_mean_an)
+    b_d_y = b_rstd * (b_a - b_mean_a - b_n * b_mean_an)
     tl.store(d_y + i_sample * N * C + o, b_d_y.to(d_y.dtype.element_ty), mask=m)
     o_c = tl.arange(0, BC)
     o_partial = (i_sample * tl.num_programs(1) + tl.program_id(1)) * C + o_c

@@ -52,10 +52,10 @@ def _layer_norm_fwd_kernel(
             b_x = b_x.to(tl.float32)
         b_mean = tl.sum(b_x, axis=0) / D
         b_x = tl.where(m_d, b_x - b_mean, 0.0)
-        b_inverse = tl.rsqrt(tl.sum(b_x * b_x, axis=0) / D + eps)
+        b_rstd = tl.rsqrt(tl.sum(b_x * b_x, axis=0) / D + eps)
         tl.store(mean + i_row, b_mean)
-        tl.store(rstd + i_row, b_inverse)
-        b_out = b_x * b_inverse * b_weight + b_bias
+        tl.store(rstd + i_row, b_rstd)
+        b_out = b_x * b_rstd * b_weight + b_bias
         tl.store(out + i_row * D + o_d, b_out.to(out.dtype.element_ty), mask=m_d)
 
 
@@ -81,8 +81,7 @@ def _layer_norm_bwd_kernel(
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     b_weight = tl.load(weight + o_d, mask=m_d, other=0.0)
-    if out is not None:
-        b_bias = tl.load(bias + o_d, mask=m_d, other=0.0)
+    b_bias = tl.load(bias + o_d, mask=m_d, other=0.0)
     b_d_weight = tl.zeros((BD,), tl.float32)
     b_d_bias = tl.zeros((BD,), tl.float32)
     for i_row in range(i_first, tl.minimum(i_first + TOKENS, rows)):
@@ -90,19 +89,18 @@ def _layer_norm_bwd_kernel(
         b_g = tl.load(d_out + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
         if d_x_out is not None:
             b_d_x_out = tl.load(d_x_out + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
-        b_r = tl.load(rstd + i_row)
-        b_n = tl.where(m_d, (b_x - tl.load(mean + i_row)) * b_r, 0.0)
+        b_rstd = tl.load(rstd + i_row)
+        b_n = tl.where(m_d, (b_x - tl.load(mean + i_row)) * b_rstd, 0.0)
         b_d_weight += b_g * b_n
         b_d_bias += b_g
         b_a = b_g * b_weight
-        b_d_x = b_r * (b_a - tl.sum(b_a, axis=0) / D - b_n * (tl.sum(b_a * b_n, axis=0) / D))
+        b_d_x = b_rstd * (b_a - tl.sum(b_a, axis=0) / D - b_n * (tl.sum(b_a * b_n, axis=0) / D))
         if d_x_out is not None:
             b_d_x += b_d_x_out
         tl.store(d_x + i_row * D + o_d, b_d_x.to(d_x.dtype.element_ty), mask=m_d)
         if d_branch is not None:
             tl.store(d_branch + i_row * D + o_d, b_d_x.to(d_branch.dtype.element_ty), mask=m_d)
-        if out is not None:
-            tl.store(out + i_row * D + o_d, (b_n * b_weight + b_bias).to(out.dtype.element_ty), mask=m_d)
+        tl.store(out + i_row * D + o_d, (b_n * b_weight + b_bias).to(out.dtype.element_ty), mask=m_d)
     p_partial = partial + tl.program_id(0).to(tl.int64) * D + o_d
     tl.store(p_partial, b_d_weight, mask=m_d)
     tl.store(p_partial + tl.num_programs(0).to(tl.int64) * D, b_d_bias, mask=m_d)
@@ -130,15 +128,9 @@ def _forward(x, branch, weight, bias, eps, out_dtype):
     return x_out, out, mean, rstd
 
 
-def layer_norm_backward(d_out, x, weight, mean, rstd):
-    """d_out [..., D] and what was saved -> d_x like x, d_weight and d_bias [D] float32."""
-    d_x, _, *others, _ = _backward(None, d_out, x, None, weight, None, mean, rstd, None)
-    return d_x, *others
-
-
 def layer_norm_backward_recompute(d_out, x, weight, bias, mean, rstd):
-    """layer_norm_backward that also recomputes the result, in d_out's dtype -> d_x, d_weight, d_bias, out."""
-    d_x, _, *others = _backward(None, d_out, x, None, weight, bias, mean, rstd, tensors.empty_like(d_out))
+    """d_out and x [..., D] and what was saved -> d_x like x, d_weight and d_bias [D] float32, out like d_out."""
+    d_x, _, *others = _backward(None, d_out, x, None, weight, bias, mean, rstd)
     return d_x, *others
 
 
@@ -147,11 +139,11 @@ def residual_layer_norm_backward_recompute(d_x_out, d_out, x_out, branch_dtype, 
     if d_x_out is not None:
         d_x_out = d_x_out.contiguous()
     d_branch = tensors.empty_like(x_out, branch_dtype)
-    return _backward(d_x_out, d_out, x_out, d_branch, weight, bias, mean, rstd, tensors.empty_like(d_out))
+    return _backward(d_x_out, d_out, x_out, d_branch, weight, bias, mean, rstd)
 
 
-def _backward(d_x_out, d_out, x, d_branch, weight, bias, mean, rstd, out):
-    x, d_x = x.contiguous(), tensors.empty_like(x)
+def _backward(d_x_out, d_out, x, d_branch, weight, bias, mean, rstd):
+    x, d_x, out = x.contiguous(), tensors.empty_like(x), tensors.empty_like(d_out)
     partial = x.new_empty((2, *_grid(x), x.shape[-1]), dtype=torch.float32)
     if d_x.numel():
         inputs = d_x_out, d_out.contiguous(), x, *map(tensors.as_float32, (weight, bias)), mean, rstd

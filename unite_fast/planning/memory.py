@@ -1,8 +1,8 @@
 """Predicted memory of training on one GPU in bytes, from the config alone. Tests compare its parts with counts.
 
 Activations are what each op saves for backward in bfloat16 with a float32 residual, op by op as in kernels/linear.py,
-attention.py and the others. `backend` is "native" or "triton"; the Triton backend saves the normalised q, k and v as
-well as qkv, and pads SwiGLU's weights (model/layers.py).
+norm_linear.py, attention.py and the others. `backend` is "native" or "triton"; the Triton backend saves the normalised
+q, k and v as well as qkv, and pads SwiGLU's weights (model/layers.py).
 
 D width, H hidden width of SwiGLU, N latent tokens, C latent channels.
 """

@@ -1,0 +1,318 @@
+"""Linears that begin with a norm, and recompute it in backward instead of saving its result.
+
+    op                                            result                                   saved for backward
+    layer_norm_linear(x, w, v, W, b)              linear(layer_norm(x; w, v), W, b)        x, mean and rstd per token
+    residual_layer_norm_linear(x, branch, ..)     x_out = x + branch and                   x_out, mean and rstd
+                                                  layer_norm_linear(x_out, ..)
+    gated_residual_adaln_linear(x, branch, ..)    x_out and linear(h, W, b), where         x_out, branch and rstd
+                                                  x_out, h = gated_residual_adaln(..)
+
+linear.py says when they recompute, and in which dtype the matmuls run.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unite_fast.kernels import tensors
+from unite_fast.kernels.adaln import (
+    adaln_inputs,
+    adaln_modulate_op,
+    check_branch,
+    check_modulation,
+    gated_residual_adaln,
+    gated_residual_adaln_op,
+)
+from unite_fast.kernels.fused_op import Backend, FusedOp, triton_function
+from unite_fast.kernels.linear import check_weight, recomputing_backend, register_linear
+from unite_fast.kernels.matmul import fake_matmul, fake_weight_gradients, input_gradient, matmul, weight_gradients
+from unite_fast.kernels.tensors import EPS, argument_error, matmul_dtype
+
+
+def _layer_norm_forward(x, norm_weight, norm_bias, eps, out_dtype):
+    weights = tensors.as_float32(norm_weight), tensors.as_float32(norm_bias)
+    normed, mean, rstd = torch.native_layer_norm(x.float(), x.shape[-1:], *weights, eps)
+    return normed.to(out_dtype), mean, rstd
+
+
+def _layer_norm_backward_recompute(d_normed, x, norm_weight, norm_bias, mean, rstd):
+    weight, bias = tensors.as_float32(norm_weight), tensors.as_float32(norm_bias)
+    d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
+        d_normed.float(), x.float(), x.shape[-1:], mean, rstd, weight, bias, (True, True, True)
+    )
+    normed = torch.addcmul(bias, (x - mean) * rstd, weight)
+    return d_x.to(x.dtype), d_weight, d_bias, normed.to(d_normed.dtype)
+
+
+def _layer_norm_linear_backend(norm_forward, norm_backward_recompute) -> Backend:
+    """`norm_forward`: (x, norm_weight, norm_bias, eps, out_dtype) -> normed, mean, rstd. `norm_backward_recompute`:
+    (d_normed, x, norm_weight, norm_bias, mean, rstd) -> gradients of x, norm_weight and norm_bias, and normed."""
+
+    def forward(x, norm_weight, norm_bias, weight, bias, eps, out_dtype):
+        normed, mean, rstd = norm_forward(x, norm_weight, norm_bias, eps, out_dtype)
+        return matmul(normed, weight, bias), mean, rstd
+
+    def backward(d_y, x, norm_weight, norm_bias, weight, mean, rstd):
+        *gradients, normed = norm_backward_recompute(input_gradient(d_y, weight), x, norm_weight, norm_bias, mean, rstd)
+        return *gradients, *weight_gradients(d_y, normed)
+
+    return Backend(forward, backward)
+
+
+layer_norm_linear_op = FusedOp(
+    "layer_norm_linear",
+    inputs="Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, float eps, "
+    "ScalarType out_dtype",
+    outputs=3,
+    fake_forward=lambda x, norm_weight, norm_bias, weight, bias, eps, out_dtype: (
+        fake_matmul(x, weight, out_dtype),
+        *(x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(2)),
+    ),
+    backward_inputs="Tensor d_y, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor mean, "
+    "Tensor rstd",
+    backward_outputs=5,
+    fake_backward=lambda d_y, x, norm_weight, norm_bias, weight, mean, rstd: (
+        tensors.empty_like(x),
+        tensors.empty_weight_gradient(norm_weight, x),
+        tensors.empty_weight_gradient(norm_bias, x),
+        *fake_weight_gradients(weight),
+    ),
+    saved=lambda inputs, outputs: (*inputs[:4], *outputs[1:]),
+    backends={
+        "native": _layer_norm_linear_backend(_layer_norm_forward, _layer_norm_backward_recompute),
+        "triton": _layer_norm_linear_backend(
+            triton_function("layer_norm", "layer_norm_forward"),
+            triton_function("layer_norm", "layer_norm_backward_recompute"),
+        ),
+    },
+)
+
+
+def _residual_forward(x, branch, norm_weight, norm_bias, eps, out_dtype):
+    x_out = (x + branch).to(x.dtype)
+    return x_out, *_layer_norm_forward(x_out, norm_weight, norm_bias, eps, out_dtype)
+
+
+def _residual_backward_recompute(d_x_out, d_normed, x_out, branch_dtype, norm_weight, norm_bias, mean, rstd):
+    d_x, *others = _layer_norm_backward_recompute(d_normed, x_out, norm_weight, norm_bias, mean, rstd)
+    if d_x_out is not None:
+        d_x += d_x_out
+    # A copy even for equal dtypes: no two results may share memory.
+    return d_x, d_x.to(branch_dtype, copy=True), *others
+
+
+def _residual_norm_linear_backend(norm_forward, norm_backward_recompute) -> Backend:
+    """`norm_forward`: (x, branch, norm_weight, norm_bias, eps, out_dtype) -> x_out, normed, mean, rstd.
+    `norm_backward_recompute`: (d_x_out, d_normed, x_out, branch_dtype, norm_weight, norm_bias, mean, rstd) -> gradients
+    of x, branch, norm_weight and norm_bias, and normed."""
+
+    def forward(x, branch, norm_weight, norm_bias, weight, bias, eps, out_dtype):
+        x_out, normed, mean, rstd = norm_forward(x, branch, norm_weight, norm_bias, eps, out_dtype)
+        return x_out, matmul(normed, weight, bias), mean, rstd
+
+    def backward(d_x_out, d_y, x_out, norm_weight, norm_bias, weight, mean, rstd, branch_dtype):
+        d_normed = input_gradient(d_y, weight)
+        *gradients, normed = norm_backward_recompute(
+            d_x_out, d_normed, x_out, branch_dtype, norm_weight, norm_bias, mean, rstd
+        )
+        return *gradients, *weight_gradients(d_y, normed)
+
+    return Backend(forward, backward)
+
+
+residual_layer_norm_linear_op = FusedOp(
+    "residual_layer_norm_linear",
+    inputs="Tensor x, Tensor branch, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, float eps, "
+    "ScalarType out_dtype",
+    outputs=4,
+    results=2,
+    fake_forward=lambda x, branch, norm_weight, norm_bias, weight, bias, eps, out_dtype: (
+        tensors.empty_like(x),
+        fake_matmul(x, weight, out_dtype),
+        *(x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(2)),
+    ),
+    backward_inputs="Tensor? d_x_out, Tensor d_y, Tensor x_out, Tensor norm_weight, Tensor norm_bias, Tensor weight, "
+    "Tensor mean, Tensor rstd, ScalarType branch_dtype",
+    backward_outputs=6,
+    fake_backward=lambda d_x_out, d_y, x_out, norm_weight, norm_bias, weight, mean, rstd, branch_dtype: (
+        tensors.empty_like(x_out),
+        tensors.empty_like(x_out, branch_dtype),
+        tensors.empty_weight_gradient(norm_weight, x_out),
+        tensors.empty_weight_gradient(norm_bias, x_out),
+        *fake_weight_gradients(weight),
+    ),
+    saved=lambda inputs, outputs: (outputs[0], *inputs[2:5], *outputs[2:], inputs[1].dtype),
+    backends={
+        "native": _residual_norm_linear_backend(_residual_forward, _residual_backward_recompute),
+        "triton": _residual_norm_linear_backend(
+            triton_function("layer_norm", "residual_layer_norm_forward"),
+            triton_function("layer_norm", "residual_layer_norm_backward_recompute"),
+        ),
+    },
+)
+
+
+def _gated_linear_backend(gated: Backend, adaln: Backend) -> Backend:
+    def forward(x, branch, gate, norm_weight, shift, scale, weight, bias, out_dtype):
+        x_out, h, rstd = gated.forward(x, branch, gate, norm_weight, shift, scale, EPS, out_dtype)
+        return x_out, matmul(h, weight, bias), rstd
+
+    def recompute_separately(d_x_out, d_h, x_out, branch, gate, norm_weight, shift, scale, rstd):
+        gradients = gated.backward(d_x_out, d_h, x_out, branch, gate, norm_weight, scale, rstd)
+        return *gradients, adaln.forward(x_out, norm_weight, shift, scale, EPS, d_h.dtype)[0]
+
+    def backward(d_x_out, d_y, x_out, branch, gate, norm_weight, shift, scale, weight, rstd):
+        *gradients, h = (gated.backward_recompute or recompute_separately)(
+            d_x_out, input_gradient(d_y, weight), x_out, branch, gate, norm_weight, shift, scale, rstd
+        )
+        return *gradients, *weight_gradients(d_y, h)
+
+    return Backend(forward, backward)
+
+
+def _fake_gated_linear(x, branch, gate, norm_weight, shift, scale, weight, bias, out_dtype):
+    rstd = x.new_empty(x.shape[:2], dtype=torch.float32)
+    return tensors.empty_like(x), fake_matmul(x, weight, out_dtype), rstd
+
+
+def _fake_gated_linear_backward(d_x_out, d_y, x_out, branch, gate, norm_weight, shift, scale, weight, rstd):
+    d_gate, d_shift, d_scale = (tensors.empty_gradient(v) for v in (gate, scale, scale))
+    d_norm_weight = tensors.empty_weight_gradient(norm_weight, x_out)
+    gradients = tensors.empty_like(x_out), tensors.empty_gradient(branch), d_gate, d_norm_weight, d_shift, d_scale
+    return *gradients, *fake_weight_gradients(weight)
+
+
+gated_residual_adaln_linear_op = FusedOp(
+    "gated_residual_adaln_linear",
+    inputs="Tensor x, Tensor branch, Tensor gate, Tensor norm_weight, Tensor shift, Tensor scale, Tensor weight, "
+    "Tensor bias, ScalarType out_dtype",
+    outputs=3,
+    results=2,
+    fake_forward=_fake_gated_linear,
+    backward_inputs="Tensor? d_x_out, Tensor d_y, Tensor x_out, Tensor branch, Tensor gate, Tensor norm_weight, "
+    "Tensor shift, Tensor scale, Tensor weight, Tensor rstd",
+    backward_outputs=8,
+    fake_backward=_fake_gated_linear_backward,
+    saved=lambda inputs, outputs: (outputs[0], *inputs[1:7], outputs[2]),
+    backends={
+        key: _gated_linear_backend(gated, adaln_modulate_op.backends[key])
+        for key, gated in gated_residual_adaln_op.backends.items()
+    },
+)
+
+
+def layer_norm_linear(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """A Linear of a LayerNorm over the last dimension. Saves x, mean and rstd, and recomputes the norm in backward.
+
+        linear((x - mean(x)) / sqrt(var(x) + eps) * norm_weight + norm_bias, W, b)
+
+    The norm is float32. Source: Ba et al., arXiv 1607.06450.
+
+    Args:
+        x: [B, T, K].
+        norm_weight: [K].
+        norm_bias: [K].
+        weight: float32 [N, K].
+        bias: float32 [N].
+        eps: added to the variance.
+
+    Returns:
+        [B, T, N], bfloat16 under autocast to it, else in the input's dtype; sums are float32.
+
+    Raises:
+        ValueError: shapes that do not match.
+    """
+    check_weight("layer_norm_linear", x.shape[-1], weight, bias)
+    chosen = recomputing_backend(x)
+    if not chosen:
+        return F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), weight, bias)
+    return layer_norm_linear_op(chosen, x, norm_weight, norm_bias, weight, bias, eps, torch.bfloat16)
+
+
+def residual_layer_norm_linear(
+    x: Tensor, branch: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Add a branch, then `layer_norm_linear`: x_out = x + branch, and layer_norm_linear(x_out, ..). Saves x_out, mean
+    and rstd, and recomputes the norm in backward.
+
+    Args:
+        x: [B, T, K], the residual.
+        branch: [B, T, K].
+        norm_weight: [K].
+        norm_bias: [K].
+        weight: float32 [N, K].
+        bias: float32 [N].
+        eps: added to the variance.
+
+    Returns:
+        x_out [B, T, K] in x's dtype, and [B, T, N], bfloat16 under autocast to it; norm and sums are float32.
+
+    Raises:
+        ValueError: shapes that do not match.
+    """
+    name = "residual_layer_norm_linear"
+    if branch.shape != x.shape:
+        raise argument_error(name, f"branch must be {list(x.shape)}, got {list(branch.shape)}")
+    check_weight(name, x.shape[-1], weight, bias)
+    chosen = recomputing_backend(x)
+    if not chosen:
+        x = x + branch
+        return x, F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), weight, bias)
+    return residual_layer_norm_linear_op(chosen, x, branch, norm_weight, norm_bias, weight, bias, eps, torch.bfloat16)
+
+
+def gated_residual_adaln_linear(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    norm_weight: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """x_out, h = gated_residual_adaln(x, branch, ..), returned as x_out and linear(h, W, b). Saves x_out, branch and
+    rstd, and recomputes h in backward.
+
+    Args:
+        x: [B, T, K], the residual.
+        branch: [B, T, K].
+        gate: [B, K].
+        norm_weight: [K].
+        shift: [B, K].
+        scale: [B, K].
+        weight: float32 [N, K].
+        bias: float32 [N].
+
+    Returns:
+        x_out [B, T, K] in x's dtype, and [B, T, N], bfloat16 under autocast to it; all other arithmetic is float32.
+
+    Raises:
+        ValueError: shapes that do not match.
+    """
+    name = "gated_residual_adaln_linear"
+    check_modulation(name, x, norm_weight, shift, scale)
+    check_branch(name, x, branch, gate)
+    check_weight(name, x.shape[-1], weight, bias)
+    inputs, chosen = (x, branch, gate, norm_weight, shift, scale), recomputing_backend(x)
+    if not chosen:
+        x, h = gated_residual_adaln(*inputs, EPS, matmul_dtype(x))
+        return x, F.linear(h, weight, bias)
+    return gated_residual_adaln_linear_op(chosen, *inputs, weight, bias, torch.bfloat16)
+
+
+def _layer_norm_example(names):
+    return lambda size, new: {**adaln_inputs(size, new, names), "norm_bias": new(size.width, dtype=size.weights)}
+
+
+register_linear(layer_norm_linear, layer_norm_linear_op, _layer_norm_example("x norm_weight"), eps=1e-6)
+register_linear(
+    residual_layer_norm_linear, residual_layer_norm_linear_op, _layer_norm_example("x branch norm_weight"), eps=1e-6
+)
+register_linear(
+    gated_residual_adaln_linear,
+    gated_residual_adaln_linear_op,
+    lambda size, new: adaln_inputs(size, new, "x branch gate norm_weight shift scale"),
+)
