@@ -189,7 +189,7 @@ def check_weight(name: str, width: float, weight: Tensor, bias: Tensor) -> None:
 
 
 def register_linear(function: Callable, fused: FusedOp, example: Callable[[Size, New], dict], **constants) -> None:
-    """`register` for an op with a Linear from width to hidden width. `example` makes the arguments before its weight and
+    """`register` for an op with a Linear from width to hidden width. `example` makes the arguments before weight and
     bias, `constants` follow them. `fused` takes the same arguments, and the matmul's dtype if its schema has one."""
 
     def with_linear(size: Size, new: New) -> dict:

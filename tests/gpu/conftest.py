@@ -26,7 +26,7 @@ _spec = importlib.util.spec_from_file_location(
 )
 _module = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_module)
-judge, draw = _module.judge, _module.draw
+judge, draw, op_case = _module.judge, _module.draw, _module.op_case
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from unite_fast import kernels
-from unite_fast.kernels.fused_op import as_tuple
 from unite_fast.kernels.registry import OPS, Size
 from unite_fast.model.layers import rope_table
 from unite_fast.randomness import Philox, Stream
@@ -21,33 +20,15 @@ SIZES = {
 }
 """B, T, D on a GPU, and on a CPU."""
 TYPES = {"float32": (F32, F32), "autocast": (F32, BF16), "bfloat16": (BF16, BF16)}
-"""Of the residual, and of branch, modulation and results."""
+"""Dtypes of the residual, and of branch, modulation and results."""
 
 
-def block_case(name, size, types, draw):
-    """The op, its reference and its inputs with a gradient, [B, T, D] of a block."""
-    op, (b, t, d), (residual, other) = OPS[name], size, TYPES[types]
+def block(size, types):
+    """The `Size` of an op on [B, T, D] of a block."""
+    (b, t, d), (residual, other) = size, TYPES[types]
     heads = max(d // 64, 1)
     head_dim = max(d // heads // 2 * 2, 2)
-    example = op.example(Size(b, t, d, heads, head_dim, hidden=2 * d, residual=residual, other=other), draw)
-
-    def bind(function):
-        def call(*inputs):
-            exact = inputs[0].dtype == torch.float64
-            values = example | dict(zip(op.gradients, inputs, strict=True))
-            if exact:
-                values = {key: to_float64(value) for key, value in values.items()}
-            return function(**values)
-
-        return call
-
-    return bind(op.function), bind(op.reference), {key: example[key] for key in op.gradients}
-
-
-def to_float64(value):
-    if isinstance(value, torch.dtype):
-        return torch.float64
-    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+    return Size(b, t, d, heads, head_dim, hidden=2 * d, residual=residual, other=other)
 
 
 @pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.part == "block"])
@@ -62,9 +43,9 @@ def to_float64(value):
         ("one token", "autocast"),
     ],
 )
-def test_op_of_a_block(name, size, types, judged, draw, sized):
-    fast, reference, inputs = block_case(name, sized(*SIZES[size]), types, draw)
-    results = as_tuple(fast(*inputs.values()))
+def test_op_of_a_block(name, size, types, judged, op_case, sized):
+    fast, reference, inputs = op_case(name, block(sized(*SIZES[size]), types))
+    results = fast(*inputs.values())
     judged(fast, reference, inputs, tuple(x.dtype for x in results), OPS[name].roundings)
 
 
@@ -164,23 +145,22 @@ def test_noise_injection(seed, step, gated, judged, draw, sized, device):
 
 
 @pytest.mark.parametrize("op", ["gated_residual_norm_adaln", "swiglu"])
-def test_the_same_bits_again(op, draw, sized):
-    b, t, d = sized(*SIZES["B"])
-    fast, _, inputs = block_case(op, (b, t, d), "autocast", draw)
-    leaves = [x.detach().requires_grad_() for x in inputs.values()]
+def test_the_same_bits_again(op, op_case, sized):
+    fast, _, inputs = op_case(op, block(sized(*SIZES["B"]), "autocast"))
+    leaves = list(inputs.values())
 
     def once():
-        outputs = as_tuple(fast(*leaves))
+        outputs = fast(*leaves)
         return *outputs, *torch.autograd.grad(sum(x.float().sum() for x in outputs), leaves)
 
     assert all(map(torch.equal, once(), once()))
 
 
 @pytest.mark.parametrize("layout", ["tokens", "channels", "transposed", "expanded"])
-def test_strided_inputs(layout, judged, draw):
+def test_strided_inputs(layout, judged, op_case):
     b, t, d = 4, 12, 48
-    fast, formula, inputs = block_case("gated_residual_adaln", (b, t, d), "float32", draw)
-    x = inputs["x"]
+    fast, formula, inputs = op_case("gated_residual_adaln", block((b, t, d), "float32"))
+    x = inputs["x"].detach()
     inputs["x"] = {
         "tokens": x.new_zeros(b, 2 * t, d)[:, ::2].copy_(x),
         "channels": x.new_zeros(b, t, 2 * d)[..., ::2].copy_(x),

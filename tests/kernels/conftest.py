@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from unite_fast.kernels import backend
+from unite_fast.kernels import backend, registry
+from unite_fast.kernels.fused_op import as_tuple
+from unite_fast.kernels.registry import OPS, Size
 
 SLACK = 2.0
 """An op's error may be at most twice that of the plain formula at the same precision (CONTRIBUTING.md)."""
@@ -84,8 +87,7 @@ def _judge(
 def _run(op: Op, inputs: dict[str, Tensor], result_dtypes: tuple[torch.dtype, ...] | None) -> dict[str, Tensor]:
     """Outputs and gradients by name. The incoming gradients are not contiguous."""
     inputs = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-    outputs = op(*inputs.values())
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = as_tuple(op(*inputs.values()))
     if result_dtypes:
         outputs = tuple(output.to(dtype) for output, dtype in zip(outputs, result_dtypes, strict=True))
     generator = torch.Generator().manual_seed(2)
@@ -135,3 +137,39 @@ def draw(device: torch.device) -> Callable[..., Tensor]:
         return (around + torch.randn(shape, generator=generator)).to(device, dtype)
 
     return normal
+
+
+@dataclass
+class Call:
+    """The public function of an op or its reference, called with the tensors that get a gradient; returns a tuple. In
+    float64, everything else is float64 too."""
+
+    op: registry.Op
+    function: Callable
+    example: dict
+    names: list[str]
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        example = self.example | dict(zip(self.names, inputs, strict=True))
+        if inputs[0].dtype == torch.float64:
+            example = {name: _to_float64(value) for name, value in example.items()}
+        return as_tuple(self.function(**example))
+
+
+def _to_float64(value):
+    if isinstance(value, torch.dtype):
+        return torch.float64
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@pytest.fixture
+def op_case(draw: Callable[..., Tensor]) -> Callable[[str, Size], tuple[Call, Call, dict[str, Tensor]]]:
+    """Makes (op, reference, inputs with a gradient) for the name of an op and a size."""
+
+    def make(name: str, size: Size) -> tuple[Call, Call, dict[str, Tensor]]:
+        op = OPS[name]
+        example = op.example(size, draw)
+        function, reference = (Call(op, f, example, op.gradients) for f in (op.function, op.reference))
+        return function, reference, {name: example[name].detach().requires_grad_() for name in op.gradients}
+
+    return make

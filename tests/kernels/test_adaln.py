@@ -18,6 +18,7 @@ REFERENCES = {
     gated_residual_norm_adaln: gated_residual_norm_adaln_ref,
 }
 GATED = [gated_residual_adaln, gated_residual_norm_adaln]
+fast_backends = pytest.mark.parametrize("backend_name", ["native", "triton"], indirect=True)
 
 # dtype of the residual, of the branch and of the modulation. The second line is training under autocast.
 DTYPES = [
@@ -140,3 +141,13 @@ def test_branches_that_do_not_match(op, name, shape, message, draw):
 def test_a_norm_weight_that_does_not_match(draw):
     with pytest.raises(ValueError, match=r"gated_residual_norm_adaln: norm_weight must be \[8\]"):
         gated_residual_norm_adaln(**arguments(gated_residual_norm_adaln, draw, 2, 3, 8) | {"norm_weight": draw(1, 8)})
+
+
+@fast_backends
+def test_other_modulation_types_are_read_as_float32(backend_name, draw):
+    x, weight = draw(2, 5, 8), draw(8)
+    shift, scale = draw(2, 8).half().requires_grad_(), draw(2, 8).half().requires_grad_()
+    got = adaln_modulate(x, weight, shift, scale)
+    want = adaln_modulate(x, weight, shift.float(), scale.float())
+    assert torch.equal(got, want)
+    assert torch.autograd.grad(got.sum(), shift)[0].dtype == torch.float16

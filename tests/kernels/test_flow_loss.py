@@ -24,7 +24,7 @@ DTYPES = {
     "autocast": (torch.bfloat16, torch.float32),
     "bfloat16": (torch.bfloat16, torch.bfloat16),
 }
-"""Of y and of z."""
+"""Dtypes of y and z."""
 
 
 fused = pytest.mark.parametrize("backend_name", ["native", "triton"], indirect=True)

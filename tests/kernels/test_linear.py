@@ -1,4 +1,4 @@
-"""Linears that make their input again, and attention: what they keep, and that it changes nothing."""
+"""The Linears and attention: outputs and gradients against float64, and which tensors they save for backward."""
 
 import math
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from unite_fast import kernels
 from unite_fast.kernels import matmul
 from unite_fast.kernels.adaln import gated_residual_adaln_ref
+from unite_fast.kernels.fused_op import as_tuple
 from unite_fast.kernels.qk_norm_rope import qk_norm_rope_ref, split
 from unite_fast.kernels.registry import OPS
 from unite_fast.kernels.swiglu import swiglu_ref
@@ -157,8 +158,7 @@ def inputs(draw):
 
 def run(op, inputs):
     inputs = [x.detach().requires_grad_() for x in inputs.values()]
-    outputs = op(*inputs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = as_tuple(op(*inputs))
     generator = torch.Generator().manual_seed(3)
     incoming = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
     return *(o.detach() for o in outputs), *torch.autograd.grad(outputs, inputs, incoming)
@@ -186,8 +186,7 @@ def test_outputs_and_gradients_against_float64(case, inputs, dtype, products, ju
 
     ours = autocast(case.ours)
 
-    results = ours(*given.values())
-    dtypes = tuple(r.dtype for r in (results if isinstance(results, tuple) else (results,)))
+    dtypes = tuple(r.dtype for r in as_tuple(ours(*given.values())))
     assert dtypes[-1] == dtype
     judge(ours, autocast(case.reference), given, dtypes, case.roundings)
 
@@ -250,8 +249,7 @@ def test_opcheck(name, inputs):
     op = fused(name)
     arguments = flat(name, (x.requires_grad_() for x in inputs(CASES[name]).values()))
     torch.library.opcheck(op.op, arguments)
-    outputs = op.op(*arguments)
-    outputs = [o.detach() for o in (outputs if isinstance(outputs, tuple) else (outputs,))]
+    outputs = [o.detach() for o in as_tuple(op.op(*arguments))]
     incoming = [torch.randn_like(o) for o in outputs[: op.results]]
     saved = [x.detach() if isinstance(x, torch.Tensor) else x for x in op.saved(arguments, outputs)]
     torch.library.opcheck(op.backward_op, (*incoming, *saved))
@@ -272,8 +270,8 @@ def test_compiled_in_one_graph_and_under_checkpoint(case, inputs):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_what_is_kept(case, inputs):
-    """The inputs, and a few numbers a token; not what is made again."""
+def test_saved_tensors(case, inputs):
+    """The inputs and a few numbers per token; nothing that backward recomputes."""
     given = [
         x.detach().bfloat16().requires_grad_() if x.dim() == 3 else x.requires_grad_() for x in inputs(case).values()
     ]
@@ -285,8 +283,7 @@ def test_what_is_kept(case, inputs):
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
-        outputs = case.ours(*given)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = as_tuple(case.ours(*given))
     own = {o.untyped_storage().data_ptr() for o in outputs}
     beside = sum(size for pointer, size in kept.items() if pointer not in own)
     # The rotary tables and, for each token and head, at most three float32 numbers.

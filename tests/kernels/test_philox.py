@@ -1,4 +1,4 @@
-"""The Triton backends of the draws against PyTorch's and C++'s, bit by bit, in Triton's interpreter or on a GPU."""
+"""Philox in Triton against PyTorch and C++: the same words and uniform numbers, and normals to the last places."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from unite_fast.randomness import Philox, Stream
 
 WORD = 2**32 - 1
 UNITS = 2
-"""Of normals, in the last place: float64 functions of another library, rounded to float32."""
+"""Largest difference of normals in units in the last place: their float64 functions come from different libraries."""
 KEYS = [(0, 0), (2**31, 2**31 - 1), (2**32 + 5, 2**31), (2**64 - 1, WORD)]
 """Seed and step: with and without the high bit of each word."""
 POSITIONS = [0, 5, 2**31 - 1, 2**31, WORD]

@@ -6,6 +6,8 @@ from unite_fast.kernels.qk_norm_rope import qk_norm_rope_ref
 
 SHAPES = [(5, 41, 3, 14), (2, 20, 4, 16)]
 """B, T, heads, head dimension."""
+fast_backends = pytest.mark.parametrize("backend_name", ["native", "triton"], indirect=True)
+native_only = pytest.mark.parametrize("backend_name", ["native"], indirect=True)
 
 
 def angles(draw, t, k):
@@ -87,3 +89,31 @@ def test_arguments_that_do_not_belong_together(wrong, message, draw):
     given = {name: shape and draw(*shape) for name, shape in shapes.items()}
     with pytest.raises(ValueError, match=f"qk_norm_rope: {message}"):
         qk_norm_rope(**given, heads=2)
+
+
+@fast_backends
+@pytest.mark.parametrize("head_dim", [2, 6, 16, 32, 64, 80])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_dimensions(backend_name, head_dim, dtype, judge, draw):
+    angle = draw(7, head_dim // 2)
+
+    def bind(function):
+        def op(qkv, q_weight, k_weight):
+            return function(qkv, 3, q_weight, k_weight, angle.cos().to(q_weight), angle.sin().to(q_weight))
+
+        return op
+
+    inputs = {"qkv": draw(2, 7, 9 * head_dim, dtype=dtype), "q_weight": draw(head_dim), "k_weight": draw(head_dim)}
+    judge(bind(qk_norm_rope), bind(qk_norm_rope_ref), inputs, (dtype,) * 3)
+
+
+@native_only
+def test_v_takes_no_memory_of_its_own(backend_name, draw):
+    qkv = draw(2, 5, 48)
+    v = qk_norm_rope(qkv, 2, None, None, draw(5, 4), draw(5, 4))[2]
+    assert v.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
+
+
+def test_cos_and_sin_get_no_gradient(draw):
+    with pytest.raises(ValueError, match="qk_norm_rope: cos and sin get no gradient; detach them"):
+        qk_norm_rope(draw(2, 5, 48), 2, None, None, draw(5, 4).requires_grad_(), draw(5, 4))

@@ -4,6 +4,9 @@ import torch
 from unite_fast.kernels import swiglu
 from unite_fast.kernels.swiglu import swiglu_ref
 
+fast_backends = pytest.mark.parametrize("backend_name", ["native", "triton"], indirect=True)
+native_only = pytest.mark.parametrize("backend_name", ["native"], indirect=True)
+
 
 def formula(uw):
     half = uw.shape[-1] // 2
@@ -30,3 +33,21 @@ def test_far_out_inputs_stay_finite():
 def test_an_odd_width_is_refused(draw):
     with pytest.raises(ValueError, match="swiglu: the last dimension must be even, got 7"):
         swiglu(draw(2, 7))
+
+
+@native_only
+def test_silu_to_the_last_place(backend_name):
+    """The C++ has its own exp. Where silu(u) is a normal float32, 3 units in the last place: exp, sum and division have
+    one each at most, and 1.6 is what this grid shows."""
+    u = torch.linspace(-80, 100, 400_001)
+    got = swiglu(torch.stack((u, torch.ones_like(u)), dim=-1))[:, 0].double()
+    want = u.double() * torch.sigmoid(u.double())
+    assert ((got - want).abs() <= 3 * 2.0**-23 * want.abs()).all()
+
+
+@fast_backends
+def test_silu_far_out(backend_name, device):
+    u = torch.tensor([-3e38, -1e4, -90.0, 90.0, 1e4, 3e38], device=device)
+    got = swiglu(torch.stack((u, torch.ones_like(u)), dim=-1))[:, 0]
+    # The exp of the C++ backend does not go below about 2^-126, so a negative result stays that small part of u.
+    assert (got[:3].abs() <= 2.0**-125 * u[:3].abs()).all() and torch.equal(got[3:], u[3:])
