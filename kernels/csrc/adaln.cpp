@@ -21,7 +21,7 @@ struct AdalnForward {
     const float* norm_weight;
     const float* weight;
     Vectors shift, scale;
-    Rows x_out, h;        // x_out only if gated
+    Rows x_out, h;     // x_out only if gated
     float* norm_rstd;  // [B, T], 1 / rms(x + gate * branch)
     float* rstd;       // [B, T], 1 / rms(x_out)
 };
@@ -107,6 +107,22 @@ UNITE_FAST_INLINE float add_and_norm(const AdalnForward& op, Index b, Index t, c
     return squares;
 }
 
+UNITE_FAST_INLINE float residual(const AdalnForward& op, Index b, Index t, const float* gate, float* y) {
+    float squares = 0.0f;
+    with_type(op.x.type, [&](auto x) UNITE_FAST_INLINE_LAMBDA {
+        using X = decltype(x);
+        if (!op.gated) {
+            squares = read<X>(op, b, t, y);
+            return;
+        }
+        with_type(op.branch.type, [&](auto branch) UNITE_FAST_INLINE_LAMBDA {
+            using B = decltype(branch);
+            squares = op.normed ? add_and_norm<X, B>(op, b, t, gate, y) : add<X, B>(op, b, t, gate, y);
+        });
+    });
+    return squares;
+}
+
 template <class H>
 UNITE_FAST_INLINE void modulate(const AdalnForward& op, Index b, Index t, float squares, const float* __restrict y,
                                 const float* __restrict factor, const float* __restrict shift) {
@@ -131,24 +147,13 @@ UNITE_FAST_PER_CPU void forward_chunk(const AdalnForward& op, Index b, Index beg
     read_factor(op.weight, op.scale, b, d, factor);
     op.shift.read(b, d, shift);
     if (op.gated) op.gate.read(b, d, gate);
-    with_type(op.x.type, [&](auto x) UNITE_FAST_INLINE_LAMBDA {
+    // Types are looked up row by row: one lookup for all rows would need a copy of each loop for every three types.
+    for (Index t = begin; t < end; ++t) {
+        const float squares = residual(op, b, t, gate, y);
         with_type(op.h.type, [&](auto h) UNITE_FAST_INLINE_LAMBDA {
-            using X = decltype(x);
-            using H = decltype(h);
-            if (!op.gated) {
-                for (Index t = begin; t < end; ++t) modulate<H>(op, b, t, read<X>(op, b, t, y), y, factor, shift);
-                return;
-            }
-            with_type(op.branch.type, [&](auto branch) UNITE_FAST_INLINE_LAMBDA {
-                using B = decltype(branch);
-                for (Index t = begin; t < end; ++t) {
-                    const float squares =
-                        op.normed ? add_and_norm<X, B>(op, b, t, gate, y) : add<X, B>(op, b, t, gate, y);
-                    modulate<H>(op, b, t, squares, y, factor, shift);
-                }
-            });
+            modulate<decltype(h)>(op, b, t, squares, y, factor, shift);
         });
-    });
+    }
 }
 
 // The backward pass -------------------------------------------------------------------------------------------------
@@ -261,18 +266,23 @@ UNITE_FAST_INLINE Index partials_of(const AdalnBackward& op) {
     return op.normed ? kPartials : op.gated ? kNorm : kGate;
 }
 
-// Gradients of the tokens from begin to end, at most kBlock, and their sums in `sums`.
-template <class X, class B, class H>
-UNITE_FAST_INLINE void backward_block(const AdalnBackward& op, Index b, Index begin, Index end,
-                                      const float* factor, const float* gate, float* sums, float* scratch) {
-    std::fill_n(sums, partials_of(op) * op.size.width, 0.0f);
-    for (Index t = begin; t < end; ++t)
-        if (op.normed)
-            normed_row<X, B, H>(op, b, t, factor, gate, sums, scratch);
-        else if (op.gated)
-            gated_row<X, B, H>(op, b, t, factor, gate, sums);
-        else
+UNITE_FAST_INLINE void backward_row(const AdalnBackward& op, Index b, Index t, const float* factor, const float* gate,
+                                    float* sums, float* scratch) {
+    with_types(op.x.type, op.d_h.type, [&](auto x, auto h) UNITE_FAST_INLINE_LAMBDA {
+        using X = decltype(x);
+        using H = decltype(h);
+        if (!op.gated) {
             plain_row<X, H>(op, b, t, factor, sums);
+            return;
+        }
+        with_type(op.branch.type, [&](auto branch) UNITE_FAST_INLINE_LAMBDA {
+            using B = decltype(branch);
+            if (op.normed)
+                normed_row<X, B, H>(op, b, t, factor, gate, sums, scratch);
+            else
+                gated_row<X, B, H>(op, b, t, factor, gate, sums);
+        });
+    });
 }
 
 UNITE_FAST_PER_CPU void backward_chunk(const AdalnBackward& op, Index b, Index begin, Index end, float* partial,
@@ -285,14 +295,8 @@ UNITE_FAST_PER_CPU void backward_chunk(const AdalnBackward& op, Index b, Index b
     do {
         const Index to = std::min(from + kBlock, end);
         float* into = from == begin ? partial : sums;
-        with_type(op.x.type, [&](auto x) UNITE_FAST_INLINE_LAMBDA {
-            with_type(op.d_h.type, [&](auto h) UNITE_FAST_INLINE_LAMBDA {
-                with_type(op.branch.type, [&](auto branch) UNITE_FAST_INLINE_LAMBDA {
-                    backward_block<decltype(x), decltype(branch), decltype(h)>(op, b, from, to, factor, gate, into,
-                                                                               rows);
-                });
-            });
-        });
+        std::fill_n(into, partials_of(op) * d, 0.0f);
+        for (Index t = from; t < to; ++t) backward_row(op, b, t, factor, gate, into, rows);
         if (into != partial) add_row(sums, partials_of(op) * d, partial);
         from = to;
     } while (from < end);
@@ -323,36 +327,30 @@ UNITE_FAST_PER_CPU void sum_samples(float* partial, Index samples, Index stride,
 }
 
 void adaln_forward(const AdalnForward& op, int threads) {
-    const Index tokens = op.size.tokens, chunks = chunks_of(tokens), tasks = op.size.batch * chunks;
+    const Index tokens = op.size.tokens, chunks = chunks_of(tokens), elements = op.size.elements();
     const Index scratch_size = kForwardScratch * op.size.width;
-    const int used = threads_for(op.size.batch * tokens * op.size.width, threads);
-    const std::unique_ptr<float[]> scratch(new float[used * scratch_size]);
-#pragma omp parallel for schedule(static) num_threads(used) if (used > 1)
-    for (Index task = 0; task < tasks; ++task) {
+    const std::unique_ptr<float[]> scratch(new float[threads_for(elements, threads) * scratch_size]);
+    parallel_for(op.size.batch * chunks, elements, threads, [&](Index task) {
         const Index begin = task % chunks * kChunk, end = std::min(begin + kChunk, tokens);
         forward_chunk(op, task / chunks, begin, end, scratch.get() + thread_number() * scratch_size);
-    }
+    });
 }
 
 void adaln_backward(const AdalnBackward& op, int threads) {
     const Index batch = op.size.batch, tokens = op.size.tokens, width = op.size.width;
     const Index chunks = chunks_of(tokens), tasks = batch * chunks;
     const Index scratch_size = kBackwardScratch * width, partial_size = kPartials * width;
-    const int used = threads_for(batch * tokens * width, threads);
-    const std::unique_ptr<float[]> scratch(new float[used * scratch_size]);
+    const Index stride = chunks * partial_size, elements = op.size.elements();
+    const std::unique_ptr<float[]> scratch(new float[threads_for(elements, threads) * scratch_size]);
     const std::unique_ptr<float[]> partial(new float[tasks * partial_size]);
-#pragma omp parallel num_threads(used) if (used > 1)
-    {
-        float* own = scratch.get() + thread_number() * scratch_size;
-#pragma omp for schedule(static)
-        for (Index task = 0; task < tasks; ++task) {
-            const Index begin = task % chunks * kChunk, end = std::min(begin + kChunk, tokens);
-            backward_chunk(op, task / chunks, begin, end, partial.get() + task * partial_size, own);
-        }
-#pragma omp for schedule(static)
-        for (Index b = 0; b < batch; ++b) finish_sample(op, b, partial.get() + b * chunks * partial_size, own);
-    }
-    const Index stride = chunks * partial_size;
+    parallel_for(tasks, elements, threads, [&](Index task) {
+        const Index begin = task % chunks * kChunk, end = std::min(begin + kChunk, tokens);
+        backward_chunk(op, task / chunks, begin, end, partial.get() + task * partial_size,
+                       scratch.get() + thread_number() * scratch_size);
+    });
+    parallel_for(batch, elements, threads, [&](Index b) {
+        finish_sample(op, b, partial.get() + b * stride, scratch.get() + thread_number() * scratch_size);
+    });
     sum_samples(partial.get() + kScale * width, batch, stride, width, op.d_weight);
     if (op.normed) sum_samples(partial.get() + kNorm * width, batch, stride, width, op.d_norm_weight);
 }

@@ -5,8 +5,9 @@
 // An op defines its functions in its own file; `in` are the arguments (docs/adding-a-kernel.md has the whole example):
 //
 //     UNITE_FAST_FUNCTION(scale_shift_forward) {
-//         const Forward op{in.size(), in.rows(), in.vectors(), in.vectors(), in.rows()};
-//         in.parallel_for(op.size.batch, op.size.elements(), [&](Index b) { forward_sample(op, b); });
+//         ScaleShift op{};
+//         op.size = in.size(), op.a = in.rows(), op.scale = in.vectors(), op.shift = in.vectors(), op.out = in.rows();
+//         in.parallel_for(op.size.batch, op.size.elements(), [&](Index b) { run(op, b, false); });
 //     }
 #pragma once
 
@@ -70,7 +71,7 @@ bool add_function(Function function);
 
 }  // namespace unite_fast
 
-#define UNITE_FAST_FUNCTION(name)                                                                     \
-    static void name##_call(::unite_fast::Arguments& in);                                             \
+#define UNITE_FAST_FUNCTION(name)                                                                       \
+    static void name##_call(::unite_fast::Arguments& in);                                               \
     [[maybe_unused]] static const bool name##_added = ::unite_fast::add_function({#name, name##_call}); \
     static void name##_call(::unite_fast::Arguments& in)

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -45,6 +44,14 @@ UNITE_FAST_INLINE void with_type(Type type, F&& f) {
         f(float{});
     else
         f(Bf16{});
+}
+
+// The same for two types.
+template <class F>
+UNITE_FAST_INLINE void with_types(Type first, Type second, F&& f) {
+    with_type(first, [&](auto a) UNITE_FAST_INLINE_LAMBDA {
+        with_type(second, [&](auto b) UNITE_FAST_INLINE_LAMBDA { f(a, b); });
+    });
 }
 
 template <class To, class From>
@@ -102,12 +109,6 @@ struct Vectors {
 #pragma omp simd
             for (Index i = 0; i < d; ++i) to[i] = load(from[i]);
         }
-    }
-
-    std::vector<float> row(Index b, Index d) const {
-        std::vector<float> numbers(d);
-        read(b, d, numbers.data());
-        return numbers;
     }
 
     UNITE_FAST_INLINE void write(Index b, Index d, const float* __restrict from) const {

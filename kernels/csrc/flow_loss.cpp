@@ -15,9 +15,9 @@ struct FlowLoss {
     Type z_type;
     const void* z;  // [batch, tokens, channels]
     // Written by the forward pass.
-    float* share;    // [draws, batch], weight of a squared error in its sample's loss
-    float* mean;     // [draws, batch, tokens], over y's channels
-    float* rstd;  // [draws, batch, tokens], 1 / standard deviation
+    float* share;  // [draws, batch], weight of a squared error in its sample's loss
+    float* mean;   // [draws, batch, tokens], over y's channels
+    float* rstd;   // [draws, batch, tokens], 1 / standard deviation
 };
 
 // A sample is one draw of one image: its y is row `sample` of [draws * batch, tokens, channels], its z is the image's.
@@ -91,13 +91,10 @@ UNITE_FAST_INLINE void backward_token(const FlowLoss& op, float factor, float me
 template <class F>
 UNITE_FAST_INLINE void with_sample(const FlowLoss& op, Index sample, F&& f) {
     const Index size = op.tokens * op.channels;
-    with_type(op.y_type, [&](auto y) UNITE_FAST_INLINE_LAMBDA {
-        with_type(op.z_type, [&](auto z) UNITE_FAST_INLINE_LAMBDA {
-            const auto* y_sample = static_cast<const decltype(y)*>(op.y) + sample * size;
-            const auto* z_sample = static_cast<const decltype(z)*>(op.z) + sample % op.batch * size;
-            with_channels(op.channels,
-                          [&](auto channels) UNITE_FAST_INLINE_LAMBDA { f(y_sample, z_sample, channels); });
-        });
+    with_types(op.y_type, op.z_type, [&](auto y, auto z) UNITE_FAST_INLINE_LAMBDA {
+        const auto* y_sample = static_cast<const decltype(y)*>(op.y) + sample * size;
+        const auto* z_sample = static_cast<const decltype(z)*>(op.z) + sample % op.batch * size;
+        with_channels(op.channels, [&](auto channels) UNITE_FAST_INLINE_LAMBDA { f(y_sample, z_sample, channels); });
     });
 }
 
@@ -171,15 +168,14 @@ void flow_loss_backward(const FlowLoss& op, const float* d_loss, void* d_y, floa
                         int threads) {
     const Index samples = op.draws * op.batch, chunks = chunks_of(op.tokens), tasks = samples * chunks;
     const Index partial_size = 2 * op.channels, scratch_size = 4 * op.channels;
-    const int used = threads_for(samples * op.tokens * op.channels, threads);
-    const std::unique_ptr<float[]> scratch(new float[used * scratch_size]);
+    const Index elements = samples * op.tokens * op.channels;
+    const std::unique_ptr<float[]> scratch(new float[threads_for(elements, threads) * scratch_size]);
     const std::unique_ptr<float[]> partial(new float[tasks * partial_size]);
-#pragma omp parallel for schedule(static) num_threads(used) if (used > 1)
-    for (Index task = 0; task < tasks; ++task) {
+    parallel_for(tasks, elements, threads, [&](Index task) {
         const Index sample = task / chunks, begin = task % chunks * kChunk, end = std::min(begin + kChunk, op.tokens);
         backward_chunk(op, d_loss[sample], d_y, sample, begin, end, partial.get() + task * partial_size,
                        scratch.get() + thread_number() * scratch_size);
-    }
+    });
     sum_partials(partial.get(), tasks, op.channels, d_weight, d_bias);
 }
 

@@ -13,7 +13,7 @@ struct QkNormRope {
     Rows qkv;                          // all tensors of tokens have its type
     const float *q_weight, *k_weight;  // both may be null: no norm, and `rstd` is unused
     const float *cos, *sin;            // [T, K / 2]
-    float* rstd;                    // [B, T, 2 H], 1 / rms of each head of q, then of k
+    float* rstd;                       // [B, T, 2 H], 1 / rms of each head of q, then of k
 };
 
 // A head is so short that vector code pays only with a length known at compile time: `K` below is the head dimension,
@@ -176,15 +176,14 @@ void qk_norm_rope_backward(const QkNormRope& op, const Heads& d_q, const Heads& 
                            const Rows& d_qkv, float* d_q_weight, float* d_k_weight, int threads) {
     const Index chunks = chunks_of(op.tokens), tasks = op.batch * chunks, dim = op.head_dim;
     const Index scratch_size = (2 * op.heads + 1) * dim;
-    const int used = threads_for(op.batch * op.tokens * op.heads * dim, threads);
-    const std::unique_ptr<float[]> scratch(new float[used * scratch_size]);
+    const Index elements = op.batch * op.tokens * op.heads * dim;
+    const std::unique_ptr<float[]> scratch(new float[threads_for(elements, threads) * scratch_size]);
     const std::unique_ptr<float[]> partial(new float[tasks * 2 * dim]);
-#pragma omp parallel for schedule(static) num_threads(used) if (used > 1)
-    for (Index task = 0; task < tasks; ++task) {
+    parallel_for(tasks, elements, threads, [&](Index task) {
         const Index begin = task % chunks * kChunk, end = std::min(begin + kChunk, op.tokens);
         backward_chunk(op, d_q, d_k, d_v, d_qkv, task / chunks, begin, end, partial.get() + task * 2 * dim,
                        scratch.get() + thread_number() * scratch_size);
-    }
+    });
     if (op.q_weight) sum_tasks(partial.get(), tasks, dim, d_q_weight, d_k_weight);
 }
 
