@@ -15,19 +15,11 @@ import triton
 import triton.language as tl
 
 from unite_fast.kernels import tensors
+from unite_fast.kernels.triton_kernels.rows import TOKENS, load, row_sizes
 from unite_fast.kernels.triton_kernels.sums import sum_rows
 
-TOKENS = 16
-"""Tokens per program. Partial sums then cost half a byte per token and channel, written and read."""
-LANES_EACH = 8
-"""Elements of a row per thread: one access of 16 bytes in bfloat16, two in float32."""
 SUM_ROWS, SUM_LANES = 16, 64
 """Size of a tile of partial sums: 8 numbers per thread; 544 tokens have 34 rows."""
-
-
-@triton.jit
-def _vector(p, o_d, m_d):
-    return tl.load(p + o_d, mask=m_d, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -65,17 +57,17 @@ def _adaln_fwd_kernel(
     i_chunk = tl.program_id(1).to(tl.int64)
     o_d = tl.arange(0, BD)
     m_d = o_d < D
-    b_shift = _vector(shift + i_b * shift_stride * UNIT, o_d, m_d)
-    b_factor = _vector(weight, o_d, m_d) * (1 + _vector(scale + i_b * scale_stride * UNIT, o_d, m_d))
+    b_shift = load(shift + i_b * shift_stride * UNIT, o_d, m_d)
+    b_factor = load(weight, o_d, m_d) * (1 + load(scale + i_b * scale_stride * UNIT, o_d, m_d))
     if branch is not None:
-        b_gate = _vector(gate + i_b * gate_stride * UNIT, o_d, m_d)
+        b_gate = load(gate + i_b * gate_stride * UNIT, o_d, m_d)
     if norm_weight is not None:
-        b_norm_weight = _vector(norm_weight, o_d, m_d)
+        b_norm_weight = load(norm_weight, o_d, m_d)
     for i_t in range(i_chunk * TOKENS, tl.minimum((i_chunk + 1) * TOKENS, T)):
         i_row = i_b * T + i_t
-        b_x = _vector(x + (i_b * x_stride_b + i_t * x_stride_t) * UNIT, o_d, m_d)
+        b_x = load(x + (i_b * x_stride_b + i_t * x_stride_t) * UNIT, o_d, m_d)
         if branch is not None:
-            b_x += b_gate * _vector(branch + (i_b * branch_stride_b + i_t * branch_stride_t) * UNIT, o_d, m_d)
+            b_x += b_gate * load(branch + (i_b * branch_stride_b + i_t * branch_stride_t) * UNIT, o_d, m_d)
             if norm_weight is not None:
                 b_r = _rms_rstd(b_x, eps, D)
                 tl.store(rstd + i_row, b_r)
@@ -135,26 +127,26 @@ def _adaln_bwd_kernel(
     i_chunk = tl.program_id(1).to(tl.int64)
     o_d = tl.arange(0, BD)
     m_d = o_d < D
-    b_factor = _vector(weight, o_d, m_d) * (1 + _vector(scale + i_b * scale_stride * UNIT, o_d, m_d))
+    b_factor = load(weight, o_d, m_d) * (1 + load(scale + i_b * scale_stride * UNIT, o_d, m_d))
     if h is not None:
-        b_shift = _vector(shift + i_b * shift_stride * UNIT, o_d, m_d)
+        b_shift = load(shift + i_b * shift_stride * UNIT, o_d, m_d)
     b_d_shift = tl.zeros((BD,), tl.float32)
     b_d_factor = tl.zeros((BD,), tl.float32)
     if branch is not None:
-        b_gate = _vector(gate + i_b * gate_stride * UNIT, o_d, m_d)
+        b_gate = load(gate + i_b * gate_stride * UNIT, o_d, m_d)
         b_d_gate = tl.zeros((BD,), tl.float32)
     if norm_weight is not None:
-        b_norm_weight = _vector(norm_weight, o_d, m_d)
+        b_norm_weight = load(norm_weight, o_d, m_d)
         b_d_norm_weight = tl.zeros((BD,), tl.float32)
     for i_t in range(i_chunk * TOKENS, tl.minimum((i_chunk + 1) * TOKENS, T)):
         i_row = i_b * T + i_t
-        b_x = _vector(x + (i_b * x_stride_b + i_t * x_stride_t) * UNIT, o_d, m_d)
+        b_x = load(x + (i_b * x_stride_b + i_t * x_stride_t) * UNIT, o_d, m_d)
         p_rstd = rstd + i_row
         if branch is not None:
-            b_branch = _vector(branch + (i_b * branch_stride_b + i_t * branch_stride_t) * UNIT, o_d, m_d)
+            b_branch = load(branch + (i_b * branch_stride_b + i_t * branch_stride_t) * UNIT, o_d, m_d)
             # Loaded before the first sum over the row, so that all loads wait for memory together.
-            b_d_x_out = _vector(d_x_out + (i_b * d_x_out_stride_b + i_t * d_x_out_stride_t) * UNIT, o_d, m_d)
-        b_d_h = _vector(d_h + (i_b * d_h_stride_b + i_t * d_h_stride_t) * UNIT, o_d, m_d)
+            b_d_x_out = load(d_x_out + (i_b * d_x_out_stride_b + i_t * d_x_out_stride_t) * UNIT, o_d, m_d)
+        b_d_h = load(d_h + (i_b * d_h_stride_b + i_t * d_h_stride_t) * UNIT, o_d, m_d)
         if norm_weight is not None:
             # x and branch were saved; recompute the normalised y and x_out.
             b_norm_r = tl.load(p_rstd)
@@ -224,7 +216,7 @@ def _adaln_sums_kernel(
     o = i_b * D + o_d
     b_factor = tl.sum(b_d_factor, axis=0)
     b_d_scale = b_factor * tl.load(weight + o_d, mask=m_d, other=0.0)
-    b_scale = tl.load(scale + i_b * scale_stride + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_scale = load(scale + i_b * scale_stride, o_d, m_d)
     tl.store(d_shift + o, tl.sum(b_d_shift, axis=0).to(d_shift.dtype.element_ty), mask=m_d)
     tl.store(d_scale + o, b_d_scale.to(d_scale.dtype.element_ty), mask=m_d)
     tl.store(over_samples + o, b_factor * (1 + b_scale), mask=m_d)
@@ -236,18 +228,7 @@ def _adaln_sums_kernel(
 
 def _launch(kernel, x, pointers, arguments, strides) -> None:
     (b, t, d), (unit, strides) = x.shape, tensors.in_units(strides)
-    lanes = triton.next_power_of_2(d)
-    kernel[(b, triton.cdiv(t, TOKENS))](
-        *pointers,
-        *strides,
-        t,
-        *arguments,
-        D=d,
-        BD=lanes,
-        TOKENS=TOKENS,
-        UNIT=unit,
-        num_warps=min(max(lanes // (32 * LANES_EACH), 1), 16),
-    )
+    kernel[(b, triton.cdiv(t, TOKENS))](*pointers, *strides, t, *arguments, UNIT=unit, **row_sizes(d))
 
 
 def _forward(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype):

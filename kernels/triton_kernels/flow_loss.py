@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from unite_fast.kernels import tensors
+from unite_fast.kernels.triton_kernels.rows import load, load_row
 
 ELEMENTS = 2048
 """Elements per tile: 16 per thread of 4 warps. With 32 channels that is 64 tokens, a quarter of a sample of 256."""
@@ -19,12 +20,6 @@ def _place(N, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
     o_t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
     o_c = tl.arange(0, BC)
     return i_sample, o_t, o_t[:, None] * C + o_c[None, :], (o_t < N)[:, None] & (o_c < C)[None, :]
-
-
-@triton.jit
-def _channels(vector, C: tl.constexpr, BC: tl.constexpr):
-    o_c = tl.arange(0, BC)
-    return tl.load(vector + o_c, mask=o_c < C, other=0.0)[None, :]  # [1, BC]
 
 
 @triton.jit
@@ -47,12 +42,12 @@ def _flow_loss_fwd_kernel(
     BC: tl.constexpr,
 ):
     i_sample, o_t, o, m = _place(N, C, BT, BC)
-    b_y = tl.load(y + i_sample * N * C + o, mask=m, other=0.0).to(tl.float32)
-    b_z = tl.load(z + i_sample % samples * N * C + o, mask=m, other=0.0).to(tl.float32)
+    b_y = load(y + i_sample * N * C, o, m)
+    b_z = load(z + i_sample % samples * N * C, o, m)
     b_mean = tl.sum(b_y, axis=1) / C  # [BT]
     b_n = tl.where(m, b_y - b_mean[:, None], 0.0)
     b_rstd = tl.rsqrt(tl.sum(b_n * b_n, axis=1) / C + eps)
-    b_error = b_z - (b_n * b_rstd[:, None] * _channels(weight, C, BC) + _channels(bias, C, BC))
+    b_error = b_z - (b_n * b_rstd[:, None] * load_row(weight, C, BC) + load_row(bias, C, BC))
     b_error = tl.where(m, b_error, 0.0)
     time_left = 1.0 - tl.load(t + i_sample)
     # Not maximum(), which would drop a NaN.
@@ -86,13 +81,13 @@ def _flow_loss_bwd_kernel(
 ):
     i_sample, o_t, o, m = _place(N, C, BT, BC)
     m_t = o_t < N
-    b_y = tl.load(y + i_sample * N * C + o, mask=m, other=0.0).to(tl.float32)
-    b_z = tl.load(z + i_sample % samples * N * C + o, mask=m, other=0.0).to(tl.float32)
+    b_y = load(y + i_sample * N * C, o, m)
+    b_z = load(z + i_sample % samples * N * C, o, m)
     b_mean = tl.load(mean + i_sample * N + o_t, mask=m_t, other=0.0)[:, None]
     b_rstd = tl.load(rstd + i_sample * N + o_t, mask=m_t, other=0.0)[:, None]
-    b_weight = _channels(weight, C, BC)
+    b_weight = load_row(weight, C, BC)
     b_n = tl.where(m, (b_y - b_mean) * b_rstd, 0.0)
-    b_error = tl.where(m, b_n * b_weight + _channels(bias, C, BC) - b_z, 0.0)
+    b_error = tl.where(m, b_n * b_weight + load_row(bias, C, BC) - b_z, 0.0)
     b_d = 2.0 * tl.load(d_loss + i_sample) * tl.load(share + i_sample) * b_error  # gradient of the prediction
     # With a the gradient of n, the gradient of y is (a - mean(a) - n mean(a n)) rstd.
     b_a = b_d * b_weight

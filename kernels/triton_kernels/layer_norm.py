@@ -13,12 +13,8 @@ import triton
 import triton.language as tl
 
 from unite_fast.kernels import tensors
+from unite_fast.kernels.triton_kernels.rows import TOKENS, load, row_sizes
 from unite_fast.kernels.triton_kernels.sums import sum_rows
-
-TOKENS = 16
-"""Rows per program. Partial sums then cost half a byte per number of x, written and read."""
-LANES_EACH = 8
-"""Elements of a row per thread: one access of 16 bytes in bfloat16, two in float32."""
 
 
 @triton.jit
@@ -40,12 +36,12 @@ def _layer_norm_fwd_kernel(
     i_first = tl.program_id(0).to(tl.int64) * TOKENS
     o_d = tl.arange(0, BD)
     m_d = o_d < D
-    b_weight = tl.load(weight + o_d, mask=m_d, other=0.0)
-    b_bias = tl.load(bias + o_d, mask=m_d, other=0.0)
+    b_weight = load(weight, o_d, m_d)
+    b_bias = load(bias, o_d, m_d)
     for i_row in range(i_first, tl.minimum(i_first + TOKENS, rows)):
-        b_x = tl.load(x + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_x = load(x + i_row * D, o_d, m_d)
         if branch is not None:
-            b_x += tl.load(branch + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+            b_x += load(branch + i_row * D, o_d, m_d)
             # The next op reads the rounded residual, so out is computed from it too.
             b_x = b_x.to(x_out.dtype.element_ty)
             tl.store(x_out + i_row * D + o_d, b_x, mask=m_d)
@@ -80,15 +76,15 @@ def _layer_norm_bwd_kernel(
     i_first = tl.program_id(0).to(tl.int64) * TOKENS
     o_d = tl.arange(0, BD)
     m_d = o_d < D
-    b_weight = tl.load(weight + o_d, mask=m_d, other=0.0)
-    b_bias = tl.load(bias + o_d, mask=m_d, other=0.0)
+    b_weight = load(weight, o_d, m_d)
+    b_bias = load(bias, o_d, m_d)
     b_d_weight = tl.zeros((BD,), tl.float32)
     b_d_bias = tl.zeros((BD,), tl.float32)
     for i_row in range(i_first, tl.minimum(i_first + TOKENS, rows)):
-        b_x = tl.load(x + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
-        b_g = tl.load(d_out + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_x = load(x + i_row * D, o_d, m_d)
+        b_g = load(d_out + i_row * D, o_d, m_d)
         if d_x_out is not None:
-            b_d_x_out = tl.load(d_x_out + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+            b_d_x_out = load(d_x_out + i_row * D, o_d, m_d)
         b_rstd = tl.load(rstd + i_row)
         b_n = tl.where(m_d, (b_x - tl.load(mean + i_row)) * b_rstd, 0.0)
         b_d_weight += b_g * b_n
@@ -124,7 +120,7 @@ def _forward(x, branch, weight, bias, eps, out_dtype):
     mean, rstd = (x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(2))
     if out.numel():
         pointers = x, branch, *map(tensors.as_float32, (weight, bias)), x_out, out, mean, rstd
-        _layer_norm_fwd_kernel[_grid(x)](*pointers, mean.numel(), eps, **_sizes(x))
+        _layer_norm_fwd_kernel[_grid(x)](*pointers, mean.numel(), eps, **row_sizes(x.shape[-1]))
     return x_out, out, mean, rstd
 
 
@@ -147,15 +143,9 @@ def _backward(d_x_out, d_out, x, d_branch, weight, bias, mean, rstd):
     partial = x.new_empty((2, *_grid(x), x.shape[-1]), dtype=torch.float32)
     if d_x.numel():
         inputs = d_x_out, d_out.contiguous(), x, *map(tensors.as_float32, (weight, bias)), mean, rstd
-        _layer_norm_bwd_kernel[_grid(x)](*inputs, d_x, d_branch, out, partial, mean.numel(), **_sizes(x))
+        _layer_norm_bwd_kernel[_grid(x)](*inputs, d_x, d_branch, out, partial, mean.numel(), **row_sizes(x.shape[-1]))
     return d_x, d_branch, *sum_rows(partial), out
 
 
 def _grid(x) -> tuple[int]:
     return (triton.cdiv(x.shape[:-1].numel(), TOKENS),)
-
-
-def _sizes(x) -> dict[str, int]:
-    lanes = triton.next_power_of_2(x.shape[-1])
-    warps = min(max(lanes // (32 * LANES_EACH), 1), 16)
-    return {"D": x.shape[-1], "BD": lanes, "TOKENS": TOKENS, "num_warps": warps}

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from unite_fast.kernels import tensors
 from unite_fast.kernels.triton_kernels.philox import as_int32, normals
+from unite_fast.kernels.triton_kernels.rows import load
 
 BLOCKS = 256
 """Blocks of Philox per program of 4 warps: 8 normals per thread."""
@@ -25,7 +26,7 @@ def _noise_injection_fwd_kernel(
     b_noise = normals(o_block, tl.load(positions + i_b), step, stream * 65536 + i_f, seed_low, seed_high)
     o = i_chunk.to(tl.int64) * (4 * BLOCKS) + tl.arange(0, 4 * BLOCKS)
     m = o < elements
-    b_z = tl.load(z + i_b * elements + o, mask=m, other=0.0).to(tl.float32)
+    b_z = load(z + i_b * elements, o, m)
     time = tl.load(t + i_sample)
     b_out = time * b_z + (1.0 - time) * b_noise
     if gate is not None:
@@ -44,7 +45,7 @@ def _noise_injection_bwd_kernel(d_out, t, gate, d_z, samples, draws, elements, E
         factor = tl.load(t + i_sample)
         if gate is not None:
             factor = tl.where(tl.load(gate + i_b), factor, 1.0)
-        b_d_z += factor * tl.load(d_out + i_sample * elements + o, mask=m, other=0.0)
+        b_d_z += factor * load(d_out + i_sample * elements, o, m)
         i_sample += samples
     tl.store(d_z + i_b * elements + o, b_d_z, mask=m)
 

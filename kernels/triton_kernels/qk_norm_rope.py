@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from unite_fast.kernels import tensors
+from unite_fast.kernels.triton_kernels.rows import load, load_row
 
 ELEMENTS = 256
 """Elements of a tile [tokens, head dimension]: 8 per thread, one access of 16 bytes in bfloat16."""
@@ -30,14 +31,6 @@ def _angles(cos, sin, o_t, T, BT: tl.constexpr, K: tl.constexpr, BK: tl.constexp
     m = (o_t < T)[:, None] & (o_half < K // 2)[None, :]
     o = o_t[:, None] * (K // 2) + o_half[None, :]
     return tl.load(cos + o, mask=m, other=0.0), tl.load(sin + o, mask=m, other=0.0)
-
-
-@triton.jit
-def _weight(weight, K: tl.constexpr, BK: tl.constexpr):
-    if weight is None:
-        return None
-    o_k = tl.arange(0, BK)
-    return tl.load(weight + o_k, mask=o_k < K, other=0.0)[None, :]
 
 
 @triton.jit
@@ -83,11 +76,11 @@ def _qk_norm_rope_fwd_kernel(
     m_t = o_t < T
     m = m_t[:, None] & (o_k < K)[None, :]
     b_cos, b_sin = _angles(cos, sin, o_t, T, BT, K, BK)
-    b_q_weight, b_k_weight = _weight(q_weight, K, BK), _weight(k_weight, K, BK)
+    b_q_weight, b_k_weight = load_row(q_weight, K, BK), load_row(k_weight, K, BK)
     p_x = qkv + (i_b * stride_b + o_t[:, None] * stride_t) * UNIT + o_k[None, :]
     for i_h in range(H):
-        b_q = tl.load(p_x + i_h * K, mask=m, other=0.0).to(tl.float32)
-        b_k = tl.load(p_x + (H + i_h) * K, mask=m, other=0.0).to(tl.float32)
+        b_q = load(p_x, i_h * K, m)
+        b_k = load(p_x, (H + i_h) * K, m)
         b_v = tl.load(p_x + (2 * H + i_h) * K, mask=m, other=0.0)
         o_out = ((i_b * T + o_t) * H + i_h)[:, None] * K + o_k[None, :]
         p_rstd = rstd + (i_b * T + o_t) * (2 * H) + i_h
@@ -155,7 +148,7 @@ def _qk_norm_rope_bwd_kernel(
     m_t = o_t < T
     m = m_t[:, None] & (o_k < K)[None, :]
     b_cos, b_sin = _angles(cos, sin, o_t, T, BT, K, BK)
-    b_q_weight, b_k_weight = _weight(q_weight, K, BK), _weight(k_weight, K, BK)
+    b_q_weight, b_k_weight = load_row(q_weight, K, BK), load_row(k_weight, K, BK)
     b_d_q_weight = tl.zeros((BT, BK), tl.float32)
     b_d_k_weight = tl.zeros((BT, BK), tl.float32)
     p_d_q = d_q + (i_b * d_q_stride_b + o_t[:, None] * d_q_stride_t) * UNIT + o_k[None, :]

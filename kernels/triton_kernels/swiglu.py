@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from unite_fast.kernels import tensors
+from unite_fast.kernels.triton_kernels.rows import load
 
 BLOCK = 1024
 """Elements per program: 8 per thread, one access of 16 bytes in bfloat16 for each of u, w and out."""
@@ -23,9 +24,9 @@ def _element(BLOCK: tl.constexpr):
 def _swiglu_fwd_kernel(uw, out, elements, M: tl.constexpr, BLOCK: tl.constexpr):
     o = _element(BLOCK)
     m = o < elements
-    p_u = uw + o // M * (2 * M) + o % M
-    b_u = tl.load(p_u, mask=m, other=0.0).to(tl.float32)
-    b_w = tl.load(p_u + M, mask=m, other=0.0).to(tl.float32)
+    o_u = o // M * (2 * M) + o % M
+    b_u = load(uw, o_u, m)
+    b_w = load(uw, o_u + M, m)
     b_out = b_u / (1.0 + tl.exp(-b_u)) * b_w
     tl.store(out + o, b_out.to(out.dtype.element_ty), mask=m)
 
@@ -35,9 +36,9 @@ def _swiglu_bwd_kernel(d_out, uw, d_uw, out, elements, M: tl.constexpr, BLOCK: t
     o = _element(BLOCK)
     m = o < elements
     o_u = o // M * (2 * M) + o % M
-    b_u = tl.load(uw + o_u, mask=m, other=0.0).to(tl.float32)
-    b_w = tl.load(uw + o_u + M, mask=m, other=0.0).to(tl.float32)
-    b_g = tl.load(d_out + o, mask=m, other=0.0).to(tl.float32)
+    b_u = load(uw, o_u, m)
+    b_w = load(uw, o_u + M, m)
+    b_g = load(d_out, o, m)
     b_gate = 1.0 / (1.0 + tl.exp(-b_u))
     b_d_u = b_g * b_w * b_gate * (1.0 + b_u * (1.0 - b_gate))
     b_d_w = b_g * b_u * b_gate

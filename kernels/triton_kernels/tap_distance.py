@@ -9,6 +9,7 @@ import triton.language as tl
 
 from unite_fast.kernels import tensors
 from unite_fast.kernels.tap_distance import EPS, empty_channels_last, pixels_first
+from unite_fast.kernels.triton_kernels.rows import load, load_row
 
 ELEMENTS = 2048
 """Elements per tile: 16 per thread of 4 warps."""
@@ -19,11 +20,6 @@ TILES = 8
 def _inverse_norm(b_x, EPS: tl.constexpr):
     b_norm = tl.sqrt(tl.sum(b_x * b_x, axis=1))
     return b_norm, 1.0 / (b_norm + EPS)
-
-
-@triton.jit
-def _load(p, o, m):
-    return tl.load(p + o, mask=m, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -51,18 +47,17 @@ def _tap_distance_fwd_kernel(
     EPS: tl.constexpr,
 ):
     i_chunk = tl.program_id(1).to(tl.int64)
-    o_c = tl.arange(0, BC)
-    b_weight = tl.load(weight + o_c, mask=o_c < C, other=0.0)[None, :]
+    b_weight = load_row(weight, C, BC)
     b_sum = tl.zeros((BP,), tl.float32)
     for i in range(TILES):
         o, m = _tile(i_chunk * TILES + i, pixels, C, BC, BP)
-        b_y, b_x = _load(y, o, m), _load(x, o, m)
+        b_y, b_x = load(y, o, m), load(x, o, m)
         _, b_inverse_y = _inverse_norm(b_y, EPS)
         _, b_inverse_x = _inverse_norm(b_x, EPS)
         b_error = b_x * b_inverse_x[:, None] - b_y * b_inverse_y[:, None]
         b_error = b_error * b_error * b_weight
         if mask is not None:
-            b_error *= tl.load(mask + o, mask=m, other=0).to(tl.float32)
+            b_error *= load(mask, o, m)
         b_sum += tl.sum(b_error, axis=1)
     p_partial = partial + tl.program_id(0).to(tl.int64) * tl.num_programs(1) + i_chunk
     tl.store(p_partial, share * tl.sum(b_sum, axis=0))
@@ -86,18 +81,17 @@ def _tap_distance_bwd_kernel(
     EPS: tl.constexpr,
 ):
     i_chunk = tl.program_id(1).to(tl.int64)
-    o_c = tl.arange(0, BC)
-    b_weight = tl.load(weight + o_c, mask=o_c < C, other=0.0)[None, :]
+    b_weight = load_row(weight, C, BC)
     factor = 2.0 * share * tl.load(d_out + tl.program_id(0).to(tl.int64) * d_out_stride).to(tl.float32)
     for i in range(TILES):
         o, m = _tile(i_chunk * TILES + i, pixels, C, BC, BP)
-        b_y, b_x = _load(y, o, m), _load(x, o, m)
+        b_y, b_x = load(y, o, m), load(x, o, m)
         b_norm, b_inverse_y = _inverse_norm(b_y, EPS)
         _, b_inverse_x = _inverse_norm(b_x, EPS)
         b_inverse_y = b_inverse_y[:, None]
         b_d_unit = factor * b_weight * (b_y * b_inverse_y - b_x * b_inverse_x[:, None])
         if mask is not None:
-            b_d_unit *= tl.load(mask + o, mask=m, other=0).to(tl.float32)
+            b_d_unit *= load(mask, o, m)
         # Gradient of y / (|y| + eps): d / (|y| + eps) - y (d . y) / (|y| (|y| + eps)^2); no second term for |y| = 0.
         b_along = tl.sum(b_d_unit * b_y, axis=1) / tl.where(b_norm > 0, b_norm, 1.0)
         b_d_y = b_inverse_y * (b_d_unit - b_y * b_inverse_y * b_along[:, None])
