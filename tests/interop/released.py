@@ -1,7 +1,7 @@
 """The released UNITE restated as plainly as possible: an independent check of our model, and a source of small traces.
 
 Written from the description of the released code; it does not import `unite_fast`. Weights are a dictionary with the
-released names. Heads and flow draws are computed one at a time. The optimizers are torch's, the solver is torchdiffeq's.
+released names. Heads and flow draws are computed one at a time. Optimizers are from torch, the solver from torchdiffeq.
 
 Shapes: B batch, N latent tokens, C latent channels, D width, F flow draws, S image size, P patch size.
 """
