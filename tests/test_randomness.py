@@ -53,8 +53,8 @@ def test_philox4x32_10_gives_the_published_answers(counter, key, answer):
 @pytest.mark.parametrize(("seed", "step", "draw"), [(0, 0, 0), (123456789, 7, 2), (2**64 - 1, WORD, 2**16 - 1)])
 def test_the_counter_holds_element_position_step_stream_and_draw(seed, step, draw):
     positions = [0, 3, WORD]
-    got = Philox(seed, step, torch.tensor(positions)).words(Stream.FLOW_NOISE, (2, 3), draw)
-    for position, words in zip(positions, got.flatten(1).tolist(), strict=True):
+    actual = Philox(seed, step, torch.tensor(positions)).words(Stream.FLOW_NOISE, (2, 3), draw)
+    for position, words in zip(positions, actual.flatten(1).tolist(), strict=True):
         expected = []
         for block in range(2):
             counter = [block, position, step, Stream.FLOW_NOISE * 2**16 + draw]
@@ -89,13 +89,13 @@ def test_normals_of_extreme_words_are_finite():
 def test_normals_agree_with_box_muller_in_float64(name):
     philox = Philox(5, 6, torch.arange(7))
     with backend.using(name):
-        got = philox.normal(Stream.REGISTERS, (33, 3)).flatten(1).numpy()
+        actual = philox.normal(Stream.REGISTERS, (33, 3)).flatten(1).numpy()
     words = philox.words(Stream.REGISTERS, (100,)).numpy().astype(np.float64)  # 99, padded to whole blocks
     radius = np.sqrt(-2 * np.log((words[:, 0::2] + 0.5) / 2**32))
     angle = 2 * np.pi * words[:, 1::2] / 2**32
     expected = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1).reshape(7, 100)[:, :99]
-    units = np.abs(got - expected) / np.spacing(np.abs(expected).astype(np.float32))
-    assert got.dtype == np.float32
+    units = np.abs(actual - expected) / np.spacing(np.abs(expected).astype(np.float32))
+    assert actual.dtype == np.float32
     # Half a unit for rounding to float32; the rest because another library computed the float64 functions.
     assert units.max() < 0.5 + 1e-6
 
@@ -141,8 +141,8 @@ def test_more_elements_do_not_change_the_first_ones():
 @pytest.mark.parametrize("kind", ["words", "uniform", "normal"])
 def test_a_range_of_draws_is_a_stack_of_draws(kind):
     draw = getattr(Philox(2**63 + 5, 7, torch.tensor([9, 2**31 + 1])), kind)
-    got = draw(Stream.FLOW_TIME, (3,), range(2, 5))
-    assert torch.equal(got, torch.stack([draw(Stream.FLOW_TIME, (3,), f) for f in (2, 3, 4)]))
+    actual = draw(Stream.FLOW_TIME, (3,), range(2, 5))
+    assert torch.equal(actual, torch.stack([draw(Stream.FLOW_TIME, (3,), f) for f in (2, 3, 4)]))
     assert draw(Stream.FLOW_TIME, draw=range(1)).shape == (1, 2)
 
 

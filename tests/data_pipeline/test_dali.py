@@ -75,9 +75,9 @@ def test_order_and_resume_are_those_of_the_other_loaders(shards, world):
         expected = [next(plain) for _ in range(9)]
     ranks = [loader(shards("original"), rank=rank, world=world) for rank in range(world)]
     for expected_batch in expected[:5]:
-        got = [next(loading) for loading in ranks]
-        assert torch.equal(torch.cat([batch.ids for batch in got]), expected_batch.ids)
-        assert torch.equal(torch.cat([batch.labels for batch in got]), expected_batch.labels)
+        actual = [next(loading) for loading in ranks]
+        assert torch.equal(torch.cat([batch.ids for batch in actual]), expected_batch.ids)
+        assert torch.equal(torch.cat([batch.labels for batch in actual]), expected_batch.labels)
     with loader(shards("original")) as after:
         after.load_state_dict(ranks[0].state_dict())
         for expected_batch in expected[5:]:

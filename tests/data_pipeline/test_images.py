@@ -67,12 +67,12 @@ SIZES = [(64, 64), (32, 32), (32, 45), (63, 40), (65, 131), (200, 97), (129, 128
 @pytest.mark.parametrize("size", [32, 24])
 def test_the_crop_agrees_with_the_filters_in_numpy(height, width, size):
     pixels = noise(height, width)
-    got = adm_center_crop(Image.fromarray(pixels), size)
-    assert got.dtype == np.uint8
-    assert got.shape == (size, size, 3)
+    actual = adm_center_crop(Image.fromarray(pixels), size)
+    assert actual.dtype == np.uint8
+    assert actual.shape == (size, size, 3)
     # Pillow's weights have 22 fractional bits, so a value near a half may round the other way. If more than a few
     # differ, the passes ran in the other order, as in Pillow 13 at some of these sizes.
-    difference = np.abs(got - crop_by_numpy(pixels, size))
+    difference = np.abs(actual - crop_by_numpy(pixels, size))
     assert difference.max() <= 1
     assert (difference > 0).mean() < 0.01
 
@@ -91,8 +91,8 @@ def test_twice_the_size_is_averaged_two_by_two():
 @pytest.mark.parametrize("height, width, top, left", [(32, 37, 0, 2), (32, 36, 0, 2), (41, 32, 4, 0)])
 def test_offsets_of_the_crop_round_down(height, width, top, left):
     pixels = noise(height, width)
-    got = adm_center_crop(Image.fromarray(pixels), 32)
-    np.testing.assert_array_equal(got, pixels[top : top + 32, left : left + 32])
+    actual = adm_center_crop(Image.fromarray(pixels), 32)
+    np.testing.assert_array_equal(actual, pixels[top : top + 32, left : left + 32])
 
 
 @pytest.mark.parametrize("height, width", SIZES)
@@ -129,8 +129,8 @@ def test_a_transparent_palette_keeps_its_colours_without_a_warning():
     picture.info["transparency"] = bytes((0, 128, 255, 0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        got = np.asarray(to_rgb(picture))
-    np.testing.assert_array_equal(got, colours[indices])
+        actual = np.asarray(to_rgb(picture))
+    np.testing.assert_array_equal(actual, colours[indices])
 
 
 def test_other_modes_become_rgb():

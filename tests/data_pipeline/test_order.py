@@ -80,8 +80,8 @@ def test_resume_at_ten_random_batches_on_other_ranks(run, shards):
         before, after = generator.sample([1, 2, 4], 2)
         _, states = run("shards", shards("raw"), before, batches=stop)
         assert all(state == {"batch": stop, "skipped": []} for state in states), "every rank has the same state"
-        got, _ = run("shards", shards("raw"), after, start=states[0]["batch"], batches=min(3, BATCHES - stop))
-        assert got == expected[stop : stop + 3]
+        actual, _ = run("shards", shards("raw"), after, start=states[0]["batch"], batches=min(3, BATCHES - stop))
+        assert actual == expected[stop : stop + 3]
 
 
 def test_eight_ranks_share_the_batches(shards):

@@ -29,9 +29,9 @@ def test_it_equals_pillow_bit_for_bit(seed):
     shorter = min(height, width)
     resized_width, resized_height = round(width * size / shorter), round(height * size / shorter)
     left, top = (resized_width - size) // 2, (resized_height - size) // 2
-    got, expected = both(noise(seed, height, width), resized_width, resized_height, left, top, size)
-    assert got.dtype == np.uint8 and got.shape == (size, size, 3)
-    np.testing.assert_array_equal(got, expected)
+    actual, expected = both(noise(seed, height, width), resized_width, resized_height, left, top, size)
+    assert actual.dtype == np.uint8 and actual.shape == (size, size, 3)
+    np.testing.assert_array_equal(actual, expected)
 
 
 @needs_native
@@ -39,8 +39,8 @@ def test_it_equals_pillow_bit_for_bit(seed):
     "region", [(60, 40, 0, 0, 40), (60, 40, 20, 0, 40), (45, 50, 3, 9, 41), (30, 33, 30 - 7, 33 - 7, 7)]
 )
 def test_the_square_may_be_anywhere(region):
-    got, expected = both(noise(1, 45, 50), *region)
-    np.testing.assert_array_equal(got, expected)
+    actual, expected = both(noise(1, 45, 50), *region)
+    np.testing.assert_array_equal(actual, expected)
 
 
 @needs_native
@@ -48,9 +48,9 @@ def test_overshoots_are_clamped():
     """Bicubic interpolation overshoots at edges."""
     pixels = np.zeros((40, 50, 3), np.uint8)
     pixels[:, 20:30], pixels[10:20, :, 1] = 255, 255
-    got, expected = both(Image.fromarray(pixels), 33, 27, 2, 0, 27)
-    np.testing.assert_array_equal(got, expected)
-    assert got.min() == 0 and got.max() == 255
+    actual, expected = both(Image.fromarray(pixels), 33, 27, 2, 0, 27)
+    np.testing.assert_array_equal(actual, expected)
+    assert actual.min() == 0 and actual.max() == 255
 
 
 @needs_native
@@ -60,8 +60,8 @@ def test_threads_can_resize_at_once():
     images = [noise(seed, 90, 120) for seed in range(30)]
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda image: both(image, 64, 48, 8, 0, 48), images))
-    for got, expected in results:
-        np.testing.assert_array_equal(got, expected)
+    for actual, expected in results:
+        np.testing.assert_array_equal(actual, expected)
 
 
 @needs_native

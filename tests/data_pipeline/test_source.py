@@ -13,11 +13,11 @@ def test_a_memory_source_repeats_grey_and_keeps_the_order_of_the_indices():
     assert (len(source), source.image_size, source.class_names, source.workers) == (5, 4, ["a", "b"], "none")
     assert source.name(3) == "dot 3"
     for indices in ([4, 0, 4], torch.tensor([4, 0, 4])):
-        got, labels = source.read(indices)
-        assert got.dtype == torch.uint8 and got.shape == (3, 3, 4, 4) and got.is_contiguous()
+        actual, labels = source.read(indices)
+        assert actual.dtype == torch.uint8 and actual.shape == (3, 3, 4, 4) and actual.is_contiguous()
         assert labels.dtype == torch.int64 and labels.tolist() == [40, 0, 40]
-        assert got[:, 2, 1, 1].tolist() == [4, 0, 4]
-        assert (got[:, :1] == got).all()
+        assert actual[:, 2, 1, 1].tolist() == [4, 0, 4]
+        assert (actual[:, :1] == actual).all()
 
 
 def test_read_into_agrees_with_read():

@@ -65,13 +65,13 @@ def test_output_and_every_gradient_match_the_spec(image_size, tiny_config, make_
     decoder, z = make_model(config).decoder.double(), latents(config)
     names, parameters = zip(*decoder.named_parameters(), strict=True)
     ours = decoder(z)
-    want = spec_forward(decoder.state_dict(keep_vars=True), config, z)
+    theirs = spec_forward(decoder.state_dict(keep_vars=True), config, z)
     assert ours.shape == (2, 3, image_size, image_size)
-    torch.testing.assert_close(ours, want, rtol=TABLE_ROUNDING, atol=TABLE_ROUNDING)
+    torch.testing.assert_close(ours, theirs, rtol=TABLE_ROUNDING, atol=TABLE_ROUNDING)
     incoming = torch.randn(ours.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    gradients = (torch.autograd.grad(out, parameters, incoming) for out in (ours, want))
-    for name, got, expected in zip(names, *gradients, strict=True):
-        assert (got - expected).norm() <= TABLE_ROUNDING * expected.norm(), name
+    gradients = (torch.autograd.grad(out, parameters, incoming) for out in (ours, theirs))
+    for name, actual, expected in zip(names, *gradients, strict=True):
+        assert (actual - expected).norm() <= TABLE_ROUNDING * expected.norm(), name
 
 
 def test_unpatchify_order_is_row_column_channel():

@@ -115,18 +115,18 @@ def test_output_and_every_gradient_match_the_spec(changes, encode, tiny_config, 
     names, parameters = zip(*encoder.named_parameters(), strict=True)
 
     ours = encoder(**inputs)
-    want = spec_forward(encoder.state_dict(keep_vars=True), config, **inputs)
+    theirs = spec_forward(encoder.state_dict(keep_vars=True), config, **inputs)
     assert ours.shape == (2, config.latent_tokens, config.latent_channels)
-    torch.testing.assert_close(ours, want, rtol=TABLE_ROUNDING, atol=TABLE_ROUNDING)
+    torch.testing.assert_close(ours, theirs, rtol=TABLE_ROUNDING, atol=TABLE_ROUNDING)
 
     incoming = torch.randn(ours.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     our_gradients = torch.autograd.grad(ours, parameters, incoming, allow_unused=True)
-    their_gradients = torch.autograd.grad(want, parameters, incoming, allow_unused=True)
-    for name, got, expected in zip(names, our_gradients, their_gradients, strict=True):
+    their_gradients = torch.autograd.grad(theirs, parameters, incoming, allow_unused=True)
+    for name, actual, expected in zip(names, our_gradients, their_gradients, strict=True):
         if expected is None:
-            assert got is None, f"{name} should have no gradient"
+            assert actual is None, f"{name} should have no gradient"
             continue
-        assert (got - expected).norm() <= TABLE_ROUNDING * expected.norm(), name
+        assert (actual - expected).norm() <= TABLE_ROUNDING * expected.norm(), name
     unused = {name for name, gradient in zip(names, our_gradients, strict=True) if gradient is None}
     assert unused == (set() if encode else {"patch_embed.weight", "patch_embed.bias"})
 
@@ -214,8 +214,8 @@ def test_initial_weights_are_drawn_in_a_fixed_order(tiny_config):
             assert torch.equal(state[f"{name}.weight"], value), name
     bound = (3 * 4 * 4) ** -0.5
     for name in ("patch_embed.weight", "patch_embed.bias"):
-        want = torch.empty(state[name].shape).uniform_(-bound, bound, generator=generator)
-        assert torch.equal(state[name], want), name
+        expected = torch.empty(state[name].shape).uniform_(-bound, bound, generator=generator)
+        assert torch.equal(state[name], expected), name
     assert torch.equal(state["time_embed.frequencies"], torch.empty(256).normal_(generator=generator))
     for name in ("time_embed.fc1.weight", "time_embed.fc2.weight", "label_embed.weight", "in_context_posemb"):
         assert torch.equal(state[name], torch.empty(state[name].shape).normal_(std=0.02, generator=generator)), name
@@ -284,5 +284,5 @@ def test_a_block_compiles_without_a_graph_break(tiny_model, tiny_config):
     compiled_out, compiled_gradient = run()
     assert "_orig_mod" not in "".join(encoder.state_dict())
     # bfloat16 matmuls in another order: one unit of 8 bits.
-    for got, want in ((compiled_out, out), (compiled_gradient, gradient)):
-        assert (got - want).norm() <= 2.0**-7 * want.norm()
+    for actual, expected in ((compiled_out, out), (compiled_gradient, gradient)):
+        assert (actual - expected).norm() <= 2.0**-7 * expected.norm()

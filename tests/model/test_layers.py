@@ -65,8 +65,8 @@ def test_time_embedding_matches_the_formula():
     t = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
     angle = 2 * math.pi * torch.outer(t, layer.frequencies)
     hidden = torch.cat((angle.sin(), angle.cos()), 1) @ layer.fc1.weight.T + layer.fc1.bias
-    want = (hidden / (1 + (-hidden).exp())) @ layer.fc2.weight.T + layer.fc2.bias
-    torch.testing.assert_close(layer(t), want, **FLOAT64)
+    expected = (hidden / (1 + (-hidden).exp())) @ layer.fc2.weight.T + layer.fc2.bias
+    torch.testing.assert_close(layer(t), expected, **FLOAT64)
 
 
 def test_time_embedding_is_float32_under_autocast():
@@ -107,9 +107,9 @@ def test_attention_matches_the_formula_head_by_head(qk_norm):
         own = slice(head * k, (head + 1) * k)
         scores = prepare(q[..., own], layer.q_norm) @ prepare(k_[..., own], layer.k_norm).mT / math.sqrt(k)
         attended.append(scores.softmax(-1) @ v[..., own])
-    want = torch.cat(attended, -1) @ layer.proj.weight.T + layer.proj.bias
-    torch.testing.assert_close(layer(x, angle.cos(), angle.sin()), want, **FLOAT64)
-    torch.testing.assert_close(layer(x, angle.cos(), angle.sin(), (2, 5)), want[:, 2:5], **FLOAT64)
+    expected = torch.cat(attended, -1) @ layer.proj.weight.T + layer.proj.bias
+    torch.testing.assert_close(layer(x, angle.cos(), angle.sin()), expected, **FLOAT64)
+    torch.testing.assert_close(layer(x, angle.cos(), angle.sin(), (2, 5)), expected[:, 2:5], **FLOAT64)
 
 
 def test_attention_depends_only_on_relative_positions():
@@ -147,10 +147,10 @@ def test_swiglu_matches_the_formula():
     x = x + gate[:, None] * branch
     h = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm_weight * (1 + scale[:, None]) + shift[:, None]
     u, w = (h @ layer.fc_in.weight.T + layer.fc_in.bias).split(32, -1)
-    want = (u * torch.sigmoid(u) * w) @ layer.fc_out.weight.T + layer.fc_out.bias
-    got = layer(*inputs)
-    torch.testing.assert_close(got[0], x, **FLOAT64)
-    torch.testing.assert_close(got[1], want, **FLOAT64)
+    expected = (u * torch.sigmoid(u) * w) @ layer.fc_out.weight.T + layer.fc_out.bias
+    actual = layer(*inputs)
+    torch.testing.assert_close(actual[0], x, **FLOAT64)
+    torch.testing.assert_close(actual[1], expected, **FLOAT64)
 
 
 def test_padding_changes_neither_output_nor_gradients(monkeypatch):

@@ -35,8 +35,8 @@ def test_tokenize_is_unconditional_and_ends_with_the_shared_norm(tiny_model, tin
     images, registers, t = draw(2, 3, 8, 8), draw(2, 4, 6), torch.tensor([0.0, 0.01])
     raw = tiny_model.encoder(registers, t, torch.tensor([5, 5]), images)
     norm = tiny_model.latent_norm
-    want = F.layer_norm(raw, (6,), norm.weight, norm.bias, 1e-5)
-    assert torch.equal(tiny_model.tokenize(images, registers, t), want)
+    expected = F.layer_norm(raw, (6,), norm.weight, norm.bias, 1e-5)
+    assert torch.equal(tiny_model.tokenize(images, registers, t), expected)
 
 
 def test_denoise_uses_time_and_label_and_ends_with_the_shared_norm(tiny_model):
@@ -55,8 +55,8 @@ def test_the_denoising_loss_is_computed_from_the_prediction_of_denoise(tiny_mode
     for f in range(3):
         for i in range(2):
             prediction = tiny_model.denoise(x_t[f, i : i + 1], t[f, i : i + 1], labels[f, i : i + 1])
-            want = ((z[i] - prediction) / max(1 - t[f, i].item(), 0.05)).square().mean()
-            torch.testing.assert_close(losses[f, i], want, rtol=1e-5, atol=0)
+            expected = ((z[i] - prediction) / max(1 - t[f, i].item(), 0.05)).square().mean()
+            torch.testing.assert_close(losses[f, i], expected, rtol=1e-5, atol=0)
 
 
 def test_latents_are_float32_under_autocast(tiny_model):

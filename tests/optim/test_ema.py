@@ -35,13 +35,15 @@ def test_averages_start_as_copies_of_the_parameters():
 def test_updates_match_the_formula_in_float64():
     layer, decay = norm_layer(), 0.9978
     ema = EMA(layer, decay)
-    want = {name: p.detach().double() for name, p in layer.named_parameters()}
+    expected = {name: p.detach().double() for name, p in layer.named_parameters()}
     for _ in range(10):
         move(layer, 1.0)
         ema.update()
-        want = {name: decay * want[name] + (1 - decay) * p.detach().double() for name, p in layer.named_parameters()}
+        expected = {
+            name: decay * expected[name] + (1 - decay) * p.detach().double() for name, p in layer.named_parameters()
+        }
     for name, average in ema.averages.items():
-        torch.testing.assert_close(average.double(), want[name], rtol=FLOAT32_ROUNDING, atol=FLOAT32_ROUNDING)
+        torch.testing.assert_close(average.double(), expected[name], rtol=FLOAT32_ROUNDING, atol=FLOAT32_ROUNDING)
 
 
 def test_a_skipped_update_changes_no_bit_and_the_next_is_ordinary():

@@ -60,12 +60,12 @@ def exact_trajectory(start: torch.Tensor, gradients: list[torch.Tensor], lr: flo
 def drawn_error(drawn_arithmetic) -> Callable[[Callable[[], torch.Tensor], torch.Tensor], float]:
     """The largest error of a computation over three draws of arithmetic."""
 
-    def worst(compute: Callable[[], torch.Tensor], want: torch.Tensor) -> float:
+    def worst(compute: Callable[[], torch.Tensor], expected: torch.Tensor) -> float:
         errors = []
         for seed in range(3):
             with drawn_arithmetic(seed):
                 result = compute()
-            errors.append(error(result, want))
+            errors.append(error(result, expected))
         return max(errors)
 
     return worst
@@ -78,8 +78,8 @@ def run(optimizer, parameters: list[torch.Tensor], gradients: list[list[torch.Te
         optimizer.step()
 
 
-def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got.detach().double() - want).norm() / want.norm())
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.detach().double() - expected).norm() / expected.norm())
 
 
 def muon(parameters, lr=0.1, dtype=torch.bfloat16) -> Muon:
@@ -89,17 +89,17 @@ def muon(parameters, lr=0.1, dtype=torch.bfloat16) -> Muon:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_newton_schulz_in_float32_matches_float64(shape, drawn_error):
     g = normal(shape)
-    got, want = newton_schulz(g[None], 1e-6)[0], iteration(g.double())
-    assert error(got, want) <= SLACK * drawn_error(lambda: iteration(g), want)
+    actual, expected = newton_schulz(g[None], 1e-6)[0], iteration(g.double())
+    assert error(actual, expected) <= SLACK * drawn_error(lambda: iteration(g), expected)
 
 
 def test_newton_schulz_changes_only_the_singular_values():
     """U S V' becomes U f(S) V', and f brings all but the smallest close to 1."""
     g = normal((12, 30)).double()
     u, s, vt = torch.linalg.svd(g, full_matrices=False)
-    got = u.T @ newton_schulz(g[None], 1e-6)[0] @ vt.T
-    values = got.diagonal()
-    torch.testing.assert_close(got, torch.diag(values), atol=1e-10, rtol=0)
+    actual = u.T @ newton_schulz(g[None], 1e-6)[0] @ vt.T
+    values = actual.diagonal()
+    torch.testing.assert_close(actual, torch.diag(values), atol=1e-10, rtol=0)
     f = s / s.norm()
     for _ in range(5):
         f = COEFFICIENTS[0] * f + COEFFICIENTS[1] * f**3 + COEFFICIENTS[2] * f**5
@@ -110,12 +110,12 @@ def test_newton_schulz_changes_only_the_singular_values():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_batch_matches_its_matrices_one_by_one(dtype, drawn_error, products):
     g = normal((5, 24, 40))
-    got = newton_schulz(g.to(dtype), 1e-6)
-    assert got.dtype == dtype
-    for matrix, result in zip(g, got, strict=True):
-        want = iteration(matrix.double())
+    actual = newton_schulz(g.to(dtype), 1e-6)
+    assert actual.dtype == dtype
+    for matrix, result in zip(g, actual, strict=True):
+        expected = iteration(matrix.double())
         single = partial(muon_module._newton_schulz, matrix[None].to(dtype), 1e-6)
-        assert error(result, want) <= SLACK * drawn_error(lambda single=single: single()[0], want)
+        assert error(result, expected) <= SLACK * drawn_error(lambda single=single: single()[0], expected)
 
 
 def test_a_zero_gradient_changes_nothing():
@@ -131,8 +131,8 @@ def test_several_steps_in_float32_match_float64(shape, drawn_error):
     gradients = [normal(shape, seed) for seed in range(1, 6)]
     parameter = torch.nn.Parameter(start.clone())
     run(muon([parameter], dtype=torch.float32), [parameter], [[g] for g in gradients])
-    want = exact_trajectory(start, gradients, lr=0.1)
-    assert error(parameter, want) <= SLACK * drawn_error(lambda: trajectory(start, gradients, lr=0.1), want)
+    expected = exact_trajectory(start, gradients, lr=0.1)
+    assert error(parameter, expected) <= SLACK * drawn_error(lambda: trajectory(start, gradients, lr=0.1), expected)
 
 
 def test_several_steps_in_bfloat16_are_as_close_to_float64_as_pytorchs_muon(products):
@@ -151,9 +151,9 @@ def test_several_steps_in_bfloat16_are_as_close_to_float64_as_pytorchs_muon(prod
         gradients,
     )
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        want = exact_trajectory(starts[i], [step[i] for step in gradients], lr=0.1)
-        assert error(b, want) < 0.05  # else they are not the same algorithm
-        assert error(a, want) <= SLACK * error(b, want), shapes[i]
+        expected = exact_trajectory(starts[i], [step[i] for step in gradients], lr=0.1)
+        assert error(b, expected) < 0.05  # else they are not the same algorithm
+        assert error(a, expected) <= SLACK * error(b, expected), shapes[i]
 
 
 def test_a_parameter_without_gradient_is_unchanged():
@@ -226,7 +226,7 @@ def test_one_process_computes_the_formula_bit_for_bit(dtype):
     """Sharding support adds no rounding to plain tensors."""
     shapes = [(16, 40), (40, 16), (16, 40), (24, 24)]
     parameters = [torch.nn.Parameter(normal(shape, i)) for i, shape in enumerate(shapes)]
-    want, momenta = [p.detach().clone() for p in parameters], [torch.zeros(shape) for shape in shapes]
+    expected, momenta = [p.detach().clone() for p in parameters], [torch.zeros(shape) for shape in shapes]
     optimizer = muon(parameters, dtype=dtype)
     for step in range(3):
         gradients = [normal(shape, 100 * step + i) for i, shape in enumerate(shapes)]
@@ -235,8 +235,8 @@ def test_one_process_computes_the_formula_bit_for_bit(dtype):
         directions = [torch.lerp(g, m, 0.95).to(dtype) for m, g in zip(momenta, gradients, strict=True)]
         for same in ([0, 2], [1], [3]):
             for k, u in zip(same, newton_schulz(torch.stack([directions[k] for k in same]), 1e-6), strict=True):
-                want[k].add_(u, alpha=-0.1 * 0.2 * max(shapes[k]) ** 0.5)
-    assert all(map(torch.equal, parameters, want))
+                expected[k].add_(u, alpha=-0.1 * 0.2 * max(shapes[k]) ** 0.5)
+    assert all(map(torch.equal, parameters, expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -365,7 +365,7 @@ def reference(request) -> tuple[torch.dtype, list]:
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_sharded_updates_match_torch_muon(name, reference, ranks):
-    grid, (dtype, want) = GRIDS[name], reference
+    grid, (dtype, expected) = GRIDS[name], reference
     results = ranks(grid[0] * grid[1], train_sharded, grid, dtype)
     after = results[0]["after"]
     for rank in results:
@@ -376,7 +376,7 @@ def test_sharded_updates_match_torch_muon(name, reference, ranks):
     errors = {"ours": [], "torch": []}
     for k in range(len(ALL_SHAPES)):
         exact = updates_by_definition([all_gradients(step)[k].double() for step in range(STEPS)], lr=0.1)
-        for name, steps in (("ours", after), ("torch", want)):
+        for name, steps in (("ours", after), ("torch", expected)):
             errors[name] += [error(a, b) for a, b in zip(updates(steps, k), exact, strict=True)]
     assert max(errors["torch"]) < {torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]  # else it is another algorithm
     assert max(errors["ours"]) <= SLACK * max(errors["torch"])
@@ -412,8 +412,8 @@ def step_with_few_matrices(grid: tuple[int, int]) -> list[np.ndarray]:
 def test_processes_that_own_no_matrix_get_the_updates(grid, ranks, drawn_error):
     """Four processes, one matrix with a gradient and one without."""
     start, gradients = torch.zeros(5, 3), [normal((5, 3))]
-    want = exact_trajectory(start, gradients, lr=0.1)
-    allowed = SLACK * drawn_error(lambda: trajectory(start, gradients, lr=0.1), want)
+    expected = exact_trajectory(start, gradients, lr=0.1)
+    allowed = SLACK * drawn_error(lambda: trajectory(start, gradients, lr=0.1), expected)
     for moved, unmoved in ranks(4, step_with_few_matrices, grid):
-        assert error(torch.from_numpy(moved), want) <= allowed
+        assert error(torch.from_numpy(moved), expected) <= allowed
         assert not unmoved.any()

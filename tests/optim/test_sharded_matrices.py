@@ -40,9 +40,9 @@ def test_shards_are_those_of_torch_chunk(rows, dim):
     whole = torch.arange(rows * 5).view(rows, 5)
     whole = whole if dim == 0 else whole.T
     for shards in (1, 2, 3, 4, 8):
-        want = list(whole.chunk(shards, dim))
-        want += [whole.narrow(dim, 0, 0)] * (shards - len(want))
-        for shard, rows_of_shard in enumerate(want):
+        expected = list(whole.chunk(shards, dim))
+        expected += [whole.narrow(dim, 0, 0)] * (shards - len(expected))
+        for shard, rows_of_shard in enumerate(expected):
             matrix = Matrix(whole.shape, dim)
             assert matrix.shard_shape(shards, shard) == rows_of_shard.shape
             assert torch.equal(whole.narrow(dim, *matrix.shard_range(shards, shard)), rows_of_shard)

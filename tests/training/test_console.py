@@ -58,10 +58,10 @@ def test_pictures_are_drawn_with_the_averaged_weights(config, run):
         return pixels(grid(samples, PICTURE_COLUMNS)), pixels(pairs(held_out, copies, PICTURE_COLUMNS))
 
     pictures = zip(draw_pictures(averaged.network), draw_pictures(raw), strict=True)
-    for kind, (want, other) in zip(("samples", "reconstructions"), pictures, strict=True):
+    for kind, (expected, other) in zip(("samples", "reconstructions"), pictures, strict=True):
         for path in (run / f"{kind}.png", run / kind / "step_00000006.png"):
-            assert np.array_equal(pixels(path), want), path
-        assert not np.array_equal(want, other)
+            assert np.array_equal(pixels(path), expected), path
+        assert not np.array_equal(expected, other)
 
 
 def test_held_out_images_come_from_the_test_split_if_there_is_one(config, tmp_path):

@@ -23,18 +23,18 @@ def test_accumulated_gradients_equal_autograds(parameters):
         return loss([parameters[0], parameters[2]], 3)
 
     second_pass().backward()
-    want = [p.grad.clone() for p in parameters]
+    expected = [p.grad.clone() for p in parameters]
     second = second_pass()
     first_gradient = parameters[0].grad
     with foreach_accumulation(parameters):
         second.backward()
     assert parameters[0].grad is first_gradient
-    assert all(torch.equal(p.grad, w) for p, w in zip(parameters, want, strict=True))
+    assert all(torch.equal(p.grad, w) for p, w in zip(parameters, expected, strict=True))
 
 
 def test_gradients_survive_an_error(parameters):
     loss(parameters, 2).backward()
-    want = [p.grad.clone() for p in parameters]
+    expected = [p.grad.clone() for p in parameters]
     with pytest.raises(RuntimeError, match="on purpose"), foreach_accumulation(parameters):
         raise RuntimeError("on purpose")
-    assert all(torch.equal(p.grad, w) for p, w in zip(parameters, want, strict=True))
+    assert all(torch.equal(p.grad, w) for p, w in zip(parameters, expected, strict=True))

@@ -97,8 +97,8 @@ def test_losses_match_a_single_process(
     config = settings(batch, f"parallel.strategy={strategy}", f"train.micro_batch={micro_batch}")
     rows = torch.tensor(ranks(world, run_steps, config, steps, nodes=nodes), dtype=torch.float64)
     assert (rows == rows[0]).all()  # all ranks log and clip alike
-    want = single_process[:steps].clamp(min=torch.finfo(torch.float64).tiny)  # the first flow loss is 0
-    difference = ((rows[0] - single_process[:steps]).abs() / want)[:, :3].max(0).values.tolist()
+    expected = single_process[:steps].clamp(min=torch.finfo(torch.float64).tiny)  # the first flow loss is 0
+    difference = ((rows[0] - single_process[:steps]).abs() / expected)[:, :3].max(0).values.tolist()
     print("largest relative difference of total, L1 and flow:", *(f"{one:.1e}" for one in difference))
     assert max(difference) <= TOLERANCE
     assert single_process[0, 1] > 1.1 * single_process[-1, 1]  # the model learns
@@ -116,10 +116,10 @@ def initial_weights(config) -> dict[str, torch.Tensor]:
 def test_initial_weights_do_not_depend_on_the_world_size(world, nodes, strategy, settings, ranks):
     config = settings(f"parallel.strategy={strategy}", "seed=5")
     model = UNITE.create(config.model, 5)
-    want = dict((*model.named_parameters(), *model.named_buffers()))
+    expected = dict((*model.named_parameters(), *model.named_buffers()))
     for values in ranks(world, initial_weights, config, nodes=nodes):
-        assert values.keys() == want.keys()
-        assert [name for name, x in want.items() if not torch.equal(torch.from_numpy(values[name]), x)] == []
+        assert values.keys() == expected.keys()
+        assert [name for name, x in expected.items() if not torch.equal(torch.from_numpy(values[name]), x)] == []
 
 
 def allocated_bytes(config) -> dict[str, int]:
@@ -188,9 +188,9 @@ def test_bfloat16_losses_match_a_single_process(settings, ranks):
     exact, single = bfloat16_step(settings()), bfloat16_step(settings(*bfloat16))
     sharded = ranks(2, bfloat16_step, settings(*bfloat16))
     assert all(rank[1:] == single[1:] == ({torch.float32}, {torch.float32}) for rank in sharded)
-    for truth, want, got in list(zip(exact[0], single[0], sharded[0][0], strict=True))[:3]:
-        assert abs(want - truth) > 1e-5 * truth
-        assert abs(got - want) <= 0.1 * abs(want - truth)
+    for truth, expected, actual in list(zip(exact[0], single[0], sharded[0][0], strict=True))[:3]:
+        assert abs(expected - truth) > 1e-5 * truth
+        assert abs(actual - expected) <= 0.1 * abs(expected - truth)
 
 
 def sample_between_steps(config, draw: bool) -> tuple[torch.Tensor, list[list[float]], torch.Tensor, dict]:
@@ -216,8 +216,8 @@ def test_sampling_between_steps_uses_the_averages_and_leaves_training_unchanged(
     assert sampled[0][1] == plain[0][1]
     averaged = UNITE.create(config.model, 0)
     averaged.load_state_dict({name: torch.from_numpy(x) for name, x in sampled[0][2].items()}, strict=False)
-    want = sampler.sample_images(averaged, torch.arange(4), config.sampling, config.seed)
-    assert all(torch.equal(torch.from_numpy(sample), want) for sample, *_ in sampled)
+    expected = sampler.sample_images(averaged, torch.arange(4), config.sampling, config.seed)
+    assert all(torch.equal(torch.from_numpy(sample), expected) for sample, *_ in sampled)
 
 
 def reductions(config) -> tuple[int, int]:
@@ -325,9 +325,9 @@ def resume(config) -> list[list[float]]:
 @pytest.mark.parametrize("saved_by", ["fsdp", "ddp"])
 def test_a_checkpoint_resumes_on_any_world_size(saved_by, settings, ranks):
     config = settings(f"parallel.strategy={saved_by}")
-    want = torch.tensor(ranks(4, save_and_continue, config)[0], dtype=torch.float64)
+    expected = torch.tensor(ranks(4, save_and_continue, config)[0], dtype=torch.float64)
     folder = f"train.out={config.train.out}"
     for world, nodes, strategy in ((1, 1, "auto"), (2, 1, "ddp"), (4, 2, "hsdp"), (8, 1, "fsdp")):
         for losses in ranks(world, resume, settings(folder, f"parallel.strategy={strategy}"), nodes=nodes):
-            difference = (torch.tensor(losses, dtype=torch.float64) - want).abs()
-            assert (difference <= TOLERANCE * want)[:, :3].all(), (world, strategy)
+            difference = (torch.tensor(losses, dtype=torch.float64) - expected).abs()
+            assert (difference <= TOLERANCE * expected)[:, :3].all(), (world, strategy)

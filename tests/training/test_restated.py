@@ -185,15 +185,15 @@ def restate(restated, released, perceptual_weights):
     return run
 
 
-def errors(folder: Path, want, start: dict[str, Tensor]) -> dict[str, float]:
+def errors(folder: Path, expected, start: dict[str, Tensor]) -> dict[str, float]:
     """Errors of weights and averages in the newest checkpoint, relative to the distance each moved."""
     saved = load_checkpoint(folder).tensors
     relative = {}
     names = {their_name(name.removeprefix("model.")): name for name in saved if name.startswith("model.")}
-    assert names.keys() >= want.trained.keys()
+    assert names.keys() >= expected.trained.keys()
     for theirs, first in start.items():
         name = names[theirs].removeprefix("model.")
-        for kind, exact in (("model", want.trained[theirs]), ("ema", want.averages[theirs])):
+        for kind, exact in (("model", expected.trained[theirs]), ("ema", expected.averages[theirs])):
             exact = exact.detach().double()
             moved = (exact - first).norm()
             assert moved > 1e-5, theirs
@@ -221,13 +221,13 @@ def test_three_steps_match_the_restatement(variant, settings, restate, ranks):
         ranks(world, train, config)
     else:
         train(config)
-    want, start, images = restate(config)
-    assert want.min_pixel_error > MIN_PIXEL_ERROR
+    expected, start, images = restate(config)
+    assert expected.min_pixel_error > MIN_PIXEL_ERROR
     folder, factor = Path(config.train.out), LPIPS_FACTOR if config.perceptual.weight else 1
 
     rows = read_rows(folder / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [row["step"] for row in want.rows] == [1, 2, 3]
-    for row, exact in zip(rows, want.rows, strict=True):
+    assert [row["step"] for row in rows] == [row["step"] for row in expected.rows] == [1, 2, 3]
+    for row, exact in zip(rows, expected.rows, strict=True):
         for name in ("total", "l1", "lpips", "flow"):
             assert row[name] == pytest.approx(exact[name], rel=factor * LOSS, abs=0), (row["step"], name)
         assert row["grad_norm"] == pytest.approx(exact["grad_norm"], rel=factor * NORM, abs=0)
@@ -238,7 +238,7 @@ def test_three_steps_match_the_restatement(variant, settings, restate, ranks):
     assert len({row["lr"] for row in rows}) == STEPS
     assert (rows[0]["lpips"] > 0) == bool(config.perceptual.weight)
 
-    relative = errors(folder, want, start)
+    relative = errors(folder, expected, start)
     worst = max(relative, key=relative.get)
     print(f"{variant}: {worst} {relative[worst]:.1e}")
     assert relative[worst] <= factor * MOVED, worst
@@ -273,8 +273,8 @@ def test_bfloat16_is_as_accurate_as_the_restatement_under_autocast(settings, res
 def test_a_row_of_several_steps_has_their_means(settings, restate):
     config = settings("train.log_every=3")
     train(config)
-    want, _, _ = restate(config)
+    expected, _, _ = restate(config)
     (row,) = read_rows(Path(config.train.out) / "metrics.jsonl")
     for name in ("total", "l1", "flow", "grad_norm"):
-        assert row[name] == pytest.approx(sum(one[name] for one in want.rows) / 3, rel=NORM, abs=0)
-    assert row["lr"] == pytest.approx(want.rows[-1]["lr"], rel=1e-12, abs=0)
+        assert row[name] == pytest.approx(sum(one[name] for one in expected.rows) / 3, rel=NORM, abs=0)
+    assert row["lr"] == pytest.approx(expected.rows[-1]["lr"], rel=1e-12, abs=0)

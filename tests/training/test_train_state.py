@@ -53,9 +53,9 @@ def test_two_and_three_steps_equal_five_bit_for_bit(muon_dtype, tiny_config):
     load(after, saved(before), before.step)
     assert train(after, 3) == losses[4:]
     assert after.step == 5
-    want, got = whole.tensors(), after.tensors()
-    assert got.keys() == want.keys()
-    assert [name for name in want if not torch.equal(got[name], want[name])] == []
+    expected, actual = whole.tensors(), after.tensors()
+    assert actual.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
 
 
 def test_the_state_has_weights_averages_and_optimizer_tensors_of_every_parameter(tiny_config):
@@ -99,15 +99,15 @@ def test_one_step_by_hand(tiny_config):
     # AdamW's first step is the rate times g / (|g| + eps), with the clipped gradient.
     name = "decoder.cls_token"
     g = gradients[name].double() * 0.5 / norm
-    want = start[name].double() - rate * g / (g.abs() + tiny_config.optim.eps)
-    torch.testing.assert_close(state.model.get_parameter(name).double(), want, rtol=1e-4, atol=1e-8)
+    expected = start[name].double() - rate * g / (g.abs() + tiny_config.optim.eps)
+    torch.testing.assert_close(state.model.get_parameter(name).double(), expected, rtol=1e-4, atol=1e-8)
     # Muon's update has AdamW's scale, independent of the gradient's.
     for name in state.muon_parameters:
         moved = state.model.get_parameter(name) - start[name]
         assert 0.03 * rate < moved.square().mean().sqrt() < 0.3 * rate, name
     for name, parameter in state.model.named_parameters():
-        want = torch.lerp(start[name], parameter.detach(), 1 - tiny_config.optim.ema_decay)
-        torch.testing.assert_close(state.ema.averages[name], want)
+        expected = torch.lerp(start[name], parameter.detach(), 1 - tiny_config.optim.ema_decay)
+        torch.testing.assert_close(state.ema.averages[name], expected)
 
 
 @pytest.mark.parametrize("clip_norm", [0.5, 1e9])
@@ -118,8 +118,8 @@ def test_clipping_equals_torchs_bit_for_bit(clip_norm, tiny_config):
     for ours, theirs in zip(state.parameters, twin.parameters(), strict=True):
         ours.grad = torch.randn(ours.shape, generator=generator)
         theirs.grad = ours.grad.clone()
-    want = torch.nn.utils.clip_grad_norm_(twin.parameters(), clip_norm, foreach=True)
-    assert torch.equal(state.clip_gradients(), want)
+    expected = torch.nn.utils.clip_grad_norm_(twin.parameters(), clip_norm, foreach=True)
+    assert torch.equal(state.clip_gradients(), expected)
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(state.parameters, twin.parameters(), strict=True))
 
 

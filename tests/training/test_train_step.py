@@ -74,19 +74,19 @@ def test_losses_and_every_gradient_match_the_spec(flow_weight, tiny_model, tiny_
     tiny_config.objective.flow_weight = flow_weight
 
     ours = micro_step(model, images, labels, draws, tiny_config)
-    got = gradients(model)
+    actual = gradients(model)
     l1, flow = spec_losses(model, images, labels, draws, tiny_config)
     (l1 + flow_weight * flow).backward()
-    want = gradients(model)
+    expected = gradients(model)
 
     assert ours.l1.item() == pytest.approx(l1.item(), rel=LOSS_ROUNDING)
     assert ours.flow.item() == pytest.approx(flow.item(), rel=LOSS_ROUNDING)
     assert ours.total.item() == pytest.approx((l1 + flow_weight * flow).item(), rel=LOSS_ROUNDING)
     assert ours.lpips.item() == 0
-    assert got.keys() == want.keys() == {name for name, _ in model.named_parameters()}
-    for name in want:
+    assert actual.keys() == expected.keys() == {name for name, _ in model.named_parameters()}
+    for name in expected:
         # + 1 for gradients that are zero up to rounding, such as that of the keys' bias.
-        assert (got[name] - want[name]).norm() <= LOSS_ROUNDING * (want[name].norm() + 1), name
+        assert (actual[name] - expected[name]).norm() <= LOSS_ROUNDING * (expected[name].norm() + 1), name
 
 
 def test_the_flow_loss_sends_no_gradient_to_decoder_or_patch_embedding(tiny_model, tiny_config, batch, draws):
@@ -149,29 +149,29 @@ def test_noise_keys_train_like_the_noise_itself(backend_name, tiny_model, tiny_c
         return torch.stack((losses.total, losses.l1, losses.flow)), gradients(tiny_model)
 
     with backend.using(backend_name):
-        (losses, got), (want_losses, want) = map(losses_and_gradients, (draws, with_numbers(draws, (4, 6))))
-    torch.testing.assert_close(losses, want_losses, rtol=FLOAT32_MODEL, atol=0)
-    for name in want:
-        assert (got[name] - want[name]).norm() <= FLOAT32_MODEL * (want[name].norm() + 1), name
+        (losses, actual), (expected_losses, expected) = map(losses_and_gradients, (draws, with_numbers(draws, (4, 6))))
+    torch.testing.assert_close(losses, expected_losses, rtol=FLOAT32_MODEL, atol=0)
+    for name in expected:
+        assert (actual[name] - expected[name]).norm() <= FLOAT32_MODEL * (expected[name].norm() + 1), name
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_micro_batches_match_the_whole_batch(size, tiny_model, tiny_config, batch, draws, draws_at):
     images, labels = batch
     whole = micro_step(tiny_model, images, labels, draws, tiny_config)
-    want = gradients(tiny_model)
+    expected = gradients(tiny_model)
     parts = [
         MicroBatch(images[positions], labels[positions], draws_at(tiny_config, positions))
         for positions in torch.arange(BATCH).split(size)
     ]
     losses = accumulate_gradients(tiny_model, parts, len(parts), tiny_config)
-    got = gradients(tiny_model)
+    actual = gradients(tiny_model)
     for name in ("total", "l1", "flow"):
         assert getattr(losses, name).item() == pytest.approx(getattr(whole, name).item(), rel=LOSS_ROUNDING)
-    assert got.keys() == want.keys()
-    scale = math.sqrt(sum(g.norm() ** 2 for g in want.values()) / len(want))
-    for name in want:
-        assert (got[name] - want[name]).norm() <= FLOAT32_MODEL * (want[name].norm() + scale), name
+    assert actual.keys() == expected.keys()
+    scale = math.sqrt(sum(g.norm() ** 2 for g in expected.values()) / len(expected))
+    for name in expected:
+        assert (actual[name] - expected[name]).norm() <= FLOAT32_MODEL * (expected[name].norm() + scale), name
 
 
 class RecordingDistance(torch.nn.Module):
@@ -195,14 +195,14 @@ def test_lpips_gets_images_reconstruction_and_masks_and_is_weighted(tiny_model, 
     assert losses.lpips.item() == pytest.approx(error.square().mean().item(), rel=LOSS_ROUNDING)
     assert losses.l1.item() == pytest.approx(error.abs().mean().item(), rel=LOSS_ROUNDING)
     assert losses.flow.item() == without.flow.item()
-    want = losses.l1 + 0.7 * losses.lpips + losses.flow
-    assert losses.total.item() == pytest.approx(want.item(), rel=LOSS_ROUNDING)
+    expected = losses.l1 + 0.7 * losses.lpips + losses.flow
+    assert losses.total.item() == pytest.approx(expected.item(), rel=LOSS_ROUNDING)
     # The gradient of each bias is summed over the pixels it is added to.
     change = gradients(tiny_model)["decoder.pred.bias"] - plain
     size = tiny_config.model.patch_size
     pixels = 0.7 * 2 * error / error.numel()
-    want = pixels.unfold(2, size, size).unfold(3, size, size).sum((0, 2, 3)).permute(1, 2, 0).flatten()
-    assert (change - want).norm() <= FLOAT32_MODEL * (want.norm() + plain.norm())
+    expected = pixels.unfold(2, size, size).unfold(3, size, size).sum((0, 2, 3)).permute(1, 2, 0).flatten()
+    assert (change - expected).norm() <= FLOAT32_MODEL * (expected.norm() + plain.norm())
 
 
 def test_an_lpips_weight_without_a_network_is_refused(tiny_model, tiny_config, batch, draws, mentions):
@@ -213,7 +213,7 @@ def test_an_lpips_weight_without_a_network_is_refused(tiny_model, tiny_config, b
 
 
 def test_autocast_keeps_losses_and_gradients_float32_and_finite(tiny_model, tiny_config, batch, draws):
-    want = micro_step(tiny_model, *batch, draws, tiny_config)
+    expected = micro_step(tiny_model, *batch, draws, tiny_config)
     tiny_model.zero_grad()
     tiny_config.train.precision = "bfloat16"
     losses = micro_step(tiny_model, *batch, draws, tiny_config)
@@ -221,5 +221,5 @@ def test_autocast_keeps_losses_and_gradients_float32_and_finite(tiny_model, tiny
         value = getattr(losses, name)
         assert value.dtype == torch.float32
         # bfloat16 has 8 bits: 4e-3 per rounding, and a loss averages many.
-        assert value.item() == pytest.approx(getattr(want, name).item(), rel=0.02)
+        assert value.item() == pytest.approx(getattr(expected, name).item(), rel=0.02)
     assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in tiny_model.parameters())

@@ -44,8 +44,8 @@ def test_the_same_samples_as_local(shards, tmp_path):
     local = ShardSource(shards("raw"), SIZE)
     source = open_(f"pipe:cat {shards('raw')}/{{}}")
     assert source.name(3) == local.name(3)
-    for got, expected in zip(source.read(range(41)), local.read(range(41)), strict=True):
-        assert torch.equal(got, expected)
+    for actual, expected in zip(source.read(range(41)), local.read(range(41)), strict=True):
+        assert torch.equal(actual, expected)
 
 
 class Server(http.server.SimpleHTTPRequestHandler):

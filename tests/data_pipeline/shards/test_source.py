@@ -85,8 +85,8 @@ def test_dali_reads_our_shards_by_our_indices(shards):
         pipeline.set_outputs(*fn.readers.webdataset(paths=paths, index_paths=indices, ext=["jpg", "cls"]))
     pipeline.build()
     files, labels = pipeline.run()
-    got = sorted((bytes(np.asarray(files[i])), int(bytes(np.asarray(labels[i])))) for i in range(41))
-    assert got == sorted((bytes(data), label) for data, label in map(source.encoded, range(41)))
+    actual = sorted((bytes(np.asarray(files[i])), int(bytes(np.asarray(labels[i])))) for i in range(41))
+    assert actual == sorted((bytes(data), label) for data, label in map(source.encoded, range(41)))
 
 
 def test_the_index_agrees_with_tarfile(shards):

@@ -46,15 +46,15 @@ def test_raw_is_the_folder_bit_for_bit(shards, image_folder):
     folder = open_source("folder", str(image_folder), SIZE, "train")
     images, labels = folder.read(range(41))
     for format in ("raw", "original"):
-        got, got_labels = open_source("shards", str(shards(format)), SIZE, "train").read(range(41))
-        assert torch.equal(got, images) and torch.equal(got_labels, labels)
+        actual, labels_read = open_source("shards", str(shards(format)), SIZE, "train").read(range(41))
+        assert torch.equal(actual, images) and torch.equal(labels_read, labels)
 
 
 def test_cropped_jpegs_are_close_to_the_images(shards, image_folder):
     images = open_source("folder", str(image_folder), SIZE, "train").read(range(41))[0].float()
-    got = open_source("shards", str(shards("cropped-jpeg")), SIZE, "train").read(range(41))[0].float()
+    actual = open_source("shards", str(shards("cropped-jpeg")), SIZE, "train").read(range(41))[0].float()
     # Quality 95 without subsampling; measured 1.3 on these noisy images.
-    assert (got - images).abs().mean() < 2
+    assert (actual - images).abs().mean() < 2
 
 
 def test_shards_depend_on_the_seed_and_not_on_workers(image_folder, make, tmp_path):
