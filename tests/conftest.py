@@ -138,9 +138,9 @@ def drawn_arithmetic() -> Callable[[int], contextlib.AbstractContextManager]:
     return module.DrawnArithmetic
 
 
-@pytest.fixture(params=[True, False], ids=["bfloat16-products", "float32-products"])
-def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the CPU has bfloat16 instructions: runs the test both ways, on any CPU."""
+@pytest.fixture(params=[True, False], ids=["bfloat16-matmuls", "float32-matmuls"])
+def bfloat16_matmuls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the CPU has bfloat16 matmuls. Runs the test both ways, on any CPU."""
     monkeypatch.setattr(matmul, "bfloat16_instructions", lambda: request.param)
     return request.param
 

@@ -1,16 +1,15 @@
-"""float32 arithmetic whose luck is drawn: what tests measure an error by.
+"""float32 arithmetic with randomly drawn summation orders and roundings, to measure how large an error may be.
 
-How far a float32 result is off depends on chance: on the order of each sum, so on the CPU's vectors, the library's
-blocks and the threads, and on which way the roundings of a formula happen to fall. A yardstick must not.
+The error of a float32 result depends on chance: on the order of each sum, so on the CPU's vectors, the library's blocks
+and the threads, and on the direction of each rounding. A tolerance must not depend on one machine's luck.
 
-- Sums. A sum of n terms is off by at most (n - 1) 2^-24 sum |x|, whatever its order (Higham, Accuracy and Stability of
-  Numerical Algorithms, section 4.2). One term after the other is the order whose partial sums are the largest: the
-  error grows as sqrt(n) where roundings are independent, and any order that adds sums of blocks stays below. The terms
-  come in a drawn order.
-- All else is computed in float64 and rounded up or down by chance, so that the mean is right (random rounding: Forsythe
-  1959; Parker's Monte Carlo arithmetic). The error of one rounding is then sqrt(2) times that of the nearest number.
+- Sums. The error of a sum of n terms is at most (n - 1) 2^-24 sum |x|, in any order (Higham, Accuracy and Stability of
+  Numerical Algorithms, section 4.2). Adding one term after the other has the largest partial sums: with independent
+  roundings the error grows as sqrt(n), and any order that adds sums of blocks stays below. The order is drawn.
+- All else is computed in float64 and rounded up or down at random, with the right mean (random rounding: Forsythe 1959;
+  Parker's Monte Carlo arithmetic). The error of one rounding is then sqrt(2) times that of rounding to the nearest.
 
-Nothing in it depends on the machine.
+The results are the same on every machine.
 """
 
 import torch
@@ -22,10 +21,10 @@ aten = torch.ops.aten
 
 
 class DrawnArithmetic(TorchDispatchMode):
-    """Within it, PyTorch's operators on float32 do what the module's docstring says, by draws of `seed`.
+    """Runs PyTorch's float32 operators as the module's docstring says, with draws from `seed`.
 
-    bfloat16 is summed in float32, as PyTorch promises, and rounded to the nearest. An operator that hides a sum is
-    refused: write the formula in plain operators.
+    bfloat16 is summed in float32, as PyTorch promises, and rounded to the nearest. Operators that hide a sum raise
+    NotImplementedError: write the formula in plain operators.
     """
 
     def __init__(self, seed: int):
@@ -39,30 +38,30 @@ class DrawnArithmetic(TorchDispatchMode):
         if op.is_view or op.overloadpacket in EXACT:
             return op(*args, **kwargs)
         if torch.Tag.pointwise not in op.tags or op._schema.is_mutable:
-            raise NotImplementedError(f"{op}: say here how it is rounded")
+            raise NotImplementedError(f"{op}: add how it is rounded to tests/drawn_arithmetic.py")
         return self._rounded(op(*tree_map_only(Tensor, _exact, args), **kwargs))
 
     def _rounded(self, x: Tensor) -> Tensor:
-        """To float32, up or down."""
+        """Round to float32, up or down at random."""
         if x.dtype != torch.float64:
             return x
         near = x.float()
         far = torch.nextafter(near, torch.where(x > near.double(), torch.inf, -torch.inf).float())
         share = ((x - near.double()) / (far.double() - near.double())).nan_to_num(0, 0, 0)
-        chance = torch.rand(x.shape, generator=self.generator, dtype=torch.float64).to(x.device)
-        return torch.where(chance < share, far, near)
+        uniform = torch.rand(x.shape, generator=self.generator, dtype=torch.float64).to(x.device)
+        return torch.where(uniform < share, far, near)
 
     def _order(self, n: int) -> list[int]:
         return torch.randperm(n, generator=self.generator).tolist()
 
     def _sum(self, x: Tensor, dim=None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
-        given, dims = x.shape, sorted(d % x.dim() for d in (dim or range(x.dim())))
+        input_shape, dims = x.shape, sorted(d % x.dim() for d in (dim or range(x.dim())))
         terms = x.movedim(dims, tuple(range(len(dims)))).flatten(0, len(dims) - 1) if dims else x[None]
         total = torch.zeros_like(terms[0], dtype=_wide(x.dtype))
         for i in self._order(len(terms)):
             total += terms[i]
         if keepdim:
-            total = total.view([1 if d in dims else size for d, size in enumerate(given)])
+            total = total.view([1 if d in dims else size for d, size in enumerate(input_shape)])
         return total.to(dtype or x.dtype)
 
     def _mean(self, x: Tensor, dim=None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -74,10 +73,10 @@ class DrawnArithmetic(TorchDispatchMode):
         wide = x.to(_wide(x.dtype))
         return self._sum(wide * wide, dim, keepdim).sqrt().to(dtype or x.dtype)
 
-    def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        return self._add_product(None, a, b)
+    def _matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        return self._add_matmul(None, a, b)
 
-    def _add_product(self, start: Tensor | None, a: Tensor, b: Tensor, *, beta=1, alpha=1) -> Tensor:
+    def _add_matmul(self, start: Tensor | None, a: Tensor, b: Tensor, *, beta=1, alpha=1) -> Tensor:
         wide = _wide(a.dtype)
         columns, rows = a.to(wide).unbind(-1), b.to(wide).unbind(-2)
         total = torch.zeros(*a.shape[:-1], b.shape[-1], dtype=wide, device=a.device)
@@ -108,10 +107,10 @@ SUMS = {
     aten.mean.default: "_mean",
     aten.mean.dim: "_mean",
     aten.linalg_vector_norm.default: "_norm",
-    aten.mm.default: "_product",
-    aten.bmm.default: "_product",
-    aten.addmm.default: "_add_product",
-    aten.baddbmm.default: "_add_product",
+    aten.mm.default: "_matmul",
+    aten.bmm.default: "_matmul",
+    aten.addmm.default: "_add_matmul",
+    aten.baddbmm.default: "_add_matmul",
     aten._softmax.default: "_softmax",
     aten._softmax_backward_data.default: "_softmax_backward",
 }

@@ -165,12 +165,12 @@ def run(op, inputs):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "products"),
+    ("dtype", "bfloat16_matmuls"),
     [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)],
-    indirect=["products"],
+    indirect=["bfloat16_matmuls"],
     ids=["float32", "bfloat16", "bfloat16-in-float32"],
 )
-def test_outputs_and_gradients_against_float64(case, inputs, dtype, products, judge):
+def test_outputs_and_gradients_against_float64(case, inputs, dtype, bfloat16_matmuls, judge):
     given = inputs(case, dtype)
     if "norm_bias" in given:
         given["x"] = given["x"].float()
@@ -191,7 +191,7 @@ def test_outputs_and_gradients_against_float64(case, inputs, dtype, products, ju
     judge(ours, autocast(case.reference), given, dtypes, case.roundings)
 
 
-def test_either_product_is_that_of_the_rounded_numbers(draw, products):
+def test_either_product_is_that_of_the_rounded_numbers(draw, bfloat16_matmuls):
     """To the last place but for the order of a sum: half a unit of 8 bits, and 41 roundings of the sum to 24 bits."""
     x, weight, bias = draw(50, 40, dtype=torch.bfloat16), draw(30, 40), draw(30)
     got = matmul.matmul(x, weight, bias)
@@ -200,7 +200,7 @@ def test_either_product_is_that_of_the_rounded_numbers(draw, products):
     assert ((got.double() - exact).abs() <= 2.0**-8 * exact.abs() + (1 + 2.0**-8) * 41 * 2.0**-24 * sizes).all()
 
 
-def test_the_bias_gradient_is_a_float32_sum(draw, products):
+def test_the_bias_gradient_is_a_float32_sum(draw, bfloat16_matmuls):
     """n float32 additions in any order, and no rounding to bfloat16, which would be a thousand times that."""
     d_y, x = draw(300, 30, dtype=torch.bfloat16), draw(300, 40, dtype=torch.bfloat16)
     _, _, d_bias = matmul.matmul_backward(d_y, x, draw(30, 40))
@@ -210,8 +210,8 @@ def test_the_bias_gradient_is_a_float32_sum(draw, products):
 
 
 @native_only
-@pytest.mark.parametrize("products", [False], indirect=True)
-def test_under_autocast_products_stay_in_float32(draw, monkeypatch, products):
+@pytest.mark.parametrize("bfloat16_matmuls", [False], indirect=True)
+def test_under_autocast_products_stay_in_float32(draw, monkeypatch, bfloat16_matmuls):
     """Autocast, which is on around a forward pass, would take them in bfloat16 again: ten times slower."""
     calls = []
 

@@ -108,7 +108,7 @@ def test_newton_schulz_changes_only_the_singular_values():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_batch_matches_its_matrices_one_by_one(dtype, drawn_error, products):
+def test_a_batch_matches_its_matrices_one_by_one(dtype, drawn_error, bfloat16_matmuls):
     g = normal((5, 24, 40))
     actual = newton_schulz(g.to(dtype), 1e-6)
     assert actual.dtype == dtype
@@ -135,7 +135,7 @@ def test_several_steps_in_float32_match_float64(shape, drawn_error):
     assert error(parameter, expected) <= SLACK * drawn_error(lambda: trajectory(start, gradients, lr=0.1), expected)
 
 
-def test_several_steps_in_bfloat16_are_as_close_to_float64_as_pytorchs_muon(products):
+def test_several_steps_in_bfloat16_are_as_close_to_float64_as_pytorchs_muon(bfloat16_matmuls):
     """All shapes together, so that matrices of one shape are batched."""
     shapes = [*SHAPES, (16, 40), (24, 24), (16, 40)]
     starts = [0.01 * normal(shape, i) for i, shape in enumerate(shapes)]  # small, so that the updates dominate
