@@ -1,4 +1,4 @@
-"""Bad input and bad luck, through the command line: status 2 and one line that names what is wrong, no traceback."""
+"""User errors and system faults through the command line: status 2, one line that names the cause, no traceback."""
 
 import errno
 import os
@@ -20,14 +20,14 @@ from unite_fast.checkpoint.model_file import load_model, save_model
 from unite_fast.checkpoint.reader import load_checkpoint
 from unite_fast.training.trainer import Trainer
 
-# In the system's words.
-FULL, READ_ONLY = os.strerror(errno.ENOSPC), os.strerror(errno.EROFS)
+# The operating system's messages.
+DISK_FULL, READ_ONLY_DISK = os.strerror(errno.ENOSPC), os.strerror(errno.EROFS)
 TRACE = Path(__file__).parent / "data" / "official_tiny_a.npz"
 
 
 @pytest.fixture
-def refused(command, tmp_path, monkeypatch):
-    """Runs a command in an empty folder, checks that the one line that it says names all `tokens`, and gives it."""
+def expect_error(command, tmp_path, monkeypatch):
+    """Runs a command in an empty folder, expects a one-line error with all `tokens`, and returns the line."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: object, tokens: tuple = ()) -> str:
@@ -48,12 +48,9 @@ def truncate(path: Path) -> Path:
     return path
 
 
-# Ten kinds of fault.
-
-
-def test_1_an_unknown_key(refused):
-    refused("train", "train.bacth_size=8", tokens=("train.bacth_size", "batch_size"))
-    refused("train", "zzz=8", tokens=("zzz", "name", "seed"))
+def test_an_unknown_setting_is_refused(expect_error):
+    expect_error("train", "train.bacth_size=8", tokens=("train.bacth_size", "batch_size"))
+    expect_error("train", "zzz=8", tokens=("zzz", "name", "seed"))
 
 
 @pytest.mark.parametrize(
@@ -70,50 +67,52 @@ def test_1_an_unknown_key(refused):
         ("name=", ("name", "empty")),
     ],
 )
-def test_2_a_wrong_type_or_value(refused, setting, tokens):
-    refused("train", setting, tokens=tokens)
+def test_a_setting_of_wrong_type_or_value_is_refused(expect_error, setting, tokens):
+    expect_error("train", setting, tokens=tokens)
 
 
 FOLDER_DATA = ("data.source=folder", "model.num_classes=2")
 
 
-def test_3_a_missing_data_folder(refused):
-    refused("train", *FOLDER_DATA, "data.path=nowhere", tokens=("nowhere", "data.path=FOLDER"))
-    refused("train", "data.source=idx", "data.path=nowhere", tokens=("nowhere", "train-images-idx3-ubyte"))
-    assert os.listdir() == [], "nothing that counts as a run is left behind"
+def test_a_missing_data_folder_is_refused_and_leaves_no_run(expect_error):
+    expect_error("train", *FOLDER_DATA, "data.path=nowhere", tokens=("nowhere", "data.path=FOLDER"))
+    expect_error("train", "data.source=idx", "data.path=nowhere", tokens=("nowhere", "train-images-idx3-ubyte"))
+    assert os.listdir() == []
 
 
-def test_4_an_empty_folder(refused, tmp_path):
+def test_an_empty_data_folder_is_refused(expect_error, tmp_path):
     (tmp_path / "data").mkdir()
-    refused("train", *FOLDER_DATA, "data.path=data", tokens=("data", "class"))
+    expect_error("train", *FOLDER_DATA, "data.path=data", tokens=("data", "class"))
     (tmp_path / "data" / "cats").mkdir()
-    refused("train", *FOLDER_DATA, "data.path=data", tokens=("data/cats", ".png"))
+    expect_error("train", *FOLDER_DATA, "data.path=data", tokens=("data/cats", ".png"))
 
 
-def test_5_a_truncated_image(refused, command, tiny_run, trained_folder, picture, tmp_path):
+def test_a_truncated_image_is_skipped_in_training_and_refused_in_reconstruct(
+    expect_error, command, tiny_run, trained_folder, picture, tmp_path
+):
     for kind in ("cats", "dogs"):
         for i in range(6):
             (tmp_path / "data" / kind).mkdir(parents=True, exist_ok=True)
             shutil.copy(picture, tmp_path / "data" / kind / f"{i}.png")
     truncate(tmp_path / "data" / "dogs" / "4.png")
-    # In training it is skipped, counted and named ...
+    # Training skips the image, counts it and names it ...
     ended = command("train", *tiny_run, *FOLDER_DATA, "data.path=data", "train.steps=4", "train.out=run")
     assert ended.status == 0
     assert re.search(r"skipped +1 .*\n +dogs/4\.png: ", ended.out)
-    # ... but whoever names a picture wants that one.
-    refused("reconstruct", trained_folder, picture, "data/dogs/4.png", tokens=("data/dogs/4.png",))
+    # ... but an image that the user names must be readable.
+    expect_error("reconstruct", trained_folder, picture, "data/dogs/4.png", tokens=("data/dogs/4.png",))
     assert not (tmp_path / "reconstructions.png").exists()
-    refused("reconstruct", trained_folder, "none.png", tokens=("none.png", os.strerror(errno.ENOENT)))
+    expect_error("reconstruct", trained_folder, "none.png", tokens=("none.png", os.strerror(errno.ENOENT)))
 
 
 @pytest.mark.parametrize("name", ["sample", "info", "evaluate", "export", "export-official", "train", "reconstruct"])
-def test_6_a_corrupt_checkpoint(
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     command, trained_folder, picture, tiny_run, tmp_path, monkeypatch, checkpoint_warnings, name, mentions
 ):
-    """Of a run, the one before it is used, said out loud; whoever names it is told of the other."""
+    """A run falls back with a warning. A damaged checkpoint given by its path is an error that suggests the other."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained_folder, "run", symlinks=True)
-    torn = truncate(Path("run/checkpoints/step_00000020/shard_00001.safetensors"))
+    truncated_shard = truncate(Path("run/checkpoints/step_00000020/shard_00001.safetensors"))
     arguments = {
         "train": (*tiny_run, "train.out=run", "--resume"),
         "evaluate": ("--count", 10, "--steps", 1),
@@ -121,46 +120,48 @@ def test_6_a_corrupt_checkpoint(
         "export": ("out.safetensors",),
         "export-official": ("out.pt",),
     }.get(name, ())
-    size = torn.stat().st_size
-    damage = ("run/checkpoints/step_00000020", torn.name, size, "run/checkpoints/step_00000010")
+    size = truncated_shard.stat().st_size
+    damage = ("run/checkpoints/step_00000020", truncated_shard.name, size, "run/checkpoints/step_00000010")
     ended = command(name, *(() if name == "train" else ("run",)), *arguments)
     assert ended.status == 0, ended.err
-    (said,) = checkpoint_warnings()
-    assert re.match(mentions(*damage), said)
+    (warning,) = checkpoint_warnings()
+    assert re.match(mentions(*damage), warning)
     if name != "train":
-        command(name, torn.parent, *arguments).error(*damage)
+        command(name, truncated_shard.parent, *arguments).error(*damage)
 
 
-def test_7_a_checkpoint_of_another_shape(refused, command, tiny_run, trained_folder, tmp_path):
+def test_a_checkpoint_of_another_shape_is_refused(expect_error, command, tiny_run, trained_folder, tmp_path):
     changed = (*tiny_run, "model.encoder.width=32", f"train.out={trained_folder}", "--resume")
-    refused("train", *changed, tokens=("model.encoder.width", 32, 16))
+    expect_error("train", *changed, tokens=("model.encoder.width", 32, 16))
     saved = load_model(trained_folder)
     misfit = saved.averages | {"latent_norm.weight": torch.zeros(7)}
     save_model(tmp_path / "misfit.safetensors", saved.config, 1, misfit)
-    refused("sample", "misfit.safetensors", tokens=("misfit.safetensors", "latent_norm.weight", "[7]", "[4]"))
+    expect_error("sample", "misfit.safetensors", tokens=("misfit.safetensors", "latent_norm.weight", "[7]", "[4]"))
     save_file({"weight": torch.zeros(3)}, tmp_path / "foreign.safetensors")
-    refused("info", "foreign.safetensors", tokens=("foreign.safetensors", "unite-fast export"))
+    expect_error("info", "foreign.safetensors", tokens=("foreign.safetensors", "unite-fast export"))
 
 
-def test_8_a_trace_of_a_wrong_format(refused, picture, tmp_path):
-    refused("parity", "none.npz", tokens=("none.npz",))
-    refused("parity", picture, tokens=(picture, "trace"))
+def test_a_trace_in_a_wrong_format_is_refused(expect_error, picture, tmp_path):
+    expect_error("parity", "none.npz", tokens=("none.npz",))
+    expect_error("parity", picture, tokens=(picture, "trace"))
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
-    refused("parity", "other.npz", tokens=("other.npz", "meta_json"))
+    expect_error("parity", "other.npz", tokens=("other.npz", "meta_json"))
     np.savez(tmp_path / "pickle.npz", x=np.array([{}], dtype=object))
-    refused("parity", "pickle.npz", tokens=("pickle.npz", "trace"))
+    expect_error("parity", "pickle.npz", tokens=("pickle.npz", "trace"))
     shutil.copy(TRACE, tmp_path / "torn.npz")
-    refused("parity", truncate(tmp_path / "torn.npz"), tokens=(tmp_path / "torn.npz", "trace"))
+    expect_error("parity", truncate(tmp_path / "torn.npz"), tokens=(tmp_path / "torn.npz", "trace"))
 
 
 @pytest.mark.parametrize("classes", ["10", "3,-1", "99999999999999999999"])
-def test_9_a_class_out_of_range(refused, trained_folder, classes):
+def test_a_class_out_of_range_is_refused(expect_error, trained_folder, classes):
     wrong = classes.rpartition(",")[2]
-    refused("sample", trained_folder, f"--classes={classes}", tokens=("class", wrong, "0..9"))
+    expect_error("sample", trained_folder, f"--classes={classes}", tokens=("class", wrong, "0..9"))
 
 
-def test_10_no_space_left(tiny_run, trained_folder, assert_same_run, command, tmp_path, mentions):
-    """A disk of real size that fills up in the third checkpoint; two are kept."""
+def test_training_on_a_full_disk_stops_and_the_run_resumes(
+    tiny_run, trained_folder, assert_same_run, command, tmp_path, mentions
+):
+    """The disk fills up during the third checkpoint."""
     size = (trained_folder / "checkpoints" / "step_00000020" / "shard_00001.safetensors").stat().st_size
     script = """
         mount -t tmpfs -o size="$1" tmpfs "$2" || exit 99
@@ -180,12 +181,12 @@ def test_10_no_space_left(tiny_run, trained_folder, assert_same_run, command, tm
             text=True,
         )
     except FileNotFoundError:
-        pytest.skip("needs unshare, to mount a small disk of its own")
+        pytest.skip("needs unshare to mount a small disk")
     if ended.returncode in (1, 99) and "disk/run" not in ended.stderr:
-        pytest.skip(f"may not mount a small disk of its own: {ended.stderr.strip()}")
+        pytest.skip(f"cannot mount a small disk: {ended.stderr.strip()}")
     assert ended.returncode == 2, ended.stderr
-    assert re.fullmatch(rf"error: {mentions('disk/run/checkpoints/step_00000030', FULL)}.*\n", ended.stderr)
-    # What was there is whole, and with more space the run goes on as if nothing had been.
+    assert re.fullmatch(rf"error: {mentions('disk/run/checkpoints/step_00000030', DISK_FULL)}.*\n", ended.stderr)
+    # The earlier checkpoints are intact, and with more space the run resumes as if undisturbed.
     saved = tmp_path / "saved"
     assert sorted(os.listdir(saved / "checkpoints")) == ["latest", "step_00000010", "step_00000020"]
     assert load_checkpoint(saved).step == 20
@@ -194,17 +195,14 @@ def test_10_no_space_left(tiny_run, trained_folder, assert_same_run, command, tm
     assert_same_run(saved, tmp_path / "undisturbed")
 
 
-def test_no_space_left_for_samples(refused, trained_folder, picture, tmp_path):
+def test_samples_for_a_full_disk_are_an_error(expect_error, trained_folder, picture, tmp_path):
     for name in ("full.png", "full.npz"):
         (tmp_path / name).symlink_to("/dev/full")
-        refused("sample", trained_folder, "--count", 2, "--out", name, tokens=(name, FULL))
-    refused("reconstruct", trained_folder, picture, "--out", "full.png", tokens=("full.png", FULL))
+        expect_error("sample", trained_folder, "--count", 2, "--out", name, tokens=(name, DISK_FULL))
+    expect_error("reconstruct", trained_folder, picture, "--out", "full.png", tokens=("full.png", DISK_FULL))
 
 
-# And more of them.
-
-
-def test_a_real_process_prints_one_line_and_ends_with_2(tmp_path, mentions):
+def test_a_user_error_in_a_new_process_prints_one_line_and_exits_with_2(tmp_path, mentions):
     ended = subprocess.run(
         [sys.executable, "-m", "unite_fast", "train", "train.stepz=3"], cwd=tmp_path, capture_output=True, text=True
     )
@@ -231,77 +229,82 @@ def test_a_real_process_prints_one_line_and_ends_with_2(tmp_path, mentions):
         (("--out", "a.jpg"), ("a.jpg", ".png", ".npz")),
     ],
 )
-def test_options_of_sample_that_make_no_sense(refused, trained_folder, options, tokens):
-    refused("sample", trained_folder, "--count", 2, *options, tokens=tokens)
+def test_invalid_options_of_sample_are_refused(expect_error, trained_folder, options, tokens):
+    expect_error("sample", trained_folder, "--count", 2, *options, tokens=tokens)
     assert os.listdir() == []
 
 
-def test_something_in_the_way_of_samples(refused, trained_folder, tmp_path):
+def test_an_output_path_that_sample_cannot_write_is_refused(expect_error, trained_folder, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "folder.png").mkdir()
-    refused("sample", trained_folder, "--out", "file", tokens=("file", "--out"))
-    refused("sample", trained_folder, "--out", "folder.png", tokens=("folder.png", "--out"))
-    refused("sample", trained_folder, "--count", 1, "--out", "file/a.png", tokens=("file/a.png",))
+    expect_error("sample", trained_folder, "--out", "file", tokens=("file", "--out"))
+    expect_error("sample", trained_folder, "--out", "folder.png", tokens=("folder.png", "--out"))
+    expect_error("sample", trained_folder, "--count", 1, "--out", "file/a.png", tokens=("file/a.png",))
 
 
-def test_cuda_asked_for_and_absent(refused, trained_folder, monkeypatch):
+def test_cuda_without_a_gpu_is_refused(expect_error, trained_folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for call in (("sample", trained_folder, "--device", "cuda"), ("train", "train.device=cuda")):
-        refused(*call, tokens=("device", "cuda"))
+        expect_error(*call, tokens=("device", "cuda"))
 
 
-def test_a_checkpoint_that_is_not_there(refused, tmp_path):
-    refused("info", "nowhere", tokens=("nowhere",))
+def test_a_missing_checkpoint_is_refused(expect_error, tmp_path):
+    expect_error("info", "nowhere", tokens=("nowhere",))
     (tmp_path / "run").mkdir()
-    refused("sample", "run", tokens=("run", "latest"))
+    expect_error("sample", "run", tokens=("run", "latest"))
 
 
-def test_weights_of_nan_draw_nothing(refused, trained_folder, tmp_path):
+def test_weights_with_nan_are_refused(expect_error, trained_folder, tmp_path):
     saved = load_model(trained_folder)
     saved.averages["latent_norm.weight"].fill_(float("nan"))
     save_model(tmp_path / "nan.safetensors", saved.config, 1, saved.averages)
-    refused("sample", "nan.safetensors", tokens=("nan.safetensors", "latent_norm.weight", "finite"))
+    expect_error("sample", "nan.safetensors", tokens=("nan.safetensors", "latent_norm.weight", "finite"))
 
 
-def test_more_memory_than_there_is(refused, tiny_run, monkeypatch):
+def test_out_of_memory_is_one_line(expect_error, tiny_run, monkeypatch):
     width = 2**24
-    message = refused("train", *tiny_run, f"model.encoder.width={width}", "train.out=run")
+    message = expect_error("train", *tiny_run, f"model.encoder.width={width}", "train.out=run")
     assert re.search(r"\b\d{9,} bytes\b.*train\.micro_batch", message)
-    # A GPU's, in the words of PyTorch.
-    said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB"
-    monkeypatch.setattr(Trainer, "run", mock.Mock(side_effect=torch.OutOfMemoryError(said)))
-    refused("train", *tiny_run, "train.out=run", tokens=(said, "train.micro_batch", "--batch"))
+    # PyTorch's message on a GPU.
+    cuda_message = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB"
+    monkeypatch.setattr(Trainer, "run", mock.Mock(side_effect=torch.OutOfMemoryError(cuda_message)))
+    expect_error("train", *tiny_run, "train.out=run", tokens=(cuda_message, "train.micro_batch", "--batch"))
 
 
-def test_a_run_that_is_there_and_one_that_diverges(refused, tiny_run, trained_folder):
-    refused("train", *tiny_run, f"train.out={trained_folder}", tokens=(trained_folder, "--resume", "train.out=FOLDER"))
+def test_training_into_an_existing_run_is_refused(expect_error, tiny_run, trained_folder):
+    expect_error(
+        "train", *tiny_run, f"train.out={trained_folder}", tokens=(trained_folder, "--resume", "train.out=FOLDER")
+    )
+
+
+def test_the_error_of_a_diverged_run_names_the_last_good_checkpoint(expect_error, tiny_run):
     diverging = ("schedule.warmup_steps=4", "schedule.lr=1e30", "train.checkpoint_every=1", "train.out=run")
-    message = refused("train", *tiny_run, *diverging)
-    good = re.search(r"\bstep (\d+)\b.* (run/checkpoints/step_\d+)", message)
-    assert Path(good[2]) == step_folders(Path("run/checkpoints"))[-1]
-    assert load_checkpoint(good[2]).step == int(good[1]) - 1
+    message = expect_error("train", *tiny_run, *diverging)
+    step, checkpoint = re.search(r"\bstep (\d+)\b.* (run/checkpoints/step_\d+)", message).groups()
+    assert Path(checkpoint) == step_folders(Path("run/checkpoints"))[-1]
+    assert load_checkpoint(checkpoint).step == int(step) - 1
 
 
-def test_a_run_folder_that_cannot_be_made(refused, tiny_run, tmp_path):
+def test_a_run_folder_below_a_file_is_refused(expect_error, tiny_run, tmp_path):
     (tmp_path / "file").touch()
-    refused("train", *tiny_run, "train.out=file/run", tokens=("file/run", os.strerror(errno.ENOTDIR)))
+    expect_error("train", *tiny_run, "train.out=file/run", tokens=("file/run", os.strerror(errno.ENOTDIR)))
 
 
-def test_a_run_folder_on_a_read_only_disk(tiny_run, tmp_path, mentions):
+def test_a_run_folder_on_a_read_only_disk_is_refused(tiny_run, tmp_path, mentions):
     script = 'mount -t tmpfs -o ro tmpfs disk || exit 99; exec "$1" -m unite_fast train "${@:2}" train.out=disk/run'
     (tmp_path / "disk").mkdir()
     call = ["unshare", "-Urm", "bash", "-c", script, "bash", sys.executable, *tiny_run]
     try:
         ended = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
     except FileNotFoundError:
-        pytest.skip("needs unshare, to mount a disk of its own")
+        pytest.skip("needs unshare to mount a read-only disk")
     if ended.returncode in (1, 99) and "disk/run" not in ended.stderr:
-        pytest.skip(f"may not mount a disk of its own: {ended.stderr.strip()}")
+        pytest.skip(f"cannot mount a read-only disk: {ended.stderr.strip()}")
     assert ended.returncode == 2
-    assert re.fullmatch(rf"error: {mentions('disk/run', READ_ONLY)}.*\n", ended.stderr)
+    assert re.fullmatch(rf"error: {mentions('disk/run', READ_ONLY_DISK)}.*\n", ended.stderr)
 
 
-def test_checkpoints_on_a_disk_that_became_read_only(tiny_run, trained_folder, tmp_path, mentions):
+def test_a_save_to_a_read_only_folder_fails_and_keeps_the_last_checkpoint(tiny_run, trained_folder, tmp_path, mentions):
     shutil.copytree(trained_folder, tmp_path / "run", symlinks=True)
     script = """
         mount --bind run/checkpoints run/checkpoints && mount -o remount,bind,ro run/checkpoints || exit 99
@@ -311,13 +314,13 @@ def test_checkpoints_on_a_disk_that_became_read_only(tiny_run, trained_folder, t
     try:
         ended = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
     except FileNotFoundError:
-        pytest.skip("needs unshare, to make a folder read-only for root too")
+        pytest.skip("needs unshare to make a folder read-only for root too")
     if ended.returncode in (1, 99) and "run/checkpoints/step" not in ended.stderr:
-        pytest.skip(f"may not make a folder read-only: {ended.stderr.strip()}")
+        pytest.skip(f"cannot make a folder read-only: {ended.stderr.strip()}")
     assert ended.returncode == 2
-    assert re.fullmatch(rf"error: {mentions('run/checkpoints/step_00000022', READ_ONLY)}.*\n", ended.stderr)
+    assert re.fullmatch(rf"error: {mentions('run/checkpoints/step_00000022', READ_ONLY_DISK)}.*\n", ended.stderr)
     assert load_checkpoint(tmp_path / "run").step == 20
 
 
-def test_a_name_of_two_lines_makes_an_error_of_one(refused):
-    refused("info", "two\nlines", tokens=("two lines",))
+def test_a_newline_in_a_path_does_not_break_the_line_of_the_error(expect_error):
+    expect_error("info", "two\nlines", tokens=("two lines",))
