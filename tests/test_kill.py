@@ -1,4 +1,4 @@
-"""Real processes that are stopped at any moment: what is lost, and that nothing is damaged."""
+"""Training processes that are killed or signalled at any moment: few steps are lost, and no checkpoint is damaged."""
 
 import random
 import re
@@ -6,116 +6,106 @@ import signal
 import time
 from pathlib import Path
 
-import pytest
-
 from unite_fast.checkpoint.format import step_folders, step_of
 from unite_fast.checkpoint.reader import load_checkpoint
 from unite_fast.utils.files import read_rows
 
-EVERY = 2
-"""Steps between checkpoints. So few that many of the moments below fall into a save."""
-FOR_EVER = "train.steps=1000000"
+CHECKPOINT_EVERY = 2
+"""Steps between checkpoints. So few that many kills hit a save."""
+ENDLESS = "train.steps=1000000"
 
 
-@pytest.fixture
-def started_from():
-    """The step a process went on from, by its own words, once it has said them; None before."""
-
-    def find(printed: str) -> int | None:
-        found = re.findall(r"steps (\d+)\.\.", printed)
-        return int(found[-1]) if found else None
-
-    return find
+def first_step(output: str) -> int | None:
+    """The step from which a run started or resumed, as it printed; None if it was killed before."""
+    steps = re.findall(r"steps (\d+)\.\.", output)
+    return int(steps[-1]) if steps else None
 
 
-def rows_in(folder: Path) -> list[int]:
+def logged_steps(folder: Path) -> list[int]:
     return [row["step"] for row in read_rows(folder / "metrics.jsonl")]
 
 
-def latest(folder: Path) -> int:
+def latest_checkpoint(folder: Path) -> int:
     link = folder / "checkpoints" / "latest"
     return step_of(link.resolve()) if link.exists() else 0
 
 
-def test_kill_9_at_any_moment_ten_times_in_a_row(
-    tiny_run, process, wait_until, started_from, assert_same_run, tmp_path
-):
-    """Each time at most the steps since the last checkpoint are lost, and in the end the run is bit for bit the one
-    that nobody killed."""
-    settings = (*tiny_run, "train.log_every=1", f"train.checkpoint_every={EVERY}")
+def test_a_killed_run_resumes_from_the_last_checkpoint(tiny_run, process, wait_until, assert_same_run, tmp_path):
+    """Ten kills at random moments. The final run equals an undisturbed one bit for bit."""
+    settings = (*tiny_run, "train.log_every=1", f"train.checkpoint_every={CHECKPOINT_EVERY}")
     folder = tmp_path / "run"
-    chance = random.Random(9)
-    at = 0
+    rng = random.Random(9)
+    saved_step = 0
     for attempt in range(10):
-        running = process("train", *settings, FOR_EVER, "train.out=run", "--resume")
-        # Two of them die while they start, the others somewhere in a step, a log or a save.
+        running = process("train", *settings, ENDLESS, "train.out=run", "--resume")
+        # Two kills hit the start, the others a step, a log or a save.
         if attempt not in (3, 7):
-            wait_until(lambda at=at: latest(folder) > at)
-        time.sleep(chance.uniform(0, 0.25))
+            wait_until(lambda saved_step=saved_step: latest_checkpoint(folder) > saved_step)
+        time.sleep(rng.uniform(0, 0.25))
         running.signal(signal.SIGKILL)
         assert running.wait() == -signal.SIGKILL
 
-        # It went on from the last checkpoint, none of whose steps were lost ...
-        assert started_from(running.printed()) in (at, None)
-        reached = max(rows_in(folder), default=0)
-        # ... and left one that can be read. A checkpoint is written beside the steps that follow it, and the next one
-        # begins when it is safe.
-        found = load_checkpoint(folder).step
-        assert found >= max(at, ((reached - 1) // EVERY - 1) * EVERY)
-        assert found % EVERY == 0
+        # It had resumed from the last checkpoint ...
+        assert first_step(running.printed()) in (saved_step, None)
+        reached = max(logged_steps(folder), default=0)
+        # ... and left an intact one. A checkpoint is written during the steps after it, and is complete before the next
+        # one starts.
+        checkpoint_step = load_checkpoint(folder).step
+        assert checkpoint_step >= max(saved_step, ((reached - 1) // CHECKPOINT_EVERY - 1) * CHECKPOINT_EVERY)
+        assert checkpoint_step % CHECKPOINT_EVERY == 0
         for file in step_folders(folder / "checkpoints"):
             assert load_checkpoint(file).step == step_of(file)
         running.output.unlink()
-        at = found
-    assert at >= 8 * EVERY
+        saved_step = checkpoint_step
+    assert saved_step >= 8 * CHECKPOINT_EVERY
 
-    end = f"train.steps={at + 3}"
-    assert process("train", *settings, end, "train.out=run", "--resume").wait() == 0
-    assert process("train", *settings, end, "train.out=undisturbed").wait() == 0
+    steps = f"train.steps={saved_step + 3}"
+    assert process("train", *settings, steps, "train.out=run", "--resume").wait() == 0
+    assert process("train", *settings, steps, "train.out=undisturbed").wait() == 0
     assert_same_run(folder, tmp_path / "undisturbed")
-    assert rows_in(folder) == list(range(1, at + 4))
-    assert not list(folder.rglob("*.partial")), "what killed saves left behind is cleared away"
+    assert logged_steps(folder) == list(range(1, saved_step + 4))
+    assert not list(folder.rglob("*.partial")), "partial files of killed saves are removed"
 
 
-def test_sigterm_and_sigint_save_and_the_run_resumes(
-    tiny_run, process, wait_until, started_from, assert_same_run, tmp_path, mentions
+def test_sigterm_and_sigint_save_a_checkpoint_and_the_run_resumes(
+    tiny_run, process, wait_until, assert_same_run, tmp_path, mentions
 ):
     settings = (*tiny_run, "train.log_every=3", "train.checkpoint_every=100000")
-    folder, at = tmp_path / "run", 0
+    folder, saved_step = tmp_path / "run", 0
     for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        running = process("train", *settings, FOR_EVER, "train.out=run", *["--resume"] * bool(at))
-        wait_until(lambda at=at: max(rows_in(folder), default=0) > at)
+        running = process("train", *settings, ENDLESS, "train.out=run", *["--resume"] * bool(saved_step))
+        wait_until(lambda saved_step=saved_step: max(logged_steps(folder), default=0) > saved_step)
         running.signal(number)
         assert running.wait() == status
-        assert started_from(running.printed()) == at
-        at = load_checkpoint(folder).step
-        assert at >= max(rows_in(folder))
-        assert re.search(mentions(f"step {at}", 1000000, "--resume"), running.printed())
+        assert first_step(running.printed()) == saved_step
+        saved_step = load_checkpoint(folder).step
+        assert saved_step >= max(logged_steps(folder))
+        assert re.search(mentions(f"step {saved_step}", 1000000, "--resume"), running.printed())
         assert "Traceback" not in running.printed()
         running.output.unlink()
 
-    end = f"train.steps={at + 4}"
-    assert process("train", *settings, end, "train.out=run", "--resume").wait() == 0
-    assert process("train", *settings, end, "train.out=undisturbed").wait() == 0
+    steps = f"train.steps={saved_step + 4}"
+    assert process("train", *settings, steps, "train.out=run", "--resume").wait() == 0
+    assert process("train", *settings, steps, "train.out=undisturbed").wait() == 0
     assert_same_run(folder, tmp_path / "undisturbed")
 
 
-def test_two_processes_do_not_train_in_one_folder(tiny_run, process, wait_until, command, tmp_path):
+def test_a_second_process_is_refused_in_the_same_folder(tiny_run, process, wait_until, command, tmp_path):
     folder = tmp_path / "run"
-    running = process("train", *tiny_run, FOR_EVER, "train.log_every=1", f"train.out={folder}")
-    wait_until(lambda: rows_in(folder))
-    message = command("train", *tiny_run, FOR_EVER, f"train.out={folder}", "--resume").error()
+    running = process("train", *tiny_run, ENDLESS, "train.log_every=1", f"train.out={folder}")
+    wait_until(lambda: logged_steps(folder))
+    message = command("train", *tiny_run, ENDLESS, f"train.out={folder}", "--resume").error()
     holder = re.fullmatch(rf"{folder} .*\bprocess (\d+)\b.*", message)
     assert int(holder[1]) == running.pid
-    at = max(rows_in(folder))
-    wait_until(lambda: max(rows_in(folder)) > at)  # it was not disturbed
+    step = max(logged_steps(folder))
+    wait_until(lambda: max(logged_steps(folder)) > step)  # the first process still trains
 
 
-def test_a_second_signal_ends_a_run_at_once(tiny_run, process, wait_until, tmp_path):
-    """Where the first is not heeded, because a step takes minutes."""
-    running = process("train", *tiny_run, FOR_EVER, "train.log_every=1", "train.batch_size=1400", "train.out=run")
-    wait_until(lambda: rows_in(tmp_path / "run"))
-    # The second has to come within the step in which the first came; a step of this batch takes a good while.
+def test_a_second_signal_stops_the_run_at_once(tiny_run, process, wait_until, tmp_path):
+    """The first one stops the run after the current step, which may take minutes."""
+    running = process("train", *tiny_run, ENDLESS, "train.log_every=1", "train.batch_size=1400", "train.out=run")
+    wait_until(lambda: logged_steps(tmp_path / "run"))
+    # The second signal must arrive in the same step as the first, so the batch is large and the step slow.
     running.signal(signal.SIGTERM)
     time.sleep(0.02)
     running.signal(signal.SIGTERM)
