@@ -1,8 +1,8 @@
-"""Runs of four processes under torchrun, whose processes are killed, frozen and asked to stop.
+"""Training in four processes under torchrun: ranks are killed, frozen and signalled.
 
-Importing PyTorch takes five processes on two cores longer than all that they do here. So torchrun's agent, which
-starts, watches and restarts processes, is a fork of this process, and they are forks of it. With `--torchrun` it is the
-command.
+On two cores, five processes take longer to import PyTorch than to run these tests. So torchrun's agent, which starts,
+watches and restarts the workers, is a fork of this process, and the workers are forks of the agent. With `--torchrun`
+the command itself runs.
 """
 
 import os
@@ -25,11 +25,11 @@ from unite_fast.training.run_folder import read_status
 from unite_fast.utils.files import read_rows
 
 WORLD = 4
-EVERY = 5
+CHECKPOINT_EVERY = 5
 """Steps between checkpoints."""
-FOR_EVER = "train.steps=1000000"
-HANGING = 6.0
-"""parallel.timeout of the runs, seconds; a step takes 0.1 s, and on a busy machine 2 s were seen."""
+ENDLESS = "train.steps=1000000"
+TIMEOUT = 6.0
+"""parallel.timeout of the runs, in seconds. A step takes 0.1 s, and up to 2 s on a busy machine."""
 
 
 class Torchrun:
@@ -50,7 +50,7 @@ class Torchrun:
             run_command(arguments, restarts) if command else run_agent(arguments, restarts)
 
     def workers(self) -> list[int]:
-        """Process ids of those there are now, rank 0 first."""
+        """Process ids of the current workers, rank 0 first."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children")
         return sorted(map(int, children.read_text().split())) if children.exists() else []
 
@@ -69,8 +69,8 @@ class Torchrun:
     def errors(self) -> list[str]:
         return [line for line in self.printed().splitlines() if line.startswith("error: ")]
 
-    def end(self) -> None:
-        """Whatever is left of it."""
+    def kill(self) -> None:
+        """Kill the processes that still run."""
         if not self.ended():
             for process in (self.pid, *self.workers()):
                 os.kill(process, signal.SIGKILL)
@@ -83,7 +83,7 @@ def run_command(arguments: tuple[str, ...], restarts: int) -> None:
 
 
 def run_agent(arguments: tuple[str, ...], restarts: int) -> None:
-    """What the command does, but for the start of the processes."""
+    """Does what the command does, but forks the workers."""
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -116,12 +116,12 @@ def worker(*arguments: str) -> None:
 
 @pytest.fixture
 def wait_until() -> Callable[[Callable[[], bool]], None]:
-    """Patient: by the command, a start takes ten seconds of both of two cores, and ours may be busy."""
+    """Waits longer than the shared fixture: with `--torchrun`, a start takes ten seconds on two idle cores."""
 
     def wait(condition: Callable[[], bool]) -> None:
         end = time.monotonic() + 240
         while not condition():
-            assert time.monotonic() < end, "what was waited for did not happen within four minutes"
+            assert time.monotonic() < end, "the condition did not hold within four minutes"
             time.sleep(0.1)
 
     return wait
@@ -129,23 +129,23 @@ def wait_until() -> Callable[[Callable[[], bool]], None]:
 
 @pytest.fixture
 def torchrun(tiny_run, trained_folder, tmp_path, pytestconfig) -> Iterator[Callable[..., Torchrun]]:
-    # A run in this process, `trained_folder`, has imported what the processes forked from it would each import.
+    # The run of `trained_folder` in this process has imported everything that the forks need.
     started = []
 
     def start(*arguments: str, restarts: int = 0) -> Torchrun:
-        settings = ("digits", *tiny_run, "train.log_every=1", f"train.checkpoint_every={EVERY}")
-        arguments = (*settings, FOR_EVER, f"parallel.timeout={HANGING}", *arguments)
+        settings = ("digits", *tiny_run, "train.log_every=1", f"train.checkpoint_every={CHECKPOINT_EVERY}")
+        arguments = (*settings, ENDLESS, f"parallel.timeout={TIMEOUT}", *arguments)
         started.append(Torchrun(tmp_path, arguments, restarts, pytestconfig.getoption("torchrun")))
         return started[-1]
 
     yield start
     for running in started:
-        running.end()
+        running.kill()
 
 
 @pytest.fixture
 def undisturbed(torchrun, wait_until, tmp_path) -> Callable[[int], Path]:
-    """The folder of a run of so many steps that nobody disturbed."""
+    """Trains for a number of steps without a disturbance; returns the run folder."""
 
     def run(steps: int) -> Path:
         running = torchrun(f"train.steps={steps}", "train.out=undisturbed")
@@ -158,74 +158,73 @@ def undisturbed(torchrun, wait_until, tmp_path) -> Callable[[int], Path]:
     return run
 
 
-def logged(folder: Path) -> int:
+def last_logged_step(folder: Path) -> int:
     return max((row["step"] for row in read_rows(folder / "metrics.jsonl")), default=0)
 
 
-LOST = r"error: rank \d: step \d+: .+\b(rank \d|process)\b.+"
+LOST_RANK_ERROR = r"error: rank \d: step \d+: .+\b(rank \d|process)\b.+"
 
 
-def test_kill_9_of_any_rank_at_any_moment(
+def test_a_killed_rank_restarts_all_ranks_from_the_last_checkpoint(
     torchrun, undisturbed, wait_until, assert_same_run, tmp_path, pytestconfig, mentions
 ):
-    """torchrun starts all four again, each time from the last checkpoint, and in the end the run is bit for bit the one
-    that nobody killed."""
+    """A random rank is killed at random moments. The final run equals an undisturbed one bit for bit."""
     kills = pytestconfig.getoption("kills")
-    folder, chance = tmp_path / "run", random.Random(11)
+    folder, rng = tmp_path / "run", random.Random(11)
     running = torchrun("train.out=run", restarts=kills)
     workers: list[int] = []
     for kill in range(kills):
         wait_until(lambda old=workers: len(running.workers()) == WORLD and not set(running.workers()) & set(old))
         workers = running.workers()
-        at = logged(folder)
-        # Every fourth one dies while it starts, the others somewhere in a step, a log or a save, when one is complete.
+        step_before = last_logged_step(folder)
+        # Every fourth kill hits the start, the others a step, a log or a save, after a complete checkpoint.
         if kill % 4 != 3:
-            wait_until(lambda at=at: logged(folder) > at + 2 * EVERY)
-        time.sleep(chance.uniform(0, 1.5))
-        os.kill(chance.choice(workers), signal.SIGKILL)
+            wait_until(lambda step_before=step_before: last_logged_step(folder) > step_before + 2 * CHECKPOINT_EVERY)
+        time.sleep(rng.uniform(0, 1.5))
+        os.kill(rng.choice(workers), signal.SIGKILL)
         assert not running.ended(), running.printed()
     wait_until(lambda: not set(running.workers()) & set(workers))
-    at = logged(folder)
-    wait_until(lambda: logged(folder) > at)
+    step_before = last_logged_step(folder)
+    wait_until(lambda: last_logged_step(folder) > step_before)
 
-    # The end: Slurm's warning to one of them, which all heed; torchrun does not start them again.
-    running.signal(chance.randrange(WORLD), signal.SIGUSR1)
+    # Slurm's warning signal to one rank stops all, and torchrun does not restart them.
+    running.signal(rng.randrange(WORLD), signal.SIGUSR1)
     wait_until(running.ended)
     assert running.status == 0, running.printed()
     step = load_checkpoint(folder).step
     assert read_status(folder) == f"stopped at step {step} by SIGUSR1"
     assert re.search(mentions(f"step {step}", 1000000, "--resume"), running.printed())
     starts = [int(first) for first in re.findall(r"steps (\d+)\.\.", running.printed())]
-    assert starts == sorted(starts) and all(first % EVERY == 0 for first in starts) and starts[-1] > 0
-    # The survivors of each kill said so in a line, or were too early to have noticed.
-    assert all(re.fullmatch(LOST, line) for line in running.errors()), running.errors()
+    assert starts == sorted(starts) and all(first % CHECKPOINT_EVERY == 0 for first in starts) and starts[-1] > 0
+    # The survivors of a kill print a line each, or none if it was too early for them to notice.
+    assert all(re.fullmatch(LOST_RANK_ERROR, line) for line in running.errors()), running.errors()
     assert running.errors() and "Traceback" not in running.printed()
     assert_same_run(folder, undisturbed(step))
 
 
-def test_a_frozen_rank_is_named_and_a_signal_to_torchrun_is_heeded(
+def test_a_frozen_rank_is_named_and_sigterm_to_torchrun_saves_a_checkpoint(
     torchrun, undisturbed, wait_until, assert_same_run, tmp_path
 ):
     folder = tmp_path / "run"
     running = torchrun("train.out=run", restarts=1)
-    wait_until(lambda: logged(folder) > EVERY)
+    wait_until(lambda: last_logged_step(folder) > CHECKPOINT_EVERY)
     workers, begun = running.workers(), time.monotonic()
     os.kill(workers[2], signal.SIGSTOP)
     wait_until(lambda: running.errors())
-    assert HANGING <= time.monotonic() - begun < HANGING + 20
+    assert TIMEOUT <= time.monotonic() - begun < TIMEOUT + 20
     os.kill(workers[2], signal.SIGKILL)  # torchrun would, after half a minute
-    hung = rf"error: rank \d: step \d+: .*\b{HANGING:g} s\b.*\brank 2"
-    assert re.fullmatch(hung, running.errors()[0])
-    assert re.search(r"unite_fast/training/trainer.py\", line \d+, in run\n", running.printed()), "where it hangs"
+    timeout_error = rf"error: rank \d: step \d+: .*\b{TIMEOUT:g} s\b.*\brank 2"
+    assert re.fullmatch(timeout_error, running.errors()[0])
+    assert re.search(r"unite_fast/training/trainer.py\", line \d+, in run\n", running.printed()), "no stack trace"
 
-    at = logged(folder)
-    wait_until(lambda: logged(folder) > at)
+    step_before = last_logged_step(folder)
+    wait_until(lambda: last_logged_step(folder) > step_before)
     os.kill(running.pid, signal.SIGTERM)
     wait_until(running.ended)
-    assert running.status == 1, "torchrun's own, whatever its processes say"
+    assert running.status == 1, "torchrun's own status, whatever its workers return"
     step = load_checkpoint(folder).step
     assert read_status(folder) == f"stopped at step {step} by SIGTERM"
-    assert step > at
+    assert step > step_before
 
     running = torchrun("train.out=run", f"train.steps={step + 3}", "--resume")
     wait_until(running.ended)
@@ -234,20 +233,20 @@ def test_a_frozen_rank_is_named_and_a_signal_to_torchrun_is_heeded(
     assert_same_run(folder, undisturbed(step + 3))
 
 
-def test_a_mistake_is_printed_once_per_machine(torchrun, wait_until, mentions):
+def test_a_user_error_is_printed_once_per_machine(torchrun, wait_until, mentions):
     running = torchrun("train.bacth_size=8", restarts=1)
     wait_until(running.ended)
     assert running.status == 1
     errors = running.errors()
-    assert len(errors) == 2  # one for each start
+    assert len(errors) == 2  # one per start
     assert all(re.match(mentions("rank 0", "train.bacth_size", "batch_size"), line) for line in errors)
 
 
-def test_a_restart_does_not_take_up_a_run_that_was_there_before(torchrun, undisturbed, wait_until, mentions):
+def test_a_restart_does_not_resume_an_earlier_run(torchrun, undisturbed, wait_until, mentions):
     folder = undisturbed(3)
     running = torchrun("train.out=undisturbed", restarts=1)
     wait_until(running.ended)
     assert running.status == 1
     assert len(running.errors()) == 2 * WORLD
     assert all(re.search(mentions("undisturbed", "--resume"), line) for line in running.errors())
-    assert logged(folder) == 3
+    assert last_logged_step(folder) == 3
