@@ -1,4 +1,4 @@
-"""The judge of all ops: float64."""
+"""Fixtures that compare ops with float64."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -16,19 +16,20 @@ from unite_fast.kernels.registry import OPS, Size
 SLACK = 2.0
 """An op's error may be at most twice that of the plain formula at the same precision (CONTRIBUTING.md)."""
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
-"""Largest relative error of one rounding. Every result is rounded at least once, so no error below this can be held
-against an op, however lucky the plain formula was."""
+"""Largest relative error of one rounding. Every result is rounded at least once, so an error up to this is allowed
+even if the plain formula's own error happens to be smaller."""
 EACH_ROUNDING = 1.1
-"""n independent roundings make sqrt(n) times the error of one, give or take chance. Measured with float32 inside: 1.00
-for n = 1, up to 1.78 for n = 3 (1.03 sqrt(3)); with all of it in bfloat16, 1.4 to 3.5."""
+"""Margin on the error of n independent roundings, sqrt(n) times that of one. Measured with float32 inside: 1.00 for
+n = 1, up to 1.78 for n = 3 (1.03 sqrt(3)); with everything in bfloat16, 1.4 to 3.5."""
 
 DRAWS = 8
-"""Of drawn arithmetic: few of them can all be lucky where a result is a few numbers (of 2,200 results three draws were
-so for one, a loss of two samples). No backend's float32 result had more than 0.68 of its tolerance in November 2026."""
+"""Draws of arithmetic. Where a result is a few numbers, a small number of draws can all have small errors by luck (with
+three, one of 2,200 results did: a loss of two samples). No backend's float32 result used more than 0.68 of its
+tolerance in November 2026."""
 
 LARGE = 2**18
-"""Numbers of all inputs. Above, eager PyTorch is the yardstick: norms over so many average its luck out, and a draw
-takes a sum term by term."""
+"""Elements of all inputs. Above this, eager PyTorch sets the tolerance: the norm over so many elements hardly depends
+on luck, and drawn arithmetic is slow, since it adds term by term."""
 
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -46,42 +47,43 @@ def _judge(
     result_dtypes: tuple[torch.dtype, ...],
     roundings: int | None = 1,
 ) -> dict[str, float]:
-    """Hold every output and every gradient of `op` against `formula` in float64.
+    """Compare every output and every gradient of `op` with `formula` in float64.
 
-    The tolerance measures itself: it is the largest error of `formula` in a few draws of arithmetic in the inputs'
-    precision (see tests/drawn_arithmetic.py), so that it does not rest on what this machine's orders of sums happen to
-    give. With one rounding to bfloat16, the result's own, that arithmetic is float32 throughout. With more, a bfloat16
-    result must besides be no worse than the truth after so many roundings; None where the arithmetic is a library's.
+    The tolerance is measured: one rounding plus SLACK times the largest error of `formula` over DRAWS draws of
+    arithmetic in the inputs' precision (tests/drawn_arithmetic.py), so it does not depend on this machine's summation
+    order. `roundings` counts the roundings to bfloat16 up to a result. With one, the result's own, the formula runs in
+    float32. A bfloat16 result also may not be worse than the exact one after that many roundings, except with None, for
+    the arithmetic of a library.
 
     Returns:
-        What part of its tolerance each error uses up, by name.
+        error / tolerance of every output and gradient, by name.
     """
     truth = _run(formula, {name: x.double() for name, x in inputs.items()}, None)
-    # Where no rounding but the result's is granted, the formula may not lose more than that to bfloat16 either.
-    exact = roundings == 1
-    given = {name: x.float() if exact else x for name, x in inputs.items()}
+    # If only the result is rounded, the formula may not round to bfloat16 in between either.
+    single_rounding = roundings == 1
+    cast_inputs = {name: x.float() if single_rounding else x for name, x in inputs.items()}
     eager = []
     large = sum(x.numel() for x in inputs.values()) > LARGE
     for arithmetic in [nullcontext()] if large else map(drawn_arithmetic, range(DRAWS)):
         with arithmetic:
-            eager.append(_run(formula, given, result_dtypes))
+            eager.append(_run(formula, cast_inputs, result_dtypes))
     ours = _run(op, inputs, None)
     for i, dtype in enumerate(result_dtypes):
         assert ours[f"output {i}"].dtype == dtype
     for name, x in inputs.items():
         assert ours[f"gradient of {name}"].dtype == x.dtype
-    used = {}
-    for name, want in truth.items():
-        size, dtype = want.norm(), ours[name].dtype
-        error = (ours[name].double() - want).norm()
+    ratios = {}
+    for name, exact in truth.items():
+        size, dtype = exact.norm(), ours[name].dtype
+        error = (ours[name].double() - exact).norm()
         allowed = (
-            SLACK * max((other[name].to(dtype).double() - want).norm() for other in eager) + ROUNDING[dtype] * size
+            SLACK * max((other[name].to(dtype).double() - exact).norm() for other in eager) + ROUNDING[dtype] * size
         )
         if dtype == torch.bfloat16 and roundings is not None:
-            allowed = min(allowed, EACH_ROUNDING * roundings**0.5 * (want.to(dtype).double() - want).norm())
+            allowed = min(allowed, EACH_ROUNDING * roundings**0.5 * (exact.to(dtype).double() - exact).norm())
         assert error <= allowed, f"{name}: error {error / size:.2e}, allowed {allowed / size:.2e}"
-        used[name] = (error / allowed).item() if error else 0.0
-    return used
+        ratios[name] = (error / allowed).item() if error else 0.0
+    return ratios
 
 
 def _run(op: Op, inputs: dict[str, Tensor], result_dtypes: tuple[torch.dtype, ...] | None) -> dict[str, Tensor]:
@@ -93,9 +95,9 @@ def _run(op: Op, inputs: dict[str, Tensor], result_dtypes: tuple[torch.dtype, ..
     generator = torch.Generator().manual_seed(2)
     incoming = []
     for output in outputs:
-        turned = torch.randn(output.mT.shape, generator=generator)
+        transposed = torch.randn(output.mT.shape, generator=generator)
         # Rounded to bfloat16 for all, so that every run sees the same numbers.
-        incoming.append(turned.bfloat16().to(output).mT)
+        incoming.append(transposed.bfloat16().to(output).mT)
     gradients = torch.autograd.grad(outputs, list(inputs.values()), incoming)
     results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
     return results | {f"gradient of {name}": g for name, g in zip(inputs, gradients, strict=True)}
@@ -103,7 +105,7 @@ def _run(op: Op, inputs: dict[str, Tensor], result_dtypes: tuple[torch.dtype, ..
 
 @pytest.fixture(params=["reference", "native", "triton"])
 def backend_name(request) -> Iterator[str]:
-    """Each backend in turn."""
+    """Runs the test with each backend."""
     if missing := backend.why_missing(request.param):
         pytest.skip(missing)
     with backend.using(request.param):
@@ -112,25 +114,25 @@ def backend_name(request) -> Iterator[str]:
 
 @pytest.fixture(params=["native", "triton"])
 def fast_backend_on_a_cpu(request) -> Iterator[str]:
-    """Each fast backend in turn, for tests whose tensors are on the CPU."""
+    """Runs the test with each fast backend, for tests with tensors on the CPU."""
     if missing := backend.why_missing(request.param):
         pytest.skip(missing)
     if request.param == "triton" and not backend.interpreted():
-        pytest.skip("these tests' tensors are on the CPU")
+        pytest.skip("the tensors of this test are on the CPU")
     with backend.using(request.param):
         yield request.param
 
 
 @pytest.fixture
 def device(request) -> torch.device:
-    """Where the tensors of a test are: a GPU where the Triton backend runs on one, else the CPU."""
+    """The device of a test's tensors: the GPU if the Triton backend runs on one, else the CPU."""
     backend_name = request.getfixturevalue("backend_name") if "backend_name" in request.fixturenames else ""
     return torch.device("cuda" if backend_name == "triton" and not backend.interpreted() else "cpu")
 
 
 @pytest.fixture
 def draw(device: torch.device) -> Callable[..., Tensor]:
-    """Normal numbers, each call others, the same in every run and on every device."""
+    """Draws normal numbers: new ones in each call, the same ones in every run and on every device."""
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int, dtype: torch.dtype = torch.float32, around: float = 0.0) -> Tensor:
@@ -141,8 +143,8 @@ def draw(device: torch.device) -> Callable[..., Tensor]:
 
 @dataclass
 class Call:
-    """The public function of an op or its reference, called with the tensors that get a gradient; returns a tuple. In
-    float64, everything else is float64 too."""
+    """Calls an op or its reference with the tensors that get a gradient; returns a tuple. If they are float64, all
+    other tensors and dtypes are too."""
 
     op: registry.Op
     function: Callable
@@ -164,7 +166,7 @@ def _to_float64(value):
 
 @pytest.fixture
 def op_case(draw: Callable[..., Tensor]) -> Callable[[str, Size], tuple[Call, Call, dict[str, Tensor]]]:
-    """Makes (op, reference, inputs with a gradient) for the name of an op and a size."""
+    """Makes (op, reference, inputs with a gradient) for an op's name and a size."""
 
     def make(name: str, size: Size) -> tuple[Call, Call, dict[str, Tensor]]:
         op = OPS[name]

@@ -1,5 +1,5 @@
-"""adaln_modulate, gated_residual_adaln and gated_residual_norm_adaln against their formulas; test_fused_op.py has what
-every op must do."""
+"""adaln_modulate, gated_residual_adaln and gated_residual_norm_adaln against their formulas. test_fused_op.py has the
+tests of every op."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ REFERENCES = {
 GATED = [gated_residual_adaln, gated_residual_norm_adaln]
 fast_backends = pytest.mark.parametrize("backend_name", ["native", "triton"], indirect=True)
 
-# dtype of the residual, of the branch and of the modulation. The second line is training under autocast.
+# dtypes of residual, branch and modulation. The second line is training under autocast.
 DTYPES = [
     (torch.float32, torch.float32, torch.float32),
     (torch.float32, torch.bfloat16, torch.bfloat16),
@@ -28,8 +28,8 @@ DTYPES = [
     (torch.bfloat16, torch.bfloat16, torch.float32),
 ]
 ROUNDINGS = 3
-"""Roundings to bfloat16 between input and output or input and gradient: of the result, of a bfloat16 residual's new
-value and of its gradient."""
+"""Roundings to bfloat16 between input and output or input and gradient: the result, the new value of a bfloat16
+residual, and its gradient."""
 
 each_op = pytest.mark.parametrize("op", NAMES, ids=lambda op: op.__name__)
 each_gated_op = pytest.mark.parametrize("op", GATED, ids=lambda op: op.__name__)
@@ -81,7 +81,7 @@ def test_outputs_and_gradients_against_float64(op, reference, dtypes, shape, jud
 
 
 @each_op
-def test_only_the_modulated_output_takes_out_dtype(op, judge, draw):
+def test_only_the_modulated_output_has_out_dtype(op, judge, draw):
     def to_bfloat16(*inputs):
         return op(*inputs, out_dtype=torch.bfloat16)
 
@@ -91,23 +91,23 @@ def test_only_the_modulated_output_takes_out_dtype(op, judge, draw):
 
 @each_op
 def test_strided_inputs(op, judge, draw):
-    given = arguments(op, draw, 4, 18, 32)
-    strided = {"x": given["x"][:, 1::2]}
+    contiguous = arguments(op, draw, 4, 18, 32)
+    strided = {"x": contiguous["x"][:, 1::2]}
     strided["gate"], strided["shift"], strided["scale"] = draw(4, 96).chunk(3, dim=-1)
     if op in GATED:
-        strided |= {"x": given["x"][:, :9], "branch": given["branch"][:, ::2]}
-    inputs = {name: strided.get(name, x) for name, x in given.items()}
+        strided |= {"x": contiguous["x"][:, :9], "branch": contiguous["branch"][:, ::2]}
+    inputs = {name: strided.get(name, x) for name, x in contiguous.items()}
     judge(op, FORMULAS[op], inputs, (torch.float32,) * (2 if op in GATED else 1))
 
 
 def test_a_token_of_zeros_gives_the_shift(draw):
-    given = arguments(adaln_modulate, draw, 2, 3, 8) | {"x": torch.zeros(2, 3, 8)}
-    assert torch.equal(adaln_modulate(**given), given["shift"][:, None].expand(2, 3, 8))
+    inputs = arguments(adaln_modulate, draw, 2, 3, 8) | {"x": torch.zeros(2, 3, 8)}
+    assert torch.equal(adaln_modulate(**inputs), inputs["shift"][:, None].expand(2, 3, 8))
 
 
-def test_a_closed_gate_leaves_the_residual_alone(draw):
-    given = arguments(gated_residual_adaln, draw, 2, 3, 8) | {"gate": torch.zeros(2, 8)}
-    assert torch.equal(gated_residual_adaln(**given)[0], given["x"])
+def test_a_closed_gate_keeps_the_residual(draw):
+    inputs = arguments(gated_residual_adaln, draw, 2, 3, 8) | {"gate": torch.zeros(2, 8)}
+    assert torch.equal(gated_residual_adaln(**inputs)[0], inputs["x"])
 
 
 @each_op
@@ -120,7 +120,7 @@ def test_a_closed_gate_leaves_the_residual_alone(draw):
         ("scale", (2, 1, 8), r"scale must be \[2, 8\], got \[2, 1, 8\]"),
     ],
 )
-def test_shapes_that_do_not_match(op, name, shape, message, draw):
+def test_mismatched_shapes_are_refused(op, name, shape, message, draw):
     with pytest.raises(ValueError, match=f"{op.__name__}: {message}"):
         op(**arguments(op, draw, 2, 3, 8) | {name: draw(*shape)})
 
@@ -133,21 +133,21 @@ def test_shapes_that_do_not_match(op, name, shape, message, draw):
         ("gate", (8,), r"gate must be \[2, 8\], got \[8\]"),
     ],
 )
-def test_branches_that_do_not_match(op, name, shape, message, draw):
+def test_mismatched_branches_and_gates_are_refused(op, name, shape, message, draw):
     with pytest.raises(ValueError, match=f"{op.__name__}: {message}"):
         op(**arguments(op, draw, 2, 3, 8) | {name: draw(*shape)})
 
 
-def test_a_norm_weight_that_does_not_match(draw):
+def test_a_mismatched_norm_weight_is_refused(draw):
     with pytest.raises(ValueError, match=r"gated_residual_norm_adaln: norm_weight must be \[8\]"):
         gated_residual_norm_adaln(**arguments(gated_residual_norm_adaln, draw, 2, 3, 8) | {"norm_weight": draw(1, 8)})
 
 
 @fast_backends
-def test_other_modulation_types_are_read_as_float32(backend_name, draw):
+def test_other_modulation_dtypes_are_read_as_float32(backend_name, draw):
     x, weight = draw(2, 5, 8), draw(8)
     shift, scale = draw(2, 8).half().requires_grad_(), draw(2, 8).half().requires_grad_()
-    got = adaln_modulate(x, weight, shift, scale)
-    want = adaln_modulate(x, weight, shift.float(), scale.float())
-    assert torch.equal(got, want)
-    assert torch.autograd.grad(got.sum(), shift)[0].dtype == torch.float16
+    actual = adaln_modulate(x, weight, shift, scale)
+    expected = adaln_modulate(x, weight, shift.float(), scale.float())
+    assert torch.equal(actual, expected)
+    assert torch.autograd.grad(actual.sum(), shift)[0].dtype == torch.float16

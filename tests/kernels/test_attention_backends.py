@@ -1,4 +1,4 @@
-"""Who computes attention: what is asked for runs, in one graph, or says in a line why not."""
+"""Attention backends: the requested one runs, in one graph, or is refused in one line that says why."""
 
 import pytest
 import torch
@@ -20,13 +20,13 @@ OPERATORS = {
 
 
 @pytest.fixture(autouse=True)
-def restored():
+def restore_attention():
     yield
     backend.use_attention("sdpa", CPU)
 
 
 class Operators(TorchDispatchMode):
-    """The names of what runs."""
+    """Records the names of the operators that run."""
 
     def __init__(self):
         super().__init__()
@@ -38,67 +38,67 @@ class Operators(TorchDispatchMode):
 
 
 def packed(b=2, tokens=5, heads=3, width=8):
-    """q, k and v of no values: what an operator makes of their shapes is known without a GPU."""
+    """q, k and v on the meta device, where CUDA operators give shapes without a GPU."""
     return torch.empty(b, tokens, 3 * heads * width, device="meta", dtype=torch.bfloat16, requires_grad=True)
 
 
-def test_the_names():
+def test_an_unknown_name_is_refused_with_the_known_names():
     assert ("sdpa", *OPERATORS, "flash_attn") == backend.ATTENTION_NAMES
     with pytest.raises(UserError, match="there is no 'fast'; choose one of sdpa, sdpa_cudnn"):
         backend.use_attention("fast", CPU)
 
 
 @pytest.mark.parametrize("name", [*OPERATORS, "flash_attn"])
-def test_what_is_for_cuda_is_an_error_on_a_cpu(name, tiny_run, tmp_path):
+def test_a_cuda_backend_is_refused_on_a_cpu(name, tiny_run, tmp_path):
     settings = (*tiny_run, f"attention={name}", f"train.out={tmp_path / 'run'}")
     with pytest.raises(UserError, match=f"attention: {name} cannot run here: it is for CUDA, and the device is cpu"):
         train(load_config("digits", settings))
-    assert backend.attention_on(CUDA) == "sdpa", "as before"
+    assert backend.attention_on(CUDA) == "sdpa", "unchanged"
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("name", "operator"), OPERATORS.items())
-@pytest.mark.parametrize("wanted", [None, (1, 4)])
-def test_each_calls_its_operator_forward_and_backward_in_one_graph(name, operator, wanted, monkeypatch):
+@pytest.mark.parametrize("token_range", [None, (1, 4)])
+def test_each_backend_calls_its_operator_forward_and_backward_in_one_graph(name, operator, token_range, monkeypatch):
     monkeypatch.setattr(backend, "attention_on", lambda device: name)
     qkv = packed()
 
     def attend(qkv):
-        return attention_ref(qkv, 3, None, None, None, None, wanted)
+        return attention_ref(qkv, 3, None, None, None, None, token_range)
 
     with Operators() as run:
         out = attend(qkv)
         out.sum().backward()
-    assert out.shape == (2, 3 if wanted else 5, 24) and qkv.grad.shape == qkv.shape
-    assert [one for one in run.names if "attention" in one] == [operator, f"{operator}_backward"]
+    assert out.shape == (2, 3 if token_range else 5, 24) and qkv.grad.shape == qkv.shape
+    assert [called for called in run.names if "attention" in called] == [operator, f"{operator}_backward"]
     graphs = []
 
-    def keep(graph, inputs):
+    def record(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(attend, backend=keep, fullgraph=True)
+    compiled = torch.compile(attend, backend=record, fullgraph=True)
     assert compiled(packed()).shape == out.shape
     assert len(graphs) == 1 and operator in graphs[0].code
 
 
-def test_a_change_of_mind_is_compiled_anew(monkeypatch):
-    """A compiled block must not go on with what was asked for before."""
+def test_a_change_of_backend_recompiles(monkeypatch):
+    """A compiled block must not keep the earlier backend."""
     graphs = []
 
-    def keep(graph, inputs):
+    def record(graph, inputs):
         graphs.append(graph.code)
         return graph.forward
 
     monkeypatch.setattr(backend, "attention_on", lambda device: backend._attention)
-    compiled = torch.compile(lambda qkv: attention_ref(qkv, 3, None, None, None, None), backend=keep, fullgraph=True)
+    compiled = torch.compile(lambda qkv: attention_ref(qkv, 3, None, None, None, None), backend=record, fullgraph=True)
     for name in OPERATORS:
         monkeypatch.setattr(backend, "_attention", name)
         compiled(packed())
     assert [operator in code for operator, code in zip(OPERATORS.values(), graphs, strict=True)] == [True] * 3
 
 
-def test_what_the_device_refuses_is_one_line(monkeypatch):
+def test_an_error_of_the_device_is_one_line(monkeypatch):
     def refuse(q, k, v):
         raise RuntimeError("No kernel for heads of this width\nException raised from somewhere")
 
@@ -115,16 +115,16 @@ def test_what_the_device_refuses_is_one_line(monkeypatch):
     assert backend.attention_on(CUDA) == "sdpa_efficient" and backend.attention_on(CPU) == "sdpa"
 
 
-@pytest.mark.parametrize("several", [False, True], ids=["one result", "with the sums"])
-def test_a_package_that_is_there_is_called_in_its_own_layout(monkeypatch, several):
+@pytest.mark.parametrize("returns_tuple", [False, True], ids=["one result", "with the sums"])
+def test_flash_attn_is_called_in_its_own_layout(monkeypatch, returns_tuple):
     def function(q, k, v):
         out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-        return (out, None) if several else out
+        return (out, None) if returns_tuple else out
 
     monkeypatch.setattr(flash, "_function", None)
-    with monkeypatch.context() as here:
-        here.setattr(torch.cuda, "is_available", lambda: True)
-        here.setattr(flash, "find", lambda: (4, function))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(flash, "find", lambda: (4, function))
         assert flash.why_missing() == ""
     q, k, v = torch.randn(3, 2, 3, 5, 8).unbind()
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
@@ -152,6 +152,6 @@ def test_against_float64(name, width):
         return (q @ k.transpose(2, 3) / width**0.5).softmax(-1) @ v
 
     exact, reference = run(plain, torch.float64), run(plain, torch.bfloat16)
-    for found, eager, truth in zip(run(ATTEND[name], torch.bfloat16), reference, exact, strict=True):
+    for actual, eager, truth in zip(run(ATTEND[name], torch.bfloat16), reference, exact, strict=True):
         # Fused attention keeps its scores in float32, so it is at least as close as matmuls in bfloat16.
-        assert (found - truth).abs().max() <= 2 * (eager - truth).abs().max()
+        assert (actual - truth).abs().max() <= 2 * (eager - truth).abs().max()

@@ -13,14 +13,14 @@ needs_native = pytest.mark.skipif(not native.available(), reason=native.reason()
 
 
 @pytest.fixture(autouse=True)
-def restored():
+def restore_backend():
     before = backend.current()
     yield
     backend.use(before)
 
 
 @pytest.fixture
-def missing(monkeypatch):
+def native_is_missing(monkeypatch):
     monkeypatch.setattr(native, "_missing", "no compiler was found")
 
 
@@ -29,18 +29,18 @@ def grad_fn_of(x: torch.Tensor) -> str:
 
 
 @pytest.mark.parametrize("name", ["auto", "reference", pytest.param("native", marks=needs_native)])
-def test_what_is_chosen_is_current(name):
+def test_the_chosen_backend_is_current(name):
     backend.use(name)
     assert backend.current() == name
     assert name in backend.available()
 
 
-def test_an_unknown_name():
+def test_an_unknown_backend_is_refused():
     with pytest.raises(UserError, match="no backend 'fast'; choose one of auto, reference, native, triton"):
         backend.use("fast")
 
 
-def test_a_missing_body_says_why_and_changes_nothing(missing):
+def test_a_missing_backend_is_refused_and_changes_nothing(native_is_missing):
     backend.use("reference")
     with pytest.raises(UserError, match="the native backend is missing: no compiler was found"):
         backend.use("native")
@@ -48,7 +48,7 @@ def test_a_missing_body_says_why_and_changes_nothing(missing):
     assert "native" not in backend.available()
 
 
-def test_auto_makes_do_with_the_reference_where_native_is_missing(missing):
+def test_auto_falls_back_to_the_reference_without_native(native_is_missing):
     backend.use("auto")
     assert grad_fn_of(torch.randn(3, 8)) != "swigluBackward"
 
@@ -63,7 +63,7 @@ def test_auto_makes_do_with_the_reference_where_native_is_missing(missing):
         ("3.10.0", "2.10.1", True),
     ],
 )
-def test_an_interpreter_that_this_numpy_breaks_is_missing(triton_version, numpy_version, fits, monkeypatch):
+def test_triton_is_missing_where_numpy_breaks_its_interpreter(triton_version, numpy_version, fits, monkeypatch):
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton, "__version__", triton_version)
     monkeypatch.setattr(np, "__version__", numpy_version)
@@ -74,7 +74,7 @@ def test_an_interpreter_that_this_numpy_breaks_is_missing(triton_version, numpy_
 
 
 @needs_native
-def test_who_runs():
+def test_auto_and_native_run_the_cpp_op():
     backends = {}
     for name in ("auto", "native", "reference"):
         backend.use(name)
@@ -84,14 +84,14 @@ def test_who_runs():
 
 @needs_native
 @pytest.mark.parametrize("name", ["auto", "native"])
-def test_float64_takes_the_reference(name):
+def test_float64_runs_the_reference(name):
     backend.use(name)
     x = torch.randn(3, 8, dtype=torch.float64)
     assert torch.equal(kernels.swiglu(x), swiglu_ref(x))
 
 
 @needs_native
-def test_what_native_cannot_take():
+def test_inputs_without_native_support_run_the_reference_or_are_refused():
     x = torch.randn(3, 8).half()
     backend.use("auto")
     assert torch.equal(kernels.swiglu(x), swiglu_ref(x))

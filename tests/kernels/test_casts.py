@@ -1,4 +1,4 @@
-"""Copies of `cast_once` are found by a trick: they are overwritten with zeros, so a product that takes them is zero."""
+"""The bfloat16 copies of `cast_once`. Tests overwrite a copy with zeros: an op that uses it then returns zeros."""
 
 import gc
 import weakref
@@ -26,58 +26,59 @@ def weight(draw):
     return draw(24, 16).requires_grad_()
 
 
-def held(weight):
+def bfloat16_of(weight):
+    """The copy, or a new cast if there is none."""
     return cast(weight.detach(), HALF)
 
 
-def test_a_copy_is_the_cast_made_once(weight):
+def test_a_weight_is_cast_once(weight):
     with cast_once([weight]):
-        first, second = held(weight), held(weight)
+        first, second = bfloat16_of(weight), bfloat16_of(weight)
     assert torch.equal(first, weight.detach().bfloat16())
-    assert first.data_ptr() == second.data_ptr() != held(weight).data_ptr()
+    assert first.data_ptr() == second.data_ptr() != bfloat16_of(weight).data_ptr()
 
 
-def test_nothing_is_held_afterwards_nor_after_an_error(weight):
+def test_copies_are_freed_at_the_end_and_after_an_error(weight):
     with pytest.raises(RuntimeError, match="on purpose"), cast_once([weight]):
-        copy = weakref.ref(held(weight).untyped_storage())
+        copy = weakref.ref(bfloat16_of(weight).untyped_storage())
         raise RuntimeError("on purpose")
     gc.collect()
     assert not casts._copies
     assert copy() is None
 
 
-def test_a_weight_that_was_changed_is_cast_anew(weight):
+def test_a_changed_weight_is_cast_again(weight):
     with cast_once([weight]), torch.no_grad():
-        before = held(weight).clone()
+        before = bfloat16_of(weight).clone()
         weight.add_(1)
         assert torch.equal(cast(weight, HALF), weight.bfloat16())
         assert not torch.equal(cast(weight, HALF), before)
-        with cast_once([weight]):  # which replaces what is out of date
+        with cast_once([weight]):  # replaces the outdated copy
             assert torch.equal(casts._find(weight, HALF), weight.bfloat16())
         assert casts._find(weight, HALF) is None
         assert torch.equal(cast(weight, HALF), weight.bfloat16())
 
 
-def test_a_weight_whose_memory_was_replaced_is_cast_anew(weight):
+def test_a_weight_with_new_memory_is_cast_again(weight):
     with cast_once([weight]):
         weight.data = torch.randn(24, 16)
-        assert torch.equal(held(weight), weight.detach().bfloat16())
+        assert torch.equal(bfloat16_of(weight), weight.detach().bfloat16())
 
 
-def test_within_another(weight, draw):
+def test_a_nested_context_keeps_the_outer_copies(weight, draw):
     other = draw(8, 16)
     with cast_once([weight]):
-        outer = held(weight).data_ptr()
+        outer = bfloat16_of(weight).data_ptr()
         with cast_once([weight, other]):
-            assert held(weight).data_ptr() == outer
-            inner = held(other).data_ptr()
-            assert held(other).data_ptr() == inner
-        assert held(weight).data_ptr() == outer
+            assert bfloat16_of(weight).data_ptr() == outer
+            inner = bfloat16_of(other).data_ptr()
+            assert bfloat16_of(other).data_ptr() == inner
+        assert bfloat16_of(weight).data_ptr() == outer
         assert casts._find(other, HALF) is None
     assert not casts._copies
 
 
-def test_what_needs_no_copy_has_none(draw):
+def test_weights_that_need_no_cast_have_no_copy(draw):
     with cast_once([draw(4, 4, dtype=HALF), draw(4, 4).double()]):
         assert not casts._copies
     with cast_once([draw(4, 4)], torch.float32):
@@ -88,29 +89,29 @@ def test_what_needs_no_copy_has_none(draw):
         assert torch.equal(cast(inference, HALF), inference.bfloat16())
 
 
-def test_autograd_sees_a_cast_outside_an_operator(weight):
+def test_a_cast_outside_an_operator_has_a_gradient(weight):
     with cast_once([weight]):
         cast(weight, HALF).float().sum().backward()
     assert torch.equal(weight.grad, torch.ones_like(weight))
 
 
-def test_strides_are_kept(draw):
+def test_a_copy_has_the_strides_of_its_weight(draw):
     kernel = draw(8, 4, 3, 3).contiguous(memory_format=torch.channels_last)
     with cast_once([draw(3, 3), kernel]):
-        assert held(kernel).is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(held(kernel), kernel.bfloat16())
-        assert held(kernel).storage_offset() == casts.ALIGNED
+        assert bfloat16_of(kernel).is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(bfloat16_of(kernel), kernel.bfloat16())
+        assert bfloat16_of(kernel).storage_offset() == casts.ALIGNED
 
 
-def test_joined(draw):
+def test_joined_weights_are_the_concatenation(draw):
     weights, biases = [draw(n, 16) for n in (8, 4, 12)], [draw(n) for n in (8, 4, 12)]
-    want = torch.cat(weights).bfloat16()
-    assert torch.equal(joined(weights, HALF), want)
+    expected = torch.cat(weights).bfloat16()
+    assert torch.equal(joined(weights, HALF), expected)
     with cast_once([*weights, *biases]):
-        assert torch.equal(joined(weights, HALF), want)
-        assert joined(weights, HALF).data_ptr() == held(weights[0]).data_ptr()
+        assert torch.equal(joined(weights, HALF), expected)
+        assert joined(weights, HALF).data_ptr() == bfloat16_of(weights[0]).data_ptr()
         assert torch.equal(joined(weights[::-1], HALF), torch.cat(weights[::-1]).bfloat16())
-        # Not multiples of 64: there are gaps between.
+        # Their sizes are no multiples of 64, so there are gaps between the copies.
         assert torch.equal(joined(biases, HALF), torch.cat(biases).bfloat16())
 
 
@@ -134,7 +135,7 @@ OPS = {
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", OPS)
-def test_operators_take_copies_forward_and_backward(name, compiled, weight, draw, backend_name):
+def test_ops_use_the_copies_in_forward_and_backward(name, compiled, weight, draw, backend_name):
     op, width = OPS[name]
     x, bias = draw(2, 3, width, dtype=HALF).requires_grad_(), draw(24).requires_grad_()
 
@@ -153,48 +154,48 @@ def test_operators_take_copies_forward_and_backward(name, compiled, weight, draw
             y = forward(x)
         return y.detach(), *torch.autograd.grad(y, (x, weight, bias), torch.ones_like(y))
 
-    want = run(x)
+    expected = run(x)
     with cast_once([weight, bias]):
-        got = step(x)
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-        assert got[2].dtype == torch.float32
-        held(weight).zero_()
-        held(bias).zero_()
+        actual = step(x)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+        assert actual[2].dtype == torch.float32
+        bfloat16_of(weight).zero_()
+        bfloat16_of(bias).zero_()
         y, d_x, *_ = step(x)
     assert not y.any()
     assert not d_x.any()
-    assert all(torch.equal(a, b) for a, b in zip(step(x), want, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(step(x), expected, strict=True))
 
 
-def test_in_float32_nothing_changes(weight, draw):
+def test_float32_ops_do_not_use_the_copies(weight, draw):
     x, bias = draw(2, 3, 16), draw(24)
-    want = kernels.linear(x, weight, bias)
+    expected = kernels.linear(x, weight, bias)
     with cast_once([weight, bias]):
-        held(weight).zero_()
-        assert torch.equal(kernels.linear(x, weight, bias), want)
+        bfloat16_of(weight).zero_()
+        assert torch.equal(kernels.linear(x, weight, bias), expected)
 
 
-def test_the_weights_of_a_model_that_profit(tiny_config):
+def test_matmul_weights_are_all_linears_but_the_time_embedding(tiny_config):
     model = UNITE.create(tiny_config.model, seed=0)
-    named = dict(model.named_parameters())
-    names = {next(n for n, p in named.items() if p is weight) for weight in matmul_weights(model)}
+    parameters = dict(model.named_parameters())
+    names = {next(n for n, p in parameters.items() if p is weight) for weight in matmul_weights(model)}
     linears = {
         n.rpartition(".")[0] for n, m in model.named_modules() for n in (f"{n}.weight",) if hasattr(m, "in_features")
     }
     left_out = {name for name in linears if f"{name}.weight" not in names}
     assert left_out == {"encoder.time_embed.fc1", "encoder.time_embed.fc2"}
-    assert all(named[name].dim() <= 2 for name in names)
+    assert all(parameters[name].dim() <= 2 for name in names)
     assert SwiGLU(24).padding == 0
 
 
-def test_lpips_takes_copies(draw, backend_name):
+def test_lpips_uses_the_copies(draw, backend_name):
     weights = ({name: draw(*shape).abs() for name, shape in shapes.items()} for shapes in (VGG_SHAPES, LINEAR_SHAPES))
     lpips = LPIPS(*weights)
     image, recon = draw(1, 3, 16, 16), draw(1, 3, 16, 16)
     with torch.autocast("cpu", HALF), backend.using("reference"):
-        want = lpips(image, recon)
+        expected = lpips(image, recon)
         with cast_once(lpips.matmul_weights()):
-            assert torch.equal(lpips(image, recon), want)
+            assert torch.equal(lpips(image, recon), expected)
             for parameter in lpips.matmul_weights():
-                held(parameter).zero_()
+                bfloat16_of(parameter).zero_()
             assert not lpips(image, recon).any()

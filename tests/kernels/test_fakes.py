@@ -1,5 +1,5 @@
-"""The fakes of every op promise the shapes, dtypes and strides that its backends return: for float32 and bfloat16 of
-every input, as FSDP and autocast mix them."""
+"""The fakes of every op return the shapes, dtypes and strides of its backends, for every mix of float32 and bfloat16
+inputs that FSDP and autocast may cause."""
 
 import itertools
 
@@ -28,49 +28,49 @@ def inputs(name: str, residual: torch.dtype, other: torch.dtype, weights: torch.
     return OPS[name].inputs(OPS[name].example(size, new))
 
 
-def described(results) -> list[tuple]:
+def metadata(results) -> list[tuple]:
     return [(tuple(r.shape), r.dtype, r.stride() if r.numel() else None) for r in as_tuple(results)]
 
 
 def test_every_operator_is_registered():
-    """Every operator of ours whose gradient is an operator too."""
+    """The registry has all our operators with a backward operator."""
     names = {name.removesuffix("_backward") for name in dir(torch.ops.unite_fast) if name.endswith("_backward")}
     assert names - {"newton_schulz"} == set(OPS)
 
 
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("backend_name", ["native", "triton"])
-def test_fakes_match_the_results(name, backend_name):
+def test_fakes_match_the_backends(name, backend_name):
     fused = OPS[name].fused
     if backend_name not in fused.backends:
-        pytest.skip("it has no such backend")
+        pytest.skip("this op has no such backend")
     if missing := backend.why_missing(backend_name):
         pytest.skip(missing)
     if backend_name == "triton" and not backend.interpreted():
-        pytest.skip("these tests' tensors are on the CPU")
+        pytest.skip("the tensors of this test are on the CPU")
     for dtypes in MIXED:
-        given = inputs(name, *dtypes)
+        arguments = inputs(name, *dtypes)
         with backend.using(backend_name):
-            results = fused.backends[backend_name].forward(*given)
+            results = fused.backends[backend_name].forward(*arguments)
             incoming = [torch.ones_like(r) for r in results[: fused.results]]
-            into_backward = (*incoming, *fused.saved(given, results))
+            into_backward = (*incoming, *fused.saved(arguments, results))
             gradients = fused.backends[backend_name].backward(*into_backward)
             with FakeTensorMode() as mode:
-                fakes, fakes_into_backward = tree_map_only(Tensor, mode.from_tensor, (given, into_backward))
+                fakes, fakes_into_backward = tree_map_only(Tensor, mode.from_tensor, (arguments, into_backward))
                 fake_results, fake_gradients = fused.op(*fakes), fused.backward_op(*fakes_into_backward)
-        assert described(fake_results) == described(results), f"forward of {dtypes}"
-        assert described(fake_gradients) == described(gradients), f"backward of {dtypes}"
+        assert metadata(fake_results) == metadata(results), f"forward of {dtypes}"
+        assert metadata(fake_gradients) == metadata(gradients), f"backward of {dtypes}"
 
 
 @pytest.mark.parametrize("name", [name for name, op in OPS.items() if "native" in op.fused.backends])
-def test_opcheck_of_both_operators(name):
+def test_opcheck_of_forward_and_backward(name):
     if missing := backend.why_missing("native"):
         pytest.skip(missing)
     fused, checks = OPS[name].fused, ("test_schema", "test_faketensor")
     for dtypes in ((FLOAT, HALF, HALF), (HALF, HALF, FLOAT)):
-        given = inputs(name, *dtypes)
+        arguments = inputs(name, *dtypes)
         with backend.using("native"):
-            torch.library.opcheck(fused.op, given, test_utils=checks)
-            results = as_tuple(fused.op(*given))
+            torch.library.opcheck(fused.op, arguments, test_utils=checks)
+            results = as_tuple(fused.op(*arguments))
             incoming = [torch.ones_like(r) for r in results[: fused.results]]
-            torch.library.opcheck(fused.backward_op, (*incoming, *fused.saved(given, results)), test_utils=checks)
+            torch.library.opcheck(fused.backward_op, (*incoming, *fused.saved(arguments, results)), test_utils=checks)

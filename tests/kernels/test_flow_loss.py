@@ -1,4 +1,4 @@
-"""flow_loss, backend by backend, against its formula in float64."""
+"""flow_loss on each backend against its formula in float64."""
 
 import math
 
@@ -15,7 +15,7 @@ FLOOR = 0.05
 SHAPES = {
     "native": [(1, 3, 1, 7), (2, 3, 150, 33), (3, 2, 65, 32), (2, 2, 20, 16)],
     "triton": [(1, 2, 1, 7), (2, 2, 70, 33), (3, 2, 9, 32)],
-    # PyTorch's LayerNorm on a CPU sums the gradient of the weight token by token: of 390, its error is 6e-7.
+    # On a CPU, PyTorch's LayerNorm sums the weight's gradient token by token: over 390 tokens, its error is 6e-7.
     "reference": [(1, 3, 1, 7), (2, 3, 15, 33), (3, 2, 9, 32)],
 }
 """F, B, N, C: a single token, more than one chunk of tokens, numbers of channels that C++ knows at compile time."""
@@ -27,11 +27,11 @@ DTYPES = {
 """Dtypes of y and z."""
 
 
-fused = pytest.mark.parametrize("backend_name", ["native", "triton"], indirect=True)
+fast_backends = pytest.mark.parametrize("backend_name", ["native", "triton"], indirect=True)
 
 
-def given(draw, shape, y_dtype=torch.float32, z_dtype=torch.float32) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """What has a gradient, z and t. One time is beyond the floor of 1 - t."""
+def make_inputs(draw, shape, y_dtype=torch.float32, z_dtype=torch.float32) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The tensors with a gradient, z and t. One 1 - t is below the floor."""
     draws, samples, tokens, channels = shape
     t = draw(draws, samples).sigmoid()
     t[0, 0] = 0.98
@@ -44,20 +44,20 @@ def formula(z: Tensor, t: Tensor):
     def op(y, weight, bias):
         centred = y - y.mean(-1, keepdim=True)
         prediction = centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + 1e-5) * weight + bias
-        left = torch.clamp(1 - t.to(weight.dtype), min=FLOOR)
-        return (((z.to(weight.dtype) - prediction) / left[:, :, None, None]) ** 2).mean((2, 3))
+        time_left = torch.clamp(1 - t.to(weight.dtype), min=FLOOR)
+        return (((z.to(weight.dtype) - prediction) / time_left[:, :, None, None]) ** 2).mean((2, 3))
 
     return op
 
 
-def bound(z: Tensor, t: Tensor):
+def bind(z: Tensor, t: Tensor):
     return lambda y, weight, bias: flow_loss(y, weight, bias, z, t, FLOOR)
 
 
 def run(inputs: dict[str, Tensor], z: Tensor, t: Tensor, op=None) -> tuple[Tensor, ...]:
     """Loss and gradients."""
     inputs = [x.detach().requires_grad_() for x in inputs.values()]
-    loss = (op or bound(z, t))(*inputs)
+    loss = (op or bind(z, t))(*inputs)
     incoming = torch.randn(loss.shape, generator=torch.Generator().manual_seed(3)).to(loss)
     return loss.detach(), *torch.autograd.grad(loss, inputs, incoming)
 
@@ -74,24 +74,24 @@ CASES = [(backend_name, shape) for backend_name, shapes in SHAPES.items() for sh
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize(("backend_name", "shape"), CASES, indirect=["backend_name"])
 def test_loss_and_gradients_against_float64(backend_name, shape, dtypes, judge, draw):
-    inputs, z, t = given(draw, shape, *DTYPES[dtypes])
-    judge(bound(z, t), formula(z, t), inputs, (torch.float32,))
+    inputs, z, t = make_inputs(draw, shape, *DTYPES[dtypes])
+    judge(bind(z, t), formula(z, t), inputs, (torch.float32,))
 
 
-def test_loss_is_a_mean_for_each_sample(backend_name, draw):
-    """In Python's own numbers, from a prediction that is y itself but for rounding."""
+def test_the_loss_of_a_sample_is_a_mean(backend_name, draw):
+    """Computed in Python floats: LayerNorm returns this y up to rounding."""
     z = draw(4, 5, 2)
     t, y = z.new_tensor([[0.0, 0.5, 0.94, 0.999]]), z.new_tensor([-1.0, 1.0]).repeat(1, 4, 5, 1)
-    got = flow_loss(y, z.new_ones(2), z.new_zeros(2), z, t, FLOOR, eps=0.0)
+    actual = flow_loss(y, z.new_ones(2), z.new_zeros(2), z, t, FLOOR, eps=0.0)
     for i in range(4):
-        left = max(1 - t[0, i].item(), FLOOR)
-        errors = [((a - b) / left) ** 2 for a, b in zip(z[i].flatten().tolist(), [-1.0, 1.0] * 5, strict=True)]
-        assert got[0, i].item() == pytest.approx(math.fsum(errors) / 10, rel=1e-6)
+        time_left = max(1 - t[0, i].item(), FLOOR)
+        errors = [((a - b) / time_left) ** 2 for a, b in zip(z[i].flatten().tolist(), [-1.0, 1.0] * 5, strict=True)]
+        assert actual[0, i].item() == pytest.approx(math.fsum(errors) / 10, rel=1e-6)
 
 
 @pytest.mark.parametrize("layout", ["tokens", "draws", "channels", "transposed", "expanded"])
 def test_strided_inputs(backend_name, layout, judge, draw):
-    inputs, z, t = given(draw, (2, 3, 4, 6))
+    inputs, z, t = make_inputs(draw, (2, 3, 4, 6))
     y = inputs["y"]
     inputs["y"] = {
         "tokens": y.new_zeros(2, 3, 8, 6)[:, :, ::2].copy_(y),
@@ -102,30 +102,30 @@ def test_strided_inputs(backend_name, layout, judge, draw):
     }[layout]
     z, t = z.mT.contiguous().mT, t.t().contiguous().t()
     inputs["weight"] = draw(12)[::2]
-    judge(bound(z, t), formula(z, t), inputs, (torch.float32,))
+    judge(bind(z, t), formula(z, t), inputs, (torch.float32,))
 
 
-def test_a_gradient_of_one_number_for_all(backend_name, draw):
-    """As a mean's: it has no memory of its own for each element."""
-    inputs, z, t = given(draw, (2, 3, 4, 6))
+def test_an_expanded_incoming_gradient(backend_name, draw):
+    """The gradient of a mean is one number for all elements."""
+    inputs, z, t = make_inputs(draw, (2, 3, 4, 6))
     inputs = {name: x.requires_grad_() for name, x in inputs.items()}
-    got = torch.autograd.grad(bound(z, t)(*inputs.values()).mean(), list(inputs.values()))
-    want = torch.autograd.grad(formula(z, t)(*inputs.values()).mean(), list(inputs.values()))
-    for mine, other in zip(got, want, strict=True):
+    actual = torch.autograd.grad(bind(z, t)(*inputs.values()).mean(), list(inputs.values()))
+    expected = torch.autograd.grad(formula(z, t)(*inputs.values()).mean(), list(inputs.values()))
+    for mine, other in zip(actual, expected, strict=True):
         assert (mine - other).norm() <= 2e-6 * other.norm()
 
 
-@fused
+@fast_backends
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_the_same_bits_again(backend_name, dtypes, draw):
-    given_twice = given(draw, (2, 2, 70, 33), *DTYPES[dtypes])
-    assert_same(*(run(*given_twice) for _ in range(2)))
+def test_repeated_calls_give_the_same_bits(backend_name, dtypes, draw):
+    inputs = make_inputs(draw, (2, 2, 70, 33), *DTYPES[dtypes])
+    assert_same(*(run(*inputs) for _ in range(2)))
 
 
 @pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_the_same_bits_for_any_number_of_threads(dtypes, draw):
-    arguments = given(draw, (3, 3, 130, 42), *DTYPES[dtypes])
+def test_any_number_of_threads_gives_the_same_bits(dtypes, draw):
+    arguments = make_inputs(draw, (3, 3, 130, 42), *DTYPES[dtypes])
     before = torch.get_num_threads()
     try:
         with backend.using("native"):
@@ -140,7 +140,7 @@ def test_the_same_bits_for_any_number_of_threads(dtypes, draw):
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 3, 4), (1, 0, 70, 32)])
-def test_no_samples(backend_name, shape, draw):
+def test_an_empty_batch(backend_name, shape, draw):
     inputs = {"y": draw(*shape), "weight": draw(shape[3]), "bias": draw(shape[3])}
     loss, d_y, d_weight, d_bias = run(inputs, draw(*shape[1:]), draw(*shape[:2]))
     assert (loss.shape, d_y.shape) == (shape[:2], shape)
@@ -149,36 +149,36 @@ def test_no_samples(backend_name, shape, draw):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["y", "z", "t"])
-def test_what_is_not_finite_stays_so_and_stays_in_its_samples(backend_name, where, bad, draw):
-    inputs, z, t = given(draw, (2, 3, 5, 6))
-    spoilt, touched = {
+def test_nonfinite_inputs_affect_only_their_samples(backend_name, where, bad, draw):
+    inputs, z, t = make_inputs(draw, (2, 3, 5, 6))
+    element, affected = {
         "y": (inputs["y"][1, 2, 3], [[1, 2]]),
         "z": (z[2, 3], [[0, 2], [1, 2]]),
         "t": (t[1, 2], [[1, 2]]),
     }[where]
     if where == "t" and bad == float("inf"):
-        bad = float("nan")  # a time that far beyond the end is cut to the floor, as any other
-    spoilt.fill_(bad)
+        bad = float("nan")  # 1 - inf would be clamped to the floor
+    element.fill_(bad)
     loss = flow_loss(*inputs.values(), z, t, FLOOR)
     if where == "t" and bad == -float("inf"):
         assert loss[1, 2] == 0
     else:
-        assert (~loss.isfinite()).nonzero().tolist() == touched
+        assert (~loss.isfinite()).nonzero().tolist() == affected
 
 
 def test_a_constant_token_has_a_finite_loss_and_gradient(backend_name, draw):
-    inputs, z, t = given(draw, (1, 2, 3, 8))
+    inputs, z, t = make_inputs(draw, (1, 2, 3, 8))
     inputs["y"].fill_(2.5)
     assert all(x.isfinite().all() for x in run(inputs, z, t))
 
 
-# As an op of PyTorch --------------------------------------------------------------------------------------------------
+# As a PyTorch operator
 
 
-@fused
+@fast_backends
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_opcheck(backend_name, dtypes, draw):
-    inputs, z, t = given(draw, (2, 2, 5, 6), *DTYPES[dtypes])
+    inputs, z, t = make_inputs(draw, (2, 2, 5, 6), *DTYPES[dtypes])
     arguments = *(x.requires_grad_() for x in inputs.values()), z, t, FLOOR, 1e-5
     torch.library.opcheck(flow_loss_op.op, arguments)
     outputs = [x.detach() for x in flow_loss_op.op(*arguments)]
@@ -186,52 +186,52 @@ def test_opcheck(backend_name, dtypes, draw):
     torch.library.opcheck(flow_loss_op.backward_op, (torch.randn_like(outputs[0]), *saved))
 
 
-@fused
+@fast_backends
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_compiled_in_one_graph(backend_name, dtypes, draw):
-    inputs, z, t = given(draw, (2, 2, 5, 6), *DTYPES[dtypes])
+def test_it_compiles_to_one_graph(backend_name, dtypes, draw):
+    inputs, z, t = make_inputs(draw, (2, 2, 5, 6), *DTYPES[dtypes])
     torch._dynamo.reset()
-    compiled = torch.compile(bound(z, t), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(bind(z, t), fullgraph=True, backend="aot_eager")
     assert_same(run(inputs, z, t, compiled), run(inputs, z, t))
 
 
-@fused
-def test_under_checkpoint(backend_name, draw):
-    inputs, z, t = given(draw, (2, 2, 5, 6))
+@fast_backends
+def test_activation_checkpointing_gives_the_same_bits(backend_name, draw):
+    inputs, z, t = make_inputs(draw, (2, 2, 5, 6))
 
     def checkpointed(*x):
-        return checkpoint(bound(z, t), *x, use_reentrant=False)
+        return checkpoint(bind(z, t), *x, use_reentrant=False)
 
     assert_same(run(inputs, z, t, checkpointed), run(inputs, z, t))
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_autocast_casts_nothing(backend_name, device, dtypes, draw):
-    arguments = given(draw, (2, 2, 5, 6), *DTYPES[dtypes])
+    arguments = make_inputs(draw, (2, 2, 5, 6), *DTYPES[dtypes])
     with torch.autocast(device.type, torch.bfloat16):
-        within = run(*arguments)
-    assert_same(within, run(*arguments))
+        under_autocast = run(*arguments)
+    assert_same(under_autocast, run(*arguments))
 
 
-@fused
-def test_fake_tensors_give_shapes_and_types(backend_name, draw):
-    inputs, z, t = given(draw, (2, 2, 5, 6), torch.bfloat16)
+@fast_backends
+def test_fake_tensors_give_shapes_and_dtypes(backend_name, draw):
+    inputs, z, t = make_inputs(draw, (2, 2, 5, 6), torch.bfloat16)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        loss = bound(z, t)(*(mode.from_tensor(x) for x in inputs.values()))
+        loss = bind(z, t)(*(mode.from_tensor(x) for x in inputs.values()))
     assert (loss.shape, loss.dtype) == ((2, 2), torch.float32)
 
 
-@fused
-def test_nothing_of_the_predictions_size_is_kept(backend_name, draw):
-    inputs, z, t = given(draw, (2, 3, 5, 6))
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        bound(z, t)(*(x.requires_grad_() for x in inputs.values()))
+@fast_backends
+def test_nothing_of_the_predictions_size_is_saved(backend_name, draw):
+    inputs, z, t = make_inputs(draw, (2, 3, 5, 6))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        bind(z, t)(*(x.requires_grad_() for x in inputs.values()))
     known = {x.data_ptr() for x in (*inputs.values(), z)}
-    assert sum(x.numel() for x in kept if x.data_ptr() not in known) == t.numel() * (1 + 2 * 5)
+    assert sum(x.numel() for x in saved if x.data_ptr() not in known) == t.numel() * (1 + 2 * 5)
 
 
-# Mistakes -------------------------------------------------------------------------------------------------------------
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_nothing_of_the_predictions_size_is_kept(backend_name, draw):
         ({"t": torch.zeros(2, 3, requires_grad=True)}, "t gets no gradient; detach it"),
     ],
 )
-def test_arguments_that_do_not_belong_together(wrong, message):
+def test_inconsistent_arguments_are_refused(wrong, message):
     right = {
         "y": torch.zeros(2, 3, 4, 5),
         "weight": torch.ones(5),
