@@ -1,7 +1,7 @@
-"""What the C++ and Triton backends of every op of a block must do; tests/kernels/test_OP.py has what only one op does.
+"""Tests of the C++ and Triton backends of all block ops; tests/kernels/test_OP.py has those of a single op.
 
-The Triton backends run on a GPU if there is one, else in Triton's interpreter, which needs milliseconds for a program
-instance: hence their small shapes.
+The Triton backends run on a GPU if there is one, else in Triton's interpreter. That takes milliseconds per program
+instance, so their shapes are small.
 """
 
 import pytest
@@ -24,9 +24,9 @@ SHAPES = [
     *(("native", shape) for shape in [(2, 150, 42), (5, 123, 123), (1, 1, 301), (3, 65, 16), (2, 64, 130)]),
     *(("triton", shape) for shape in [(2, 21, 42), (3, 5, 123), (1, 1, 301), (2, 17, 16)]),
 ]
-"""More than one chunk of tokens, widths that are no multiple of a vector, a single token."""
+"""Several chunks of tokens, widths that are no multiple of a vector, a single token."""
 SEVERAL_CHUNKS = {"native": 70, "triton": 21}
-"""Tokens, more than one program or task of a backend takes."""
+"""Tokens: more than one program or task of the backend takes."""
 
 
 @pytest.fixture(autouse=True, params=["native", "triton"])
@@ -80,14 +80,14 @@ def test_outputs_and_gradients_against_float64(case, shape, dtypes, judge):
     judge(op, reference, inputs, result_dtypes(op(*inputs.values())), roundings)
 
 
-def test_a_result_that_nobody_uses_is_one_with_a_zero_gradient(case, backend_name):
+def test_an_unused_output_equals_a_zero_incoming_gradient(case, backend_name):
     op, _, inputs = case(2, SEVERAL_CHUNKS[backend_name], 42)
     outputs = op(*inputs.values())
     incoming = incoming_gradients(outputs)
     for i, (output, gradient) in enumerate(zip(outputs, incoming, strict=True)):
         zeros = [gradient if j == i else torch.zeros_like(other) for j, other in enumerate(incoming)]
-        want = torch.autograd.grad(outputs, list(inputs.values()), zeros, retain_graph=True)
-        assert_same(torch.autograd.grad(output, list(inputs.values()), gradient, retain_graph=True), want)
+        expected = torch.autograd.grad(outputs, list(inputs.values()), zeros, retain_graph=True)
+        assert_same(torch.autograd.grad(output, list(inputs.values()), gradient, retain_graph=True), expected)
 
 
 @pytest.mark.parametrize("layout", ["tokens", "batch", "channels", "transposed", "expanded"])
@@ -107,14 +107,14 @@ def test_strided_inputs(case, layout, judge):
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_the_same_bits_again(case, dtypes, backend_name):
+def test_repeated_calls_give_the_same_bits(case, dtypes, backend_name):
     op, _, inputs = case(2, SEVERAL_CHUNKS[backend_name], 42, *DTYPES[dtypes])
     assert_same(*(run(op, list(inputs.values())) for _ in range(2)))
 
 
 @native_only
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_the_same_bits_again_and_for_any_number_of_threads(case, dtypes):
+def test_any_number_of_threads_gives_the_same_bits(case, dtypes):
     """Large enough to be split among threads."""
     op, _, inputs = case(3, 200, 84, *DTYPES[dtypes])
     before = torch.get_num_threads()
@@ -129,40 +129,40 @@ def test_the_same_bits_again_and_for_any_number_of_threads(case, dtypes):
         assert_same(other, results[0])
 
 
-def test_an_incoming_gradient_is_left_as_it_was(case):
+def test_incoming_gradients_are_not_overwritten(case):
     op, _, inputs = case()
     outputs = op(*inputs.values())
     incoming = incoming_gradients(outputs)
-    kept = [g.clone() for g in incoming]
+    copies = [g.clone() for g in incoming]
     torch.autograd.grad(outputs, list(inputs.values()), incoming)
-    assert_same(incoming, kept)
+    assert_same(incoming, copies)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 42), (3, 0, 42), (0, 0, 42)])
-def test_no_samples_and_no_tokens(case, shape):
+def test_empty_batches_and_empty_sequences(case, shape):
     op, reference, inputs = case(*shape)
-    ours, want = (run(function, list(inputs.values())) for function in (op, reference))
-    assert_same(ours, want)
+    ours, expected = (run(function, list(inputs.values())) for function in (op, reference))
+    assert_same(ours, expected)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_stays_so_and_stays_in_its_token(case, bad):
+def test_nonfinite_inputs_affect_only_their_token(case, bad):
     op, _, inputs = case(2, 5, 42)
     first, *others = (x.detach() for x in inputs.values())
-    spoilt = first.clone()
-    spoilt[0, 2] = bad
-    for got, want in zip(op(spoilt, *others), op(first, *others), strict=True):
-        if got.dim() == 4:
-            got, want = got.transpose(1, 2), want.transpose(1, 2)
+    changed = first.clone()
+    changed[0, 2] = bad
+    for actual, expected in zip(op(changed, *others), op(first, *others), strict=True):
+        if actual.dim() == 4:
+            actual, expected = actual.transpose(1, 2), expected.transpose(1, 2)
         # A NaN differs from itself, so this is every number that is not the one without the bad token.
-        touched = (got != want).flatten(2).any(dim=2).nonzero().tolist()
-        assert touched == [[0, 2]]
-        assert not got[0, 2].isfinite().any()
+        affected = (actual != expected).flatten(2).any(dim=2).nonzero().tolist()
+        assert affected == [[0, 2]]
+        assert not actual[0, 2].isfinite().any()
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_opcheck(case, dtypes):
-    """PyTorch's own examination of an op: schema, fake, gradient, and both under a dynamic trace."""
+    """PyTorch checks the schema, the fake and the gradient, also traced with dynamic shapes."""
     op, _, inputs = case(2, 9, 42, *DTYPES[dtypes])
     fused = op.op.fused
     arguments = op.op.inputs(op.example | inputs)
@@ -175,14 +175,14 @@ def test_opcheck(case, dtypes):
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_compiled_in_one_graph(case, dtypes):
+def test_it_compiles_to_one_graph(case, dtypes):
     op, _, inputs = case(2, 9, 42, *DTYPES[dtypes])
     torch._dynamo.reset()
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     assert_same(run(compiled, list(inputs.values())), run(op, list(inputs.values())))
 
 
-def test_under_checkpoint(case):
+def test_activation_checkpointing_gives_the_same_bits(case):
     op, _, inputs = case()
 
     def checkpointed(*x):
@@ -194,16 +194,16 @@ def test_under_checkpoint(case):
 def test_autocast_casts_nothing(case, device):
     op, _, inputs = case(2, 9, 42, *DTYPES["autocast"])
     with torch.autocast(device.type, torch.bfloat16):
-        within = run(op, list(inputs.values()))
-    assert_same(within, run(op, list(inputs.values())))
+        under_autocast = run(op, list(inputs.values()))
+    assert_same(under_autocast, run(op, list(inputs.values())))
 
 
 def test_fake_tensors_give_shapes_and_dtypes(case):
     op, _, inputs = case(2, 9, 42, *DTYPES["autocast"])
-    want = op(*inputs.values())
+    expected = op(*inputs.values())
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        got = op(*(mode.from_tensor(x) for x in inputs.values()))
-    for fake, real in zip(got, want, strict=True):
+        actual = op(*(mode.from_tensor(x) for x in inputs.values()))
+    for fake, real in zip(actual, expected, strict=True):
         assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
 
 

@@ -25,7 +25,7 @@ def gated_ref(x, branch, gate, norm_weight, shift, scale, weight, bias):
     return x, F.linear(h, weight.to(dtype), bias.to(dtype))
 
 
-def plain(f):
+def linear_of(f):
     return lambda x, weight, bias: F.linear(f(x), weight.to(x.dtype), bias.to(x.dtype))
 
 
@@ -38,7 +38,7 @@ def layer_norm_ref(x, norm_weight, norm_bias, weight, bias):
     return F.linear(norm_ref(x, norm_weight, norm_bias), weight, bias)
 
 
-def layer_norm_ours(x, norm_weight, norm_bias, weight, bias):
+def layer_norm_op(x, norm_weight, norm_bias, weight, bias):
     return kernels.layer_norm_linear(x, norm_weight, norm_bias, weight, bias, 1e-12)
 
 
@@ -49,7 +49,7 @@ def residual_norm_ref(x, branch, norm_weight, norm_bias, weight, bias):
     return x, F.linear(h.to(dtype), weight.to(dtype), bias.to(dtype))
 
 
-def residual_norm_ours(*tensors):
+def residual_norm_op(*tensors):
     return kernels.residual_layer_norm_linear(*tensors, 1e-12)
 
 
@@ -80,18 +80,18 @@ class Case:
 
 
 ATTENTION_ROUNDINGS = 7
-"""To bfloat16, on the way to the gradient of qkv: q, k, the probabilities, the result, the scores' gradient, that of q
-or k before and after norm and rotation."""
+"""Roundings to bfloat16 up to the gradient of qkv: q, k, the probabilities, the result, the gradient of the scores, and
+the gradient of q or k before and after norm and rotation."""
 WEIGHTS = {"weight": (N, D), "bias": (N,)}
 CASES = {
-    "linear": Case(kernels.linear, plain(lambda x: x), {"x": (B, T, D), **WEIGHTS}, 3),
-    "swiglu_linear": Case(kernels.swiglu_linear, plain(swiglu_ref), {"x": (B, T, 2 * D), **WEIGHTS}, 3),
-    "gelu_linear": Case(kernels.gelu_linear, plain(F.gelu), {"x": (B, T, D), **WEIGHTS}, 3),
+    "linear": Case(kernels.linear, linear_of(lambda x: x), {"x": (B, T, D), **WEIGHTS}, 3),
+    "swiglu_linear": Case(kernels.swiglu_linear, linear_of(swiglu_ref), {"x": (B, T, 2 * D), **WEIGHTS}, 3),
+    "gelu_linear": Case(kernels.gelu_linear, linear_of(F.gelu), {"x": (B, T, D), **WEIGHTS}, 3),
     "layer_norm_linear": Case(
-        layer_norm_ours, layer_norm_ref, {"x": (B, T, D), "norm_weight": (D,), "norm_bias": (D,), **WEIGHTS}, 3
+        layer_norm_op, layer_norm_ref, {"x": (B, T, D), "norm_weight": (D,), "norm_bias": (D,), **WEIGHTS}, 3
     ),
     "residual_layer_norm_linear": Case(
-        residual_norm_ours,
+        residual_norm_op,
         residual_norm_ref,
         {"x": (B, T, D), "branch": (B, T, D), "norm_weight": (D,), "norm_bias": (D,), **WEIGHTS},
         4,
@@ -116,7 +116,7 @@ CASES = {
         {"qkv": (B, T, 3 * D), "q": (12,), "k": (12,)},
         ATTENTION_ROUNDINGS,
     ),
-    "attention of some": Case(
+    "attention of a token range": Case(
         attend(kernels.attention, (5, 68)),
         attend(attention_formula, (5, 68)),
         {"qkv": (B, T, 3 * D), "q": (12,), "k": (12,)},
@@ -171,11 +171,11 @@ def run(op, inputs):
     ids=["float32", "bfloat16", "bfloat16-in-float32"],
 )
 def test_outputs_and_gradients_against_float64(case, inputs, dtype, bfloat16_matmuls, judge):
-    given = inputs(case, dtype)
-    if "norm_bias" in given:
-        given["x"] = given["x"].float()
-    if "branch" in given:
-        given["x"] = given["x"].float()
+    arguments = inputs(case, dtype)
+    if "norm_bias" in arguments:
+        arguments["x"] = arguments["x"].float()
+    if "branch" in arguments:
+        arguments["x"] = arguments["x"].float()
 
     def autocast(op):
         def run(*tensors):
@@ -186,22 +186,22 @@ def test_outputs_and_gradients_against_float64(case, inputs, dtype, bfloat16_mat
 
     ours = autocast(case.ours)
 
-    dtypes = tuple(r.dtype for r in as_tuple(ours(*given.values())))
+    dtypes = tuple(r.dtype for r in as_tuple(ours(*arguments.values())))
     assert dtypes[-1] == dtype
-    judge(ours, autocast(case.reference), given, dtypes, case.roundings)
+    judge(ours, autocast(case.reference), arguments, dtypes, case.roundings)
 
 
-def test_either_product_is_that_of_the_rounded_numbers(draw, bfloat16_matmuls):
-    """To the last place but for the order of a sum: half a unit of 8 bits, and 41 roundings of the sum to 24 bits."""
+def test_a_matmul_is_exact_up_to_its_last_rounding(draw, bfloat16_matmuls):
+    """Half a unit in the last place of bfloat16, and 41 roundings of the sum to float32."""
     x, weight, bias = draw(50, 40, dtype=torch.bfloat16), draw(30, 40), draw(30)
-    got = matmul.matmul(x, weight, bias)
+    actual = matmul.matmul(x, weight, bias)
     exact = F.linear(x.double(), weight.bfloat16().double(), bias.bfloat16().double())
     sizes = F.linear(x.double().abs(), weight.bfloat16().double().abs(), bias.bfloat16().double().abs())
-    assert ((got.double() - exact).abs() <= 2.0**-8 * exact.abs() + (1 + 2.0**-8) * 41 * 2.0**-24 * sizes).all()
+    assert ((actual.double() - exact).abs() <= 2.0**-8 * exact.abs() + (1 + 2.0**-8) * 41 * 2.0**-24 * sizes).all()
 
 
-def test_the_bias_gradient_is_a_float32_sum(draw, bfloat16_matmuls):
-    """n float32 additions in any order, and no rounding to bfloat16, which would be a thousand times that."""
+def test_the_bias_gradient_is_summed_in_float32(draw, bfloat16_matmuls):
+    """The bound is that of n float32 additions in any order. Rounding to bfloat16 would exceed it a thousandfold."""
     d_y, x = draw(300, 30, dtype=torch.bfloat16), draw(300, 40, dtype=torch.bfloat16)
     _, _, d_bias = matmul.matmul_backward(d_y, x, draw(30, 40))
     sizes = d_y.double().abs().sum(0)
@@ -211,16 +211,16 @@ def test_the_bias_gradient_is_a_float32_sum(draw, bfloat16_matmuls):
 
 @native_only
 @pytest.mark.parametrize("bfloat16_matmuls", [False], indirect=True)
-def test_under_autocast_products_stay_in_float32(draw, monkeypatch, bfloat16_matmuls):
-    """Autocast, which is on around a forward pass, would take them in bfloat16 again: ten times slower."""
+def test_float32_matmuls_stay_in_float32_under_autocast(draw, monkeypatch, bfloat16_matmuls):
+    """Autocast is on in a forward pass and would cast back to bfloat16, which is ten times slower."""
     calls = []
 
-    def recorded(x, weight, bias):
+    def record(x, weight, bias):
         calls.append((x.dtype, weight.dtype, torch.is_autocast_enabled("cpu")))
         return linear(x, weight, bias)
 
     linear = F.linear
-    monkeypatch.setattr(matmul.torch.nn.functional, "linear", recorded)
+    monkeypatch.setattr(matmul.torch.nn.functional, "linear", record)
     with torch.autocast("cpu", torch.bfloat16):
         y = kernels.linear(draw(50, 40).requires_grad_(), draw(30, 40), draw(30))
     assert y.dtype == torch.bfloat16
@@ -236,8 +236,8 @@ def flat(name, tensors):
     tensors = list(tensors)
     if name.startswith("attention"):
         angle = torch.linspace(0, 3, T * D // HEADS // 2).view(T, -1)
-        own = [*tensors, angle.cos(), angle.sin()] if len(tensors) == 3 else [*tensors, None, None, None, None]
-        return *own, HEADS, *((5, 68) if name == "attention of some" else (0, T))
+        arguments = [*tensors, angle.cos(), angle.sin()] if len(tensors) == 3 else [*tensors, None, None, None, None]
+        return *arguments, HEADS, *((5, 68) if name == "attention of a token range" else (0, T))
     if name.endswith("layer_norm_linear"):
         return *tensors, 1e-12, torch.float32
     return (*tensors, torch.float32) if name == "gated_residual_adaln_linear" else tuple(tensors)
@@ -255,39 +255,39 @@ def test_opcheck(name, inputs):
     torch.library.opcheck(op.backward_op, (*incoming, *saved))
 
 
-@native_only  # the Triton backends in a graph: tests/kernels/test_casts.py
-def test_compiled_in_one_graph_and_under_checkpoint(case, inputs):
+@native_only  # tests/kernels/test_casts.py compiles the Triton backends
+def test_compilation_and_activation_checkpointing_give_the_same_bits(case, inputs):
     torch._dynamo.reset()
-    given = inputs(case, torch.bfloat16)
+    arguments = inputs(case, torch.bfloat16)
 
     def ours(*tensors):
         with torch.autocast("cpu", torch.bfloat16):
             return case.ours(*tensors)
 
-    want = run(ours, given)
+    expected = run(ours, arguments)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    for got in (run(compiled, given), run(lambda *x: checkpoint(ours, *x, use_reentrant=False), given)):
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    for actual in (run(compiled, arguments), run(lambda *x: checkpoint(ours, *x, use_reentrant=False), arguments)):
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_saved_tensors(case, inputs):
-    """The inputs and a few numbers per token; nothing that backward recomputes."""
-    given = [
+def test_only_inputs_and_row_statistics_are_saved(case, inputs):
+    """Nothing that backward recomputes."""
+    arguments = [
         x.detach().bfloat16().requires_grad_() if x.dim() == 3 else x.requires_grad_() for x in inputs(case).values()
     ]
-    kept, known = {}, {x.untyped_storage().data_ptr() for x in given}
+    saved, known = {}, {x.untyped_storage().data_ptr() for x in arguments}
 
-    def keep(x):
+    def record(x):
         if x.untyped_storage().data_ptr() not in known:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
-        outputs = as_tuple(case.ours(*given))
-    own = {o.untyped_storage().data_ptr() for o in outputs}
-    beside = sum(size for pointer, size in kept.items() if pointer not in own)
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        outputs = as_tuple(case.ours(*arguments))
+    outputs_memory = {o.untyped_storage().data_ptr() for o in outputs}
+    extra = sum(size for pointer, size in saved.items() if pointer not in outputs_memory)
     # The rotary tables and, for each token and head, at most three float32 numbers.
-    assert beside <= 12 * B * T * HEADS + 2 * 4 * T * D // HEADS // 2
+    assert extra <= 12 * B * T * HEADS + 2 * 4 * T * D // HEADS // 2
 
 
 @pytest.mark.parametrize(
@@ -297,6 +297,6 @@ def test_saved_tensors(case, inputs):
         (((2, 3, 8), (5, 8), (6,)), r"linear: bias must be \[5\], got \[6\]"),
     ],
 )
-def test_shapes_that_do_not_fit(shapes, message, draw):
+def test_mismatched_shapes_are_refused(shapes, message, draw):
     with pytest.raises(ValueError, match=message):
         kernels.linear(*(draw(*shape) for shape in shapes))

@@ -1,4 +1,4 @@
-"""Whether the extension can be used, and its Philox words against those of unite_fast/randomness.py, bit by bit."""
+"""The C++ extension: whether it can be used, and its Philox words against unite_fast/randomness.py, bit by bit."""
 
 import re
 
@@ -25,15 +25,15 @@ def test_a_missing_extension_is_an_error_that_says_why():
 
 @needs_native
 def test_a_build_from_other_sources_is_missing_and_warns(monkeypatch):
-    """Otherwise, after an edit of C++, `auto` would train on the reference without a word."""
+    """Otherwise, after an edit of C++, `auto` would silently train on the reference."""
     monkeypatch.setattr(native._native, "sources", "of another build")
-    with pytest.warns(UserWarning, match=re.escape("pip install -e . --no-deps")) as warned:
-        assert native._why_missing() == str(warned[0].message)
+    with pytest.warns(UserWarning, match=re.escape("pip install -e . --no-deps")) as warnings:
+        assert native._why_missing() == str(warnings[0].message)
 
 
 @needs_native
-def test_known_answers_of_philox4x32():
-    """The all-zeros vector of Random123's published known answers: nothing of this project enters it."""
+def test_philox4x32_gives_the_published_answer():
+    """The all-zeros vector of Random123's known answers, which are independent of this project."""
     words = native.philox_words(0, 0, 0, 0, torch.zeros(1, dtype=torch.int64), 4)
     assert words.tolist() == [[0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]]
 
@@ -42,48 +42,48 @@ def test_known_answers_of_philox4x32():
 @pytest.mark.parametrize("seed", [0, 1234, 2**32, 2**64 - 1])
 @pytest.mark.parametrize("step", [0, 2**32 - 1])
 @pytest.mark.parametrize("elements", [0, 1, 3, 4, 5, 123 * 5])
-def test_same_bits_as_the_reference(seed, step, elements):
+def test_words_equal_the_reference(seed, step, elements):
     positions = torch.tensor([0, 1, 7, 2**31, 2**32 - 1])
-    want = Philox(seed, step, positions).words(LAST_STREAM, (elements,), draw=2**16 - 1)
-    got = native.philox_words(seed, step, LAST_STREAM, 2**16 - 1, positions, elements)
-    assert got.dtype == torch.int64
-    assert torch.equal(got, want)
+    expected = Philox(seed, step, positions).words(LAST_STREAM, (elements,), draw=2**16 - 1)
+    actual = native.philox_words(seed, step, LAST_STREAM, 2**16 - 1, positions, elements)
+    assert actual.dtype == torch.int64
+    assert torch.equal(actual, expected)
 
 
 @needs_native
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_same_bits_for_any_number_of_threads(threads):
-    """Large enough for the parallel path, with an odd number of samples to split."""
+def test_any_number_of_threads_gives_the_same_words(threads):
+    """Large enough to run in parallel, with an odd number of samples to split."""
     positions = torch.arange(5, 18)
-    want = Philox(99, 3, positions).words(Stream.FLOW_NOISE, (257, 33))
+    expected = Philox(99, 3, positions).words(Stream.FLOW_NOISE, (257, 33))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        got = native.philox_words(99, 3, Stream.FLOW_NOISE, 0, positions, 257 * 33)
+        actual = native.philox_words(99, 3, Stream.FLOW_NOISE, 0, positions, 257 * 33)
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(got.reshape(want.shape), want)
+    assert torch.equal(actual.reshape(expected.shape), expected)
 
 
 @needs_native
 @pytest.mark.parametrize("threads", [2, 3])
-def test_the_same_normals_for_any_number_of_threads(threads):
+def test_any_number_of_threads_gives_the_same_normals(threads):
     positions, before = torch.arange(5, 18), torch.get_num_threads()
-    drawn = []
+    normals = []
     try:
         for count in (1, threads):
             torch.set_num_threads(count)
-            drawn.append(native.philox_normals(99, 3, Stream.FLOW_NOISE, 0, positions, 257 * 33))
+            normals.append(native.philox_normals(99, 3, Stream.FLOW_NOISE, 0, positions, 257 * 33))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(*drawn)
+    assert torch.equal(*normals)
 
 
 @needs_native
 def test_strided_and_empty_positions():
     positions = torch.arange(20)[::3]
-    want = Philox(5, 6, positions).words(Stream.FLIP, (7,))
-    assert torch.equal(native.philox_words(5, 6, Stream.FLIP, 0, positions, 7), want)
+    expected = Philox(5, 6, positions).words(Stream.FLIP, (7,))
+    assert torch.equal(native.philox_words(5, 6, Stream.FLIP, 0, positions, 7), expected)
     assert native.philox_words(5, 6, Stream.FLIP, 0, positions[:0], 7).shape == (0, 7)
 
 
@@ -102,7 +102,7 @@ def test_strided_and_empty_positions():
         ({"positions": torch.zeros(2, 2, dtype=torch.int64)}, "positions must be int64"),
     ],
 )
-def test_what_the_counter_cannot_hold_is_refused(wrong, message):
+def test_values_beyond_the_counter_are_refused(wrong, message):
     right = {"seed": 0, "step": 0, "stream": 0, "draw": 0, "positions": torch.arange(2), "elements": 4}
     for draw in (native.philox_words, native.philox_normals):
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""noise_injection on each backend, and the normals that it draws, against those of unite_fast/randomness.py."""
+"""noise_injection on each backend against its formula, and its normals against unite_fast/randomness.py."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ if INTERPRETED:
 
     triton_words, triton_box_muller = triton_philox.words, triton_philox.box_muller
 
-    # These show what the functions within the kernels give.
+    # Kernels that store the results of the device functions.
 
     @triton.jit
     def words_kernel(out, position, step, tag, seed_low, seed_high, COUNT: tl.constexpr):
@@ -41,26 +41,26 @@ if INTERPRETED:
 
 
 UNITS = 2
-"""In the last place, by which a backend's normals may differ from randomness.py. Measured: 0 in 10^7 for C++, whose
-float64 functions are within 2 units of theirs; what is left is a rounding to float32 that falls the other way."""
+"""Largest difference of a backend's normals from randomness.py, in units in the last place. Measured for C++: none in
+10^7 normals. Its float64 functions differ by at most 2 units, which may turn a rounding to float32 the other way."""
 WORD = 2**32 - 1
 STREAM = Stream.FLOW_NOISE
 SHAPES = {"native": [(1, 4, 6, 5), (3, 5, 41, 33), (2, 2, 16, 64)], "triton": [(1, 4, 3, 5), (3, 2, 8, 4)]}
 SHAPES["reference"] = SHAPES["native"]
 
 
-fused = pytest.mark.parametrize("backend_name", ["native", "triton"], indirect=True)
+fast_backends = pytest.mark.parametrize("backend_name", ["native", "triton"], indirect=True)
 needs_native = pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
 
 
-def keys(samples: int, beside: Tensor | None = None) -> Philox:
-    """Of every word, both halves are used, and the top bit of some. On the device of a tensor, else on the CPU."""
+def keys(samples: int, like: Tensor | None = None) -> Philox:
+    """Keys that use both halves of every word, and the top bit of some. On the device of `like`, or the CPU."""
     positions = torch.tensor([3, WORD, 0, 2**31, 77])[:samples]
-    return Philox(2**63 + 5, 2**32 - 2, positions if beside is None else positions.to(beside.device))
+    return Philox(2**63 + 5, 2**32 - 2, positions if like is None else positions.to(like.device))
 
 
-def given(draw, shape, dtype=torch.float32):
-    """z and t, and a gate that is open for some: shape is F, B, N, C."""
+def make_inputs(draw, shape, dtype=torch.float32):
+    """z, t, and a gate that is closed for every third sample, for a shape of F, B, N, C."""
     draws, samples, tokens, channels = shape
     t = draw(draws, samples).sigmoid()
     return draw(samples, tokens, channels, dtype=dtype), t, torch.arange(samples, device=t.device) % 3 > 0
@@ -69,7 +69,7 @@ def given(draw, shape, dtype=torch.float32):
 def formula(t: Tensor, gate: Tensor | None, philox: Philox):
     """The op as a function of z, in z's precision or better, sample by sample."""
     with backend.using("reference"):
-        noise = None if t is None else [philox.normal(STREAM, (10_000,), f) for f in range(len(t))]
+        noise = [philox.normal(STREAM, (10_000,), f) for f in range(len(t))]
 
     def op(z):
         rows = []
@@ -90,7 +90,7 @@ CASES = [(backend_name, shape) for backend_name, shapes in SHAPES.items() for sh
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("backend_name", "shape"), CASES, indirect=["backend_name"])
 def test_output_and_gradient_against_float64(backend_name, shape, dtype, gated, judge, draw):
-    z, t, gate = given(draw, shape, dtype)
+    z, t, gate = make_inputs(draw, shape, dtype)
     gate, philox = gate if gated else None, keys(shape[1], z)
 
     def op(z):
@@ -101,7 +101,7 @@ def test_output_and_gradient_against_float64(backend_name, shape, dtype, gated, 
 
 @pytest.mark.parametrize("layout", ["tokens", "batch", "channels", "transposed", "expanded"])
 def test_strided_inputs(backend_name, layout, judge, draw):
-    z, t, _ = given(draw, (2, 3, 4, 5))
+    z, t, _ = make_inputs(draw, (2, 3, 4, 5))
     philox = Philox(1, 2, torch.arange(12, device=t.device)[::4])
     z = {
         "tokens": z.new_zeros(3, 8, 5)[:, ::2].copy_(z),
@@ -126,7 +126,7 @@ def test_the_ends_of_the_path_are_noise_and_latents(backend_name, draw):
     torch.testing.assert_close(x[1, 1], noise[1][1], rtol=UNITS * 2.0**-23, atol=0)
 
 
-def test_a_shut_gate_gives_the_latents_to_the_last_bit(backend_name, draw):
+def test_a_closed_gate_returns_the_latents_bit_for_bit(backend_name, draw):
     z = draw(2, 3, 4)
     gate = torch.tensor([False, True], device=z.device)
     x = noise_injection(z, z.new_full((2, 2), 0.3), keys(2, z), STREAM, gate)
@@ -134,16 +134,16 @@ def test_a_shut_gate_gives_the_latents_to_the_last_bit(backend_name, draw):
     assert not torch.isclose(x[:, 1], z[1]).any()
 
 
-@fused
-def test_the_same_bits_again(backend_name, draw):
-    z, t, gate = given(draw, (2, 2, 8, 5))
+@fast_backends
+def test_repeated_calls_give_the_same_bits(backend_name, draw):
+    z, t, gate = make_inputs(draw, (2, 2, 8, 5))
     runs = [run(z, t, keys(2, z), gate) for _ in range(2)]
     assert_same(*runs)
 
 
 @needs_native
-def test_the_same_bits_for_any_number_of_threads(draw):
-    z, t, gate = given(draw, (3, 5, 70, 63))
+def test_any_number_of_threads_gives_the_same_bits(draw):
+    z, t, gate = make_inputs(draw, (3, 5, 70, 63))
     before = torch.get_num_threads()
     try:
         with backend.using("native"):
@@ -158,7 +158,7 @@ def test_the_same_bits_for_any_number_of_threads(draw):
 
 
 def test_a_sample_does_not_depend_on_its_batch(backend_name, draw):
-    z, t, gate = given(draw, (2, 4, 3, 5))
+    z, t, gate = make_inputs(draw, (2, 4, 3, 5))
     whole, philox = noise_injection(z, t, keys(4, z), STREAM, gate), keys(4, z)
     part = torch.tensor([2, 0], device=z.device)
     philox = Philox(philox.seed, philox.step, philox.positions[part])
@@ -166,25 +166,25 @@ def test_a_sample_does_not_depend_on_its_batch(backend_name, draw):
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 3, 4), (2, 3, 0, 4), (1, 3, 2, 0)])
-def test_no_samples_and_no_elements(backend_name, shape, draw):
-    z, t, gate = given(draw, shape)
+def test_empty_batches_and_empty_latents(backend_name, shape, draw):
+    z, t, gate = make_inputs(draw, shape)
     x, d_z = run(z, t, keys(shape[1], z), gate)
     assert (x.shape, d_z.shape) == (shape, z.shape)
 
 
-def test_what_is_not_finite_stays_in_its_element(backend_name, draw):
-    z, t, _ = given(draw, (2, 2, 3, 4))
+def test_nonfinite_inputs_affect_only_their_element(backend_name, draw):
+    z, t, _ = make_inputs(draw, (2, 2, 3, 4))
     for bad in (float("nan"), float("inf")):
         z[1, 2, 3] = bad
         x = noise_injection(z, t, keys(2, z), STREAM)
         assert (~x.isfinite()).nonzero().tolist() == [[0, 1, 2, 3], [1, 1, 2, 3]]
 
 
-def test_z_is_not_changed_and_another_type_is_upcast(backend_name, draw):
-    z, t, gate = given(draw, (2, 2, 3, 4), torch.bfloat16)
-    kept = z.clone()
+def test_z_is_not_changed_and_bfloat16_is_upcast(backend_name, draw):
+    z, t, gate = make_inputs(draw, (2, 2, 3, 4), torch.bfloat16)
+    copy = z.clone()
     assert torch.equal(run(z, t, keys(2, z), gate)[0], run(z.float(), t, keys(2, z), gate)[0])
-    assert torch.equal(z, kept)
+    assert torch.equal(z, copy)
 
 
 def run(z: Tensor, t: Tensor, philox: Philox, gate: Tensor | None, op=noise_injection) -> tuple[Tensor, Tensor]:
@@ -201,14 +201,14 @@ def assert_same(ours, others):
         assert torch.equal(mine, other)
 
 
-# As an op of PyTorch --------------------------------------------------------------------------------------------------
+# As a PyTorch operator
 
 
-@fused
+@fast_backends
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(backend_name, dtype, gated, draw):
-    z, t, gate = given(draw, (2, 2, 3, 5), dtype)
+    z, t, gate = make_inputs(draw, (2, 2, 3, 5), dtype)
     gate = gate if gated else None
     torch.library.opcheck(
         noise_injection_op.op, (z.requires_grad_(), t, keys(2, z).positions, gate, WORD, 2**31, 3, int(STREAM))
@@ -216,18 +216,18 @@ def test_opcheck(backend_name, dtype, gated, draw):
     torch.library.opcheck(noise_injection_op.backward_op, (draw(2, 2, 3, 5), t, gate))
 
 
-@fused
-def test_compiled_in_one_graph(backend_name, draw):
-    z, t, gate = given(draw, (2, 2, 3, 5))
+@fast_backends
+def test_it_compiles_to_one_graph(backend_name, draw):
+    z, t, gate = make_inputs(draw, (2, 2, 3, 5))
     philox = Philox(5, 6, torch.arange(2, device=z.device))
     torch._dynamo.reset()
     compiled = torch.compile(noise_injection, fullgraph=True, backend="aot_eager")
     assert_same(run(z, t, philox, gate, compiled), run(z, t, philox, gate))
 
 
-@fused
-def test_under_checkpoint_the_noise_is_the_same(backend_name, draw):
-    z, t, gate = given(draw, (2, 2, 3, 5))
+@fast_backends
+def test_activation_checkpointing_draws_the_same_noise(backend_name, draw):
+    z, t, gate = make_inputs(draw, (2, 2, 3, 5))
 
     def checkpointed(*arguments):
         return checkpoint(lambda *x: noise_injection(*x).square(), *arguments, use_reentrant=False)
@@ -238,38 +238,38 @@ def test_under_checkpoint_the_noise_is_the_same(backend_name, draw):
     assert_same(run(z, t, keys(2, z), gate, checkpointed), run(z, t, keys(2, z), gate, plain))
 
 
-@fused
+@fast_backends
 def test_autocast_casts_nothing(backend_name, device, draw):
-    z, t, gate = given(draw, (2, 2, 3, 5))
+    z, t, gate = make_inputs(draw, (2, 2, 3, 5))
     with torch.autocast(device.type, torch.bfloat16):
-        within = run(z, t, keys(2, z), gate)
-    assert_same(within, run(z, t, keys(2, z), gate))
+        under_autocast = run(z, t, keys(2, z), gate)
+    assert_same(under_autocast, run(z, t, keys(2, z), gate))
 
 
-@fused
-def test_fake_tensors_give_shapes_and_types(backend_name, draw):
-    z, t, gate = given(draw, (2, 2, 3, 5), torch.bfloat16)
+@fast_backends
+def test_fake_tensors_give_shapes_and_dtypes(backend_name, draw):
+    z, t, gate = make_inputs(draw, (2, 2, 3, 5), torch.bfloat16)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         x = noise_injection(mode.from_tensor(z), t, keys(2, z), STREAM, gate)
     assert (x.shape, x.dtype) == ((2, 2, 3, 5), torch.float32)
 
 
-@fused
-def test_nothing_of_the_noise_is_kept(backend_name, draw):
-    z, t, gate = given(draw, (2, 2, 3, 5))
+@fast_backends
+def test_no_noise_is_saved_for_backward(backend_name, draw):
+    z, t, gate = make_inputs(draw, (2, 2, 3, 5))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         noise_injection(z.requires_grad_(), t, keys(2, z), STREAM, gate)
     assert {x.data_ptr() for x in saved} == {t.data_ptr(), gate.data_ptr()}
 
 
-# The normals ----------------------------------------------------------------------------------------------------------
+# Normals
 
 
-def units_apart(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference in units of the last place of `theirs`."""
-    ours, theirs = ours.double().numpy().ravel(), theirs.numpy().ravel()
-    return float((np.abs(ours - theirs) / np.spacing(np.abs(theirs))).max())
+def difference_in_units(ours: Tensor, expected: Tensor) -> float:
+    """The largest difference, in units in the last place of `expected`."""
+    ours, expected = ours.double().numpy().ravel(), expected.numpy().ravel()
+    return float((np.abs(ours - expected) / np.spacing(np.abs(expected))).max())
 
 
 def reference_normals(philox: Philox, elements: int, draw: int = 0) -> Tensor:
@@ -278,28 +278,28 @@ def reference_normals(philox: Philox, elements: int, draw: int = 0) -> Tensor:
 
 
 @needs_native
-def test_native_normals_to_the_last_places():
+def test_native_normals_agree_in_the_last_places():
     philox = keys(5)
     for draw in (0, 1, 2**16 - 1):
-        want = reference_normals(philox, 100_001, draw)
-        got = native.philox_normals(philox.seed, philox.step, STREAM, draw, philox.positions, 100_001)
-        assert got.dtype == torch.float32
-        assert units_apart(got, want) <= UNITS
+        expected = reference_normals(philox, 100_001, draw)
+        actual = native.philox_normals(philox.seed, philox.step, STREAM, draw, philox.positions, 100_001)
+        assert actual.dtype == torch.float32
+        assert difference_in_units(actual, expected) <= UNITS
 
 
 EDGES = [0, 1, 2**29 - 1, 2**29, *(k * 2**30 + d for k in (1, 2, 3) for d in (-1, 0, 1)), 2**31 + 2**29, WORD - 1, WORD]
-"""Both ends of a word; as an angle, the zeros of cosine and sine and what is next to them, the middles between."""
+"""Both ends of a word. As angles: the zeros of cosine and sine, their neighbours, and points halfway between zeros."""
 
 
-def counter_of(words: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """The counter that gives these words, uint64 [..., 4]: Philox run backwards."""
+def counters_of(words: np.ndarray, key: tuple[int, int]) -> np.ndarray:
+    """The counters that give these words, by inverse rounds of Philox. uint64 [..., 4] -> [..., 4]."""
     low, shift = np.uint64(WORD), np.uint64(32)
     multipliers = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
     inverses = [np.uint64(pow(int(m), -1, 2**32)) for m in multipliers]
     c0, c1, c2, c3 = np.moveaxis(words.astype(np.uint64), -1, 0)
-    for turn in reversed(range(10)):
-        k0 = np.uint64((key[0] + turn * 0x9E3779B9) & WORD)
-        k1 = np.uint64((key[1] + turn * 0xBB67AE85) & WORD)
+    for round_number in reversed(range(10)):
+        k0 = np.uint64((key[0] + round_number * 0x9E3779B9) & WORD)
+        k1 = np.uint64((key[1] + round_number * 0xBB67AE85) & WORD)
         before0, before2 = c3 * inverses[0] & low, c1 * inverses[1] & low
         c1, c3 = c0 ^ (before2 * multipliers[1] >> shift) ^ k0, c2 ^ (before0 * multipliers[0] >> shift) ^ k1
         c0, c2 = before0, before2
@@ -308,20 +308,20 @@ def counter_of(words: np.ndarray, key: tuple[int, int]) -> np.ndarray:
 
 @needs_native
 def test_native_normals_of_extreme_words():
-    """The key and counter that give each pair of words are found by running Philox backwards, for many choices of the
-    block's other pair: one of them is near the start of a sample."""
+    """Inverse Philox finds counters for each pair of words, with many choices of the block's other pair. One of these
+    counters is near the start of a sample."""
     seed, others = 2**40 + 9, np.random.default_rng(0).integers(0, 2**32, (2**17, 2))
     key = seed & WORD, seed >> 32
     for length in (0, 2**31, WORD):
         for angle in EDGES:
             words = np.concatenate((np.broadcast_to([length, angle], others.shape), others), axis=-1)
-            counters = counter_of(words, key)
+            counters = counters_of(words, key)
             block, position, step, tag = (int(word) for word in counters[counters[:, 0].argmin()])
             assert block < 2**19
-            drawn = seed, step, tag >> 16, tag & 0xFFFF, torch.tensor([position]), 4 * (block + 1)
-            assert native.philox_words(*drawn)[0, -4:-2].tolist() == [length, angle]
-            got = native.philox_normals(*drawn)[0, -4:-2]
-            assert units_apart(got, box_muller(torch.tensor([length, angle]))) <= UNITS, (length, angle)
+            arguments = seed, step, tag >> 16, tag & 0xFFFF, torch.tensor([position]), 4 * (block + 1)
+            assert native.philox_words(*arguments)[0, -4:-2].tolist() == [length, angle]
+            actual = native.philox_normals(*arguments)[0, -4:-2]
+            assert difference_in_units(actual, box_muller(torch.tensor([length, angle]))) <= UNITS, (length, angle)
 
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is off or missing")
@@ -330,31 +330,31 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter i
 @interpreted
 @pytest.mark.parametrize("counter", [(0, 0, 0), (WORD, 1, 2**31), (2**31 - 1, WORD, WORD)])
 @pytest.mark.parametrize("key", [(0, 0), (WORD, 2**31)])
-def test_triton_words_bit_by_bit(counter, key):
-    got = torch.empty(1024, 4, dtype=torch.int64)
-    words_kernel[(1,)](got, *triton_philox.as_int32(*counter, *key), COUNT=1024)
+def test_triton_words_equal_the_reference(counter, key):
+    actual = torch.empty(1024, 4, dtype=torch.int64)
+    words_kernel[(1,)](actual, *triton_philox.as_int32(*counter, *key), COUNT=1024)
     blocks = torch.tensor([[block, *counter] for block in range(1024)])
-    assert torch.equal(got, philox4x32(blocks, key))
+    assert torch.equal(actual, philox4x32(blocks, key))
 
 
 @interpreted
 def test_triton_normals_of_extreme_words():
     words = torch.cartesian_prod(torch.tensor(EDGES), torch.tensor(EDGES))
     words = torch.cat((words, torch.zeros(256 - len(words), 2, dtype=torch.int64)))
-    got = torch.empty(words.shape)
-    pair_kernel[(1,)](words, got, COUNT=256)
-    assert units_apart(got, box_muller(words)) <= UNITS
+    actual = torch.empty(words.shape)
+    pair_kernel[(1,)](words, actual, COUNT=256)
+    assert difference_in_units(actual, box_muller(words)) <= UNITS
 
 
 @interpreted
-def test_triton_normals_to_the_last_places():
+def test_triton_normals_agree_in_the_last_places():
     philox = keys(4)
-    got = triton_philox.philox_normals(philox.seed, philox.step, int(STREAM), range(7, 8), philox.positions, 4001)[0]
-    assert got.dtype == torch.float32
-    assert units_apart(got, reference_normals(philox, 4001, 7)) <= UNITS
+    actual = triton_philox.philox_normals(philox.seed, philox.step, int(STREAM), range(7, 8), philox.positions, 4001)[0]
+    assert actual.dtype == torch.float32
+    assert difference_in_units(actual, reference_normals(philox, 4001, 7)) <= UNITS
 
 
-# Mistakes -------------------------------------------------------------------------------------------------------------
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -379,12 +379,12 @@ def test_triton_normals_to_the_last_places():
         ({"gate": torch.ones(3).bool()}, r"gate must be bool \[2\], got torch.bool \[3\]"),
     ],
 )
-def test_arguments_that_do_not_belong_together(wrong, message):
+def test_inconsistent_arguments_are_refused(wrong, message):
     right = {"z": torch.zeros(2, 3, 4), "t": torch.zeros(1, 2), "philox": Philox(0, 0, torch.arange(2)), "stream": 0}
     with pytest.raises(ValueError, match=f"noise_injection: .*{message}"):
         noise_injection(**(right | wrong))
 
 
 def test_the_reference_is_the_formula(draw):
-    z, t, gate = given(draw, (2, 3, 4, 5))
+    z, t, gate = make_inputs(draw, (2, 3, 4, 5))
     assert torch.equal(noise_injection_ref(z, t, keys(3), STREAM, gate), formula(t, gate, keys(3))(z))

@@ -1,4 +1,4 @@
-"""Philox in Triton against PyTorch and C++: the same words and uniform numbers, and normals to the last places."""
+"""Philox in Triton against PyTorch and C++: equal words and uniforms, and normals within 2 units in the last place."""
 
 import pytest
 import torch
@@ -9,13 +9,13 @@ from unite_fast.randomness import Philox, Stream
 
 WORD = 2**32 - 1
 UNITS = 2
-"""Largest difference of normals in units in the last place: their float64 functions come from different libraries."""
+"""Largest difference of normals, in units in the last place: the float64 functions come from different libraries."""
 KEYS = [(0, 0), (2**31, 2**31 - 1), (2**32 + 5, 2**31), (2**64 - 1, WORD)]
 """Seed and step: with and without the high bit of each word."""
 POSITIONS = [0, 5, 2**31 - 1, 2**31, WORD]
 DRAWS = [range(1), range(3), range(2**15 - 1, 2**15 + 1), range(2**16 - 2, 2**16)]
 SHAPES = [(), (3,), (4,), (5, 7), (2, 513), (1024,), (1, 1031)]
-"""A part of a block, whole ones, more than a program takes; the last has an odd rest."""
+"""Part of a block, whole blocks, more than one program; the last has an odd remainder."""
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def device():
     return "cpu" if backend.interpreted() else "cuda"
 
 
-def drawn(backend_name, philox, kind, *arguments):
+def draw(backend_name, philox, kind, *arguments):
     with backend.using(backend_name):
         assert philox.on_triton == (backend_name == "triton")
         return getattr(philox, kind)(*arguments).cpu()
@@ -37,43 +37,47 @@ def drawn(backend_name, philox, kind, *arguments):
 
 @pytest.mark.parametrize("kind", ["words", "uniform", "normal"])
 @pytest.mark.parametrize(("seed", "step"), KEYS)
-def test_bits(kind, seed, step, device):
+def test_words_and_uniforms_equal_the_reference_and_normals_nearly(kind, seed, step, device):
     philox = Philox(seed, step, torch.tensor(POSITIONS, device=device))
     for stream, shape, draws in [
         *((Stream.FLOW_TIME, shape, range(1)) for shape in SHAPES),
         *((Stream.LABEL_DROP, (3,), draws) for draws in DRAWS),
         (Stream.EPOCH_ORDER, (2, 5), 2**16 - 1),
     ]:
-        got = drawn("triton", philox, kind, stream, shape, draws)
+        actual = draw("triton", philox, kind, stream, shape, draws)
         for backend_name in ("reference", "auto") if device == "cpu" else ("reference",):
-            want = drawn(backend_name, philox, kind, stream, shape, draws)
-            assert got.dtype == want.dtype
-            assert got.shape == want.shape
+            expected = draw(backend_name, philox, kind, stream, shape, draws)
+            assert actual.dtype == expected.dtype
+            assert actual.shape == expected.shape
             if kind == "normal":
-                apart = (got.double() - want.double()).abs() / torch.finfo(torch.float32).eps / want.double().abs()
-                assert apart.max() <= UNITS
+                units = (
+                    (actual.double() - expected.double()).abs()
+                    / torch.finfo(torch.float32).eps
+                    / expected.double().abs()
+                )
+                assert units.max() <= UNITS
             else:
-                assert torch.equal(got, want)
+                assert torch.equal(actual, expected)
 
 
 def test_many_samples_and_programs(device):
-    """Blocks are numbered through all samples: programs begin and end within one."""
+    """Blocks are numbered across samples, so programs begin and end within a sample."""
     philox = Philox(2**40 + 9, 3, 7 * torch.arange(700, device=device))
     for shape in ((), (6,)):
-        want = drawn("reference", philox, "uniform", Stream.RECON_TIME, shape, range(2))
-        assert torch.equal(drawn("triton", philox, "uniform", Stream.RECON_TIME, shape, range(2)), want)
+        expected = draw("reference", philox, "uniform", Stream.RECON_TIME, shape, range(2))
+        assert torch.equal(draw("triton", philox, "uniform", Stream.RECON_TIME, shape, range(2)), expected)
 
 
 def test_strided_positions(device):
     philox = Philox(1, 2, torch.arange(10, device=device)[::3])
-    want = drawn("reference", philox, "words", Stream.FLIP, (5,))
-    assert torch.equal(drawn("triton", philox, "words", Stream.FLIP, (5,)), want)
+    expected = draw("reference", philox, "words", Stream.FLIP, (5,))
+    assert torch.equal(draw("triton", philox, "words", Stream.FLIP, (5,)), expected)
 
 
-def test_nothing_to_draw(device):
+def test_an_empty_draw(device):
     for positions, shape in ((torch.arange(0), (3,)), (torch.arange(2), (0,))):
-        got = drawn("triton", Philox(0, 0, positions.to(device)), "uniform", Stream.FLIP, shape)
-        assert got.shape == (len(positions), *shape)
+        actual = draw("triton", Philox(0, 0, positions.to(device)), "uniform", Stream.FLIP, shape)
+        assert actual.shape == (len(positions), *shape)
 
 
 @pytest.mark.parametrize("shapes", [[(64, 9, 7), (32, 1, 1), (96, 3, 5)], [(64, 33, 17), (512, 2, 2)]])
@@ -84,8 +88,8 @@ def test_dropout_masks(shapes, seed, step, device):
     for backend_name in ("reference", "triton"):
         with backend.using(backend_name):
             masks[backend_name] = dropout_masks(philox, shapes)
-    for (c, h, w), ours, want in zip(shapes, masks["triton"], masks["reference"], strict=True):
+    for (c, h, w), ours, expected in zip(shapes, masks["triton"], masks["reference"], strict=True):
         assert ours.shape == (len(POSITIONS), c, h, w)
         assert ours.dtype == torch.uint8
         assert ours.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(ours, want)
+        assert torch.equal(ours, expected)

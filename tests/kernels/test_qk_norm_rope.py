@@ -16,7 +16,7 @@ def angles(draw, t, k):
 
 
 def formula(heads, cos, sin):
-    """Each head and pair on its own, the rotation as its 2 x 2 matrix."""
+    """Head by head and pair by pair, with the rotation as a 2 x 2 matrix."""
 
     def apply(qkv, q_weight=None, k_weight=None):
         d = qkv.shape[-1] // 3
@@ -64,11 +64,11 @@ def test_strided_input(judge, draw):
     judge(ours, formula(2, cos, sin), {"qkv": draw(3, 18, 48)[:, ::2]}, (torch.float32,) * 3)
 
 
-def test_cos_1_and_sin_0_leave_a_token_where_it_is(draw):
+def test_cos_1_and_sin_0_rotate_nothing(draw):
     qkv = draw(2, 5, 48)
     q, k, v = qk_norm_rope(qkv, 2, None, None, torch.ones(5, 4), torch.zeros(5, 4))
-    for got, part in zip((q, k, v), qkv.chunk(3, dim=-1), strict=True):
-        assert torch.equal(got, part.unflatten(-1, (2, 8)).transpose(1, 2))
+    for actual, part in zip((q, k, v), qkv.chunk(3, dim=-1), strict=True):
+        assert torch.equal(actual, part.unflatten(-1, (2, 8)).transpose(1, 2))
 
 
 @pytest.mark.parametrize(
@@ -84,11 +84,11 @@ def test_cos_1_and_sin_0_leave_a_token_where_it_is(draw):
         ({"sin": (9, 8)}, r"cos and sin must be \[9, 4\]"),
     ],
 )
-def test_arguments_that_do_not_belong_together(wrong, message, draw):
+def test_inconsistent_arguments_are_refused(wrong, message, draw):
     shapes = {"qkv": (3, 9, 48), "q_weight": (8,), "k_weight": (8,), "cos": (9, 4), "sin": (9, 4)} | wrong
-    given = {name: shape and draw(*shape) for name, shape in shapes.items()}
+    arguments = {name: shape and draw(*shape) for name, shape in shapes.items()}
     with pytest.raises(ValueError, match=f"qk_norm_rope: {message}"):
-        qk_norm_rope(**given, heads=2)
+        qk_norm_rope(**arguments, heads=2)
 
 
 @fast_backends
@@ -108,7 +108,7 @@ def test_head_dimensions(backend_name, head_dim, dtype, judge, draw):
 
 
 @native_only
-def test_v_takes_no_memory_of_its_own(backend_name, draw):
+def test_v_shares_the_memory_of_qkv(backend_name, draw):
     qkv = draw(2, 5, 48)
     v = qk_norm_rope(qkv, 2, None, None, draw(5, 4), draw(5, 4))[2]
     assert v.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()

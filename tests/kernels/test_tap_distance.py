@@ -1,4 +1,4 @@
-"""Each backend. tests/test_lpips.py (LPIPS itself) has the reference against the formula in plain loops."""
+"""The Triton backend of tap_distance against the reference, which tests/test_lpips.py compares with the formula."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from unite_fast.kernels import backend
 from unite_fast.kernels.tap_distance import tap_distance_op, tap_distance_ref
 
 SHAPES = [(2, 32, 5, 7), (7, 40, 1, 1), (3, 128, 17, 9), (2, 512, 3, 3)]
-"""Odd sides, channels that are no power of two, several programs an image."""
+"""Odd sides, a number of channels that is no power of two, several programs per image."""
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def device():
 
 
 @pytest.fixture
-def given(draw, device):
+def make_inputs(draw, device):
     def make(shape, dtype=torch.float32, masked=True):
         y, x = (torch.relu(draw(*shape)).to(device, dtype, memory_format=torch.channels_last) for _ in range(2))
         mask = (2 * (draw(*shape) > 0)).to(device, torch.uint8, memory_format=torch.channels_last) if masked else None
@@ -46,61 +46,60 @@ def run(op, y, x, weight, mask, dtype=None):
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_against_float64(given, shape, dtype, masked):
-    inputs = given(shape, dtype, masked)
+def test_against_float64(make_inputs, shape, dtype, masked):
+    inputs = make_inputs(shape, dtype, masked)
     truth = run(tap_distance_ref, *inputs, dtype=torch.float64)
     plain, ours = run(tap_distance_ref, *inputs), run(kernels.tap_distance, *inputs)
     assert ours[0].dtype == torch.float32
     assert ours[1].dtype == dtype
-    for want, other, mine in zip(truth, plain, ours, strict=True):
+    for expected, other, mine in zip(truth, plain, ours, strict=True):
         rounding = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9}[mine.dtype]
-        allowed = 2 * (other.double() - want).norm() + rounding * want.norm()
-        assert (mine.double() - want).norm() <= allowed
+        allowed = 2 * (other.double() - expected).norm() + rounding * expected.norm()
+        assert (mine.double() - expected).norm() <= allowed
 
 
-def test_pixels_that_are_zero_have_no_gradient_and_no_nan(given):
-    y, x, weight, mask = given((2, 32, 4, 4))
+def test_pixels_of_zeros_have_no_gradient_and_no_nan(make_inputs):
+    y, x, weight, mask = make_inputs((2, 32, 4, 4))
     y[:, :, 1] = 0
     x[:, :, 2] = 0
     x[0, :, 1, 3] = 0
     out, gradient = run(kernels.tap_distance, y, x, weight, mask)
-    want = run(tap_distance_ref, y, x, weight, mask)
-    torch.testing.assert_close(out, want[0])
-    torch.testing.assert_close(gradient, want[1])
+    expected = run(tap_distance_ref, y, x, weight, mask)
+    torch.testing.assert_close(out, expected[0])
+    torch.testing.assert_close(gradient, expected[1])
     assert gradient.isfinite().all()
 
 
-def test_any_layout_gives_the_same_bits(given):
-    y, x, weight, mask = given((2, 32, 5, 6))
-    want = run(kernels.tap_distance, y, x, weight, mask)
-    for got in (
+def test_any_layout_gives_the_same_bits(make_inputs):
+    y, x, weight, mask = make_inputs((2, 32, 5, 6))
+    expected = run(kernels.tap_distance, y, x, weight, mask)
+    for actual in (
         run(kernels.tap_distance, *(v.contiguous() for v in (y, x)), weight, mask.contiguous()),
         run(kernels.tap_distance, y, x, weight, mask.float()),
         run(kernels.tap_distance, y, x, weight, mask),
     ):
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_the_target_is_not_kept_wide(given):
-    """Nothing but the inputs is kept for the backward pass."""
-    y, x, weight, mask = given((2, 32, 5, 6), torch.bfloat16)
-    kept = set()
+def test_only_the_inputs_are_saved_for_backward(make_inputs):
+    y, x, weight, mask = make_inputs((2, 32, 5, 6), torch.bfloat16)
+    saved = set()
     y.requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda v: kept.add(v.data_ptr()) or v, lambda v: v):
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: saved.add(v.data_ptr()) or v, lambda v: v):
         kernels.tap_distance(y, x, weight, mask)
-    assert kept == {v.data_ptr() for v in (y, x, weight, mask)}
+    assert saved == {v.data_ptr() for v in (y, x, weight, mask)}
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_fakes(given, masked):
-    y, x, weight, mask = given((2, 32, 5, 6), torch.bfloat16, masked)
-    real = tap_distance_op.backends["triton"].forward(y, x, weight, mask)
-    back = tap_distance_op.backends["triton"].backward(torch.ones_like(real[0]), y, x, weight, mask)
+def test_fakes_match_the_backend(make_inputs, masked):
+    y, x, weight, mask = make_inputs((2, 32, 5, 6), torch.bfloat16, masked)
+    outputs = tap_distance_op.backends["triton"].forward(y, x, weight, mask)
+    gradients = tap_distance_op.backends["triton"].backward(torch.ones_like(outputs[0]), y, x, weight, mask)
     with FakeTensorMode() as mode:
         fakes = [None if v is None else mode.from_tensor(v) for v in (y, x, weight, mask)]
-        like = tap_distance_op.op(*fakes)
-        like_back = tap_distance_op.backward_op(torch.empty(2), *fakes)
-    for a, b in ((real[0], like), (back[0], like_back)):
+        fake = tap_distance_op.op(*fakes)
+        fake_gradient = tap_distance_op.backward_op(torch.empty(2), *fakes)
+    for a, b in ((outputs[0], fake), (gradients[0], fake_gradient)):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
 
@@ -114,7 +113,7 @@ def test_fakes(given, masked):
         ({"y": torch.zeros(2, 3)}, r"y must be \[B, C, H, W\]"),
     ],
 )
-def test_mistakes(wrong, message):
-    good = {"y": torch.zeros(2, 3, 4, 4), "x": torch.zeros(2, 3, 4, 4), "weight": torch.zeros(3), "mask": None}
+def test_invalid_arguments_are_refused(wrong, message):
+    valid = {"y": torch.zeros(2, 3, 4, 4), "x": torch.zeros(2, 3, 4, 4), "weight": torch.zeros(3), "mask": None}
     with pytest.raises(ValueError, match=f"tap_distance: {message}"):
-        kernels.tap_distance(**good | wrong)
+        kernels.tap_distance(**valid | wrong)
