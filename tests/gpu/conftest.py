@@ -1,7 +1,7 @@
-"""The CUDA path: `pytest -m gpu`, which skips where there is no CUDA device. benchmarks/gpu.py runs these tests too.
+"""Tests of the CUDA path: `pytest -m gpu`. They skip without a CUDA device. benchmarks/gpu.py runs them too.
 
-`pytest -m gpu --gpu-device cpu tests/gpu` runs the same code on a CPU, with the C++ backends and at toy sizes. It tries
-the tests, not the GPU.
+`pytest -m gpu --gpu-device cpu tests/gpu` runs the same code on a CPU, with the C++ backends and at toy sizes, to check
+the tests themselves.
 """
 
 import importlib.util
@@ -18,15 +18,15 @@ from unite_fast.kernels.registry import OPS
 from unite_fast.lpips import LINEAR_SHAPES, LPIPS, VGG_SHAPES
 from unite_fast.utils.device import exact_float32
 
-# cuBLAS repeats its bits only with this, and reads it when a process first multiplies.
+# cuBLAS is deterministic only with this. It reads it at a process's first matmul.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 _spec = importlib.util.spec_from_file_location(
-    "judge_of_kernels", Path(__file__).parents[1] / "kernels" / "conftest.py"
+    "kernels_conftest", Path(__file__).parents[1] / "kernels" / "conftest.py"
 )
-_module = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_module)
-judge, draw, op_case = _module.judge, _module.draw, _module.op_case
+_kernels_conftest = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_kernels_conftest)
+judge, draw, op_case = _kernels_conftest.judge, _kernels_conftest.draw, _kernels_conftest.op_case
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +41,7 @@ def on_cuda(device: torch.device) -> bool:
 
 @pytest.fixture(autouse=True)
 def backend_name(on_cuda: bool) -> Iterator[str]:
-    """The fast backend of the device, by force."""
+    """Forces the fast backend of the device."""
     name = "triton" if on_cuda else "native"
     with backend.using(name):
         yield name
@@ -49,15 +49,15 @@ def backend_name(on_cuda: bool) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def numerics() -> Iterator[None]:
-    """float32 without TF32; what a test sets for the whole process ends with it."""
+    """float32 without TF32. Resets what a test sets for the whole process."""
     with exact_float32():
         yield
     torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
-def sized(on_cuda: bool) -> Callable[..., tuple[int, ...]]:
-    """Sizes as given on a GPU; on a CPU the toy sizes that follow them."""
+def size_for_device(on_cuda: bool) -> Callable[..., tuple[int, ...]]:
+    """Returns its first argument on a GPU, the toy size after it on a CPU."""
     return lambda real, toy: real if on_cuda else toy
 
 
@@ -68,15 +68,15 @@ def reference() -> Callable[[str], Callable]:
 
 
 @pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New memory is full of NaN, so what a kernel leaves unwritten shows."""
+def poison_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills new memory with NaN, so that elements which a kernel leaves unwritten fail the test."""
 
     def filled(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*arguments, **options):
-            made = make(*arguments, **options)
-            if made.is_floating_point():
-                made.detach().fill_(float("nan"))
-            return made
+            tensor = make(*arguments, **options)
+            if tensor.is_floating_point():
+                tensor.detach().fill_(float("nan"))
+            return tensor
 
         return call
 
@@ -89,20 +89,20 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def judged(judge: Callable, record_property: Callable, poisoned: None) -> Callable[..., None]:
-    """`judge`, which also notes how near to its tolerance the worst error is."""
+def judge_and_record(judge: Callable, record_property: Callable, poison_memory: None) -> Callable[..., None]:
+    """`judge`, which also records the largest ratio of error to tolerance."""
 
     def run(*arguments) -> None:
-        used = judge(*arguments)
-        worst = max(used, key=used.get)
-        record_property("worst", f"{worst}: {used[worst]:.2f} of the allowed error")
+        ratios = judge(*arguments)
+        worst = max(ratios, key=ratios.get)
+        record_property("worst", f"{worst}: {ratios[worst]:.2f} of the allowed error")
 
     return run
 
 
 @pytest.fixture(scope="session")
 def random_lpips() -> Callable[[], LPIPS]:
-    """Makes LPIPS with random weights, on the CPU: the files of the real ones are not everywhere."""
+    """Makes LPIPS with random weights, on the CPU, since not every machine has the published weights."""
     generator = torch.Generator().manual_seed(1)
     vgg = {
         name: torch.randn(shape, generator=generator) * (2 / max(1, torch.Size(shape[1:]).numel())) ** 0.5

@@ -13,7 +13,7 @@ F32, BF16 = torch.float32, torch.bfloat16
 
 
 def autocast(op, device):
-    """float64, the truth, is left as it is."""
+    """Runs `op` under autocast, except in float64."""
 
     def run(*tensors):
         with torch.autocast(device.type, BF16, enabled=tensors[0].dtype != torch.float64):
@@ -28,8 +28,8 @@ def linear_of(activation):
 
 @pytest.fixture
 def roundings(on_cuda):
-    """To bfloat16, of a result; cuBLAS may round partial sums to it, so on a GPU the eager formula's error alone says
-    what is allowed."""
+    """The number of roundings to bfloat16. None on a GPU, where cuBLAS may round partial sums too: there only the error
+    of the eager formula sets the tolerance."""
     return lambda count: None if on_cuda else count
 
 
@@ -39,13 +39,13 @@ def weights(draw):
 
 
 @pytest.fixture(params=["B", "XL"])
-def sizes(request, sized):
+def sizes(request, size_for_device):
     """B, T, D."""
-    return sized(*{"B": ((8, 544, 768), (2, 19, 48)), "XL": ((2, 257, 1152), (2, 9, 72))}[request.param])
+    return size_for_device(*{"B": ((8, 544, 768), (2, 19, 48)), "XL": ((2, 257, 1152), (2, 9, 72))}[request.param])
 
 
 @pytest.mark.parametrize("op", ["linear", "swiglu_linear", "gelu_linear"])
-def test_linears_of_an_activation(op, sizes, judged, draw, weights, roundings, device, reference):
+def test_linears_of_an_activation(op, sizes, judge_and_record, draw, weights, roundings, device, reference):
     b, t, d = sizes
     activation, inputs, outputs = {
         "linear": (lambda x: x, d, 3 * d),
@@ -54,7 +54,7 @@ def test_linears_of_an_activation(op, sizes, judged, draw, weights, roundings, d
     }[op]
     x = draw(b, t, 2 * inputs if op == "swiglu_linear" else inputs, dtype=BF16)
     fast, formula = autocast(getattr(kernels, op), device), autocast(linear_of(activation), device)
-    judged(fast, formula, {"x": x, **weights(inputs, outputs)}, (BF16,), roundings(3))
+    judge_and_record(fast, formula, {"x": x, **weights(inputs, outputs)}, (BF16,), roundings(3))
 
 
 def layer_norm(x, weight, bias):
@@ -63,7 +63,7 @@ def layer_norm(x, weight, bias):
 
 
 @pytest.mark.parametrize("op", ["layer_norm_linear", "residual_layer_norm_linear"])
-def test_layer_norm_linears(op, sizes, judged, draw, weights, roundings, device):
+def test_layer_norm_linears(op, sizes, judge_and_record, draw, weights, roundings, device):
     b, t, d = sizes
     residual = op == "residual_layer_norm_linear"
 
@@ -78,10 +78,10 @@ def test_layer_norm_linears(op, sizes, judged, draw, weights, roundings, device)
     inputs |= {"norm_weight": draw(d, around=1.0), "norm_bias": draw(d), **weights(d, 3 * d)}
     fast = autocast(lambda *tensors: getattr(kernels, op)(*tensors, 1e-12), device)
     dtypes, count = ((F32, BF16), 4) if residual else ((BF16,), 3)
-    judged(fast, autocast(formula, device), inputs, dtypes, roundings(count))
+    judge_and_record(fast, autocast(formula, device), inputs, dtypes, roundings(count))
 
 
-def test_gated_residual_adaln_linear(sizes, judged, draw, weights, roundings, device, reference):
+def test_gated_residual_adaln_linear(sizes, judge_and_record, draw, weights, roundings, device, reference):
     b, t, d = sizes
     gated = reference("gated_residual_adaln")
 
@@ -101,19 +101,19 @@ def test_gated_residual_adaln_linear(sizes, judged, draw, weights, roundings, de
         **weights(d, 4 * d),
     }
     fast = autocast(kernels.gated_residual_adaln_linear, device)
-    judged(fast, autocast(formula, device), inputs, (F32, BF16), roundings(4))
+    judge_and_record(fast, autocast(formula, device), inputs, (F32, BF16), roundings(4))
 
 
-@pytest.mark.parametrize("wanted", [None, (32, 288)])
+@pytest.mark.parametrize("token_range", [None, (32, 288)])
 @pytest.mark.parametrize(
     ("real", "toy"), [((4, 544, 12, 64), (2, 23, 3, 16)), ((2, 544, 16, 72), (2, 23, 2, 18)), ((2, 257, 4, 64), None)]
 )
-def test_attention(real, toy, wanted, judged, draw, sized, device, on_cuda, reference):
-    """Of the decoder too, which turns nothing: the last shape. PyTorch's own arithmetic is between the roundings."""
+def test_attention(real, toy, token_range, judge_and_record, draw, size_for_device, device, on_cuda, reference):
+    """The last shape is the decoder's, without norm and rotation. PyTorch's attention has its own roundings."""
     decoder = toy is None
-    b, t, heads, head_dim = sized(real, toy or (2, 17, 2, 16))
-    if wanted and (decoder or not on_cuda):
-        wanted = None if decoder else (3, 12)
+    b, t, heads, head_dim = size_for_device(real, toy or (2, 17, 2, 16))
+    if token_range and (decoder or not on_cuda):
+        token_range = None if decoder else (3, 12)
     cos, sin = (None, None) if decoder else (table.to(device) for table in rope_table(t, head_dim))
     inputs = {"qkv": draw(b, t, 3 * heads * head_dim, dtype=BF16)}
     if not decoder:
@@ -124,11 +124,11 @@ def test_attention(real, toy, wanted, judged, draw, sized, device, on_cuda, refe
             q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         else:
             q, k, v = reference("qk_norm_rope")(qkv, heads, q_weight, k_weight, cos.to(q_weight), sin.to(q_weight))
-        q = q if wanted is None else q[:, :, slice(*wanted)]
+        q = q if token_range is None else q[:, :, slice(*token_range)]
         scores = q @ k.mT / head_dim**0.5
         return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
     def fast(qkv, q_weight=None, k_weight=None):
-        return kernels.attention(qkv, heads, q_weight, k_weight, cos, sin, wanted)
+        return kernels.attention(qkv, heads, q_weight, k_weight, cos, sin, token_range)
 
-    judged(fast, formula, inputs, (BF16,), None)
+    judge_and_record(fast, formula, inputs, (BF16,), None)

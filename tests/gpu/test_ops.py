@@ -24,7 +24,7 @@ TYPES = {"float32": (F32, F32), "autocast": (F32, BF16), "bfloat16": (BF16, BF16
 
 
 def block(size, types):
-    """The `Size` of an op on [B, T, D] of a block."""
+    """`Size` for a block's [B, T, D]."""
     (b, t, d), (residual, other) = size, TYPES[types]
     heads = max(d // 64, 1)
     head_dim = max(d // heads // 2 * 2, 2)
@@ -43,10 +43,10 @@ def block(size, types):
         ("one token", "autocast"),
     ],
 )
-def test_op_of_a_block(name, size, types, judged, op_case, sized):
-    fast, reference, inputs = op_case(name, block(sized(*SIZES[size]), types))
+def test_block_ops(name, size, types, judge_and_record, op_case, size_for_device):
+    fast, reference, inputs = op_case(name, block(size_for_device(*SIZES[size]), types))
     results = fast(*inputs.values())
-    judged(fast, reference, inputs, tuple(x.dtype for x in results), OPS[name].roundings)
+    judge_and_record(fast, reference, inputs, tuple(x.dtype for x in results), OPS[name].roundings)
 
 
 @pytest.mark.parametrize(
@@ -58,8 +58,8 @@ def test_op_of_a_block(name, size, types, judged, op_case, sized):
         ((2, 17, 2, 6), (2, 17, 2, 6), BF16, False),
     ],
 )
-def test_qk_norm_rope(real, toy, dtype, norm, judged, draw, sized, reference, device):
-    b, t, heads, head_dim = sized(real, toy)
+def test_qk_norm_rope(real, toy, dtype, norm, judge_and_record, draw, size_for_device, reference, device):
+    b, t, heads, head_dim = size_for_device(real, toy)
     cos, sin = (table.to(device) for table in rope_table(t, head_dim))
     inputs = {"qkv": draw(b, t, 3 * heads * head_dim, dtype=dtype)}
     if norm:
@@ -68,7 +68,7 @@ def test_qk_norm_rope(real, toy, dtype, norm, judged, draw, sized, reference, de
     def bind(function):
         return lambda qkv, q_weight=None, k_weight=None: function(qkv, heads, q_weight, k_weight, cos, sin)
 
-    judged(bind(kernels.qk_norm_rope), bind(reference("qk_norm_rope")), inputs, (dtype,) * 3)
+    judge_and_record(bind(kernels.qk_norm_rope), bind(reference("qk_norm_rope")), inputs, (dtype,) * 3)
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,10 @@ def test_qk_norm_rope(real, toy, dtype, norm, judged, draw, sized, reference, de
         ((3, 17, 26), (3, 17, 26), F32),
     ],
 )
-def test_swiglu(real, toy, dtype, judged, draw, sized, reference):
-    judged(kernels.swiglu, reference("swiglu"), {"uw": draw(*sized(real, toy), dtype=dtype)}, (dtype,))
+def test_swiglu(real, toy, dtype, judge_and_record, draw, size_for_device, reference):
+    judge_and_record(
+        kernels.swiglu, reference("swiglu"), {"uw": draw(*size_for_device(real, toy), dtype=dtype)}, (dtype,)
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,8 +94,8 @@ def test_swiglu(real, toy, dtype, judged, draw, sized, reference):
         ((1, 2, 1, 7), (1, 2, 1, 7), BF16, BF16),
     ],
 )
-def test_flow_loss(real, toy, y_dtype, z_dtype, judged, draw, sized):
-    draws, samples, tokens, channels = sized(real, toy)
+def test_flow_loss(real, toy, y_dtype, z_dtype, judge_and_record, draw, size_for_device):
+    draws, samples, tokens, channels = size_for_device(real, toy)
     t = draw(draws, samples).sigmoid()
     t[0, 0] = 0.98  # beyond the floor of 1 - t
     z = draw(samples, tokens, channels, dtype=z_dtype)
@@ -106,33 +108,33 @@ def test_flow_loss(real, toy, y_dtype, z_dtype, judged, draw, sized):
         left = torch.clamp(1 - t.to(weight.dtype), min=0.05)
         return (((z.to(weight.dtype) - prediction) / left[:, :, None, None]) ** 2).mean((2, 3))
 
-    judged(lambda y, weight, bias: kernels.flow_loss(y, weight, bias, z, t, 0.05), formula, inputs, (F32,))
+    judge_and_record(lambda y, weight, bias: kernels.flow_loss(y, weight, bias, z, t, 0.05), formula, inputs, (F32,))
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((4, 64, 256, 256), BF16), ((3, 512, 17, 9), BF16), ((2, 32, 5, 7), F32)])
-def test_tap_distance(shape, dtype, judged, draw, on_cuda, reference):
+def test_tap_distance(shape, dtype, judge_and_record, draw, on_cuda, reference):
     if not on_cuda:
-        pytest.skip("it has no C++ backend")
+        pytest.skip("tap_distance has no C++ backend")
     y, x = (torch.relu(draw(*shape)).to(dtype, memory_format=torch.channels_last) for _ in range(2))
     weight, mask = draw(shape[1]).abs(), (2 * (draw(*shape) > 0)).to(torch.uint8, memory_format=torch.channels_last)
 
     def bind(function):
         return lambda y: function(y, x.to(y.dtype), weight.to(y.dtype) if y.dtype == torch.float64 else weight, mask)
 
-    judged(bind(kernels.tap_distance), bind(reference("tap_distance")), {"y": y}, (F32,))
+    judge_and_record(bind(kernels.tap_distance), bind(reference("tap_distance")), {"y": y}, (F32,))
 
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("seed", "step"), [(0, 0), (2**63 + 12345, 2**32 - 1)])
-def test_noise_injection(seed, step, gated, judged, draw, sized, device):
-    draws, samples, tokens, channels = sized((3, 64, 256, 32), (3, 4, 5, 7))
+def test_noise_injection(seed, step, gated, judge_and_record, draw, size_for_device, device):
+    draws, samples, tokens, channels = size_for_device((3, 64, 256, 32), (3, 4, 5, 7))
     positions = 2**31 - samples // 2 + torch.arange(samples)  # across the sign bit of 32 bits
     z, t = draw(samples, tokens, channels), draw(draws, samples).sigmoid()
     gate = torch.arange(samples, device=device) % 3 > 0 if gated else None
-    # Normals by PyTorch; their random words come from C++ where it is built.
+    # PyTorch computes the normals; their random words come from C++ if it is built.
     with kernels.backend.using("reference"):
-        there = Philox(seed, step, positions)
-        noise = [there.normal(Stream.FLOW_NOISE, (tokens, channels), draw=f) for f in range(draws)]
+        cpu_philox = Philox(seed, step, positions)
+        noise = [cpu_philox.normal(Stream.FLOW_NOISE, (tokens, channels), draw=f) for f in range(draws)]
     noise = torch.stack(noise).to(device)
 
     def formula(z):
@@ -140,24 +142,26 @@ def test_noise_injection(seed, step, gated, judged, draw, sized, device):
         noisy = time * z + (1 - time) * noise
         return noisy if gate is None else torch.where(gate[:, None, None], noisy, z)
 
-    here = Philox(seed, step, positions.to(device))
-    judged(lambda z: kernels.noise_injection(z, t, here, Stream.FLOW_NOISE, gate), formula, {"z": z}, (F32,))
+    philox = Philox(seed, step, positions.to(device))
+    judge_and_record(
+        lambda z: kernels.noise_injection(z, t, philox, Stream.FLOW_NOISE, gate), formula, {"z": z}, (F32,)
+    )
 
 
 @pytest.mark.parametrize("op", ["gated_residual_norm_adaln", "swiglu"])
-def test_the_same_bits_again(op, op_case, sized):
-    fast, _, inputs = op_case(op, block(sized(*SIZES["B"]), "autocast"))
+def test_repeated_calls_give_the_same_bits(op, op_case, size_for_device):
+    fast, _, inputs = op_case(op, block(size_for_device(*SIZES["B"]), "autocast"))
     leaves = list(inputs.values())
 
-    def once():
+    def run():
         outputs = fast(*leaves)
         return *outputs, *torch.autograd.grad(sum(x.float().sum() for x in outputs), leaves)
 
-    assert all(map(torch.equal, once(), once()))
+    assert all(map(torch.equal, run(), run()))
 
 
 @pytest.mark.parametrize("layout", ["tokens", "channels", "transposed", "expanded"])
-def test_strided_inputs(layout, judged, op_case):
+def test_strided_inputs(layout, judge_and_record, op_case):
     b, t, d = 4, 12, 48
     fast, formula, inputs = op_case("gated_residual_adaln", block((b, t, d), "float32"))
     x = inputs["x"].detach()
@@ -167,7 +171,7 @@ def test_strided_inputs(layout, judged, op_case):
         "transposed": x.mT.contiguous().mT,
         "expanded": x[:1].expand(b, t, d),
     }[layout]
-    judged(fast, formula, inputs, (F32, F32), 3)
+    judge_and_record(fast, formula, inputs, (F32, F32), 3)
 
 
 def test_offsets_beyond_31_bits(device, on_cuda):
@@ -181,8 +185,8 @@ def test_offsets_beyond_31_bits(device, on_cuda):
     assert torch.equal(kernels.swiglu(uw)[:, -3:], kernels.swiglu(uw[:, -3:].clone()))
 
 
-def test_poison_is_seen(judge, draw, poisoned, reference):
-    """Memory that is left unwritten fails the judge: half of a result, as a kernel with a wrong mask would leave it."""
+def test_unwritten_memory_fails_the_judge(judge, draw, poison_memory, reference):
+    """The op leaves half of its result unwritten, as a kernel with a wrong mask would."""
     swiglu = reference("swiglu")
 
     class Half(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Training on a GPU: one step is the CPU's, runs repeat and resume to the bit, ordinary steps do not wait."""
+"""Training on a GPU: a step matches the CPU, runs repeat and resume bit for bit, ordinary steps do not synchronize."""
 
 import json
 import os
@@ -25,10 +25,10 @@ from unite_fast.training.trainer import Trainer, train
 pytestmark = pytest.mark.gpu
 
 LOSS, GRADIENT, WEIGHT = 1e-5, 1e-3, 1e-2
-"""Relative, in float32: of a loss; of a tensor's gradient; of how far a tensor moved in a step, which Newton-Schulz
-iterations amplify rounding in. As in interop/parity.py, which compares with the released code."""
+"""Relative tolerances in float32, of a loss, of a tensor's gradient, and of a tensor's change in a step, where
+Newton-Schulz iterations amplify rounding. The same as in interop/parity.py, which compares with the released code."""
 SHARE = 1e-5
-"""Of the whole gradient: a tensor's error below this passes, however small its own gradient is."""
+"""Share of the whole gradient's norm. A tensor's error below it passes, however small its own gradient is."""
 
 SMALL = {
     "model": {
@@ -48,13 +48,13 @@ SMALL = {
 
 @pytest.fixture
 def make_step(random_lpips):
-    """Makes a step from the same start on any device."""
+    """Makes a step with the same initial weights on any device."""
 
     def make(config: Config, device: torch.device) -> TrainStep:
         model, _ = build_model(config, ALONE, torch.device("cpu"))
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
-            for parameter in model.parameters():  # as created, modulation, gates and output are zero
+            for parameter in model.parameters():  # modulation, gates and output are zero at initialization
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
         lpips = random_lpips().to(device) if config.perceptual.weight else None
         return TrainStep(
@@ -64,7 +64,7 @@ def make_step(random_lpips):
     return make
 
 
-def a_batch(config: Config, on_cuda: bool) -> Batch:
+def make_batch(config: Config, on_cuda: bool) -> Batch:
     generator = torch.Generator().manual_seed(2)
     b, side = config.train.batch_size, config.model.image_size
     images = torch.randint(256, (b, 3, side, side), generator=generator, dtype=torch.uint8)
@@ -74,14 +74,14 @@ def a_batch(config: Config, on_cuda: bool) -> Batch:
     return Batch(images, labels, torch.arange(b))
 
 
-def test_one_step_is_the_cpu_s(make_step, device, on_cuda, backend_name, record_property):
-    """Losses, gradients and weights of the whole step: draws, both passes, LPIPS, clipping, Muon and AdamW, EMA."""
+def test_one_step_matches_the_cpu(make_step, device, on_cuda, backend_name, record_property):
+    """Losses, gradients and weights of a whole step: draws, both passes, LPIPS, clipping, Muon and AdamW, EMA."""
     config = from_tree(Config, SMALL)
-    found = {}
-    other = "native" if on_cuda and native.available() else "reference"
-    for name, kind, where in (("ours", backend_name, device), ("cpu", other, torch.device("cpu"))):
+    results = {}
+    cpu_backend = "native" if on_cuda and native.available() else "reference"
+    for name, kind, where in (("ours", backend_name, device), ("cpu", cpu_backend, torch.device("cpu"))):
         with backend.using(kind):
-            step, batch = make_step(config, where), a_batch(config, on_cuda)
+            step, batch = make_step(config, where), make_batch(config, on_cuda)
             before = {key: value.detach().cpu().clone() for key, value in step.state.model.named_parameters()}
             losses = step.accumulate(batch)
             gradients = {key: p.grad.cpu().clone() for key, p in step.state.model.named_parameters()}
@@ -89,33 +89,35 @@ def test_one_step_is_the_cpu_s(make_step, device, on_cuda, backend_name, record_
             after = {key: value.detach().cpu().clone() for key, value in step.state.model.named_parameters()}
             ema = {key: value.detach().cpu().clone() for key, value in step.state.ema.averages.items()}
         numbers = {key: getattr(losses, key).item() for key in ("total", "l1", "flow", "lpips")}
-        found[name] = (numbers | {"norm": norm.item()}, gradients, before, after, ema)
-    (numbers, gradients, before, after, ema), (numbers_2, gradients_2, before_2, after_2, ema_2) = found.values()
-    assert all(torch.equal(before[key], before_2[key]) for key in before)
-    apart = {key: abs(value - numbers_2[key]) / abs(numbers_2[key]) for key, value in numbers.items()}
-    record_property("losses apart", apart)
-    assert max(value for key, value in apart.items() if key != "norm") <= LOSS and apart["norm"] <= GRADIENT
+        results[name] = (numbers | {"norm": norm.item()}, gradients, before, after, ema)
+    (numbers, gradients, before, after, ema), (cpu_numbers, cpu_gradients, cpu_before, cpu_after, cpu_ema) = (
+        results.values()
+    )
+    assert all(torch.equal(before[key], cpu_before[key]) for key in before)
+    difference = {key: abs(value - cpu_numbers[key]) / abs(cpu_numbers[key]) for key, value in numbers.items()}
+    record_property("losses apart", difference)
+    assert max(value for key, value in difference.items() if key != "norm") <= LOSS and difference["norm"] <= GRADIENT
 
-    whole = torch.stack([g.norm() for g in gradients_2.values()]).norm()
-    wrong = {}
-    for key, want in gradients_2.items():
-        error = (gradients[key] - want).norm()
-        if not error <= GRADIENT * want.norm() + SHARE * whole:
-            wrong[key] = (error / want.norm()).item()
-    assert wrong == {}
-    for mine, theirs in ((after, after_2), (ema, ema_2)):
+    whole = torch.stack([g.norm() for g in cpu_gradients.values()]).norm()
+    failures = {}
+    for key, expected in cpu_gradients.items():
+        error = (gradients[key] - expected).norm()
+        if not error <= GRADIENT * expected.norm() + SHARE * whole:
+            failures[key] = (error / expected.norm()).item()
+    assert failures == {}
+    for ours, on_cpu in ((after, cpu_after), (ema, cpu_ema)):
         for key in before:
-            moved = (after_2[key] - before[key]).norm()
-            error = (mine[key] - theirs[key]).norm()
+            moved = (cpu_after[key] - before[key]).norm()
+            error = (ours[key] - on_cpu[key]).norm()
             # A float32 weight of size 1 cannot move by less than 6e-8.
             if not error <= WEIGHT * moved + 1e-6 * before[key].norm():
-                wrong[key] = (error / moved).item()
-    assert wrong == {}
+                failures[key] = (error / moved).item()
+    assert failures == {}
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_same_bits_again(precision, make_step, device, on_cuda):
-    """With train.deterministic, in both precisions; losses of every step and all weights."""
+def test_deterministic_steps_repeat_bit_for_bit(precision, make_step, device, on_cuda):
+    """With train.deterministic: the losses of every step, and all weights."""
     from unite_fast.utils.device import use_numerics
 
     config = from_tree(Config, SMALL)
@@ -123,17 +125,16 @@ def test_the_same_bits_again(precision, make_step, device, on_cuda):
     use_numerics(precision, True)
     runs = []
     for _ in range(2):
-        step, batch, seen = make_step(config, device), a_batch(config, on_cuda), []
+        step, batch, history = make_step(config, device), make_batch(config, on_cuda), []
         for _ in range(3):
             losses, norm = step(batch)
-            seen += [losses.total, norm]
-        runs.append([*seen, *(p.detach() for p in step.state.model.parameters())])
+            history += [losses.total, norm]
+        runs.append([*history, *(p.detach() for p in step.state.model.parameters())])
     assert len(runs[0]) > 20 and all(map(torch.equal, *runs))
 
 
-def test_a_resumed_run_is_the_same_to_the_bit(tiny_run, tmp_path, device, assert_same_run):
-    """The command's own path: loader, steps, checkpoints; in bfloat16, where a GPU's attention repeats nothing by
-    itself."""
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny_run, tmp_path, device, assert_same_run):
+    """The whole trainer, in bfloat16, where a GPU's attention is not deterministic by default."""
 
     def config(folder, steps):
         settings = (
@@ -153,7 +154,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(tiny_run, tmp_path, device, assert
 
 @pytest.fixture
 def no_syncs(on_cuda):
-    """PyTorch fails where the host would wait for the GPU."""
+    """Makes PyTorch raise where the host would wait for the GPU."""
 
     def switch(on: bool) -> None:
         if on_cuda:
@@ -164,13 +165,13 @@ def no_syncs(on_cuda):
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_an_ordinary_step_does_not_wait(policy, make_step, device, on_cuda, no_syncs):
-    """With LPIPS, two micro-batches and bfloat16; the first steps compile and choose algorithms."""
+def test_an_ordinary_step_does_not_synchronize(policy, make_step, device, on_cuda, no_syncs):
+    """With LPIPS, two micro-batches and bfloat16. The first two steps may: they compile and choose algorithms."""
     config = from_tree(Config, SMALL)
     config = replace(
         config, train=replace(config.train, precision="bfloat16"), optim=replace(config.optim, nonfinite=policy)
     )
-    step, batch, averages = make_step(config, device), a_batch(config, on_cuda), Averages(device)
+    step, batch, averages = make_step(config, device), make_batch(config, on_cuda), Averages(device)
     for number in range(4):
         no_syncs(number > 1)
         averages.add(number, *step(batch))
@@ -178,19 +179,19 @@ def test_an_ordinary_step_does_not_wait(policy, make_step, device, on_cuda, no_s
     assert averages.take()["total"] > 0
 
 
-def test_what_would_wait_is_found(device, on_cuda, no_syncs):
+def test_synchronizing_calls_raise(device, on_cuda, no_syncs):
     if not on_cuda:
-        pytest.skip("a CPU waits for nothing")
+        pytest.skip("a CPU does not synchronize")
     x = torch.ones(3, device=device)
-    for waits in (torch.Tensor.cpu, torch.Tensor.nonzero, lambda x: bool(x[0])):
+    for synchronize in (torch.Tensor.cpu, torch.Tensor.nonzero, lambda x: bool(x[0])):
         no_syncs(True)
         with pytest.raises(RuntimeError, match="synchroniz"):
-            waits(x)
+            synchronize(x)
         no_syncs(False)
 
 
-def test_the_loader_s_batches_are_pinned_and_arrive_whole(tiny_run, tmp_path, device, on_cuda):
-    """While the GPU is busy: what is copied is not written over by the batches that follow."""
+def test_batches_are_pinned_and_copied_intact(tiny_run, tmp_path, device, on_cuda):
+    """While the GPU is busy, later batches do not overwrite those still being copied."""
     own = f"train.device={device.type}", f"train.out={tmp_path / 'run'}", "data.workers=2"
     trainer = Trainer(load_config("digits", (*tiny_run, *own)), False)
     busy = torch.randn(2048, 2048, device=device) if on_cuda else torch.randn(64, 64)
@@ -205,14 +206,14 @@ def test_the_loader_s_batches_are_pinned_and_arrive_whole(tiny_run, tmp_path, de
             arrived.append((batch.ids, images, labels))
             del batch
         for ids, images, labels in arrived:
-            want_images, want_labels = trainer.source.read(ids)
-            assert torch.equal(images.cpu(), want_images) and torch.equal(labels.cpu(), want_labels)
+            expected_images, expected_labels = trainer.source.read(ids)
+            assert torch.equal(images.cpu(), expected_images) and torch.equal(labels.cpu(), expected_labels)
     finally:
         trainer.close()
 
 
 def test_out_of_memory_is_one_line(command, tiny_run, tmp_path, device, on_cuda):
-    # One matrix of 275 GB; all that is made before it takes one.
+    # One matrix takes 275 GB; what is allocated before it is small.
     width = "model.encoder.width=262144"
     ended = command("train", *tiny_run, width, f"train.out={tmp_path / 'run'}", f"train.device={device.type}")
     ended.error("memory", "CUDA" if on_cuda else 4 * 262144**2, "train.micro_batch", "--batch")
@@ -220,10 +221,10 @@ def test_out_of_memory_is_one_line(command, tiny_run, tmp_path, device, on_cuda)
 
 @pytest.fixture
 def two_processes(tmp_path, device):
-    """Trains the tiny digits run in two processes on one device, and gives the rows of its metrics.
+    """Trains the tiny digits run in two processes on one device, and returns the rows of its metrics.
 
-    A machine has one process a GPU, so each counts as a machine of its own. NCCL refuses two processes on one GPU of
-    one machine; it tells machines apart by NCCL_HOSTID.
+    A machine has one process per GPU, so each process pretends to be a machine of its own. NCCL refuses two processes
+    on one GPU of one machine, and tells machines apart by NCCL_HOSTID.
     """
 
     def run(arguments: list[str], folder: str) -> list[dict]:
@@ -235,7 +236,7 @@ def two_processes(tmp_path, device):
             ranks = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
             place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
             nccl = {"NCCL_HOSTID": f"machine{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
-            words = [
+            call = [
                 sys.executable,
                 "-m",
                 "unite_fast",
@@ -246,29 +247,29 @@ def two_processes(tmp_path, device):
             ]
             with (tmp_path / f"{folder}.{rank}.txt").open("w") as output:
                 env = {**os.environ, **ranks, **place, **nccl}
-                started.append(subprocess.Popen(words, env=env, cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT))
+                started.append(subprocess.Popen(call, env=env, cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT))
         try:
             statuses = [process.wait(100) for process in started]
         finally:
             for process in started:
                 process.kill()
-        said = "\n".join((tmp_path / f"{folder}.{rank}.txt").read_text()[-1500:] for rank in range(2))
-        if statuses != [0, 0] and (refused := re.search(r".*(Duplicate GPU|ncclInvalidUsage).*", said)):
+        output_tail = "\n".join((tmp_path / f"{folder}.{rank}.txt").read_text()[-1500:] for rank in range(2))
+        if statuses != [0, 0] and (refused := re.search(r".*(Duplicate GPU|ncclInvalidUsage).*", output_tail)):
             pytest.skip(f"NCCL refuses two processes on one GPU here: {refused[0][:200]}")
-        assert statuses == [0, 0], said
+        assert statuses == [0, 0], output_tail
         return [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
 
     return run
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_on_one_gpu(strategy, two_processes, tiny_run, tmp_path, device):
+def test_two_processes_on_one_gpu_match_one_process(strategy, two_processes, tiny_run, tmp_path, device):
     settings = "train.steps=4", "train.log_every=1", f"train.device={device.type}", "optim.muon_dtype=float32"
     arguments = [*tiny_run, *settings]
     rows = two_processes([*arguments, f"parallel.strategy={strategy}"], "two")
     train(load_config("digits", (*arguments, f"train.out={tmp_path / 'one'}")))
     alone = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == len(alone) == 4
-    apart = [abs(a["total"] - b["total"]) / abs(b["total"]) for a, b in zip(rows, alone, strict=True)]
-    # As of two processes on a CPU; see tests/training/test_parallelize.py.
-    assert max(apart) <= 1e-5, apart
+    difference = [abs(a["total"] - b["total"]) / abs(b["total"]) for a, b in zip(rows, alone, strict=True)]
+    # The tolerance for two processes on a CPU, too; see tests/training/test_parallelize.py.
+    assert max(difference) <= 1e-5, difference
