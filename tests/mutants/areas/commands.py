@@ -1,4 +1,4 @@
-"""The commands, bench and tune. See ../run.py."""
+"""Mutants of the commands, benchmarks and tuning. See ../run.py."""
 
 CHANGES = [
     (

@@ -1,4 +1,4 @@
-"""The parts: data, kernels, model, sampling, scores. See ../run.py."""
+"""Mutants of data, kernels, model, sampling and scores. See ../run.py."""
 
 CHANGES = [
     (

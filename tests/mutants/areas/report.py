@@ -1,4 +1,4 @@
-"""What a run writes and says. See ../run.py."""
+"""Mutants of the metrics, console and files of a run. See ../run.py."""
 
 CHANGES = [
     (

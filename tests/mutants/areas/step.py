@@ -1,4 +1,4 @@
-"""The training step and its state. See ../run.py."""
+"""Mutants of the training step and its state. See ../run.py."""
 
 CHANGES = [
     (

@@ -1,4 +1,4 @@
-"""The trainer and what it stands on. See ../run.py."""
+"""Mutants of the trainer and the modules it uses. See ../run.py."""
 
 CHANGES = [
     (
