@@ -22,7 +22,7 @@ CHANGES = [
         ("tests/commands/test_forwarding.py", "tests/commands/test_options.py"),
         [
             ("        seed=seed,\n", ""),
-            ("        count=count or 0,\n", ""),
+            ("        count=count,\n", ""),
             ('        precision=precision or "",\n', ""),
             ("        reconstructions=reconstructions,\n", ""),
             ("folder = out or default_folder(checkpoint)", "folder = default_folder(checkpoint)"),
@@ -82,12 +82,18 @@ CHANGES = [
         ],
     ),
     (
+        "unite_fast/sampling/pipeline.py",
+        ("tests/commands/test_forwarding.py",),
+        [
+            ("return precision or self.config.train.precision,", "return self.config.train.precision,"),
+            ("on_cuda if compile is None else compile", "compile is not None"),
+        ],
+    ),
+    (
         "unite_fast/commands/options.py",
         ("tests/commands/test_forwarding.py", "tests/commands/test_options.py"),
         [
             ("use_threads(model.config.train.threads)", "pass"),
-            ("return precision or model.config.train.precision,", "return model.config.train.precision,"),
-            ("on_cuda if compile is None else compile", "compile is not None"),
             ('"interval": parse_interval(interval), ', ""),
         ],
     ),
