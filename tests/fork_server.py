@@ -1,7 +1,7 @@
-"""Runs the command line in real processes of its own, without waiting for each to import torch.
+"""Runs the command line in new processes, forked so that none has to import torch.
 
-A line of JSON comes in: {"args": [...], "folder": where to run, "output": file for what it prints}. The answer is two
-lines: the new process's id at once, its exit status (negative: the signal that ended it) when it is over.
+Reads lines of JSON: {"args": [...], "folder": working directory, "output": file for stdout and stderr}. Answers each
+with two lines: the process id at once, and the exit status, or minus the signal that ended it, at the end.
 """
 
 import importlib
@@ -21,13 +21,13 @@ for name in (
     "unite_fast.training.trainer",
 ):
     importlib.import_module(name)
-torch.set_num_threads(1)  # a process forked beside the threads of a pool would wait for them for ever
+torch.set_num_threads(1)  # a fork would wait forever for the threads of a pool, which it does not inherit
 print("ready", flush=True)
 for line in sys.stdin:
     request = json.loads(line)
     child = os.fork()
     if child == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts the tests may have ignored it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the parent of the tests may ignore it
         output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)

@@ -41,7 +41,7 @@ def save(tmp_path):
     return write
 
 
-def refused(source: Path, *words: str, **options) -> None:
+def assert_refused(source: Path, *words: str, **options) -> None:
     out = source.with_name("out.safetensors")
     with pytest.raises(UserError) as error:
         import_official(source, out, **(OPTIONS | options))
@@ -141,8 +141,8 @@ def test_choice_of_weights(theirs, save, tmp_path):
         import_official(save(content), tmp_path / "ours.safetensors", weights=weights, **OPTIONS)
         bias = unite_fast.load(tmp_path / "ours.safetensors").network.decoder.pred.bias
         assert torch.equal(bias, factor * theirs["decoder.decoder_pred.bias"])
-    refused(save({"model": theirs, "optimizer": {"a": 1}, "epoch": 3}), "'ema'", "model, optimizer")
-    refused(save({"epoch": 3}), "'ema'")
+    assert_refused(save({"model": theirs, "optimizer": {"a": 1}, "epoch": 3}), "'ema'", "model, optimizer")
+    assert_refused(save({"epoch": 3}), "'ema'")
 
 
 def test_averages_without_the_fixed_frequencies(theirs, save, tmp_path):
@@ -150,7 +150,7 @@ def test_averages_without_the_fixed_frequencies(theirs, save, tmp_path):
     import_official(save({"model": theirs, "ema": trained}), tmp_path / "ours.safetensors", **OPTIONS)
     network = unite_fast.load(tmp_path / "ours.safetensors").network
     assert torch.equal(network.encoder.time_embed.frequencies, theirs["encoder.t_embedder.W"])
-    refused(save({"ema": trained}), "encoder.t_embedder.W")
+    assert_refused(save({"ema": trained}), "encoder.t_embedder.W")
 
 
 def test_half_precision_files(theirs, save, tmp_path):
@@ -175,22 +175,22 @@ def test_sizes_come_from_the_tensors(released, save, tmp_path):
 
 
 def test_sizes_that_the_tensors_do_not_determine(theirs, save):
-    refused(save(theirs), "32", "64", "heads", decoder_heads=None)
-    refused(save(theirs), "heads (5)", decoder_heads=5)
-    refused(save(theirs), "in_context_start", in_context_start=4)
+    assert_refused(save(theirs), "32", "64", "heads", decoder_heads=None)
+    assert_refused(save(theirs), "heads (5)", decoder_heads=5)
+    assert_refused(save(theirs), "in_context_start", in_context_start=4)
 
 
 def test_invalid_files(tmp_path, theirs, save):
-    refused(tmp_path / "none.pt", "none.pt")
-    refused(tmp_path, str(tmp_path))
+    assert_refused(tmp_path / "none.pt", "none.pt")
+    assert_refused(tmp_path, str(tmp_path))
     text = tmp_path / "text.pt"
     text.write_text("hello")
-    refused(text, "text.pt")
+    assert_refused(text, "text.pt")
     torn = save(theirs)
     torn.write_bytes(torn.read_bytes()[:5000])
-    refused(torn, torn.name)
-    refused(save([1, 2]), "list")
-    refused(save({}), "'ema'")
+    assert_refused(torn, torn.name)
+    assert_refused(save([1, 2]), "list")
+    assert_refused(save({}), "'ema'")
 
 
 def test_files_with_code_are_not_run(theirs, save, tmp_path):
@@ -198,30 +198,30 @@ def test_files_with_code_are_not_run(theirs, save, tmp_path):
         def __reduce__(self):
             return Path.touch, (tmp_path / "ran",)
 
-    refused(save({"model": theirs, "args": Code()}), "theirs.pt", "code")
+    assert_refused(save({"model": theirs, "args": Code()}), "theirs.pt", "code")
     assert not (tmp_path / "ran").exists()
-    refused(save({"model": theirs, "args": argparse.Namespace(lr=1)}), "argparse.Namespace")
+    assert_refused(save({"model": theirs, "args": argparse.Namespace(lr=1)}), "argparse.Namespace")
 
 
 def test_missing_unknown_and_misshapen_tensors(theirs, save):
     def without(*names: str) -> dict[str, Tensor]:
         return {name: value for name, value in theirs.items() if name not in names}
 
-    refused(save(without("encoder.up_sample.weight")), "encoder.up_sample.weight")
-    refused(save(without("decoder.decoder_norm.bias")), "decoder.decoder_norm.bias")
+    assert_refused(save(without("encoder.up_sample.weight")), "encoder.up_sample.weight")
+    assert_refused(save(without("decoder.decoder_norm.bias")), "decoder.decoder_norm.bias")
     two = ("encoder.blocks.1.mlp.w3.bias", "encoder.blocks.2.norm1.weight")
-    refused(save(without(*two)), "encoder.blocks.1.mlp.w3.bias", "1 more")
-    refused(
+    assert_refused(save(without(*two)), "encoder.blocks.1.mlp.w3.bias", "1 more")
+    assert_refused(
         save(theirs | {"encoder.blocks.0.mlp.w4.weight": torch.ones(2)}),
         "encoder.blocks.0.mlp.w4.weight",
     )
-    refused(save({"ema": theirs | {"encoder.up_sample.bias": 3}}), "encoder.up_sample.bias", "int")
-    refused(save(theirs | {"up_sample_decoder.bias": torch.ones(7)}), "up_sample_decoder.bias", "[7]")
-    refused(save(theirs | {"latent_tokens": theirs["latent_tokens"][:, :7]}), "7 latent tokens")
-    refused(save(theirs | {"latent_tokens": theirs["latent_tokens"][0]}), "latent_tokens", "[16, 32]")
+    assert_refused(save({"ema": theirs | {"encoder.up_sample.bias": 3}}), "encoder.up_sample.bias", "int")
+    assert_refused(save(theirs | {"up_sample_decoder.bias": torch.ones(7)}), "up_sample_decoder.bias", "[7]")
+    assert_refused(save(theirs | {"latent_tokens": theirs["latent_tokens"][:, :7]}), "7 latent tokens")
+    assert_refused(save(theirs | {"latent_tokens": theirs["latent_tokens"][0]}), "latent_tokens", "[16, 32]")
     table = "patch_embed.position_embeddings"
-    refused(save(theirs | {table: theirs[table] + 0.1}), table)
-    refused(save(theirs | {table: theirs[table][:, 1:]}), table, "[1, 16, 32]")
+    assert_refused(save(theirs | {table: theirs[table] + 0.1}), table)
+    assert_refused(save(theirs | {table: theirs[table][:, 1:]}), table, "[1, 16, 32]")
 
 
 def test_a_tensor_of_another_model(released, theirs, mentions):

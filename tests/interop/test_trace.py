@@ -11,7 +11,7 @@ from unite_fast.interop.parity import compare
 from unite_fast.interop.trace import Trace
 
 
-def refused(path, *words: str) -> None:
+def assert_refused(path, *words: str) -> None:
     with pytest.raises(UserError) as error:
         compare(Trace(path))
     message = str(error.value)
@@ -21,33 +21,33 @@ def refused(path, *words: str) -> None:
 
 
 def test_missing_file(tmp_path):
-    refused(tmp_path / "none.npz", "none.npz")
-    refused(tmp_path, str(tmp_path))
+    assert_refused(tmp_path / "none.npz", "none.npz")
+    assert_refused(tmp_path, str(tmp_path))
 
 
 def test_not_a_zip(tmp_path):
     path = tmp_path / "trace.npz"
     path.write_text("hello")
-    refused(path, str(path), ".npz file")
+    assert_refused(path, str(path), ".npz file")
 
 
 def test_a_lone_array(tmp_path):
     np.save(tmp_path / "trace.npy", np.zeros(3))
-    refused(tmp_path / "trace.npy", "trace.npy", ".npz file")
+    assert_refused(tmp_path / "trace.npy", "trace.npy", ".npz file")
 
 
 def test_another_zip(tmp_path):
     path = tmp_path / "trace.npz"
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("readme.txt", "hello")
-    refused(path, "meta_json")
+    assert_refused(path, "meta_json")
 
 
 def test_torn_file(small, write_trace):
     path = write_trace(small)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    refused(path, str(path))
+    assert_refused(path, str(path))
 
 
 def test_damaged_file(small, write_trace):
@@ -55,21 +55,21 @@ def test_damaged_file(small, write_trace):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 255
     path.write_bytes(content)
-    refused(path, str(path))
+    assert_refused(path, str(path))
 
 
 def test_pickles_are_not_read(write_trace):
-    refused(write_trace({"meta_json": np.array([{"a": 1}], dtype=object)}), "pickle")
+    assert_refused(write_trace({"meta_json": np.array([{"a": 1}], dtype=object)}), "pickle")
 
 
 @pytest.mark.parametrize("text", [b"{not json", b"\xff\xfe"])
 def test_meta_that_is_not_json(small, write_trace, text):
-    refused(write_trace(small | {"meta_json": np.frombuffer(text, np.uint8)}), "meta_json", "JSON")
+    assert_refused(write_trace(small | {"meta_json": np.frombuffer(text, np.uint8)}), "meta_json", "JSON")
 
 
 @pytest.mark.parametrize("meta", [[], 3, {"config": {}}, {"config": None}])
 def test_meta_of_another_format(small, write_trace, meta):
-    refused(write_trace(small, meta), "format")
+    assert_refused(write_trace(small, meta), "format")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_meta_of_another_format(small, write_trace, meta):
 def test_missing_arrays(small, write_trace, name):
     gone = name if name.endswith("/") else name + "\0"
     arrays = {own: array for own, array in small.items() if not (own + "\0").startswith(gone)}
-    refused(write_trace(arrays), name.removeprefix("state/"))
+    assert_refused(write_trace(arrays), name.removeprefix("state/"))
 
 
 @pytest.mark.parametrize(
@@ -109,17 +109,17 @@ def test_missing_arrays(small, write_trace, name):
     ],
 )
 def test_wrong_arrays(small, write_trace, name, change):
-    refused(write_trace(small | {name: change(small[name])}), name)
+    assert_refused(write_trace(small | {name: change(small[name])}), name)
 
 
 def test_misshapen_and_unknown_weights(small, write_trace):
     name = "state/encoder.blocks.0.mlp.w3.weight"
-    refused(write_trace(small | {name: small[name][:, 1:]}), "encoder.blocks.0.mlp.w3.weight", "[32, 84]")
-    refused(
+    assert_refused(write_trace(small | {name: small[name][:, 1:]}), "encoder.blocks.0.mlp.w3.weight", "[32, 84]")
+    assert_refused(
         write_trace(small | {"state/encoder.blocks.9.norm1.weight": np.ones(32, np.float32)}), "encoder.blocks.9.norm1"
     )
-    refused(write_trace(small | {"state/spare": np.ones(3, np.float32)}), "spare")
-    refused(write_trace(small | {"final_norm/spare": np.float32(1)}), "spare")
+    assert_refused(write_trace(small | {"state/spare": np.ones(3, np.float32)}), "spare")
+    assert_refused(write_trace(small | {"final_norm/spare": np.float32(1)}), "spare")
 
 
 @pytest.mark.parametrize(
@@ -148,4 +148,4 @@ def test_unsupported_settings(small, write_trace, place, value):
         holder = holder[group]
     holder[key] = value
     ours = {"cfg_norm_order": "order", "num_heads": "heads", "losses": "losses"}.get(key, place)
-    refused(write_trace(small, meta), ours)
+    assert_refused(write_trace(small, meta), ours)
