@@ -112,14 +112,14 @@ def sizes(op: Op) -> Iterator[tuple[str, Size]]:
 def triton_modules() -> dict:
     """The modules of kernels/triton_kernels by name."""
     package = importlib.import_module("unite_fast.kernels.triton_kernels")
-    names = [found.name for found in pkgutil.iter_modules(package.__path__)]
+    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
     return {name: importlib.import_module(f"{package.__name__}.{name}") for name in names}
 
 
 def ops() -> list[str]:
     """Everything with a Triton kernel of its own: ops, the norms inside Linears, and the draws."""
-    of_blocks = (name for name, op in OPS.items() if op.part != "composed" and "triton" in op.fused.backends)
-    return [*of_blocks, "layer_norm", "residual_layer_norm", "draws"]
+    with_kernels = (name for name, op in OPS.items() if op.part != "composed" and "triton" in op.fused.backends)
+    return [*with_kernels, "layer_norm", "residual_layer_norm", "draws"]
 
 
 def all_kernels() -> set[str]:

@@ -69,7 +69,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     magic = bytes((0, 0, 8, dimensions))
     if not magic.startswith(data[:4]):
         raise UserError(
-            f"{path} is no IDX file of {dimensions} dimensions: it starts with {data[:4].hex()}, not {magic.hex()}"
+            f"{path} is not an IDX file of {dimensions} dimensions: it starts with {data[:4].hex()}, not {magic.hex()}"
         )
     header = 4 + 4 * dimensions
     if len(data) < header:

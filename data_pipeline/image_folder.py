@@ -77,7 +77,7 @@ class FolderSource(Source):
 
     def name(self, index: int) -> str:
         """The file's path, relative to the folder of class folders."""
-        # A file name may hold line breaks or bytes that are no text; a message must not.
+        # A file name may hold line breaks or bytes that are not text; a message must not.
         return one_line(os.fsencode(self.files[index]).decode(errors="backslashreplace"))
 
     def read_into(self, index: int, image: np.ndarray) -> int:
@@ -90,7 +90,7 @@ def read_image(path: str | Path, image_size: int, name: str | None = None) -> np
     """Decode and centre-crop an image file: uint8 [image_size, image_size, 3].
 
     Raises:
-        UnreadableSample: the file is missing, broken or no image. The message names `name`, or else the path.
+        UnreadableSample: the file is missing, broken or not an image. The message names `name`, or else the path.
     """
     return decode_image(path, image_size, name or str(path))
 
@@ -99,7 +99,7 @@ def read_images(paths: list[Path], size: int) -> Tensor:
     """Decode and centre-crop image files: uint8 [n, 3, size, size].
 
     Raises:
-        UserError: a file is missing, broken or no image.
+        UserError: a file is missing, broken or not an image.
     """
     try:
         images = [read_image(path, size) for path in paths]

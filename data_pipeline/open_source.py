@@ -105,7 +105,7 @@ def detect_source(data: str) -> tuple[str, str]:
 
     Args:
         data: the address of shards, a folder (of shards, IDX files or class folders), or the name of a kind that needs
-            no path, such as "digits". ./digits is a folder called digits.
+            no path, such as "digits". Write ./digits for a folder of that name.
     """
     if data in _KINDS and not _KINDS[data].needs_path:
         return data, ""

@@ -48,7 +48,7 @@ class Reader(Protocol):
     """Reads batches in the order in which they are begun.
 
     Attributes:
-        ahead: number of batches to keep begun beyond the one that is taken next.
+        ahead: number of batches to read ahead of the next one.
     """
 
     ahead: int

@@ -1,8 +1,8 @@
 """The fused ops of UNITE, one file per op or family of ops: elementwise work and norms, attention, Linears.
 
 Each op has a public function, which checks its arguments. Elementwise ops and norms have a reference `OP_ref` in plain
-PyTorch, float32 inside: it is the specification, and what torch.compile fuses. Attention and the Linears are composed
-of these. docs/adding-a-kernel.md shows how to add an op.
+PyTorch, float32 inside: it is the specification, and what torch.compile fuses. Attention and the Linears include
+some of these. docs/adding-a-kernel.md shows how to add an op.
 """
 
 from unite_fast.kernels.adaln import adaln_modulate, gated_residual_adaln, gated_residual_norm_adaln

@@ -41,8 +41,8 @@ TAKES_FLOAT32 = ("sdpa", "sdpa_efficient")
 
 
 def why_missing(name: str, device: torch.device, dtype: torch.dtype, head_widths: Iterable[int]) -> str:
-    """Why an entry of `ATTEND` cannot run on this device, in one line; empty if it can. It is tried, forward and
-    backward."""
+    """Why an entry of `ATTEND` cannot run on this device, in one line; empty if it can. Runs it once, forward
+    and backward."""
     if name == "sdpa":
         return ""
     if device.type != "cuda":

@@ -88,10 +88,9 @@ class FusedOp:
 
     Args:
         name: name in `torch.ops.unite_fast`.
-        inputs: their types, as PyTorch's operator schemas write them. By default, each parameter of `fake_forward` is a
-            Tensor.
+        inputs: the arguments in PyTorch's schema syntax. By default, each parameter of `fake_forward` is a Tensor.
         outputs: number of tensors that `forward` returns.
-        results: the first so many outputs are the caller's; the others are saved for backward.
+        results: number of outputs that the caller gets, the first ones; the others are only saved for backward.
         fake_forward: `forward` on tensors without data: allocates outputs of the right shape, dtype and strides.
         backward_inputs: gradients of the results, then what `saved` returns. By default, each parameter of
             `fake_backward` is a Tensor.

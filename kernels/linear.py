@@ -115,7 +115,7 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> T
     """
     for weight, bias in zip(weights, biases, strict=True):
         check_weight("linears", x.shape[-1], weight, bias)
-    # For a compiler and for fake tensors each is an operator of its own.
+    # Under torch.compile and with fake tensors, each Linear is a separate operator.
     if not recomputing_backend(x) or torch.compiler.is_compiling() or fused_op.needs_dispatcher(x):
         return torch.cat([linear(x, *each) for each in zip(weights, biases, strict=True)], dim=-1)
     return _Linears.apply(x.to(torch.bfloat16), *weights, *biases)

@@ -42,7 +42,7 @@ def _why_missing() -> str:
         "unite_fast.kernels._native was built from other C++ sources than these; rebuild it with "
         "`pip install -e . --no-deps`, or as CONTRIBUTING.md says"
     )
-    # Somebody has built it, so the backend `auto` must not replace it by `reference` without a word.
+    # Warn, so that `auto` does not silently fall back to `reference`.
     warnings.warn(stale, stacklevel=2)
     return stale
 

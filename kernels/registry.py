@@ -37,7 +37,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Op:
-    """What the walkers of `OPS` need to know of one op."""
+    """One op, as tests and benchmarks see it."""
 
     function: Callable[..., Any]
     """The public function."""
@@ -47,9 +47,9 @@ class Op:
     example: Callable[[Size, New], dict[str, Any]]
     """(size, new) -> keyword arguments of the function."""
     part: Literal["block", "latents", "composed", "lpips"] = "block"
-    """Where the model uses it; "composed": made of other ops, with no kernel of its own. An op of a block has results
-    [B, T, ...] or [B, H, T, K], and tests/kernels/test_fused_op.py compares it with its reference; ops of blocks and
-    latents are benchmarked."""
+    """Where the model uses it; "composed": a Linear or attention, together with other work. An op of a block has
+    results [B, T, ...] or [B, H, T, K], and tests/kernels/test_fused_op.py compares it with its reference; ops of
+    blocks and latents are benchmarked."""
     roundings: int = 1
     """Roundings to bfloat16 between an input and a result when everything is bfloat16."""
     op_inputs: Callable[..., tuple] | None = None

@@ -61,8 +61,14 @@ def as_supported(x: Tensor) -> Tensor:
     return dense(x if x.dtype in DTYPES else x.float())
 
 
-def as_input(x: Tensor) -> Tensor:
+@overload
+def as_input(x: Tensor) -> Tensor: ...
+@overload
+def as_input(x: None) -> None: ...
+def as_input(x: Tensor | None) -> Tensor | None:
     """x as the fast backends read an input: a weight [D] `as_float32`, all else `as_supported`."""
+    if x is None:
+        return None
     return as_float32(x) if x.dim() == 1 else as_supported(x)
 
 

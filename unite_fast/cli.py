@@ -36,7 +36,7 @@ for module in (training, bench, tune, planning, images, evaluation, guidance, ga
 def main() -> None:
     """Run a command. A UserError becomes one line on stderr and its exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold bytes that are not text
     try:
         app()
     except UserError as error:

@@ -26,11 +26,11 @@ TRAINING_SAMPLES = {"inception": 5_000, "pixels": 1_000}
 """Generated images for an evaluation during training, by features."""
 
 VGG16_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
-"""Of torchvision's vgg16-397923af.pth."""
+"""SHA-256 of torchvision's vgg16-397923af.pth."""
 LPIPS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
-"""Of vgg.pth, linear weights v0.1, taken from the lpips 0.1.4 wheel."""
+"""SHA-256 of vgg.pth, the linear weights v0.1, taken from the lpips 0.1.4 wheel."""
 INCEPTION_SHA256 = "6726825d"
-"""First digits of torch-fidelity's weights-inception-2015-12-05-6726825d.pth; its name carries no more."""
+"""First digits of the SHA-256 of torch-fidelity's weights-inception-2015-12-05-6726825d.pth, from its name."""
 
 
 @dataclass
@@ -144,7 +144,7 @@ class DataConfig:
     """Training images."""
 
     source: str = "digits"
-    """digits (built into scikit-learn), folder (one folder a class), idx (MNIST's file format), shards (made by
+    """digits (built into scikit-learn), folder (one folder per class), idx (MNIST's file format), shards (made by
     unite-fast shards), synthetic (noise, for timing), or a kind of your own (docs/adding-a-dataset.md)."""
     path: str = ""
     """Folder of the data; for shards also https://HOST/FOLDER, or pipe:COMMAND with {} in place of a file's name."""
@@ -502,13 +502,16 @@ class Config:
         )
 
 
-def check_seed_and_batch(seed: int, batch: int) -> None:
+def check_seed_and_batch(seed: int, batch: int, prefix: str = "") -> None:
     """
+    Args:
+        prefix: "--" if they are options of a command.
+
     Raises:
         UserError: seed out of range, or no images at a time.
     """
-    require(0 <= seed < 2**64, f"the seed is {seed}; it must be in [0, 2**64)")
-    require(batch > 0, f"the batch is {batch} images; it must be positive")
+    require(0 <= seed < 2**64, f"{prefix}seed is {seed}; it must be in [0, 2**64)")
+    require(batch > 0, f"{prefix}batch is {batch}; it must be positive")
 
 
 def is_digest(text: str) -> bool:

@@ -177,10 +177,10 @@ def dropout_masks(philox: Philox, shapes: Sequence[tuple[int, int, int]]) -> lis
         shapes: (C, H, W) of each feature, C a multiple of 32; see `tap_shapes`.
 
     Returns:
-        uint8 [b, C, H, W] for each shape, channels-last like the features: one byte an element.
+        uint8 [b, C, H, W] for each shape, channels-last like the features: one byte per element.
 
     Raises:
-        ValueError: if C is no multiple of 32.
+        ValueError: if C is not a multiple of 32.
     """
     masks = []
     for layer, (c, h, w) in enumerate(shapes):
@@ -209,8 +209,8 @@ def load_lpips(config: PerceptualConfig) -> LPIPS:
     """LPIPS with the weights of the two files that `config` or the environment names, on the CPU in float32.
 
     Raises:
-        UserError: a path is not set, or its file is missing, of another size or SHA-256 than expected, no file of
-            `torch.save`, or without the tensors of VGG16 or LPIPS.
+        UserError: a path is not set, or its file is missing, has another size or SHA-256 than expected, was not
+            written by `torch.save`, or lacks tensors of VGG16 or LPIPS.
     """
     vgg = VGG_FILE.load(config.vgg_path, config.vgg_sha256, VGG_SHAPES)
     linear = LPIPS_FILE.load(config.lpips_path, config.lpips_sha256, LINEAR_SHAPES)

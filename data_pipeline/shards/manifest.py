@@ -91,7 +91,7 @@ def read_manifest(path: Path) -> Manifest:
     except (TypeError, KeyError, AttributeError):
         valid = False
     if not valid:
-        raise UserError(f"{path} is no manifest of a shard set: make the set again with unite-fast shards")
+        raise UserError(f"{path} is not the manifest of a shard set: make the set again with unite-fast shards")
     return manifest
 
 
@@ -141,4 +141,4 @@ def read_index(path: Path) -> Index:
         raise UserError(f"cannot read {path}: {error.strerror}; restore it, or make the set again") from None
     except ValueError:
         pass
-    raise UserError(f"{path} is no index of a shard: restore it, or make the set again")
+    raise UserError(f"{path} is not the index of a shard: restore it, or make the set again")

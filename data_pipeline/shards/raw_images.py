@@ -5,6 +5,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 from unite_fast.data_pipeline.image_folder import IMAGE_EXTENSIONS, FolderSource
 from unite_fast.data_pipeline.source import UnreadableSample, one_line
 from unite_fast.errors import UserError
-from unite_fast.utils.files import writing
+from unite_fast.utils.files import atomic_write, writing
 
 _SPLIT_NAMES = {"train": ("train",), "test": ("val", "validation", "test")}
 
@@ -204,9 +205,8 @@ def _class_names(metadata: dict[bytes, bytes]) -> list[str]:
 def _stage(file, target: Path) -> tuple[list[int], list[int]]:
     """Copy a Parquet file's images to `target`, unless that exists; returns their sizes and labels."""
     done = target.exists()
-    partial = target.with_name(target.name + ".partial")
     sizes, labels = [], []
-    with writing(partial), open(os.devnull if done else partial, "wb") as out:
+    with nullcontext(os.devnull) if done else atomic_write(target) as path, open(path, "wb") as out:
         for rows in file.iter_batches(batch_size=256, columns=["image", "label"]):
             for row in rows.to_pylist():
                 image = row["image"]
@@ -214,6 +214,4 @@ def _stage(file, target: Path) -> tuple[list[int], list[int]]:
                 out.write(data)
                 sizes.append(len(data))
                 labels.append(int(row["label"]))
-    if not done:
-        os.replace(partial, target)
     return sizes, labels

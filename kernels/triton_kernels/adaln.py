@@ -237,8 +237,8 @@ def _forward(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype)
     x_out = None if branch is None else tensors.empty_like(x)
     if norm_weight is not None:
         rstd = x.new_empty((2, b, t), dtype=torch.float32)
-    shift, scale, weight, norm_weight = map(_vectors, (shift, scale, weight, norm_weight))
-    branch, gate = map(_vectors, (branch, gate))
+    shift, scale, weight, norm_weight = map(tensors.as_input, (shift, scale, weight, norm_weight))
+    branch, gate = map(tensors.as_input, (branch, gate))
     if h.numel():
         strides = *_two(x), *_two(branch), _one(gate), _one(shift), _one(scale)
         pointers = x, branch, gate, norm_weight, weight, shift, scale, x_out, h, rstd
@@ -258,7 +258,7 @@ def _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, rstd, s
     own = norm_weight, weight, branch, gate, shift, scale
     sums = 2 + (branch is not None) + (norm_weight is not None)
     partial = x.new_empty((sums, b, triton.cdiv(t, TOKENS), d), dtype=torch.float32)
-    norm_weight, weight, branch, gate, shift, scale = map(_vectors, own)
+    norm_weight, weight, branch, gate, shift, scale = map(tensors.as_input, own)
     if d_x.numel():
         strides = *_two(d_x_out), *_two(d_h), *_two(x), *_two(branch), _one(gate), _one(shift), _one(scale)
         inputs = d_x_out, d_h, x, branch, gate, norm_weight, weight, shift, scale, rstd
@@ -277,10 +277,6 @@ def _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, rstd, s
         )
     d_weight, *d_norm_weight = sum_rows(over_samples)
     return d_x, d_branch, d_gate, d_norm_weight[0] if d_norm_weight else None, d_weight, d_shift, d_scale, h
-
-
-def _vectors(x):
-    return None if x is None else tensors.as_input(x)
 
 
 def _two(x):

@@ -77,9 +77,9 @@ def test_images_larger_than_image_size_are_refused(folder, mentions):
 
 
 WRONG = {
-    "swapped files": (idx(CLASSES), "no IDX file of 3 dimensions: it starts with 00000801, not 00000803"),
+    "swapped files": (idx(CLASSES), "IDX file of 3 dimensions: it starts with 00000801, not 00000803"),
     "32-bit values": (idx(PIXELS.astype(">i4"), 0x0C), "starts with 00000c03"),
-    "text": (b"<html>not found</html>", "no IDX file"),
+    "text": (b"<html>not found</html>", "IDX file"),
     "nothing": (b"", "truncated: 0 bytes"),
     "half a header": (idx(PIXELS)[:9], "truncated: 9 bytes, the header alone has 16"),
     "one byte short": (idx(PIXELS)[:-1], "truncated: its header promises 6 x 5 x 4 = 120 bytes, it holds 119"),

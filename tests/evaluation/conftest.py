@@ -13,6 +13,7 @@ from unite_fast.data_pipeline import open_source
 from unite_fast.evaluation import evaluate
 from unite_fast.evaluation.inception import INCEPTION_FILE
 from unite_fast.sampling.distributed_sampler import Samples
+from unite_fast.sampling.pipeline import TrainedUNITE
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +41,8 @@ def model(trained_folder):
 class PerfectModel:
     """Reconstructs every value one level off, and "generates" real images of the requested classes; without guidance,
     zeros only."""
+
+    precision_and_compile = TrainedUNITE.precision_and_compile
 
     def __init__(self, trained):
         self.config, self.network, self.step = trained.config, trained.network, trained.step

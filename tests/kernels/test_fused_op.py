@@ -24,7 +24,7 @@ SHAPES = [
     *(("native", shape) for shape in [(2, 150, 42), (5, 123, 123), (1, 1, 301), (3, 65, 16), (2, 64, 130)]),
     *(("triton", shape) for shape in [(2, 21, 42), (3, 5, 123), (1, 1, 301), (2, 17, 16)]),
 ]
-"""Several chunks of tokens, widths that are no multiple of a vector, a single token."""
+"""Several chunks of tokens, widths that are not a multiple of a vector, a single token."""
 SEVERAL_CHUNKS = {"native": 70, "triton": 21}
 """Tokens: more than one program or task of the backend takes."""
 

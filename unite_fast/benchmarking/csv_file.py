@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from unite_fast.errors import UserError
-from unite_fast.utils.files import atomic_write, writing
+from unite_fast.utils.files import save_text, writing
 
 
 def append(path: Path, row: dict) -> None:
@@ -24,8 +24,7 @@ def append(path: Path, row: dict) -> None:
         columns, rows = parse(path, path.read_text()) if path.exists() else ([], [])
         missing = [name for name in row if name not in columns]
         if missing:
-            with atomic_write(path) as partial:
-                partial.write_text(table([*columns, *missing], [*rows, row], header=True))
+            save_text(table([*columns, *missing], [*rows, row], header=True), path)
         else:
             with writing(path), path.open("a", newline="") as file:
                 file.write(table(columns, [row], header=False))

@@ -7,7 +7,7 @@ import yaml
 from unite_fast.benchmarking.candidate import OK
 from unite_fast.benchmarking.tune import TuneResult, describe
 from unite_fast.errors import UserError
-from unite_fast.utils.files import atomic_write, writing
+from unite_fast.utils.files import save_text, writing
 
 
 def check(path: Path) -> None:
@@ -43,5 +43,4 @@ def write(path: Path, result: TuneResult, command: str) -> None:
             tree.setdefault(group, {})[name] = value
         else:
             tree[key] = value
-    with atomic_write(path) as partial:
-        partial.write_text("".join(f"# {line}\n" for line in comments) + yaml.safe_dump(tree, sort_keys=False))
+    save_text("".join(f"# {line}\n" for line in comments) + yaml.safe_dump(tree, sort_keys=False), path)

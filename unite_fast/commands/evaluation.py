@@ -115,10 +115,9 @@ def stats(
     settings = EvaluationSettings(
         features=features, inception=inception, inception_sha256=inception_sha256, batch=batch
     )
-    with ranks_of_torchrun(choose_device(device)) as ranks:
-        reference = save_statistics(
-            data, image_size, split, settings, out, ranks, choose_device(device), workers, track
-        )
+    chosen = choose_device(device)
+    with ranks_of_torchrun(chosen) as ranks:
+        reference = save_statistics(data, image_size, split, settings, out, ranks, chosen, workers, track)
     if ranks.main:
         typer.echo(f"{reference.count} images, {len(reference.statistics.mean)} {reference.features} features: {out}")
         for line in unreadable_lines(reference.provenance, "images"):

@@ -21,7 +21,10 @@ Checkpoint = Annotated[
     ),
 ]
 DataPath = Annotated[
-    str, typer.Argument(metavar="DATA", help="folder or address of the data, or digits; ./digits is a folder")
+    str,
+    typer.Argument(
+        metavar="DATA", help="folder or address of the data, or digits (write ./digits for a folder of that name)"
+    ),
 ]
 Data = Annotated[str, typer.Option(help="folder of the data, if not the training data")]
 Split = Annotated[str, typer.Option(help="train or test")]

@@ -108,12 +108,12 @@ def fresh_store(timeout: float) -> tuple[Store, int, int]:
         store, rank, world = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
         return PrefixStore(_agree_on_prefix(store, rank, world, timeout), store), rank, world
     except (distributed.DistError, TimeoutError) as error:
-        raise LostContact(f"not all {world} processes came to the start within {timeout:g} s") from error
+        raise LostContact(f"not all {world} processes joined within {timeout:g} s") from error
 
 
 def _agree_on_prefix(store: Store, rank: int, world: int, timeout: float) -> str:
     """A key prefix on which all ranks of this start agree, although the store may hold keys of an earlier start.
-    torchrun's count of restarts does not do: each machine has its own.
+    torchrun's restart count cannot be the prefix, since each machine has its own.
 
     Each rank writes a new token. Rank 0 proposes the tokens that it reads; each rank confirms a proposal that contains
     its token; a proposal that all have confirmed is accepted. One with a dead rank's token is never confirmed by all.

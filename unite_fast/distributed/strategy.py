@@ -75,7 +75,7 @@ def choose_strategy(config: ParallelConfig, ranks: Ranks, state: int, memory: in
     mesh = {"ddp": (ranks.world, 1), "fsdp": (1, ranks.world), "hsdp": (ranks.nodes, ranks.per_node)}[name]
     require(
         mesh[0] * mesh[1] == ranks.world,
-        f"hsdp needs the same number of processes on each machine, but {ranks.world} is no multiple of the "
+        f"hsdp needs the same number of processes on each machine, but {ranks.world} is not a multiple of the "
         f"{ranks.per_node} here; start as many on each, or set parallel.strategy=fsdp",
     )
     # With one shard per replica there is nothing to gather, and resharding would only copy.

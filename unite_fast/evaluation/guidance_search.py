@@ -156,7 +156,7 @@ class SearchResult:
 
     @property
     def seconds(self) -> float:
-        """Of all measurements, cached ones included."""
+        """Seconds of all measurements, cached ones included."""
         return sum(one.seconds for one in (*self.searched, *self.confirmed))
 
 

@@ -130,7 +130,7 @@ def _load_lpips(config: PerceptualConfig, size: int, device: torch.device) -> tu
     if size < SMALLEST_SIDE:
         return None, [f"no LPIPS: VGG16 needs images of {SMALLEST_SIDE} pixels or more"]
     files = ((VGG_FILE, config.vgg_path), (LPIPS_FILE, config.lpips_path))
-    missing = [f"{file.key} (or {file.variable})" for file, path in files if not file.exists(path)]
+    missing = [origin for file, path in files if (origin := file.missing(path))]
     if missing:
         return None, [f"no LPIPS: there is no weight file at {' and '.join(missing)}"]
     return load_lpips(replace(config, input_range="signed")).to(device), []

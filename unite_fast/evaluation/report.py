@@ -7,7 +7,7 @@ from torch import Tensor
 
 from unite_fast.errors import require
 from unite_fast.evaluation.batches import unreadable_lines
-from unite_fast.utils.files import atomic_write, writing
+from unite_fast.utils.files import atomic_write, save_text, writing
 from unite_fast.utils.images import grid, pairs
 
 JSON, TABLE, PAIRS = "evaluation.json", "evaluation.md", "reconstructions.png"
@@ -52,8 +52,7 @@ def save(result: dict, samples: dict[str, Tensor], reconstructions: tuple[Tensor
             with atomic_write(out / name) as partial:
                 image.save(partial, format="png")
         for name, text in ((TABLE, table(result)), (JSON, json.dumps(result, indent=1))):
-            with atomic_write(out / name) as partial:
-                partial.write_text(text)
+            save_text(text, out / name)
 
 
 def lines(result: dict) -> list[str]:

@@ -1,18 +1,18 @@
-"""Arguments of `unite-fast evaluate`, `stats` and `search-guidance`; they are no settings of a recipe.
+"""Arguments of `unite-fast evaluate`, `stats` and `search-guidance`; they are not settings of a recipe.
 
-This module imports nothing of the package but `config` and `errors`, so that `--help` does not load torch.
+Of the package, this module imports only `config` and `errors`, so that `--help` does not load torch.
 """
 
 import math
 from dataclasses import dataclass, field
 
-from unite_fast.config import FEATURES, INCEPTION_SHA256, PRECISIONS, is_digest
+from unite_fast.config import FEATURES, INCEPTION_SHA256, PRECISIONS, check_seed_and_batch, is_digest
 from unite_fast.errors import require, require_choice
 
 EVALUATION_SAMPLES = {"inception": 50_000, "pixels": 1_000}
 """Generated images for `unite-fast evaluate`, by features."""
 SEARCH_SAMPLES = {"inception": (5_000, 50_000), "pixels": (500, 2_000)}
-"""Generated images of a candidate in `unite-fast search-guidance`, by features: while searching, and to confirm."""
+"""Generated images per candidate in `unite-fast search-guidance`, by features: (search, confirmation)."""
 
 
 @dataclass
@@ -52,8 +52,7 @@ class EvaluationSettings:
         require(self.count is None or self.count >= 2, f"--count is {self.count}; it must be at least 2")
         require(all(math.isfinite(scale) for scale in self.guidance), "--guidance must be finite")
         require("guidance" not in self.sampling, "sampling must not hold guidance; set the field guidance instead")
-        require(0 <= self.seed < 2**64, f"--seed is {self.seed}; it must be in [0, 2**64)")
-        require(self.batch > 0, f"--batch is {self.batch}; it must be positive")
+        check_seed_and_batch(self.seed, self.batch, "--")
         if self.precision:
             require_choice("--precision", self.precision, PRECISIONS)
         require(

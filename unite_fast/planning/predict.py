@@ -176,7 +176,7 @@ class Speed:
 
     seconds: dict[str, float]
     images_per_s: float
-    """Of all GPUs together."""
+    """Images/s of all GPUs together."""
     mfu: float
 
     @property

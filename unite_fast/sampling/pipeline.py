@@ -106,7 +106,7 @@ class TrainedUNITE:
         return sampler.decode(self.network, latents, batch)
 
     def precision_and_compile(self, precision: str | None, compile: bool | None) -> tuple[str, bool]:
-        """Fill in defaults: without a precision that of training, and compilation on CUDA only."""
+        """Fill in defaults: the training precision; compile on CUDA only."""
         on_cuda = self.network.device.type == "cuda"
         return precision or self.config.train.precision, on_cuda if compile is None else compile
 

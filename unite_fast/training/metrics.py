@@ -19,7 +19,7 @@ from unite_fast.planning.flops import image_flops
 from unite_fast.planning.gpus import recognise
 from unite_fast.training.step_timer import StepClock
 from unite_fast.training.wandb_log import WandbLog
-from unite_fast.utils.files import atomic_write, read_rows, writing
+from unite_fast.utils.files import read_rows, save_text, writing
 
 AVERAGED = ("total", "l1", "lpips", "flow", "grad_norm")
 HARDWARE = ("images_per_s", "images_per_s_per_gpu", "mfu", "memory_gb", "seconds_")
@@ -166,8 +166,7 @@ class MetricsLog:
         self.path = folder / "metrics.jsonl"
         self.events_path = folder / "tensorboard"
         self.rows = [row for row in read_rows(self.path) if row["step"] <= step]
-        with atomic_write(self.path) as partial:
-            partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        save_text("".join(json.dumps(row) + "\n" for row in self.rows), self.path)
         with writing(self.events_path):
             self.events = SummaryWriter(str(self.events_path), purge_step=step + 1)
 

@@ -17,7 +17,7 @@ from unite_fast.distributed.peers import Peers
 from unite_fast.errors import require
 from unite_fast.recipes import to_tree
 from unite_fast.utils import file_lock
-from unite_fast.utils.files import atomic_write, writing
+from unite_fast.utils.files import save_text, writing
 
 FREE_ON_RESUME = {
     "name",
@@ -127,5 +127,4 @@ def read_status(folder: Path) -> str:
 
 
 def write_status(folder: Path, status: str) -> None:
-    with atomic_write(folder / "status") as partial:
-        partial.write_text(status + "\n")
+    save_text(status + "\n", folder / "status")

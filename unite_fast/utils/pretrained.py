@@ -35,10 +35,10 @@ class WeightFile:
         """Whether `path` or the environment variable is set; the file may be missing."""
         return bool(self._setting(path))
 
-    def exists(self, path: str) -> bool:
-        """Whether the file that `path` or the environment variable names exists."""
-        path = self._setting(path)
-        return bool(path) and Path(path).expanduser().is_file()
+    def missing(self, path: str) -> str:
+        """The setting or environment variable that names no file; empty if the file exists."""
+        origin, path = self._origin(path), self._setting(path)
+        return "" if path and Path(path).expanduser().is_file() else origin
 
     def path(self, path: str) -> Path:
         """The file at `path`; if that is empty, at the environment variable's path.
