@@ -99,9 +99,10 @@ def test_the_setting_wins_over_the_environment(lpips_files, tmp_path, monkeypatc
     for variable in ("UNITE_FAST_VGG16", "UNITE_FAST_LPIPS"):
         monkeypatch.setenv(variable, "/nowhere")
     lpips, (note,) = reconstruction._load_lpips(lpips_files, SIDE, torch.device("cpu"))
-    assert lpips is None
-    for tokens in (("perceptual.vgg_path", "UNITE_FAST_VGG16"), ("perceptual.lpips_path", "UNITE_FAST_LPIPS")):
-        assert re.search(mentions(*tokens), note)
+    assert lpips is None and re.search(mentions("UNITE_FAST_VGG16", "UNITE_FAST_LPIPS"), note)
+    one_missing = replace(lpips_files, **paths | {"vgg_path": "/nowhere"})
+    lpips, (note,) = reconstruction._load_lpips(one_missing, SIDE, torch.device("cpu"))
+    assert lpips is None and re.search(mentions("perceptual.vgg_path"), note) and "lpips_path" not in note
     lpips, notes = reconstruction._load_lpips(replace(lpips_files, **paths), SIDE, torch.device("cpu"))
     assert lpips is not None and notes == []
 
