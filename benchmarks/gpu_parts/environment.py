@@ -48,8 +48,9 @@ def measure(c: Context) -> None:
     )
     c.say("copy", tb_per_s=float(f"{copy_bandwidth(c.device, 0.1 if c.tiny else 0.5) / 1e12:.4g}"))
     c.say("bfloat16 product", tflops=float(f"{matmul_rate(c.device) / 1e12:.4g}"))
+    smaller = 16 if c.tiny else 1
     for name, (inputs, outputs) in PRODUCTS.items():
-        c.say("products", linear=name, **linear(c, TOKENS // (256 if c.tiny else 1), inputs, outputs))
+        c.say("products", linear=name, **linear(c, TOKENS // smaller**2, inputs // smaller, outputs // smaller))
 
 
 def machine(c: Context) -> dict:

@@ -7,6 +7,7 @@ import torch
 
 from unite_fast.data_pipeline import Batch
 from unite_fast.model.unite import UNITE
+from unite_fast.optim import muon
 from unite_fast.recipes import load_config
 from unite_fast.training.train_state import TrainState
 from unite_fast.training.train_step import TrainStep
@@ -23,7 +24,8 @@ def all_cores():
 
 @pytest.mark.timeout(1200)
 @pytest.mark.usefixtures("all_cores")
-def test_unite_b_takes_a_training_step():
+def test_unite_b_takes_a_training_step(monkeypatch):
+    monkeypatch.setattr(muon, "ITERATIONS", 1)  # five take most of the time, and have their own tests
     overrides = ("perceptual.weight=0", "train.batch_size=1", "train.micro_batch=1", "optim.muon_dtype=float32")
     config = load_config("imagenet256_b", (*overrides, "schedule.warmup_steps=0"))
     state = TrainState(UNITE.create(config.model, seed=0), config)
