@@ -102,7 +102,7 @@ class Speedometer:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
         gpu = recognise(name)
         self.peak = gpu.tflops * 1e12 if gpu else None
-        self.mfu_note = f"MFU: {self.image_flops / 1e9:.4g} GFLOP an image, "
+        self.mfu_note = f"MFU: {self.image_flops / 1e9:.4g} GFLOP per image, "
         if gpu:
             self.mfu_note += f"relative to {gpu.tflops:g} dense bfloat16 TFLOP/s of {name} ({gpu.source})"
         else:

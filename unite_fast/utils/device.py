@@ -49,7 +49,9 @@ def use_numerics(precision: str, deterministic: bool) -> None:
         # Our kernels write every element before it is read, so filling new tensors would only cost time.
         # The type checker does not know this attribute of a module.
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-    torch.use_deterministic_algorithms(deterministic)
+    # The call imports Inductor, which takes a second. Off is the default.
+    if deterministic or torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(deterministic)
 
 
 @contextmanager
