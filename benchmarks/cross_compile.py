@@ -176,7 +176,8 @@ class StandIn:
 
 @contextmanager
 def compiling(kernel_filter: str) -> Iterator[list]:
-    """Within, launches compile only; gives the list to which they add (kernel, what was compiled, tensors by name)."""
+    """Within the `with` block, launches only compile. Each appends (kernel name, compiled kernel, tensors by name) to
+    the list that this yields."""
     from triton.runtime.jit import JITFunction
 
     launches, run = [], JITFunction.run
@@ -236,7 +237,7 @@ def examine(compiled, arch: int) -> dict:
 
 
 def occupancy(arch: Arch, registers: int, shared: int, warps: int) -> dict:
-    """Share of a multiprocessor's warps that can be there at once, and what keeps more away."""
+    """Share of a multiprocessor's warps that can be resident at once, and what limits it."""
     per_warp = math.ceil(registers * 32 / 256) * 256
     blocks = {
         "warps": arch.warps // warps,
@@ -289,7 +290,7 @@ def narrowest(widths: dict[str, int], tensors: dict[str, torch.Tensor]) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """Lines that differ in nothing but the number of tokens are one."""
+    """The rows as text; rows that differ only in the number of tokens become one line."""
     columns = {
         "kernel": "kernel",
         "op": "op",
@@ -326,7 +327,7 @@ def main() -> int:
     options = parser.parse_args()
     tasks = [(arch, op, options.kernel) for arch in options.arch or ARCHS for op in ops()]
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        rows = [row for found in pool.map(compile_op, *zip(*tasks, strict=True)) for row in found]
+        rows = [row for op_rows in pool.map(compile_op, *zip(*tasks, strict=True)) for row in op_rows]
     print(json.dumps(rows, indent=1) if options.json else table(rows))
     missing = {name for name in all_kernels() if options.kernel in name} - {row["kernel"] for row in rows}
     if missing:

@@ -4,8 +4,8 @@
     python benchmarks/data.py --json --workers 2 --images 2000 --data photographs
 
 The photographs are random crops of those in scikit-image and scikit-learn, at ImageNet's usual sizes. Every loader
-reads the same images with the same number of workers. A round is one epoch of each; printed are medians over the
-rounds, also of the ratios within a round. CPU seconds include the worker processes and their start.
+reads the same images with the same number of workers. A round is one epoch of each loader. Figures are medians over the
+rounds; ratios are computed within a round. CPU seconds include the worker processes and their start.
 """
 
 import argparse

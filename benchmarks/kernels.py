@@ -1,16 +1,16 @@
-"""How long the ops of `unite_fast.kernels` take, beside plain PyTorch (`eager`) and the same under torch.compile.
+"""Time of each op of `unite_fast.kernels`, next to plain PyTorch (`eager`) and the same under torch.compile.
 
 All backends of a case run in one process on the same numbers, a round of each in turn. A round is the forward pass on
-each of several copies of the inputs, then the backward pass on each: together the copies are larger than the cache,
-and the backward pass finds as little there as in a training step. `both` is their sum. As in training, a forward pass
+each of several copies of the inputs, then the backward pass on each. Together the copies exceed the cache, so backward
+finds as little of its data there as in a training step. `both` is the sum of the two. As in training, a forward pass
 saves what backward needs, and the times include allocations. The eager and the compiled noise_injection take their
 random words from C++ or, on a CUDA device, from PyTorch.
 
 The share is that of the bandwidth of a large copy on the same threads. It counts the bytes that the op must move
 (traffic.py), even if a backend moves more. Latents are of 3 flow draws, with 256 tokens of 32 channels.
 
-On a CUDA device the clock is that of CUDA events; each round begins behind a long wait, so that the host is ahead. No
-machine with such a device has run this yet.
+On a CUDA device, CUDA events take the time, and each round is queued behind a long wait, so that launch overhead is
+not measured. This has not been run on a CUDA device yet.
 """
 
 import argparse
@@ -43,7 +43,7 @@ SHAPES = {"cpu": "8x544x384", "cuda": "64x544x768"}
 HEAD_DIM = 64
 LATENT_TOKENS, CHANNELS = 256, 32
 ROTATED = 2**27
-"""Bytes of all copies of a case, at least. The caches of the machines meant here hold 32 to 60 MB."""
+"""Minimum bytes of all copies of a case together. The caches of the target machines hold 32 to 60 MB."""
 COPIED = 2**28
 """Bytes of the tensor that measures the bandwidth."""
 WARM_UP = 0.5
@@ -85,11 +85,11 @@ class Case(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """One set of the numbers that a case works on."""
+    """One set of a case's inputs."""
 
     arguments: dict
     leaves: list[Tensor]
-    """Those of the arguments that get a gradient."""
+    """The arguments that get a gradient."""
     incoming: list[Tensor]
     """The gradient of each result."""
 
@@ -120,17 +120,17 @@ def name(dtype: torch.dtype) -> str:
 
 
 def copies(case: Case) -> list[Copy]:
-    """So many that all of them together are larger than the cache, and no fewer than three."""
-    made, held = [], 0
-    while held < ROTATED or len(made) < 3:
+    """At least three copies of a case's inputs, and enough to exceed the cache together."""
+    rotated, size = [], 0
+    while size < ROTATED or len(rotated) < 3:
         arguments = case.draw()
         leaves = [arguments[name] for name in case.op.gradients]
-        if not made:
+        if not rotated:
             results = as_tuple(case.op.function(**arguments))
         incoming = [torch.randn_like(result) for result in results]
-        made.append(Copy(arguments, leaves, incoming))
-        held += sum(x.nbytes for x in (*leaves, *incoming))
-    return made
+        rotated.append(Copy(arguments, leaves, incoming))
+        size += sum(x.nbytes for x in (*leaves, *incoming))
+    return rotated
 
 
 def one_round(call: Callable, setting: str, rotated: list[Copy]) -> tuple[list[float], list[float]]:
@@ -148,7 +148,7 @@ def one_round(call: Callable, setting: str, rotated: list[Copy]) -> tuple[list[f
             start = mark(device)
             torch.autograd.grad(results[i], copy.leaves, copy.incoming)
             marks["backward"].append((start, mark(device)))
-            # Memory goes back pass by pass, as in training.
+            # Free each result after its backward pass, as in training.
             results[i] = None
     return tuple([milliseconds(*pair) for pair in marks[way]] for way in ("forward", "backward"))
 
@@ -192,7 +192,7 @@ def measure(
 
 
 def until(seconds: float, work: Callable[[], object]) -> None:
-    """Repeat for so long, and twice at least."""
+    """Call `work` repeatedly for `seconds`, at least twice."""
     end, done = time.perf_counter() + seconds, 0
     while done < 2 or time.perf_counter() < end:
         work()
@@ -279,9 +279,9 @@ def main() -> int:
         "--shape", action="append", type=parse_shape, metavar="BxTxD", help=f"may be repeated {defaults}"
     )
     parser.add_argument("--device", default="cpu", choices=SHAPES, help="[cpu]")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of measuring a case, all its backends together [3]")
+    parser.add_argument("--seconds", type=float, default=3.0, help="measuring time per case, all backends together [3]")
     parser.add_argument("--no-compiled", action="store_true", help="leave out torch.compile, which takes minutes")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU [as torch has them]")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads [torch's default]")
     parser.add_argument("--json", action="store_true", help="print a list of rows instead of the table")
     parser.add_argument("--block", action="store_true", help="print the bytes of one encoder block; time nothing")
     options = parser.parse_args()

@@ -15,7 +15,7 @@ the memsets that cuBLAS, cuDNN and sums over many rows may add. Where torch sees
 CPU instead (autograd asks even a tensor without memory for its device's streams), with the backends and matmuls that a
 GPU has; the output says which. The optimizer's step is shown apart, and is not part of a micro-batch.
 
-`--step` counts more of these: all micro-batches of a step, where those after the first add to gradients that are there.
+`--step N` counts the N micro-batches of a step and shows their mean; those after the first add to existing gradients.
 """
 
 import argparse
@@ -181,7 +181,7 @@ def as_on_a_gpu(device: str) -> Iterator[None]:
 
 @contextmanager
 def parts_of_the_step(launches: Launches, model: UNITE, lpips: LPIPS | None) -> Iterator[None]:
-    """What is called within counts as its part."""
+    """Within the `with` block, count the launches of each function under its part of the step."""
 
     def counted(part: str | Iterator[str], function: Callable) -> Callable:
         def call(*args, **kwargs):
@@ -206,9 +206,9 @@ def parts_of_the_step(launches: Launches, model: UNITE, lpips: LPIPS | None) -> 
 
     @contextlib.contextmanager
     def casts_apart(weights):
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as stack:
             with launches.within("casts of weights"):
-                held.enter_context(cast_once(weights))
+                stack.enter_context(cast_once(weights))
             yield
 
     with contextlib.ExitStack() as stack:
@@ -222,11 +222,11 @@ def count(config: Config, micro_batch: int, micro_batches: int = 1) -> dict:
     """Launches of the first `micro_batches` of a step, and of the optimizers' step after them.
 
     Returns:
-        device, and by part -> name -> number: "micro_batch", the mean of them, and "optimizer".
+        "device"; "micro_batch", part -> name -> mean number per micro-batch; "optimizer", name -> number.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     side, images = config.model.image_size, micro_batch * micro_batches
-    # FakeTensorMode inside, so that it answers what `launches` passes on.
+    # FakeTensorMode is entered first, so that it handles the calls that `launches` passes on.
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device), as_on_a_gpu(device):
         model = UNITE(config.model)
         lpips = None
@@ -280,7 +280,7 @@ def main() -> int:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--recipe", default="imagenet256_b", help="[imagenet256_b]")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of it")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a recipe setting")
     parser.add_argument("--micro-batch", type=int, default=64, metavar="N", help="images of a forward pass [64]")
     parser.add_argument("--step", type=int, default=1, metavar="N", help="micro-batches of the step [1]")
     parser.add_argument("--largest", type=int, default=25, metavar="N", help="operators to show [25]")

@@ -158,11 +158,11 @@ def torch_update(g: Tensor, dtype: torch.dtype) -> Tensor:
     return parameter.detach()
 
 
-def agreement(got: Tensor, want: Tensor) -> tuple[float, float]:
+def agreement(update: Tensor, reference: Tensor) -> tuple[float, float]:
     """1 - cosine, and relative error."""
-    got, want = got.double(), want.double()
-    cosine = (got * want).sum() / (got.norm() * want.norm())
-    return 1 - float(cosine), float((got - want).norm() / want.norm())
+    update, reference = update.double(), reference.double()
+    cosine = (update * reference).sum() / (update.norm() * reference.norm())
+    return 1 - float(cosine), float((update - reference).norm() / reference.norm())
 
 
 def print_agreement() -> None:

@@ -3,8 +3,8 @@
     pytest benchmarks --benchmark-only --benchmark-autosave -k swiglu
     pytest benchmarks --benchmark-only --benchmark-compare -k swiglu
 
-The backends run one after another here; on a busy machine trust kernels.py, which alternates between them. The tests of
-this project do not look into this folder.
+The backends run one after another here; on a busy machine trust kernels.py, which alternates between them. The test
+suite of this project does not collect this folder.
 """
 
 from itertools import cycle
@@ -52,14 +52,14 @@ def test_op(prepared, backend_name, way, benchmark):
         return finish(torch.autograd.grad(*forward(copy)))
 
     def finish(results):
-        """Launching is not computing."""
+        """Wait for the device: a call returns before its kernels have run."""
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
         return results
 
     timed, setup = {
         "forward": (lambda copy: finish(forward(copy)), lambda: ((next(rotated),), {})),
-        "backward": (lambda *given: finish(torch.autograd.grad(*given)), lambda: (finish(forward(next(rotated))), {})),
+        "backward": (lambda *args: finish(torch.autograd.grad(*args)), lambda: (finish(forward(next(rotated))), {})),
         "both": (both, lambda: ((next(rotated),), {})),
     }[way]
     benchmark.group = f"{case.title}, {way}"

@@ -46,7 +46,7 @@ _function: Callable | None = None
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(K)) v: q, k and v [B, H, T, K], bfloat16, dense in K -> [B, H, T, K]."""
-    # They take [B, T, H, K], dense only in K. FlashAttention 4 also returns the log-sum-exp.
+    # All versions take [B, T, H, K], of which only K must be dense. FlashAttention 4 also returns the log-sum-exp.
     assert _function is not None
     out = _function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)

@@ -10,7 +10,7 @@ norm_linear.py has those that begin with a norm.
 
 Under bfloat16 autocast, matmuls run in bfloat16 with float32 sums; see matmul.py. Otherwise they run in the dtype of
 the input, and each op runs as its separate parts and recomputes nothing: small models train in float32 on a CPU, where
-more calls would cost more than memory is worth.
+the extra calls would cost more time than the saved memory is worth.
 """
 
 from collections.abc import Callable, Sequence

@@ -95,7 +95,7 @@ _PASSED_AS = {1: lambda x: (x.data_ptr(),), 2: vectors, 3: rows}
 
 
 def philox_words(seed: int, step: int, stream: int, draw: int, positions: Tensor, elements: int) -> Tensor:
-    """The words of `unite_fast.randomness.Philox.words`, bit by bit.
+    """The words of `unite_fast.randomness.Philox.words`, bit for bit.
 
     Args:
         seed: in [0, 2**64).

@@ -139,7 +139,7 @@ def _check(z: Tensor, t: Tensor, philox, gate: Tensor | None) -> None:
 
 
 class Keys(NamedTuple):
-    """The fields of `unite_fast.randomness.Philox`, which stands above this package, for the example."""
+    """The fields of `unite_fast.randomness.Philox`, for the example: this package must not import that module."""
 
     seed: int
     step: int

@@ -65,7 +65,7 @@ def tap_distance(y: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None = Non
         float32 [B] (float64 for float64).
 
     Raises:
-        ValueError: shapes that do not match, or another argument than y that requires a gradient.
+        ValueError: shapes that do not match, or an argument other than y that requires a gradient.
     """
     op = "tap_distance"
     if y.dim() != 4 or 0 in y.shape[1:]:
@@ -75,7 +75,7 @@ def tap_distance(y: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None = Non
             raise argument_error(op, f"{name} must be {list(shape)}, got {list(other.shape)}")
         if other is not None and other.requires_grad:
             raise argument_error(op, f"{name} gets no gradient; detach it")
-    # With the backend "native" too, a CPU takes the reference.
+    # This op has no C++, so on a CPU the backend "native" runs the reference too.
     chosen = backend.choose(y) if y.is_cuda or backend.current() == "triton" else "reference"
     if chosen == "reference":
         return tap_distance_ref(y, x, weight, mask)
@@ -83,7 +83,7 @@ def tap_distance(y: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None = Non
 
 
 def _example(size, new):
-    """Features of width channels and as many pixels as tokens."""
+    """Features with `size.width` channels and `size.tokens` pixels."""
     shape = size.batch, size.width, size.tokens, 1
     y, x = (new(*shape, dtype=size.other).to(memory_format=torch.channels_last) for _ in range(2))
     return {"y": y, "x": x, "weight": new(size.width, dtype=size.weights), "mask": (x == x).to(torch.uint8)}

@@ -15,7 +15,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def upcast(x: Tensor) -> Tensor:
-    """float32 of a lower precision; float32 and float64 (the tests' truth) are left as they are."""
+    """x in float32; unchanged if it is float32 or float64 (the reference precision of the tests)."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

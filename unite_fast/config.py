@@ -112,7 +112,7 @@ class ModelConfig:
     latent_channels: int = 32
     """Channels C of a latent token."""
     latent_tokens: int = 0
-    """Latent tokens N; 0: one for each patch, which the decoder requires."""
+    """Latent tokens N; 0: one per patch, the only number that the decoder supports."""
     num_classes: int = 1000
     """Classes of the data."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
@@ -165,7 +165,7 @@ class ObjectiveConfig:
     """The joint loss. The defaults are the released recipe's."""
 
     flow_draws: int = 3
-    """F, flow draws of each image: 3 in the released recipe, 14 for the published checkpoints."""
+    """F, flow draws per image: 3 in the released recipe, 14 for the published checkpoints."""
     flow_weight: float = 1.0
     """Weight of the flow loss, which sums over the F draws; the reconstruction loss has weight 1."""
     time_mean: float = 0.0
@@ -503,12 +503,13 @@ class Config:
 
 
 def check_seed_and_batch(seed: int, batch: int, prefix: str = "") -> None:
-    """
+    """Check a seed and a batch size.
+
     Args:
-        prefix: "--" if they are options of a command.
+        prefix: of the names in messages: "--" for options of a command.
 
     Raises:
-        UserError: seed out of range, or no images at a time.
+        UserError: seed out of range, or batch size not positive.
     """
     require(0 <= seed < 2**64, f"{prefix}seed is {seed}; it must be in [0, 2**64)")
     require(batch > 0, f"{prefix}batch is {batch}; it must be positive")

@@ -2,10 +2,10 @@
 
     L = L1(recon, image) + perceptual.weight * LPIPS(recon, image) + objective.flow_weight * L_flow
 
-`reconstruct` computes the first two terms, `flow_losses` the third, on latents without a gradient. So each term has a
-backward pass of its own; training/train_step.py runs both.
+`reconstruct` computes the first two terms, `flow_losses` the third, on detached latents. So there are two separate
+backward passes, one per function; training/train_step.py runs both.
 
-B images of a micro-batch, N latent tokens, C latent channels, F flow draws of each image.
+B images of a micro-batch, N latent tokens, C latent channels, F flow draws per image.
 """
 
 from dataclasses import dataclass

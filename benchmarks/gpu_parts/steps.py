@@ -70,14 +70,14 @@ def bench(c: Context, backend_name: str, compiled: bool, images: int) -> bool:
     """Run `unite-fast bench`; return whether memory sufficed."""
     window = ["--warmup", "1", "--steps", "3"] if c.tiny else ["--warmup", "4", "--steps", "20", "--seconds", "8"]
     words = [RECIPE, *settings(c, backend_name, compiled, images), *window]
-    ended = subprocess.run(bench_command(*words), capture_output=True, text=True)
-    print(ended.stderr[-3000:])
+    process = subprocess.run(bench_command(*words), capture_output=True, text=True)
+    print(process.stderr[-3000:])
     name = f"{backend_name} {'compiled' if compiled else 'eager'}, micro-batch {images}"
-    row = printed_row(ended.stdout)
-    if ended.returncode or row is None:
-        full = "out of memory" in ended.stderr
-        c.say(name, ok=None if full else False, error=(ended.stderr or ended.stdout)[-400:])
-        return not full
+    row = printed_row(process.stdout)
+    if process.returncode or row is None:
+        out_of_memory = "out of memory" in process.stderr
+        c.say(name, ok=None if out_of_memory else False, error=(process.stderr or process.stdout)[-400:])
+        return not out_of_memory
     c.say(name, ok=row["bad_step"] is None, **row)
     if predicted := row.get("predicted_memory_gb"):
         # Memory of tensors only: without the CUDA context and the allocator's slack.

@@ -70,7 +70,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(path: Path) -> Manifest:
     """
     Raises:
-        UserError: the file is missing or no manifest.
+        UserError: the file is missing or is not a manifest.
     """
     try:
         tree = json.loads(path.read_text())
@@ -128,7 +128,7 @@ def index_path(shard: Path) -> Path:
 def read_index(path: Path) -> Index:
     """
     Raises:
-        UserError: the file is missing or no index of a shard.
+        UserError: the file is missing or is not the index of a shard.
     """
     try:
         version, count, *words = path.read_text().split()

@@ -89,7 +89,7 @@ def find_raw_images(path: Path, split: str, labels: Path | None, staging: Path) 
 
 
 def _of_split(files: list[Path], split: str) -> list[Path]:
-    """The files whose name starts with the split's, or whose folder is named like it; all files if there are none."""
+    """The files that belong to the split by their own name or their folder's; all files if none does."""
     chosen = [
         file for file in files if file.name.startswith(_SPLIT_NAMES[split]) or file.parent.name in _SPLIT_NAMES[split]
     ]

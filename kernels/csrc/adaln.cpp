@@ -13,8 +13,8 @@ namespace {
 struct AdalnForward {
     Size size;
     float eps;
-    // Which of the ops it is; fields of the others are unused. Null pointers could not say it: the address of a tensor
-    // without elements is null too.
+    // They select the op; fields that only the other ops have are unused. Null pointers could not select it: the
+    // address of a tensor without elements is null too.
     bool gated, normed;
     Rows x, branch;
     Vectors gate;

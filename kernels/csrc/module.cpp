@@ -45,11 +45,11 @@ void philox(std::uint64_t seed, std::uint32_t step, std::uint16_t stream, std::u
         if (positions(i) < 0 || positions(i) >= kWord)
             throw nb::value_error("philox: positions must be in [0, 2**32)");
 
-    const unite_fast::PhiloxDraw drawn{seed, step, static_cast<std::uint32_t>(stream) << 16 | draw};
+    const unite_fast::PhiloxDraw philox_draw{seed, step, static_cast<std::uint32_t>(stream) << 16 | draw};
     const std::int64_t* from = positions.data();
     T* to = out.data();
     nb::gil_scoped_release release;
-    kDraw(drawn, from, samples, blocks, to, threads);
+    kDraw(philox_draw, from, samples, blocks, to, threads);
 }
 
 }  // namespace

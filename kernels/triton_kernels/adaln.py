@@ -86,7 +86,7 @@ def _adaln_fwd_kernel(
 
 @triton.jit
 def _norm_back(b_a, b_n, b_r, D: tl.constexpr):
-    """The gradient of x from that of n = x / rms(x), b_a."""
+    """The gradient of x, where b_a is the gradient of n = x / rms(x)."""
     return b_r * (b_a - b_n * (tl.sum(b_a * b_n, axis=0) / D))
 
 

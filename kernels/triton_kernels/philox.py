@@ -1,7 +1,7 @@
 """Philox4x32-10 on CUDA: the draws of unite_fast/randomness.py and the dropout masks of LPIPS, one launch each.
 
 Blocks of four words are numbered across all samples, so that a scalar draw of 64 images is one program and a large draw
-leaves no thread idle. Integers and uniforms equal the definition bit by bit.
+leaves no thread idle. Integers and uniforms equal the definition bit for bit.
 
 Box and Muller's functions are float64, rounded once, as the definition requires: in float32, the logarithm of a number
 close to 1 and an angle close to a zero lose their digits. The logarithm is the library's. Its cosine and sine are not

@@ -1,4 +1,5 @@
-"""Sums of the partial sums of a kernel's programs, in a fixed order, float32: one launch for up to two tensors."""
+"""Adds up the partial sums that a kernel's programs wrote: in a fixed order, in float32, one launch for up to two
+tensors."""
 
 import triton
 import triton.language as tl

@@ -15,10 +15,10 @@ from unite_fast.distributed.process_group import Ranks
 WARMUP, STEPS, SECONDS = 2, 10, 5.0
 """Warm-up steps, maximum number of timed steps, and seconds for them."""
 GRACE = 10.0
-"""Seconds to clean up for a process that ran out of time."""
+"""Seconds from SIGTERM to SIGKILL, for cleanup."""
 
 START = "import sys; sys.path[:1] = []; from unite_fast.cli import main; main()"
-"""Instead of `python -m`, which would import from the working directory first, where a source tree may be."""
+"""Not `python -m unite_fast`: that imports from the working directory first, which may be a source tree."""
 
 OK, OUT_OF_MEMORY, OUT_OF_TIME, FAILED = "ok", "out of memory", "out of time", "failed"
 

@@ -194,7 +194,7 @@ def open_trainer(config: Config) -> Iterator[Trainer]:
         perceptual, lpips = config.perceptual, None
         if perceptual.weight and not has_weights(perceptual):
             lpips = random_lpips(perceptual)
-        # The trainer's messages describe a run, which this is not.
+        # Silence the trainer: its messages describe a training run, not a benchmark.
         with redirect_stdout(io.StringIO()):
             trainer = Trainer(for_timing(config, folder), False, ranks, device, watchdog, lpips)
         try:

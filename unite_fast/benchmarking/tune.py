@@ -51,8 +51,8 @@ class TuneResult:
 
 @dataclass(frozen=True)
 class Axis:
-    """One setting and its values to try. `climbs`: the values go in one direction, until the first that does not help.
-    `smaller`: each value takes less memory than the one before."""
+    """One setting and its values to try. `climbs`: the values are in ascending or descending order, and the search
+    stops at the first that is not faster. `smaller`: each value takes less memory than the one before."""
 
     key: str
     values: tuple
@@ -66,10 +66,10 @@ def timed_batch(config: Config, world: int) -> int:
     Raises:
         UserError: the ranks cannot share the recipe's batch.
     """
-    own = config.train.batch_size // world
-    _, now = split_batch(Ranks(world=world), config.train.batch_size, config.train.micro_batch)
-    sizes = [size for size in micro_batches(own) if size <= TIMED_IMAGES and size % now == 0]
-    return world * max(sizes, default=now)
+    per_rank = config.train.batch_size // world
+    _, micro_batch = split_batch(Ranks(world=world), config.train.batch_size, config.train.micro_batch)
+    sizes = [size for size in micro_batches(per_rank) if size <= TIMED_IMAGES and size % micro_batch == 0]
+    return world * max(sizes, default=micro_batch)
 
 
 def axes(config: Config, cuda: bool, world: int, fixed: set[str]) -> list[Axis]:
@@ -86,10 +86,10 @@ def axes(config: Config, cuda: bool, world: int, fixed: set[str]) -> list[Axis]:
         Axis("kernels", ("auto",) if config.kernels == "reference" else ("reference",)),
     ]
     if cuda:
-        _, now = split_batch(Ranks(world=world), train.batch_size, train.micro_batch)
+        _, micro_batch = split_batch(Ranks(world=world), train.batch_size, train.micro_batch)
         sizes = micro_batches(train.batch_size // world)
-        larger = tuple(size for size in reversed(sizes) if size > now and size % now == 0)
-        smaller = tuple(size for size in sizes if size < now and now % size == 0)
+        larger = tuple(size for size in reversed(sizes) if size > micro_batch and size % micro_batch == 0)
+        smaller = tuple(size for size in sizes if size < micro_batch and micro_batch % size == 0)
         result += [
             Axis("train.micro_batch", larger, climbs=True),
             Axis("train.micro_batch", smaller, climbs=True, smaller=True),

@@ -35,8 +35,8 @@ from unite_fast.distributed.dtensor import local
 from unite_fast.distributed.process_group import Ranks, current_ranks
 from unite_fast.errors import UserError
 
-# DCP warns on every save and load in a single process. Set once and not around the calls, because warning filters are
-# shared by all threads and the calls run in one.
+# DCP warns on every save and load in a single process. The filter is set once, not around each call: all threads share
+# the filters, and saves run in a background thread.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 
@@ -68,7 +68,7 @@ class Checkpoints:
         """
         self.wait()
         self._copy(tensors)
-        # The thread reads only sizes and placements of `tensors`; values, strides and devices are the copies'.
+        # The thread reads only sizes and placements of `tensors`; values, strides and devices come from the copies.
         self.writing = self.writer.submit(self._write, Manifest(config, step, progress, []), tensors)
 
     def wait(self) -> None:
@@ -142,7 +142,7 @@ class Checkpoints:
                 f"could not save {path}: {files.reason_of(error)}; earlier checkpoints are untouched"
             ) from error
         finally:
-            # Already renamed after a success. On a full disk it would take the space that the next save needs.
+            # After a success `partial` is already renamed; after a failure it takes space that the next save needs.
             if ranks.main:
                 shutil.rmtree(partial, ignore_errors=True)
 

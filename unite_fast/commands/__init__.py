@@ -1,1 +1,1 @@
-"""The commands of `unite-fast`, by what they work on: thin calls, nothing else."""
+"""The commands of `unite-fast`, grouped by subject: they parse options and call the rest of the package."""

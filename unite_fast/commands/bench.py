@@ -21,7 +21,7 @@ def bench(
     warmup: Annotated[int, typer.Option(min=1, help="untimed steps before; the first one compiles")] = 5,
     steps: Annotated[int, typer.Option(min=1, help="timed steps")] = 20,
     seconds: Annotated[
-        float, typer.Option(min=0, help="stop after this time, but not before one step; 0: no limit")
+        float, typer.Option(min=0, help="time limit for the timed steps (at least one runs); 0: none")
     ] = 0.0,
     profile: Annotated[bool, typer.Option("--profile", help="list the slowest kernels")] = False,
     tuned: Annotated[str, typer.Option(metavar="FILE", help="settings found by unite-fast tune")] = "",

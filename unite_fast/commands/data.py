@@ -27,7 +27,7 @@ app.add_typer(shards, name="shards")
 
 @shards.callback()
 def shards_help() -> None:
-    """Make shards, from which images load many times faster, and verify them.
+    """Make shards and verify them. Images load many times faster from shards.
 
     Examples:
 
@@ -99,7 +99,7 @@ def inspect(
     split: options.Split = "train",
     workers: Annotated[int, typer.Option(min=0, help="workers of each loader")] = 2,
     seconds: Annotated[float, typer.Option(help="seconds to time each loader")] = 5.0,
-    seed: Annotated[int, typer.Option(help="seed of the order of the images in the grid")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of the image order in the grid")] = 0,
     out: Annotated[Path, typer.Option(help="a .png: the first images of a run")] = Path("inspect.png"),
 ) -> None:
     """Count the images, show some as the model sees them, and time the loaders.

@@ -33,7 +33,7 @@ def evaluate(
     solver: options.Solver = None,
     steps: options.Steps = None,
     reconstructions: Annotated[
-        int, typer.Option(min=0, help="most held-out images to reconstruct; 0: none")
+        int, typer.Option(min=0, help="maximum number of held-out images to reconstruct; 0: none")
     ] = EvaluationSettings.reconstructions,
     seed: options.Seed = 0,
     batch: options.Batch = EvaluationSettings.batch,

@@ -1,4 +1,4 @@
-"""The command that searches the best guidance for a model."""
+"""The command that searches for a model's best guidance."""
 
 from pathlib import Path
 from typing import Annotated

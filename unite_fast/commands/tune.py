@@ -20,10 +20,10 @@ def tune(
     out: Annotated[Path, typer.Option(metavar="FILE", help="file for the fastest settings")] = Path("tuned.yaml"),
 ) -> None:
     """Find the fastest settings for this machine: kernels, compilation, attention, micro-batch, threads, sharding.
-    Alone or under torchrun.
+    Runs alone or under torchrun.
 
-    Each candidate is a short `unite-fast bench` in its own process, so that running out of memory ends only that. The
-    settings are tuned one after another, not in all combinations. Results change only by rounding.
+    Each candidate is a short `unite-fast bench` in its own process, so one that runs out of memory does not end the
+    search. The settings are tuned one after another, not in all combinations. Results change only by rounding.
 
     Examples:
 

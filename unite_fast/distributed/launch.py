@@ -101,7 +101,7 @@ def fresh_store(timeout: float) -> tuple[Store, int, int]:
         timeout: seconds to wait for the other ranks.
 
     Raises:
-        LostContact: the other ranks did not come in time.
+        LostContact: the other ranks did not join in time.
     """
     world = int(os.environ["WORLD_SIZE"])
     try:
@@ -116,7 +116,7 @@ def _agree_on_prefix(store: Store, rank: int, world: int, timeout: float) -> str
     torchrun's restart count cannot be the prefix, since each machine has its own.
 
     Each rank writes a new token. Rank 0 proposes the tokens that it reads; each rank confirms a proposal that contains
-    its token; a proposal that all have confirmed is accepted. One with a dead rank's token is never confirmed by all.
+    its token; a proposal that all have confirmed is accepted. A proposal with a dead rank's token never is.
     """
     token = secrets.token_hex(8)
     store.set(f"start/{rank}", token)

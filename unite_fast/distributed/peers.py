@@ -13,7 +13,7 @@ from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError
 
 TEMPORARY = 75
-"""Exit status of a rank that lost contact with another: sysexits.h's "try again later"."""
+"""Exit status of a rank that lost contact with another: EX_TEMPFAIL of sysexits.h, "try again later"."""
 PATIENCE = 10
 """Factor on the timeout for slow work: start, compilation, checkpoint, pictures, evaluation."""
 ROLL_CALL = 3.0

@@ -48,7 +48,7 @@ class Ranks:
         together."""
         if self.world == 1:
             return self
-        # An int only on ranks outside the group, and all ranks are in it.
+        # `new_group` returns an int only on ranks outside the group; all ranks are in this one.
         return replace(self, group=cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout)))
 
     def wait(self) -> None:

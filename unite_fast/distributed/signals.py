@@ -63,6 +63,6 @@ def stop_on_signals(peers: Peers) -> Iterator[StopVote]:
 
 
 def exit_status(stopped_by: int) -> int:
-    """Exit status of a run that ended normally or for the signal `stopped_by`. torchrun takes any status but 0 for a
-    failure and would restart the run."""
+    """Exit status of a run that finished, or was stopped by the signal `stopped_by` (0: none). torchrun treats any
+    status but 0 as a failure and would restart the run."""
     return 128 + stopped_by if stopped_by and not under_torchrun() else 0

@@ -20,7 +20,8 @@ HUNG = 124
 
 class Watchdog:
     """Threads that end this process when it hangs: in a collective that another rank does not join, in a disk or data
-    loader that does not answer, or on a device that waits for a dead rank. Works with every backend and its timeouts.
+    loader that does not answer, or on a device that waits for a dead rank. Works with every backend, whatever
+    its own timeouts are.
 
     If torchrun itself was killed, the watchdog asks this process to stop with SIGTERM, since nothing else would.
 

@@ -21,7 +21,7 @@ from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.utils.progress import Track, no_progress
 
 SAMPLES_PER_DIMENSION = 10
-"""With fewer images than this times the feature dimension, results warn of the bias of the Frechet distance."""
+"""Minimum images per feature dimension; with fewer, results warn that the Frechet distance is biased."""
 
 
 class LabelledImages(Protocol):
@@ -51,7 +51,7 @@ class Evaluator:
         Returns:
             The same on every rank: `frechet_distance`, and where they could be computed `inception_score`,
             `inception_score_deviation`, `kid`, `kid_deviation`, `kid_subset`, `precision`, `recall`, `compared`
-            (numbers of generated and real images behind the last five), `class_agreement`.
+            (numbers of generated and real images used for KID, precision and recall), `class_agreement`.
         """
         device, order = self.features.device, SampleOrder(count)
         moments, kept = Moments(self.features.dimension, device), KeptFeatures(order)
@@ -123,7 +123,7 @@ class Evaluator:
         return lines
 
     def bias_notes(self, *counts: int) -> list[str]:
-        """Warnings of the bias of Frechet distances of `counts` generated images."""
+        """Warnings that a Frechet distance is biased: for each number of generated images, and for the reference."""
         kinds = [(count, "generated") for count in dict.fromkeys(counts)]
         if self.reference.count:
             kinds.append((self.reference.count, "real"))
@@ -157,8 +157,8 @@ def open_evaluator(
 ) -> Evaluator:
     """Features, reference and classifier for the images of a model with this config.
 
-    Features "auto" are Inception if its weights or an Inception reference are given or the images are too large for
-    pixels, else pixels. Pixel features without a reference compare with the training images.
+    With features "auto", Inception is used if its weights or an Inception reference are given, or if the images are too
+    large for pixel features; otherwise pixels. Without a reference, pixel features compare with the training images.
 
     Args:
         classifier: also fit a classifier if the features are pixels; takes seconds.

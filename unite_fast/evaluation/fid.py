@@ -81,8 +81,8 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
         f"statistics of {len(a.mean)} and of {len(b.mean)} dimensions cannot be compared: the features differ",
     )
     values, vectors = torch.linalg.eigh(a.covariance)
-    kept = _above_rounding(values)
-    root = vectors[:, kept] * values[kept].sqrt()
+    nonzero = _above_rounding(values)
+    root = vectors[:, nonzero] * values[nonzero].sqrt()
     product = torch.linalg.eigvalsh(root.T @ b.covariance @ root)
     trace_of_root = product[_above_rounding(product)].sqrt().sum()
     offset = (a.mean - b.mean).square().sum()

@@ -45,7 +45,7 @@ class Counts:
 
     @classmethod
     def for_size(cls, image_size: int) -> "Counts":
-        """Fewer of large images: at 256 x 256 pixels one takes about 160 KB, and these 84 stay below 15 MB."""
+        """Fewer if images are large: one of 256 x 256 pixels takes about 160 KB, so the 84 here stay below 15 MB."""
         if image_size <= 64:
             return cls(classes=10, per_class=10, guided=5, pairs=20, paths=4, points=9)
         return cls(classes=5, per_class=4, guided=2, pairs=6, paths=2, points=6)
@@ -106,8 +106,8 @@ def make_gallery(
     builder = SectionBuilder(
         model, sampling, names, classes, list(settings.scales), counts, real, settings.seed, settings.batch
     )
-    of_real = [builder.reconstructions, builder.between_images] if real else []
-    build = [builder.samples, builder.guidance, *of_real, builder.between_noises, builder.denoising]
+    with_real_images = [builder.reconstructions, builder.between_images] if real else []
+    build = [builder.samples, builder.guidance, *with_real_images, builder.between_noises, builder.denoising]
     sections = [section() for section in track(build, len(build), "drawing")]
     return model_facts(model, sampling, settings.seed, checkpoint), sections + curves(checkpoint)
 
@@ -132,7 +132,7 @@ def model_facts(model: TrainedUNITE, sampling: SamplingConfig, seed: int, checkp
 
 
 def read_real_images(model: TrainedUNITE, path: str, count: int) -> tuple[RealImages, list[str]]:
-    """Images of the test split, or without one of the training data, and the class names."""
+    """Images of the test split, or of the training data if there is no test split, and the class names."""
     classes = model.config.model.num_classes
     try:
         source, kind = open_images(model.config, path, "test"), "held-out images"

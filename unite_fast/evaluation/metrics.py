@@ -81,7 +81,7 @@ def kid(
     Args:
         x, y: [n, D] and [m, D].
         size: samples of each set in a subset, at most n and m.
-        seed: for drawing the subsets; torch-fidelity's seed, 2020, draws its subsets.
+        seed: of the random subsets; 2020, torch-fidelity's default, gives the same subsets as torch-fidelity.
 
     Raises:
         UserError: fewer samples than `size`, or `size` below 2.

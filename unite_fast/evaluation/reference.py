@@ -1,4 +1,4 @@
-"""Reference statistics of real images, and the choice of samples whose single features are kept."""
+"""Reference statistics of real images, and the choice of images whose features are kept."""
 
 import hashlib
 from pathlib import Path
@@ -22,8 +22,8 @@ from unite_fast.utils.files import check_target
 from unite_fast.utils.progress import Track, no_progress
 
 KEPT_SAMPLES = 10_000
-"""Generated images, and real images, whose single features are kept for KID, precision and recall; the others only
-enter sums."""
+"""Maximum number of generated images, and of real ones, whose features are kept for KID, precision and recall. Of the
+others, only sums are kept."""
 
 
 class SampleOrder:
@@ -116,7 +116,7 @@ def check_unreadable(unreadable: list[str], total: int) -> None:
     """Check that only a small share of the samples is unreadable.
 
     Raises:
-        UserError: so many that the result would describe other data.
+        UserError: too many samples are unreadable.
     """
     if unreadable:
         name, _, reason = unreadable[-1].partition(": ")

@@ -38,7 +38,7 @@ class EvaluationSettings:
     seed: int = 0
     """Seed of the noise."""
     batch: int = 128
-    """Images that a process generates at a time; another number may change the last bits of a result."""
+    """Images per forward pass of a process; another batch size may change the last bits of a result."""
     precision: str = ""
     """Precision of generation: float32 or bfloat16; empty: that of training. Reconstructions are float32."""
     compile: bool | None = None

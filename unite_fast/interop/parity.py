@@ -5,8 +5,8 @@ rounding. But dopri5 chooses its steps from small differences, and Muon orthogon
 rounding, differently for each model. There the tolerance is measured on our side: we sample again from noise that
 differs in its last bit, and train again with Muon in float32.
 
-Errors of weights after the last step are relative to how far the weights moved, not to their size: a few steps move
-them by a thousandth, so without any step the error relative to their size would be only a thousandth.
+Errors of weights after the last step are relative to how far the weights moved, not to their size. A few steps move
+them by a thousandth of their size, so relative to that, even weights that never moved would pass.
 """
 
 import copy
@@ -44,7 +44,7 @@ RESOLUTION = 1e-4
 """Minimum movement of a weight relative to its size; below, float32 rounding of the weight dominates."""
 
 HEAD = 8
-"""Values of each weight after the last step that a trace stores."""
+"""Number of values that a trace stores of each weight after the last step."""
 
 ONE_THREAD_WIDTH = 256
 """Below this encoder width use one thread. A second one saves little and is slow on a busy machine: the trace in
@@ -297,7 +297,7 @@ def _training_rows(trace: Trace, model: UNITE, config: Config) -> list[Row]:
 
 
 def _optimizer_rows(trace: Trace, state: TrainState) -> list[Row]:
-    """Number of parameters with another optimizer than in the released code."""
+    """One row per optimizer: the number of parameters that only one of the two programs trains with it."""
     rows = []
     for key, ours in (("muon_params", state.muon_parameters), ("adamw_params", state.adamw_parameters)):
         theirs = {our_name(name) for name in trace.meta.get(key, [])} - {None}
@@ -329,7 +329,8 @@ def _known(trace: Trace, ours: dict[str, Tensor], name: str, theirs: str) -> Ten
 def _recorded_scale(norms: dict[str, Tensor], grad_norm: float, clip_norm: float) -> float:
     """1 if the gradients were recorded before clipping, the clipping factor if after.
 
-    The format says before; the trace in tests/data has them after. Their total norm tells which.
+    By the format, gradients are recorded before clipping; the trace in tests/data has them after. The total norm shows
+    which.
     """
     clipped = min(1.0, clip_norm / grad_norm)
     recorded = sum(norm.item() ** 2 for norm in norms.values()) ** 0.5 / grad_norm

@@ -34,7 +34,7 @@ class DecoderLayer(nn.Module):
             branch: MLP output of the previous layer, still to be added to x, [B, T, D]; None in the first layer.
 
         Returns:
-            The same of this layer.
+            x and branch for the next layer, [B, T, D] each.
         """
         x, qkv = norm_linear(x, branch, self.norm1, self.qkv)
         x, hidden = norm_linear(x, self.proj(kernels.attention(qkv, self.heads)), self.norm2, self.fc1)

@@ -109,8 +109,8 @@ class GenerativeEncoder(nn.Module):
         if self.in_context:
             self.in_context_posemb = nn.Parameter(torch.empty(1, self.in_context, size.width))
         self.blocks = nn.ModuleList(Block(size.width, size.heads, size.qk_norm) for _ in range(size.depth))
-        # They belong to block i but are used before it runs, and FSDP gathers a module's parameters only while that
-        # module runs.
+        # norm1 and modulation of block i are used before the block runs, and FSDP gathers a module's parameters only
+        # while that module runs.
         self.norm1 = nn.ModuleList(RMSNorm(size.width) for _ in range(size.depth))
         self.modulation = nn.ModuleList(Linear(size.width, 6 * size.width) for _ in range(size.depth))
         self.final_layer = FinalLayer(size.width, config.latent_channels)

@@ -128,7 +128,7 @@ def matmul_weights(model: nn.Module) -> list[Tensor]:
         elif isinstance(module, SwiGLU) and module.fc_out.weight.is_cuda and module.padding:
             excluded.update((module.fc_in.weight, module.fc_in.bias, module.fc_out.weight))
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    # All weights first, then all biases: `kernels.linears` takes neighbours as one tensor.
+    # All weights first, then all biases: `kernels.linears` need not concatenate copies that are adjacent in memory.
     parameters = [linear.weight for linear in linears] + [linear.bias for linear in linears]
     return [parameter for parameter in parameters if parameter not in excluded]
 

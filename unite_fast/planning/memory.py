@@ -157,8 +157,8 @@ def training_state(model: ModelConfig, shards: int = 1) -> State:
 
 def gathered_bytes(model: ModelConfig, reshard_after_forward: bool) -> float:
     """Bytes of the bfloat16 parameters that FSDP has gathered on each GPU, and of the float32 gradients of two blocks
-    in backward. Gathered are all parameters, or with resharding those outside the blocks, the running block and the
-    next one."""
+    in backward. FSDP gathers all parameters or, with resharding, those outside the blocks, the running block and
+    the next one."""
     total = numel(parameter_shapes(model))
     block, layer = encoder_block(model.encoder).numel, decoder_layer(model.decoder).numel
     if not reshard_after_forward:

@@ -1,4 +1,4 @@
-"""Sampling on any number of ranks, with the same images whatever that number.
+"""Sampling on any number of ranks; the images do not depend on that number.
 
 Batches are fixed: batch b holds samples b * B to (b + 1) * B - 1, and the last batch is padded to B. A batch depends
 neither on the rank that computes it nor on earlier batches, so the images are equal bit for bit on 1, 2 or 4 ranks and

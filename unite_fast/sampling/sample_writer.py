@@ -146,10 +146,10 @@ class Parts:
             self.lock.close()
 
     def check_free(self) -> None:
-        """Check that no foreign file has a name this generation needs.
+        """Check that no foreign file has a name that this generation needs.
 
         Raises:
-            UserError: one has.
+            UserError: such a file exists.
         """
         empty = not self.out.suffix and self.out.is_dir() and not os.listdir(self.out)
         require(
@@ -286,7 +286,7 @@ class NpzParts(Parts):
             with writing(self.out):
                 os.replace(self.merged, self.out)
         with writing(self.folder):
-            # Delete the manifest last: while it exists, a rerun knows whose `out` is.
+            # Delete the manifest last: a rerun needs it to see that `out` belongs to this generation.
             for path in self.folder.iterdir():
                 if path.name not in (MANIFEST, LOCK):
                     path.unlink()

@@ -82,7 +82,8 @@ def multistep(predict: Prediction, x: Tensor, times: list[float]) -> Tensor:
 
 
 def multistep_times(steps: int, start: float = 0.0, end: float = 1.0) -> list[float]:
-    """Step times of multistep from `start` to `end`: a proportional share of `steps` (from 0 to 1), at least one step.
+    """Step times of multistep from `start` to `end`. `steps` counts the steps from 0 to 1; this part gets a
+    proportional share of them, at least one.
 
     Spaced evenly in log((t + m) / (1 - t + m)), m = MIN_TIME_LEFT, which is lambda (see `multistep`) kept finite at
     both ends by the floor. The error of a step grows with its length cubed, with the curvature of x_hat(t), largest

@@ -34,7 +34,7 @@ def state_bytes(model: nn.Module) -> int:
 
 
 def device_memory(device: torch.device, ranks: Ranks) -> int:
-    """Bytes of memory of this rank's device; on a CPU, its share of the machine's."""
+    """Memory of this rank's device in bytes; on a CPU, this rank's share of the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks.per_node
@@ -45,7 +45,7 @@ def build_model(config: Config, ranks: Ranks, device: torch.device) -> tuple[UNI
     on the meta device, sharded, and initialised one parameter at a time (`UNITE.initialize`)."""
     with torch.device("meta"):
         model = UNITE(config.model)
-    # Machines may differ, but all ranks must choose the same: by the least memory, with groups that fit each machine.
+    # Machines may differ, but all ranks must choose alike: use the smallest memory, and groups that fit each machine.
     per_node, memory = zip(*ranks.gather((ranks.per_node, device_memory(device, ranks))), strict=True)
     common = replace(ranks, per_node=math.gcd(*per_node))
     strategy = choose_strategy(config.parallel, common, state_bytes(model), min(memory))
@@ -70,8 +70,9 @@ def compile_blocks(model: UNITE) -> None:
 
 
 def shard(model: UNITE, mesh: DeviceMesh, reshard: bool, precision: str) -> None:
-    """Shard a model over a mesh. Each block and decoder layer is one group, all adaLN Linears are one, and so are the
-    remaining parameters of encoder, decoder and model.
+    """Shard a model over a mesh. One group each: the Linears of every block and decoder layer, the norms
+    in all blocks, the norms in all decoder layers, all adaLN Linears, the rest of the encoder, of the decoder and of
+    the model.
 
     With bfloat16 training, the Linears of blocks, layers and adaLN are gathered in bfloat16, as their matmuls need
     them. The rest is small and stays float32: norm weights near 1, whose updates bfloat16 would round away, and time

@@ -106,10 +106,11 @@ def flatten(tree: dict, path: str = "") -> dict:
 def restarted(folder: Path, peers: Peers) -> bool:
     """Whether torchrun restarted this run, which then resumes. False if this launch never started the run, for example
     because the folder contains another one."""
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    # Any rank counts: each machine's torchrun has its own count, and some may see an older state of the folder.
+    restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    # One rank's yes is enough: each machine's torchrun has its own count, and some may see an older state of
+    # the folder.
     votes = peers.votes
-    return bool(votes.start_max(again).result() and votes.start_max(read_status(folder) == running_status()).result())
+    return bool(votes.start_max(restart).result() and votes.start_max(read_status(folder) == running_status()).result())
 
 
 def running_status() -> str:

@@ -169,8 +169,8 @@ class Trainer:
         saved_decoder = checkpoint.progress.get("decoder", self.choice.decoder)
         require(
             saved_decoder == self.choice.decoder,
-            f"cannot resume: {saved_decoder} decoded the run's images, now {self.choice.decoder} would, and its pixels "
-            f"differ; set data.loader={'dali' if saved_decoder == 'dali' else 'webdataset'}",
+            f"cannot resume: {saved_decoder} decoded the run's images, but {self.choice.decoder} would now, and "
+            f"its pixels differ; set data.loader={'dali' if saved_decoder == 'dali' else 'webdataset'}",
         )
         self.checkpoints.load_into(checkpoint, self.state.tensors())
         self.state.resume_at(checkpoint.step)
@@ -323,7 +323,7 @@ class Trainer:
             raise UserError(f"the loss or gradient of step {bad_step} is not finite; {self.last_good_checkpoint()}")
 
     def last_good_checkpoint(self) -> str:
-        """A line that names it, for an error."""
+        """Clause for an error message: the last good checkpoint, or that there is none."""
         with suppress(UserError):  # the save in progress may become the last good checkpoint
             self.checkpoints.wait()
         saved = [path for path in step_folders(self.checkpoints.folder) if step_of(path) < self.state.step]

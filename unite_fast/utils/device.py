@@ -39,8 +39,8 @@ def use_numerics(precision: str, deterministic: bool) -> None:
         precision: precision of training. With float32, convolutions and matmuls must not round their inputs to TF32 (10
             mantissa bits instead of 23), which cuDNN does by default.
         deterministic: use deterministic algorithms, and fail where PyTorch has none. This matters for attention: it
-            excludes cuDNN's backward pass, and flash's sums in a fixed order. cuBLAS reads its setting at the first
-            matmul of the process, so call this before.
+            excludes cuDNN's backward pass and makes flash attention's deterministic. cuBLAS reads its setting at the
+            first matmul of the process, so call this before.
     """
     if precision == "float32":
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False

@@ -13,16 +13,16 @@ LOCK = ".lock"
 """The lock file; it names the process that holds the lock. It may stay: the lock itself ends with the process."""
 
 
-def lock_folder(folder: Path, doing: str, instead: str) -> TextIO:
+def lock_folder(folder: Path, activity: str, alternative: str) -> TextIO:
     """Lock a folder until the returned file is closed or the process ends.
 
-    A POSIX record lock: it ends even with a killed process, and forked data workers do not inherit it. A file system
-    without locks gives none.
+    A POSIX record lock: it ends even if the process is killed, and forked data workers do not inherit it. On a file
+    system without locks the folder stays unlocked.
 
     Args:
         folder: created if missing.
-        doing: what its owner does, for the message: "being trained".
-        instead: an alternative, for the message: "choose another folder with train.out=FOLDER".
+        activity: what the process does with the folder, for the message: "being trained".
+        alternative: for the message: "choose another folder with train.out=FOLDER".
 
     Raises:
         UserError: another process holds the lock, or no permission.
@@ -38,7 +38,8 @@ def lock_folder(folder: Path, doing: str, instead: str) -> TextIO:
             file.seek(0)
             holder = file.read() or "another process"
         raise UserError(
-            f"{folder} is {doing} by {holder}; stop it, or {instead} (if its machine is gone for good, delete {path})"
+            f"{folder} is {activity} by {holder}; stop it, or {alternative} "
+            f"(if its machine is gone for good, delete {path})"
         ) from error
     except OSError:
         pass
