@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import yaml
 from PIL import Image
 
 import unite_fast
+from unite_fast import cli
 from unite_fast.recipes import load_config, to_tree
 
 COMMANDS = (
@@ -67,6 +69,17 @@ def test_wrong_arguments_have_status_2_and_no_traceback(command, wrong):
     ended = command(*wrong)
     assert ended.status == 2
     assert "Traceback" not in ended.err and "Error" in ended.err
+
+
+@pytest.mark.parametrize(("rank", "waits"), [(0, []), (1, [cli.FIRST_RANK_SECONDS])])
+def test_the_first_rank_of_a_machine_prints_first(command, monkeypatch, mentions, rank, waits):
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    ended = command("train", "train.bacth_size=8")
+    assert ended.status == 2 and re.search(mentions(f"rank {rank}", "train.bacth_size"), ended.err)
+    assert slept == waits
 
 
 def test_importing_the_command_line_imports_no_torch():

@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import time
 import traceback
 from typing import NoReturn
 
@@ -21,6 +22,9 @@ from unite_fast.commands import (
     tune,
 )
 from unite_fast.errors import UserError
+
+FIRST_RANK_SECONDS = 10.0
+"""Seconds that the other ranks of a machine give the first one to print an error that all have."""
 
 app = typer.Typer(
     add_completion=False,
@@ -60,12 +64,15 @@ def _exit(message: str, status: int) -> NoReturn:
     """Print an error and exit with `status`."""
     distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
     rank = f"rank {os.environ.get('RANK', '?')}: " if distributed else ""
-    # Before the process group exists, all ranks of a machine fail alike; only the first one prints.
-    if _in_process_group() or os.environ.get("LOCAL_RANK", "0") == "0":
-        text = message if status == 1 else " ".join(message.splitlines())
-        # One write, so that lines of several processes do not mix.
-        sys.stderr.write(f"error: {rank}{text.rstrip()}\n")
-        sys.stderr.flush()
+    if not _in_process_group() and os.environ.get("LOCAL_RANK", "0") != "0":
+        # Before the process group exists, the ranks of a machine mostly fail alike. The first one prints, and torchrun
+        # then ends the others. If this rank exited before, torchrun would end the first one. A rank that is still here
+        # after the wait failed alone.
+        time.sleep(FIRST_RANK_SECONDS)
+    text = message if status == 1 else " ".join(message.splitlines())
+    # One write, so that lines of several processes do not mix.
+    sys.stderr.write(f"error: {rank}{text.rstrip()}\n")
+    sys.stderr.flush()
     if _in_process_group():
         # Exit at once: the clean-up of Python and PyTorch may wait for dead processes.
         sys.stdout.flush()

@@ -18,6 +18,14 @@ CHANGES = [
         ],
     ),
     (
+        "unite_fast/cli.py",
+        ("tests/test_cli.py",),
+        [
+            ("time.sleep(FIRST_RANK_SECONDS)", "pass"),
+            ("message if status == 1 else", "message if True else"),
+        ],
+    ),
+    (
         "unite_fast/commands/evaluation.py",
         ("tests/commands/test_forwarding.py", "tests/commands/test_options.py"),
         [
