@@ -349,8 +349,9 @@ def test_config_imports_only_errors():
     assert sorted(loaded) == ["unite_fast", "unite_fast.config", "unite_fast.errors"]
 
 
-def test_loading_a_model_needs_no_trainer():
-    code = "import sys, unite_fast.sampling.pipeline; print(*sys.modules)"
+def test_drawing_an_image_needs_no_trainer(trained_folder):
+    draw = f"import sys, unite_fast; unite_fast.load({str(trained_folder)!r}).generate([1])"
+    code = f"{draw}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     unwanted = ("unite_fast.training", "tensorboard", "torch.distributed.checkpoint", "torch.distributed.fsdp")
     assert [name for name in loaded if name.startswith(unwanted)] == []

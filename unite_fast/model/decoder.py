@@ -66,7 +66,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(size.width, size.heads, size.mlp_width) for _ in range(size.depth))
         self.norm = nn.LayerNorm(size.width, eps=LAYER_NORM_EPS)
         self.pred = Linear(size.width, config.patch_size**2 * 3)
-        self.register_buffer("positions", sincos_2d(self.side, size.width), persistent=False)
+        with torch.device("cpu"):  # see GenerativeEncoder
+            positions = sincos_2d(self.side, size.width)
+        self.register_buffer("positions", positions, persistent=False)
 
     def forward(self, z: Tensor) -> Tensor:
         """z [B, N, C] -> image [B, 3, S, S], not clamped."""

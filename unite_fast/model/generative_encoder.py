@@ -105,7 +105,8 @@ class GenerativeEncoder(nn.Module):
         self.patch_embed = nn.Conv2d(3, size.width, config.patch_size, config.patch_size)
         self.time_embed = TimeEmbedding(size.width)
         # The row after the last class is "no class". The released table has one more row, which nothing uses.
-        self.label_embed = nn.Embedding(config.num_classes + 2, size.width)
+        classes = config.num_classes + 2
+        self.label_embed = nn.Embedding(classes, size.width, _weight=torch.empty(classes, size.width))
         if self.in_context:
             self.in_context_posemb = nn.Parameter(torch.empty(1, self.in_context, size.width))
         self.blocks = nn.ModuleList(Block(size.width, size.heads, size.qk_norm) for _ in range(size.depth))
@@ -115,7 +116,8 @@ class GenerativeEncoder(nn.Module):
         self.modulation = nn.ModuleList(Linear(size.width, 6 * size.width) for _ in range(size.depth))
         self.final_layer = FinalLayer(size.width, config.latent_channels)
         self.positions, self.head_dim = config.latent_tokens + config.patches, size.width // size.heads
-        cos, sin = rope_table(self.positions, self.head_dim, self.in_context)
+        with torch.device("cpu"):  # arithmetic on the meta device would import torch._dynamo: a second
+            cos, sin = rope_table(self.positions, self.head_dim, self.in_context)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
 
