@@ -44,6 +44,11 @@ def _layer_norm_backward_recompute(d_normed, x, norm_weight, norm_bias, mean, rs
     return d_x.to(x.dtype), d_weight, d_bias, normed.to(d_normed.dtype)
 
 
+def _empty_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised mean and rstd of x [..., D]: [..., 1] each, float32."""
+    return x.new_empty((*x.shape[:-1], 1), dtype=torch.float32), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
 def _layer_norm_linear_backend(norm_forward, norm_backward_recompute) -> Backend:
     """`norm_forward`: (x, norm_weight, norm_bias, eps, out_dtype) -> normed, mean, rstd. `norm_backward_recompute`:
     (d_normed, x, norm_weight, norm_bias, mean, rstd) -> gradients of x, norm_weight and norm_bias, and normed."""
@@ -66,7 +71,7 @@ layer_norm_linear_op = FusedOp(
     outputs=3,
     fake_forward=lambda x, norm_weight, norm_bias, weight, bias, eps, out_dtype: (
         fake_matmul(x, weight, out_dtype),
-        *(x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(2)),
+        *_empty_statistics(x),
     ),
     backward_inputs="Tensor d_y, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor mean, "
     "Tensor rstd",
@@ -129,7 +134,7 @@ residual_layer_norm_linear_op = FusedOp(
     fake_forward=lambda x, branch, norm_weight, norm_bias, weight, bias, eps, out_dtype: (
         tensors.empty_like(x),
         fake_matmul(x, weight, out_dtype),
-        *(x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(2)),
+        *_empty_statistics(x),
     ),
     backward_inputs="Tensor? d_x_out, Tensor d_y, Tensor x_out, Tensor norm_weight, Tensor norm_bias, Tensor weight, "
     "Tensor mean, Tensor rstd, ScalarType branch_dtype",
