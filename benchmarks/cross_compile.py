@@ -1,9 +1,14 @@
 """Compile every Triton kernel without a GPU, at the shapes of UNITE-B, L and XL, and list registers, spills, shared
-memory, width of global accesses and occupancy.
+memory, width of global accesses, occupancy, barriers per row and bytes in flight.
 
 The launchers of kernels/triton_kernels run on tensors without memory while a stand-in for the CUDA driver names the
 target, and Triton compiles each launch as it would on that GPU (types, constants, strides, alignment) and starts
 nothing. Registers and spills are ptxas' own, read by the cuobjdump that comes with Triton. Nothing is timed.
+
+A turn is that of the kernel's loop over rows or tiles, in the machine code (machine_code.py). KB in flight are what all
+programs on a multiprocessor load in one turn; an H100 needs 15 at all times, at 3.35 TB/s and a latency of 600 ns
+(Little's law). "ahead": the loads of a later turn are in flight during a turn. Waves are the programs of a launch over
+those that all multiprocessors of an H100 (132) hold at once.
 """
 
 import os
@@ -29,6 +34,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import machine_code
 import torch
 from traffic import residual_dtypes
 
@@ -71,6 +77,8 @@ ARCHS = {
     100: Arch(64, 32, 228 * 1024),
     120: Arch(48, 24, 100 * 1024),
 }
+PROCESSORS = 132
+"""Multiprocessors of an H100."""
 REGISTERS = 65536
 """Registers of a multiprocessor; a warp gets a multiple of 256."""
 
@@ -176,8 +184,8 @@ class StandIn:
 
 @contextmanager
 def compiling(kernel_filter: str) -> Iterator[list]:
-    """Within the `with` block, launches only compile. Each appends (kernel name, compiled kernel, tensors by name) to
-    the list that this yields."""
+    """Within the `with` block, launches only compile. Each appends (kernel name, compiled kernel, tensors by name,
+    programs) to the list that this yields."""
     from triton.runtime.jit import JITFunction
 
     launches, run = [], JITFunction.run
@@ -185,7 +193,8 @@ def compiling(kernel_filter: str) -> Iterator[list]:
     def compile_only(self, *args, grid, warmup, **named):
         if kernel_filter in self.__name__:
             tensors = {name: x for name, x in zip(self.arg_names, args, strict=False) if isinstance(x, torch.Tensor)}
-            launches.append((self.__name__, run(self, *args, grid=grid, warmup=True, **named), tensors))
+            compiled = run(self, *args, grid=grid, warmup=True, **named)
+            launches.append((self.__name__, compiled, tensors, math.prod(grid)))
 
     JITFunction.run = compile_only
     try:
@@ -205,10 +214,11 @@ def compile_op(arch: int, op: str, kernel_filter: str) -> list[dict]:
     for label, inputs in cases(op):
         with compiling(kernel_filter) as launches:
             launch(op, inputs)
-        for kernel, compiled, tensors in launches:
+        for kernel, compiled, tensors, programs in launches:
             if compiled.hash not in known:
                 known[compiled.hash] = examine(compiled, arch)
             row = {"kernel": kernel, "op": op, "arch": f"sm_{arch}", **label, **known[compiled.hash]}
+            row["waves"] = round(programs / row["resident"] / PROCESSORS, 2)
             rows.append(row | narrowest(row["accesses"], tensors))
     return rows
 
@@ -225,19 +235,24 @@ def examine(compiled, arch: int) -> dict:
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     used = {what: int(number) for what, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    loop = machine_code.loop(machine_code.disassemble(compiled.asm["cubin"]))
+    resident = occupancy(ARCHS[arch], used["REG"], shared, warps)
     return {
         "registers": used["REG"],
         # No kernel here has arrays of its own, so what is in local memory was spilled.
         "spill_bytes": used["STACK"] + used["LOCAL"],
         "shared_bytes": shared,
         "warps": warps,
-        **occupancy(ARCHS[arch], used["REG"], shared, warps),
+        **resident,
+        "barriers": loop.barriers,
+        "in_flight_kb": round(loop.loaded_bytes * 32 * warps * resident["resident"] / 1e3, 1),
+        "ahead": loop.ahead,
         "accesses": accesses(compiled.asm["ptx"], compiled.src.signature),
     }
 
 
 def occupancy(arch: Arch, registers: int, shared: int, warps: int) -> dict:
-    """Share of a multiprocessor's warps that can be resident at once, and what limits it."""
+    """Programs that a multiprocessor holds at once, the share of its warps, and what limits it."""
     per_warp = math.ceil(registers * 32 / 256) * 256
     blocks = {
         "warps": arch.warps // warps,
@@ -246,7 +261,7 @@ def occupancy(arch: Arch, registers: int, shared: int, warps: int) -> dict:
         "shared memory": arch.shared // (shared + 1024),
     }
     limit = min(blocks, key=blocks.get)
-    return {"occupancy": round(blocks[limit] * warps / arch.warps, 3), "limit": limit}
+    return {"resident": blocks[limit], "occupancy": round(blocks[limit] * warps / arch.warps, 3), "limit": limit}
 
 
 def accesses(ptx: str, signature: dict[str, str]) -> dict[str, int]:
@@ -304,6 +319,10 @@ def table(rows: list[dict]) -> str:
         "warps": "warps",
         "occupancy": "occupancy",
         "limit": "limited by",
+        "barriers": "barriers",
+        "in_flight_kb": "KB in flight",
+        "ahead": "ahead",
+        "waves": "waves",
         "narrow": "below 16 bytes",
     }
     lines = {}

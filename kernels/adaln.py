@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unite_fast.kernels import backend, tensors
-from unite_fast.kernels.fused_op import FusedOp, native_backend, triton_backend
+from unite_fast.kernels.fused_op import Backend, FusedOp, native_backend, triton_backend
 from unite_fast.kernels.registry import New, Size, register
 from unite_fast.kernels.tensors import argument_error, modulate, rms_norm, upcast
 
@@ -18,25 +18,28 @@ def adaln_modulate_ref(
     return modulate(rms_norm(x, weight, eps), shift, scale).to(out_dtype or x.dtype)
 
 
-def gated_residual_adaln_ref(x, branch, gate, weight, shift, scale, eps=1e-6, out_dtype=None):
-    x = _gated_residual(x, branch, gate).to(x.dtype)
+def gated_residual_adaln_ref(x, branch, gate, weight, shift, scale, eps=1e-6, out_dtype=None, branch_bias=None):
+    x = _gated_residual(x, branch, gate, branch_bias).to(x.dtype)
     return x, adaln_modulate_ref(x, weight, shift, scale, eps, out_dtype)
 
 
-def gated_residual_norm_adaln_ref(x, branch, gate, norm_weight, weight, shift, scale, eps=1e-6, out_dtype=None):
-    x = rms_norm(_gated_residual(x, branch, gate), norm_weight, eps).to(x.dtype)
+def gated_residual_norm_adaln_ref(
+    x, branch, gate, norm_weight, weight, shift, scale, eps=1e-6, out_dtype=None, branch_bias=None
+):
+    x = rms_norm(_gated_residual(x, branch, gate, branch_bias), norm_weight, eps).to(x.dtype)
     return x, adaln_modulate_ref(x, weight, shift, scale, eps, out_dtype)
 
 
-def _gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    return upcast(x) + upcast(gate).unsqueeze(1) * upcast(branch)
+def _gated_residual(x: Tensor, branch: Tensor, gate: Tensor, branch_bias: Tensor | None) -> Tensor:
+    branch = upcast(branch) if branch_bias is None else upcast(branch) + upcast(branch_bias)
+    return upcast(x) + upcast(gate).unsqueeze(1) * branch
 
 
 # The two functions below serve all three ops: branch, gate and norm_weight are None for an op without them, and so are
 # the results that belong to them.
 
 
-def _empty_outputs(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype):
+def _empty_outputs(x, branch, gate, norm_weight, weight, shift, scale, branch_bias, eps, out_dtype):
     """Uninitialised x_out, h and rstd of the norms."""
     b, t, _ = x.shape
     x_out = None if branch is None else tensors.empty_like(x)
@@ -44,8 +47,8 @@ def _empty_outputs(x, branch, gate, norm_weight, weight, shift, scale, eps, out_
     return x_out, tensors.empty_like(x, out_dtype), rstd
 
 
-def _empty_gradients(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, rstd):
-    """Uninitialised gradients of x, branch, gate, norm_weight, weight, shift and scale."""
+def _empty_gradients(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, branch_bias, rstd):
+    """Uninitialised gradients of x, branch, gate, norm_weight, weight, shift, scale and branch_bias."""
     gated, normed = branch is not None, norm_weight is not None
     return (
         tensors.empty_like(x),
@@ -55,6 +58,7 @@ def _empty_gradients(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, 
         tensors.empty_weight_gradient(weight, x),
         tensors.empty_gradient(scale),
         tensors.empty_gradient(scale),
+        tensors.empty_weight_gradient(branch_bias, x) if gated else None,
     )
 
 
@@ -72,22 +76,48 @@ def _adaln_op(
     def fake_backward(*inputs):
         return present(_empty_gradients(*expand_backward(*inputs)))
 
+    native = _native_with_bias if "branch_bias" in schema["inputs"] else native_backend
     return FusedOp(
         name,
         fake_forward=fake_forward,
         fake_backward=fake_backward,
         backends={
-            "native": native_backend(name, fake_forward, fake_backward),
+            "native": native(name, fake_forward, fake_backward),
             "triton": triton_backend("adaln", name, recompute),
         },
         **schema,
     )
 
 
+def _native_with_bias(name: str, fake_forward: Callable, fake_backward: Callable) -> Backend:
+    """`native_backend` of an op with branch_bias, which is added before the C++ runs; its gradient is summed after. The
+    C++ has none: only on a GPU does the model leave a bias to these ops."""
+    native = native_backend(
+        name,
+        lambda *inputs: fake_forward(*inputs[:-2], None, *inputs[-2:]),
+        lambda *inputs: fake_backward(*inputs[:-1], None, inputs[-1])[:-1],
+    )
+
+    def biased(branch: Tensor, bias: Tensor | None) -> Tensor:
+        return branch if bias is None else upcast(branch) + upcast(bias)
+
+    def forward(x, branch, *others):
+        *vectors, bias, eps, out_dtype = others
+        return native.forward(x, biased(branch, bias), *vectors, eps, out_dtype)
+
+    def backward(d_x_out, d_h, x, branch, *others):
+        *vectors, bias, rstd = others
+        d_x, d_branch, *d_vectors = native.backward(d_x_out, d_h, x, biased(branch, bias), *vectors, rstd)
+        d_bias = tensors.empty_weight_gradient(None, x) if bias is None else d_branch.sum((0, 1), dtype=torch.float32)
+        return d_x, d_branch.to(tensors.empty_gradient(branch).dtype), *d_vectors, d_bias
+
+    return Backend(forward, backward)
+
+
 adaln_modulate_op = _adaln_op(
     "adaln_modulate",
-    lambda x, *vectors: (x, None, None, None, *vectors),
-    lambda d_h, x, *vectors: (None, d_h, x, None, None, None, *vectors),
+    lambda x, weight, shift, scale, *options: (x, None, None, None, weight, shift, scale, None, *options),
+    lambda d_h, x, weight, scale, rstd: (None, d_h, x, None, None, None, weight, scale, None, rstd),
     inputs="Tensor x, Tensor weight, Tensor shift, Tensor scale, float eps, ScalarType? out_dtype",
     outputs=2,
     backward_inputs="Tensor d_out, Tensor x, Tensor weight, Tensor scale, Tensor rstd",
@@ -100,15 +130,15 @@ gated_residual_adaln_op = _adaln_op(
     lambda x, branch, gate, *vectors: (x, branch, gate, None, *vectors),
     lambda d_x_out, d_h, x_out, branch, gate, *vectors: (d_x_out, d_h, x_out, branch, gate, None, *vectors),
     recompute=True,
-    inputs="Tensor x, Tensor branch, Tensor gate, Tensor weight, Tensor shift, Tensor scale, float eps, "
-    "ScalarType? out_dtype",
+    inputs="Tensor x, Tensor branch, Tensor gate, Tensor weight, Tensor shift, Tensor scale, "
+    "Tensor? branch_bias, float eps, ScalarType? out_dtype",
     outputs=3,
     results=2,
     backward_inputs="Tensor? d_x_out, Tensor? d_h, Tensor x_out, Tensor branch, Tensor gate, Tensor weight, "
-    "Tensor scale, Tensor rstd",
-    backward_outputs=6,
+    "Tensor scale, Tensor? branch_bias, Tensor rstd",
+    backward_outputs=7,
     # x_out instead of x: the next op saves it as well, so it costs no memory.
-    saved=lambda inputs, outputs: (outputs[0], *inputs[1:4], inputs[5], outputs[2]),
+    saved=lambda inputs, outputs: (outputs[0], *inputs[1:4], *inputs[5:7], outputs[2]),
 )
 
 gated_residual_norm_adaln_op = _adaln_op(
@@ -116,14 +146,14 @@ gated_residual_norm_adaln_op = _adaln_op(
     lambda *inputs: inputs,
     lambda *inputs: inputs,
     inputs="Tensor x, Tensor branch, Tensor gate, Tensor norm_weight, Tensor weight, Tensor shift, Tensor scale, "
-    "float eps, ScalarType? out_dtype",
+    "Tensor? branch_bias, float eps, ScalarType? out_dtype",
     outputs=3,
     results=2,
     backward_inputs="Tensor? d_x_out, Tensor? d_h, Tensor x, Tensor branch, Tensor gate, Tensor norm_weight, "
-    "Tensor weight, Tensor scale, Tensor rstd",
-    backward_outputs=7,
+    "Tensor weight, Tensor scale, Tensor? branch_bias, Tensor rstd",
+    backward_outputs=8,
     # Not x_out: recomputing it takes less time than reading it.
-    saved=lambda inputs, outputs: (*inputs[:5], inputs[6], outputs[2]),
+    saved=lambda inputs, outputs: (*inputs[:5], *inputs[6:8], outputs[2]),
 )
 
 
@@ -166,10 +196,11 @@ def gated_residual_adaln(
     scale: Tensor,
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
+    branch_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The middle of a block: add the gated branch to the residual, then `adaln_modulate`.
 
-        x_out = x + gate * branch
+        x_out = x + gate * (branch + branch_bias)
         h     = adaln_modulate(x_out, weight, shift, scale)
 
     All arithmetic is float32; h is computed from x_out as rounded to its dtype. Source: DiT (Peebles and Xie, arXiv
@@ -184,6 +215,8 @@ def gated_residual_adaln(
         scale: [B, D].
         eps: added to the mean square.
         out_dtype: dtype of h; x's own by default.
+        branch_bias: [D], the bias of the Linear that computed the branch, or None for 0. Left to this op, its gradient
+            costs no pass over the branch's.
 
     Returns:
         x_out [B, T, D] in x's dtype, and h [B, T, D].
@@ -192,11 +225,11 @@ def gated_residual_adaln(
         ValueError: shapes that do not match.
     """
     check_modulation("gated_residual_adaln", x, weight, shift, scale)
-    check_branch("gated_residual_adaln", x, branch, gate)
+    check_branch("gated_residual_adaln", x, branch, gate, branch_bias)
     chosen = backend.choose(x, out_dtype)
     if chosen == "reference":
-        return gated_residual_adaln_ref(x, branch, gate, weight, shift, scale, eps, out_dtype)
-    return gated_residual_adaln_op(chosen, x, branch, gate, weight, shift, scale, eps, out_dtype)
+        return gated_residual_adaln_ref(x, branch, gate, weight, shift, scale, eps, out_dtype, branch_bias)
+    return gated_residual_adaln_op(chosen, x, branch, gate, weight, shift, scale, branch_bias, eps, out_dtype)
 
 
 def gated_residual_norm_adaln(
@@ -209,10 +242,11 @@ def gated_residual_norm_adaln(
     scale: Tensor,
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
+    branch_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The boundary of two blocks: gated residual and final norm of one, then `adaln_modulate` of the next.
 
-        x_out = rms_norm(x + gate * branch, norm_weight)
+        x_out = rms_norm(x + gate * (branch + branch_bias), norm_weight)
         h     = adaln_modulate(x_out, weight, shift, scale)
 
     All arithmetic is float32; h is computed from x_out as rounded to its dtype. Source: DiT (Peebles and Xie, arXiv
@@ -228,6 +262,8 @@ def gated_residual_norm_adaln(
         scale: [B, D].
         eps: added to the mean squares of both norms.
         out_dtype: dtype of h; x's own by default.
+        branch_bias: [D], the bias of the Linear that computed the branch, or None for 0. Left to this op, its gradient
+            costs no pass over the branch's.
 
     Returns:
         x_out [B, T, D] in x's dtype, and h [B, T, D].
@@ -237,13 +273,14 @@ def gated_residual_norm_adaln(
     """
     op = "gated_residual_norm_adaln"
     check_modulation(op, x, weight, shift, scale)
-    check_branch(op, x, branch, gate)
+    check_branch(op, x, branch, gate, branch_bias)
     if norm_weight.shape != weight.shape:
         raise argument_error(op, f"norm_weight must be {list(weight.shape)}")
     chosen = backend.choose(x, out_dtype)
+    vectors = gate, norm_weight, weight, shift, scale
     if chosen == "reference":
-        return gated_residual_norm_adaln_ref(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype)
-    return gated_residual_norm_adaln_op(chosen, x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype)
+        return gated_residual_norm_adaln_ref(x, branch, *vectors, eps, out_dtype, branch_bias)
+    return gated_residual_norm_adaln_op(chosen, x, branch, *vectors, branch_bias, eps, out_dtype)
 
 
 def check_modulation(op: str, x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor) -> None:
@@ -258,12 +295,14 @@ def check_modulation(op: str, x: Tensor, weight: Tensor, shift: Tensor, scale: T
         raise argument_error(op, f"scale must be [{b}, {d}], got {list(scale.shape)}")
 
 
-def check_branch(op: str, x: Tensor, branch: Tensor, gate: Tensor) -> None:
+def check_branch(op: str, x: Tensor, branch: Tensor, gate: Tensor, branch_bias: Tensor | None) -> None:
     b, _, d = x.shape
     if branch.shape != x.shape:
         raise argument_error(op, f"branch must be {list(x.shape)} like x, got {list(branch.shape)}")
     if gate.shape != (b, d):
         raise argument_error(op, f"gate must be [{b}, {d}], got {list(gate.shape)}")
+    if branch_bias is not None and branch_bias.shape != (d,):
+        raise argument_error(op, f"branch_bias must be [{d}], got {list(branch_bias.shape)}")
 
 
 def adaln_inputs(size: Size, new: New, names: str) -> dict[str, Tensor]:
@@ -276,6 +315,7 @@ def adaln_inputs(size: Size, new: New, names: str) -> dict[str, Tensor]:
         "x": 3 * new(b, t, d, dtype=size.residual),
         "branch": new(b, t, d, dtype=size.other),
         "gate": gate,
+        "branch_bias": new(d, dtype=size.weights),
         "norm_weight": new(d, dtype=size.weights, around=1.0),
         "weight": new(d, dtype=size.weights, around=1.0),
         "shift": shift,
@@ -297,13 +337,13 @@ register(
     gated_residual_adaln,
     gated_residual_adaln_ref,
     gated_residual_adaln_op,
-    example=_example("x branch gate weight shift scale"),
+    example=_example("x branch gate weight shift scale branch_bias"),
     roundings=3,
 )
 register(
     gated_residual_norm_adaln,
     gated_residual_norm_adaln_ref,
     gated_residual_norm_adaln_op,
-    example=_example("x branch gate norm_weight weight shift scale"),
+    example=_example("x branch gate norm_weight weight shift scale branch_bias"),
     roundings=3,
 )

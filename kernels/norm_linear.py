@@ -158,47 +158,50 @@ residual_layer_norm_linear_op = FusedOp(
 
 
 def _gated_linear_backend(gated: Backend, adaln: Backend) -> Backend:
-    def forward(x, branch, gate, norm_weight, shift, scale, weight, bias, out_dtype):
-        x_out, h, rstd = gated.forward(x, branch, gate, norm_weight, shift, scale, EPS, out_dtype)
+    def forward(x, branch, gate, norm_weight, shift, scale, branch_bias, weight, bias, out_dtype):
+        x_out, h, rstd = gated.forward(x, branch, gate, norm_weight, shift, scale, branch_bias, EPS, out_dtype)
         return x_out, matmul(h, weight, bias), rstd
 
-    def recompute_separately(d_x_out, d_h, x_out, branch, gate, norm_weight, shift, scale, rstd):
-        gradients = gated.backward(d_x_out, d_h, x_out, branch, gate, norm_weight, scale, rstd)
+    def recompute_separately(d_x_out, d_h, x_out, branch, gate, norm_weight, shift, scale, branch_bias, rstd):
+        gradients = gated.backward(d_x_out, d_h, x_out, branch, gate, norm_weight, scale, branch_bias, rstd)
         return *gradients, adaln.forward(x_out, norm_weight, shift, scale, EPS, d_h.dtype)[0]
 
-    def backward(d_x_out, d_y, x_out, branch, gate, norm_weight, shift, scale, weight, rstd):
+    def backward(d_x_out, d_y, x_out, branch, gate, norm_weight, shift, scale, branch_bias, weight, rstd):
         *gradients, h = (gated.backward_recompute or recompute_separately)(
-            d_x_out, input_gradient(d_y, weight), x_out, branch, gate, norm_weight, shift, scale, rstd
+            d_x_out, input_gradient(d_y, weight), x_out, branch, gate, norm_weight, shift, scale, branch_bias, rstd
         )
         return *gradients, *weight_gradients(d_y, h)
 
     return Backend(forward, backward)
 
 
-def _fake_gated_linear(x, branch, gate, norm_weight, shift, scale, weight, bias, out_dtype):
+def _fake_gated_linear(x, branch, gate, norm_weight, shift, scale, branch_bias, weight, bias, out_dtype):
     rstd = x.new_empty(x.shape[:2], dtype=torch.float32)
     return tensors.empty_like(x), fake_matmul(x, weight, out_dtype), rstd
 
 
-def _fake_gated_linear_backward(d_x_out, d_y, x_out, branch, gate, norm_weight, shift, scale, weight, rstd):
+def _fake_gated_linear_backward(
+    d_x_out, d_y, x_out, branch, gate, norm_weight, shift, scale, branch_bias, weight, rstd
+):
     d_gate, d_shift, d_scale = (tensors.empty_gradient(v) for v in (gate, scale, scale))
     d_norm_weight = tensors.empty_weight_gradient(norm_weight, x_out)
+    d_bias = tensors.empty_weight_gradient(branch_bias, x_out)
     gradients = tensors.empty_like(x_out), tensors.empty_gradient(branch), d_gate, d_norm_weight, d_shift, d_scale
-    return *gradients, *fake_weight_gradients(weight)
+    return *gradients, d_bias, *fake_weight_gradients(weight)
 
 
 gated_residual_adaln_linear_op = FusedOp(
     "gated_residual_adaln_linear",
-    inputs="Tensor x, Tensor branch, Tensor gate, Tensor norm_weight, Tensor shift, Tensor scale, Tensor weight, "
-    "Tensor bias, ScalarType out_dtype",
+    inputs="Tensor x, Tensor branch, Tensor gate, Tensor norm_weight, Tensor shift, Tensor scale, "
+    "Tensor? branch_bias, Tensor weight, Tensor bias, ScalarType out_dtype",
     outputs=3,
     results=2,
     fake_forward=_fake_gated_linear,
     backward_inputs="Tensor? d_x_out, Tensor d_y, Tensor x_out, Tensor branch, Tensor gate, Tensor norm_weight, "
-    "Tensor shift, Tensor scale, Tensor weight, Tensor rstd",
-    backward_outputs=8,
+    "Tensor shift, Tensor scale, Tensor? branch_bias, Tensor weight, Tensor rstd",
+    backward_outputs=9,
     fake_backward=_fake_gated_linear_backward,
-    saved=lambda inputs, outputs: (outputs[0], *inputs[1:7], outputs[2]),
+    saved=lambda inputs, outputs: (outputs[0], *inputs[1:8], outputs[2]),
     backends={
         key: _gated_linear_backend(gated, adaln_modulate_op.backends[key])
         for key, gated in gated_residual_adaln_op.backends.items()
@@ -277,6 +280,7 @@ def gated_residual_adaln_linear(
     scale: Tensor,
     weight: Tensor,
     bias: Tensor,
+    branch_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x_out, h = gated_residual_adaln(x, branch, ..), returned as x_out and linear(h, W, b). Saves x_out, branch and
     rstd, and recomputes h in backward.
@@ -290,6 +294,7 @@ def gated_residual_adaln_linear(
         scale: [B, K].
         weight: float32 [N, K].
         bias: float32 [N].
+        branch_bias: [K], the bias of the Linear that computed the branch, or None for 0.
 
     Returns:
         x_out [B, T, K] in x's dtype, and [B, T, N], bfloat16 under autocast to it; all other arithmetic is float32.
@@ -299,13 +304,13 @@ def gated_residual_adaln_linear(
     """
     name = "gated_residual_adaln_linear"
     check_modulation(name, x, norm_weight, shift, scale)
-    check_branch(name, x, branch, gate)
+    check_branch(name, x, branch, gate, branch_bias)
     check_weight(name, x.shape[-1], weight, bias)
     inputs, chosen = (x, branch, gate, norm_weight, shift, scale), recomputing_backend(x)
     if not chosen:
-        x, h = gated_residual_adaln(*inputs, EPS, matmul_dtype(x))
+        x, h = gated_residual_adaln(*inputs, EPS, matmul_dtype(x), branch_bias)
         return x, F.linear(h, weight, bias)
-    return gated_residual_adaln_linear_op(chosen, *inputs, weight, bias, torch.bfloat16)
+    return gated_residual_adaln_linear_op(chosen, *inputs, branch_bias, weight, bias, torch.bfloat16)
 
 
 def _layer_norm_example(names):
@@ -319,5 +324,5 @@ register_linear(
 register_linear(
     gated_residual_adaln_linear,
     gated_residual_adaln_linear_op,
-    lambda size, new: adaln_inputs(size, new, "x branch gate norm_weight shift scale"),
+    lambda size, new: adaln_inputs(size, new, "x branch gate norm_weight shift scale branch_bias"),
 )

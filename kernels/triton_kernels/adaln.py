@@ -1,25 +1,35 @@
 """adaln_modulate, gated_residual_adaln and gated_residual_norm_adaln on CUDA: one forward and one backward
-kernel for all three.
+kernel for all three, and one that adds up partial sums.
 
-    y     = x + gate * branch                       with a branch
+    y     = x + gate * (branch + branch_bias)       with a branch
     x_out = y / rms(y) * norm_weight                with a norm (else x_out = y)
     h     = x_out / rms(x_out) * weight * (1 + scale) + shift
 
-A program processes `TOKENS` tokens of one sample, one after another, with the sample's vectors in registers. All
-arithmetic is float32. Each program writes one partial sum per gradient of a vector; these are summed in a fixed order,
-by one kernel over the programs of each sample and by another over the samples. The gradients of weight and scale need
-the same sum: that of d_h times the normalised x_out."""
+A program processes tokens of one sample, one row after another, with the sample's vectors in registers. While it
+reduces a row, the loads of the next one are in flight (tl.range with three stages: cp.async into shared memory). All
+arithmetic is float32. Each backward program writes one partial sum per gradient of a vector; these are summed in a
+fixed order. The gradients of weight and scale need the same sum: that of d_h times the normalised x_out."""
 
 import torch
 import triton
 import triton.language as tl
 
 from unite_fast.kernels import tensors
-from unite_fast.kernels.triton_kernels.rows import TOKENS, load, row_sizes
-from unite_fast.kernels.triton_kernels.sums import sum_rows
+from unite_fast.kernels.triton_kernels.rows import channels, load, tokens_of_program, tokens_per_program
 
-SUM_ROWS, SUM_LANES = 16, 64
-"""Size of a tile of partial sums: 8 numbers per thread; 544 tokens have 34 rows."""
+WARPS = {"forward": 2, "backward": 4}
+"""Warps per row of at most `WIDE` channels; a wider one gets twice as many. One warp per row would need no barrier, but
+the backward pass, with five sums in registers, then spills."""
+WIDE = 1024
+PIECE = 256
+"""Channels that the warps of a row load at once: no lane is idle at 768."""
+PROGRAMS = {"forward": ((16, 16), (12, 10), (10, 8)), "backward": ((8, 8), (5, 4), (4, 3))}
+"""Programs that a multiprocessor holds at once, by registers (benchmarks/cross_compile.py): of the op without a branch,
+with one, and with a norm too; each for rows of at most three pieces, and of four."""
+SUM_ROWS, SUM_LANES = 64, 16
+"""Size of a tile of partial sums, 8 numbers per thread."""
+SHIFT, FACTOR, GATE, BIAS = (tl.constexpr(number) for number in range(4))
+"""Numbers of the partial sums. That of the norm's weight follows those that an op has."""
 
 
 @triton.jit
@@ -36,6 +46,7 @@ def _adaln_fwd_kernel(
     weight,
     shift,
     scale,
+    branch_bias,
     x_out,
     h,
     rstd,
@@ -47,27 +58,32 @@ def _adaln_fwd_kernel(
     shift_stride,
     scale_stride,
     T,
+    tokens,
     eps,
     D: tl.constexpr,
     BD: tl.constexpr,
-    TOKENS: tl.constexpr,
+    EACH: tl.constexpr,
     UNIT: tl.constexpr,
 ):
-    i_b = tl.program_id(0).to(tl.int64)
-    i_chunk = tl.program_id(1).to(tl.int64)
-    o_d = tl.arange(0, BD)
+    i_b, first, end = tokens_of_program(T, tokens)
+    o_d = channels(BD, EACH)
     m_d = o_d < D
     b_shift = load(shift + i_b * shift_stride * UNIT, o_d, m_d)
     b_factor = load(weight, o_d, m_d) * (1 + load(scale + i_b * scale_stride * UNIT, o_d, m_d))
     if branch is not None:
         b_gate = load(gate + i_b * gate_stride * UNIT, o_d, m_d)
+    if branch_bias is not None:
+        b_bias = load(branch_bias, o_d, m_d)
     if norm_weight is not None:
         b_norm_weight = load(norm_weight, o_d, m_d)
-    for i_t in range(i_chunk * TOKENS, tl.minimum((i_chunk + 1) * TOKENS, T)):
+    for i_t in tl.range(first, end, num_stages=3):
         i_row = i_b * T + i_t
         b_x = load(x + (i_b * x_stride_b + i_t * x_stride_t) * UNIT, o_d, m_d)
         if branch is not None:
-            b_x += b_gate * load(branch + (i_b * branch_stride_b + i_t * branch_stride_t) * UNIT, o_d, m_d)
+            b_branch = load(branch + (i_b * branch_stride_b + i_t * branch_stride_t) * UNIT, o_d, m_d)
+            if branch_bias is not None:
+                b_branch += b_bias
+            b_x += b_gate * b_branch
             if norm_weight is not None:
                 b_r = _rms_rstd(b_x, eps, D)
                 tl.store(rstd + i_row, b_r)
@@ -101,6 +117,7 @@ def _adaln_bwd_kernel(
     weight,
     shift,
     scale,
+    branch_bias,
     rstd,
     d_x,
     d_branch,
@@ -118,14 +135,14 @@ def _adaln_bwd_kernel(
     shift_stride,
     scale_stride,
     T,
+    tokens,
     D: tl.constexpr,
     BD: tl.constexpr,
-    TOKENS: tl.constexpr,
+    EACH: tl.constexpr,
     UNIT: tl.constexpr,
 ):
-    i_b = tl.program_id(0).to(tl.int64)
-    i_chunk = tl.program_id(1).to(tl.int64)
-    o_d = tl.arange(0, BD)
+    i_b, first, end = tokens_of_program(T, tokens)
+    o_d = channels(BD, EACH)
     m_d = o_d < D
     b_factor = load(weight, o_d, m_d) * (1 + load(scale + i_b * scale_stride * UNIT, o_d, m_d))
     if h is not None:
@@ -138,14 +155,18 @@ def _adaln_bwd_kernel(
     if norm_weight is not None:
         b_norm_weight = load(norm_weight, o_d, m_d)
         b_d_norm_weight = tl.zeros((BD,), tl.float32)
-    for i_t in range(i_chunk * TOKENS, tl.minimum((i_chunk + 1) * TOKENS, T)):
+    if branch_bias is not None:
+        b_bias = load(branch_bias, o_d, m_d)
+        b_d_y_sum = tl.zeros((BD,), tl.float32)
+    for i_t in tl.range(first, end, num_stages=3):
         i_row = i_b * T + i_t
         b_x = load(x + (i_b * x_stride_b + i_t * x_stride_t) * UNIT, o_d, m_d)
         p_rstd = rstd + i_row
         if branch is not None:
             b_branch = load(branch + (i_b * branch_stride_b + i_t * branch_stride_t) * UNIT, o_d, m_d)
-            # Loaded before the first sum over the row, so that all loads wait for memory together.
             b_d_x_out = load(d_x_out + (i_b * d_x_out_stride_b + i_t * d_x_out_stride_t) * UNIT, o_d, m_d)
+            if branch_bias is not None:
+                b_branch += b_bias
         b_d_h = load(d_h + (i_b * d_h_stride_b + i_t * d_h_stride_t) * UNIT, o_d, m_d)
         if norm_weight is not None:
             # x and branch were saved; recompute the normalised y and x_out.
@@ -166,16 +187,33 @@ def _adaln_bwd_kernel(
                 b_d_norm_weight += b_d_x * b_y
                 b_d_x = _norm_back(b_d_x * b_norm_weight, b_y, b_norm_r, D)
             b_d_gate += b_d_x * b_branch
+            if branch_bias is not None:
+                b_d_y_sum += b_d_x
             tl.store(d_branch + i_row * D + o_d, (b_d_x * b_gate).to(d_branch.dtype.element_ty), mask=m_d)
         tl.store(d_x + i_row * D + o_d, b_d_x.to(d_x.dtype.element_ty), mask=m_d)
-    p_partial = partial + (i_b * tl.num_programs(1) + i_chunk) * D + o_d
+    p_partial = partial + (i_b * tl.num_programs(1) + tl.program_id(1)) * D + o_d
     next_sum = tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * D
-    tl.store(p_partial, b_d_shift, mask=m_d)
-    tl.store(p_partial + next_sum, b_d_factor, mask=m_d)
+    tl.store(p_partial + SHIFT * next_sum, b_d_shift, mask=m_d)
+    tl.store(p_partial + FACTOR * next_sum, b_d_factor, mask=m_d)
     if branch is not None:
-        tl.store(p_partial + 2 * next_sum, b_d_gate, mask=m_d)
+        tl.store(p_partial + GATE * next_sum, b_d_gate, mask=m_d)
+    if branch_bias is not None:
+        tl.store(p_partial + BIAS * next_sum, b_d_y_sum * b_gate, mask=m_d)
     if norm_weight is not None:
-        tl.store(p_partial + 3 * next_sum, b_d_norm_weight, mask=m_d)
+        norm: tl.constexpr = 3 if branch_bias is None else 4
+        tl.store(p_partial + norm * next_sum, b_d_norm_weight, mask=m_d)
+
+
+@triton.jit
+def _sample_sums(
+    partial, i_sum, i_b, samples, chunks, o_d, m_d, D: tl.constexpr, SAMPLES: tl.constexpr, CHUNKS: tl.constexpr
+):
+    """Sums over the programs of each of SAMPLES samples from i_b on, [SAMPLES, lanes]."""
+    o_b, o_chunk = i_b + tl.arange(0, SAMPLES), tl.arange(0, CHUNKS)
+    o_row = (i_sum * samples + o_b).to(tl.int64)[:, None] * chunks + o_chunk[None, :]
+    m = (o_b < samples)[:, None] & (o_chunk < chunks)[None, :]
+    p_partial = partial + o_row[:, :, None] * D + o_d[None, None, :]
+    return tl.sum(tl.load(p_partial, mask=m[:, :, None] & m_d[None, None, :], other=0.0), axis=1)
 
 
 @triton.jit
@@ -186,97 +224,111 @@ def _adaln_sums_kernel(
     d_shift,
     d_scale,
     d_gate,
-    over_samples,
+    d_weight,
+    d_norm_weight,
+    d_bias,
     scale_stride,
+    samples,
     chunks,
     D: tl.constexpr,
-    ROWS: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    CHUNKS: tl.constexpr,
     LANES: tl.constexpr,
-    NORM: tl.constexpr,
 ):
-    """Sums over one sample's programs: the gradients of its vectors, and its part of the gradients of the weights."""
-    i_b, samples = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
-    o_d = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    """Axis 0 of the grid counts pieces of D, axis 1 the sums. Those of a sample's vectors are stored, those of the
+    weights are summed over the samples too."""
+    i_sum = tl.program_id(1)
+    o_d = tl.program_id(0) * LANES + tl.arange(0, LANES)
     m_d = o_d < D
-    next_sum = samples * chunks * D
-    b_d_shift = tl.zeros((ROWS, LANES), tl.float32)
-    b_d_factor = tl.zeros((ROWS, LANES), tl.float32)
-    b_d_gate = tl.zeros((ROWS, LANES), tl.float32)
-    b_d_norm = tl.zeros((ROWS, LANES), tl.float32)
-    for i_row in range(0, chunks, ROWS):
-        o_row = i_row + tl.arange(0, ROWS)
-        m = (o_row < chunks)[:, None] & m_d[None, :]
-        p_partial = partial + (i_b * chunks + o_row)[:, None] * D + o_d[None, :]
-        b_d_shift += tl.load(p_partial, mask=m, other=0.0)
-        b_d_factor += tl.load(p_partial + next_sum, mask=m, other=0.0)
-        if d_gate is not None:
-            b_d_gate += tl.load(p_partial + 2 * next_sum, mask=m, other=0.0)
-        if NORM:
-            b_d_norm += tl.load(p_partial + 3 * next_sum, mask=m, other=0.0)
-    o = i_b * D + o_d
-    b_factor = tl.sum(b_d_factor, axis=0)
-    b_d_scale = b_factor * tl.load(weight + o_d, mask=m_d, other=0.0)
-    b_scale = load(scale + i_b * scale_stride, o_d, m_d)
-    tl.store(d_shift + o, tl.sum(b_d_shift, axis=0).to(d_shift.dtype.element_ty), mask=m_d)
-    tl.store(d_scale + o, b_d_scale.to(d_scale.dtype.element_ty), mask=m_d)
-    tl.store(over_samples + o, b_factor * (1 + b_scale), mask=m_d)
-    if d_gate is not None:
-        tl.store(d_gate + o, tl.sum(b_d_gate, axis=0).to(d_gate.dtype.element_ty), mask=m_d)
-    if NORM:
-        tl.store(over_samples + samples * D + o, tl.sum(b_d_norm, axis=0), mask=m_d)
+    b_weight = load(weight, o_d, m_d)[None, :]
+    b_all = tl.zeros((SAMPLES, LANES), tl.float32)
+    for i_b in range(0, samples, SAMPLES):
+        o_b = i_b + tl.arange(0, SAMPLES)
+        o = o_b.to(tl.int64)[:, None] * D + o_d[None, :]
+        m = (o_b < samples)[:, None] & m_d[None, :]
+        b_sum = _sample_sums(partial, i_sum, i_b, samples, chunks, o_d, m_d, D, SAMPLES, CHUNKS)
+        if i_sum == SHIFT:
+            tl.store(d_shift + o, b_sum.to(d_shift.dtype.element_ty), mask=m)
+        elif i_sum == FACTOR:
+            tl.store(d_scale + o, (b_sum * b_weight).to(d_scale.dtype.element_ty), mask=m)
+            b_sum *= 1 + load(scale, o_b.to(tl.int64)[:, None] * scale_stride + o_d[None, :], m)
+        elif i_sum == GATE:  # noqa: SIM102
+            # Two tests, here and below: the first is at run time, the second for the compiler.
+            if d_gate is not None:
+                tl.store(d_gate + o, b_sum.to(d_gate.dtype.element_ty), mask=m)
+        b_all += b_sum
+    b_all = tl.sum(b_all, axis=0)
+    if i_sum == FACTOR:
+        tl.store(d_weight + o_d, b_all, mask=m_d)
+    elif d_bias is not None and i_sum == BIAS:
+        tl.store(d_bias + o_d, b_all, mask=m_d)
+    elif d_norm_weight is not None and i_sum == tl.num_programs(1) - 1:
+        tl.store(d_norm_weight + o_d, b_all, mask=m_d)
 
 
-def _launch(kernel, x, pointers, arguments, strides) -> None:
-    (b, t, d), (unit, strides) = x.shape, tensors.in_units(strides)
-    kernel[(b, triton.cdiv(t, TOKENS))](*pointers, *strides, t, *arguments, UNIT=unit, **row_sizes(d))
-
-
-def _forward(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype):
+def _forward(x, branch, gate, norm_weight, weight, shift, scale, branch_bias, eps, out_dtype):
     (b, t, _), x = x.shape, tensors.dense(x)
     h, rstd = tensors.empty_like(x, out_dtype), x.new_empty((b, t), dtype=torch.float32)
     x_out = None if branch is None else tensors.empty_like(x)
     if norm_weight is not None:
         rstd = x.new_empty((2, b, t), dtype=torch.float32)
-    shift, scale, weight, norm_weight = map(tensors.as_input, (shift, scale, weight, norm_weight))
+    vectors = norm_weight, weight, shift, scale, branch_bias
+    norm_weight, weight, shift, scale, branch_bias = map(tensors.as_input, vectors)
     branch, gate = map(tensors.as_input, (branch, gate))
     if h.numel():
         strides = *_two(x), *_two(branch), _one(gate), _one(shift), _one(scale)
-        pointers = x, branch, gate, norm_weight, weight, shift, scale, x_out, h, rstd
-        _launch(_adaln_fwd_kernel, x, pointers, (eps,), strides)
+        pointers = x, branch, gate, norm_weight, weight, shift, scale, branch_bias, x_out, h, rstd
+        grid, tokens, constants = _sizes("forward", x, branch, norm_weight)
+        unit, strides = tensors.in_units(strides)
+        _adaln_fwd_kernel[grid](*pointers, *strides, t, tokens, eps, **constants, UNIT=unit)
     return x_out, h, rstd
 
 
-def _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, rstd, shift=None):
-    """Gradients of x, branch, gate, norm_weight, weight, shift and scale, None for an input that the op does not have;
-    and h in d_h's dtype if shift is not None, else None."""
-    (b, t, d), x = x.shape, tensors.dense(x)
+def _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, branch_bias, rstd, shift=None):
+    """Gradients of x, branch, gate, norm_weight, weight, shift, scale and branch_bias, None for an input that the op
+    does not have; and h in d_h's dtype if shift is not None, else None."""
+    (_, t, d), x = x.shape, tensors.dense(x)
     d_x, d_branch = tensors.empty_like(x), None if branch is None else tensors.empty_gradient(branch)
     h = None if shift is None else tensors.empty_like(d_h)
     d_h = tensors.gradient_or_zeros(d_h, x.shape, x)
     if branch is not None:
         d_x_out = tensors.gradient_or_zeros(d_x_out, x.shape, x)
-    own = norm_weight, weight, branch, gate, shift, scale
-    sums = 2 + (branch is not None) + (norm_weight is not None)
-    partial = x.new_empty((sums, b, triton.cdiv(t, TOKENS), d), dtype=torch.float32)
-    norm_weight, weight, branch, gate, shift, scale = map(tensors.as_input, own)
+    own = norm_weight, weight, branch, gate, shift, scale, branch_bias
+    norm_weight, weight, branch, gate, shift, scale, branch_bias = map(tensors.as_input, own)
+    grid, tokens, constants = _sizes("backward", x, branch, norm_weight)
+    sums = 2 + sum(vector is not None for vector in (gate, norm_weight, branch_bias))
+    partial = x.new_empty((sums, *grid, d), dtype=torch.float32)
     if d_x.numel():
         strides = *_two(d_x_out), *_two(d_h), *_two(x), *_two(branch), _one(gate), _one(shift), _one(scale)
-        inputs = d_x_out, d_h, x, branch, gate, norm_weight, weight, shift, scale, rstd
+        inputs = d_x_out, d_h, x, branch, gate, norm_weight, weight, shift, scale, branch_bias, rstd
+        unit, strides = tensors.in_units(strides)
         pointers = *inputs, d_x, d_branch, h, partial
-        _launch(_adaln_bwd_kernel, x, pointers, (), strides)
+        _adaln_bwd_kernel[grid](*pointers, *strides, t, tokens, **constants, UNIT=unit)
     d_shift, d_scale, d_gate = (None if v is None else tensors.empty_like(v) for v in (scale, scale, gate))
-    over_samples = x.new_empty((1 + (norm_weight is not None), b, d), dtype=torch.float32)
-    if d_shift.numel():
-        _adaln_sums_kernel[(b, triton.cdiv(d, SUM_LANES))](
-            *(partial, weight, scale, d_shift, d_scale, d_gate, over_samples),
-            *(scale.stride(0), partial.shape[2]),
+    of_weights = [None if v is None else torch.empty_like(v) for v in (weight, norm_weight, branch_bias)]
+    if d:
+        lanes = triton.next_power_of_2(max(partial.shape[2], 1))
+        _adaln_sums_kernel[(triton.cdiv(d, SUM_LANES), sums)](
+            *(partial, weight, scale, d_shift, d_scale, d_gate, *of_weights),
+            *(scale.stride(0), *partial.shape[1:3]),
             D=d,
-            ROWS=SUM_ROWS,
+            SAMPLES=max(SUM_ROWS // lanes, 1),
+            CHUNKS=lanes,
             LANES=SUM_LANES,
-            NORM=norm_weight is not None,
         )
-    d_weight, *d_norm_weight = sum_rows(over_samples)
-    return d_x, d_branch, d_gate, d_norm_weight[0] if d_norm_weight else None, d_weight, d_shift, d_scale, h
+    d_weight, d_norm_weight, d_bias = of_weights
+    return d_x, d_branch, d_gate, d_norm_weight, d_weight, d_shift, d_scale, d_bias, h
+
+
+def _sizes(direction: str, x, branch, norm_weight):
+    """The grid of a kernel, its tokens per program, and its constants."""
+    b, t, d = x.shape
+    wide = 2 if d > WIDE else 1
+    warps, piece = WARPS[direction] * wide, PIECE * wide
+    programs = PROGRAMS[direction][(branch is not None) + (norm_weight is not None)][d > 3 * piece]
+    tokens = tokens_per_program(x, programs // wide)
+    constants = {"D": d, "BD": triton.next_power_of_2(d), "EACH": piece // (32 * warps), "num_warps": warps}
+    return (b, triton.cdiv(t, tokens)), tokens, constants
 
 
 def _two(x):
@@ -289,37 +341,46 @@ def _one(x):
 
 def adaln_modulate_forward(x, weight, shift, scale, eps, out_dtype):
     """x [B, T, D], weight [D], shift and scale [B, D] -> h [B, T, D], rstd [B, T] float32."""
-    return _forward(x, None, None, None, weight, shift, scale, eps, out_dtype)[1:]
+    return _forward(x, None, None, None, weight, shift, scale, None, eps, out_dtype)[1:]
 
 
 def adaln_modulate_backward(d_out, x, weight, scale, rstd):
     """-> gradients of x, weight, shift and scale."""
-    d_x, _, _, _, *others, _ = _backward(None, d_out, x, None, None, None, weight, scale, rstd)
+    d_x, _, _, _, *others, _, _ = _backward(None, d_out, x, None, None, None, weight, scale, None, rstd)
     return d_x, *others
 
 
-def gated_residual_adaln_forward(x, branch, gate, weight, shift, scale, eps, out_dtype):
-    """x and branch [B, T, D], gate, shift and scale [B, D], weight [D] -> x_out, h [B, T, D], rstd [B, T]."""
-    return _forward(x, branch, gate, None, weight, shift, scale, eps, out_dtype)
+def gated_residual_adaln_forward(x, branch, gate, weight, shift, scale, branch_bias, eps, out_dtype):
+    """x and branch [B, T, D], gate, shift and scale [B, D], weight [D], branch_bias [D] or None -> x_out and h
+    [B, T, D], rstd [B, T]."""
+    return _forward(x, branch, gate, None, weight, shift, scale, branch_bias, eps, out_dtype)
 
 
-def gated_residual_adaln_backward(d_x_out, d_h, x_out, branch, gate, weight, scale, rstd):
-    """-> gradients of x, branch, gate, weight, shift and scale."""
-    return gated_residual_adaln_backward_recompute(d_x_out, d_h, x_out, branch, gate, weight, None, scale, rstd)[:-1]
+def gated_residual_adaln_backward(d_x_out, d_h, x_out, branch, gate, weight, scale, branch_bias, rstd):
+    """-> gradients of x, branch, gate, weight, shift, scale and branch_bias; the last is empty if there is no bias."""
+    inputs = d_x_out, d_h, x_out, branch, gate, weight, None, scale, branch_bias, rstd
+    return gated_residual_adaln_backward_recompute(*inputs)[:-1]
 
 
-def gated_residual_adaln_backward_recompute(d_x_out, d_h, x_out, branch, gate, weight, shift, scale, rstd):
-    """gated_residual_adaln_backward that also recomputes h, in d_h's dtype -> gradients of x, branch, gate, weight,
-    shift and scale, and h."""
-    d_x, d_branch, d_gate, _, *others = _backward(d_x_out, d_h, x_out, branch, gate, None, weight, scale, rstd, shift)
-    return d_x, d_branch, d_gate, *others
+def gated_residual_adaln_backward_recompute(d_x_out, d_h, x_out, branch, gate, weight, shift, scale, branch_bias, rstd):
+    """gated_residual_adaln_backward that also recomputes h, in d_h's dtype -> its gradients, and h."""
+    inputs = d_x_out, d_h, x_out, branch, gate, None, weight, scale, branch_bias, rstd, shift
+    d_x, d_branch, d_gate, _, *others, d_bias, h = _backward(*inputs)
+    return d_x, d_branch, d_gate, *others, _or_empty(d_bias, x_out), h
 
 
-def gated_residual_norm_adaln_forward(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype):
+def gated_residual_norm_adaln_forward(x, branch, gate, norm_weight, weight, shift, scale, branch_bias, eps, out_dtype):
     """As gated_residual_adaln_forward, with norm_weight [D] -> x_out, h, rstd of y and of x_out, [2, B, T]."""
-    return _forward(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype)
+    return _forward(x, branch, gate, norm_weight, weight, shift, scale, branch_bias, eps, out_dtype)
 
 
-def gated_residual_norm_adaln_backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, rstds):
-    """-> gradients of x, branch, gate, norm_weight, weight, shift and scale."""
-    return _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, rstds)[:-1]
+def gated_residual_norm_adaln_backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, branch_bias, rstds):
+    """-> gradients of x, branch, gate, norm_weight, weight, shift, scale and branch_bias; the last may be empty."""
+    inputs = d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, branch_bias, rstds
+    *others, d_bias, _ = _backward(*inputs)
+    return *others, _or_empty(d_bias, x)
+
+
+def _or_empty(gradient, x):
+    """An op returns a tensor for each input."""
+    return tensors.empty_weight_gradient(None, x) if gradient is None else gradient

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+ROW_KERNELS = ("_adaln_fwd_kernel", "_adaln_bwd_kernel")
+"""Kernels whose warps share a row, with 2 or 4 neighbours per thread."""
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the package triton is not installed; it is for Linux only"
 )
@@ -39,4 +42,22 @@ def test_nothing_spills(rows):
 
 
 def test_large_tensors_are_read_and_written_16_bytes_at_a_time(rows):
-    assert [row for row in rows if row["access_bytes"] != 16] == []
+    assert [row for row in rows if row["kernel"] not in ROW_KERNELS and row["access_bytes"] != 16] == []
+
+
+def test_warps_that_share_a_row_read_and_write_whole_lines_of_128_bytes(rows):
+    assert [row for row in rows if row["kernel"] in ROW_KERNELS and 32 * row["access_bytes"] < 128] == []
+
+
+def test_the_next_row_is_in_flight_while_a_row_is_reduced(rows):
+    """By Little's law an H100 needs 15 KB in flight on each multiprocessor."""
+    checked = [row for row in rows if row["kernel"] in ROW_KERNELS]
+    assert [row for row in checked if not row["ahead"] or row["in_flight_kb"] < 15] == []
+    # Two for each sum over a row; the last one also serves the next row's copies.
+    assert {row["barriers"] for row in checked if "norm_adaln" in row["op"]} == {4}
+    assert {row["barriers"] for row in checked if "norm_adaln" not in row["op"]} == {2}
+
+
+def test_programs_of_the_adaln_kernels_fill_their_last_wave(rows):
+    waves = [row["waves"] for row in rows if row["kernel"] in ROW_KERNELS]
+    assert min(wave / math.ceil(wave) for wave in waves) > 0.6

@@ -129,6 +129,7 @@ def test_mismatched_shapes_are_refused(op, name, shape, message, draw):
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
+        ("branch_bias", (7,), r"branch_bias must be \[8\], got \[7\]"),
         ("branch", (2, 1, 8), r"branch must be \[2, 3, 8\] like x, got \[2, 1, 8\]"),
         ("gate", (8,), r"gate must be \[2, 8\], got \[8\]"),
     ],

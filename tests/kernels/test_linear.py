@@ -19,9 +19,16 @@ from unite_fast.kernels.swiglu import swiglu_ref
 B, T, D, N, HEADS = 3, 70, 24, 20, 2
 
 
-def gated_ref(x, branch, gate, norm_weight, shift, scale, weight, bias):
+def gated_op(*tensors):
+    """In the order of the dispatcher op, where the branch's bias comes before the Linear's weight."""
+    *inputs, branch_bias, weight, bias = tensors
+    return kernels.gated_residual_adaln_linear(*inputs, weight, bias, branch_bias)
+
+
+def gated_ref(x, branch, gate, norm_weight, shift, scale, branch_bias, weight, bias):
     dtype = torch.float64 if x.dtype == torch.float64 else branch.dtype
-    x, h = gated_residual_adaln_ref(x, branch, gate, norm_weight, shift, scale, out_dtype=dtype)
+    vectors = gate, norm_weight, shift, scale
+    x, h = gated_residual_adaln_ref(x, branch, *vectors, out_dtype=dtype, branch_bias=branch_bias)
     return x, F.linear(h, weight.to(dtype), bias.to(dtype))
 
 
@@ -97,7 +104,7 @@ CASES = {
         4,
     ),
     "gated_residual_adaln_linear": Case(
-        kernels.gated_residual_adaln_linear,
+        gated_op,
         gated_ref,
         {
             "x": (B, T, D),
@@ -106,6 +113,7 @@ CASES = {
             "norm_weight": (D,),
             "shift": (B, D),
             "scale": (B, D),
+            "branch_bias": (D,),
             **WEIGHTS,
         },
         4,
