@@ -1,5 +1,5 @@
-"""bias_relu: bias and ReLU of a convolution without bias. It has no C++ backend: on a CPU, PyTorch's convolution adds the
-bias, and ReLU runs in place."""
+"""bias_relu: bias and ReLU of a convolution without bias. It has no C++ backend: on a CPU, PyTorch's convolution adds
+the bias, and ReLU runs in place."""
 
 import torch
 from torch import Tensor

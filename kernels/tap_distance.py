@@ -1,6 +1,7 @@
-"""tap_distance: all of LPIPS after one tap of VGG16. It has no C++ backend: on a CPU, the convolutions before it take most
-of the time."""
+"""tap_distance: all of LPIPS after one tap of VGG16. It has no C++ backend: on a CPU, the convolutions before it take
+most of the time."""
 
+from collections.abc import Sequence
 from math import isqrt
 from typing import NamedTuple
 
@@ -19,9 +20,9 @@ EPS = 1e-10
 class Tap(NamedTuple):
     distance: Tensor
     """float32 [B]; float64 for float64."""
-    y: Tensor | None
-    """The features of y after 2x2 max pooling, [B, C, H // 2, W // 2] in y's dtype; None without pooling."""
-    x: Tensor | None
+    y: Tensor
+    """The features of y after 2x2 max pooling, [B, C, H // 2, W // 2] in y's dtype; empty without pooling."""
+    x: Tensor
     """The same of x, without a gradient."""
 
 
@@ -41,7 +42,7 @@ def tap_distance_ref(
         difference = difference * dropout_mask(philox, stream, draw, y.shape[1:])
     distance = (difference * weight[:, None, None]).sum(dim=1).mean(dim=(1, 2))
     if not pool:
-        return Tap(distance, None, None)
+        return Tap(distance, y.new_empty(0), y.new_empty(0))
     return Tap(distance, *(F.max_pool2d(features, 2).to(y.dtype) for features in (features_y, features_x)))
 
 
@@ -56,12 +57,12 @@ def _unit(x: Tensor) -> Tensor:
     return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + EPS)
 
 
-def dropout_mask(philox, stream: int, draw: int, shape: tuple[int, int, int]) -> Tensor:
+def dropout_mask(philox, stream: int, draw: int, shape: Sequence[int]) -> Tensor:
     """The mask of dropout with p = 1/2: 0 or 1/(1-p) = 2, each with probability 1/2.
 
-    One random bit decides one element: word `(h W + w) C/32 + j` of a draw holds the channels 32 j to 32 j + 31 of pixel
-    (h, w), lowest bit first. So the channels of a pixel share words, and a 256 x 256 image costs 0.25 M words instead of
-    8 M.
+    One random bit decides one element: word `(h W + w) C/32 + j` of a draw holds the channels 32 j to 32 j + 31 of
+    pixel (h, w), lowest bit first. So the channels of a pixel share words, and a 256 x 256 image costs 0.25 M words
+    instead of 8 M.
 
     Args:
         philox: a `unite_fast.randomness.Philox` with the positions of b samples.
@@ -81,7 +82,7 @@ def dropout_mask(philox, stream: int, draw: int, shape: tuple[int, int, int]) ->
 
 def _fake_forward(y, x, weight, bias, positions, seed_low, seed_high, step, stream, draw, pool):
     height, width = y.shape[2:]
-    # An operator cannot return None.
+    # An operator cannot return None, so without pooling these are empty.
     pooled = [empty_channels_last(y, height // 2, width // 2) if pool else y.new_empty(0) for _ in range(2)]
     return y.new_empty(y.shape[0], dtype=torch.float32), *pooled
 
@@ -147,9 +148,10 @@ def tap_distance(
     _check(y, x, weight, bias, philox, pool)
     if not is_fused(y):
         return tap_distance_ref(y, x, weight, bias, philox, stream, draw, pool)
-    distance, *pooled = tap_distance_op("triton", *_op_inputs(y, x, weight, bias, philox, stream, draw, pool))
+    inputs = _op_inputs(y, x, weight, bias, philox, stream, draw, pool)
+    distance, pooled_y, pooled_x = tap_distance_op("triton", *inputs)
     # Autograd takes each result of an op for a function of y.
-    return Tap(distance, pooled[0], pooled[1].detach()) if pool else Tap(distance, None, None)
+    return Tap(distance, pooled_y, pooled_x.detach())
 
 
 def is_fused(y: Tensor) -> bool:

@@ -100,12 +100,26 @@ def _cast(x: Tensor) -> tuple[Tensor, torch.dtype]:
     return x.to(dtype), dtype
 
 
+class Block(nn.Module):
+    """The convolutions before a tap."""
+
+    def __init__(self, convolutions: list[Convolution]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Sequential(*convolutions[:-1]), convolutions[-1]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What `kernels.tap_distance` takes: the last convolution's output without bias and ReLU, and the bias; or,
+        where that op is not fused, the features and None."""
+        x = self.first(x)
+        return (self.last.product(x), self.last.bias) if is_fused(x) else (self.last(x), None)
+
+
 class LPIPS(nn.Module):
     """LPIPS 0.1 on VGG16, frozen.
 
     No parameter takes a gradient, and there is no training mode: dropout happens exactly when its random numbers are
-    given. The convolutions run in channels-last and in the autocast dtype of the caller; normalisation, squares and sums
-    run in float32.
+    given. The convolutions run in channels-last and in the autocast dtype of the caller; normalisation, squares and
+    sums run in float32.
 
     Args:
         vgg: tensors with the names and shapes of `VGG_SHAPES`; others are ignored.
@@ -158,8 +172,8 @@ class LPIPS(nn.Module):
         distances = []
         for layer, (block, weight) in enumerate(zip(self.blocks, self.linear, strict=True)):
             with torch.no_grad():
-                x, _ = _before_tap(block, x)
-            y, bias = _before_tap(block, y)
+                x, _ = block(x)
+            y, bias = block(y)
             last = layer == len(VGG_BLOCKS) - 1
             tap = kernels.tap_distance(
                 y, x, weight.flatten(), bias, dropout, Stream.LPIPS_DROPOUT, draw=layer, pool=not last
@@ -208,8 +222,7 @@ def random_lpips(config: PerceptualConfig) -> LPIPS:
     return LPIPS(tensors, {name: tensors[name].abs() for name in LINEAR_SHAPES}, config.input_range)
 
 
-def _block(vgg: dict[str, Tensor], layer: int) -> nn.ModuleList:
-    """The convolutions before a tap."""
+def _block(vgg: dict[str, Tensor], layer: int) -> Block:
     convolutions = []
     for index, inputs, outputs in VGG_BLOCKS[layer]:
         # On the meta device: no initial values are drawn for weights that are replaced below.
@@ -217,16 +230,7 @@ def _block(vgg: dict[str, Tensor], layer: int) -> nn.ModuleList:
         conv.weight = _frozen(vgg[f"features.{index}.weight"], torch.channels_last)
         conv.bias = _frozen(vgg[f"features.{index}.bias"])
         convolutions.append(conv)
-    return nn.ModuleList(convolutions)
-
-
-def _before_tap(block: nn.ModuleList, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What `kernels.tap_distance` takes: the last convolution's output without bias and ReLU, and the bias; or, where
-    the op is not fused, the features and None."""
-    *first, last = block
-    for conv in first:
-        x = conv(x)
-    return (last.product(x), last.bias) if is_fused(x) else (last(x), None)
+    return Block(convolutions)
 
 
 def _frozen(weight: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> nn.Parameter:

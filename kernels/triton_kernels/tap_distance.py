@@ -1,8 +1,8 @@
 """tap_distance on CUDA: a forward and a backward kernel, each of which reads the features once.
 
 A program is one warp, so that no sum over channels needs a barrier. It processes `tiles` tiles of one image, [BW, BC]
-each: BW windows of 2x2 pixels, one after the other of a window's four pixels. Odd sides have windows that reach over the
-edge; masked lanes pad the channels to a power of two. float32 inside. Each program writes one partial sum of the
+each: BW windows of 2x2 pixels, one after the other of a window's four pixels. Odd sides have windows that reach over
+the edge; masked lanes pad the channels to a power of two. float32 inside. Each program writes one partial sum of the
 distance; these are summed in a fixed order. Only the inputs are saved: backward recomputes norms, masks and maxima.
 
 Dropout computes a word of Philox for 32 channels, in each thread that holds some of them: about ten instructions for
@@ -26,7 +26,7 @@ TILES, PROGRAMS = 8, 32
 
 @triton.jit
 def _windows(i_tile, width, BW: tl.constexpr):
-    """Row and column of the first pixel of each window of a tile. Beyond the last window, the row is beyond the image."""
+    """Row and column of each window's first pixel. Beyond the last window, the row is beyond the image."""
     o_w = i_tile * BW + tl.arange(0, BW)
     columns = (width + 1) // 2
     return 2 * (o_w // columns), 2 * (o_w % columns)
@@ -68,7 +68,9 @@ def _inverse_norm(b_x, EPS: tl.constexpr):
 
 
 @triton.jit
-def _kept(b_x, o_p, position, step, stream_and_draw, seed_low, seed_high, C: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr):
+def _kept(
+    b_x, o_p, position, step, stream_and_draw, seed_low, seed_high, C: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr
+):
     """b_x [BW, BC] where dropout keeps it, else 0."""
     o_word = o_p[:, None] * (C // 32) + tl.arange(0, BC // 32)[None, :]
     b_w0, b_w1, b_w2, b_w3 = words(o_word // 4, position, step, stream_and_draw, seed_low, seed_high)
@@ -177,7 +179,7 @@ def _tap_distance_bwd_kernel(
             o, m = _pooled(row, column, height, width, C, BC)
             b_d_max = load(d_pooled_y, o, m)
         for P in range(4):
-            o_p, m_p, o, m = _pixel(row, column, P, height, width, C, BC)
+            o_p, _, o, m = _pixel(row, column, P, height, width, C, BC)
             b_y = _features(tl.load(y + o, mask=m, other=0.0), b_bias)
             b_x = _features(tl.load(x + o, mask=m, other=0.0), b_bias)
             b_norm, b_inverse_y = _inverse_norm(b_y, EPS)
@@ -186,7 +188,8 @@ def _tap_distance_bwd_kernel(
             b_d_unit = b_weight * (b_y * b_inverse_y - b_x * b_inverse_x[:, None])
             if positions is not None:
                 b_d_unit = _kept(b_d_unit, o_p, position, step, stream_and_draw, seed_low, seed_high, C, BW, BC)
-            # Gradient of y / (|y| + eps): d / (|y| + eps) - y (d . y) / (|y| (|y| + eps)^2); no second term for |y| = 0.
+            # The gradient of y / (|y| + eps) is d / (|y| + eps) - y (d . y) / (|y| (|y| + eps)^2), without the second
+            # term for |y| = 0.
             b_along = tl.sum(b_d_unit * b_y, axis=1) / tl.where(b_norm > 0, b_norm, 1.0)
             b_d_y = b_inverse_y * (b_d_unit - b_y * b_inverse_y * b_along[:, None])
             if d_pooled_y is not None:
@@ -199,7 +202,7 @@ def _tap_distance_bwd_kernel(
 def tap_distance_forward(y, x, weight, bias, positions, seed_low, seed_high, step, stream, draw, pool):
     """y and x [B, C, H, W], weight and bias [C] (bias may be None), positions int64 [B] or None, the words of the seed,
     step, stream and draw -> distance [B] float32, pooled y and x [B, C, H // 2, W // 2], empty without `pool`."""
-    (b, c, height, width), sizes = y.shape, _sizes(y)
+    (_, _, height, width), sizes = y.shape, _sizes(y)
     grid, tiles = _grid(y, sizes)
     partial = y.new_empty(grid, dtype=torch.float32)
     pooled = [empty_channels_last(y, height // 2, width // 2) if pool else y.new_empty(0) for _ in range(2)]

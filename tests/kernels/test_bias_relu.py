@@ -65,7 +65,9 @@ def test_the_same_bits_as_the_reference(make, dtype):
     ours, expected = run(kernels.bias_relu, x, bias), run(bias_relu_ref, x, bias)
     assert_same([v.nan_to_num(-1) for v in ours], [v.nan_to_num(-1) for v in expected])
     assert ours[0].isnan().sum() == 1
-    assert_same([v.nan_to_num(-1) for v in run(kernels.bias_relu, x.contiguous(), bias)], [v.nan_to_num(-1) for v in ours])
+    assert_same(
+        [v.nan_to_num(-1) for v in run(kernels.bias_relu, x.contiguous(), bias)], [v.nan_to_num(-1) for v in ours]
+    )
 
 
 def test_only_the_result_is_saved_for_backward(make):
