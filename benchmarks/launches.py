@@ -1,6 +1,6 @@
 """How many kernels one micro-batch starts on a GPU, counted without one.
 
-The real code of a training step (unite_fast/training/train_step.py: draws, masks, both passes forward and backward)
+The real code of a training step (unite_fast/training/train_step.py: draws, both passes forward and backward)
 runs on tensors without memory, and two things are counted:
 
 - every operator of PyTorch that reaches a device, as PyTorch's dispatcher sees it, autograd's own additions among them.
@@ -90,7 +90,6 @@ FOREACH_CHUNKS, FOREACH_TENSORS = 320, 30
 
 PARTS = (
     "draws",
-    "LPIPS masks",
     "casts of weights",
     "tokenizer forward",
     "decoder forward",
@@ -195,7 +194,6 @@ def parts_of_the_step(launches: Launches, model: UNITE, lpips: LPIPS | None) -> 
     backward = itertools.cycle(("reconstruction backward", "flow backward"))
     targets = [
         (train_step, "draw_step", "draws"),
-        (train_step, "dropout_masks", "LPIPS masks"),
         (model, "tokenize", "tokenizer forward"),
         (model, "decode", "decoder forward"),
         (train_step, "flow_losses", "flow forward"),

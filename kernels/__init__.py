@@ -7,6 +7,7 @@ some of these. docs/adding-a-kernel.md shows how to add an op.
 
 from unite_fast.kernels.adaln import adaln_modulate, gated_residual_adaln, gated_residual_norm_adaln
 from unite_fast.kernels.attention import attention
+from unite_fast.kernels.bias_relu import bias_relu
 from unite_fast.kernels.flow_loss import flow_loss
 from unite_fast.kernels.linear import gelu_linear, linear, linears, swiglu_linear
 from unite_fast.kernels.noise_injection import noise_injection
@@ -18,6 +19,7 @@ from unite_fast.kernels.tap_distance import tap_distance
 __all__ = [
     "adaln_modulate",
     "attention",
+    "bias_relu",
     "flow_loss",
     "gated_residual_adaln",
     "gated_residual_adaln_linear",

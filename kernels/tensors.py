@@ -95,6 +95,17 @@ def empty_weight_gradient(weight: Tensor | None, beside: Tensor) -> Tensor:
     return beside.new_empty(0, dtype=torch.float32) if weight is None else empty_like(weight, torch.float32)
 
 
+def pixels_first(x: Tensor) -> Tensor:
+    """[B, C, H, W] as contiguous [B, H, W, C]; no copy if x is channels-last."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def empty_channels_last(x: Tensor, height: int, width: int) -> Tensor:
+    """An uninitialised [B, C, height, width] like x [B, C, H, W]."""
+    shape = *x.shape[:2], height, width
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
 def in_units(strides: Sequence[int]) -> tuple[int, list[int]]:
     """The largest unit, at most 8 elements, that divides all strides, and the strides counted in it, for a Triton
     kernel. Triton cannot see by itself that a stride of 72 is a multiple of 8, so it would not load 8 bfloat16 numbers

@@ -133,6 +133,10 @@ EXACT = {
     aten._unsafe_view,
     aten.copy_,
     aten.fill_,
+    aten.masked_fill_,
+    aten.max_pool2d_with_indices,
+    aten.max_pool2d_with_indices_backward,  # exact where windows do not overlap
+    aten.arange,
     aten.constant_pad_nd,
     aten.scalar_tensor,
     aten.promote_types,

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from unite_fast.config import PerceptualConfig
 from unite_fast.errors import UserError
-from unite_fast.lpips import LINEAR_SHAPES, LPIPS, VGG_SHAPES, dropout_masks, load_lpips, tap_shapes
+from unite_fast.kernels.tap_distance import dropout_mask
+from unite_fast.lpips import LINEAR_SHAPES, LPIPS, VGG_SHAPES, load_lpips, tap_shapes
 from unite_fast.randomness import Philox, Stream
 
 SIDE = 16  # the smallest that VGG16 can take
@@ -65,6 +66,10 @@ def _philox(positions: list[int], seed: int = 3, step: int = 5) -> Philox:
     return Philox(seed, step, torch.tensor(positions))
 
 
+def _masks(philox: Philox, shapes: list[tuple[int, int, int]]) -> list[Tensor]:
+    return [dropout_mask(philox, Stream.LPIPS_DROPOUT, layer, shape) for layer, shape in enumerate(shapes)]
+
+
 def _reference(
     vgg: dict[str, Tensor],
     linear: dict[str, Tensor],
@@ -114,7 +119,8 @@ def _assert_close(name: str, actual: Tensor, expected: Tensor, bound: float) -> 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "dropout"])
 @pytest.mark.parametrize("input_range", ["unit", "signed"])
 def test_value_and_gradient_match_float64(vgg, linear, image, recon, input_range, masked):
-    masks = dropout_masks(_philox([0, 1, 2, 3]), SHAPES) if masked else None
+    philox = _philox([0, 1, 2, 3]) if masked else None
+    masks = _masks(philox, SHAPES) if philox else None
     cotangent = torch.tensor([1.0, -2.0, 0.5, 3.0])
     expected_recon = recon.double().requires_grad_()
     expected = _reference(vgg, linear, image, expected_recon, input_range == "signed", masks)
@@ -126,7 +132,7 @@ def test_value_and_gradient_match_float64(vgg, linear, image, recon, input_range
     ):
         target = image.to(dtype, copy=True).requires_grad_()
         actual_recon = recon.to(dtype, copy=True).requires_grad_()
-        actual = LPIPS(vgg, linear, input_range).to(dtype)(target, actual_recon, masks)
+        actual = LPIPS(vgg, linear, input_range).to(dtype)(target, actual_recon, philox)
         actual.backward(cotangent.to(dtype))
         assert actual.shape == (4,) and actual.dtype == dtype
         _assert_close("value", actual, expected, value_bound)
@@ -136,9 +142,8 @@ def test_value_and_gradient_match_float64(vgg, linear, image, recon, input_range
 
 def test_sides_that_are_not_multiples_of_16(vgg, linear, lpips):
     image, recon = torch.rand(1, 3, 37, 51), torch.rand(1, 3, 37, 51)
-    masks = dropout_masks(_philox([0]), tap_shapes(37, 51))
-    expected = _reference(vgg, linear, image, recon, masks=masks)
-    _assert_close("value", lpips(image, recon, masks), expected, FLOAT32_VALUE)
+    expected = _reference(vgg, linear, image, recon, masks=_masks(_philox([0]), tap_shapes(37, 51)))
+    _assert_close("value", lpips(image, recon, _philox([0])), expected, FLOAT32_VALUE)
 
 
 def test_equal_images_are_at_distance_zero(lpips, image):
@@ -179,9 +184,9 @@ def test_bfloat16_autocast(vgg, linear, lpips, image, recon):
 def test_it_compiles_to_one_graph(lpips, image, recon):
     """No graph break, forward or backward, and the in-place ReLUs survive functionalisation."""
     compiled = torch.compile(lpips.forward, fullgraph=True, backend="aot_eager")
-    masks = dropout_masks(_philox([0, 1, 2, 3]), SHAPES)
+    philox = _philox([0, 1, 2, 3])
     actual_recon, expected_recon = recon.clone().requires_grad_(), recon.clone().requires_grad_()
-    actual, expected = compiled(image, actual_recon, masks), lpips(image, expected_recon, masks)
+    actual, expected = compiled(image, actual_recon, philox), lpips(image, expected_recon, philox)
     actual.sum().backward()
     expected.sum().backward()
     _assert_close("value", actual, expected.double(), FLOAT32_VALUE)
@@ -189,19 +194,19 @@ def test_it_compiles_to_one_graph(lpips, image, recon):
 
 
 @pytest.mark.parametrize(
-    ("image_shape", "recon_shape", "masks"),
+    ("image_shape", "recon_shape", "samples"),
     [
-        ((2, 3, 32, 32), (2, 3, 32, 16), None),
-        ((2, 1, 32, 32), (2, 1, 32, 32), None),
-        ((3, 32, 32), (3, 32, 32), None),
-        ((2, 3, 32, 8), (2, 3, 32, 8), None),
-        ((2, 3, 32, 32), (2, 3, 32, 32), [torch.ones(())] * 4),
+        ((2, 3, 32, 32), (2, 3, 32, 16), 2),
+        ((2, 1, 32, 32), (2, 1, 32, 32), 2),
+        ((3, 32, 32), (3, 32, 32), 3),
+        ((2, 3, 32, 8), (2, 3, 32, 8), 2),
+        ((2, 3, 32, 32), (2, 3, 32, 32), 3),
     ],
-    ids=["different", "one channel", "no batch", "small", "four masks"],
+    ids=["different", "one channel", "no batch", "small", "random numbers of other samples"],
 )
-def test_wrong_inputs_are_refused(lpips, image_shape, recon_shape, masks):
-    with pytest.raises(ValueError, match=r"3, H, W|16 pixels|5 tensors"):
-        lpips(torch.zeros(image_shape), torch.zeros(recon_shape), masks)
+def test_wrong_inputs_are_refused(lpips, image_shape, recon_shape, samples):
+    with pytest.raises(ValueError, match=r"3, H, W|16 pixels|positions"):
+        lpips(torch.zeros(image_shape), torch.zeros(recon_shape), _philox(list(range(samples))))
 
 
 # Dropout masks
@@ -210,7 +215,7 @@ def test_wrong_inputs_are_refused(lpips, image_shape, recon_shape, masks):
 def test_masks_are_the_bits_of_the_words():
     """Bit k of word (h W + w) C/32 + j decides channel 32 j + k of pixel (h, w)."""
     philox = _philox([4, 9])
-    for layer, ((c, h, w), mask) in enumerate(zip(MASK_SHAPES, dropout_masks(philox, MASK_SHAPES), strict=True)):
+    for layer, ((c, h, w), mask) in enumerate(zip(MASK_SHAPES, _masks(philox, MASK_SHAPES), strict=True)):
         assert mask.shape == (2, c, h, w) and mask.dtype == torch.uint8
         assert mask.is_contiguous(memory_format=torch.channels_last)
         words = philox.words(Stream.LPIPS_DROPOUT, (h * w * c // 32,), draw=layer)
@@ -220,7 +225,7 @@ def test_masks_are_the_bits_of_the_words():
 
 
 def test_masks_keep_half():
-    masks = dropout_masks(_philox(list(range(8))), MASK_SHAPES)
+    masks = _masks(_philox(list(range(8))), MASK_SHAPES)
     for layer, mask in enumerate(masks):
         assert set(mask.unique().tolist()) == {0, 2}
         # Five standard deviations of the mean of a fair coin. The draws are fixed.
@@ -232,30 +237,32 @@ def test_masks_keep_half():
 
 
 def test_masks_depend_on_seed_step_position_and_layer_only():
-    whole = dropout_masks(_philox([0, 1, 2, 3]), MASK_SHAPES)
-    first, second = dropout_masks(_philox([0, 1]), MASK_SHAPES), dropout_masks(_philox([2, 3]), MASK_SHAPES)
+    whole = _masks(_philox([0, 1, 2, 3]), MASK_SHAPES)
+    first, second = _masks(_philox([0, 1]), MASK_SHAPES), _masks(_philox([2, 3]), MASK_SHAPES)
     for mask, upper, lower in zip(whole, first, second, strict=True):
         assert torch.equal(mask, torch.cat([upper, lower]))
     for other in (_philox([0, 1], seed=4), _philox([0, 1], step=6), _philox([2, 1])):
-        for mask, changed in zip(first, dropout_masks(other, MASK_SHAPES), strict=True):
+        for mask, changed in zip(first, _masks(other, MASK_SHAPES), strict=True):
             assert not torch.equal(mask[0], changed[0])
-    same_shape = dropout_masks(_philox([0]), [(64, 8, 8)] * 2)
+    same_shape = _masks(_philox([0]), [(64, 8, 8)] * 2)
     assert not torch.equal(*same_shape)
 
 
 def test_distance_with_masks_does_not_depend_on_the_batch(lpips, image, recon):
-    whole = lpips(image, recon, dropout_masks(_philox([0, 1, 2, 3]), SHAPES))
-    parts = [
-        lpips(image[i : i + 2], recon[i : i + 2], dropout_masks(_philox([i, i + 1]), SHAPES)) for i in range(0, 4, 2)
-    ]
+    whole = lpips(image, recon, _philox([0, 1, 2, 3]))
+    parts = [lpips(image[i : i + 2], recon[i : i + 2], _philox([i, i + 1])) for i in range(0, 4, 2)]
     torch.testing.assert_close(whole, torch.cat(parts), rtol=FLOAT32_VALUE, atol=0)
 
 
-def test_dropout_keeps_the_mean(lpips, image, recon):
+def test_dropout_keeps_the_mean(lpips, image, recon, monkeypatch):
     plain = lpips(image, recon)
-    masks = dropout_masks(_philox([0, 1, 2, 3]), SHAPES)
+    philox = _philox([0, 1, 2, 3])
+    dropped = lpips(image, recon, philox)
     # The distance is linear in the masks, and a mask and its complement have mean 1.
-    halves = lpips(image, recon, masks) + lpips(image, recon, [2 - mask for mask in masks])
+    words = Philox.words
+    monkeypatch.setattr(Philox, "words", lambda *arguments: 2**32 - 1 - words(*arguments))
+    halves = dropped + lpips(image, recon, philox)
+    monkeypatch.undo()
     torch.testing.assert_close(halves / 2, plain, rtol=FLOAT32_VALUE, atol=0)
 
     draws = 32
@@ -263,15 +270,10 @@ def test_dropout_keeps_the_mean(lpips, image, recon):
     distances = lpips(
         image[one].expand(draws, -1, -1, -1),
         recon[one].expand(draws, -1, -1, -1),
-        dropout_masks(_philox(list(range(draws))), SHAPES),
+        _philox(list(range(draws))),
     )
     assert distances.std() > 0
     assert abs(distances.mean() - plain[0]) < 4 * distances.std() / math.sqrt(draws)
-
-
-def test_masks_need_whole_words(mentions):
-    with pytest.raises(ValueError, match=mentions(32, 48, "channels")):
-        dropout_masks(_philox([0]), [(48, 4, 4)])
 
 
 # Files and configuration

@@ -12,7 +12,6 @@ The weights come from two files that the user names; nothing is downloaded. torc
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from unite_fast import kernels
 from unite_fast.config import LPIPS_SHA256, VGG16_SHA256, PerceptualConfig
 from unite_fast.kernels.casts import cast
+from unite_fast.kernels.tap_distance import is_fused
 from unite_fast.kernels.tensors import matmul_dtype, upcast
 from unite_fast.randomness import Philox, Stream
 from unite_fast.utils.pretrained import WeightFile
@@ -78,21 +78,48 @@ LPIPS_FILE = WeightFile(
 
 
 class Convolution(nn.Conv2d):
-    """nn.Conv2d in the autocast dtype of the caller, its weights rounded by `kernels.casts.cast`: autocast itself would
-    round frozen ones at each use."""
+    """A convolution and its ReLU in the autocast dtype of the caller, its weights rounded by `kernels.casts.cast`:
+    autocast itself would round frozen ones at each use."""
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = matmul_dtype(x)
         assert self.bias is not None
-        return self._conv_forward(x.to(dtype), cast(self.weight, dtype), cast(self.bias, dtype))
+        if is_fused(x):
+            return kernels.bias_relu(self.product(x), self.bias)
+        x, dtype = _cast(x)
+        # In place: no backward reads the convolution's output, only the ReLU's.
+        return self._conv_forward(x, cast(self.weight, dtype), cast(self.bias, dtype)).relu_()
+
+    def product(self, x: Tensor) -> Tensor:
+        """The convolution alone, without bias and ReLU."""
+        x, dtype = _cast(x)
+        return self._conv_forward(x, cast(self.weight, dtype), None)
+
+
+def _cast(x: Tensor) -> tuple[Tensor, torch.dtype]:
+    dtype = matmul_dtype(x)
+    return x.to(dtype), dtype
+
+
+class Block(nn.Module):
+    """The convolutions before a tap."""
+
+    def __init__(self, convolutions: list[Convolution]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Sequential(*convolutions[:-1]), convolutions[-1]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What `kernels.tap_distance` takes: the last convolution's output without bias and ReLU, and the bias; or,
+        where that op is not fused, the features and None."""
+        x = self.first(x)
+        return (self.last.product(x), self.last.bias) if is_fused(x) else (self.last(x), None)
 
 
 class LPIPS(nn.Module):
     """LPIPS 0.1 on VGG16, frozen.
 
-    No parameter takes a gradient, and there is no training mode: dropout happens exactly when masks are given. The
-    convolutions run in channels-last and in the autocast dtype of the caller; normalisation, squares and sums run in
-    float32.
+    No parameter takes a gradient, and there is no training mode: dropout happens exactly when its random numbers are
+    given. The convolutions run in channels-last and in the autocast dtype of the caller; normalisation, squares and
+    sums run in float32.
 
     Args:
         vgg: tensors with the names and shapes of `VGG_SHAPES`; others are ignored.
@@ -120,14 +147,14 @@ class LPIPS(nn.Module):
         """Weights and biases of the convolutions, for `kernels.casts.cast_once`."""
         return list(self.blocks.parameters())
 
-    def forward(self, image: Tensor, recon: Tensor, dropout_masks: Sequence[Tensor] | None = None) -> Tensor:
+    def forward(self, image: Tensor, recon: Tensor, dropout: Philox | None = None) -> Tensor:
         """The distance of each reconstruction from its image.
 
         Args:
             image: [B, 3, H, W], values in [0, 1], any float dtype, H and W at least 16. Gets no gradient.
             recon: [B, 3, H, W], like `image` but not clamped.
-            dropout_masks: five factors [B, C_l, H_l, W_l] for the squared differences, shaped as `tap_shapes` says and
-                with 1/(1-p) included, as the function `dropout_masks` gives them. None: no dropout.
+            dropout: random numbers of this step and these samples; draw l of `Stream.LPIPS_DROPOUT` is the mask of
+                tap l, see `kernels.tap_distance.dropout_mask`. None: no dropout.
 
         Returns:
             float32 [B]; float64 [B] once the module and the images are float64, to check gradients with.
@@ -139,18 +166,20 @@ class LPIPS(nn.Module):
             raise ValueError(f"image and recon must both be [B, 3, H, W], got {image.shape} and {recon.shape}")
         if min(image.shape[2:]) < SMALLEST_SIDE:
             raise ValueError(f"VGG16 needs sides of {SMALLEST_SIDE} pixels or more, got {tuple(image.shape[2:])}")
-        masks = (None,) * len(VGG_BLOCKS) if dropout_masks is None else dropout_masks
-        if len(masks) != len(VGG_BLOCKS):
-            raise ValueError(f"dropout_masks must hold {len(VGG_BLOCKS)} tensors, got {len(masks)}")
 
         # Block by block, so that a target feature is freed as soon as its successor and its distance exist.
         x, y = self._scaled(image.detach()), self._scaled(recon)
         distances = []
-        for block, weight, mask in zip(self.blocks, self.linear, masks, strict=True):
+        for layer, (block, weight) in enumerate(zip(self.blocks, self.linear, strict=True)):
             with torch.no_grad():
-                x = block(x)
-            y = block(y)
-            distances.append(kernels.tap_distance(y, x, weight.flatten(), mask))
+                x, _ = block(x)
+            y, bias = block(y)
+            last = layer == len(VGG_BLOCKS) - 1
+            tap = kernels.tap_distance(
+                y, x, weight.flatten(), bias, dropout, Stream.LPIPS_DROPOUT, draw=layer, pool=not last
+            )
+            distances.append(tap.distance)
+            x, y = tap.x, tap.y
         return torch.stack(distances).sum(dim=0)
 
     def _scaled(self, image: Tensor) -> Tensor:
@@ -163,46 +192,6 @@ class LPIPS(nn.Module):
 def tap_shapes(height: int, width: int) -> list[tuple[int, int, int]]:
     """The shapes (C, H, W) of an image's five features: each pooling halves both sides, rounding down."""
     return [(channels, height >> layer, width >> layer) for layer, channels in enumerate(_TAP_CHANNELS)]
-
-
-def dropout_masks(philox: Philox, shapes: Sequence[tuple[int, int, int]]) -> list[Tensor]:
-    """The masks of dropout with p = 1/2: 0 or 1/(1-p) = 2, each with probability 1/2.
-
-    One random bit decides one element: word `(h W + w) C/32 + j` of draw `layer` holds the channels 32 j to 32 j + 31
-    of pixel (h, w), lowest bit first. So the channels of a pixel share words, and a 256 x 256 image costs 0.25 M words
-    instead of 8 M.
-
-    Args:
-        philox: random numbers of this step and these samples.
-        shapes: (C, H, W) of each feature, C a multiple of 32; see `tap_shapes`.
-
-    Returns:
-        uint8 [b, C, H, W] for each shape, channels-last like the features: one byte per element.
-
-    Raises:
-        ValueError: if C is not a multiple of 32.
-    """
-    masks = []
-    for layer, (c, h, w) in enumerate(shapes):
-        if c % 32 != 0:
-            raise ValueError(f"dropout_masks needs a multiple of 32 channels, got {c}")
-        words = h * w * c // 32
-        masks.append(_mask(philox, layer, words).view(-1, h, w, c).permute(0, 3, 1, 2))
-    return masks
-
-
-def _mask(philox: Philox, draw: int, words: int) -> Tensor:
-    """uint8 [b, 32 words], 0 or 2: the bits of each word, the lowest first."""
-    if philox.on_triton:
-        from unite_fast.kernels.triton_kernels.philox import philox_dropout
-
-        return philox_dropout(philox.seed, philox.step, Stream.LPIPS_DROPOUT, draw, philox.positions, words)
-    device = philox.positions.device
-    # Through bytes: 32 int64 per word would take eight times the memory of the mask.
-    drawn = philox.words(Stream.LPIPS_DROPOUT, (words,), draw)
-    octets = ((drawn[..., None] >> torch.arange(0, 32, 8, device=device)) & 0xFF).to(torch.uint8)
-    keep = (octets[..., None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
-    return (2 * keep).flatten(1)
 
 
 def load_lpips(config: PerceptualConfig) -> LPIPS:
@@ -233,17 +222,15 @@ def random_lpips(config: PerceptualConfig) -> LPIPS:
     return LPIPS(tensors, {name: tensors[name].abs() for name in LINEAR_SHAPES}, config.input_range)
 
 
-def _block(vgg: dict[str, Tensor], layer: int) -> nn.Sequential:
-    """The layers before a tap: pooling (except before the first), then convolutions with ReLU."""
-    modules: list[nn.Module] = [nn.MaxPool2d(2)] if layer > 0 else []
+def _block(vgg: dict[str, Tensor], layer: int) -> Block:
+    convolutions = []
     for index, inputs, outputs in VGG_BLOCKS[layer]:
         # On the meta device: no initial values are drawn for weights that are replaced below.
         conv = Convolution(inputs, outputs, 3, padding=1, device="meta")
         conv.weight = _frozen(vgg[f"features.{index}.weight"], torch.channels_last)
         conv.bias = _frozen(vgg[f"features.{index}.bias"])
-        # In place: no backward reads the convolution's output, only the ReLU's.
-        modules += [conv, nn.ReLU(inplace=True)]
-    return nn.Sequential(*modules)
+        convolutions.append(conv)
+    return Block(convolutions)
 
 
 def _frozen(weight: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> nn.Parameter:

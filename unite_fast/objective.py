@@ -89,12 +89,12 @@ def reconstruct(
     draws: StepDraws,
     config: Config,
     lpips: LPIPS | None = None,
-    lpips_dropout: list[Tensor] | None = None,
+    lpips_dropout: Philox | None = None,
 ) -> Reconstruction:
     """Tokenize images [B, 3, S, S] in [0, 1], decode them, and compare.
 
     Args:
-        lpips_dropout: masks for LPIPS; see `lpips.dropout_masks`.
+        lpips_dropout: random numbers of LPIPS's dropout; None: no dropout.
     """
     z = model.tokenize(images, draws.registers, draws.recon_time)
     recon = model.decode(noise_decoder_input(z, draws)).float()

@@ -153,7 +153,9 @@ class Philox:
     def _words(self, stream: Stream, elements: int, draw: int) -> Tensor:
         """int64 [b, elements]."""
         b = len(self.positions)
-        if self.positions.device.type == "cpu" and native.available():
+        # torch.compile cannot trace C++.
+        on_cpu = self.positions.device.type == "cpu"
+        if on_cpu and native.available() and not torch.compiler.is_compiling():
             return native.philox_words(self.seed, self.step, int(stream), draw, self.positions, elements)
         blocks = -(-elements // 4)
         counter = self.positions.new_empty(b, blocks, 4)

@@ -1,4 +1,4 @@
-"""Philox4x32-10 on CUDA: the draws of unite_fast/randomness.py and the dropout masks of LPIPS, one launch each.
+"""Philox4x32-10 on CUDA: the draws of unite_fast/randomness.py, one launch each.
 
 Blocks of four words are numbered across all samples, so that a scalar draw of 64 images is one program and a large draw
 leaves no thread idle. Integers and uniforms equal the definition bit for bit.
@@ -158,30 +158,6 @@ def _normals_kernel(
     tl.store(out + o, normals(o_block, position, step, stream_and_draw, seed_low, seed_high), mask=m)
 
 
-@triton.jit(do_not_specialize=KEYS)
-def _dropout_kernel(
-    positions,
-    out,
-    step,
-    stream_and_draw,
-    seed_low,
-    seed_high,
-    samples,
-    elements,
-    BLOCKS: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    """Each bit of a word as a byte, 0 or 2, lowest bit first; four bytes are one int32 of `out`."""
-    o_block, position, o, m = _place(positions, samples, elements, BLOCKS, WHOLE)
-    b_w0, b_w1, b_w2, b_w3 = words(o_block, position, step, stream_and_draw, seed_low, seed_high)
-    b_word = _interleave(b_w0, b_w1, b_w2, b_w3)
-    o_four = tl.arange(0, 8)
-    b_bits = (b_word[:, None] >> (4 * o_four)[None, :].to(tl.uint32)) & 15
-    # The product copies bit i of the four to i + {0, 7, 14, 21}, of which 8 i is one.
-    b_bytes = ((b_bits * 0x00204081) & 0x01010101) << 1
-    tl.store(out + o[:, None] * 8 + o_four[None, :], b_bytes.to(tl.int32), mask=m[:, None])
-
-
 def _draw(
     kernel, seed: int, step: int, stream: int, draws: range, positions: Tensor, elements: int, out: Tensor
 ) -> None:
@@ -217,14 +193,6 @@ def philox_normals(seed: int, step: int, stream: int, draws: range, positions: T
     """The normals of `unite_fast.randomness.Philox.normal`: positions int64 [b] -> float32 [draws, b, elements]."""
     out = positions.new_empty((len(draws), len(positions), elements), dtype=torch.float32)
     _draw(_normals_kernel, seed, step, stream, draws, positions, elements, out)
-    return out
-
-
-def philox_dropout(seed: int, step: int, stream: int, draw: int, positions: Tensor, words: int) -> Tensor:
-    """The masks of `unite_fast.lpips.dropout_masks`, one bit of a word each: positions int64 [b] -> uint8 [b, 32
-    words], 0 or 2."""
-    out = positions.new_empty((len(positions), 32 * words), dtype=torch.uint8)
-    _draw(_dropout_kernel, seed, step, stream, range(draw, draw + 1), positions, words, out.view(torch.int32))
     return out
 
 

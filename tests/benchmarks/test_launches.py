@@ -46,8 +46,11 @@ def test_every_part_was_counted(launches, unite_b):
         assert parts[part]["_swiglu_fwd_kernel"] == parts[part]["_qk_norm_rope_fwd_kernel"] == blocks
     for part in ("reconstruction backward", "flow backward"):
         assert parts[part]["_swiglu_bwd_kernel"] == parts[part]["_qk_norm_rope_bwd_kernel"] == blocks
-    assert parts["LPIPS masks"] == {"_dropout_kernel": 5}
-    assert parts["LPIPS forward"]["_tap_distance_fwd_kernel"] == 5
+    lpips = parts["LPIPS forward"]
+    assert lpips["convolution"] == 26 and lpips["_tap_distance_fwd_kernel"] == 5
+    # The kernel of a tap adds the bias of the convolution before it, for both images.
+    assert lpips["_bias_relu_fwd_kernel"] == 16 and parts["reconstruction backward"]["_bias_relu_bwd_kernel"] == 8
+    assert sum(lpips.values()) <= 65
 
 
 def test_each_draw_is_one_launch(unite_b):

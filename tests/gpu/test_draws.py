@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from unite_fast import kernels
 from unite_fast.kernels import backend
-from unite_fast.lpips import dropout_masks, tap_shapes
+from unite_fast.kernels.tap_distance import dropout_mask
 from unite_fast.randomness import Philox, Stream
 
 pytestmark = pytest.mark.gpu
@@ -56,12 +57,16 @@ def test_normals_nearly_equal_the_cpu_s(philox, shape, cpu_draw, record_property
     assert difference.max() <= UNITS and (difference > 0).sum() <= 2
 
 
-def test_dropout_masks_equal_the_cpu_s(philox, size_for_device, cpu_draw):
+@pytest.mark.parametrize("channels", [64, 96, 128, 512])
+def test_the_dropout_in_a_kernel_has_the_cpu_s_bits(philox, channels, cpu_draw, on_cuda):
+    """Where all features are 1 and x is 0, the gradient of a channel is above the mean if dropout keeps it."""
+    if not on_cuda:
+        pytest.skip("tap_distance has no C++ backend")
     on_device, on_cpu = philox
-    shapes = tap_shapes(*size_for_device((256, 256), (32, 32)))
     with backend.using("reference"):
-        expected = dropout_masks(on_cpu, shapes)
-    actual = dropout_masks(on_device, shapes)
-    for mask, expected_mask in zip(actual, expected, strict=True):
-        assert (mask.dtype, mask.stride()) == (expected_mask.dtype, expected_mask.stride())
-        assert torch.equal(mask.cpu(), expected_mask)
+        mask = dropout_mask(on_cpu, Stream.LPIPS_DROPOUT, 3, (channels, 17, 9))
+    y = torch.ones(mask.shape, device=on_device.positions.device).requires_grad_()
+    weight = torch.ones(channels, device=y.device)
+    tap = kernels.tap_distance(y, torch.zeros_like(y), weight, None, on_device, Stream.LPIPS_DROPOUT, 3, pool=False)
+    (gradient,) = torch.autograd.grad(tap.distance.sum(), y)
+    assert torch.equal((gradient > gradient.mean(1, keepdim=True)).cpu(), mask > 0)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from unite_fast import kernels
+from unite_fast.kernels import backend
 from unite_fast.kernels.registry import OPS, Size
 from unite_fast.model.layers import rope_table
 from unite_fast.randomness import Philox, Stream
@@ -111,17 +112,44 @@ def test_flow_loss(real, toy, y_dtype, z_dtype, judge_and_record, draw, size_for
     judge_and_record(lambda y, weight, bias: kernels.flow_loss(y, weight, bias, z, t, 0.05), formula, inputs, (F32,))
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [((4, 64, 256, 256), BF16), ((3, 512, 17, 9), BF16), ((2, 32, 5, 7), F32)])
-def test_tap_distance(shape, dtype, judge_and_record, draw, on_cuda, reference):
+def numbers_as(exact, *tensors):
+    """The tensors, in float64 if `exact`."""
+    return [x.double() if exact else x for x in tensors]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((4, 64, 256, 256), BF16), ((2, 256, 37, 51), BF16), ((3, 512, 17, 9), BF16), ((2, 32, 5, 7), F32)],
+)
+def test_tap_distance(shape, dtype, judge_and_record, draw, on_cuda, reference, device):
     if not on_cuda:
         pytest.skip("tap_distance has no C++ backend")
-    y, x = (torch.relu(draw(*shape)).to(dtype, memory_format=torch.channels_last) for _ in range(2))
-    weight, mask = draw(shape[1]).abs(), (2 * (draw(*shape) > 0)).to(torch.uint8, memory_format=torch.channels_last)
+    y, x = (draw(*shape).to(dtype, memory_format=torch.channels_last) for _ in range(2))
+    weight, bias = draw(shape[1]).abs(), draw(shape[1])
+    philox = Philox(2**63 + 5, 7, 2**31 - 1 + torch.arange(shape[0], device=device))
 
     def bind(function):
-        return lambda y: function(y, x.to(y.dtype), weight.to(y.dtype) if y.dtype == torch.float64 else weight, mask)
+        def call(y):
+            others = numbers_as(y.dtype == torch.float64, x, weight, bias)
+            with backend.using("triton" if function is kernels.tap_distance else "reference"):
+                tap = function(y, *others, philox, Stream.LPIPS_DROPOUT, 2)
+            return tap.distance[:, None], tap.y  # as a matrix, which the judge can transpose
 
-    judge_and_record(bind(kernels.tap_distance), bind(reference("tap_distance")), {"y": y}, (F32,))
+        return call
+
+    judge_and_record(bind(kernels.tap_distance), bind(reference("tap_distance")), {"y": y}, (F32, dtype))
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((8, 64, 256, 256), BF16), ((3, 512, 17, 9), BF16), ((2, 40, 5, 7), F32)])
+def test_bias_relu(shape, dtype, judge_and_record, draw, on_cuda, reference):
+    if not on_cuda:
+        pytest.skip("bias_relu has no C++ backend")
+    x, bias = draw(*shape).to(dtype, memory_format=torch.channels_last), draw(shape[1])
+
+    def bind(function):
+        return lambda x: function(x, *numbers_as(x.dtype == torch.float64, bias))
+
+    judge_and_record(bind(kernels.bias_relu), bind(reference("bias_relu")), {"x": x}, (dtype,))
 
 
 @pytest.mark.parametrize("gated", [False, True])

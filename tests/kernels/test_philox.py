@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from unite_fast.kernels import backend
-from unite_fast.lpips import dropout_masks
 from unite_fast.randomness import Philox, Stream
 
 WORD = 2**32 - 1
@@ -78,18 +77,3 @@ def test_an_empty_draw(device):
     for positions, shape in ((torch.arange(0), (3,)), (torch.arange(2), (0,))):
         actual = draw("triton", Philox(0, 0, positions.to(device)), "uniform", Stream.FLIP, shape)
         assert actual.shape == (len(positions), *shape)
-
-
-@pytest.mark.parametrize("shapes", [[(64, 9, 7), (32, 1, 1), (96, 3, 5)], [(64, 33, 17), (512, 2, 2)]])
-@pytest.mark.parametrize(("seed", "step"), KEYS[1:3])
-def test_dropout_masks(shapes, seed, step, device):
-    philox = Philox(seed, step, torch.tensor(POSITIONS, device=device))
-    masks = {}
-    for backend_name in ("reference", "triton"):
-        with backend.using(backend_name):
-            masks[backend_name] = dropout_masks(philox, shapes)
-    for (c, h, w), ours, expected in zip(shapes, masks["triton"], masks["reference"], strict=True):
-        assert ours.shape == (len(POSITIONS), c, h, w)
-        assert ours.dtype == torch.uint8
-        assert ours.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(ours, expected)

@@ -5,7 +5,7 @@ import torch
 
 from unite_fast.config import Config
 from unite_fast.kernels import backend
-from unite_fast.lpips import LINEAR_SHAPES, LPIPS, VGG_SHAPES, dropout_masks, tap_shapes
+from unite_fast.lpips import LINEAR_SHAPES, LPIPS, VGG_SHAPES
 from unite_fast.model.layers import SwiGLU
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import draw_step, flow_losses, reconstruct
@@ -124,8 +124,8 @@ def test_activations_and_weights_of_lpips(side, dropout, backend_name):
     image, recon = torch.rand(1, 3, side, side), torch.rand(1, 3, side, side, requires_grad=True)
     own = [*lpips.parameters(), *lpips.buffers()]
     with backend.using(backend_name), torch.autocast("cpu", torch.bfloat16):
-        masks = dropout_masks(Philox(0, 0, torch.arange(1)), tap_shapes(side, side)) if dropout else None
-        saved = saved_bytes(lambda: lpips(image, recon, masks), own)
+        philox = Philox(0, 0, torch.arange(1)) if dropout else None
+        saved = saved_bytes(lambda: lpips(image, recon, philox), own)
     weights = sum(p.numel() for p in lpips.blocks.parameters())
     casts = 2 * sum(p.numel() for p in lpips.blocks.parameters() if p.dim() == 4)
     assert memory.lpips_weights() == 6 * weights

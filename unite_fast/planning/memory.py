@@ -23,6 +23,7 @@ from unite_fast.planning.flops import (
     parameter_shapes,
     tokens_per_block,
 )
+from unite_fast.planning.lpips import lpips_saved
 
 FLOAT, HALF = 4, 2
 """Bytes of a float32 and of a bfloat16 number."""
@@ -73,15 +74,15 @@ def decoder_activations(model: ModelConfig) -> float:
 
 
 def lpips_activations(image_size: int, dropout: bool = True, backend: str = "triton") -> float:
-    """Bytes that LPIPS saves for one pair of images: features of the reconstruction, and for both images what the
-    distance at the five taps needs. The Triton backend recomputes the latter from the features."""
+    """Bytes that LPIPS saves for one pair of images. The native backend runs plain PyTorch: features of the
+    reconstruction, and for both images what the distance at the five taps needs."""
+    if backend == "triton":
+        return lpips_saved(image_size)
     shapes = tap_shapes(image_size, image_size)
     taps = [prod(shape) for shape in shapes]
     saved = HALF * 3 * image_size**2 + HALF * sum(map(mul, taps, VGG_CONVOLUTIONS))
     pooled = sum(channels * (height // 2) * (width // 2) for channels, height, width in shapes[:-1])
     saved += (HALF + 8) * pooled  # pooled features and int64 indices of the maxima
-    if backend == "triton":
-        return saved + sum(taps) * (HALF + dropout)  # features of the image, dropout mask
     saved += sum(taps) * (2 * FLOAT + dropout)  # features and difference, dropout mask
     return saved + 2 * FLOAT * sum(height * width for _, height, width in shapes)  # norm of each pixel
 
@@ -174,7 +175,7 @@ def backward_workspace(config: Config, images: int) -> float:
     d, hidden = model.encoder.width, padded_hidden(model.encoder.width, "triton")
     (tokenizer, _), (draw, _) = (tokens_per_block(model, with_image)[-1] for with_image in (True, False))
     block = max(tokenizer, config.objective.flow_draws * draw) * (12 * d + 8 * hidden)
-    # First tap of LPIPS: the gradients of its features and of the outputs of both convolutions live at once.
+    # First block of LPIPS: the gradients of two convolutions' outputs live at once.
     channels, height, width = tap_shapes(model.image_size, model.image_size)[0]
-    tap = 3 * HALF * channels * height * width if config.perceptual.weight else 0
+    tap = 2 * HALF * channels * height * width if config.perceptual.weight else 0
     return images * max(block, tap)

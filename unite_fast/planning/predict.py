@@ -13,6 +13,7 @@ from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError, require
 from unite_fast.planning import flops, memory
 from unite_fast.planning.gpus import GPU
+from unite_fast.planning.lpips import lpips_bytes
 from unite_fast.recipes import from_tree
 
 BLOCK_BYTES = 138
@@ -20,9 +21,6 @@ BLOCK_BYTES = 138
 kernels, float32 residual; `python benchmarks/kernels.py --block` counts them."""
 DECODER_BYTES = 211
 """The same for a decoder layer, counted by hand: 0.5 GB per image for decoder B."""
-LPIPS_BYTES = 8_204
-"""Bytes per pixel that LPIPS's operators other than convolutions move with the Triton kernels, dropout masks included;
-tests/planning/test_predict.py counts them."""
 OPTIMIZER_BYTES = 64
 """Bytes per parameter of one optimizer step: clip 12, momentum 12, Nesterov 12, cast 6, update 10, EMA 12."""
 NEWTON_SCHULZ_BYTES = 58
@@ -96,7 +94,7 @@ def image_work(config: Config) -> Work:
         matmul=sum(part.total for name, part in parts.items() if name != "lpips"),
         convolutions=parts["lpips"].total,
         bytes=BLOCK_BYTES * token_blocks * model.encoder.width + DECODER_BYTES * decoder,
-        lpips_bytes=LPIPS_BYTES * model.image_size**2 if config.perceptual.weight else 0,
+        lpips_bytes=lpips_bytes(model.image_size) if config.perceptual.weight else 0,
     )
 
 

@@ -22,7 +22,7 @@ from unite_fast.config import Config
 from unite_fast.data_pipeline import Batch
 from unite_fast.distributed.strategy import UNSHARDED, Strategy
 from unite_fast.kernels.casts import cast_once
-from unite_fast.lpips import LPIPS, dropout_masks, tap_shapes
+from unite_fast.lpips import LPIPS
 from unite_fast.model.layers import matmul_weights
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import Losses, StepDraws, draw_step, flow_losses, reconstruct
@@ -42,8 +42,8 @@ class MicroBatch:
     labels: Tensor
     """int64 [b]."""
     draws: StepDraws
-    lpips_dropout: list[Tensor] | None = None
-    """See `lpips.dropout_masks`; None: no dropout."""
+    lpips_dropout: Philox | None = None
+    """Random numbers of LPIPS's dropout; None: no dropout."""
 
 
 def accumulate_gradients(
@@ -169,10 +169,7 @@ def make_micro_batch(images: Tensor, labels: Tensor, philox: Philox, config: Con
     if config.data.flip:
         images = random_flip(images, philox)
     draws = draw_step(config.objective, philox, (config.model.latent_tokens, config.model.latent_channels))
-    masks = None
-    if config.perceptual.weight and config.perceptual.dropout:
-        masks = dropout_masks(philox, tap_shapes(*images.shape[2:]))
-    return MicroBatch(images, labels, draws, masks)
+    return MicroBatch(images, labels, draws, philox if config.perceptual.dropout else None)
 
 
 def random_flip(images: Tensor, philox: Philox) -> Tensor:

@@ -82,6 +82,32 @@ CHANGES = [
         ("tests/test_lpips.py",),
         [
             ("EPS = 1e-10", "EPS = 1e-2"),
+            ("(2 * keep)", "keep"),
+        ],
+    ),
+    (
+        "kernels/triton_kernels/tap_distance.py",
+        ("tests/kernels/test_tap_distance.py",),
+        [
+            ("b_weight *= 2.0  # of the elements that dropout keeps\n", "pass\n"),
+            ("m_larger = (b_y > b_max)", "m_larger = (b_y >= b_max)"),
+            ("(row + 1 < height) & (column + 1 < width)", "(row < height) & (column < width)"),
+            ("tl.where(b_y <= 0, 0.0, b_d_y)", "b_d_y"),
+        ],
+    ),
+    (
+        "kernels/triton_kernels/bias_relu.py",
+        ("tests/kernels/test_bias_relu.py",),
+        [
+            ("load(out, o, m) <= 0", "load(out, o, m) < 0"),
+        ],
+    ),
+    (
+        "unite_fast/planning/lpips.py",
+        ("tests/planning/test_lpips.py", "tests/planning/test_memory.py"),
+        [
+            ("bias_relu += 3 * convolutions", "bias_relu += 2 * convolutions"),
+            ("+ 2 * taps)", "+ taps)"),
         ],
     ),
     (
