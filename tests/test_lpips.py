@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unite_fast.config import PerceptualConfig
 from unite_fast.errors import UserError
+from unite_fast.kernels import backend
 from unite_fast.kernels.tap_distance import dropout_mask
 from unite_fast.lpips import LINEAR_SHAPES, LPIPS, VGG_SHAPES, load_lpips, tap_shapes
 from unite_fast.randomness import Philox, Stream
@@ -179,6 +180,28 @@ def test_bfloat16_autocast(vgg, linear, lpips, image, recon):
     assert distance.dtype == torch.float32
     assert recon.grad.isfinite().all()
     _assert_close("value", distance, _reference(vgg, linear, image, recon), BFLOAT16_VALUE)
+
+
+def test_the_triton_kernels_in_bfloat16(vgg, linear):
+    """Value and gradient have at most twice the error of the reference in bfloat16, with odd sides from the start."""
+    if missing := backend.why_missing("triton"):
+        pytest.skip(missing)
+    device = "cpu" if backend.interpreted() else "cuda"
+    image = torch.rand(2, 3, 17, 19, generator=torch.Generator().manual_seed(9))
+    recon = image + 0.2 * _normal(image.shape, 10)
+    philox, exact_recon = _philox([4, 7]), recon.double().requires_grad_()
+    exact = _reference(vgg, linear, image, exact_recon, masks=_masks(philox, tap_shapes(17, 19)))
+    truth = exact.detach(), *torch.autograd.grad(exact.sum(), exact_recon)
+    errors = {}
+    for name in ("reference", "triton"):
+        lpips, leaf = LPIPS(vgg, linear).to(device), recon.to(device).requires_grad_()
+        on_device = Philox(philox.seed, philox.step, philox.positions.to(device))
+        with backend.using(name), torch.autocast(device, torch.bfloat16):
+            value = lpips(image.to(device), leaf, on_device)
+            (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        errors[name] = [(x.cpu().double() - y).norm() / y.norm() for x, y in zip((value, gradient), truth, strict=True)]
+    for ours, plain in zip(errors["triton"], errors["reference"], strict=True):
+        assert ours <= 2 * plain
 
 
 def test_it_compiles_to_one_graph(lpips, image, recon):

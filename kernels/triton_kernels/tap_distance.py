@@ -5,8 +5,9 @@ each: BW windows of 2x2 pixels, one after the other of a window's four pixels. O
 the edge; masked lanes pad the channels to a power of two. float32 inside. Each program writes one partial sum of the
 distance; these are summed in a fixed order. Only the inputs are saved: backward recomputes norms, masks and maxima.
 
-Dropout computes a word of Philox for 32 channels, in each thread that holds some of them: about ten instructions for
-each element, which is less than waiting for memory leaves free."""
+Dropout computes the words of a tile's four pixels at once, one or two in each thread; `tl.gather` brings a pixel's
+words to the threads that hold its channels, by a shuffle. Calling Philox in each of those threads would be a quarter of
+all instructions."""
 
 import torch
 import triton
@@ -25,23 +26,22 @@ TILES, PROGRAMS = 8, 32
 
 
 @triton.jit
-def _windows(i_tile, width, BW: tl.constexpr):
-    """Row and column of each window's first pixel. Beyond the last window, the row is beyond the image."""
-    o_w = i_tile * BW + tl.arange(0, BW)
+def _first_pixel(o_w, width):
+    """Row and column of the first pixel of each window. Beyond the last window, the row is beyond the image."""
     columns = (width + 1) // 2
     return 2 * (o_w // columns), 2 * (o_w % columns)
 
 
 @triton.jit
 def _pixel(row, column, P, height, width, C: tl.constexpr, BC: tl.constexpr):
-    """Pixel P of each window: its number in the image, whether it is in the image, and offsets of its channels in
-    [B, pixels, C] with their mask."""
+    """Pixel P of each window: whether it is in the image, and offsets of its channels in [B, pixels, C] with their
+    mask."""
     row, column = row + P // 2, column + P % 2
     m_p = (row < height) & (column < width)
     o_p = row * width + column
     o_c = tl.arange(0, BC)
     first = tl.program_id(0).to(tl.int64) * height * width
-    return o_p, m_p, (first + o_p)[:, None] * C + o_c[None, :], m_p[:, None] & (o_c < C)[None, :]
+    return m_p, (first + o_p)[:, None] * C + o_c[None, :], m_p[:, None] & (o_c < C)[None, :]
 
 
 @triton.jit
@@ -68,15 +68,36 @@ def _inverse_norm(b_x, EPS: tl.constexpr):
 
 
 @triton.jit
-def _kept(
-    b_x, o_p, position, step, stream_and_draw, seed_low, seed_high, C: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr
+def _words(
+    i_tile,
+    width,
+    position,
+    step,
+    stream_and_draw,
+    seed_low,
+    seed_high,
+    C: tl.constexpr,
+    BC: tl.constexpr,
+    BW: tl.constexpr,
 ):
-    """b_x [BW, BC] where dropout keeps it, else 0."""
-    o_word = o_p[:, None] * (C // 32) + tl.arange(0, BC // 32)[None, :]
+    """The random words of a tile: of each of the four pixels, each window and each 32 channels, [4 BW BC/32]."""
+    WORDS: tl.constexpr = BC // 32
+    o = tl.arange(0, 4 * BW * WORDS)
+    P, o_w = o // (BW * WORDS), i_tile * BW + o // WORDS % BW
+    row, column = _first_pixel(o_w, width)
+    o_p = (row + P // 2) * width + column + P % 2
+    o_word = o_p * (C // 32) + o % WORDS
     b_w0, b_w1, b_w2, b_w3 = words(o_word // 4, position, step, stream_and_draw, seed_low, seed_high)
     b_low, b_high = tl.where(o_word % 2 == 0, b_w0, b_w1), tl.where(o_word % 2 == 0, b_w2, b_w3)
-    b_word = tl.where(o_word % 4 < 2, b_low, b_high)
-    b_bits = (b_word[:, :, None] >> tl.arange(0, 32)[None, None, :].to(tl.uint32)) & 1
+    return tl.where(o_word % 4 < 2, b_low, b_high)
+
+
+@triton.jit
+def _kept(b_x, b_words, P, BC: tl.constexpr, BW: tl.constexpr):
+    """b_x [BW, BC] of pixel P where dropout keeps it, else 0."""
+    WORDS: tl.constexpr = BW * BC // 32
+    b_word = tl.gather(b_words, P * WORDS + tl.arange(0, WORDS), 0)
+    b_bits = (b_word[:, None] >> tl.arange(0, 32)[None, :].to(tl.uint32)) & 1
     return tl.where(tl.reshape(b_bits, (BW, BC)) != 0, b_x, 0.0)
 
 
@@ -110,12 +131,15 @@ def _tap_distance_fwd_kernel(
         b_weight *= 2.0  # of the elements that dropout keeps
     b_sum = tl.zeros((BW, BC), tl.float32)
     for i in range(tiles):
-        row, column = _windows(i_chunk * tiles + i, width, BW)
+        i_tile = i_chunk * tiles + i
+        row, column = _first_pixel(i_tile * BW + tl.arange(0, BW), width)
+        if positions is not None:
+            b_words = _words(i_tile, width, position, step, stream_and_draw, seed_low, seed_high, C, BC, BW)
         if pooled_y is not None:
             b_max_y = tl.full((BW, BC), float("-inf"), tl.float32)
             b_max_x = tl.full((BW, BC), float("-inf"), tl.float32)
         for P in range(4):
-            o_p, m_p, o, m = _pixel(row, column, P, height, width, C, BC)
+            m_p, o, m = _pixel(row, column, P, height, width, C, BC)
             b_y = _features(tl.load(y + o, mask=m, other=0.0), b_bias)
             b_x = _features(tl.load(x + o, mask=m, other=0.0), b_bias)
             _, b_inverse_y = _inverse_norm(b_y, EPS)
@@ -124,7 +148,7 @@ def _tap_distance_fwd_kernel(
             b_inverse_y, b_inverse_x = tl.where(m_p, b_inverse_y, 0.0), tl.where(m_p, b_inverse_x, 0.0)
             b_error = b_x * b_inverse_x[:, None] - b_y * b_inverse_y[:, None]
             if positions is not None:
-                b_error = _kept(b_error, o_p, position, step, stream_and_draw, seed_low, seed_high, C, BW, BC)
+                b_error = _kept(b_error, b_words, P, BC, BW)
             b_sum += b_error * b_error * b_weight
             if pooled_y is not None:
                 b_max_y = tl.maximum(b_max_y, b_y, propagate_nan=tl.PropagateNan.ALL)
@@ -167,19 +191,23 @@ def _tap_distance_bwd_kernel(
         position = tl.load(positions + i_b)
         b_weight *= 2.0
     for i in range(tiles):
-        row, column = _windows(i_chunk * tiles + i, width, BW)
+        i_tile = i_chunk * tiles + i
+        row, column = _first_pixel(i_tile * BW + tl.arange(0, BW), width)
+        if positions is not None:
+            b_words = _words(i_tile, width, position, step, stream_and_draw, seed_low, seed_high, C, BC, BW)
         if d_pooled_y is not None:
             b_argmax = tl.zeros((BW, BC), tl.int32)
             b_max = tl.full((BW, BC), float("-inf"), tl.float32)
             for P in range(4):
-                _, _, o, m = _pixel(row, column, P, height, width, C, BC)
-                b_y = _features(tl.load(y + o, mask=m, other=0.0), b_bias)
+                # Without bias and ReLU: they are the same for all four.
+                _, o, m = _pixel(row, column, P, height, width, C, BC)
+                b_y = load(y, o, m)
                 m_larger = (b_y > b_max) | (b_y != b_y)
                 b_argmax, b_max = tl.where(m_larger, P, b_argmax), tl.where(m_larger, b_y, b_max)
             o, m = _pooled(row, column, height, width, C, BC)
             b_d_max = load(d_pooled_y, o, m)
         for P in range(4):
-            o_p, _, o, m = _pixel(row, column, P, height, width, C, BC)
+            _, o, m = _pixel(row, column, P, height, width, C, BC)
             b_y = _features(tl.load(y + o, mask=m, other=0.0), b_bias)
             b_x = _features(tl.load(x + o, mask=m, other=0.0), b_bias)
             b_norm, b_inverse_y = _inverse_norm(b_y, EPS)
@@ -187,7 +215,7 @@ def _tap_distance_bwd_kernel(
             b_inverse_y = b_inverse_y[:, None]
             b_d_unit = b_weight * (b_y * b_inverse_y - b_x * b_inverse_x[:, None])
             if positions is not None:
-                b_d_unit = _kept(b_d_unit, o_p, position, step, stream_and_draw, seed_low, seed_high, C, BW, BC)
+                b_d_unit = _kept(b_d_unit, b_words, P, BC, BW)
             # The gradient of y / (|y| + eps) is d / (|y| + eps) - y (d . y) / (|y| (|y| + eps)^2), without the second
             # term for |y| = 0.
             b_along = tl.sum(b_d_unit * b_y, axis=1) / tl.where(b_norm > 0, b_norm, 1.0)
