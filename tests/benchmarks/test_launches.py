@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from unite_fast.kernels import backend
+from unite_fast.kernels import backend, matmul
 from unite_fast.recipes import load_config
 
 pytestmark = pytest.mark.skipif(bool(backend.why_missing("triton")), reason=backend.why_missing("triton") or "here")
@@ -67,6 +67,15 @@ def test_further_micro_batches_also_add_gradients(launches):
     config = load_config("digits", ("train.precision=bfloat16",))
     one, two = (launches.total(launches.count(config, 4, n)) for n in (1, 2))
     assert one < two < 2 * one
+
+
+def test_counts_do_not_depend_on_the_cpu(launches, monkeypatch):
+    """A CPU without bfloat16 instructions casts the operands of its matmuls to float32; a GPU does not."""
+    config, counts = load_config("digits", ("train.precision=bfloat16", "optim.muon_dtype=bfloat16")), []
+    for instructions in (True, False):
+        monkeypatch.setattr(matmul, "bfloat16_instructions", lambda answer=instructions: answer)
+        counts.append(launches.count(config, 2))
+    assert counts[0] == counts[1]
 
 
 def counted(launches, function, *tensors):
