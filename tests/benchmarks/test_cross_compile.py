@@ -39,4 +39,5 @@ def test_nothing_spills(rows):
 
 
 def test_large_tensors_are_read_and_written_16_bytes_at_a_time(rows):
-    assert [row for row in rows if row["access_bytes"] != 16] == []
+    # AdamW's kernel of steps reads one number per tensor.
+    assert {row["kernel"] for row in rows if row["access_bytes"] != 16} == {"_adamw_steps_kernel"}

@@ -56,6 +56,18 @@ def test_each_draw_is_one_launch(unite_b):
     assert sum(draws.values()) <= 20
 
 
+def test_an_optimizer_step_of_unite_b(unite_b):
+    """Outside Newton-Schulz, each kernel is launched once for all tensors. Together they were 301 (main at 66e2ed0)."""
+    counts = unite_b["optimizer"]
+    kernels = {name for name, number in counts.items() if name.endswith("_kernel") and number == 1}
+    muon, adamw = {"_muon_momentum_kernel", "_muon_update_kernel"}, {"_adamw_steps_kernel", "_adamw_update_kernel"}
+    assert kernels == muon | adamw | {"_gradient_squares_kernel", "_gradient_norm_kernel"}
+    newton_schulz = {"bmm", "baddbmm", "linalg_vector_norm", "clamp_min", "div", "copy_"}
+    assert set(counts) == kernels | newton_schulz
+    shapes = 10
+    assert sum(counts[name] for name in newton_schulz) == shapes * (5 * 3 + 4)
+
+
 def test_weights_are_cast_once(unite_b):
     parts = unite_b["micro_batch"]
     assert set(parts["casts of weights"]) == {"_foreach_copy_"}

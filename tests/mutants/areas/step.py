@@ -90,10 +90,10 @@ CHANGES = [
         "unite_fast/training/train_state.py",
         ("tests/training/test_train_state.py", "tests/training/test_restated.py"),
         [
-            ("self.ema.update(skipped)\n        self.model.zero_grad", "self.model.zero_grad"),
+            ("            self.ema.update(skipped)\n", ""),
             (
-                "norm = self.clip_gradients()\n        skipped",
-                "norm = self.clip_gradients()\n        self.ema.update()\n        skipped",
+                "norm = self.gradient_norm()\n        skipped",
+                "norm = self.gradient_norm()\n        self.ema.update()\n        skipped",
             ),
             ("EMA(model, config.optim.ema_decay)", "EMA(model, 0.9978)"),
             ("self.config.optim.clip_norm / (norm + 1e-6)", "3.0 / (norm + 1e-6)"),
@@ -140,7 +140,29 @@ CHANGES = [
         ("tests/optim/test_muon.py",),
         [
             ("COEFFICIENTS = (3.4445, -4.7750, 2.0315)", "COEFFICIENTS = (3.4445, -4.7750, 2.0325)"),
-            ('alpha=-group["lr"] * 0.2 * side**0.5', 'alpha=-group["lr"] * 0.2 * side'),
+            ("lr * 0.2 * max(shape) ** 0.5", "lr * 0.2 * max(shape)"),
+        ],
+    ),
+    (
+        "unite_fast/optim/fused_step.py",
+        ("tests/optim/test_fused_step.py",),
+        [
+            ("rate_of(p.shape, lr)", "lr"),
+            ("self.ema.update(found_inf, except_for=moved)", "self.ema.update(found_inf)"),
+            ("self.ema.update(found_inf, except_for=moved)", "pass"),
+            ("(self.clip_norm / (norm + 1e-6)).clamp(max=1.0)", "1.0"),
+        ],
+    ),
+    (
+        "kernels/triton_kernels/optimizer.py",
+        ("tests/optim/test_fused_step.py",),
+        [
+            ("tl.where(b_before, b_end, 0)", "tl.where(b_before, b_end - 1, 0)"),
+            ("tl.minimum(clip_norm / (tl.load(norm) + 1e-6), 1.0)", "1.0"),
+            ("tl.where(weight < 0.5, b_from", "tl.where(weight < 2.0, b_from"),
+            ("other=0.0) + 1.0", "other=0.0)"),
+            ("tl.sqrt(1.0 - tl.exp(b_step.to(tl.float64) * LOG_BETA_2))", "1.0"),
+            ("not (addresses % 16).any() and not (counts % 8).any()", "True"),
         ],
     ),
     (
