@@ -151,7 +151,7 @@ def adaln_modulate(
         ValueError: shapes that do not match.
     """
     check_modulation("adaln_modulate", x, weight, shift, scale)
-    chosen = backend.choose(x, out_dtype)
+    chosen = backend.choose(x, out_dtype, "adaln_modulate")
     if chosen == "reference":
         return adaln_modulate_ref(x, weight, shift, scale, eps, out_dtype)
     return adaln_modulate_op(chosen, x, weight, shift, scale, eps, out_dtype)
@@ -193,7 +193,7 @@ def gated_residual_adaln(
     """
     check_modulation("gated_residual_adaln", x, weight, shift, scale)
     check_branch("gated_residual_adaln", x, branch, gate)
-    chosen = backend.choose(x, out_dtype)
+    chosen = backend.choose(x, out_dtype, "gated_residual_adaln")
     if chosen == "reference":
         return gated_residual_adaln_ref(x, branch, gate, weight, shift, scale, eps, out_dtype)
     return gated_residual_adaln_op(chosen, x, branch, gate, weight, shift, scale, eps, out_dtype)
@@ -240,7 +240,7 @@ def gated_residual_norm_adaln(
     check_branch(op, x, branch, gate)
     if norm_weight.shape != weight.shape:
         raise argument_error(op, f"norm_weight must be {list(weight.shape)}")
-    chosen = backend.choose(x, out_dtype)
+    chosen = backend.choose(x, out_dtype, op)
     if chosen == "reference":
         return gated_residual_norm_adaln_ref(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype)
     return gated_residual_norm_adaln_op(chosen, x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from unite_fast.kernels import tensors
-from unite_fast.kernels.triton_kernels.rows import TOKENS, load, row_sizes
+from unite_fast.kernels.triton_kernels.rows import TOKENS, cdiv, load, row_sizes
 from unite_fast.kernels.triton_kernels.sums import sum_rows
 
 SUM_ROWS, SUM_LANES = 16, 64
@@ -228,7 +228,7 @@ def _adaln_sums_kernel(
 
 def _launch(kernel, x, pointers, arguments, strides) -> None:
     (b, t, d), (unit, strides) = x.shape, tensors.in_units(strides)
-    kernel[(b, triton.cdiv(t, TOKENS))](*pointers, *strides, t, *arguments, UNIT=unit, **row_sizes(d))
+    kernel[(b, cdiv(t, TOKENS))](*pointers, *strides, t, *arguments, UNIT=unit, **row_sizes(d))
 
 
 def _forward(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype):
@@ -257,7 +257,7 @@ def _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, rstd, s
         d_x_out = tensors.gradient_or_zeros(d_x_out, x.shape, x)
     own = norm_weight, weight, branch, gate, shift, scale
     sums = 2 + (branch is not None) + (norm_weight is not None)
-    partial = x.new_empty((sums, b, triton.cdiv(t, TOKENS), d), dtype=torch.float32)
+    partial = x.new_empty((sums, b, cdiv(t, TOKENS), d), dtype=torch.float32)
     norm_weight, weight, branch, gate, shift, scale = map(tensors.as_input, own)
     if d_x.numel():
         strides = *_two(d_x_out), *_two(d_h), *_two(x), *_two(branch), _one(gate), _one(shift), _one(scale)
@@ -267,7 +267,7 @@ def _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, rstd, s
     d_shift, d_scale, d_gate = (None if v is None else tensors.empty_like(v) for v in (scale, scale, gate))
     over_samples = x.new_empty((1 + (norm_weight is not None), b, d), dtype=torch.float32)
     if d_shift.numel():
-        _adaln_sums_kernel[(b, triton.cdiv(d, SUM_LANES))](
+        _adaln_sums_kernel[(b, cdiv(d, SUM_LANES))](
             *(partial, weight, scale, d_shift, d_scale, d_gate, over_samples),
             *(scale.stride(0), partial.shape[2]),
             D=d,

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from unite_fast.kernels.triton_kernels.rows import next_power_of_2
+
 CHUNK = 16384
 """Elements of a program: long enough to hide how it finds its tensor."""
 BLOCK = 2048
@@ -228,7 +230,7 @@ def _adamw_update_kernel(
 def gradient_norm(gradients: Sequence[Tensor]) -> tuple[Tensor]:
     """sqrt(sum of squares) of all gradients -> (float32 scalar,). The order of the sums depends on the sizes alone."""
     norm = gradients[0].new_empty(())
-    table, programs, sizes = _table(gradients)
+    table, programs, sizes = table_of(gradients)
     partial = norm.new_empty(programs)
     if programs:
         _gradient_squares_kernel[programs,](table, partial, **sizes)
@@ -247,7 +249,7 @@ def muon_momentum(
 ) -> None:
     """g = gradient * min(clip_norm / (norm + 1e-6), 1), m <- lerp(m, g, 1 - momentum), and where a direction is wanted,
     direction = lerp(g, m, momentum), rounded to its dtype. If found_inf is 1, nothing is written."""
-    table, programs, sizes = _table(gradients, momenta, directions)
+    table, programs, sizes = table_of(gradients, momenta, directions)
     dtype = next((d.dtype for d in directions if d is not None), torch.float32)
     if programs:
         _muon_momentum_kernel[programs,](
@@ -264,7 +266,7 @@ def muon_update(
     found_inf: Tensor | None,
 ) -> None:
     """w <- w - rate * update, average <- lerp(average, w, 1 - decay). If found_inf is 1, nothing is written."""
-    table, programs, sizes = _table(weights, averages, updates, numbers=rates)
+    table, programs, sizes = table_of(weights, averages, updates, numbers=rates)
     if programs:
         _muon_update_kernel[programs,](table, found_inf, 1 - decay, **sizes, TYPE=TYPES[updates[0].dtype])
 
@@ -285,7 +287,7 @@ def adamw_update(
 ) -> None:
     """A step of AdamW without weight decay (Loshchilov and Hutter, arXiv 1711.05101) and of the averages, with clipped
     gradients as in `muon_momentum`. `steps` are float32 scalars. If found_inf is 1, nothing is written."""
-    table, programs, sizes = _table(gradients, weights, averages, *moments, steps)
+    table, programs, sizes = table_of(gradients, weights, averages, *moments, steps)
     corrections = table.new_empty((2, sizes["N"]), dtype=torch.float32)
     logarithms = (math.log(beta) if beta else -1e30 for beta in betas)
     _adamw_steps_kernel[1,](table, corrections, found_inf, sizes["N"], sizes["LANES"], *logarithms)
@@ -304,7 +306,7 @@ def adamw_update(
         )
 
 
-def _table(
+def table_of(
     tensors: Sequence[Tensor], *others: Sequence[Tensor | None], numbers: Sequence[float] = ()
 ) -> tuple[Tensor, int, dict]:
     """The table on the tensors' device, the number of programs, and the kernels' constants.
@@ -323,7 +325,7 @@ def _table(
     table = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
     sizes = {
         "N": len(counts),
-        "LANES": triton.next_power_of_2(len(counts)),
+        "LANES": next_power_of_2(len(counts)),
         "CHUNK": CHUNK,
         "BLOCK": BLOCK,
         "ALIGNED": not (addresses % 16).any() and not (counts % 8).any(),

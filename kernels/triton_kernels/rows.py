@@ -1,4 +1,4 @@
-"""Loads that the kernels share, and the sizes of those that process rows [D] of a tensor one after another."""
+"""Loads that the kernels share, sizes of launches, and those of kernels that process rows [D] one after another."""
 
 import triton
 import triton.language as tl
@@ -26,5 +26,15 @@ def load_row(vector, D: tl.constexpr, BD: tl.constexpr):
 
 def row_sizes(d: int) -> dict[str, int]:
     """Constants of a kernel whose programs process TOKENS rows [D]. Masked lanes pad a row to a power of two."""
-    lanes = triton.next_power_of_2(d)
+    lanes = next_power_of_2(d)
     return {"D": d, "BD": lanes, "TOKENS": TOKENS, "num_warps": min(max(lanes // (32 * LANES_EACH), 1), 16)}
+
+
+def cdiv(n: int, size: int) -> int:
+    """ceil(n / size). triton.cdiv and triton.next_power_of_2 take 5 us: they serve kernels as well."""
+    return -(-n // size)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()

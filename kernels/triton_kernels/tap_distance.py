@@ -9,7 +9,7 @@ import triton.language as tl
 
 from unite_fast.kernels import tensors
 from unite_fast.kernels.tap_distance import EPS, empty_channels_last, pixels_first
-from unite_fast.kernels.triton_kernels.rows import load, load_row
+from unite_fast.kernels.triton_kernels.rows import cdiv, load, load_row, next_power_of_2
 
 ELEMENTS = 2048
 """Elements per tile: 16 per thread of 4 warps."""
@@ -125,9 +125,9 @@ def _inputs(y, x, weight, mask):
 
 
 def _sizes(y) -> dict[str, int]:
-    lanes = triton.next_power_of_2(y.shape[1])
+    lanes = next_power_of_2(y.shape[1])
     return {"C": y.shape[1], "BC": lanes, "BP": max(1, ELEMENTS // lanes), "TILES": TILES, "EPS": EPS}
 
 
 def _chunks(pixels: int, sizes: dict[str, int]) -> int:
-    return triton.cdiv(pixels, sizes["BP"] * TILES)
+    return cdiv(pixels, sizes["BP"] * TILES)

@@ -46,6 +46,21 @@ def error(actual, expected) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
+@pytest.mark.parametrize(
+    "tensors, aligned",
+    [
+        ([torch.zeros(16), torch.zeros(8)], True),
+        ([torch.zeros(16), torch.zeros(7)], False),
+        ([torch.zeros(16), torch.zeros(17)[1:]], False),
+    ],
+    ids=["aligned", "odd size", "odd address"],
+)
+def test_wide_accesses_need_aligned_tensors(tensors, aligned):
+    from unite_fast.kernels.triton_kernels.optimizer import table_of
+
+    assert table_of(tensors)[2]["ALIGNED"] == aligned
+
+
 @pytest.fixture
 def check(drawn_arithmetic):
     """check(actual, formula, *inputs): the formula gives a list of lists of tensors, judged in float64."""
