@@ -82,7 +82,7 @@ def test_the_cpu_is_not_affected(on_a_card, compiling):
     assert backend.choose(x, op="swiglu") == backend.backend_on(x.device)
 
 
-def test_an_op_is_chosen_by_its_own_name(on_a_card, compiling, monkeypatch):
+def test_an_op_is_chosen_by_its_own_name(monkeypatch):
     """Every op that the benchmark measures names itself."""
     ops = {name: op for name, op in registry.OPS.items() if op.part in ("block", "latents")}
     asked = []
