@@ -1,15 +1,16 @@
 """Host time of a micro-batch: what Python, autograd and PyTorch's dispatcher take to start its kernels, without a GPU.
 
-The real code of a training step runs at a recipe's depth with the backends of a GPU, but with tensors so small that
-kernels take next to no time: one image of four patches, 16 channels, 32 in LPIPS. Launches of Triton
-kernels go through Triton's own Python, up to the launch itself: arguments, specialisation, look-up of the compiled
-kernel (compiled for `--arch` first, which takes a minute once). They start nothing, so the numbers are meaningless.
+The real code of a training step runs at a recipe's depth with the backends of a GPU, on tensors so small that kernels
+take next to no time: one image of four patches, 16 channels, 32 in LPIPS. Launches of Triton kernels go through
+Triton's own Python: arguments, specialisation, look-up of the kernel, which the first micro-batch compiles in a minute.
+The launch itself is left out, so the results are meaningless.
 
-It is not a GPU's host time, but a part of it that changes with this code. PyTorch's kernels run on the CPU instead of
-being launched. The CUDA driver's time is missing: 2 to 4 us for each of the launches that `launches.py` counts. The
-host's clock also differs from that of this machine.
+This is not the host time of a GPU, but the part of it that this code can change, on this machine's CPU. PyTorch's
+kernels run on the CPU instead of being launched. The driver's time for each launch, some microseconds, comes on top;
+`launches.py` counts the launches. Time is CPU time of the process; compare the least of two runs, or the calls from
+Python, which do not depend on the machine.
 
-`--profile N` lists the N Python functions that take the longest.
+`--profile N` lists the N functions that take the longest.
 """
 
 import argparse
@@ -18,10 +19,13 @@ import json
 import pstats
 import sys
 import time
+import timeit
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from statistics import median, quantiles
+from statistics import median
+from typing import NamedTuple
 from unittest import mock
 
 import cross_compile  # first: Triton's kernels are made for the compiler
@@ -44,7 +48,8 @@ EXAMPLES = """examples:
   python benchmarks/host_time.py --profile 40
 """
 WIDTH, CHANNELS = 16, 32
-PARTS = "forward", "backward"
+PARTS = "forward", "backward", "all"
+PROFILED = 5
 
 
 def small(recipe: str, changes: tuple[str, ...] = ()) -> Config:
@@ -133,27 +138,48 @@ class HostClock:
         self.seconds[part] += time.process_time() - start
 
 
-def measure(config: Config, steps: int, arch: int, profile: cProfile.Profile | None = None) -> dict[str, list[float]]:
-    """Milliseconds of a micro-batch in each step, by part; "all" includes draws and what lies between the parts."""
+class Measured(NamedTuple):
+    times: dict[str, list[float]]
+    """Milliseconds of each micro-batch, by part; "all" includes draws and what lies between the parts."""
+    profile: cProfile.Profile
+    """Of PROFILED micro-batches after those."""
+
+    @property
+    def calls(self) -> int:
+        """Calls of Python functions, and of C functions from Python, in a micro-batch."""
+        return pstats.Stats(self.profile).total_calls // PROFILED
+
+
+def measure(config: Config, steps: int, arch: int) -> Measured:
+    times, profile = {part: [] for part in PARTS}, cProfile.Profile(time.process_time)
     with as_on_a_gpu(arch), thin_lpips(config) as lpips:
         state = TrainState(UNITE.create(config.model, seed=0), config)
         side = config.model.image_size
         batch = Batch(torch.zeros(1, 3, side, side, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), [])
-        times = {part: [] for part in (*PARTS, "all")}
-        for number in range(-2, steps):  # the first compile kernels and create streams
+
+        def micro_batch(run: Callable[[Callable, Batch], object] = lambda step, batch: step(batch)) -> Counter:
             clock = HostClock()
             step = TrainStep(state, config, lpips=lpips, clock=clock)
-            if profile and number >= 0:
-                profile.enable()
             with clock.measure("all"):
-                step.accumulate(batch)
-            if profile:
-                profile.disable()
+                run(step.accumulate, batch)
             state.model.zero_grad(set_to_none=True)
-            if number >= 0:
-                for part, each in times.items():
-                    each.append(1e3 * clock.seconds[part])
-    return times
+            return clock.seconds
+
+        for _ in range(2):  # compile kernels, fill caches
+            micro_batch()
+        for _ in range(steps):
+            seconds = micro_batch()
+            for part in PARTS:
+                times[part].append(1e3 * seconds[part])
+        for _ in range(PROFILED):
+            micro_batch(profile.runcall)
+    return Measured(times, profile)
+
+
+def add_us() -> float:
+    """Microseconds of a torch.add of 16 numbers on this machine, to compare it with others."""
+    x = torch.zeros(16)
+    return 1e6 * min(timeit.repeat(lambda: torch.add(x, 1), timer=time.process_time, number=1000, repeat=20)) / 1000
 
 
 def main() -> int:
@@ -164,7 +190,7 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a recipe setting")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="micro-batches to time [50]")
     parser.add_argument("--arch", type=int, default=90, choices=cross_compile.ARCHS, help="of the Triton kernels [90]")
-    parser.add_argument("--profile", type=int, default=0, metavar="N", help="also list N functions; slows all down")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="also list the N slowest functions")
     parser.add_argument("--json", action="store_true", help="print all times instead of the table")
     options = parser.parse_args()
     try:
@@ -173,17 +199,18 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
-    profile = cProfile.Profile(time.process_time) if options.profile else None
-    times = measure(config, options.steps, options.arch, profile)
+    warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION")
+    measured = measure(config, options.steps, options.arch)
     if options.json:
-        print(json.dumps(times, indent=1))
+        print(json.dumps({"calls": measured.calls, "add_us": add_us(), "ms": measured.times}, indent=1))
         return 0
-    print(f"host time of a micro-batch, ms, median (20 % to 80 %) of {options.steps}; one thread, no GPU")
-    for part, each in times.items():
-        fifths = quantiles(each, n=5)
-        print(f"{part:12}{median(each):8.2f}  ({fifths[0]:.2f} to {fifths[-1]:.2f})")
-    if profile:
-        pstats.Stats(profile).sort_stats("tottime").print_stats(options.profile)
+    print(f"CPU time of the host for a micro-batch, ms, of {options.steps}; a torch.add takes {add_us():.1f} us here")
+    print(f"{'part':12}{'least':>8}{'median':>8}")
+    for part, each in measured.times.items():
+        print(f"{part:12}{min(each):8.1f}{median(each):8.1f}")
+    print(f"{measured.calls} calls from Python a micro-batch")
+    if options.profile:
+        pstats.Stats(measured.profile).sort_stats("tottime").print_stats(options.profile)
     return 0
 
 
