@@ -53,6 +53,8 @@ SIZES = {
 """Encoder blocks; hidden widths are padded as the model pads them."""
 LARGE = 0.1
 """A tensor of less than this share of a kernel's largest is statistics, weights or partial sums, not real traffic."""
+IN_TABLE, TABLE_TENSORS = -1, "tensors of the table"
+"""Stands for the number and the name of a parameter, where a kernel reads an address from a table on the device."""
 
 EXAMPLES = """examples:
   python benchmarks/cross_compile.py
@@ -88,6 +90,8 @@ def cases(op: str) -> Iterator[tuple[dict, tuple]]:
     half = torch.bfloat16
     if op == "draws":
         yield {"shape": f"images {BATCH}x256x256", "dtypes": "float32"}, ()
+    elif op == "optimizer":
+        yield {"shape": "matrices 4x768x768", "dtypes": "float32"}, ()
     elif op.endswith("layer_norm"):
         x, weight = empty(BATCH, 257, 768), empty(768)
         branch = (empty(BATCH, 257, 768, dtype=half),) if op.startswith("residual") else ()
@@ -126,9 +130,9 @@ def triton_modules() -> dict:
 
 
 def ops() -> list[str]:
-    """Everything with a Triton kernel of its own: ops, the norms inside Linears, and the draws."""
+    """Everything with a Triton kernel of its own: ops, the norms inside Linears, the draws, and the optimizers."""
     with_kernels = (name for name, op in OPS.items() if op.part != "composed" and "triton" in op.fused.backends)
-    return [*with_kernels, "layer_norm", "residual_layer_norm", "draws"]
+    return [*with_kernels, "layer_norm", "residual_layer_norm", "draws", "optimizer"]
 
 
 def all_kernels() -> set[str]:
@@ -140,12 +144,24 @@ def all_kernels() -> set[str]:
 
 
 def launch(op: str, inputs: tuple) -> None:
-    """Run the Triton kernels of an op, forward and backward, or the draws of a micro-batch."""
+    """Run the Triton kernels of an op, forward and backward, the draws of a micro-batch, or an optimizer step."""
     run = {name: function for module in triton_modules().values() for name, function in vars(module).items()}
     if op == "draws":
         positions = empty(BATCH, dtype=torch.int64)
         for name in ("philox_uniforms", "philox_normals", "philox_words"):
             run[name](1, 3, 4, range(1), positions, LATENT[0] * LATENT[1])
+        return
+    if op == "optimizer":
+        a, b, c, d, e = ([empty(768, 768) for _ in range(4)] for _ in range(5))
+        half, steps, one = (
+            [empty(768, 768, dtype=torch.bfloat16) for _ in range(4)],
+            [empty() for _ in range(4)],
+            empty(),
+        )
+        run["gradient_norm"](a)
+        run["muon_momentum"](a, b, half, one, 1.0, 0.95, one)
+        run["muon_update"](a, b, half, [0.1] * 4, 0.99, one)
+        run["adamw_update"](a, b, c, (d, e), steps, one, 1.0, 0.1, (0.9, 0.99), 1e-8, 0.99, one)
         return
     outputs = run[f"{op}_forward"](*inputs)
     if op == "layer_norm":  # a part of layer_norm_linear
@@ -269,6 +285,8 @@ def accesses(ptx: str, signature: dict[str, str]) -> dict[str, int]:
     arguments = [name for name, kind in signature.items() if kind != "constexpr"]
     made_from, touched = defaultdict(set), []
     for operation, operands in re.findall(r"^\s*(?:@!?%p\d+ )?([a-z][\w.:]+)\s+(.*?);", ptx, re.MULTILINE):
+        if operation == "ld.global.b64":  # an address, from a table of addresses
+            made_from[re.search(r"%\w+", operands).group()].add(IN_TABLE)
         if wide := re.match(r"(?:ld|st)\.global\S*?(?:\.v(\d))?\.[bfus](\d+)$", operation):
             address = re.search(r"\[\s*(%\w+)", operands).group(1)
             touched.append((address, int(wide[1] or 1) * int(wide[2]) // 8))
@@ -280,9 +298,11 @@ def accesses(ptx: str, signature: dict[str, str]) -> dict[str, int]:
             made_from[target].update(sources)
     narrow: dict[str, int] = {}
     for address, width in touched:
-        for name in (arguments[i] for i in reached(made_from, address) if i < len(arguments)):
-            if signature[name].startswith("*"):
-                narrow[name] = min(width, narrow.get(name, width))
+        numbers = reached(made_from, address)
+        names = [arguments[i] for i in numbers if 0 <= i < len(arguments)]
+        pointers = [name for name in names if signature[name].startswith("*")]
+        for name in pointers or [TABLE_TENSORS] * (IN_TABLE in numbers):
+            narrow[name] = min(width, narrow.get(name, width))
     return narrow
 
 
@@ -298,6 +318,8 @@ def reached(made_from: dict[str, set], register: str) -> set[int]:
 
 def narrowest(widths: dict[str, int], tensors: dict[str, torch.Tensor]) -> dict:
     """The narrowest access to a large tensor, and to which."""
+    if TABLE_TENSORS in widths:
+        return {"access_bytes": widths[TABLE_TENSORS], "narrowest": TABLE_TENSORS}
     size = {name: tensors[name].numel() * tensors[name].element_size() for name in widths}
     large = [name for name in widths if size[name] >= LARGE * max(size.values())]
     least = min(widths[name] for name in large)

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from statistics import median, quantiles
 from typing import NamedTuple
 
@@ -27,7 +28,8 @@ import traffic
 from torch import Tensor
 
 from unite_fast.benchmarking import machine
-from unite_fast.kernels import backend, registry
+from unite_fast.errors import UserError
+from unite_fast.kernels import backend, measured, registry
 from unite_fast.kernels.fused_op import as_tuple
 from unite_fast.randomness import Philox
 
@@ -36,6 +38,7 @@ EXAMPLES = """examples:
   python benchmarks/kernels.py --op swiglu --op qk_norm_rope --shape 2x288x768 --threads 1
   python benchmarks/kernels.py --device cuda --shape 64x544x768 --json > kernels.json
   python benchmarks/kernels.py --block
+  python benchmarks/kernels.py --record kernels.json   # add a GPU's times to the table that kernels=auto reads
 """
 
 OPS = {name: op for part in ("block", "latents") for name, op in registry.OPS.items() if op.part == part}
@@ -284,7 +287,17 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads [torch's default]")
     parser.add_argument("--json", action="store_true", help="print a list of rows instead of the table")
     parser.add_argument("--block", action="store_true", help="print the bytes of one encoder block; time nothing")
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", help=f"add what --json wrote to {measured.FILE.name}; time nothing"
+    )
     options = parser.parse_args()
+    if options.record:
+        try:
+            rows_added = measured.record(options.record)
+        except UserError as error:
+            parser.error(str(error))
+        print(f"{len(rows_added)} rows added to {measured.FILE}")
+        return 0
     if options.block:
         print(traffic.block_report())
         return 0
@@ -294,12 +307,12 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     torch.manual_seed(1)
     bandwidth = copy_bandwidth(device)
-    facts, measured = surroundings(device, bandwidth), []
+    facts, results = surroundings(device, bandwidth), []
     shapes = options.shape or [parse_shape(SHAPES[options.device])]
     for case in cases(options.op or OPS, shapes, device):
         print(case.title, file=sys.stderr)
-        measured += rows(case, measure(case, options.seconds, not options.no_compiled), bandwidth, facts)
-    print(json.dumps(measured, indent=1) if options.json else table(measured))
+        results += rows(case, measure(case, options.seconds, not options.no_compiled), bandwidth, facts)
+    print(json.dumps(results, indent=1) if options.json else table(results))
     if not options.json:
         print(", ".join(f"{key} {value}" for key, value in facts.items()))
     return 0

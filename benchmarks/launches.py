@@ -165,14 +165,19 @@ def triton_stubbed(launches: Launches) -> Iterator[None]:
 @contextmanager
 def as_on_a_gpu(device: str) -> Iterator[None]:
     """Tensors on the CPU run on the backends and matmuls of a GPU."""
+    from unite_fast.kernels.triton_kernels import optimizer
+
     weights = SwiGLU.weights
     with contextlib.ExitStack() as stack:
         stack.enter_context(backend.using("triton"))
         # Else each op is one operator, whose backend does not run.
         stack.enter_context(mock.patch.object(fused_op, "needs_dispatcher", lambda x: False))
         stack.enter_context(mock.patch.object(muon, "_operator", muon._newton_schulz))
+        # Tensors without memory have no address.
+        stack.enter_context(mock.patch.object(optimizer, "address", lambda x: 0))
         if device == "cpu":
-            stack.enter_context(mock.patch.object(matmul, "in_float32", lambda x: False))
+            # `in_float32` asks it. Patching `in_float32` would miss the modules that import it by name.
+            stack.enter_context(mock.patch.object(matmul, "bfloat16_instructions", lambda: True))
             stack.enter_context(mock.patch.object(matmul, "sums_in_float32", lambda x: x.dtype == torch.bfloat16))
             stack.enter_context(mock.patch.object(SwiGLU, "weights", lambda self, padded: weights(self, True)))
         yield

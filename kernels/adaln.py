@@ -181,7 +181,7 @@ def adaln_modulate(
         ValueError: shapes that do not match.
     """
     check_modulation("adaln_modulate", x, weight, shift, scale)
-    chosen = backend.choose(x, out_dtype)
+    chosen = backend.choose(x, out_dtype, "adaln_modulate")
     if chosen == "reference":
         return adaln_modulate_ref(x, weight, shift, scale, eps, out_dtype)
     return adaln_modulate_op(chosen, x, weight, shift, scale, eps, out_dtype)
@@ -226,7 +226,7 @@ def gated_residual_adaln(
     """
     check_modulation("gated_residual_adaln", x, weight, shift, scale)
     check_branch("gated_residual_adaln", x, branch, gate, branch_bias)
-    chosen = backend.choose(x, out_dtype)
+    chosen = backend.choose(x, out_dtype, "gated_residual_adaln")
     if chosen == "reference":
         return gated_residual_adaln_ref(x, branch, gate, weight, shift, scale, eps, out_dtype, branch_bias)
     return gated_residual_adaln_op(chosen, x, branch, gate, weight, shift, scale, branch_bias, eps, out_dtype)
@@ -276,7 +276,7 @@ def gated_residual_norm_adaln(
     check_branch(op, x, branch, gate, branch_bias)
     if norm_weight.shape != weight.shape:
         raise argument_error(op, f"norm_weight must be {list(weight.shape)}")
-    chosen = backend.choose(x, out_dtype)
+    chosen = backend.choose(x, out_dtype, op)
     vectors = gate, norm_weight, weight, shift, scale
     if chosen == "reference":
         return gated_residual_norm_adaln_ref(x, branch, *vectors, eps, out_dtype, branch_bias)

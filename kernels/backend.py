@@ -4,7 +4,8 @@
 - `native`: C++, for CPU tensors in float32 and bfloat16.
 - `triton`: for CUDA tensors in float32 and bfloat16. With TRITON_INTERPRET=1 in the environment it runs in Triton's
   interpreter instead, very slowly, on CPU tensors.
-- `auto`: native or triton wherever one of them can run, otherwise reference.
+- `auto`: native or triton wherever one of them can run, otherwise reference. Under torch.compile on a CUDA device, an
+  op that lost to the compiled reference on this card (measured.py) runs the reference.
 
 float64 always runs the reference, which is exact enough to judge the others.
 """
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from unite_fast.errors import UserError
-from unite_fast.kernels import attention_backends, native, tensors
+from unite_fast.kernels import attention_backends, measured, native, tensors
 
 NAMES = ("auto", "reference", "native", "triton")
 
@@ -30,6 +31,8 @@ _triton_installed = importlib.util.find_spec("triton") is not None
 _interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 
 _current = "auto"
+_slower: dict[str, list[str]] = {}
+"""See `measured.slower_ops`, for the current CUDA device."""
 _attention = "sdpa"
 
 
@@ -39,12 +42,23 @@ def use(name: str) -> None:
     Raises:
         UserError: unknown backend, or one that cannot run on this machine.
     """
-    global _current
+    global _current, _slower
     if name not in NAMES:
         raise UserError(f"kernels: there is no backend {name!r}; choose one of {', '.join(NAMES)}")
     if missing := why_missing(name):
         raise UserError(f"kernels: the {name} backend is missing: {missing}")
     _current = name
+    _slower = measured.slower_ops(torch.cuda.get_device_name()) if name == "auto" and torch.cuda.is_available() else {}
+
+
+def unmeasured(device: torch.device) -> str:
+    """What to say if `auto` runs Triton on a card that nobody measured; else empty."""
+    if _current != "auto" or device.type != "cuda" or backend_on(device) != "triton":
+        return ""
+    card = torch.cuda.get_device_name(device)
+    if measured.covers(card):
+        return ""
+    return f"Triton runs all ops, but was never measured on {card}; `unite-fast tune` finds the fastest settings here"
 
 
 @contextmanager
@@ -118,8 +132,11 @@ def fused_backend_on(device: torch.device) -> str:
     return "triton" if device.type == "cuda" or _current == "triton" else "native"
 
 
-def choose(x: Tensor, out_dtype: torch.dtype | None = None) -> str:
+def choose(x: Tensor, out_dtype: torch.dtype | None = None, op: str = "") -> str:
     """The backend for an op on x whose result has `out_dtype`, or x's own.
+
+    Args:
+        op: name of the op in measured.json.
 
     Raises:
         UserError: "native" or "triton" was requested, and it cannot take this device or dtype.
@@ -128,7 +145,7 @@ def choose(x: Tensor, out_dtype: torch.dtype | None = None) -> str:
         return "reference"
     typed = x.dtype in tensors.DTYPES and (out_dtype is None or out_dtype in tensors.DTYPES)
     if _current == "auto":
-        return backend_on(x.device) if typed else "reference"
+        return backend_on(x.device) if typed and not _loses(op, x) else "reference"
     home = "cuda" if _current == "triton" and not interpreted() else "cpu"
     if not typed or x.device.type != home:
         raise UserError(
@@ -136,6 +153,13 @@ def choose(x: Tensor, out_dtype: torch.dtype | None = None) -> str:
             f"{f'to {out_dtype} ' if out_dtype else ''}on {x.device.type}; choose the backend 'auto' or 'reference'"
         )
     return _current
+
+
+def _loses(op: str, x: Tensor) -> bool:
+    """Whether the compiled reference is faster, and would be compiled here."""
+    if not _slower or not torch.compiler.is_compiling():
+        return False
+    return str(x.dtype).removeprefix("torch.") in _slower.get(op, ()) and x.device.type == "cuda"
 
 
 def use_attention(

@@ -90,9 +90,12 @@ def _empty_copies(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         starts[w.device] += size
     pieces = {device: torch.empty(size, dtype=dtype, device=device) for device, size in starts.items()}
     return [
-        pieces[w.device].as_strided(w.shape, torch.empty_like(w, device="meta").stride(), place)
-        for w, place in zip(weights, places, strict=True)
+        pieces[w.device].as_strided(w.shape, _dense_strides(w), place) for w, place in zip(weights, places, strict=True)
     ]
+
+
+def _dense_strides(weight: Tensor) -> tuple[int, ...]:
+    return weight.stride() if weight.is_contiguous() else torch.empty_like(weight, device="meta").stride()
 
 
 def _can_have_a_copy(weight: Tensor, dtype: torch.dtype) -> bool:

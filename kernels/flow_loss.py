@@ -97,7 +97,7 @@ def flow_loss(
         ValueError: shapes that do not match, or a z or t that requires a gradient.
     """
     _check(y, weight, bias, z, t)
-    chosen = backend.choose(y)
+    chosen = backend.choose(y, op="flow_loss")
     if chosen == "reference":
         return flow_loss_ref(y, weight, bias, z, t, min_time_left, eps)
     return flow_loss_op(chosen, y, weight, bias, z, t, min_time_left, eps)

@@ -74,10 +74,10 @@ gelu_linear_op = _activation_linear(
 )
 
 
-def recomputing_backend(x: Tensor) -> str | None:
-    """The backend of an op that recomputes; None if its parts run one by one."""
+def recomputing_backend(x: Tensor, part: str = "") -> str | None:
+    """The backend of an op that recomputes; None if its parts run one by one. `part` is the op beside the Linear."""
     dtype = matmul_dtype(x)
-    chosen = backend.choose(x, dtype)
+    chosen = backend.choose(x, dtype, part)
     return None if chosen == "reference" or dtype != torch.bfloat16 else chosen
 
 
@@ -177,7 +177,7 @@ def gelu_linear(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _run(fused: FusedOp, activation: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    chosen = recomputing_backend(x)
+    chosen = recomputing_backend(x, fused.name.removesuffix("_linear"))
     return fused(chosen, x.to(torch.bfloat16), weight, bias) if chosen else F.linear(activation(x), weight, bias)
 
 

@@ -107,7 +107,7 @@ def noise_injection(z: Tensor, t: Tensor, philox, stream: int, gate: Tensor | No
         ValueError: shapes that do not match, seed or step out of range, or a t that requires a gradient.
     """
     _check(z, t, philox, gate)
-    chosen = backend.choose(z)
+    chosen = backend.choose(z, op="noise_injection")
     if chosen == "reference":
         return noise_injection_ref(z, t, philox, stream, gate)
     return noise_injection_op(chosen, *_op_inputs(z, t, philox, stream, gate))

@@ -306,7 +306,7 @@ def gated_residual_adaln_linear(
     check_modulation(name, x, norm_weight, shift, scale)
     check_branch(name, x, branch, gate, branch_bias)
     check_weight(name, x.shape[-1], weight, bias)
-    inputs, chosen = (x, branch, gate, norm_weight, shift, scale), recomputing_backend(x)
+    inputs, chosen = (x, branch, gate, norm_weight, shift, scale), recomputing_backend(x, "gated_residual_adaln")
     if not chosen:
         x, h = gated_residual_adaln(*inputs, EPS, matmul_dtype(x), branch_bias)
         return x, F.linear(h, weight, bias)

@@ -150,7 +150,7 @@ def qk_norm_rope(
         ValueError: shapes that do not match, or a cos or sin that requires a gradient.
     """
     check("qk_norm_rope", qkv, heads, q_weight, k_weight, cos, sin)
-    chosen = backend.choose(qkv)
+    chosen = backend.choose(qkv, op="qk_norm_rope")
     if chosen == "reference":
         return qk_norm_rope_ref(qkv, heads, q_weight, k_weight, cos, sin, eps)
     return qk_norm_rope_op(chosen, qkv, q_weight, k_weight, cos, sin, heads, eps)

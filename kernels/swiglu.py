@@ -70,7 +70,7 @@ def swiglu(uw: Tensor) -> Tensor:
     """
     if uw.shape[-1] % 2:
         raise argument_error("swiglu", f"the last dimension must be even, got {uw.shape[-1]}")
-    chosen = backend.choose(uw)
+    chosen = backend.choose(uw, op="swiglu")
     return swiglu_ref(uw) if chosen == "reference" else swiglu_op(chosen, uw)
 
 

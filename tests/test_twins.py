@@ -15,6 +15,7 @@ COVERED_BY = {
     "kernels/registry.py": ("kernels/test_fused_op.py", "kernels/test_fakes.py", "benchmarks/test_traffic.py"),
     "kernels/tensors.py": ("kernels/test_fused_op.py",),
     "kernels/triton_kernels/layer_norm.py": ("kernels/test_linear.py",),
+    "kernels/triton_kernels/optimizer.py": ("optim/test_fused_step.py", "planning/test_predict.py"),
     "kernels/triton_kernels/rows.py": ("kernels/test_adaln.py", "kernels/test_linear.py"),
     "kernels/triton_kernels/sums.py": ("kernels/test_adaln.py", "kernels/test_qk_norm_rope.py"),
     "unite_fast/benchmarking/candidate.py": ("benchmarking/test_tune.py",),

@@ -26,10 +26,10 @@ KINDS = (
     ("attention", r"fmha|flash|attention|cudnn.*sdpa|sdpa"),
     ("convolution", r"conv|wgrad|dgrad|implicit|winograd|nchw|nhwc"),
     ("product", r"gemm|cutlass|cublas|nvjet|s\d+gemm|splitk|xmma"),
+    ("optimizer", r"multi_tensor|foreach|adam|muon|gradient_(squares|norm)"),
     ("ours, Triton", r"_kernel(_\d+)?$|^_(adaln|gated|qk|swiglu|flow|noise|philox|words|masks|tap|normals)"),
     ("Inductor", r"^triton_"),
     ("copies and fills", r"memcpy|memset|copy_kernel|fill|CatArray|direct_copy"),
-    ("optimizer", r"multi_tensor|foreach|adam"),
     ("sums", r"reduce_kernel|sum"),
     ("elementwise", r"elementwise|vectorized|unrolled"),
 )

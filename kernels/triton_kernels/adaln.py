@@ -15,7 +15,14 @@ import triton
 import triton.language as tl
 
 from unite_fast.kernels import tensors
-from unite_fast.kernels.triton_kernels.rows import channels, load, tokens_of_program, tokens_per_program
+from unite_fast.kernels.triton_kernels.rows import (
+    cdiv,
+    channels,
+    load,
+    next_power_of_2,
+    tokens_of_program,
+    tokens_per_program,
+)
 
 WARPS = {"forward": 2, "backward": 4}
 """Warps per row of at most `WIDE` channels; a wider one gets twice as many. One warp per row would need no barrier, but
@@ -307,8 +314,8 @@ def _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, branch_
     d_shift, d_scale, d_gate = (None if v is None else tensors.empty_like(v) for v in (scale, scale, gate))
     of_weights = [None if v is None else torch.empty_like(v) for v in (weight, norm_weight, branch_bias)]
     if d:
-        lanes = triton.next_power_of_2(max(partial.shape[2], 1))
-        _adaln_sums_kernel[(triton.cdiv(d, SUM_LANES), sums)](
+        lanes = next_power_of_2(max(partial.shape[2], 1))
+        _adaln_sums_kernel[(cdiv(d, SUM_LANES), sums)](
             *(partial, weight, scale, d_shift, d_scale, d_gate, *of_weights),
             *(scale.stride(0), *partial.shape[1:3]),
             D=d,
@@ -327,8 +334,8 @@ def _sizes(direction: str, x, branch, norm_weight):
     warps, piece = WARPS[direction] * wide, PIECE * wide
     programs = PROGRAMS[direction][(branch is not None) + (norm_weight is not None)][d > 3 * piece]
     tokens = tokens_per_program(x, programs // wide)
-    constants = {"D": d, "BD": triton.next_power_of_2(d), "EACH": piece // (32 * warps), "num_warps": warps}
-    return (b, triton.cdiv(t, tokens)), tokens, constants
+    constants = {"D": d, "BD": next_power_of_2(d), "EACH": piece // (32 * warps), "num_warps": warps}
+    return (b, cdiv(t, tokens)), tokens, constants
 
 
 def _two(x):

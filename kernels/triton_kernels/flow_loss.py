@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from unite_fast.kernels import tensors
-from unite_fast.kernels.triton_kernels.rows import load, load_row
+from unite_fast.kernels.triton_kernels.rows import cdiv, load, load_row, next_power_of_2
 
 ELEMENTS = 2048
 """Elements per tile: 16 per thread of 4 warps. With 32 channels that is 64 tokens, a quarter of a sample of 256."""
@@ -135,11 +135,11 @@ def flow_loss_backward(d_loss, y, weight, bias, z, share, mean, rstd):
 
 
 def _sizes(y) -> dict[str, int]:
-    lanes = triton.next_power_of_2(y.shape[3])
+    lanes = next_power_of_2(y.shape[3])
     return {"C": y.shape[3], "BT": max(1, ELEMENTS // lanes), "BC": lanes}
 
 
 def _grid(y) -> tuple[int, int]:
     """Number of samples, and of chunks of tokens per sample."""
     draws, samples, tokens, _ = y.shape
-    return draws * samples, triton.cdiv(tokens, _sizes(y)["BT"])
+    return draws * samples, cdiv(tokens, _sizes(y)["BT"])

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from unite_fast.kernels import tensors
-from unite_fast.kernels.triton_kernels.rows import TOKENS, load, row_sizes
+from unite_fast.kernels.triton_kernels.rows import TOKENS, cdiv, load, row_sizes
 from unite_fast.kernels.triton_kernels.sums import sum_rows
 
 
@@ -148,4 +148,4 @@ def _backward(d_x_out, d_out, x, d_branch, weight, bias, mean, rstd):
 
 
 def _grid(x) -> tuple[int]:
-    return (triton.cdiv(x.shape[:-1].numel(), TOKENS),)
+    return (cdiv(x.shape[:-1].numel(), TOKENS),)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from unite_fast.kernels import tensors
 from unite_fast.kernels.triton_kernels.philox import as_int32, normals
-from unite_fast.kernels.triton_kernels.rows import load
+from unite_fast.kernels.triton_kernels.rows import cdiv, load
 
 BLOCKS = 256
 """Blocks of Philox per program of 4 warps: 8 normals per thread."""
@@ -56,7 +56,7 @@ def noise_injection_forward(z, t, positions, gate, seed_low, seed_high, step, st
     (draws, samples), elements = t.shape, z[0:1].numel()
     out = z.new_empty((*t.shape, *z.shape[1:]), dtype=torch.float32)
     if out.numel():
-        _noise_injection_fwd_kernel[(samples, triton.cdiv(elements, 4 * BLOCKS), draws)](
+        _noise_injection_fwd_kernel[(samples, cdiv(elements, 4 * BLOCKS), draws)](
             z.contiguous(),
             tensors.as_float32(t),
             positions.contiguous(),
@@ -74,7 +74,7 @@ def noise_injection_backward(d_out, t, gate):
     (draws, samples), elements = t.shape, d_out[0, 0:1].numel()
     d_z = d_out.new_empty(d_out.shape[1:], dtype=torch.float32)
     if d_z.numel():
-        _noise_injection_bwd_kernel[(samples, triton.cdiv(elements, ELEMENTS))](
+        _noise_injection_bwd_kernel[(samples, cdiv(elements, ELEMENTS))](
             d_out.contiguous(),
             tensors.as_float32(t),
             None if gate is None else gate.contiguous(),

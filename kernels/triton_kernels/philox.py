@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from unite_fast.kernels.triton_kernels.rows import cdiv
+
 BLOCKS = 256
 """Blocks per program of 4 warps: 8 numbers per thread."""
 KEYS = ["step", "stream_and_draw", "seed_low", "seed_high"]
@@ -163,8 +165,8 @@ def _draw(
 ) -> None:
     """Fill `out` [draws, samples, elements] with one launch. `draws` has step 1."""
     if out.numel():
-        blocks = len(positions) * triton.cdiv(elements, 4)
-        kernel[(triton.cdiv(blocks, BLOCKS), len(draws))](
+        blocks = len(positions) * cdiv(elements, 4)
+        kernel[(cdiv(blocks, BLOCKS), len(draws))](
             positions.contiguous(),
             out,
             *as_int32(step, (stream << 16) + draws.start, seed & 0xFFFFFFFF, seed >> 32),

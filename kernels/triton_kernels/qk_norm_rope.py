@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from unite_fast.kernels import tensors
-from unite_fast.kernels.triton_kernels.rows import load, load_row
+from unite_fast.kernels.triton_kernels.rows import cdiv, load, load_row, next_power_of_2
 
 ELEMENTS = 256
 """Elements of a tile [tokens, head dimension]: 8 per thread, one access of 16 bytes in bfloat16."""
@@ -215,9 +215,9 @@ def qk_norm_rope_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, rstd
 
 
 def _sizes(heads: int, head_dim: int) -> dict[str, int]:
-    lanes = triton.next_power_of_2(head_dim)
+    lanes = next_power_of_2(head_dim)
     return {"H": heads, "K": head_dim, "BT": max(1, ELEMENTS // lanes), "BK": lanes}
 
 
 def _programs(b: int, t: int, sizes: dict[str, int]) -> int:
-    return b * triton.cdiv(t, sizes["BT"])
+    return b * cdiv(t, sizes["BT"])

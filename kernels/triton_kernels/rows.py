@@ -1,4 +1,4 @@
-"""Loads that the kernels share, and the sizes of those that process rows [D] of a tensor one after another."""
+"""Loads that the kernels share, sizes of launches, and those of kernels that process rows [D] one after another."""
 
 import functools
 
@@ -48,8 +48,18 @@ def tokens_of_program(T, tokens):
 
 def row_sizes(d: int) -> dict[str, int]:
     """Constants of a kernel whose programs process TOKENS rows [D]. Masked lanes pad a row to a power of two."""
-    lanes = triton.next_power_of_2(d)
+    lanes = next_power_of_2(d)
     return {"D": d, "BD": lanes, "TOKENS": TOKENS, "num_warps": min(max(lanes // (32 * LANES_EACH), 1), 16)}
+
+
+def cdiv(n: int, size: int) -> int:
+    """ceil(n / size). triton.cdiv and triton.next_power_of_2 take 5 us: they serve kernels as well."""
+    return -(-n // size)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
 
 
 def tokens_per_program(x: torch.Tensor, resident: int) -> int:
@@ -68,7 +78,7 @@ def processors(device: torch.device) -> int:
 @functools.cache
 def _tokens_per_program(samples: int, tokens: int, slots: int) -> int:
     def time(each: int) -> int:
-        waves = triton.cdiv(samples * triton.cdiv(tokens, each), slots)
+        waves = cdiv(samples * cdiv(tokens, each), slots)
         return waves * (each + START)
 
-    return min((triton.cdiv(tokens, parts) for parts in range(1, tokens + 1)), key=time, default=1)
+    return min((cdiv(tokens, parts) for parts in range(1, tokens + 1)), key=time, default=1)

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from unite_fast.kernels.triton_kernels.rows import cdiv
+
 ROWS, LANES = 64, 32
 """Size of a tile: 16 numbers per thread of 4 warps; a width of 768 gives two dozen programs per tensor."""
 
@@ -34,6 +36,6 @@ def sum_rows(partial: Tensor) -> list[Tensor]:
     sums, rows, d = partial.shape
     out = [partial.new_empty(d) for _ in range(sums)]
     if d:
-        grid = triton.cdiv(d, LANES), sums
+        grid = cdiv(d, LANES), sums
         _sum_rows_kernel[grid](partial, out[0], out[1] if sums > 1 else None, rows, D=d, ROWS=ROWS, LANES=LANES)
     return out

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from unite_fast.kernels import tensors
-from unite_fast.kernels.triton_kernels.rows import load
+from unite_fast.kernels.triton_kernels.rows import cdiv, load
 
 BLOCK = 1024
 """Elements per program: 8 per thread, one access of 16 bytes in bfloat16 for each of u, w and out."""
@@ -78,4 +78,4 @@ def _backward(d_out: Tensor, uw: Tensor, out: Tensor | None) -> Tensor:
 
 
 def _grid(out: Tensor) -> tuple[int]:
-    return (triton.cdiv(out.numel(), BLOCK),)
+    return (cdiv(out.numel(), BLOCK),)

@@ -17,7 +17,7 @@ from unite_fast.kernels import tensors
 from unite_fast.kernels.tap_distance import EPS
 from unite_fast.kernels.tensors import empty_channels_last, pixels_first
 from unite_fast.kernels.triton_kernels.philox import KEYS, as_int32, words
-from unite_fast.kernels.triton_kernels.rows import load, load_row
+from unite_fast.kernels.triton_kernels.rows import cdiv, load, load_row, next_power_of_2
 
 ELEMENTS = 256
 """Elements per tile: 8 per thread, one access of 16 bytes in bfloat16."""
@@ -275,12 +275,12 @@ def _inputs(y, x, weight, bias, positions):
 
 
 def _sizes(y) -> dict[str, int]:
-    lanes = triton.next_power_of_2(y.shape[1])
+    lanes = next_power_of_2(y.shape[1])
     return {"C": y.shape[1], "BC": lanes, "BW": max(1, ELEMENTS // lanes), "EPS": EPS, "num_warps": 1}
 
 
 def _grid(y, sizes: dict[str, int]) -> tuple[tuple[int, int], int]:
     """Programs for each image, and tiles per program."""
-    windows = triton.cdiv(y.shape[2], 2) * triton.cdiv(y.shape[3], 2)
+    windows = cdiv(y.shape[2], 2) * cdiv(y.shape[3], 2)
     tiles = min(TILES, max(1, windows // (sizes["BW"] * PROGRAMS)))
-    return (y.shape[0], triton.cdiv(windows, sizes["BW"] * tiles)), tiles
+    return (y.shape[0], cdiv(windows, sizes["BW"] * tiles)), tiles

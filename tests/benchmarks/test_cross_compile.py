@@ -42,7 +42,9 @@ def test_nothing_spills(rows):
 
 
 def test_large_tensors_are_read_and_written_16_bytes_at_a_time(rows):
-    assert [row for row in rows if row["kernel"] not in ROW_KERNELS and row["access_bytes"] != 16] == []
+    # AdamW's kernel of steps reads one number per tensor.
+    others = [row for row in rows if row["kernel"] not in (*ROW_KERNELS, "_adamw_steps_kernel")]
+    assert [row for row in others if row["access_bytes"] != 16] == []
 
 
 def test_warps_that_share_a_row_read_and_write_whole_lines_of_128_bytes(rows):

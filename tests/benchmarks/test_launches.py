@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from unite_fast.kernels import backend
+from unite_fast.kernels import backend, matmul
 from unite_fast.recipes import load_config
 
 pytestmark = pytest.mark.skipif(bool(backend.why_missing("triton")), reason=backend.why_missing("triton") or "here")
@@ -59,6 +59,18 @@ def test_each_draw_is_one_launch(unite_b):
     assert sum(draws.values()) <= 20
 
 
+def test_an_optimizer_step_of_unite_b(unite_b):
+    """Outside Newton-Schulz, each kernel is launched once for all tensors. Together they were 301 (main at 66e2ed0)."""
+    counts = unite_b["optimizer"]
+    kernels = {name for name, number in counts.items() if name.endswith("_kernel") and number == 1}
+    muon, adamw = {"_muon_momentum_kernel", "_muon_update_kernel"}, {"_adamw_steps_kernel", "_adamw_update_kernel"}
+    assert kernels == muon | adamw | {"_gradient_squares_kernel", "_gradient_norm_kernel"}
+    newton_schulz = {"bmm", "baddbmm", "linalg_vector_norm", "clamp_min", "div", "copy_"}
+    assert set(counts) == kernels | newton_schulz
+    shapes = 10
+    assert sum(counts[name] for name in newton_schulz) == shapes * (5 * 3 + 4)
+
+
 def test_weights_are_cast_once(unite_b):
     parts = unite_b["micro_batch"]
     assert set(parts["casts of weights"]) == {"_foreach_copy_"}
@@ -70,6 +82,15 @@ def test_further_micro_batches_also_add_gradients(launches):
     config = load_config("digits", ("train.precision=bfloat16",))
     one, two = (launches.total(launches.count(config, 4, n)) for n in (1, 2))
     assert one < two < 2 * one
+
+
+def test_counts_do_not_depend_on_the_cpu(launches, monkeypatch):
+    """A CPU without bfloat16 instructions casts the operands of its matmuls to float32; a GPU does not."""
+    config, counts = load_config("digits", ("train.precision=bfloat16", "optim.muon_dtype=bfloat16")), []
+    for instructions in (True, False):
+        monkeypatch.setattr(matmul, "bfloat16_instructions", lambda answer=instructions: answer)
+        counts.append(launches.count(config, 2))
+    assert counts[0] == counts[1]
 
 
 def counted(launches, function, *tensors):

@@ -1,6 +1,7 @@
 """Owners and communication of sharded matrices, mostly in a single process. test_muon.py runs several."""
 
 from collections import Counter, defaultdict
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -81,6 +82,16 @@ def test_each_matrix_is_in_one_batch_of_its_owner_and_shape():
     assert len(assigned) == batches(SHAPES, owners)
 
 
+def writing(matrices: list[Tensor]) -> Callable[[dict[int, Tensor]], None]:
+    """Copies whole matrices, for `ShardedMap.apply`."""
+
+    def write(shards: dict[int, Tensor]) -> None:
+        for k, shard in shards.items():
+            shard.copy_(matrices[k])
+
+    return write
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_process_applies_the_function_to_batches_of_one_shape(dtype):
     matrices = [torch.full(shape, float(k)) for k, shape in enumerate(SHAPES)]
@@ -92,7 +103,7 @@ def test_one_process_applies_the_function_to_batches_of_one_shape(dtype):
         assert batch.dtype == dtype
         return 2 * batch + 1
 
-    results = sharded_map.apply(function, dict(enumerate(matrices)), dtype, torch.device("cpu"))
+    results = sharded_map.apply(function, writing(matrices), dtype, torch.device("cpu"))
     assert sorted(called) == sorted((n, *shape) for shape, n in Counter(SHAPES).items())
     for result, matrix in zip(results, matrices, strict=True):
         assert torch.equal(result, (2 * matrix + 1).to(dtype))
@@ -141,8 +152,8 @@ def share_synchronously() -> tuple[list[list], int, int]:
     dist.all_gather = gather
     grid = Grid(dist.get_world_size(), 1, dist.get_rank(), 0, column=dist.group.WORLD)
     sharded_map = ShardedMap([Matrix(shape) for shape in SHAPES], [shape.numel() for shape in SHAPES], grid)
-    matrices = {k: torch.full(shape, float(k)) for k, shape in enumerate(SHAPES)}
-    results = sharded_map.apply(lambda batch: 2 * batch + 1, matrices, torch.float32, torch.device("cpu"))
+    matrices = [torch.full(shape, float(k)) for k, shape in enumerate(SHAPES)]
+    results = sharded_map.apply(lambda batch: 2 * batch + 1, writing(matrices), torch.float32, torch.device("cpu"))
     return [result.tolist() for result in results], sharded_map.elements_sent(), (grid.replicas - 1) * sum(sent)
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from unite_fast.errors import UserError
+from unite_fast.kernels import backend
+from unite_fast.kernels.fused_op import triton_function
 from unite_fast.planning import flops, memory, predict
 from unite_fast.planning.gpus import find_gpu
 from unite_fast.planning.lpips import lpips_bytes
@@ -55,6 +57,43 @@ def test_block_bytes_are_those_of_the_benchmark(monkeypatch):
     traffic = importlib.import_module("traffic")
     sys.modules.pop("traffic")
     assert round(traffic.block_bytes(torch.float32, "triton", recompute=True)) == predict.BLOCK_BYTES
+
+
+@pytest.mark.skipif(bool(backend.why_missing("triton")), reason=backend.why_missing("triton") or "here")
+@pytest.mark.skipif(not backend.interpreted(), reason="the bytes are counted by Triton's interpreter")
+def test_optimizer_bytes_are_those_of_its_kernels(monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    moved, n = 0, 16384
+
+    def count(name: str, mask: int) -> None:
+        access = getattr(InterpreterBuilder, name)
+
+        def counted(self, pointers, *others):
+            nonlocal moved
+            if pointers.data.size > 1:  # not a scalar
+                moved += int(others[mask].data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+            return access(self, pointers, *others)
+
+        monkeypatch.setattr(InterpreterBuilder, name, counted)
+
+    count("create_masked_load", 0)
+    count("create_masked_store", 1)
+
+    def bytes_of(name: str, *arguments) -> float:
+        nonlocal moved
+        moved = 0
+        triton_function("optimizer", name)(*arguments)
+        return round(moved / n, 1)
+
+    a, b, c, d, e = ([torch.ones(n)] for _ in range(5))
+    half, norm, steps = [torch.ones(n, dtype=torch.bfloat16)], torch.tensor(1.0), [torch.ones(())]
+    gradient = bytes_of("gradient_norm", a)
+    momentum = bytes_of("muon_momentum", a, b, half, norm, 1.0, 0.9, None)
+    update = bytes_of("muon_update", a, b, half, [0.1], 0.9, None)
+    adamw = bytes_of("adamw_update", a, b, c, (d, e), steps, norm, 1.0, 0.1, (0.9, 0.9), 1e-6, 0.9, None)
+    assert gradient + momentum + update == predict.MUON_BYTES
+    assert gradient + adamw == predict.ADAMW_BYTES
 
 
 def test_collectives_take_the_time_of_their_bytes():

@@ -121,13 +121,14 @@ class SwiGLU(nn.Module):
 def matmul_weights(model: nn.Module) -> list[Tensor]:
     """Weights and biases that the ops round to bfloat16 for matmuls, for `kernels.casts.cast_once`. Not among them: the
     time embedding, which stays float32, and SwiGLU weights that are padded first."""
-    excluded = set()
+    excluded, linears = set(), []
     for module in model.modules():
         if isinstance(module, TimeEmbedding):
             excluded.update(module.parameters())
         elif isinstance(module, SwiGLU) and module.fc_out.weight.is_cuda and module.padding:
             excluded.update((module.fc_in.weight, module.fc_in.bias, module.fc_out.weight))
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        elif isinstance(module, nn.Linear):
+            linears.append(module)
     # All weights first, then all biases: `kernels.linears` need not concatenate copies that are adjacent in memory.
     parameters = [linear.weight for linear in linears] + [linear.bias for linear in linears]
     return [parameter for parameter in parameters if parameter not in excluded]

@@ -1,6 +1,6 @@
 """Exponential moving average of the trainable parameters."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -23,12 +23,17 @@ class EMA:
         self.averages = {name: p.detach().float().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
-    def update(self, skipped: Tensor | None = None) -> None:
+    def update(self, skipped: Tensor | None = None, except_for: Container[Tensor] = ()) -> None:
         """
         Args:
             skipped: None, or a float32 scalar on the parameters' device; if it is 1, the averages do not change.
+            except_for: parameters whose averages do not change.
         """
-        averages, parameters = self._local(self.averages), self._local(self.parameters)
+        parameters = {name: p for name, p in self.parameters.items() if p not in except_for}
+        if not parameters:
+            return
+        averages = self._local({name: self.averages[name] for name in parameters})
+        parameters = self._local(parameters)
         if skipped is None:
             torch._foreach_lerp_(averages, parameters, 1 - self.decay)
         else:

@@ -9,7 +9,7 @@ several ranks, each matrix is computed on one of them (sharded_matrices.py).
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -44,10 +44,14 @@ def _newton_schulz(g: Tensor, eps: float) -> Tensor:
         polynomial = rounded(torch.baddbmm(gram, gram, gram, beta=b, alpha=c), g.dtype)
         x = rounded(torch.baddbmm(x, polynomial, x, beta=a), g.dtype)
     x = x.to(g.dtype)
-    return x if wide else x.mT.contiguous()
+    return x if wide else x.mT
 
 
-_operator = torch.library.custom_op("unite_fast::newton_schulz", _newton_schulz, mutates_args=())
+@torch.library.custom_op("unite_fast::newton_schulz", mutates_args=())
+def _operator(g: Tensor, eps: float) -> Tensor:
+    return _newton_schulz(g, eps).contiguous()
+
+
 _operator.register_fake(lambda g, eps: torch.empty_like(g))
 
 
@@ -96,27 +100,43 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        parameters = self._parameters()
-        with_gradient = tuple(k for k, p in enumerate(parameters) if p.grad is not None)
-        if not with_gradient:
+        parameters = self.with_gradient()
+        if not parameters:
             return
-        parameters = [parameters[k] for k in with_gradient]
-        if with_gradient not in self._sharded_maps:
-            self._sharded_maps[with_gradient] = newton_schulz_map(parameters)
-        sharded_map = self._sharded_maps[with_gradient]
-        directions = self._update_momenta(parameters, sharded_map.inputs)
-        device = local(parameters[0]).device
-        updates = sharded_map.apply(lambda batch: newton_schulz(batch, self.eps), directions, self.dtype, device)
+        updates = self.orthogonalize(parameters, lambda directions: self._update_momenta(parameters, directions))
         if self.found_inf is not None:
             torch._foreach_mul_(updates, (1 - self.found_inf).to(self.dtype))
         self._apply_updates(dict(zip(parameters, updates, strict=True)))
 
+    def orthogonalize(
+        self, parameters: list[Tensor], write_directions: Callable[[dict[int, Tensor]], None]
+    ) -> list[Tensor]:
+        """`newton_schulz` of the parameters' Nesterov directions; all ranks call this together.
+
+        Args:
+            write_directions: writes this rank's shards of the directions of some parameters, given by their index in
+                the list, into the tensors that it gets.
+
+        Returns:
+            This rank's shards of the updates u of all parameters.
+        """
+        indices = tuple(k for k, p in enumerate(self._parameters()) if p.grad is not None)
+        if indices not in self._sharded_maps:
+            self._sharded_maps[indices] = newton_schulz_map(parameters)
+        device = local(parameters[0]).device
+        return self._sharded_maps[indices].apply(
+            lambda batch: newton_schulz(batch, self.eps), write_directions, self.dtype, device
+        )
+
+    def with_gradient(self) -> list[Tensor]:
+        return [p for p in self._parameters() if p.grad is not None]
+
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _update_momenta(self, parameters: list[Tensor], inputs: list[int]) -> dict[int, Tensor]:
-        """Update all momenta. Returns this rank's shards of the Nesterov directions lerp(g, m, momentum) for the
-        parameters with index in `inputs`."""
+    def _update_momenta(self, parameters: list[Tensor], directions: dict[int, Tensor]) -> None:
+        """Update all momenta, and write this rank's shards of the Nesterov directions lerp(g, m, momentum) that are
+        asked for by the parameter's index."""
         gradients = [local(p.grad) for p in parameters if p.grad is not None]  # `step` keeps only these parameters
         momenta = [local(self.state[p]["momentum"]) for p in parameters]
         if self.found_inf is not None:
@@ -124,10 +144,11 @@ class Muon(torch.optim.Optimizer):
             skip = self.found_inf.bool()
             gradients = [torch.where(skip, m, g) for g, m in zip(gradients, momenta, strict=True)]
         torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
-        if not inputs:
-            return {}
-        directions = torch._foreach_lerp([gradients[k] for k in inputs], [momenta[k] for k in inputs], self.momentum)
-        return dict(zip(inputs, directions, strict=True))
+        if directions:
+            ours = torch._foreach_lerp(
+                [gradients[k] for k in directions], [momenta[k] for k in directions], self.momentum
+            )
+            torch._foreach_copy_(list(directions.values()), ours)
 
     def _apply_updates(self, updates: dict[Tensor, Tensor]) -> None:
         for group in self.param_groups:
@@ -135,9 +156,15 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p in updates:
                     by_side[max(p.shape)].append(p)
-            for side, parameters in by_side.items():
+            for parameters in by_side.values():
                 weights = [local(p) for p in parameters]
-                torch._foreach_add_(weights, [updates[p] for p in parameters], alpha=-group["lr"] * 0.2 * side**0.5)
+                rate = rate_of(parameters[0].shape, group["lr"])
+                torch._foreach_add_(weights, [updates[p] for p in parameters], alpha=-rate)
+
+
+def rate_of(shape: torch.Size, lr: float) -> float:
+    """lr 0.2 sqrt(max(rows, columns)), the factor of a whole matrix's update."""
+    return lr * 0.2 * max(shape) ** 0.5
 
 
 def newton_schulz_map(parameters: list[Tensor]) -> ShardedMap:

@@ -19,7 +19,7 @@ gathers start at once, so the owners compute on one bucket while later buckets a
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -182,10 +182,9 @@ class Bucket:
         gather, scatter, own = sum(self.send_sizes), sum(self.receive_sizes), self.grid.shard
         return gather - self.send_sizes[own] + scatter - self.receive_sizes[own]
 
-    def start_gather(self, shards: Mapping[int, Tensor], packed: Tensor) -> None:
-        """Copy this rank's shards into `packed`, in its dtype, and start to send them to the owners in this row."""
+    def start_gather(self, packed: Tensor) -> None:
+        """Start to send this rank's shards, which `packed` holds, to the owners in this row."""
         self.packed = packed
-        foreach_copy(self.shard_views(packed, self.grid.replica), [shards[k] for k in self.by_row[self.grid.replica]])
         if self.grid.shards > 1:
             self.received = packed.new_empty(sum(self.receive_sizes))
             self.work = self._all_to_all(self.received, self.receive_sizes, packed, self.send_sizes)
@@ -194,7 +193,8 @@ class Bucket:
         """Wait for this rank's batch, apply `function` to it, and start to scatter the result into `packed`."""
         if self.grid.shards == 1:
             if self.owned:
-                self.packed.copy_(function(self.packed.view(self.batch_shape)).flatten())
+                batch = self.packed.view(self.batch_shape)
+                batch.copy_(function(batch))
             return
         self.work.wait()
         if self.owned:
@@ -273,7 +273,7 @@ class ShardedMap:
     def apply(
         self,
         function: Callable[[Tensor], Tensor],
-        shards: Mapping[int, Tensor],
+        write: Callable[[dict[int, Tensor]], None],
         dtype: torch.dtype,
         device: torch.device,
     ) -> list[Tensor]:
@@ -281,15 +281,21 @@ class ShardedMap:
 
         Args:
             function: maps a batch [n, rows, columns] of `dtype` to one of the same shape.
-            shards: this rank's shards of the matrices in `inputs`, in any precision, on `device`.
+            write: writes this rank's shards of the matrices in `inputs` into the tensors that it gets, by index; they
+                have `dtype` and are on `device`.
 
         Returns:
             This rank's shards of all results, in `dtype`.
         """
         packed = torch.empty(self.row_size, dtype=dtype, device=device)
         sizes = [bucket.row_sizes[self.grid.replica] for bucket in self.buckets]
-        for bucket, part in zip(self.buckets, packed[: sum(sizes)].split(sizes), strict=True):
-            bucket.start_gather(shards, part)
+        parts = packed[: sum(sizes)].split(sizes)
+        shards = {}
+        for bucket, part in zip(self.buckets, parts, strict=True):
+            shards |= zip(bucket.by_row[self.grid.replica], bucket.shard_views(part, self.grid.replica), strict=True)
+        write(shards)
+        for bucket, part in zip(self.buckets, parts, strict=True):
+            bucket.start_gather(part)
         rows = packed[None] if self.grid.replicas == 1 else packed.new_empty(self.grid.replicas, self.row_size)
         all_gathers = []
         for i, bucket in enumerate(self.buckets):

@@ -21,10 +21,18 @@ BLOCK_BYTES = 138
 kernels, float32 residual; `python benchmarks/kernels.py --block` counts them."""
 DECODER_BYTES = 211
 """The same for a decoder layer, counted by hand: 0.5 GB per image for decoder B."""
-OPTIMIZER_BYTES = 64
-"""Bytes per parameter of one optimizer step: clip 12, momentum 12, Nesterov 12, cast 6, update 10, EMA 12."""
-NEWTON_SCHULZ_BYTES = 58
-"""Bytes per parameter: five iterations, each four bfloat16 reads and one write of the iterate; 8 at the start."""
+MUON_BYTES = memory.FLOAT * (1 + 3 + 4) + memory.HALF * (1 + 1)
+"""Bytes per parameter of Muon's step and its average, as kernels/triton_kernels/optimizer.py reads and writes them:
+
+- norm: reads the gradient;
+- momentum: reads gradient and momentum, writes momentum and, in bfloat16, the direction;
+- update: reads weight, average and, in bfloat16, the update, writes weight and average."""
+ADAMW_BYTES = memory.FLOAT * (1 + 5 + 4)
+"""The same for AdamW: the norm reads the gradient; the update reads gradient, weight, average and two moments, and
+writes all but the gradient."""
+NEWTON_SCHULZ_BYTES = memory.HALF * (3 + 5 * 5 + 2)
+"""Bytes per parameter of Muon in bfloat16: a norm and a division at the start, five iterations, each four reads and one
+write of the iterate, and a copy at the end."""
 RESERVED = 0.05
 """Share of a GPU's memory that a plan leaves free."""
 RELEASED_IMAGES_PER_S = 102.7
@@ -187,10 +195,12 @@ def predict_speed(config: Config, cluster: Cluster, strategy: str, micro_steps: 
     seconds = {name: images * each for name, each in image_seconds(image_work(config), gpu, assumed).items()}
     compute = sum(seconds.values())
     peak, bandwidth = gpu.tflops * 1e12 * assumed.matmul, gpu.bandwidth * 1e12 * assumed.memory
-    total = flops.numel(flops.parameter_shapes(config.model))
+    shapes = flops.parameter_shapes(config.model)
+    muon = flops.numel([shape for shape in shapes if shape.muon])
     owned = min(1.0, assumed.imbalance / cluster.gpus)
-    seconds["optimizer"] = owned * (flops.newton_schulz(config.model) / peak + NEWTON_SCHULZ_BYTES * total / bandwidth)
-    seconds["optimizer"] += OPTIMIZER_BYTES * total / shards(strategy, cluster) / bandwidth
+    seconds["optimizer"] = owned * (flops.newton_schulz(config.model) / peak + NEWTON_SCHULZ_BYTES * muon / bandwidth)
+    step_bytes = MUON_BYTES * muon + ADAMW_BYTES * (flops.numel(shapes) - muon)
+    seconds["optimizer"] += step_bytes / shards(strategy, cluster) / bandwidth
     step_collectives = collectives(config, cluster, strategy, micro_steps)
     overlapping = sum(collective_seconds(one, cluster, assumed) for one in step_collectives if one.overlaps)
     exposed = sum(collective_seconds(one, cluster, assumed) for one in step_collectives if not one.overlaps)

@@ -8,6 +8,7 @@ from unite_fast.distributed.dtensor import local, shard_group
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.adamw import adamw
 from unite_fast.optim.ema import EMA
+from unite_fast.optim.fused_step import FusedStep
 from unite_fast.optim.lr_schedule import learning_rate
 from unite_fast.optim.muon import Muon
 from unite_fast.optim.param_groups import split_parameters
@@ -52,6 +53,7 @@ class TrainState:
                 key: torch.zeros((), device=parameter.device) if key == "step" else torch.zeros_like(parameter)
                 for key in keys
             }
+        self.fused_step = FusedStep(self.muon, self.adamw, self.ema, optim.clip_norm)
 
     @property
     def learning_rate(self) -> float:
@@ -69,36 +71,49 @@ class TrainState:
         Returns:
             Norm of all gradients before clipping; float32 scalar on the model's device, the same on all ranks.
         """
-        norm = self.clip_gradients()
+        norm = self.gradient_norm()
         skipped = None
         if self.config.optim.nonfinite == "skip":
             skipped = (~norm.isfinite()).float()
             self.skipped_steps += skipped.long()
         for optimizer in (self.muon, self.adamw):
-            if skipped is not None:
-                # torch's name, as in its GradScaler: if it is 1, the optimizers do nothing.
-                optimizer.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue]  # missing in torch's stub
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate
-            optimizer.step()
-        self.ema.update(skipped)
+        if self.fused_step.available:
+            self.fused_step(norm, skipped)
+        else:
+            self.clip_gradients(norm)
+            for optimizer in (self.muon, self.adamw):
+                if skipped is not None:
+                    # torch's name, as in its GradScaler: if it is 1, the optimizers do nothing.
+                    optimizer.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue]  # not in torch's stub
+                optimizer.step()
+            self.ema.update(skipped)
         self.model.zero_grad(set_to_none=True)
         self.step += 1
         return norm
 
     @torch.no_grad()
-    def clip_gradients(self) -> Tensor:
-        """Scale the gradients to a norm of at most `optim.clip_norm`; returns the norm before that. Ranks of a shard
-        group hold different shards, so their squares are summed; replicas hold the same."""
-        gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    def gradient_norm(self) -> Tensor:
+        """Norm of all gradients. Ranks of a shard group hold different shards, so their squares are summed; replicas
+        hold the same."""
+        if self.fused_step.available:
+            norm = self.fused_step.gradient_norm()
+        else:
+            gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         group = shard_group(self.parameters[0])
         if group is not None:
             square = norm.square()
             torch.distributed.all_reduce(square, group=group)
             norm = square.sqrt()
-        torch._foreach_mul_(gradients, (self.config.optim.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
+
+    @torch.no_grad()
+    def clip_gradients(self, norm: Tensor) -> None:
+        """Scale gradients of this norm to one of at most `optim.clip_norm`."""
+        gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
+        torch._foreach_mul_(gradients, (self.config.optim.clip_norm / (norm + 1e-6)).clamp(max=1.0))
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of a checkpoint, by name, to save or to load in place. Sharded ones are DTensors."""

@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from unite_fast.config import Config
@@ -72,6 +72,8 @@ def accumulate_gradients(
     if config.perceptual.weight and lpips is None:
         raise ValueError(f"perceptual.weight is {config.perceptual.weight}, but no LPIPS network was given")
     clock, sums = clock or StepClock(model.device), None
+    # FSDP's hooks accumulate sharded gradients themselves.
+    to_accumulate = None if isinstance(model, FSDPModule) else list(model.parameters())
     with cast_once(weights_to_cast(model, lpips, config.train.precision)):
         for number, batch in enumerate(micro_batches, 1):
             last = number == count
@@ -80,14 +82,14 @@ def accumulate_gradients(
                 reconstruction = reconstruct(model, batch.images, batch.draws, config, lpips, batch.lpips_dropout)
             reduce_gradients(model, strategy, decoder=last, others=False)
             with clock.measure("backward"):
-                backward(model, reconstruction.loss / count)
+                backward(reconstruction.loss / count, to_accumulate)
 
             with clock.measure("forward"), autocast(model.device, config.train.precision):
                 flow = flow_losses(model, reconstruction.z, batch.labels, batch.draws)
             weighted_flow = config.objective.flow_weight * flow
             reduce_gradients(model, strategy, decoder=last, others=last)
             with clock.measure("backward"):
-                backward(model, weighted_flow / count)
+                backward(weighted_flow / count, to_accumulate)
 
             total = reconstruction.loss.detach() + weighted_flow.detach()
             losses = torch.stack([total, reconstruction.l1, flow.detach(), reconstruction.lpips]) / count
@@ -189,9 +191,7 @@ def weights_to_cast(model: UNITE, lpips: LPIPS | None, precision: str) -> list[T
     return [*matmul_weights(model), *(lpips.matmul_weights() if lpips else [])]
 
 
-def backward(model: UNITE, loss: Tensor) -> None:
-    """Add the gradients of a loss to the model's."""
-    # FSDP's hooks accumulate sharded gradients themselves.
-    sharded = isinstance(model, FSDPModule)
-    with nullcontext() if sharded else foreach_accumulation(model.parameters()):
+def backward(loss: Tensor, to_accumulate: list[nn.Parameter] | None) -> None:
+    """Add the gradients of a loss to those of the parameters; None: hooks of the parameters do that."""
+    with nullcontext() if to_accumulate is None else foreach_accumulation(to_accumulate):
         loss.backward()

@@ -182,7 +182,9 @@ class Trainer:
             raise UserError(f"cannot resume from {checkpoint.path}: it has no {error}") from error
 
     def _print_setup(self) -> None:
-        """The validation's caveat, and the strategy."""
+        """Caveats of kernels and validation, and the strategy."""
+        if note := backend.unmeasured(self.device):
+            self.report.print_line(f"kernels: {note}")
         if self.validation.warning:
             self.report.print_line(f"evaluation: {self.validation.warning}")
         if self.ranks.world > 1:

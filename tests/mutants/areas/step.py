@@ -6,10 +6,13 @@ CHANGES = [
         ("tests/training/test_train_step.py", "tests/training/test_restated.py"),
         [
             ("weighted_flow = config.objective.flow_weight * flow", "weighted_flow = flow"),
-            ("backward(model, weighted_flow / count)", "backward(model, 0.5 * weighted_flow / count)"),
-            ("backward(model, weighted_flow / count)", "backward(model, weighted_flow)"),
-            ("backward(model, reconstruction.loss / count)", "backward(model, reconstruction.loss)"),
-            ("backward(model, reconstruction.loss / count)", "backward(model, reconstruction.loss / 2 / count)"),
+            ("backward(weighted_flow / count, to_accumulate)", "backward(0.5 * weighted_flow / count, to_accumulate)"),
+            ("backward(weighted_flow / count, to_accumulate)", "backward(weighted_flow, to_accumulate)"),
+            ("backward(reconstruction.loss / count, to_accumulate)", "backward(reconstruction.loss, to_accumulate)"),
+            (
+                "backward(reconstruction.loss / count, to_accumulate)",
+                "backward(reconstruction.loss / 2 / count, to_accumulate)",
+            ),
             ("config, lpips, batch.lpips_dropout)", "config, lpips, None)"),
             (
                 "total = reconstruction.loss.detach() + weighted_flow.detach()",
@@ -56,10 +59,7 @@ CHANGES = [
                 "reduce_gradients(model, strategy, decoder=last, others=last)",
                 "reduce_gradients(model, strategy, decoder=last, others=False)",
             ),
-            (
-                "with nullcontext() if sharded else foreach_accumulation(model.parameters()):",
-                "with foreach_accumulation(model.parameters()):",
-            ),
+            ("None if isinstance(model, FSDPModule) else list(model.parameters())", "list(model.parameters())"),
         ],
     ),
     (
@@ -90,10 +90,10 @@ CHANGES = [
         "unite_fast/training/train_state.py",
         ("tests/training/test_train_state.py", "tests/training/test_restated.py"),
         [
-            ("self.ema.update(skipped)\n        self.model.zero_grad", "self.model.zero_grad"),
+            ("            self.ema.update(skipped)\n", ""),
             (
-                "norm = self.clip_gradients()\n        skipped",
-                "norm = self.clip_gradients()\n        self.ema.update()\n        skipped",
+                "norm = self.gradient_norm()\n        skipped",
+                "norm = self.gradient_norm()\n        self.ema.update()\n        skipped",
             ),
             ("EMA(model, config.optim.ema_decay)", "EMA(model, 0.9978)"),
             ("self.config.optim.clip_norm / (norm + 1e-6)", "3.0 / (norm + 1e-6)"),
@@ -140,7 +140,28 @@ CHANGES = [
         ("tests/optim/test_muon.py",),
         [
             ("COEFFICIENTS = (3.4445, -4.7750, 2.0315)", "COEFFICIENTS = (3.4445, -4.7750, 2.0325)"),
-            ('alpha=-group["lr"] * 0.2 * side**0.5', 'alpha=-group["lr"] * 0.2 * side'),
+            ("lr * 0.2 * max(shape) ** 0.5", "lr * 0.2 * max(shape)"),
+        ],
+    ),
+    (
+        "unite_fast/optim/fused_step.py",
+        ("tests/optim/test_fused_step.py",),
+        [
+            ("rate_of(p.shape, lr)", "lr"),
+            ("self.ema.update(found_inf, except_for=moved)", "self.ema.update(found_inf)"),
+            ("self.ema.update(found_inf, except_for=moved)", "pass"),
+            ("(self.clip_norm / (norm + 1e-6)).clamp(max=1.0)", "1.0"),
+        ],
+    ),
+    (
+        "kernels/triton_kernels/optimizer.py",
+        ("tests/optim/test_fused_step.py",),
+        [
+            ("tl.where(b_before, b_end, 0)", "tl.where(b_before, b_end - 1, 0)"),
+            ("tl.minimum(clip_norm / (tl.load(norm) + 1e-6), 1.0)", "1.0"),
+            ("other=0.0) + 1.0", "other=0.0)"),
+            ("tl.sqrt(1.0 - tl.exp(b_step.to(tl.float64) * LOG_BETA_2))", "1.0"),
+            ("not (addresses % 16).any() and not (counts % 8).any()", "True"),
         ],
     ),
     (
@@ -183,7 +204,7 @@ CHANGES = [
         ("tests/benchmarks/test_launches.py",),
         [
             (
-                "with nullcontext() if sharded else foreach_accumulation(model.parameters()):",
+                "with nullcontext() if to_accumulate is None else foreach_accumulation(to_accumulate):",
                 "with nullcontext():",
             ),
         ],
