@@ -1,17 +1,21 @@
-"""qk_norm_rope: per-head RMSNorm and rotary embedding of packed q, k, v."""
+"""qk_norm_rope: per-head RMSNorm and rotary embedding of packed q, k, v; and split_heads, without norm and rotation."""
 
 import torch
 from torch import Tensor
 
 from unite_fast.kernels import backend, native, tensors
-from unite_fast.kernels.fused_op import Backend, FusedOp, triton_backend
+from unite_fast.kernels.fused_op import Backend, FusedOp, triton_backend, triton_function
 from unite_fast.kernels.registry import New, Size, register
 from unite_fast.kernels.tensors import argument_error, rms_norm, upcast
 
 
-def qk_norm_rope_ref(qkv, heads, q_weight, k_weight, cos, sin, eps=1e-6):
-    q, k, v = split(qkv, heads)
+def qk_norm_rope_ref(qkv, heads, q_weight, k_weight, cos, sin, eps=1e-6, qkv_bias=None):
+    q, k, v = split_heads_ref(qkv, heads, qkv_bias)
     return rotate(q, q_weight, cos, sin, eps), rotate(k, k_weight, cos, sin, eps), v
+
+
+def split_heads_ref(qkv: Tensor, heads: int, qkv_bias: Tensor | None = None) -> tuple[Tensor, ...]:
+    return split(tensors.containing(qkv, qkv_bias), heads)
 
 
 def split(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
@@ -28,7 +32,7 @@ def rotate(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: floa
     return rotated.flatten(-2).to(x.dtype)
 
 
-def _fake_forward(qkv, q_weight, k_weight, cos, sin, heads, eps):
+def _fake_forward(qkv, q_weight, k_weight, qkv_bias, cos, sin, heads, eps):
     b, t, packed = qkv.shape
     head_dim = packed // (3 * heads)
     if backend.fused_backend_on(qkv.device) == "triton":
@@ -38,7 +42,7 @@ def _fake_forward(qkv, q_weight, k_weight, cos, sin, heads, eps):
     return q, k, v, qkv.new_empty((b, t, 2, heads), dtype=torch.float32)
 
 
-def _native_eager_forward(qkv, q_weight, k_weight, cos, sin, heads, eps):
+def _native_eager_forward(qkv, q_weight, k_weight, qkv_bias, cos, sin, heads, eps):
     b, t, packed = qkv.shape
     head_dim = packed // (3 * heads)
     qkv = tensors.dense(qkv)
@@ -56,30 +60,47 @@ def _native_eager_forward(qkv, q_weight, k_weight, cos, sin, heads, eps):
         *native.heads(q),
         *native.heads(k),
     )
-    v = qkv.as_strided(shape, (qkv.stride(0), head_dim, qkv.stride(1), 1), qkv.storage_offset() + 2 * heads * head_dim)
-    return q, k, v, rstd
+    return q, k, v_of(qkv, heads), rstd
 
 
-def _native_forward(*inputs):
-    q, k, v, rstd = _native_eager_forward(*inputs)
-    # A dispatcher op may not return a view of an input.
-    return q, k, torch.empty_like(q).copy_(v), rstd
+def v_of(qkv: Tensor, heads: int) -> Tensor:
+    """v as a view [B, H, T, K] of qkv, whose last dimension is dense. Faster than `split`."""
+    b, t, packed = qkv.shape
+    head_dim = packed // (3 * heads)
+    strides = qkv.stride(0), head_dim, qkv.stride(1), 1
+    return qkv.as_strided((b, heads, t, head_dim), strides, qkv.storage_offset() + 2 * heads * head_dim)
 
 
-def _fake_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, rstd):
+def _copying_v(eager_forward):
+    """The forward pass of the dispatcher op, which may not return a view of an input."""
+
+    def forward(*inputs):
+        q, k, v, rstd = eager_forward(*inputs)
+        return q, k, torch.empty_like(q).copy_(v), rstd
+
+    return forward
+
+
+def _fake_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, rstd, bias_gradient):
     return (
         tensors.empty_like(qkv),
         tensors.empty_weight_gradient(q_weight, qkv),
         tensors.empty_weight_gradient(k_weight, qkv),
+        tensors.empty_bias_gradient(qkv, bias_gradient),
     )
 
 
-def _native_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, rstd):
-    gradients = _fake_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, rstd)
-    d_qkv, d_q_weight, d_k_weight = gradients
+def _native_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, rstd, bias_gradient):
     (b, t, _), heads = qkv.shape, rstd.shape[3]
     head_dim = qkv.shape[2] // (3 * heads)
     d_q, d_k, d_v = (tensors.gradient_or_zeros(d, (b, heads, t, head_dim), qkv) for d in (d_q, d_k, d_v))
+    if bias_gradient:
+        # In float32, so that the sum is of unrounded numbers. On a CPU, the model does not ask for it.
+        inputs = (x.float() for x in (d_q, d_k, d_v, qkv))
+        d_qkv, *others = _native_backward(*inputs, q_weight, k_weight, cos, sin, rstd, False)
+        return d_qkv.to(qkv.dtype), *others[:2], d_qkv.sum((0, 1))
+    gradients = _fake_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, rstd, False)
+    d_qkv, d_q_weight, d_k_weight, _ = gradients
     qkv = tensors.dense(qkv)
     q_weight, k_weight, cos, sin = (tensors.as_float32(x) for x in (q_weight, k_weight, cos, sin))
     native.run(
@@ -97,20 +118,65 @@ def _native_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, rstd):
     return gradients
 
 
+_triton = triton_backend("qk_norm_rope")
+
 qk_norm_rope_op = FusedOp(
     "qk_norm_rope",
-    inputs="Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, SymInt heads, float eps",
+    inputs="Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor? qkv_bias, Tensor cos, Tensor sin, SymInt heads, "
+    "float eps",
     outputs=4,
     results=3,
     fake_forward=_fake_forward,
     backward_inputs="Tensor? d_q, Tensor? d_k, Tensor? d_v, Tensor qkv, Tensor? q_weight, Tensor? k_weight, "
-    "Tensor cos, Tensor sin, Tensor rstd",
-    backward_outputs=3,
+    "Tensor cos, Tensor sin, Tensor rstd, bool bias_gradient",
+    backward_outputs=4,
     fake_backward=_fake_backward,
-    saved=lambda inputs, outputs: (*inputs[:5], outputs[3]),
+    saved=lambda inputs, outputs: (*inputs[:3], *inputs[4:6], outputs[3], inputs[3] is not None),
     backends={
-        "native": Backend(_native_forward, _native_backward, _native_eager_forward),
-        "triton": triton_backend("qk_norm_rope"),
+        "native": Backend(_copying_v(_native_eager_forward), _native_backward, _native_eager_forward),
+        "triton": Backend(_copying_v(_triton.forward), _triton.backward, _triton.forward),
+    },
+)
+
+
+def _fake_split(qkv, qkv_bias, heads):
+    b, t, packed = qkv.shape
+    return tuple(qkv.new_empty((b, t, heads, packed // (3 * heads))).transpose(1, 2) for _ in range(3))
+
+
+def _copy_split(qkv, qkv_bias, heads):
+    return tuple(fake.copy_(part) for fake, part in zip(_fake_split(qkv, None, heads), split(qkv, heads), strict=True))
+
+
+def _fake_split_backward(d_q, d_k, d_v, qkv, heads, bias_gradient):
+    return tensors.empty_like(qkv), tensors.empty_bias_gradient(qkv, bias_gradient)
+
+
+def _native_split_backward(d_q, d_k, d_v, qkv, heads, bias_gradient):
+    d_qkv, d_bias = _fake_split_backward(d_q, d_k, d_v, qkv, heads, bias_gradient)
+    for part, gradient in zip(split(d_qkv, heads), (d_q, d_k, d_v), strict=True):
+        part.copy_(part.new_zeros(()) if gradient is None else gradient)
+    return d_qkv, d_qkv.sum((0, 1), dtype=torch.float32) if bias_gradient else d_bias
+
+
+split_heads_op = FusedOp(
+    "split_heads",
+    inputs="Tensor qkv, Tensor? qkv_bias, SymInt heads",
+    outputs=3,
+    results=3,
+    fake_forward=_fake_split,
+    backward_inputs="Tensor? d_q, Tensor? d_k, Tensor? d_v, Tensor qkv, SymInt heads, bool bias_gradient",
+    backward_outputs=2,
+    fake_backward=_fake_split_backward,
+    saved=lambda inputs, outputs: (inputs[0], inputs[2], inputs[1] is not None),
+    # The dispatcher op may not return views of an input; an eager call does.
+    backends={
+        "native": Backend(_copy_split, _native_split_backward, lambda qkv, _, heads: split(qkv, heads)),
+        "triton": Backend(
+            _copy_split,
+            triton_function("qk_norm_rope", "split_heads_backward"),
+            lambda qkv, _, heads: split(qkv, heads),
+        ),
     },
 )
 
@@ -123,6 +189,7 @@ def qk_norm_rope(
     cos: Tensor,
     sin: Tensor,
     eps: float = 1e-6,
+    qkv_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split packed q, k, v; normalise and rotate q and k.
 
@@ -140,20 +207,46 @@ def qk_norm_rope(
         cos: float32 [T, K / 2], 1 for a token that is not rotated; gets no gradient.
         sin: float32 [T, K / 2], 0 for a token that is not rotated; gets no gradient.
         eps: added to the mean square.
+        qkv_bias: [3 H K], the bias that qkv contains, or None; gets the sum of qkv's gradient (`linear.shared_bias`).
 
     Returns:
-        q, k and v, each [B, H, T, K] in qkv's dtype, as scaled_dot_product_attention reads them. The Triton backend
-        stores them as [B, T, H, K]: attention on a GPU returns its result in the layout of q, so that no copy is needed
-        to read it as [B, T, H K].
+        q, k and v, each [B, H, T, K] in qkv's dtype, as scaled_dot_product_attention reads them; v is a view of qkv
+        in eager mode. The Triton backend stores q and k as [B, T, H, K]: attention on a GPU returns its result in the
+        layout of q, so that no copy is needed to read it as [B, T, H K].
 
     Raises:
         ValueError: shapes that do not match, or a cos or sin that requires a gradient.
     """
     check("qk_norm_rope", qkv, heads, q_weight, k_weight, cos, sin)
+    tensors.check_contained("qk_norm_rope", "qkv_bias", qkv, qkv_bias)
     chosen = backend.choose(qkv)
     if chosen == "reference":
-        return qk_norm_rope_ref(qkv, heads, q_weight, k_weight, cos, sin, eps)
-    return qk_norm_rope_op(chosen, qkv, q_weight, k_weight, cos, sin, heads, eps)
+        return qk_norm_rope_ref(qkv, heads, q_weight, k_weight, cos, sin, eps, qkv_bias)
+    return qk_norm_rope_op(chosen, qkv, q_weight, k_weight, qkv_bias, cos, sin, heads, eps)
+
+
+def split_heads(qkv: Tensor, heads: int, qkv_bias: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Split packed q, k, v. In eager mode the results are views; the backward pass assembles the gradient of qkv.
+
+    Args:
+        qkv: [B, T, 3 H K]: all of q, then all of k, then all of v.
+        heads: H.
+        qkv_bias: [3 H K], the bias that qkv contains, or None; gets the sum of qkv's gradient (`linear.shared_bias`).
+
+    Returns:
+        q, k and v, each [B, H, T, K].
+
+    Raises:
+        ValueError: shapes that do not match.
+    """
+    if qkv.dim() != 3 or qkv.shape[2] % (3 * heads):
+        raise argument_error("split_heads", f"qkv must be [B, T, 3 x {heads} heads x K], got {list(qkv.shape)}")
+    tensors.check_contained("split_heads", "qkv_bias", qkv, qkv_bias)
+    chosen = backend.choose(qkv)
+    # Compiled code splits without a copy, as the operator could not.
+    if chosen == "reference" or torch.compiler.is_compiling():
+        return split_heads_ref(qkv, heads, qkv_bias)
+    return split_heads_op(chosen, qkv, qkv_bias, heads)
 
 
 def check(op: str, qkv, heads, q_weight, k_weight, cos, sin) -> None:
@@ -186,9 +279,21 @@ def qk_inputs(size: Size, new: New) -> dict:
     }
 
 
+def _bias(size: Size, new: New) -> dict:
+    return {"qkv_bias": new(3 * size.heads * size.head_dim, dtype=size.weights)}
+
+
 register(
     qk_norm_rope,
     qk_norm_rope_ref,
     qk_norm_rope_op,
-    example=lambda size, new: qk_inputs(size, new) | {"eps": 1e-6},
+    example=lambda size, new: qk_inputs(size, new) | {"eps": 1e-6} | _bias(size, new),
+)
+register(
+    split_heads,
+    split_heads_ref,
+    split_heads_op,
+    example=lambda size, new: (
+        {name: value for name, value in qk_inputs(size, new).items() if name in ("qkv", "heads")} | _bias(size, new)
+    ),
 )

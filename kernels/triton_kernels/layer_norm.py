@@ -72,6 +72,7 @@ def _layer_norm_bwd_kernel(
     D: tl.constexpr,
     BD: tl.constexpr,
     TOKENS: tl.constexpr,
+    BRANCH_BIAS: tl.constexpr,
 ):
     i_first = tl.program_id(0).to(tl.int64) * TOKENS
     o_d = tl.arange(0, BD)
@@ -80,6 +81,7 @@ def _layer_norm_bwd_kernel(
     b_bias = load(bias, o_d, m_d)
     b_d_weight = tl.zeros((BD,), tl.float32)
     b_d_bias = tl.zeros((BD,), tl.float32)
+    b_d_branch_bias = tl.zeros((BD,), tl.float32)
     for i_row in range(i_first, tl.minimum(i_first + TOKENS, rows)):
         b_x = load(x + i_row * D, o_d, m_d)
         b_g = load(d_out + i_row * D, o_d, m_d)
@@ -96,10 +98,15 @@ def _layer_norm_bwd_kernel(
         tl.store(d_x + i_row * D + o_d, b_d_x.to(d_x.dtype.element_ty), mask=m_d)
         if d_branch is not None:
             tl.store(d_branch + i_row * D + o_d, b_d_x.to(d_branch.dtype.element_ty), mask=m_d)
+        if BRANCH_BIAS:
+            b_d_branch_bias += b_d_x
         tl.store(out + i_row * D + o_d, (b_n * b_weight + b_bias).to(out.dtype.element_ty), mask=m_d)
     p_partial = partial + tl.program_id(0).to(tl.int64) * D + o_d
+    next_sum = tl.num_programs(0).to(tl.int64) * D
     tl.store(p_partial, b_d_weight, mask=m_d)
-    tl.store(p_partial + tl.num_programs(0).to(tl.int64) * D, b_d_bias, mask=m_d)
+    tl.store(p_partial + next_sum, b_d_bias, mask=m_d)
+    if BRANCH_BIAS:
+        tl.store(p_partial + 2 * next_sum, b_d_branch_bias, mask=m_d)
 
 
 def layer_norm_forward(x, weight, bias, eps, out_dtype):
@@ -126,25 +133,30 @@ def _forward(x, branch, weight, bias, eps, out_dtype):
 
 def layer_norm_backward_recompute(d_out, x, weight, bias, mean, rstd):
     """d_out and x [..., D] and what was saved -> d_x like x, d_weight and d_bias [D] float32, out like d_out."""
-    d_x, _, *others = _backward(None, d_out, x, None, weight, bias, mean, rstd)
-    return d_x, *others
+    d_x, _, d_weight, d_bias, _, out = _backward(None, d_out, x, None, weight, bias, mean, rstd, False)
+    return d_x, d_weight, d_bias, out
 
 
-def residual_layer_norm_backward_recompute(d_x_out, d_out, x_out, branch_dtype, weight, bias, mean, rstd):
-    """d_x_out like x_out or None -> d_x, d_branch in `branch_dtype`, d_weight, d_bias, out as above."""
+def residual_layer_norm_backward_recompute(
+    d_x_out, d_out, x_out, weight, bias, mean, rstd, branch_dtype, branch_bias_gradient
+):
+    """d_x_out like x_out or None -> d_x, d_branch in `branch_dtype`, d_weight, d_bias, the sum of d_branch [D] float32
+    (empty unless `branch_bias_gradient`), out as above."""
     if d_x_out is not None:
         d_x_out = d_x_out.contiguous()
     d_branch = tensors.empty_like(x_out, branch_dtype)
-    return _backward(d_x_out, d_out, x_out, d_branch, weight, bias, mean, rstd)
+    return _backward(d_x_out, d_out, x_out, d_branch, weight, bias, mean, rstd, branch_bias_gradient)
 
 
-def _backward(d_x_out, d_out, x, d_branch, weight, bias, mean, rstd):
+def _backward(d_x_out, d_out, x, d_branch, weight, bias, mean, rstd, branch_bias_gradient):
     x, d_x, out = x.contiguous(), tensors.empty_like(x), tensors.empty_like(d_out)
-    partial = x.new_empty((2, *_grid(x), x.shape[-1]), dtype=torch.float32)
+    partial = x.new_empty((2 + branch_bias_gradient, *_grid(x), x.shape[-1]), dtype=torch.float32)
     if d_x.numel():
         inputs = d_x_out, d_out.contiguous(), x, *map(tensors.as_float32, (weight, bias)), mean, rstd
-        _layer_norm_bwd_kernel[_grid(x)](*inputs, d_x, d_branch, out, partial, mean.numel(), **row_sizes(x.shape[-1]))
-    return d_x, d_branch, *sum_rows(partial), out
+        constants = row_sizes(x.shape[-1]) | {"BRANCH_BIAS": branch_bias_gradient}
+        _layer_norm_bwd_kernel[_grid(x)](*inputs, d_x, d_branch, out, partial, mean.numel(), **constants)
+    d_weight, d_bias, *d_branch_bias = sum_rows(partial)
+    return d_x, d_branch, d_weight, d_bias, *(d_branch_bias or [x.new_empty(0, dtype=torch.float32)]), out
 
 
 def _grid(x) -> tuple[int]:

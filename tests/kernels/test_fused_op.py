@@ -170,7 +170,7 @@ def test_opcheck(case, dtypes):
     outputs = fused.op(*arguments)
     outputs = [o.detach() for o in as_tuple(outputs)]
     incoming = [torch.randn_like(o) for o in outputs[: fused.results]]
-    saved = [x if x is None else x.detach() for x in fused.saved(arguments, outputs)]
+    saved = [x.detach() if isinstance(x, torch.Tensor) else x for x in fused.saved(arguments, outputs)]
     torch.library.opcheck(fused.backward_op, (*incoming, *saved))
 
 

@@ -203,7 +203,7 @@ def test_a_matmul_is_exact_up_to_its_last_rounding(draw, bfloat16_matmuls):
 def test_the_bias_gradient_is_summed_in_float32(draw, bfloat16_matmuls):
     """The bound is that of n float32 additions in any order. Rounding to bfloat16 would exceed it a thousandfold."""
     d_y, x = draw(300, 30, dtype=torch.bfloat16), draw(300, 40, dtype=torch.bfloat16)
-    _, _, d_bias = matmul.matmul_backward(d_y, x, draw(30, 40))
+    _, _, d_bias = matmul.matmul_backward(d_y, x, draw(30, 40), True)
     sizes = d_y.double().abs().sum(0)
     assert d_bias.dtype == torch.float32
     assert ((d_bias.double() - d_y.double().sum(0)).abs() <= 299 * 2.0**-24 * sizes).all()
@@ -239,8 +239,11 @@ def flat(name, tensors):
         arguments = [*tensors, angle.cos(), angle.sin()] if len(tensors) == 3 else [*tensors, None, None, None, None]
         return *arguments, HEADS, *((5, 68) if name == "attention of a token range" else (0, T))
     if name.endswith("layer_norm_linear"):
-        return *tensors, 1e-12, torch.float32
-    return (*tensors, torch.float32) if name == "gated_residual_adaln_linear" else tuple(tensors)
+        none = (None,) if name == "residual_layer_norm_linear" and len(tensors) == 6 else ()
+        return *tensors, *none, 1e-12, torch.float32
+    if name == "gated_residual_adaln_linear":
+        return *tensors, torch.float32
+    return (*tensors, None) if name in ("swiglu_linear", "gelu_linear") and len(tensors) == 3 else tuple(tensors)
 
 
 @native_only

@@ -54,7 +54,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, qk_norm: bool):
         super().__init__()
         self.heads = heads
-        self.qkv = Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = RMSNorm(width // heads) if qk_norm else None
         self.k_norm = RMSNorm(width // heads) if qk_norm else None
         self.proj = Linear(width, width)
@@ -63,8 +63,9 @@ class Attention(nn.Module):
         """x [B, T, D], cos and sin [T, K / 2] -> [B, T, D], or only its tokens start to end of `token_range`."""
         q_weight = None if self.q_norm is None else self.q_norm.weight
         k_weight = None if self.k_norm is None else self.k_norm.weight
-        qkv = self.qkv(x)
-        return self.proj(kernels.attention(qkv, self.heads, q_weight, k_weight, cos, sin, token_range))
+        bias, qkv_bias = kernels.shared_bias(x, self.qkv.bias)
+        qkv = kernels.linear(x, self.qkv.weight, bias)
+        return self.proj(kernels.attention(qkv, self.heads, q_weight, k_weight, cos, sin, token_range, qkv_bias))
 
 
 def hidden_width(width: int) -> int:
@@ -99,8 +100,9 @@ class SwiGLU(nn.Module):
             x + gate * branch, and the SwiGLU of its modulated norm; both [B, T, D].
         """
         fc_in, bias_in, fc_out = self.weights(padded=x.is_cuda)
+        bias_in, uw_bias = kernels.shared_bias(x, bias_in)
         x, uw = kernels.gated_residual_adaln_linear(x, branch, gate, norm_weight, shift, scale, fc_in, bias_in)
-        return x, kernels.swiglu_linear(uw, fc_out, self.fc_out.bias)
+        return x, kernels.swiglu_linear(uw, fc_out, self.fc_out.bias, uw_bias)
 
     @property
     def padding(self) -> int:
