@@ -62,7 +62,7 @@ def op_traffic(op: Op, size: Size) -> Traffic:
     reads between two of its own kernels, such as partial sums of gradients, is not counted."""
     inputs = op.inputs(op.example(size, empty))
     outputs = op.fused.fake_forward(*inputs)
-    backward_inputs = *outputs[: op.fused.results], *op.fused.saved(inputs, outputs)
+    backward_inputs = *op.fused.all_results(inputs, outputs), *op.fused.saved(inputs, outputs)
     gradients = op.fused.fake_backward(*backward_inputs)
     unread = UNREAD[op.name](size) if op.name in UNREAD else Traffic(0, 0)
     return Traffic(_nbytes(*inputs, *outputs) - unread.forward, _nbytes(*backward_inputs, *gradients) - unread.backward)

@@ -8,14 +8,14 @@ from unite_fast.kernels import backend, tensors
 from unite_fast.kernels.attention_backends import ATTEND
 from unite_fast.kernels.fused_op import Backend, FusedOp
 from unite_fast.kernels.matmul import in_float32
-from unite_fast.kernels.qk_norm_rope import check, qk_inputs, qk_norm_rope, qk_norm_rope_op, split, split_heads
+from unite_fast.kernels.qk_norm_rope import check, qk_inputs, qk_norm_rope, qk_norm_rope_op, split, split_heads, view_of_v
 from unite_fast.kernels.registry import register
 from unite_fast.kernels.tensors import EPS
 
 
 def attention_ref(qkv, heads, q_weight, k_weight, cos, sin, token_range=None, qkv_bias=None):
     if cos is None:
-        q, k, v = split_heads(qkv, heads, qkv_bias)
+        q, k, v = split_heads(qkv, heads, qkv_bias) if qkv_bias is not None else split(qkv, heads)
     else:
         q, k, v = qk_norm_rope(qkv, heads, q_weight, k_weight, cos, sin, EPS, qkv_bias)
     if token_range is not None:
@@ -29,9 +29,9 @@ def _prepare(qkv, q_weight, k_weight, cos, sin, heads):
     if cos is None:
         q, k, v, rstd = *split(qkv, heads), None
     else:
-        forward = qk_norm_rope_op.backends["native"].eager_forward
-        assert forward is not None
-        q, k, v, rstd = forward(qkv, q_weight, k_weight, None, cos, sin, heads, EPS)
+        forward = qk_norm_rope_op.backends["native"].forward
+        q, k, rstd = forward(qkv, q_weight, k_weight, None, cos, sin, heads, EPS)
+        v = view_of_v(qkv, heads)
     return (*(x.float() for x in (q, k, v)), rstd) if in_float32(qkv) else (q, k, v, rstd)
 
 

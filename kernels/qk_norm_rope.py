@@ -36,20 +36,25 @@ def _fake_forward(qkv, q_weight, k_weight, qkv_bias, cos, sin, heads, eps):
     b, t, packed = qkv.shape
     head_dim = packed // (3 * heads)
     if backend.fused_backend_on(qkv.device) == "triton":
-        q, k, v = (qkv.new_empty((b, t, heads, head_dim)).transpose(1, 2) for _ in range(3))
+        q, k = (qkv.new_empty((b, t, heads, head_dim)).transpose(1, 2) for _ in range(2))
     else:
-        q, k, v = (qkv.new_empty((b, heads, t, head_dim)) for _ in range(3))
-    return q, k, v, qkv.new_empty((b, t, 2, heads), dtype=torch.float32)
+        q, k = (qkv.new_empty((b, heads, t, head_dim)) for _ in range(2))
+    return q, k, qkv.new_empty((b, t, 2, heads), dtype=torch.float32)
 
 
-def _native_eager_forward(qkv, q_weight, k_weight, qkv_bias, cos, sin, heads, eps):
+def view_of_v(qkv: Tensor, heads: int) -> Tensor:
+    """v as a view [B, H, T, K] of qkv."""
+    return qkv[..., qkv.shape[-1] // 3 * 2 :].unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _native_forward(qkv, q_weight, k_weight, qkv_bias, cos, sin, heads, eps):
     b, t, packed = qkv.shape
     head_dim = packed // (3 * heads)
     qkv = tensors.dense(qkv)
     q_weight, k_weight, cos, sin = (tensors.as_float32(x) for x in (q_weight, k_weight, cos, sin))
     shape = (b, heads, t, head_dim)
     # Contiguous [B, H, T, K]: scaled_dot_product_attention is 0 to 8 % faster than with [B, T, H, K], which would be
-    # easier to write. v is only summed there, so it may remain a view of qkv.
+    # easier to write. v is only summed there, so it stays a view of qkv.
     q, k = qkv.new_empty(shape), qkv.new_empty(shape)
     rstd = qkv.new_empty((b, t, 2, heads), dtype=torch.float32)
     native.run(
@@ -60,25 +65,7 @@ def _native_eager_forward(qkv, q_weight, k_weight, qkv_bias, cos, sin, heads, ep
         *native.heads(q),
         *native.heads(k),
     )
-    return q, k, v_of(qkv, heads), rstd
-
-
-def v_of(qkv: Tensor, heads: int) -> Tensor:
-    """v as a view [B, H, T, K] of qkv, whose last dimension is dense. Faster than `split`."""
-    b, t, packed = qkv.shape
-    head_dim = packed // (3 * heads)
-    strides = qkv.stride(0), head_dim, qkv.stride(1), 1
-    return qkv.as_strided((b, heads, t, head_dim), strides, qkv.storage_offset() + 2 * heads * head_dim)
-
-
-def _copying_v(eager_forward):
-    """The forward pass of the dispatcher op, which may not return a view of an input."""
-
-    def forward(*inputs):
-        q, k, v, rstd = eager_forward(*inputs)
-        return q, k, torch.empty_like(q).copy_(v), rstd
-
-    return forward
+    return q, k, rstd
 
 
 def _fake_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, rstd, bias_gradient):
@@ -118,34 +105,21 @@ def _native_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, rstd, bia
     return gradients
 
 
-_triton = triton_backend("qk_norm_rope")
-
 qk_norm_rope_op = FusedOp(
     "qk_norm_rope",
     inputs="Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor? qkv_bias, Tensor cos, Tensor sin, SymInt heads, "
     "float eps",
-    outputs=4,
-    results=3,
+    outputs=3,
+    results=2,
+    views=lambda qkv, q_weight, k_weight, qkv_bias, cos, sin, heads, eps: (view_of_v(qkv, heads),),
     fake_forward=_fake_forward,
     backward_inputs="Tensor? d_q, Tensor? d_k, Tensor? d_v, Tensor qkv, Tensor? q_weight, Tensor? k_weight, "
     "Tensor cos, Tensor sin, Tensor rstd, bool bias_gradient",
     backward_outputs=4,
     fake_backward=_fake_backward,
-    saved=lambda inputs, outputs: (*inputs[:3], *inputs[4:6], outputs[3], inputs[3] is not None),
-    backends={
-        "native": Backend(_copying_v(_native_eager_forward), _native_backward, _native_eager_forward),
-        "triton": Backend(_copying_v(_triton.forward), _triton.backward, _triton.forward),
-    },
+    saved=lambda inputs, outputs: (*inputs[:3], *inputs[4:6], outputs[2], inputs[3] is not None),
+    backends={"native": Backend(_native_forward, _native_backward), "triton": triton_backend("qk_norm_rope")},
 )
-
-
-def _fake_split(qkv, qkv_bias, heads):
-    b, t, packed = qkv.shape
-    return tuple(qkv.new_empty((b, t, heads, packed // (3 * heads))).transpose(1, 2) for _ in range(3))
-
-
-def _copy_split(qkv, qkv_bias, heads):
-    return tuple(fake.copy_(part) for fake, part in zip(_fake_split(qkv, None, heads), split(qkv, heads), strict=True))
 
 
 def _fake_split_backward(d_q, d_k, d_v, qkv, heads, bias_gradient):
@@ -159,24 +133,24 @@ def _native_split_backward(d_q, d_k, d_v, qkv, heads, bias_gradient):
     return d_qkv, d_qkv.sum((0, 1), dtype=torch.float32) if bias_gradient else d_bias
 
 
+def _empty_output(qkv, qkv_bias, heads):
+    """All results are views, but an operator must return a tensor."""
+    return (qkv.new_empty(0),)
+
+
 split_heads_op = FusedOp(
     "split_heads",
     inputs="Tensor qkv, Tensor? qkv_bias, SymInt heads",
-    outputs=3,
-    results=3,
-    fake_forward=_fake_split,
+    results=0,
+    views=lambda qkv, qkv_bias, heads: split(qkv, heads),
+    fake_forward=_empty_output,
     backward_inputs="Tensor? d_q, Tensor? d_k, Tensor? d_v, Tensor qkv, SymInt heads, bool bias_gradient",
     backward_outputs=2,
     fake_backward=_fake_split_backward,
     saved=lambda inputs, outputs: (inputs[0], inputs[2], inputs[1] is not None),
-    # The dispatcher op may not return views of an input; an eager call does.
     backends={
-        "native": Backend(_copy_split, _native_split_backward, lambda qkv, _, heads: split(qkv, heads)),
-        "triton": Backend(
-            _copy_split,
-            triton_function("qk_norm_rope", "split_heads_backward"),
-            lambda qkv, _, heads: split(qkv, heads),
-        ),
+        "native": Backend(_empty_output, _native_split_backward),
+        "triton": Backend(_empty_output, triton_function("qk_norm_rope", "split_heads_backward")),
     },
 )
 
@@ -210,8 +184,8 @@ def qk_norm_rope(
         qkv_bias: [3 H K], the bias that qkv contains, or None; gets the sum of qkv's gradient (`linear.shared_bias`).
 
     Returns:
-        q, k and v, each [B, H, T, K] in qkv's dtype, as scaled_dot_product_attention reads them; v is a view of qkv
-        in eager mode. The Triton backend stores q and k as [B, T, H, K]: attention on a GPU returns its result in the
+        q, k and v, each [B, H, T, K] in qkv's dtype, as scaled_dot_product_attention reads them; v is a view of qkv.
+        The Triton backend stores q and k as [B, T, H, K]: attention on a GPU returns its result in the
         layout of q, so that no copy is needed to read it as [B, T, H K].
 
     Raises:
@@ -226,7 +200,7 @@ def qk_norm_rope(
 
 
 def split_heads(qkv: Tensor, heads: int, qkv_bias: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Split packed q, k, v. In eager mode the results are views; the backward pass assembles the gradient of qkv.
+    """Split packed q, k, v into views. The backward pass assembles the gradient of qkv.
 
     Args:
         qkv: [B, T, 3 H K]: all of q, then all of k, then all of v.
@@ -243,10 +217,7 @@ def split_heads(qkv: Tensor, heads: int, qkv_bias: Tensor | None = None) -> tupl
         raise argument_error("split_heads", f"qkv must be [B, T, 3 x {heads} heads x K], got {list(qkv.shape)}")
     tensors.check_contained("split_heads", "qkv_bias", qkv, qkv_bias)
     chosen = backend.choose(qkv)
-    # Compiled code splits without a copy, as the operator could not.
-    if chosen == "reference" or torch.compiler.is_compiling():
-        return split_heads_ref(qkv, heads, qkv_bias)
-    return split_heads_op(chosen, qkv, qkv_bias, heads)
+    return split_heads_ref(qkv, heads, qkv_bias) if chosen == "reference" else split_heads_op(chosen, qkv, qkv_bias, heads)
 
 
 def check(op: str, qkv, heads, q_weight, k_weight, cos, sin) -> None:

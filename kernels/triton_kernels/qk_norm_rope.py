@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from unite_fast.kernels import tensors
-from unite_fast.kernels.qk_norm_rope import v_of
 from unite_fast.kernels.triton_kernels.rows import load, load_row
 from unite_fast.kernels.triton_kernels.sums import sum_rows
 
@@ -202,21 +201,21 @@ def _qk_norm_rope_bwd_kernel(
 
 
 def qk_norm_rope_forward(qkv, q_weight, k_weight, qkv_bias, cos, sin, heads, eps):
-    """qkv [B, T, 3 H K], weights [K] or None, cos and sin [T, K / 2] -> q, k, v [B, H, T, K] in qkv's dtype, v a view
-    of qkv, and the rstd [B, T, 2, H] float32, uninitialised without weights."""
+    """qkv [B, T, 3 H K], weights [K] or None, cos and sin [T, K / 2] -> q and k [B, H, T, K] in qkv's dtype, and the
+    rstd [B, T, 2, H] float32, uninitialised without weights."""
     b, t, packed = qkv.shape
     sizes = _sizes(heads, packed // (3 * heads))
     q, k = (qkv.new_empty((b, t, heads, sizes["K"])).transpose(1, 2) for _ in range(2))
     rstd = qkv.new_empty((b, t, 2, heads), dtype=torch.float32)
-    qkv = tensors.dense(qkv)
     if q.numel():
+        qkv = tensors.dense(qkv)
         unit, strides = tensors.in_units(qkv.stride()[:2])
         weights_and_angles = map(tensors.as_float32, (q_weight, k_weight, cos, sin))
         grid = (b * triton.cdiv(t, sizes["BT"]),)
         _qk_norm_rope_fwd_kernel[grid](
             qkv, *weights_and_angles, q, k, rstd, *strides, t, eps, **sizes, UNIT=unit, num_warps=1
         )
-    return q, k, v_of(qkv, heads), rstd
+    return q, k, rstd
 
 
 def qk_norm_rope_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, rstd, bias_gradient):
