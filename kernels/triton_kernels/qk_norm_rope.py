@@ -18,8 +18,8 @@ from unite_fast.kernels.triton_kernels.sums import sum_rows
 
 ELEMENTS = 256
 """Elements of a tile [tokens, head dimension]: 8 per thread, one access of 16 bytes in bfloat16."""
-TOKENS = 32
-"""Tokens of a program of the backward kernel: the partial sums of the bias then cost a quarter of a byte per element,
+TOKENS = 64
+"""Tokens of a program of the backward kernel: the partial sums of the bias then cost an eighth of a byte per element,
 written and read."""
 
 
@@ -75,7 +75,9 @@ def _qk_norm_rope_fwd_kernel(
     m_t = o_t < T
     m = m_t[:, None] & (o_k < K)[None, :]
     b_cos, b_sin = _angles(cos, sin, o_t, T, BT, K, BK)
-    b_q_weight, b_k_weight = load_row(q_weight, K, BK), load_row(k_weight, K, BK)
+    b_q_weight, b_k_weight = None, None
+    if q_weight is not None:
+        b_q_weight, b_k_weight = load_row(q_weight, K, BK), load_row(k_weight, K, BK)
     p_x = qkv + (i_b * stride_b + o_t[:, None] * stride_t) * UNIT + o_k[None, :]
     for i_h in range(H):
         b_q = load(p_x, i_h * K, m)
@@ -92,7 +94,7 @@ def _qk_norm_rope_fwd_kernel(
 def _back(
     b_g, p_x, b_weight, rstd, o_rstd, b_cos, b_sin, m, m_t, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr
 ):
-    """Gradient of x, and of the weight per token, from b_g, the gradient of the result.
+    """Gradient of x, and of the weight per token if there is one, from b_g, the gradient of the result.
 
     With n = x / rms(x) and its gradient a = (b_g rotated back) * weight, the gradient of x is
     (a - n mean(a n)) / rms(x). Without angles there is neither rotation nor norm.
@@ -100,13 +102,14 @@ def _back(
     b_a = b_g.to(tl.float32)
     if b_cos is not None:
         b_a = _rotate(b_a, b_cos, -b_sin, BT, BK)
-    if b_weight is None:
-        return b_a, 0.0
-    b_r = tl.load(rstd + o_rstd, mask=m_t, other=0.0)[:, None]
-    b_n = tl.load(p_x, mask=m, other=0.0).to(tl.float32) * b_r
-    b_d_weight = b_a * b_n
-    b_mean = tl.sum(b_d_weight * b_weight, axis=1) / K
-    return b_r * (b_a * b_weight - b_n * b_mean[:, None]), b_d_weight
+    b_d_weight = b_a
+    if b_weight is not None:
+        b_r = tl.load(rstd + o_rstd, mask=m_t, other=0.0)[:, None]
+        b_n = tl.load(p_x, mask=m, other=0.0).to(tl.float32) * b_r
+        b_d_weight = b_a * b_n
+        b_mean = tl.sum(b_d_weight * b_weight, axis=1) / K
+        b_a = b_r * (b_a * b_weight - b_n * b_mean[:, None])
+    return b_a, b_d_weight
 
 
 @triton.jit
@@ -148,7 +151,9 @@ def _qk_norm_rope_bwd_kernel(
     i_b, i_first = (tl.program_id(1) // chunks).to(tl.int64), tl.program_id(1) % chunks * TOKENS
     o_k = tl.arange(0, BK)
     m_k = o_k < K
-    b_q_weight, b_k_weight = load_row(q_weight, K, BK), load_row(k_weight, K, BK)
+    b_q_weight, b_k_weight = None, None
+    if q_weight is not None:
+        b_q_weight, b_k_weight = load_row(q_weight, K, BK), load_row(k_weight, K, BK)
     b_d_q_weight, b_d_k_weight = tl.zeros((BT, BK), tl.float32), tl.zeros((BT, BK), tl.float32)
     b_sum_q, b_sum_k = tl.zeros((BT, BK), tl.float32), tl.zeros((BT, BK), tl.float32)
     b_sum_v = tl.zeros((BT, BK), tl.float32)
@@ -169,12 +174,12 @@ def _qk_norm_rope_bwd_kernel(
             b_cos, b_sin = _angles(cos, sin, o_t, T, BT, K, BK)
         o_rstd = (i_b * T + o_t) * (2 * H) + i_h
         p_q = p_x + o_t[:, None] * stride_t * UNIT
-        b_d_q, b_d_weight = _back(b_d_q, p_q, b_q_weight, rstd, o_rstd, b_cos, b_sin, m, m_t, K, BT, BK)
-        b_d_q_weight += b_d_weight
-        b_d_k, b_d_weight = _back(
-            b_d_k, p_q + H * K, b_k_weight, rstd, o_rstd + H, b_cos, b_sin, m, m_t, K, BT, BK
-        )
-        b_d_k_weight += b_d_weight
+        p_k, o_k_rstd = p_q + H * K, o_rstd + H
+        b_d_q, b_each_q = _back(b_d_q, p_q, b_q_weight, rstd, o_rstd, b_cos, b_sin, m, m_t, K, BT, BK)
+        b_d_k, b_each_k = _back(b_d_k, p_k, b_k_weight, rstd, o_k_rstd, b_cos, b_sin, m, m_t, K, BT, BK)
+        if q_weight is not None:
+            b_d_q_weight += b_each_q
+            b_d_k_weight += b_each_k
         p_d_q_out = p_d_x + o_t[:, None] * (3 * H * K)
         tl.store(p_d_q_out, b_d_q.to(d_qkv.dtype.element_ty), mask=m)
         tl.store(p_d_q_out + H * K, b_d_k.to(d_qkv.dtype.element_ty), mask=m)
