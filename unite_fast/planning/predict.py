@@ -15,11 +15,11 @@ from unite_fast.planning import flops, memory
 from unite_fast.planning.gpus import GPU
 from unite_fast.recipes import from_tree
 
-BLOCK_BYTES = 138
+BLOCK_BYTES = 134
 """Elementwise and norm bytes per (token x channel) of an encoder block, forward and backward with recomputation, Triton
 kernels, float32 residual; `python benchmarks/kernels.py --block` counts them."""
-DECODER_BYTES = 211
-"""The same for a decoder layer, counted by hand: 0.5 GB per image for decoder B."""
+DECODER_BYTES = 120
+"""The same for a decoder layer, counted by the same command: 0.28 GB per image for decoder B."""
 LPIPS_BYTES = 8_204
 """Bytes per pixel that LPIPS's operators other than convolutions move with the Triton kernels, dropout masks included;
 tests/planning/test_predict.py counts them."""
