@@ -11,7 +11,7 @@ from unite_fast.kernels.tensors import upcast
 
 
 def gelu_ref(u: Tensor, u_bias: Tensor | None = None) -> Tensor:
-    return F.gelu(upcast(tensors.containing(u, u_bias))).to(u.dtype)
+    return F.gelu(tensors.containing(upcast(u), u_bias)).to(u.dtype)
 
 
 def _fake_forward(u, u_bias):

@@ -10,7 +10,7 @@ from unite_fast.kernels.tensors import argument_error, upcast
 
 
 def swiglu_ref(uw: Tensor, uw_bias: Tensor | None = None) -> Tensor:
-    u, w = upcast(tensors.containing(uw, uw_bias)).chunk(2, dim=-1)
+    u, w = tensors.containing(upcast(uw), uw_bias).chunk(2, dim=-1)
     return (F.silu(u) * w).to(uw.dtype)
 
 

@@ -50,7 +50,9 @@ def test_fakes_match_the_backends(name, backend_name):
         pytest.skip("the tensors of this test are on the CPU")
     for dtypes in MIXED:
         arguments = inputs(name, *dtypes)
-        with backend.using(backend_name):
+        # A bias with a gradient and one without.
+        tree_map_only(Tensor, lambda x: x.is_leaf and x.requires_grad_(dtypes[0] == FLOAT), arguments)
+        with backend.using(backend_name), torch.no_grad():
             results = fused.backends[backend_name].forward(*arguments)
             incoming = [torch.ones_like(r) for r in fused.all_results(arguments, results)]
             into_backward = (*incoming, *fused.saved(arguments, results))
