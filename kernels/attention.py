@@ -8,7 +8,15 @@ from unite_fast.kernels import backend, tensors
 from unite_fast.kernels.attention_backends import ATTEND
 from unite_fast.kernels.fused_op import Backend, FusedOp
 from unite_fast.kernels.matmul import in_float32
-from unite_fast.kernels.qk_norm_rope import check, qk_inputs, qk_norm_rope, qk_norm_rope_op, split, split_heads, view_of_v
+from unite_fast.kernels.qk_norm_rope import (
+    check,
+    qk_inputs,
+    qk_norm_rope,
+    qk_norm_rope_op,
+    split,
+    split_heads,
+    view_of_v,
+)
 from unite_fast.kernels.registry import register
 from unite_fast.kernels.tensors import EPS
 

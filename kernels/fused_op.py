@@ -154,7 +154,7 @@ class FusedOp:
             ctx.set_materialize_grads(False)
             _save(ctx, self.saved(inputs, outputs))
             results = self.all_results(inputs, outputs)
-            return results if len(results) > 1 else results[0]
+            return results[0] if len(results) == 1 else results
 
         @once_differentiable
         def backward(ctx, *incoming):

@@ -67,7 +67,10 @@ def gelu(u: Tensor, u_bias: Tensor | None = None) -> Tensor:
 
 
 def _example(size, new):
-    return {"u": new(size.batch, size.tokens, size.hidden, dtype=size.other), "u_bias": new(size.hidden, dtype=size.weights)}
+    return {
+        "u": new(size.batch, size.tokens, size.hidden, dtype=size.other),
+        "u_bias": new(size.hidden, dtype=size.weights),
+    }
 
 
 register(gelu, gelu_ref, gelu_op, example=_example)

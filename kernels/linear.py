@@ -103,8 +103,9 @@ def recomputing_backend(x: Tensor) -> str | None:
 def shared_bias(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
     """The bias to pass to the Linear of x, and the one to pass to the op that reads the Linear's result.
 
-    On a GPU the second is the bias: the reader makes the gradient of the result, and sums it in the same kernel, so that
-    no kernel reads it a second time. The first then needs no gradient. Elsewhere the Linear sums, and the second is None.
+    On a GPU the second is the bias: the reader makes the gradient of the result and sums it in the same kernel, so that
+    no kernel reads it a second time. The first then needs no gradient. Elsewhere the Linear sums, and the second is
+    None.
     """
     return (bias.detach(), bias) if recomputing_backend(x) == "triton" else (bias, None)
 

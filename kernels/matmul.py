@@ -2,7 +2,7 @@
 
     y = x W^T + b,    dx = dy W,  dW = dy^T x,  db = sum of dy over the rows
 
-A bias that needs no gradient is not summed: on a GPU the op that reads y sums it while it makes dy (`linear.shared_bias`).
+A bias that needs no gradient has no sum: on a GPU the op that reads y makes it together with dy (`linear.shared_bias`).
 
 x, y, dx and dy have the dtype of the matmul (bfloat16 or float32). W and b are float32 parameters, and their gradients
 are float32 too: a bfloat16 sum over all tokens of a batch would lose digits without saving anything.

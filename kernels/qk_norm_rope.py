@@ -217,7 +217,9 @@ def split_heads(qkv: Tensor, heads: int, qkv_bias: Tensor | None = None) -> tupl
         raise argument_error("split_heads", f"qkv must be [B, T, 3 x {heads} heads x K], got {list(qkv.shape)}")
     tensors.check_contained("split_heads", "qkv_bias", qkv, qkv_bias)
     chosen = backend.choose(qkv)
-    return split_heads_ref(qkv, heads, qkv_bias) if chosen == "reference" else split_heads_op(chosen, qkv, qkv_bias, heads)
+    return (
+        split_heads_ref(qkv, heads, qkv_bias) if chosen == "reference" else split_heads_op(chosen, qkv, qkv_bias, heads)
+    )
 
 
 def check(op: str, qkv, heads, q_weight, k_weight, cos, sin) -> None:

@@ -4,11 +4,11 @@ of the weights.
     x_out = x + branch                                with a branch (else x_out = x)
     n = (x_out - mean(x_out)) / sqrt(var(x_out) + eps),   out = n * weight + bias
 
-A forward program is one warp, and never waits for another. It processes `FORWARD_ROWS` rows one after another, and loads
-the next row while it computes this one. A row is two pieces, each a power of two: 768 channels are 512 and 256, so that
-no lane is idle at the usual widths. A backward program processes `BACKWARD_ROWS` rows, 16 channels per thread: all loads
-of a row come before the only sum over it. float32 inside. Each backward program writes one partial sum of the gradients
-of weight, bias and the branch's bias; these are summed in a fixed order.
+A forward program is one warp, and never waits for another. It processes `FORWARD_ROWS` rows one after another, and
+loads the next row while it computes this one. A row is two pieces, each a power of two: 768 channels are 512 and 256,
+so that no lane is idle at the usual widths. A backward program processes `BACKWARD_ROWS` rows, 16 channels per thread:
+all loads of a row come before the only sum over it. float32 inside. Each backward program writes one partial sum of the
+gradients of weight, bias and the branch's bias; these are summed in a fixed order.
 """
 
 import torch

@@ -91,9 +91,7 @@ def _qk_norm_rope_fwd_kernel(
 
 
 @triton.jit
-def _back(
-    b_g, p_x, b_weight, rstd, o_rstd, b_cos, b_sin, m, m_t, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr
-):
+def _back(b_g, p_x, b_weight, rstd, o_rstd, b_cos, b_sin, m, m_t, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
     """Gradient of x, and of the weight per token if there is one, from b_g, the gradient of the result.
 
     With n = x / rms(x) and its gradient a = (b_g rotated back) * weight, the gradient of x is

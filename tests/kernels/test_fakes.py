@@ -51,7 +51,9 @@ def test_fakes_match_the_backends(name, backend_name):
     for dtypes in MIXED:
         arguments = inputs(name, *dtypes)
         # A bias with a gradient and one without.
-        tree_map_only(Tensor, lambda x: x.is_leaf and x.requires_grad_(dtypes[0] == FLOAT), arguments)
+        for x in arguments:
+            if isinstance(x, Tensor) and x.is_leaf:
+                x.requires_grad_(dtypes[0] == FLOAT)
         with backend.using(backend_name), torch.no_grad():
             results = fused.backends[backend_name].forward(*arguments)
             incoming = [torch.ones_like(r) for r in fused.all_results(arguments, results)]

@@ -35,7 +35,9 @@ def test_a_block_by_hand():
 
 
 def test_weights_and_optimizers_are_shared_by_the_images():
-    few, many, split = (step_bytes.step_bytes(each) for each in (config(), config(batch=32), config(batch=32, micro_batch=8)))
+    few, many, split = (
+        step_bytes.step_bytes(each) for each in (config(), config(batch=32), config(batch=32, micro_batch=8))
+    )
     per_parameter = sum(flops.parameters(config().model).values()) / 8
     assert few["optimizers"] + few["Newton-Schulz"] == pytest.approx(
         (predict.OPTIMIZER_BYTES + predict.NEWTON_SCHULZ_BYTES) * per_parameter

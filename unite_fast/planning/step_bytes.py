@@ -1,8 +1,8 @@
 """Bytes of GPU memory traffic per image of a training step, pass by pass, from the config alone.
 
 Every kernel reads its inputs and writes its outputs once: the Linears, attention, and the elementwise and norm work of
-predict.py, with the Triton backends, bfloat16 and a float32 residual. Traffic that caches may save, such as weights read
-by several tiles, is not counted twice. Compare the sum with a profiler's DRAM bytes.
+predict.py, with the Triton backends, bfloat16 and a float32 residual. What several tiles of a matmul read is counted
+once: a cache holds it. Compare the sum with a profiler's DRAM bytes.
 """
 
 from unite_fast.config import Config
@@ -40,9 +40,7 @@ def weight_bytes(config: Config) -> float:
     passes = {"encoder": 2, "decoder": 1, "norm": 1}
     once = FLOAT + HALF
     each = HALF + HALF + FLOAT
-    return sum(
-        parameters[part] * (once + passes[part] * each + (passes[part] - 1) * 3 * FLOAT) for part in parameters
-    )
+    return sum(parameters[part] * (once + passes[part] * each + (passes[part] - 1) * 3 * FLOAT) for part in parameters)
 
 
 def step_bytes(config: Config) -> dict[str, float]:
