@@ -51,6 +51,8 @@ SIZES = {
     "XL": Size(BATCH, TOKENS[0], 1152, heads=16, head_dim=72, hidden=3072),
 }
 """Encoder blocks; hidden widths are padded as the model pads them."""
+DECODERS = {"S": 384, "B": 768, "L": 1024}
+"""Widths of the decoder, for the kernels of its norms."""
 LARGE = 0.1
 """A tensor of less than this share of a kernel's largest is statistics, weights or partial sums, not real traffic."""
 IN_TABLE, TABLE_TENSORS = -1, "tensors of the table"
@@ -93,14 +95,19 @@ def cases(op: str) -> Iterator[tuple[dict, tuple]]:
     elif op == "optimizer":
         yield {"shape": "matrices 4x768x768", "dtypes": "float32"}, ()
     elif op.endswith("layer_norm"):
-        x, weight = empty(BATCH, 257, 768), empty(768)
-        branch = (empty(BATCH, 257, 768, dtype=half),) if op.startswith("residual") else ()
-        inputs = x, *branch, weight, weight, 1e-12, half
-        yield {"shape": f"decoder {BATCH}x257", "dtypes": "float32"}, inputs
+        for name, width in DECODERS.items():
+            x, weight = empty(BATCH, 257, width), empty(width)
+            branch = (empty(BATCH, 257, width, dtype=half),) if op.startswith("residual") else ()
+            inputs = x, *branch, weight, weight, 1e-12, half
+            yield {"shape": f"decoder-{name} {BATCH}x257", "dtypes": "float32"}, inputs
     else:
         for shape, size in sizes(OPS[op]):
             inputs = OPS[op].inputs(OPS[op].example(size, empty))
-            yield {"shape": shape, "dtypes": str(size.residual).removeprefix("torch.")}, inputs
+            label = {"shape": shape, "dtypes": str(size.residual).removeprefix("torch.")}
+            yield label, inputs
+            if op == "qk_norm_rope" and size is SIZES["B"]:
+                qkv, _, _, *others = inputs
+                yield label, (qkv, None, None, *others)  # without a norm
 
 
 def sizes(op: Op) -> Iterator[tuple[str, Size]]:
@@ -163,17 +170,18 @@ def launch(op: str, inputs: tuple) -> None:
         run["muon_update"](a, b, half, [0.1] * 4, 0.99, one)
         run["adamw_update"](a, b, c, (d, e), steps, one, 1.0, 0.1, (0.9, 0.99), 1e-8, 0.99, one)
         return
-    outputs = run[f"{op}_forward"](*inputs)
+    # split_heads has no kernel in its forward pass.
+    outputs = run[f"{op}_forward"](*inputs) if f"{op}_forward" in run else ()
     if op == "layer_norm":  # a part of layer_norm_linear
         out, *statistics = outputs
         run["layer_norm_backward_recompute"](out, *inputs[:3], *statistics)
         return
     if op == "residual_layer_norm":
         x_out, out, *statistics = outputs
-        run["residual_layer_norm_backward_recompute"](x_out, out, x_out, out.dtype, *inputs[2:4], *statistics)
+        run["residual_layer_norm_backward_recompute"](x_out, out, x_out, *inputs[2:4], *statistics, out.dtype, True)
         return
     fused = OPS[op].fused
-    into_backward = *outputs[: fused.results], *fused.saved(inputs, outputs)
+    into_backward = *fused.all_results(inputs, outputs), *fused.saved(inputs, outputs)
     run[f"{op}_backward"](*into_backward)
     if recompute := run.get(f"{op}_backward_recompute"):
         if op == "gated_residual_adaln":

@@ -286,7 +286,7 @@ def main() -> int:
     parser.add_argument("--no-compiled", action="store_true", help="leave out torch.compile, which takes minutes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads [torch's default]")
     parser.add_argument("--json", action="store_true", help="print a list of rows instead of the table")
-    parser.add_argument("--block", action="store_true", help="print the bytes of one encoder block; time nothing")
+    parser.add_argument("--block", action="store_true", help="print the bytes of a block and of a step; time nothing")
     parser.add_argument(
         "--record", type=Path, metavar="FILE", help=f"add what --json wrote to {measured.FILE.name}; time nothing"
     )
@@ -299,7 +299,7 @@ def main() -> int:
         print(f"{len(rows_added)} rows added to {measured.FILE}")
         return 0
     if options.block:
-        print(traffic.block_report())
+        print(f"{traffic.block_report()}\n\n{traffic.step_report()}")
         return 0
     device = torch.device(options.device)
     if missing := backend.why_missing("triton" if device.type == "cuda" else "native"):

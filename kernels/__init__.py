@@ -9,10 +9,11 @@ from unite_fast.kernels.adaln import adaln_modulate, gated_residual_adaln, gated
 from unite_fast.kernels.attention import attention
 from unite_fast.kernels.bias_relu import bias_relu
 from unite_fast.kernels.flow_loss import flow_loss
-from unite_fast.kernels.linear import gelu_linear, linear, linears, swiglu_linear
+from unite_fast.kernels.gelu import gelu
+from unite_fast.kernels.linear import gelu_linear, linear, linears, shared_bias, swiglu_linear
 from unite_fast.kernels.noise_injection import noise_injection
 from unite_fast.kernels.norm_linear import gated_residual_adaln_linear, layer_norm_linear, residual_layer_norm_linear
-from unite_fast.kernels.qk_norm_rope import qk_norm_rope
+from unite_fast.kernels.qk_norm_rope import qk_norm_rope, split_heads
 from unite_fast.kernels.swiglu import swiglu
 from unite_fast.kernels.tap_distance import tap_distance
 
@@ -24,6 +25,7 @@ __all__ = [
     "gated_residual_adaln",
     "gated_residual_adaln_linear",
     "gated_residual_norm_adaln",
+    "gelu",
     "gelu_linear",
     "layer_norm_linear",
     "linear",
@@ -31,6 +33,8 @@ __all__ = [
     "noise_injection",
     "qk_norm_rope",
     "residual_layer_norm_linear",
+    "shared_bias",
+    "split_heads",
     "swiglu",
     "swiglu_linear",
     "tap_distance",

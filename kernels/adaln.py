@@ -31,8 +31,7 @@ def gated_residual_norm_adaln_ref(
 
 
 def _gated_residual(x: Tensor, branch: Tensor, gate: Tensor, branch_bias: Tensor | None) -> Tensor:
-    branch = upcast(branch) if branch_bias is None else upcast(branch) + upcast(branch_bias)
-    return upcast(x) + upcast(gate).unsqueeze(1) * branch
+    return upcast(x) + upcast(gate).unsqueeze(1) * tensors.containing(upcast(branch), branch_bias)
 
 
 # The two functions below serve all three ops: branch, gate and norm_weight are None for an op without them, and so are
@@ -47,7 +46,7 @@ def _empty_outputs(x, branch, gate, norm_weight, weight, shift, scale, branch_bi
     return x_out, tensors.empty_like(x, out_dtype), rstd
 
 
-def _empty_gradients(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, branch_bias, rstd):
+def _empty_gradients(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, rstd, branch_bias_gradient):
     """Uninitialised gradients of x, branch, gate, norm_weight, weight, shift, scale and branch_bias."""
     gated, normed = branch is not None, norm_weight is not None
     return (
@@ -58,7 +57,7 @@ def _empty_gradients(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, 
         tensors.empty_weight_gradient(weight, x),
         tensors.empty_gradient(scale),
         tensors.empty_gradient(scale),
-        tensors.empty_weight_gradient(branch_bias, x) if gated else None,
+        tensors.empty_bias_gradient(x, branch_bias_gradient) if gated else None,
     )
 
 
@@ -90,26 +89,25 @@ def _adaln_op(
 
 
 def _native_with_bias(name: str, fake_forward: Callable, fake_backward: Callable) -> Backend:
-    """`native_backend` of an op with branch_bias, which is added before the C++ runs; its gradient is summed after. The
-    C++ has none: only on a GPU does the model leave a bias to these ops."""
+    """`native_backend` of an op with branch_bias. Only on a GPU does the model leave the gradient of a bias to these
+    ops, so it has no C++."""
     native = native_backend(
         name,
         lambda *inputs: fake_forward(*inputs[:-2], None, *inputs[-2:]),
-        lambda *inputs: fake_backward(*inputs[:-1], None, inputs[-1])[:-1],
+        lambda *inputs: fake_backward(*inputs, False)[:-1],
     )
 
-    def biased(branch: Tensor, bias: Tensor | None) -> Tensor:
-        return branch if bias is None else upcast(branch) + upcast(bias)
+    def forward(*inputs):
+        *tensors_, _, eps, out_dtype = inputs
+        return native.forward(*tensors_, eps, out_dtype)
 
-    def forward(x, branch, *others):
-        *vectors, bias, eps, out_dtype = others
-        return native.forward(x, biased(branch, bias), *vectors, eps, out_dtype)
-
-    def backward(d_x_out, d_h, x, branch, *others):
-        *vectors, bias, rstd = others
-        d_x, d_branch, *d_vectors = native.backward(d_x_out, d_h, x, biased(branch, bias), *vectors, rstd)
-        d_bias = tensors.empty_weight_gradient(None, x) if bias is None else d_branch.sum((0, 1), dtype=torch.float32)
-        return d_x, d_branch.to(tensors.empty_gradient(branch).dtype), *d_vectors, d_bias
+    def backward(*inputs):
+        *others, branch_bias_gradient = inputs
+        gradients = native.backward(*others)
+        d_branch = gradients[1].flatten(0, 1)
+        return *gradients, d_branch.sum(0, dtype=torch.float32) if branch_bias_gradient else d_branch.new_empty(
+            0
+        ).float()
 
     return Backend(forward, backward)
 
@@ -117,7 +115,7 @@ def _native_with_bias(name: str, fake_forward: Callable, fake_backward: Callable
 adaln_modulate_op = _adaln_op(
     "adaln_modulate",
     lambda x, weight, shift, scale, *options: (x, None, None, None, weight, shift, scale, None, *options),
-    lambda d_h, x, weight, scale, rstd: (None, d_h, x, None, None, None, weight, scale, None, rstd),
+    lambda d_h, x, weight, scale, rstd: (None, d_h, x, None, None, None, weight, scale, rstd, False),
     inputs="Tensor x, Tensor weight, Tensor shift, Tensor scale, float eps, ScalarType? out_dtype",
     outputs=2,
     backward_inputs="Tensor d_out, Tensor x, Tensor weight, Tensor scale, Tensor rstd",
@@ -135,10 +133,10 @@ gated_residual_adaln_op = _adaln_op(
     outputs=3,
     results=2,
     backward_inputs="Tensor? d_x_out, Tensor? d_h, Tensor x_out, Tensor branch, Tensor gate, Tensor weight, "
-    "Tensor scale, Tensor? branch_bias, Tensor rstd",
+    "Tensor scale, Tensor rstd, bool branch_bias_gradient",
     backward_outputs=7,
     # x_out instead of x: the next op saves it as well, so it costs no memory.
-    saved=lambda inputs, outputs: (outputs[0], *inputs[1:4], *inputs[5:7], outputs[2]),
+    saved=lambda inputs, outputs: (outputs[0], *inputs[1:4], inputs[5], outputs[2], inputs[6] is not None),
 )
 
 gated_residual_norm_adaln_op = _adaln_op(
@@ -150,10 +148,10 @@ gated_residual_norm_adaln_op = _adaln_op(
     outputs=3,
     results=2,
     backward_inputs="Tensor? d_x_out, Tensor? d_h, Tensor x, Tensor branch, Tensor gate, Tensor norm_weight, "
-    "Tensor weight, Tensor scale, Tensor? branch_bias, Tensor rstd",
+    "Tensor weight, Tensor scale, Tensor rstd, bool branch_bias_gradient",
     backward_outputs=8,
     # Not x_out: recomputing it takes less time than reading it.
-    saved=lambda inputs, outputs: (*inputs[:5], *inputs[6:8], outputs[2]),
+    saved=lambda inputs, outputs: (*inputs[:5], inputs[6], outputs[2], inputs[7] is not None),
 )
 
 
@@ -200,7 +198,7 @@ def gated_residual_adaln(
 ) -> tuple[Tensor, Tensor]:
     """The middle of a block: add the gated branch to the residual, then `adaln_modulate`.
 
-        x_out = x + gate * (branch + branch_bias)
+        x_out = x + gate * branch
         h     = adaln_modulate(x_out, weight, shift, scale)
 
     All arithmetic is float32; h is computed from x_out as rounded to its dtype. Source: DiT (Peebles and Xie, arXiv
@@ -215,8 +213,8 @@ def gated_residual_adaln(
         scale: [B, D].
         eps: added to the mean square.
         out_dtype: dtype of h; x's own by default.
-        branch_bias: [D], the bias of the Linear that computed the branch, or None for 0. Left to this op, its gradient
-            costs no pass over the branch's.
+        branch_bias: [D], the bias that branch contains, or None; gets the sum of branch's gradient
+            (`linear.shared_bias`).
 
     Returns:
         x_out [B, T, D] in x's dtype, and h [B, T, D].
@@ -246,7 +244,7 @@ def gated_residual_norm_adaln(
 ) -> tuple[Tensor, Tensor]:
     """The boundary of two blocks: gated residual and final norm of one, then `adaln_modulate` of the next.
 
-        x_out = rms_norm(x + gate * (branch + branch_bias), norm_weight)
+        x_out = rms_norm(x + gate * branch, norm_weight)
         h     = adaln_modulate(x_out, weight, shift, scale)
 
     All arithmetic is float32; h is computed from x_out as rounded to its dtype. Source: DiT (Peebles and Xie, arXiv
@@ -262,8 +260,8 @@ def gated_residual_norm_adaln(
         scale: [B, D].
         eps: added to the mean squares of both norms.
         out_dtype: dtype of h; x's own by default.
-        branch_bias: [D], the bias of the Linear that computed the branch, or None for 0. Left to this op, its gradient
-            costs no pass over the branch's.
+        branch_bias: [D], the bias that branch contains, or None; gets the sum of branch's gradient
+            (`linear.shared_bias`).
 
     Returns:
         x_out [B, T, D] in x's dtype, and h [B, T, D].
@@ -301,8 +299,7 @@ def check_branch(op: str, x: Tensor, branch: Tensor, gate: Tensor, branch_bias: 
         raise argument_error(op, f"branch must be {list(x.shape)} like x, got {list(branch.shape)}")
     if gate.shape != (b, d):
         raise argument_error(op, f"gate must be [{b}, {d}], got {list(gate.shape)}")
-    if branch_bias is not None and branch_bias.shape != (d,):
-        raise argument_error(op, f"branch_bias must be [{d}], got {list(branch_bias.shape)}")
+    tensors.check_contained(op, "branch_bias", branch, branch_bias)
 
 
 def adaln_inputs(size: Size, new: New, names: str) -> dict[str, Tensor]:

@@ -8,13 +8,24 @@ from unite_fast.kernels import backend, tensors
 from unite_fast.kernels.attention_backends import ATTEND
 from unite_fast.kernels.fused_op import Backend, FusedOp
 from unite_fast.kernels.matmul import in_float32
-from unite_fast.kernels.qk_norm_rope import check, qk_inputs, qk_norm_rope, qk_norm_rope_op, split
+from unite_fast.kernels.qk_norm_rope import (
+    check,
+    qk_inputs,
+    qk_norm_rope,
+    qk_norm_rope_op,
+    split,
+    split_heads,
+    view_of_v,
+)
 from unite_fast.kernels.registry import register
 from unite_fast.kernels.tensors import EPS
 
 
-def attention_ref(qkv, heads, q_weight, k_weight, cos, sin, token_range=None):
-    q, k, v = split(qkv, heads) if cos is None else qk_norm_rope(qkv, heads, q_weight, k_weight, cos, sin, EPS)
+def attention_ref(qkv, heads, q_weight, k_weight, cos, sin, token_range=None, qkv_bias=None):
+    if cos is None:
+        q, k, v = split_heads(qkv, heads, qkv_bias) if qkv_bias is not None else split(qkv, heads)
+    else:
+        q, k, v = qk_norm_rope(qkv, heads, q_weight, k_weight, cos, sin, EPS, qkv_bias)
     if token_range is not None:
         q = q[:, :, slice(*token_range)]
     attend = ATTEND[backend.attention_on(qkv.device)]
@@ -26,9 +37,9 @@ def _prepare(qkv, q_weight, k_weight, cos, sin, heads):
     if cos is None:
         q, k, v, rstd = *split(qkv, heads), None
     else:
-        forward = qk_norm_rope_op.backends["native"].eager_forward
-        assert forward is not None
-        q, k, v, rstd = forward(qkv, q_weight, k_weight, cos, sin, heads, EPS)
+        forward = qk_norm_rope_op.backends["native"].forward
+        q, k, rstd = forward(qkv, q_weight, k_weight, None, cos, sin, heads, EPS)
+        v = view_of_v(qkv, heads)
     return (*(x.float() for x in (q, k, v)), rstd) if in_float32(qkv) else (q, k, v, rstd)
 
 
@@ -67,7 +78,8 @@ def _native_backward(d_out, qkv, q_weight, k_weight, cos, sin, out, log_sum, fir
             part.copy_(gradient)
         return d_qkv, *(tensors.empty_weight_gradient(None, qkv) for _ in range(2))
     gradients = (x.to(qkv.dtype) for x in (d_q, d_k, d_v))
-    return qk_norm_rope_op.backends["native"].backward(*gradients, qkv, q_weight, k_weight, cos, sin, rstd)
+    inputs = *gradients, qkv, q_weight, k_weight, cos, sin, rstd
+    return qk_norm_rope_op.backends["native"].backward(*inputs, False)[:3]
 
 
 attention_op = FusedOp(
@@ -93,6 +105,7 @@ def attention(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     token_range: tuple[int, int] | None = None,
+    qkv_bias: Tensor | None = None,
 ) -> Tensor:
     """Attention on packed q, k, v, with `qk_norm_rope` before it.
 
@@ -110,6 +123,7 @@ def attention(
         cos: float32 [T, K / 2], or None for neither norm nor rotation.
         sin: float32 [T, K / 2], or None for neither norm nor rotation.
         token_range: (first, last); only the queries of these tokens attend. None for all.
+        qkv_bias: [3 H K], the bias that qkv contains, or None; gets the sum of qkv's gradient (`linear.shared_bias`).
 
     Returns:
         [B, T, H K], or [B, last - first, H K], in qkv's dtype.
@@ -120,7 +134,8 @@ def attention(
     if cos is not None:
         check("attention", qkv, heads, q_weight, k_weight, cos, sin)
     if backend.choose(qkv) != "native" or qkv.dtype != torch.bfloat16:
-        return attention_ref(qkv, heads, q_weight, k_weight, cos, sin, token_range)
+        return attention_ref(qkv, heads, q_weight, k_weight, cos, sin, token_range, qkv_bias)
+    qkv = tensors.containing(qkv, qkv_bias)
     return attention_op("native", *_op_inputs(qkv, heads, q_weight, k_weight, cos, sin, token_range))
 
 

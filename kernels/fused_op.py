@@ -32,8 +32,6 @@ class Backend(NamedTuple):
     """(*inputs) -> outputs. No output may be an input or a view of one. Small outputs may share one allocation."""
     backward: Callable[..., Results]
     """(gradient of each result, None if unused; *saved) -> gradients of the first inputs."""
-    eager_forward: Callable[..., Results] | None = None
-    """Replaces `forward` in eager mode; here an output may be a view of an input."""
     backward_recompute: Callable[..., Results] | None = None
     """`backward` that also recomputes the op's result, for an op that does not save it: gradients, then result."""
 
@@ -95,6 +93,7 @@ class FusedOp:
         inputs: the arguments in PyTorch's schema syntax. By default, each parameter of `fake_forward` is a Tensor.
         outputs: number of tensors that `forward` returns.
         results: number of outputs that the caller gets, the first ones; the others are only saved for backward.
+        views: (*inputs) -> further results, which are views of the inputs. A dispatcher op must not return them.
         fake_forward: `forward` on tensors without data: allocates outputs of the right shape, dtype and strides.
         backward_inputs: gradients of the results, then what `saved` returns. By default, each parameter of
             `fake_backward` is a Tensor.
@@ -111,6 +110,7 @@ class FusedOp:
         inputs: str | None = None,
         outputs: int = 1,
         results: int = 1,
+        views: Callable[..., Results] | None = None,
         fake_forward: Callable[..., Results],
         backward_inputs: str | None = None,
         backward_outputs: int,
@@ -121,6 +121,7 @@ class FusedOp:
         inputs, backward_inputs = inputs or _tensors(fake_forward), backward_inputs or _tensors(fake_backward)
         self.name = name
         self.results = results
+        self.views = views
         self.fake_forward = fake_forward
         self.fake_backward = fake_backward
         self.saved = saved
@@ -143,22 +144,21 @@ class FusedOp:
             ctx.mark_non_differentiable(*output[results:])
             _save(ctx, saved(inputs, output))
 
-        torch.library.register_autograd(
-            f"unite_fast::{name}",
-            lambda ctx, *incoming: _gradients(self.backward_op, ctx, incoming[:results]),
-            setup_context=setup_context,
-            lib=_library,
-        )
+        def op_backward(ctx, *incoming):
+            views = len(self.backward_op._schema.arguments) - len(ctx.others) - results
+            return _gradients(self.backward_op, ctx, (*incoming[:results], *[None] * views))
+
+        torch.library.register_autograd(f"unite_fast::{name}", op_backward, setup_context=setup_context, lib=_library)
         self.functions = {key: self._function(b) for key, b in self.backends.items()}
+        self.function_of_operators = self._function(Backend(lambda *x: as_tuple(self.op(*x)), self.backward_op))
 
     def _function(self, implementation: Backend) -> type[torch.autograd.Function]:
-        run = implementation.eager_forward or implementation.forward
-
         def forward(ctx, *inputs):
-            outputs = run(*inputs)
+            outputs = implementation.forward(*inputs)
             ctx.set_materialize_grads(False)
             _save(ctx, self.saved(inputs, outputs))
-            return outputs[: self.results] if self.results > 1 else outputs[0]
+            results = self.all_results(inputs, outputs)
+            return results[0] if len(results) == 1 else results
 
         def first_order(ctx, *incoming):
             return _gradients(implementation.backward, ctx, incoming)
@@ -176,12 +176,18 @@ class FusedOp:
             {"forward": staticmethod(forward), "backward": staticmethod(backward)},
         )
 
+    def all_results(self, inputs: tuple, outputs: Results) -> Results:
+        """What the caller gets."""
+        return outputs[: self.results] if self.views is None else (*outputs[: self.results], *self.views(*inputs))
+
     def __call__(self, chosen: str, *inputs) -> Any:
         """Run the backend that `backend.choose` returned for these inputs."""
-        if torch.compiler.is_compiling() or needs_dispatcher(inputs[0]):
-            outputs = as_tuple(self.op(*inputs))
-            return outputs[: self.results] if self.results > 1 else outputs[0]
-        return self.functions[chosen].apply(*inputs)
+        if not torch.compiler.is_compiling() and not needs_dispatcher(inputs[0]):
+            return self.functions[chosen].apply(*inputs)
+        if self.views is not None:
+            return self.function_of_operators.apply(*inputs)
+        outputs = as_tuple(self.op(*inputs))
+        return outputs[: self.results] if self.results > 1 else outputs[0]
 
 
 def needs_dispatcher(x: Tensor) -> bool:
@@ -212,8 +218,7 @@ def _without_autocast(implementation: Backend) -> Backend:
 
         return call
 
-    eager_forward = implementation.eager_forward and wrap(implementation.eager_forward)
-    return implementation._replace(forward=wrap(implementation.forward), eager_forward=eager_forward)
+    return implementation._replace(forward=wrap(implementation.forward))
 
 
 def _save(ctx, values: tuple) -> None:

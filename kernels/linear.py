@@ -6,7 +6,8 @@
     swiglu_linear(uw, W, b)    linear(swiglu(uw), W, b)                 uw
     gelu_linear(u, W, b)       linear(gelu(u), W, b)                    u
 
-norm_linear.py has those that begin with a norm.
+norm_linear.py has those that begin with a norm. `shared_bias` leaves the gradient of a bias to the op that reads the
+Linear's result.
 
 Under bfloat16 autocast, matmuls run in bfloat16 with float32 sums; see matmul.py. Otherwise they run in the dtype of
 the input, and each op runs as its separate parts and recomputes nothing: small models train in float32 on a CPU, where
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 from unite_fast.kernels import backend, fused_op, tensors
 from unite_fast.kernels.casts import joined
 from unite_fast.kernels.fused_op import Backend, FusedOp
+from unite_fast.kernels.gelu import gelu_op, gelu_ref
 from unite_fast.kernels.matmul import (
     fake_matmul,
     fake_weight_gradients,
@@ -36,42 +38,59 @@ from unite_fast.kernels.swiglu import swiglu, swiglu_op
 from unite_fast.kernels.tensors import argument_error, matmul_dtype
 
 
-def _activation_linear(name: str, activation: dict[str, Backend]) -> FusedOp:
+def _linear_forward(x, weight, bias):
+    return (matmul(x, weight, bias),)
+
+
+linear_op = FusedOp(
+    "linear",
+    fake_forward=lambda x, weight, bias: (fake_matmul(x, weight),),
+    backward_inputs="Tensor d_y, Tensor x, Tensor weight, bool bias_gradient",
+    backward_outputs=3,
+    fake_backward=lambda d_y, x, weight, bias_gradient: (
+        tensors.empty_like(x),
+        *fake_weight_gradients(weight, bias_gradient),
+    ),
+    saved=lambda inputs, outputs: (*inputs[:2], inputs[2].requires_grad),
+    # PyTorch's operators, on every device.
+    backends=dict.fromkeys(("native", "triton"), Backend(_linear_forward, matmul_backward)),
+)
+
+
+def _activation_linear(activation: FusedOp) -> FusedOp:
     """The op linear(f(x), W, b) for an activation f. It saves x and recomputes f(x) in backward."""
 
     def with_linear(f: Backend) -> Backend:
-        def forward(x, weight, bias):
-            return (matmul(f.forward(x)[0], weight, bias),)
+        def forward(x, weight, bias, x_bias):
+            return (matmul(f.forward(x, x_bias)[0], weight, bias),)
 
-        def recompute_separately(d_activated, x):
-            return f.backward(d_activated, x)[0], f.forward(x)[0]
+        def recompute_separately(d_activated, x, x_bias_gradient):
+            return *f.backward(d_activated, x, x_bias_gradient), f.forward(x, None)[0]
 
-        def backward(d_y, x, weight):
-            d_x, activated = (f.backward_recompute or recompute_separately)(input_gradient(d_y, weight), x)
-            return d_x, *weight_gradients(d_y, activated)
+        def backward(d_y, x, weight, bias_gradient, x_bias_gradient):
+            recompute = f.backward_recompute or recompute_separately
+            d_x, d_x_bias, activated = recompute(input_gradient(d_y, weight), x, x_bias_gradient)
+            return d_x, *weight_gradients(d_y, activated, bias_gradient), d_x_bias
 
         return Backend(forward, backward)
 
     return FusedOp(
-        name,
-        fake_forward=lambda x, weight, bias: (fake_matmul(x, weight),),
-        backward_outputs=3,
-        fake_backward=lambda d_y, x, weight: (tensors.empty_like(x), *fake_weight_gradients(weight)),
-        saved=lambda inputs, outputs: inputs[:2],
-        backends={key: with_linear(f) for key, f in activation.items()},
+        f"{activation.name}_linear",
+        inputs="Tensor x, Tensor weight, Tensor bias, Tensor? x_bias",
+        fake_forward=lambda x, weight, bias, x_bias: (fake_matmul(x, weight),),
+        backward_inputs="Tensor d_y, Tensor x, Tensor weight, bool bias_gradient, bool x_bias_gradient",
+        backward_outputs=4,
+        fake_backward=lambda d_y, x, weight, bias_gradient, x_bias_gradient: (
+            tensors.empty_like(x),
+            *fake_weight_gradients(weight, bias_gradient),
+            tensors.empty_bias_gradient(x, x_bias_gradient),
+        ),
+        saved=lambda inputs, outputs: (*inputs[:2], inputs[2].requires_grad, inputs[3] is not None),
+        backends={key: with_linear(f) for key, f in activation.backends.items()},
     )
 
 
-def _on_all_devices(forward, backward) -> dict[str, Backend]:
-    """One backend of PyTorch's own operators, for every device."""
-    return dict.fromkeys(("native", "triton"), Backend(forward, backward))
-
-
-linear_op = _activation_linear("linear", _on_all_devices(lambda x: (x,), lambda d, x: (d,)))
-swiglu_linear_op = _activation_linear("swiglu_linear", swiglu_op.backends)
-gelu_linear_op = _activation_linear(
-    "gelu_linear", _on_all_devices(lambda u: (F.gelu(u),), lambda d, u: (torch.ops.aten.gelu_backward(d, u),))
-)
+swiglu_linear_op, gelu_linear_op = _activation_linear(swiglu_op), _activation_linear(gelu_op)
 
 
 def recomputing_backend(x: Tensor, part: str = "") -> str | None:
@@ -79,6 +98,16 @@ def recomputing_backend(x: Tensor, part: str = "") -> str | None:
     dtype = matmul_dtype(x)
     chosen = backend.choose(x, dtype, part)
     return None if chosen == "reference" or dtype != torch.bfloat16 else chosen
+
+
+def shared_bias(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The bias to pass to the Linear of x, and the one to pass to the op that reads the Linear's result.
+
+    On a GPU the second is the bias: the reader makes the gradient of the result and sums it in the same kernel, so that
+    no kernel reads it a second time. The first then needs no gradient. Elsewhere the Linear sums, and the second is
+    None.
+    """
+    return (bias.detach(), bias) if recomputing_backend(x) == "triton" else (bias, None)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -96,7 +125,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ValueError: shapes that do not match.
     """
     check_weight("linear", x.shape[-1], weight, bias)
-    return _run(linear_op, lambda x: x, x, weight, bias)
+    chosen = recomputing_backend(x)
+    return linear_op(chosen, x.to(torch.bfloat16), weight, bias) if chosen else F.linear(x, weight, bias)
 
 
 def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
@@ -133,12 +163,12 @@ class _Linears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_y):
         x, *weights = ctx.saved_tensors
-        d_x, d_weights, d_biases = matmul_backward(d_y, x, joined(weights, x.dtype))
+        d_x, d_weights, d_biases = matmul_backward(d_y, x, joined(weights, x.dtype), True)
         sizes = [len(weight) for weight in weights]
         return d_x, *d_weights.split(sizes), *d_biases.split(sizes)
 
 
-def swiglu_linear(uw: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def swiglu_linear(uw: Tensor, weight: Tensor, bias: Tensor, uw_bias: Tensor | None = None) -> Tensor:
     """The second half of a SwiGLU: linear(swiglu(uw), W, b). Saves uw and recomputes swiglu(uw) in backward. swiglu is
     float32 inside. Source: Shazeer, arXiv 2002.05202.
 
@@ -146,6 +176,7 @@ def swiglu_linear(uw: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         uw: [B, T, 2 K].
         weight: float32 [N, K].
         bias: float32 [N].
+        uw_bias: float32 [2 K], the bias that uw contains, or None; gets the sum of uw's gradient (`shared_bias`).
 
     Returns:
         [B, T, N], bfloat16 under autocast to it, else in the input's dtype; sums are float32.
@@ -153,11 +184,12 @@ def swiglu_linear(uw: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Raises:
         ValueError: shapes that do not match.
     """
+    tensors.check_contained("swiglu_linear", "uw_bias", uw, uw_bias)
     check_weight("swiglu_linear", uw.shape[-1] / 2, weight, bias)
-    return _run(swiglu_linear_op, swiglu, uw, weight, bias)
+    return _run(swiglu_linear_op, swiglu, uw, weight, bias, uw_bias)
 
 
-def gelu_linear(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def gelu_linear(u: Tensor, weight: Tensor, bias: Tensor, u_bias: Tensor | None = None) -> Tensor:
     """The second half of an MLP with the exact GELU: linear(gelu(u), W, b), gelu(u) = u Phi(u). Saves u and recomputes
     gelu(u) in backward. Source: Hendrycks and Gimpel, arXiv 1606.08415.
 
@@ -165,6 +197,7 @@ def gelu_linear(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         u: [B, T, K].
         weight: float32 [N, K].
         bias: float32 [N].
+        u_bias: float32 [K], the bias that u contains, or None; gets the sum of u's gradient (`shared_bias`).
 
     Returns:
         [B, T, N], bfloat16 under autocast to it, else in the input's dtype; sums are float32.
@@ -172,13 +205,18 @@ def gelu_linear(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Raises:
         ValueError: shapes that do not match.
     """
+    tensors.check_contained("gelu_linear", "u_bias", u, u_bias)
     check_weight("gelu_linear", u.shape[-1], weight, bias)
-    return _run(gelu_linear_op, F.gelu, u, weight, bias)
+    return _run(gelu_linear_op, gelu_ref, u, weight, bias, u_bias)
 
 
-def _run(fused: FusedOp, activation: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _run(
+    fused: FusedOp, activation: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None
+) -> Tensor:
     chosen = recomputing_backend(x, fused.name.removesuffix("_linear"))
-    return fused(chosen, x.to(torch.bfloat16), weight, bias) if chosen else F.linear(activation(x), weight, bias)
+    if not chosen:
+        return F.linear(activation(x, x_bias), weight, bias)
+    return fused(chosen, x.to(torch.bfloat16), weight, bias, x_bias)
 
 
 def check_weight(name: str, width: float, weight: Tensor, bias: Tensor) -> None:
@@ -188,13 +226,19 @@ def check_weight(name: str, width: float, weight: Tensor, bias: Tensor) -> None:
         raise argument_error(name, f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
 
 
-def register_linear(function: Callable, fused: FusedOp, example: Callable[[Size, New], dict], **constants) -> None:
+def register_linear(
+    function: Callable, fused: FusedOp, example: Callable[[Size, New], dict], contains: str = "", **constants
+) -> None:
     """`register` for an op with a Linear from width to hidden width. `example` makes the arguments before weight and
-    bias, `constants` follow them. `fused` takes the same arguments, and the matmul's dtype if its schema has one."""
+    bias. After them come the bias that the argument `contains` contains, if it is given, and `constants`. `fused`
+    takes the same arguments, and the matmul's dtype if its schema has one."""
 
     def with_linear(size: Size, new: New) -> dict:
         weight, bias = new(size.hidden, size.width, dtype=size.weights), new(size.hidden, dtype=size.weights)
-        return {**example(size, new), "weight": weight, "bias": bias, **constants}
+        arguments = {**example(size, new), "weight": weight, "bias": bias}
+        if contains:
+            arguments[f"{contains}_bias"] = new(arguments[contains].shape[-1], dtype=size.weights)
+        return arguments | constants
 
     register(
         function,
@@ -213,7 +257,11 @@ register_linear(
     swiglu_linear,
     swiglu_linear_op,
     lambda size, new: {"uw": new(size.batch, size.tokens, 2 * size.width, dtype=size.other)},
+    contains="uw",
 )
 register_linear(
-    gelu_linear, gelu_linear_op, lambda size, new: {"u": new(size.batch, size.tokens, size.width, dtype=size.other)}
+    gelu_linear,
+    gelu_linear_op,
+    lambda size, new: {"u": new(size.batch, size.tokens, size.width, dtype=size.other)},
+    contains="u",
 )

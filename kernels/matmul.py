@@ -2,6 +2,8 @@
 
     y = x W^T + b,    dx = dy W,  dW = dy^T x,  db = sum of dy over the rows
 
+A bias that needs no gradient has no sum: on a GPU the op that reads y makes it together with dy (`linear.shared_bias`).
+
 x, y, dx and dy have the dtype of the matmul (bfloat16 or float32). W and b are float32 parameters, and their gradients
 are float32 too: a bfloat16 sum over all tokens of a batch would lose digits without saving anything.
 
@@ -45,9 +47,9 @@ def fake_matmul(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> 
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype or x.dtype)
 
 
-def matmul_backward(d_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def matmul_backward(d_y: Tensor, x: Tensor, weight: Tensor, with_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     """d_y [..., N], x [..., K], weight [N, K] -> d_x [..., K] in d_y's dtype, d_weight and d_bias in float32."""
-    return input_gradient(d_y, weight), *weight_gradients(d_y, x)
+    return input_gradient(d_y, weight), *weight_gradients(d_y, x, with_bias)
 
 
 def input_gradient(d_y: Tensor, weight: Tensor) -> Tensor:
@@ -58,8 +60,8 @@ def input_gradient(d_y: Tensor, weight: Tensor) -> Tensor:
     return d_y @ weight
 
 
-def weight_gradients(d_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """d_y [..., N], x [..., K] -> d_weight [N, K] and d_bias [N] in float32."""
+def weight_gradients(d_y: Tensor, x: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
+    """d_y [..., N], x [..., K] -> d_weight [N, K] and d_bias [N] in float32; d_bias is empty unless `with_bias`."""
     d_y, x = d_y.reshape(-1, d_y.shape[-1]), x.reshape(-1, x.shape[-1])
     if in_float32(x):
         d_y = d_y.float()
@@ -68,9 +70,11 @@ def weight_gradients(d_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         d_weight = torch.mm(d_y.mT, x, out_dtype=torch.float32)
     else:
         d_weight = (d_y.mT @ x).float()
-    return d_weight, d_y.sum(0, dtype=torch.float32)
+    d_bias = d_y.sum(0, dtype=torch.float32) if with_bias else d_weight.new_empty(0)
+    return d_weight, d_bias
 
 
-def fake_weight_gradients(weight: Tensor) -> tuple[Tensor, Tensor]:
+def fake_weight_gradients(weight: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
     """`weight_gradients` on tensors without data."""
-    return tensors.empty_like(weight, torch.float32), weight.new_empty(weight.shape[0], dtype=torch.float32)
+    d_bias = weight.new_empty(weight.shape[0] if with_bias else 0, dtype=torch.float32)
+    return tensors.empty_like(weight, torch.float32), d_bias

@@ -57,9 +57,9 @@ def _layer_norm_linear_backend(norm_forward, norm_backward_recompute) -> Backend
         normed, mean, rstd = norm_forward(x, norm_weight, norm_bias, eps, out_dtype)
         return matmul(normed, weight, bias), mean, rstd
 
-    def backward(d_y, x, norm_weight, norm_bias, weight, mean, rstd):
+    def backward(d_y, x, norm_weight, norm_bias, weight, mean, rstd, bias_gradient):
         *gradients, normed = norm_backward_recompute(input_gradient(d_y, weight), x, norm_weight, norm_bias, mean, rstd)
-        return *gradients, *weight_gradients(d_y, normed)
+        return *gradients, *weight_gradients(d_y, normed, bias_gradient)
 
     return Backend(forward, backward)
 
@@ -74,15 +74,15 @@ layer_norm_linear_op = FusedOp(
         *_empty_statistics(x),
     ),
     backward_inputs="Tensor d_y, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor mean, "
-    "Tensor rstd",
+    "Tensor rstd, bool bias_gradient",
     backward_outputs=5,
-    fake_backward=lambda d_y, x, norm_weight, norm_bias, weight, mean, rstd: (
+    fake_backward=lambda d_y, x, norm_weight, norm_bias, weight, mean, rstd, bias_gradient: (
         tensors.empty_like(x),
         tensors.empty_weight_gradient(norm_weight, x),
         tensors.empty_weight_gradient(norm_bias, x),
-        *fake_weight_gradients(weight),
+        *fake_weight_gradients(weight, bias_gradient),
     ),
-    saved=lambda inputs, outputs: (*inputs[:4], *outputs[1:]),
+    saved=lambda inputs, outputs: (*inputs[:4], *outputs[1:], inputs[4].requires_grad),
     backends={
         "native": _layer_norm_linear_backend(_layer_norm_forward, _layer_norm_backward_recompute),
         "triton": _layer_norm_linear_backend(
@@ -98,55 +98,68 @@ def _residual_forward(x, branch, norm_weight, norm_bias, eps, out_dtype):
     return x_out, *_layer_norm_forward(x_out, norm_weight, norm_bias, eps, out_dtype)
 
 
-def _residual_backward_recompute(d_x_out, d_normed, x_out, branch_dtype, norm_weight, norm_bias, mean, rstd):
-    d_x, *others = _layer_norm_backward_recompute(d_normed, x_out, norm_weight, norm_bias, mean, rstd)
+def _residual_backward_recompute(
+    d_x_out, d_normed, x_out, norm_weight, norm_bias, mean, rstd, branch_dtype, branch_bias_gradient
+):
+    d_x, *others = _layer_norm_backward_recompute(d_normed, x_out.float(), norm_weight, norm_bias, mean, rstd)
     if d_x_out is not None:
         d_x += d_x_out
-    # A copy even for equal dtypes: no two results may share memory.
-    return d_x, d_x.to(branch_dtype, copy=True), *others
+    d_branch_bias = d_x.flatten(0, -2).sum(0) if branch_bias_gradient else d_x.new_empty(0)
+    # Copies even for equal dtypes: no two results may share memory.
+    return d_x.to(x_out.dtype), d_x.to(branch_dtype, copy=True), *others[:-1], d_branch_bias, others[-1]
 
 
 def _residual_norm_linear_backend(norm_forward, norm_backward_recompute) -> Backend:
     """`norm_forward`: (x, branch, norm_weight, norm_bias, eps, out_dtype) -> x_out, normed, mean, rstd.
-    `norm_backward_recompute`: (d_x_out, d_normed, x_out, branch_dtype, norm_weight, norm_bias, mean, rstd) -> gradients
-    of x, branch, norm_weight and norm_bias, and normed."""
+    `norm_backward_recompute`: (d_x_out, d_normed, x_out, norm_weight, norm_bias, mean, rstd, branch_dtype,
+    branch_bias_gradient) -> gradients of x, branch, norm_weight, norm_bias and branch_bias, and normed."""
 
-    def forward(x, branch, norm_weight, norm_bias, weight, bias, eps, out_dtype):
+    def forward(x, branch, norm_weight, norm_bias, weight, bias, branch_bias, eps, out_dtype):
         x_out, normed, mean, rstd = norm_forward(x, branch, norm_weight, norm_bias, eps, out_dtype)
         return x_out, matmul(normed, weight, bias), mean, rstd
 
-    def backward(d_x_out, d_y, x_out, norm_weight, norm_bias, weight, mean, rstd, branch_dtype):
+    def backward(d_x_out, d_y, x_out, norm_weight, norm_bias, weight, mean, rstd, branch_dtype, *bias_gradients):
         d_normed = input_gradient(d_y, weight)
-        *gradients, normed = norm_backward_recompute(
-            d_x_out, d_normed, x_out, branch_dtype, norm_weight, norm_bias, mean, rstd
+        *gradients, d_branch_bias, normed = norm_backward_recompute(
+            d_x_out, d_normed, x_out, norm_weight, norm_bias, mean, rstd, branch_dtype, bias_gradients[1]
         )
-        return *gradients, *weight_gradients(d_y, normed)
+        return *gradients, *weight_gradients(d_y, normed, bias_gradients[0]), d_branch_bias
 
     return Backend(forward, backward)
 
 
+def _fake_residual_backward(
+    d_x_out, d_y, x_out, norm_weight, norm_bias, weight, mean, rstd, branch_dtype, *bias_gradients
+):
+    return (
+        tensors.empty_like(x_out),
+        tensors.empty_like(x_out, branch_dtype),
+        tensors.empty_weight_gradient(norm_weight, x_out),
+        tensors.empty_weight_gradient(norm_bias, x_out),
+        *fake_weight_gradients(weight, bias_gradients[0]),
+        tensors.empty_bias_gradient(x_out, bias_gradients[1]),
+    )
+
+
 residual_layer_norm_linear_op = FusedOp(
     "residual_layer_norm_linear",
-    inputs="Tensor x, Tensor branch, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, float eps, "
-    "ScalarType out_dtype",
+    inputs="Tensor x, Tensor branch, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, "
+    "Tensor? branch_bias, float eps, ScalarType out_dtype",
     outputs=4,
     results=2,
-    fake_forward=lambda x, branch, norm_weight, norm_bias, weight, bias, eps, out_dtype: (
+    fake_forward=lambda x, branch, norm_weight, norm_bias, weight, bias, branch_bias, eps, out_dtype: (
         tensors.empty_like(x),
         fake_matmul(x, weight, out_dtype),
         *_empty_statistics(x),
     ),
     backward_inputs="Tensor? d_x_out, Tensor d_y, Tensor x_out, Tensor norm_weight, Tensor norm_bias, Tensor weight, "
-    "Tensor mean, Tensor rstd, ScalarType branch_dtype",
-    backward_outputs=6,
-    fake_backward=lambda d_x_out, d_y, x_out, norm_weight, norm_bias, weight, mean, rstd, branch_dtype: (
-        tensors.empty_like(x_out),
-        tensors.empty_like(x_out, branch_dtype),
-        tensors.empty_weight_gradient(norm_weight, x_out),
-        tensors.empty_weight_gradient(norm_bias, x_out),
-        *fake_weight_gradients(weight),
+    "Tensor mean, Tensor rstd, ScalarType branch_dtype, bool bias_gradient, bool branch_bias_gradient",
+    backward_outputs=7,
+    fake_backward=_fake_residual_backward,
+    saved=lambda inputs, outputs: (
+        *(outputs[0], *inputs[2:5], *outputs[2:], inputs[1].dtype),
+        *(inputs[5].requires_grad, inputs[6] is not None),
     ),
-    saved=lambda inputs, outputs: (outputs[0], *inputs[2:5], *outputs[2:], inputs[1].dtype),
     backends={
         "native": _residual_norm_linear_backend(_residual_forward, _residual_backward_recompute),
         "triton": _residual_norm_linear_backend(
@@ -162,15 +175,19 @@ def _gated_linear_backend(gated: Backend, adaln: Backend) -> Backend:
         x_out, h, rstd = gated.forward(x, branch, gate, norm_weight, shift, scale, branch_bias, EPS, out_dtype)
         return x_out, matmul(h, weight, bias), rstd
 
-    def recompute_separately(d_x_out, d_h, x_out, branch, gate, norm_weight, shift, scale, branch_bias, rstd):
-        gradients = gated.backward(d_x_out, d_h, x_out, branch, gate, norm_weight, scale, branch_bias, rstd)
+    def recompute_separately(d_x_out, d_h, x_out, branch, gate, norm_weight, shift, scale, rstd, branch_bias_gradient):
+        inputs = d_x_out, d_h, x_out, branch, gate, norm_weight, scale, rstd
+        gradients = gated.backward(*inputs, branch_bias_gradient)
         return *gradients, adaln.forward(x_out, norm_weight, shift, scale, EPS, d_h.dtype)[0]
 
-    def backward(d_x_out, d_y, x_out, branch, gate, norm_weight, shift, scale, branch_bias, weight, rstd):
+    def backward(
+        d_x_out, d_y, x_out, branch, gate, norm_weight, shift, scale, weight, rstd, bias_gradient, branch_bias_gradient
+    ):
         *gradients, h = (gated.backward_recompute or recompute_separately)(
-            d_x_out, input_gradient(d_y, weight), x_out, branch, gate, norm_weight, shift, scale, branch_bias, rstd
+            *(d_x_out, input_gradient(d_y, weight), x_out, branch, gate, norm_weight, shift, scale, rstd),
+            branch_bias_gradient,
         )
-        return *gradients, *weight_gradients(d_y, h)
+        return *gradients, *weight_gradients(d_y, h, bias_gradient)
 
     return Backend(forward, backward)
 
@@ -181,13 +198,13 @@ def _fake_gated_linear(x, branch, gate, norm_weight, shift, scale, branch_bias, 
 
 
 def _fake_gated_linear_backward(
-    d_x_out, d_y, x_out, branch, gate, norm_weight, shift, scale, branch_bias, weight, rstd
+    d_x_out, d_y, x_out, branch, gate, norm_weight, shift, scale, weight, rstd, bias_gradient, branch_bias_gradient
 ):
     d_gate, d_shift, d_scale = (tensors.empty_gradient(v) for v in (gate, scale, scale))
     d_norm_weight = tensors.empty_weight_gradient(norm_weight, x_out)
-    d_bias = tensors.empty_weight_gradient(branch_bias, x_out)
+    d_bias = tensors.empty_bias_gradient(x_out, branch_bias_gradient)
     gradients = tensors.empty_like(x_out), tensors.empty_gradient(branch), d_gate, d_norm_weight, d_shift, d_scale
-    return *gradients, d_bias, *fake_weight_gradients(weight)
+    return *gradients, d_bias, *fake_weight_gradients(weight, bias_gradient)
 
 
 gated_residual_adaln_linear_op = FusedOp(
@@ -198,10 +215,13 @@ gated_residual_adaln_linear_op = FusedOp(
     results=2,
     fake_forward=_fake_gated_linear,
     backward_inputs="Tensor? d_x_out, Tensor d_y, Tensor x_out, Tensor branch, Tensor gate, Tensor norm_weight, "
-    "Tensor shift, Tensor scale, Tensor? branch_bias, Tensor weight, Tensor rstd",
+    "Tensor shift, Tensor scale, Tensor weight, Tensor rstd, bool bias_gradient, bool branch_bias_gradient",
     backward_outputs=9,
     fake_backward=_fake_gated_linear_backward,
-    saved=lambda inputs, outputs: (outputs[0], *inputs[1:8], outputs[2]),
+    saved=lambda inputs, outputs: (
+        *(outputs[0], *inputs[1:6], inputs[7], outputs[2]),
+        *(inputs[8].requires_grad, inputs[6] is not None),
+    ),
     backends={
         key: _gated_linear_backend(gated, adaln_modulate_op.backends[key])
         for key, gated in gated_residual_adaln_op.backends.items()
@@ -240,7 +260,14 @@ def layer_norm_linear(
 
 
 def residual_layer_norm_linear(
-    x: Tensor, branch: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor,
+    branch: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    branch_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add a branch, then `layer_norm_linear`: x_out = x + branch, and layer_norm_linear(x_out, ..). Saves x_out, mean
     and rstd, and recomputes the norm in backward.
@@ -253,6 +280,8 @@ def residual_layer_norm_linear(
         weight: float32 [N, K].
         bias: float32 [N].
         eps: added to the variance.
+        branch_bias: float32 [K], the bias that branch contains, or None; gets the sum of branch's gradient
+            (`linear.shared_bias`).
 
     Returns:
         x_out [B, T, K] in x's dtype, and [B, T, N], bfloat16 under autocast to it; norm and sums are float32.
@@ -263,12 +292,14 @@ def residual_layer_norm_linear(
     name = "residual_layer_norm_linear"
     if branch.shape != x.shape:
         raise argument_error(name, f"branch must be {list(x.shape)}, got {list(branch.shape)}")
+    tensors.check_contained(name, "branch_bias", branch, branch_bias)
     check_weight(name, x.shape[-1], weight, bias)
     chosen = recomputing_backend(x)
     if not chosen:
-        x = x + branch
+        x = x + tensors.containing(branch, branch_bias)
         return x, F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), weight, bias)
-    return residual_layer_norm_linear_op(chosen, x, branch, norm_weight, norm_bias, weight, bias, eps, torch.bfloat16)
+    inputs = x, branch, norm_weight, norm_bias, weight, bias, branch_bias
+    return residual_layer_norm_linear_op(chosen, *inputs, eps, torch.bfloat16)
 
 
 def gated_residual_adaln_linear(
@@ -294,7 +325,8 @@ def gated_residual_adaln_linear(
         scale: [B, K].
         weight: float32 [N, K].
         bias: float32 [N].
-        branch_bias: [K], the bias of the Linear that computed the branch, or None for 0.
+        branch_bias: float32 [K], the bias that branch contains, or None; gets the sum of branch's gradient
+            (`linear.shared_bias`).
 
     Returns:
         x_out [B, T, K] in x's dtype, and [B, T, N], bfloat16 under autocast to it; all other arithmetic is float32.
@@ -319,7 +351,11 @@ def _layer_norm_example(names):
 
 register_linear(layer_norm_linear, layer_norm_linear_op, _layer_norm_example("x norm_weight"), eps=1e-6)
 register_linear(
-    residual_layer_norm_linear, residual_layer_norm_linear_op, _layer_norm_example("x branch norm_weight"), eps=1e-6
+    residual_layer_norm_linear,
+    residual_layer_norm_linear_op,
+    _layer_norm_example("x branch norm_weight"),
+    contains="branch",
+    eps=1e-6,
 )
 register_linear(
     gated_residual_adaln_linear,

@@ -6,6 +6,7 @@ from typing import overload
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 EPS = 1e-6
 """Epsilon of RMSNorms that are recomputed in backward; forward and backward must agree."""
@@ -28,6 +29,29 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (1 + scale) + shift, with x [B, T, D] and one shift and scale per sample, [B, D]."""
     return x * (1 + upcast(scale).unsqueeze(1)) + upcast(shift).unsqueeze(1)
+
+
+class _Containing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias):
+        ctx.dtype = bias.dtype
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_x):
+        return d_x, upcast(d_x).flatten(0, -2).sum(0).to(ctx.dtype)
+
+
+def containing(x: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., N], which contains a bias [N] already: the bias gets the sum of x's gradient. x itself for None."""
+    return x if bias is None else _Containing.apply(x, bias)
+
+
+def check_contained(op: str, name: str, x: Tensor, bias: Tensor | None) -> None:
+    """The check of a bias that x contains."""
+    if bias is not None and bias.shape != x.shape[-1:]:
+        raise argument_error(op, f"{name} must be [{x.shape[-1]}], got {list(bias.shape)}")
 
 
 def argument_error(op: str, message: str) -> ValueError:
@@ -104,6 +128,11 @@ def empty_channels_last(x: Tensor, height: int, width: int) -> Tensor:
     """An uninitialised [B, C, height, width] like x [B, C, H, W]."""
     shape = *x.shape[:2], height, width
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def empty_bias_gradient(x: Tensor, wanted: bool) -> Tensor:
+    """Uninitialised float32 gradient [N] of the bias that x [..., N] contains; an empty tensor if it is not wanted."""
+    return x.new_empty(x.shape[-1] if wanted else 0, dtype=torch.float32)
 
 
 def in_units(strides: Sequence[int]) -> tuple[int, list[int]]:

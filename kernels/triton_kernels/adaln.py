@@ -1,7 +1,7 @@
 """adaln_modulate, gated_residual_adaln and gated_residual_norm_adaln on CUDA: one forward and one backward
 kernel for all three, and one that adds up partial sums.
 
-    y     = x + gate * (branch + branch_bias)       with a branch
+    y     = x + gate * branch                       with a branch
     x_out = y / rms(y) * norm_weight                with a norm (else x_out = y)
     h     = x_out / rms(x_out) * weight * (1 + scale) + shift
 
@@ -53,7 +53,6 @@ def _adaln_fwd_kernel(
     weight,
     shift,
     scale,
-    branch_bias,
     x_out,
     h,
     rstd,
@@ -79,18 +78,13 @@ def _adaln_fwd_kernel(
     b_factor = load(weight, o_d, m_d) * (1 + load(scale + i_b * scale_stride * UNIT, o_d, m_d))
     if branch is not None:
         b_gate = load(gate + i_b * gate_stride * UNIT, o_d, m_d)
-    if branch_bias is not None:
-        b_bias = load(branch_bias, o_d, m_d)
     if norm_weight is not None:
         b_norm_weight = load(norm_weight, o_d, m_d)
     for i_t in tl.range(first, end, num_stages=3):
         i_row = i_b * T + i_t
         b_x = load(x + (i_b * x_stride_b + i_t * x_stride_t) * UNIT, o_d, m_d)
         if branch is not None:
-            b_branch = load(branch + (i_b * branch_stride_b + i_t * branch_stride_t) * UNIT, o_d, m_d)
-            if branch_bias is not None:
-                b_branch += b_bias
-            b_x += b_gate * b_branch
+            b_x += b_gate * load(branch + (i_b * branch_stride_b + i_t * branch_stride_t) * UNIT, o_d, m_d)
             if norm_weight is not None:
                 b_r = _rms_rstd(b_x, eps, D)
                 tl.store(rstd + i_row, b_r)
@@ -124,7 +118,6 @@ def _adaln_bwd_kernel(
     weight,
     shift,
     scale,
-    branch_bias,
     rstd,
     d_x,
     d_branch,
@@ -147,6 +140,7 @@ def _adaln_bwd_kernel(
     BD: tl.constexpr,
     EACH: tl.constexpr,
     UNIT: tl.constexpr,
+    BIAS_GRADIENT: tl.constexpr,
 ):
     i_b, first, end = tokens_of_program(T, tokens)
     o_d = channels(BD, EACH)
@@ -162,8 +156,7 @@ def _adaln_bwd_kernel(
     if norm_weight is not None:
         b_norm_weight = load(norm_weight, o_d, m_d)
         b_d_norm_weight = tl.zeros((BD,), tl.float32)
-    if branch_bias is not None:
-        b_bias = load(branch_bias, o_d, m_d)
+    if BIAS_GRADIENT:
         b_d_y_sum = tl.zeros((BD,), tl.float32)
     for i_t in tl.range(first, end, num_stages=3):
         i_row = i_b * T + i_t
@@ -172,8 +165,6 @@ def _adaln_bwd_kernel(
         if branch is not None:
             b_branch = load(branch + (i_b * branch_stride_b + i_t * branch_stride_t) * UNIT, o_d, m_d)
             b_d_x_out = load(d_x_out + (i_b * d_x_out_stride_b + i_t * d_x_out_stride_t) * UNIT, o_d, m_d)
-            if branch_bias is not None:
-                b_branch += b_bias
         b_d_h = load(d_h + (i_b * d_h_stride_b + i_t * d_h_stride_t) * UNIT, o_d, m_d)
         if norm_weight is not None:
             # x and branch were saved; recompute the normalised y and x_out.
@@ -194,7 +185,7 @@ def _adaln_bwd_kernel(
                 b_d_norm_weight += b_d_x * b_y
                 b_d_x = _norm_back(b_d_x * b_norm_weight, b_y, b_norm_r, D)
             b_d_gate += b_d_x * b_branch
-            if branch_bias is not None:
+            if BIAS_GRADIENT:
                 b_d_y_sum += b_d_x
             tl.store(d_branch + i_row * D + o_d, (b_d_x * b_gate).to(d_branch.dtype.element_ty), mask=m_d)
         tl.store(d_x + i_row * D + o_d, b_d_x.to(d_x.dtype.element_ty), mask=m_d)
@@ -204,10 +195,10 @@ def _adaln_bwd_kernel(
     tl.store(p_partial + FACTOR * next_sum, b_d_factor, mask=m_d)
     if branch is not None:
         tl.store(p_partial + GATE * next_sum, b_d_gate, mask=m_d)
-    if branch_bias is not None:
+    if BIAS_GRADIENT:
         tl.store(p_partial + BIAS * next_sum, b_d_y_sum * b_gate, mask=m_d)
     if norm_weight is not None:
-        norm: tl.constexpr = 3 if branch_bias is None else 4
+        norm: tl.constexpr = 4 if BIAS_GRADIENT else 3
         tl.store(p_partial + norm * next_sum, b_d_norm_weight, mask=m_d)
 
 
@@ -273,57 +264,57 @@ def _adaln_sums_kernel(
         tl.store(d_norm_weight + o_d, b_all, mask=m_d)
 
 
-def _forward(x, branch, gate, norm_weight, weight, shift, scale, branch_bias, eps, out_dtype):
+def _forward(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype):
     (b, t, _), x = x.shape, tensors.dense(x)
     h, rstd = tensors.empty_like(x, out_dtype), x.new_empty((b, t), dtype=torch.float32)
     x_out = None if branch is None else tensors.empty_like(x)
     if norm_weight is not None:
         rstd = x.new_empty((2, b, t), dtype=torch.float32)
-    vectors = norm_weight, weight, shift, scale, branch_bias
-    norm_weight, weight, shift, scale, branch_bias = map(tensors.as_input, vectors)
+    norm_weight, weight, shift, scale = map(tensors.as_input, (norm_weight, weight, shift, scale))
     branch, gate = map(tensors.as_input, (branch, gate))
     if h.numel():
         strides = *_two(x), *_two(branch), _one(gate), _one(shift), _one(scale)
-        pointers = x, branch, gate, norm_weight, weight, shift, scale, branch_bias, x_out, h, rstd
+        pointers = x, branch, gate, norm_weight, weight, shift, scale, x_out, h, rstd
         grid, tokens, constants = _sizes("forward", x, branch, norm_weight)
         unit, strides = tensors.in_units(strides)
         _adaln_fwd_kernel[grid](*pointers, *strides, t, tokens, eps, **constants, UNIT=unit)
     return x_out, h, rstd
 
 
-def _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, branch_bias, rstd, shift=None):
-    """Gradients of x, branch, gate, norm_weight, weight, shift, scale and branch_bias, None for an input that the op
-    does not have; and h in d_h's dtype if shift is not None, else None."""
+def _backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, rstd, branch_bias_gradient=False, shift=None):
+    """Gradients of x, branch, gate, norm_weight, weight, shift, scale and the branch's bias, None for an input that the
+    op does not have; and h in d_h's dtype if shift is not None, else None."""
     (_, t, d), x = x.shape, tensors.dense(x)
     d_x, d_branch = tensors.empty_like(x), None if branch is None else tensors.empty_gradient(branch)
     h = None if shift is None else tensors.empty_like(d_h)
     d_h = tensors.gradient_or_zeros(d_h, x.shape, x)
     if branch is not None:
         d_x_out = tensors.gradient_or_zeros(d_x_out, x.shape, x)
-    own = norm_weight, weight, branch, gate, shift, scale, branch_bias
-    norm_weight, weight, branch, gate, shift, scale, branch_bias = map(tensors.as_input, own)
+    own = norm_weight, weight, branch, gate, shift, scale
+    norm_weight, weight, branch, gate, shift, scale = map(tensors.as_input, own)
     grid, tokens, constants = _sizes("backward", x, branch, norm_weight)
-    sums = 2 + sum(vector is not None for vector in (gate, norm_weight, branch_bias))
+    sums = 2 + (gate is not None) + branch_bias_gradient + (norm_weight is not None)
     partial = x.new_empty((sums, *grid, d), dtype=torch.float32)
     if d_x.numel():
         strides = *_two(d_x_out), *_two(d_h), *_two(x), *_two(branch), _one(gate), _one(shift), _one(scale)
-        inputs = d_x_out, d_h, x, branch, gate, norm_weight, weight, shift, scale, branch_bias, rstd
+        inputs = d_x_out, d_h, x, branch, gate, norm_weight, weight, shift, scale, rstd
         unit, strides = tensors.in_units(strides)
         pointers = *inputs, d_x, d_branch, h, partial
-        _adaln_bwd_kernel[grid](*pointers, *strides, t, tokens, **constants, UNIT=unit)
+        constants |= {"UNIT": unit, "BIAS_GRADIENT": branch_bias_gradient}
+        _adaln_bwd_kernel[grid](*pointers, *strides, t, tokens, **constants)
     d_shift, d_scale, d_gate = (None if v is None else tensors.empty_like(v) for v in (scale, scale, gate))
-    of_weights = [None if v is None else torch.empty_like(v) for v in (weight, norm_weight, branch_bias)]
+    d_weight, d_norm_weight = (None if v is None else torch.empty_like(v) for v in (weight, norm_weight))
+    d_bias = x.new_empty(d, dtype=torch.float32) if branch_bias_gradient else None
     if d:
         lanes = next_power_of_2(max(partial.shape[2], 1))
         _adaln_sums_kernel[(cdiv(d, SUM_LANES), sums)](
-            *(partial, weight, scale, d_shift, d_scale, d_gate, *of_weights),
+            *(partial, weight, scale, d_shift, d_scale, d_gate, d_weight, d_norm_weight, d_bias),
             *(scale.stride(0), *partial.shape[1:3]),
             D=d,
             SAMPLES=max(SUM_ROWS // lanes, 1),
             CHUNKS=lanes,
             LANES=SUM_LANES,
         )
-    d_weight, d_norm_weight, d_bias = of_weights
     return d_x, d_branch, d_gate, d_norm_weight, d_weight, d_shift, d_scale, d_bias, h
 
 
@@ -348,46 +339,51 @@ def _one(x):
 
 def adaln_modulate_forward(x, weight, shift, scale, eps, out_dtype):
     """x [B, T, D], weight [D], shift and scale [B, D] -> h [B, T, D], rstd [B, T] float32."""
-    return _forward(x, None, None, None, weight, shift, scale, None, eps, out_dtype)[1:]
+    return _forward(x, None, None, None, weight, shift, scale, eps, out_dtype)[1:]
 
 
 def adaln_modulate_backward(d_out, x, weight, scale, rstd):
     """-> gradients of x, weight, shift and scale."""
-    d_x, _, _, _, *others, _, _ = _backward(None, d_out, x, None, None, None, weight, scale, None, rstd)
+    d_x, _, _, _, *others, _, _ = _backward(None, d_out, x, None, None, None, weight, scale, rstd)
     return d_x, *others
 
 
 def gated_residual_adaln_forward(x, branch, gate, weight, shift, scale, branch_bias, eps, out_dtype):
-    """x and branch [B, T, D], gate, shift and scale [B, D], weight [D], branch_bias [D] or None -> x_out and h
-    [B, T, D], rstd [B, T]."""
-    return _forward(x, branch, gate, None, weight, shift, scale, branch_bias, eps, out_dtype)
+    """x and branch [B, T, D], gate, shift and scale [B, D], weight [D] -> x_out and h [B, T, D], rstd [B, T]. branch
+    contains branch_bias already."""
+    return _forward(x, branch, gate, None, weight, shift, scale, eps, out_dtype)
 
 
-def gated_residual_adaln_backward(d_x_out, d_h, x_out, branch, gate, weight, scale, branch_bias, rstd):
-    """-> gradients of x, branch, gate, weight, shift, scale and branch_bias; the last is empty if there is no bias."""
-    inputs = d_x_out, d_h, x_out, branch, gate, weight, None, scale, branch_bias, rstd
+def gated_residual_adaln_backward(d_x_out, d_h, x_out, branch, gate, weight, scale, rstd, branch_bias_gradient):
+    """-> gradients of x, branch, gate, weight, shift, scale and the branch's bias; the last is empty unless
+    `branch_bias_gradient`."""
+    inputs = d_x_out, d_h, x_out, branch, gate, weight, None, scale, rstd, branch_bias_gradient
     return gated_residual_adaln_backward_recompute(*inputs)[:-1]
 
 
-def gated_residual_adaln_backward_recompute(d_x_out, d_h, x_out, branch, gate, weight, shift, scale, branch_bias, rstd):
+def gated_residual_adaln_backward_recompute(
+    d_x_out, d_h, x_out, branch, gate, weight, shift, scale, rstd, branch_bias_gradient
+):
     """gated_residual_adaln_backward that also recomputes h, in d_h's dtype -> its gradients, and h."""
-    inputs = d_x_out, d_h, x_out, branch, gate, None, weight, scale, branch_bias, rstd, shift
+    inputs = d_x_out, d_h, x_out, branch, gate, None, weight, scale, rstd, branch_bias_gradient, shift
     d_x, d_branch, d_gate, _, *others, d_bias, h = _backward(*inputs)
     return d_x, d_branch, d_gate, *others, _or_empty(d_bias, x_out), h
 
 
 def gated_residual_norm_adaln_forward(x, branch, gate, norm_weight, weight, shift, scale, branch_bias, eps, out_dtype):
     """As gated_residual_adaln_forward, with norm_weight [D] -> x_out, h, rstd of y and of x_out, [2, B, T]."""
-    return _forward(x, branch, gate, norm_weight, weight, shift, scale, branch_bias, eps, out_dtype)
+    return _forward(x, branch, gate, norm_weight, weight, shift, scale, eps, out_dtype)
 
 
-def gated_residual_norm_adaln_backward(d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, branch_bias, rstds):
-    """-> gradients of x, branch, gate, norm_weight, weight, shift, scale and branch_bias; the last may be empty."""
-    inputs = d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, branch_bias, rstds
+def gated_residual_norm_adaln_backward(
+    d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, rstds, branch_bias_gradient
+):
+    """-> gradients of x, branch, gate, norm_weight, weight, shift, scale and the branch's bias, as above."""
+    inputs = d_x_out, d_h, x, branch, gate, norm_weight, weight, scale, rstds, branch_bias_gradient
     *others, d_bias, _ = _backward(*inputs)
     return *others, _or_empty(d_bias, x)
 
 
 def _or_empty(gradient, x):
     """An op returns a tensor for each input."""
-    return tensors.empty_weight_gradient(None, x) if gradient is None else gradient
+    return tensors.empty_bias_gradient(x, False) if gradient is None else gradient

@@ -1,9 +1,11 @@
-"""qk_norm_rope on CUDA: per-head RMSNorm and rotation of q and k, and a copy of v, from packed qkv to [B, H, T, K]
-stored as [B, T, H, K].
+"""qk_norm_rope on CUDA: per-head RMSNorm and rotation of q and k, from packed qkv to [B, H, T, K] stored as
+[B, T, H, K]; v stays a view of qkv. The backward kernel is also that of split_heads.
 
-A program is one warp. It processes a few tokens of one sample, one head after another, with their cos and sin in
-registers, and never waits for another warp. Masked lanes pad the head dimension to a power of two. float32 inside. Each
-program writes one partial sum of a weight's gradient; these are summed in a fixed order.
+A program is one warp, and never waits for another. In the forward pass it processes a few tokens of one sample, one
+head after another, with their cos and sin in registers. In the backward pass it processes `TOKENS` tokens of one head,
+a few at a time, with the sums over them in registers: one partial sum of the gradient of each weight and of the bias
+that qkv contains. These are summed in a fixed order. Masked lanes pad the head dimension to a power of two. float32
+inside.
 """
 
 import torch
@@ -12,17 +14,13 @@ import triton.language as tl
 
 from unite_fast.kernels import tensors
 from unite_fast.kernels.triton_kernels.rows import cdiv, load, load_row, next_power_of_2
+from unite_fast.kernels.triton_kernels.sums import sum_rows
 
 ELEMENTS = 256
 """Elements of a tile [tokens, head dimension]: 8 per thread, one access of 16 bytes in bfloat16."""
-
-
-@triton.jit
-def _place(T, BT: tl.constexpr):
-    """A program's sample and tokens."""
-    chunks = tl.cdiv(T, BT)
-    i_b = (tl.program_id(0) // chunks).to(tl.int64)
-    return i_b, (tl.program_id(0) % chunks).to(tl.int64) * BT + tl.arange(0, BT)
+TOKENS = 64
+"""Tokens of a program of the backward kernel: the partial sums of the bias then cost an eighth of a byte per element,
+written and read."""
 
 
 @triton.jit
@@ -59,7 +57,6 @@ def _qk_norm_rope_fwd_kernel(
     sin,
     q,
     k,
-    v,
     rstd,
     stride_b,
     stride_t,
@@ -71,45 +68,46 @@ def _qk_norm_rope_fwd_kernel(
     BK: tl.constexpr,
     UNIT: tl.constexpr,
 ):
-    i_b, o_t = _place(T, BT)
+    chunks = tl.cdiv(T, BT)
+    i_b = (tl.program_id(0) // chunks).to(tl.int64)
+    o_t = (tl.program_id(0) % chunks).to(tl.int64) * BT + tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     m_t = o_t < T
     m = m_t[:, None] & (o_k < K)[None, :]
     b_cos, b_sin = _angles(cos, sin, o_t, T, BT, K, BK)
-    b_q_weight, b_k_weight = load_row(q_weight, K, BK), load_row(k_weight, K, BK)
+    b_q_weight, b_k_weight = None, None
+    if q_weight is not None:
+        b_q_weight, b_k_weight = load_row(q_weight, K, BK), load_row(k_weight, K, BK)
     p_x = qkv + (i_b * stride_b + o_t[:, None] * stride_t) * UNIT + o_k[None, :]
     for i_h in range(H):
         b_q = load(p_x, i_h * K, m)
         b_k = load(p_x, (H + i_h) * K, m)
-        b_v = tl.load(p_x + (2 * H + i_h) * K, mask=m, other=0.0)
         o_out = ((i_b * T + o_t) * H + i_h)[:, None] * K + o_k[None, :]
         p_rstd = rstd + (i_b * T + o_t) * (2 * H) + i_h
         b_q = _norm_rotate(b_q, b_q_weight, p_rstd, b_cos, b_sin, m_t, eps, K, BT, BK)
         b_k = _norm_rotate(b_k, b_k_weight, p_rstd + H, b_cos, b_sin, m_t, eps, K, BT, BK)
         tl.store(q + o_out, b_q.to(q.dtype.element_ty), mask=m)
         tl.store(k + o_out, b_k.to(k.dtype.element_ty), mask=m)
-        tl.store(v + o_out, b_v, mask=m)
 
 
 @triton.jit
-def _load_rstd(p_rstd, b_weight, m_t):
-    return None if b_weight is None else tl.load(p_rstd, mask=m_t, other=0.0)[:, None]
-
-
-@triton.jit
-def _back(b_g, b_x, b_weight, b_r, b_cos, b_sin, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
-    """Gradient of x, and of the weight per token, from b_g, the gradient of the result.
+def _back(b_g, p_x, b_weight, rstd, o_rstd, b_cos, b_sin, m, m_t, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
+    """Gradient of x, and of the weight per token if there is one, from b_g, the gradient of the result.
 
     With n = x / rms(x) and its gradient a = (b_g rotated back) * weight, the gradient of x is
-    (a - n mean(a n)) / rms(x).
+    (a - n mean(a n)) / rms(x). Without angles there is neither rotation nor norm.
     """
-    b_a = _rotate(b_g.to(tl.float32), b_cos, -b_sin, BT, BK)
-    if b_weight is None:
-        return b_a, 0.0
-    b_n = b_x.to(tl.float32) * b_r
-    b_d_weight = b_a * b_n
-    b_mean = tl.sum(b_d_weight * b_weight, axis=1) / K
-    return b_r * (b_a * b_weight - b_n * b_mean[:, None]), b_d_weight
+    b_a = b_g.to(tl.float32)
+    if b_cos is not None:
+        b_a = _rotate(b_a, b_cos, -b_sin, BT, BK)
+    b_d_weight = b_a
+    if b_weight is not None:
+        b_r = tl.load(rstd + o_rstd, mask=m_t, other=0.0)[:, None]
+        b_n = tl.load(p_x, mask=m, other=0.0).to(tl.float32) * b_r
+        b_d_weight = b_a * b_n
+        b_mean = tl.sum(b_d_weight * b_weight, axis=1) / K
+        b_a = b_r * (b_a * b_weight - b_n * b_mean[:, None])
+    return b_a, b_d_weight
 
 
 @triton.jit
@@ -142,82 +140,123 @@ def _qk_norm_rope_bwd_kernel(
     BT: tl.constexpr,
     BK: tl.constexpr,
     UNIT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
-    i_b, o_t = _place(T, BT)
+    # Neighbouring programs take the heads of the same tokens, which are neighbours in memory.
+    i_h = tl.program_id(0).to(tl.int64)
+    chunks = tl.cdiv(T, TOKENS)
+    i_b, i_first = (tl.program_id(1) // chunks).to(tl.int64), tl.program_id(1) % chunks * TOKENS
     o_k = tl.arange(0, BK)
-    m_t = o_t < T
-    m = m_t[:, None] & (o_k < K)[None, :]
-    b_cos, b_sin = _angles(cos, sin, o_t, T, BT, K, BK)
-    b_q_weight, b_k_weight = load_row(q_weight, K, BK), load_row(k_weight, K, BK)
-    b_d_q_weight = tl.zeros((BT, BK), tl.float32)
-    b_d_k_weight = tl.zeros((BT, BK), tl.float32)
-    p_d_q = d_q + (i_b * d_q_stride_b + o_t[:, None] * d_q_stride_t) * UNIT + o_k[None, :]
-    p_d_k = d_k + (i_b * d_k_stride_b + o_t[:, None] * d_k_stride_t) * UNIT + o_k[None, :]
-    p_d_v = d_v + (i_b * d_v_stride_b + o_t[:, None] * d_v_stride_t) * UNIT + o_k[None, :]
-    p_x = qkv + (i_b * stride_b + o_t[:, None] * stride_t) * UNIT + o_k[None, :]
-    p_d_x = d_qkv + (i_b * T + o_t)[:, None] * (3 * H * K) + o_k[None, :]
-    for i_h in range(H):
-        b_d_q = tl.load(p_d_q + i_h * tl.cast(d_q_stride_h, tl.int64) * UNIT, mask=m, other=0.0)
-        b_d_k = tl.load(p_d_k + i_h * tl.cast(d_k_stride_h, tl.int64) * UNIT, mask=m, other=0.0)
-        b_d_v = tl.load(p_d_v + i_h * tl.cast(d_v_stride_h, tl.int64) * UNIT, mask=m, other=0.0)
-        b_q = tl.load(p_x + i_h * K, mask=m, other=0.0)
-        b_k = tl.load(p_x + (H + i_h) * K, mask=m, other=0.0)
-        p_rstd = rstd + (i_b * T + o_t) * (2 * H) + i_h
-        b_q_r, b_k_r = _load_rstd(p_rstd, b_q_weight, m_t), _load_rstd(p_rstd + H, b_k_weight, m_t)
-        b_d_q, b_d_weight = _back(b_d_q, b_q, b_q_weight, b_q_r, b_cos, b_sin, K, BT, BK)
-        b_d_q_weight += b_d_weight
-        b_d_k, b_d_weight = _back(b_d_k, b_k, b_k_weight, b_k_r, b_cos, b_sin, K, BT, BK)
-        b_d_k_weight += b_d_weight
-        tl.store(p_d_x + i_h * K, b_d_q.to(d_qkv.dtype.element_ty), mask=m)
-        tl.store(p_d_x + (H + i_h) * K, b_d_k.to(d_qkv.dtype.element_ty), mask=m)
-        tl.store(p_d_x + (2 * H + i_h) * K, b_d_v.to(d_qkv.dtype.element_ty), mask=m)
+    m_k = o_k < K
+    b_q_weight, b_k_weight = None, None
     if q_weight is not None:
-        p_partial = partial + tl.program_id(0).to(tl.int64) * K + o_k
-        tl.store(p_partial, tl.sum(b_d_q_weight, axis=0), mask=o_k < K)
-        p_partial += tl.num_programs(0).to(tl.int64) * K
-        tl.store(p_partial, tl.sum(b_d_k_weight, axis=0), mask=o_k < K)
+        b_q_weight, b_k_weight = load_row(q_weight, K, BK), load_row(k_weight, K, BK)
+    b_d_q_weight, b_d_k_weight = tl.zeros((BT, BK), tl.float32), tl.zeros((BT, BK), tl.float32)
+    b_sum_q, b_sum_k = tl.zeros((BT, BK), tl.float32), tl.zeros((BT, BK), tl.float32)
+    b_sum_v = tl.zeros((BT, BK), tl.float32)
+    p_d_q = d_q + (i_b * d_q_stride_b + i_h * d_q_stride_h) * UNIT + o_k[None, :]
+    p_d_k = d_k + (i_b * d_k_stride_b + i_h * d_k_stride_h) * UNIT + o_k[None, :]
+    p_d_v = d_v + (i_b * d_v_stride_b + i_h * d_v_stride_h) * UNIT + o_k[None, :]
+    p_x = qkv + i_b * stride_b * UNIT + i_h * K + o_k[None, :]
+    p_d_x = d_qkv + i_b * T * (3 * H * K) + i_h * K + o_k[None, :]
+    for i_t in range(i_first, tl.minimum(i_first + TOKENS, T), BT):
+        o_t = (i_t + tl.arange(0, BT)).to(tl.int64)
+        m_t = o_t < T
+        m = m_t[:, None] & m_k[None, :]
+        b_d_q = tl.load(p_d_q + o_t[:, None] * d_q_stride_t * UNIT, mask=m, other=0.0)
+        b_d_k = tl.load(p_d_k + o_t[:, None] * d_k_stride_t * UNIT, mask=m, other=0.0)
+        b_d_v = tl.load(p_d_v + o_t[:, None] * d_v_stride_t * UNIT, mask=m, other=0.0)
+        b_cos, b_sin = None, None
+        if cos is not None:
+            b_cos, b_sin = _angles(cos, sin, o_t, T, BT, K, BK)
+        o_rstd = (i_b * T + o_t) * (2 * H) + i_h
+        p_q = p_x + o_t[:, None] * stride_t * UNIT
+        p_k, o_k_rstd = p_q + H * K, o_rstd + H
+        b_d_q, b_each_q = _back(b_d_q, p_q, b_q_weight, rstd, o_rstd, b_cos, b_sin, m, m_t, K, BT, BK)
+        b_d_k, b_each_k = _back(b_d_k, p_k, b_k_weight, rstd, o_k_rstd, b_cos, b_sin, m, m_t, K, BT, BK)
+        if q_weight is not None:
+            b_d_q_weight += b_each_q
+            b_d_k_weight += b_each_k
+        p_d_q_out = p_d_x + o_t[:, None] * (3 * H * K)
+        tl.store(p_d_q_out, b_d_q.to(d_qkv.dtype.element_ty), mask=m)
+        tl.store(p_d_q_out + H * K, b_d_k.to(d_qkv.dtype.element_ty), mask=m)
+        tl.store(p_d_q_out + 2 * H * K, b_d_v.to(d_qkv.dtype.element_ty), mask=m)
+        if BIAS:
+            b_sum_q += b_d_q
+            b_sum_k += b_d_k
+            b_sum_v += b_d_v.to(tl.float32)
+    # One row per program of a head: the sums of the bias [3, H, K], then those of the weights [2, H, K].
+    width = 0
+    if BIAS:
+        width += 3
+    if q_weight is not None:
+        width += 2
+    p_partial = partial + tl.program_id(1).to(tl.int64) * (width * H * K) + i_h * K + o_k
+    if BIAS:
+        tl.store(p_partial, tl.sum(b_sum_q, axis=0), mask=m_k)
+        tl.store(p_partial + H * K, tl.sum(b_sum_k, axis=0), mask=m_k)
+        tl.store(p_partial + 2 * H * K, tl.sum(b_sum_v, axis=0), mask=m_k)
+        p_partial += 3 * H * K
+    if q_weight is not None:
+        tl.store(p_partial, tl.sum(b_d_q_weight, axis=0), mask=m_k)
+        tl.store(p_partial + H * K, tl.sum(b_d_k_weight, axis=0), mask=m_k)
 
 
-def qk_norm_rope_forward(qkv, q_weight, k_weight, cos, sin, heads, eps):
-    """qkv [B, T, 3 H K], weights [K] or None, cos and sin [T, K / 2] -> q, k, v [B, H, T, K] in qkv's dtype and the
+def qk_norm_rope_forward(qkv, q_weight, k_weight, qkv_bias, cos, sin, heads, eps):
+    """qkv [B, T, 3 H K], weights [K] or None, cos and sin [T, K / 2] -> q and k [B, H, T, K] in qkv's dtype, and the
     rstd [B, T, 2, H] float32, uninitialised without weights."""
     b, t, packed = qkv.shape
     sizes = _sizes(heads, packed // (3 * heads))
-    q, k, v = (qkv.new_empty((b, t, heads, sizes["K"])).transpose(1, 2) for _ in range(3))
+    q, k = (qkv.new_empty((b, t, heads, sizes["K"])).transpose(1, 2) for _ in range(2))
     rstd = qkv.new_empty((b, t, 2, heads), dtype=torch.float32)
     if q.numel():
         qkv = tensors.dense(qkv)
         unit, strides = tensors.in_units(qkv.stride()[:2])
         weights_and_angles = map(tensors.as_float32, (q_weight, k_weight, cos, sin))
-        results = q, k, v, rstd
-        _qk_norm_rope_fwd_kernel[(_programs(b, t, sizes),)](
-            qkv, *weights_and_angles, *results, *strides, t, eps, **sizes, UNIT=unit, num_warps=1
+        grid = (b * cdiv(t, sizes["BT"]),)
+        _qk_norm_rope_fwd_kernel[grid](
+            qkv, *weights_and_angles, q, k, rstd, *strides, t, eps, **sizes, UNIT=unit, num_warps=1
         )
-    return q, k, v, rstd
+    return q, k, rstd
 
 
-def qk_norm_rope_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, rstd):
+def qk_norm_rope_backward(d_q, d_k, d_v, qkv, q_weight, k_weight, cos, sin, rstd, bias_gradient):
     """Gradients of the results, [B, H, T, K] or None, and what was saved -> d_qkv in qkv's dtype, d_q_weight and
-    d_k_weight [K] float32, empty without weights."""
-    (b, t, packed), heads = qkv.shape, rstd.shape[3]
-    sizes = _sizes(heads, packed // (3 * heads))
-    d_qkv, programs = tensors.empty_like(qkv), _programs(b, t, sizes)
-    partial = qkv.new_empty((2, programs, sizes["K"] if q_weight is not None else 0), dtype=torch.float32)
+    d_k_weight [K] float32, empty without weights, and the sum of d_qkv [3 H K] float32, empty unless `bias_gradient`.
+    """
+    heads = rstd.shape[3]
+    d_qkv, sums = _backward((d_q, d_k, d_v), qkv, q_weight, k_weight, cos, sin, rstd, heads, bias_gradient)
+    d_bias, d_weights = sums.split((qkv.shape[2] if bias_gradient else 0, sums.numel() - qkv.shape[2] * bias_gradient))
+    if q_weight is None:
+        return d_qkv, *(qkv.new_empty(0, dtype=torch.float32) for _ in range(2)), d_bias
+    return d_qkv, *d_weights.view(2, heads, -1).sum(1), d_bias
+
+
+def split_heads_backward(d_q, d_k, d_v, qkv, heads, bias_gradient):
+    """Gradients of the results, [B, H, T, K] or None -> d_qkv like qkv, and its sum as above."""
+    return _backward((d_q, d_k, d_v), qkv, None, None, None, None, None, heads, bias_gradient)
+
+
+def _backward(incoming, qkv, q_weight, k_weight, cos, sin, rstd, heads, bias_gradient):
+    """-> d_qkv, and one tensor with the sums over all tokens: d_bias [3, H, K], then each head's part of d_q_weight and
+    d_k_weight [2, H, K], as far as wanted."""
+    b, t, packed = qkv.shape
+    sizes, d_qkv = _sizes(heads, packed // (3 * heads)), tensors.empty_like(qkv)
+    grid = heads, b * cdiv(t, TOKENS)
+    parts = 3 * bias_gradient + 2 * (q_weight is not None)
+    partial = qkv.new_empty((1, grid[1], parts * packed // 3), dtype=torch.float32)
     if d_qkv.numel():
-        incoming = [tensors.gradient_or_zeros(d, (b, heads, t, sizes["K"]), qkv) for d in (d_q, d_k, d_v)]
+        incoming = [tensors.gradient_or_zeros(d, (b, heads, t, sizes["K"]), qkv) for d in incoming]
         qkv = tensors.dense(qkv)
         unit, strides = tensors.in_units([*(s for d in incoming for s in d.stride()[:3]), *qkv.stride()[:2]])
         weights_and_angles = map(tensors.as_float32, (q_weight, k_weight, cos, sin))
-        _qk_norm_rope_bwd_kernel[(programs,)](
-            *incoming, qkv, *weights_and_angles, rstd, d_qkv, partial, *strides, t, **sizes, UNIT=unit, num_warps=1
-        )
-    return d_qkv, *partial.sum(1)
+        pointers = *incoming, qkv, *weights_and_angles, rstd, d_qkv, partial
+        constants = sizes | {"UNIT": unit, "TOKENS": TOKENS, "BIAS": bias_gradient}
+        _qk_norm_rope_bwd_kernel[grid](*pointers, *strides, t, **constants, num_warps=1)
+    return d_qkv, sum_rows(partial)[0]
 
 
 def _sizes(heads: int, head_dim: int) -> dict[str, int]:
     lanes = next_power_of_2(head_dim)
     return {"H": heads, "K": head_dim, "BT": max(1, ELEMENTS // lanes), "BK": lanes}
-
-
-def _programs(b: int, t: int, sizes: dict[str, int]) -> int:
-    return b * cdiv(t, sizes["BT"])

@@ -1,10 +1,12 @@
-"""Adds up the partial sums that a kernel's programs wrote: in a fixed order, in float32, one launch for up to two
+"""Adds up the partial sums that a kernel's programs wrote: in a fixed order, in float32, one launch for up to three
 tensors."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from unite_fast.kernels import tensors
 from unite_fast.kernels.triton_kernels.rows import cdiv
 
 ROWS, LANES = 64, 32
@@ -12,7 +14,7 @@ ROWS, LANES = 64, 32
 
 
 @triton.jit
-def _sum_rows_kernel(partial, first, second, rows, D: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
+def _sum_rows_kernel(partial, first, second, third, rows, D: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
     i_sum = tl.program_id(1)
     o_d = tl.program_id(0) * LANES + tl.arange(0, LANES)
     m_d = o_d < D
@@ -29,13 +31,26 @@ def _sum_rows_kernel(partial, first, second, rows, D: tl.constexpr, ROWS: tl.con
     if second is not None:  # noqa: SIM102
         if i_sum == 1:
             tl.store(second + o_d, b_sum, mask=m_d)
+    if third is not None:  # noqa: SIM102
+        if i_sum == 2:
+            tl.store(third + o_d, b_sum, mask=m_d)
 
 
 def sum_rows(partial: Tensor) -> list[Tensor]:
-    """partial float32 [n, rows, D], n 1 or 2, at most some thousand rows -> n tensors [D] that share no memory."""
+    """partial float32 [n, rows, D], n 1 to 3, at most some thousand rows -> n tensors [D] that share no memory."""
     sums, rows, d = partial.shape
     out = [partial.new_empty(d) for _ in range(sums)]
     if d:
         grid = cdiv(d, LANES), sums
-        _sum_rows_kernel[grid](partial, out[0], out[1] if sums > 1 else None, rows, D=d, ROWS=ROWS, LANES=LANES)
+        _sum_rows_kernel[grid](partial, *out, *[None] * (3 - sums), rows, D=d, ROWS=ROWS, LANES=LANES)
     return out
+
+
+def bias_partial(x: Tensor, rows: int, wanted: bool) -> Tensor | None:
+    """Uninitialised partial sums of the gradient of x [..., N], one row per program: [rows, N], or None."""
+    return x.new_empty((rows, x.shape[-1]), dtype=torch.float32) if wanted else None
+
+
+def sum_bias(partial: Tensor | None, x: Tensor) -> Tensor:
+    """The sums of the rows of `bias_partial`, [N]: the gradient of the bias that x contains. Empty for None."""
+    return tensors.empty_bias_gradient(x, False) if partial is None else sum_rows(partial[None])[0]

@@ -50,9 +50,13 @@ def test_fakes_match_the_backends(name, backend_name):
         pytest.skip("the tensors of this test are on the CPU")
     for dtypes in MIXED:
         arguments = inputs(name, *dtypes)
-        with backend.using(backend_name):
+        # A bias with a gradient and one without.
+        for x in arguments:
+            if isinstance(x, Tensor) and x.is_leaf:
+                x.requires_grad_(dtypes[0] == FLOAT)
+        with backend.using(backend_name), torch.no_grad():
             results = fused.backends[backend_name].forward(*arguments)
-            incoming = [torch.ones_like(r) for r in results[: fused.results]]
+            incoming = [torch.ones_like(r) for r in fused.all_results(arguments, results)]
             into_backward = (*incoming, *fused.saved(arguments, results))
             gradients = fused.backends[backend_name].backward(*into_backward)
             with FakeTensorMode() as mode:
@@ -72,5 +76,5 @@ def test_opcheck_of_forward_and_backward(name):
         with backend.using("native"):
             torch.library.opcheck(fused.op, arguments, test_utils=checks)
             results = as_tuple(fused.op(*arguments))
-            incoming = [torch.ones_like(r) for r in results[: fused.results]]
+            incoming = [torch.ones_like(r) for r in fused.all_results(arguments, results)]
             torch.library.opcheck(fused.backward_op, (*incoming, *fused.saved(arguments, results)), test_utils=checks)

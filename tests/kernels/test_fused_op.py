@@ -167,10 +167,9 @@ def test_opcheck(case, dtypes):
     fused = op.op.fused
     arguments = op.op.inputs(op.example | inputs)
     torch.library.opcheck(fused.op, arguments)
-    outputs = fused.op(*arguments)
-    outputs = [o.detach() for o in as_tuple(outputs)]
-    incoming = [torch.randn_like(o) for o in outputs[: fused.results]]
-    saved = [x if x is None else x.detach() for x in fused.saved(arguments, outputs)]
+    outputs = tuple(o.detach() for o in as_tuple(fused.op(*arguments)))
+    incoming = [torch.randn_like(o) for o in fused.all_results(arguments, outputs)]
+    saved = [x.detach() if isinstance(x, torch.Tensor) else x for x in fused.saved(arguments, outputs)]
     torch.library.opcheck(fused.backward_op, (*incoming, *saved))
 
 

@@ -32,8 +32,16 @@ def gated_ref(x, branch, gate, norm_weight, shift, scale, branch_bias, weight, b
     return x, F.linear(h, weight.to(dtype), bias.to(dtype))
 
 
+def containing(x, bias=None):
+    """x, where the bias is a part of it and gets the sum of its gradient."""
+    return x if bias is None else x + (bias - bias.detach()).to(x.dtype)
+
+
 def linear_of(f):
-    return lambda x, weight, bias: F.linear(f(x), weight.to(x.dtype), bias.to(x.dtype))
+    def op(x, weight, bias, x_bias=None):
+        return F.linear(f(containing(x, x_bias)), weight.to(x.dtype), bias.to(x.dtype))
+
+    return op
 
 
 def norm_ref(x, weight, bias):
@@ -49,15 +57,15 @@ def layer_norm_op(x, norm_weight, norm_bias, weight, bias):
     return kernels.layer_norm_linear(x, norm_weight, norm_bias, weight, bias, 1e-12)
 
 
-def residual_norm_ref(x, branch, norm_weight, norm_bias, weight, bias):
+def residual_norm_ref(x, branch, norm_weight, norm_bias, weight, bias, branch_bias=None):
     dtype = torch.float64 if x.dtype == torch.float64 else branch.dtype
-    x = x + branch
+    x = x + containing(branch, branch_bias)
     h = norm_ref(x, norm_weight, norm_bias)
     return x, F.linear(h.to(dtype), weight.to(dtype), bias.to(dtype))
 
 
-def residual_norm_op(*tensors):
-    return kernels.residual_layer_norm_linear(*tensors, 1e-12)
+def residual_norm_op(x, branch, norm_weight, norm_bias, weight, bias, branch_bias=None):
+    return kernels.residual_layer_norm_linear(x, branch, norm_weight, norm_bias, weight, bias, 1e-12, branch_bias)
 
 
 def attend(function, token_range):
@@ -94,6 +102,12 @@ CASES = {
     "linear": Case(kernels.linear, linear_of(lambda x: x), {"x": (B, T, D), **WEIGHTS}, 3),
     "swiglu_linear": Case(kernels.swiglu_linear, linear_of(swiglu_ref), {"x": (B, T, 2 * D), **WEIGHTS}, 3),
     "gelu_linear": Case(kernels.gelu_linear, linear_of(F.gelu), {"x": (B, T, D), **WEIGHTS}, 3),
+    "swiglu_linear, sharing": Case(
+        kernels.swiglu_linear, linear_of(swiglu_ref), {"x": (B, T, 2 * D), **WEIGHTS, "x_bias": (2 * D,)}, 3
+    ),
+    "gelu_linear, sharing": Case(
+        kernels.gelu_linear, linear_of(F.gelu), {"x": (B, T, D), **WEIGHTS, "x_bias": (D,)}, 3
+    ),
     "layer_norm_linear": Case(
         layer_norm_op, layer_norm_ref, {"x": (B, T, D), "norm_weight": (D,), "norm_bias": (D,), **WEIGHTS}, 3
     ),
@@ -101,6 +115,19 @@ CASES = {
         residual_norm_op,
         residual_norm_ref,
         {"x": (B, T, D), "branch": (B, T, D), "norm_weight": (D,), "norm_bias": (D,), **WEIGHTS},
+        4,
+    ),
+    "residual_layer_norm_linear, sharing": Case(
+        residual_norm_op,
+        residual_norm_ref,
+        {
+            "x": (B, T, D),
+            "branch": (B, T, D),
+            "norm_weight": (D,),
+            "norm_bias": (D,),
+            **WEIGHTS,
+            "branch_bias": (D,),
+        },
         4,
     ),
     "gated_residual_adaln_linear": Case(
@@ -136,7 +163,15 @@ CASES = {
         {"qkv": (B, T, 3 * D)},
         ATTENTION_ROUNDINGS - 3,
     ),
+    "attention, plain, sharing": Case(
+        lambda qkv, qkv_bias: kernels.attention(qkv, HEADS, qkv_bias=qkv_bias),
+        lambda qkv, qkv_bias: attention_formula(containing(qkv, qkv_bias), HEADS, None, None, None, None, None),
+        {"qkv": (B, T, 3 * D), "qkv_bias": (3 * D,)},
+        ATTENTION_ROUNDINGS - 3,
+    ),
 }
+OP_CASES = [name for name in CASES if name != "attention, plain, sharing"]
+"""Those whose tensors are the arguments of one operator."""
 
 
 @pytest.fixture(autouse=True)
@@ -199,6 +234,21 @@ def test_outputs_and_gradients_against_float64(case, inputs, dtype, bfloat16_mat
     judge(ours, autocast(case.reference), arguments, dtypes, case.roundings)
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_bias_is_shared_on_the_triton_backend_in_bfloat16(autocast, backend_name, draw):
+    x, weight, bias = draw(2, 5, 8), draw(16, 8), draw(16).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        own, left = kernels.shared_bias(x, bias)
+        out = kernels.swiglu(kernels.linear(x, weight, own), left)
+        expected = kernels.swiglu(kernels.linear(x, weight, bias))
+    assert (left is bias) == (not own.requires_grad) == (autocast and backend_name == "triton")
+    assert torch.equal(out, expected)
+    gradients = [torch.autograd.grad(y.float().sum(), bias)[0] for y in (out, expected)]
+    # The reader sums before it rounds to bfloat16: each of the ten terms then has one rounding less.
+    torch.testing.assert_close(*gradients, rtol=0, atol=10 * 2.0**-8 if autocast else 0)
+    assert gradients[0].any()
+
+
 def test_a_matmul_is_exact_up_to_its_last_rounding(draw, bfloat16_matmuls):
     """Half a unit in the last place of bfloat16, and 41 roundings of the sum to float32."""
     x, weight, bias = draw(50, 40, dtype=torch.bfloat16), draw(30, 40), draw(30)
@@ -211,7 +261,7 @@ def test_a_matmul_is_exact_up_to_its_last_rounding(draw, bfloat16_matmuls):
 def test_the_bias_gradient_is_summed_in_float32(draw, bfloat16_matmuls):
     """The bound is that of n float32 additions in any order. Rounding to bfloat16 would exceed it a thousandfold."""
     d_y, x = draw(300, 30, dtype=torch.bfloat16), draw(300, 40, dtype=torch.bfloat16)
-    _, _, d_bias = matmul.matmul_backward(d_y, x, draw(30, 40))
+    _, _, d_bias = matmul.matmul_backward(d_y, x, draw(30, 40), True)
     sizes = d_y.double().abs().sum(0)
     assert d_bias.dtype == torch.float32
     assert ((d_bias.double() - d_y.double().sum(0)).abs() <= 299 * 2.0**-24 * sizes).all()
@@ -236,7 +286,7 @@ def test_float32_matmuls_stay_in_float32_under_autocast(draw, monkeypatch, bfloa
 
 
 def fused(name):
-    return OPS["attention" if name.startswith("attention") else name].fused
+    return OPS["attention" if name.startswith("attention") else name.split(",")[0]].fused
 
 
 def flat(name, tensors):
@@ -246,13 +296,15 @@ def flat(name, tensors):
         angle = torch.linspace(0, 3, T * D // HEADS // 2).view(T, -1)
         arguments = [*tensors, angle.cos(), angle.sin()] if len(tensors) == 3 else [*tensors, None, None, None, None]
         return *arguments, HEADS, *((5, 68) if name == "attention of a token range" else (0, T))
-    if name.endswith("layer_norm_linear"):
+    if name in ("swiglu_linear", "gelu_linear", "residual_layer_norm_linear"):
+        tensors.append(None)  # the bias that is not shared
+    if "layer_norm_linear" in name:
         return *tensors, 1e-12, torch.float32
     return (*tensors, torch.float32) if name == "gated_residual_adaln_linear" else tuple(tensors)
 
 
 @native_only
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", OP_CASES)
 def test_opcheck(name, inputs):
     op = fused(name)
     arguments = flat(name, (x.requires_grad_() for x in inputs(CASES[name]).values()))

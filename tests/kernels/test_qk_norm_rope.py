@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from unite_fast.kernels import qk_norm_rope
-from unite_fast.kernels.qk_norm_rope import qk_norm_rope_ref
+from unite_fast.kernels import qk_norm_rope, split_heads
+from unite_fast.kernels.qk_norm_rope import qk_norm_rope_ref, split_heads_ref
 
 SHAPES = [(5, 41, 3, 14), (2, 20, 4, 16)]
 """B, T, heads, head dimension."""
@@ -107,11 +107,53 @@ def test_head_dimensions(backend_name, head_dim, dtype, judge, draw):
     judge(bind(qk_norm_rope), bind(qk_norm_rope_ref), inputs, (dtype,) * 3)
 
 
-@native_only
-def test_v_shares_the_memory_of_qkv(backend_name, draw):
+@fast_backends
+def test_views_share_the_memory_of_qkv(backend_name, draw):
     qkv = draw(2, 5, 48)
     v = qk_norm_rope(qkv, 2, None, None, draw(5, 4), draw(5, 4))[2]
-    assert v.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
+    for view in (v, *split_heads(qkv, 2)):
+        assert view.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_a_bias_that_qkv_contains(norm, dtype, judge, draw):
+    """More tokens than a program of the Triton backend takes."""
+    cos, sin = angles(draw, 67, 6)
+    inputs = {"qkv": draw(2, 67, 36, dtype=dtype), "qkv_bias": draw(36)}
+    if norm:
+        inputs |= {"q_weight": draw(6, around=1.0), "k_weight": draw(6, around=1.0)}
+
+    def ours(qkv, qkv_bias, q_weight=None, k_weight=None):
+        return qk_norm_rope(qkv, 2, q_weight, k_weight, cos, sin, qkv_bias=qkv_bias)
+
+    def exact(qkv, qkv_bias, *weights):
+        return formula(2, cos, sin)(qkv + (qkv_bias - qkv_bias.detach()), *weights)
+
+    judge(ours, exact, inputs, (dtype,) * 3)
+
+
+@pytest.mark.parametrize("split", [split_heads, split_heads_ref])
+@pytest.mark.parametrize("bias", [True, False])
+def test_split_heads_and_its_gradients(split, bias, judge, draw):
+    def exact(qkv, qkv_bias=None):
+        if qkv_bias is not None:
+            qkv = qkv + (qkv_bias - qkv_bias.detach())
+        return tuple(
+            torch.stack([qkv[:, :, first + h * 5 : first + h * 5 + 5] for h in range(3)], 1) for first in (0, 15, 30)
+        )
+
+    inputs = {"qkv": draw(2, 67, 45)} | ({"qkv_bias": draw(45)} if bias else {})
+    judge(lambda qkv, qkv_bias=None: split(qkv, 3, qkv_bias), exact, inputs, (torch.float32,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "bias", "message"),
+    [((2, 5, 50), 50, r"qkv must be \[B, T, 3 x 2 heads x K\]"), ((2, 5, 48), 16, r"qkv_bias must be \[48\]")],
+)
+def test_split_heads_refuses_other_shapes(shape, bias, message, draw):
+    with pytest.raises(ValueError, match=f"split_heads: {message}"):
+        split_heads(draw(*shape), 2, draw(bias))
 
 
 def test_cos_and_sin_get_no_gradient(draw):

@@ -35,6 +35,23 @@ def test_an_odd_width_is_refused(draw):
         swiglu(draw(2, 7))
 
 
+@pytest.mark.parametrize("op", [swiglu, swiglu_ref])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_a_bias_that_uw_contains(op, dtype, judge, draw):
+    """More rows than a program of the Triton backend takes, and more columns than it takes at once."""
+
+    def containing(uw, uw_bias):
+        return formula(uw + (uw_bias - uw_bias.detach()))
+
+    judge(op, containing, {"uw": draw(2, 67, 30, dtype=dtype), "uw_bias": draw(30)}, (dtype,))
+    judge(op, containing, {"uw": draw(3, 520, dtype=dtype), "uw_bias": draw(520)}, (dtype,))
+
+
+def test_a_bias_of_another_width_is_refused(draw):
+    with pytest.raises(ValueError, match=r"swiglu: uw_bias must be \[8\], got \[4\]"):
+        swiglu(draw(2, 8), draw(4))
+
+
 @native_only
 def test_silu_is_exact_to_3_units_in_the_last_place(backend_name):
     """C++ has its own exp. Where silu(u) is a normal float32, exp, sum and division add at most one unit each. Measured

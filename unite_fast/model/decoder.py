@@ -21,32 +21,42 @@ class DecoderLayer(nn.Module):
         self.heads = heads
         self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.qkv = nn.Linear(width, 3 * width)
-        self.proj = Linear(width, width)
+        self.proj = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.fc1 = nn.Linear(width, mlp_width)
         self.fc2 = nn.Linear(mlp_width, width)
 
-    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, branch: Tensor | None = None, branch_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """x = x + attn(norm1(x)); x = x + mlp(norm2(x)), with each addition left to the norm after it, as one kernel.
 
         Args:
             x: residual, [B, T, D].
             branch: MLP output of the previous layer, still to be added to x, [B, T, D]; None in the first layer.
+            branch_bias: the bias in branch that still needs its gradient, [D], or None (`kernels.shared_bias`).
 
         Returns:
-            x and branch for the next layer, [B, T, D] each.
+            x, branch and branch_bias for the next layer.
         """
-        x, qkv = norm_linear(x, branch, self.norm1, self.qkv)
-        x, hidden = norm_linear(x, self.proj(kernels.attention(qkv, self.heads)), self.norm2, self.fc1)
-        return x, kernels.gelu_linear(hidden, self.fc2.weight, self.fc2.bias)
+        x, qkv, qkv_bias = norm_linear(x, branch, branch_bias, self.norm1, self.qkv)
+        attended = kernels.attention(qkv, self.heads, qkv_bias=qkv_bias)
+        bias, proj_bias = kernels.shared_bias(attended, self.proj.bias)
+        attended = kernels.linear(attended, self.proj.weight, bias)
+        x, hidden, hidden_bias = norm_linear(x, attended, proj_bias, self.norm2, self.fc1)
+        bias, branch_bias = kernels.shared_bias(hidden, self.fc2.bias)
+        return x, kernels.gelu_linear(hidden, self.fc2.weight, bias, hidden_bias), branch_bias
 
 
-def norm_linear(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    """x + branch, and linear(norm(x + branch))."""
-    weights = norm.weight, norm.bias, linear.weight, linear.bias, norm.eps
+def norm_linear(
+    x: Tensor, branch: Tensor | None, branch_bias: Tensor | None, norm: nn.LayerNorm, linear: nn.Linear
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x + branch, linear(norm(x + branch)), and the bias in it that still needs its gradient."""
+    bias, left = kernels.shared_bias(x, linear.bias)
+    weights = norm.weight, norm.bias, linear.weight, bias, norm.eps
     if branch is None:
-        return x, kernels.layer_norm_linear(x, *weights)
-    return kernels.residual_layer_norm_linear(x, branch, *weights)
+        return x, kernels.layer_norm_linear(x, *weights), left
+    return *kernels.residual_layer_norm_linear(x, branch, *weights, branch_bias), left
 
 
 class Decoder(nn.Module):
@@ -74,11 +84,18 @@ class Decoder(nn.Module):
         """z [B, N, C] -> image [B, 3, S, S], not clamped."""
         x = self.embed(self.input_proj(z)) + self.positions
         x = torch.cat((self.cls_token.expand(len(x), 1, -1).to(x.dtype), x), dim=1)
-        branch = None
+        branch = branch_bias = None
         for layer in self.layers:
-            x, branch = layer(x, branch)
-        patches = self.pred(self.norm(x if branch is None else x + branch)[:, 1:])
-        return unpatchify(patches, self.side, self.patch_size)
+            x, branch, branch_bias = layer(x, branch, branch_bias)
+        return unpatchify(self._patches(x, branch, branch_bias), self.side, self.patch_size)
+
+    def _patches(self, x: Tensor, branch: Tensor | None, branch_bias: Tensor | None) -> Tensor:
+        """The last norm and Linear of all tokens but the class token."""
+        if branch is not None and branch_bias is not None:
+            # On a GPU, one kernel is worth more than the class token's share of the Linear.
+            weights = self.norm.weight, self.norm.bias, self.pred.weight, self.pred.bias, self.norm.eps
+            return kernels.residual_layer_norm_linear(x, branch, *weights, branch_bias)[1][:, 1:]
+        return self.pred(self.norm(x if branch is None else x + branch)[:, 1:])
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:

@@ -62,14 +62,15 @@ class Block(nn.Module):
             x and h for the next block.
         """
         gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        attention = self.attn(h, cos, sin, token_range)
+        attention, attention_bias = self.attn(h, cos, sin, token_range)
         if token_range is not None:
             x = x[:, slice(*token_range)]
         # x = x + gate_msa * attention;  mlp = mlp(modulate(norm2(x), shift_mlp, scale_mlp))
-        x, mlp = self.mlp(x, attention, gate_msa, self.norm2.weight, shift_mlp, scale_mlp)
+        modulation_mlp = gate_msa, self.norm2.weight, shift_mlp, scale_mlp
+        x, mlp, mlp_bias = self.mlp(x, attention, attention_bias, *modulation_mlp)
         # x = norm3(x + gate_mlp * mlp);  h = modulate(next norm1(x), next shift_msa, next scale_msa)
         return kernels.gated_residual_norm_adaln(
-            x, mlp, gate_mlp, self.norm3.weight, *next_norm, out_dtype=matmul_dtype(x)
+            x, mlp, gate_mlp, self.norm3.weight, *next_norm, out_dtype=matmul_dtype(x), branch_bias=mlp_bias
         )
 
 

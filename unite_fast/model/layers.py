@@ -54,17 +54,31 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, qk_norm: bool):
         super().__init__()
         self.heads = heads
-        self.qkv = Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = RMSNorm(width // heads) if qk_norm else None
         self.k_norm = RMSNorm(width // heads) if qk_norm else None
-        self.proj = Linear(width, width)
+        self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, token_range: tuple[int, int] | None = None) -> Tensor:
-        """x [B, T, D], cos and sin [T, K / 2] -> [B, T, D], or only its tokens start to end of `token_range`."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, token_range: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """
+        Args:
+            x: [B, T, D].
+            cos, sin: rotary table, float32 [T, K / 2].
+            token_range: (start, end); compute these tokens alone.
+
+        Returns:
+            The attended values [B, T, D], and the bias in them that still needs its gradient, [D], or None
+            (`kernels.shared_bias`).
+        """
         q_weight = None if self.q_norm is None else self.q_norm.weight
         k_weight = None if self.k_norm is None else self.k_norm.weight
-        qkv = self.qkv(x)
-        return self.proj(kernels.attention(qkv, self.heads, q_weight, k_weight, cos, sin, token_range))
+        bias, qkv_bias = kernels.shared_bias(x, self.qkv.bias)
+        qkv = kernels.linear(x, self.qkv.weight, bias)
+        attended = kernels.attention(qkv, self.heads, q_weight, k_weight, cos, sin, token_range, qkv_bias)
+        bias, proj_bias = kernels.shared_bias(attended, self.proj.bias)
+        return kernels.linear(attended, self.proj.weight, bias), proj_bias
 
 
 def hidden_width(width: int) -> int:
@@ -87,20 +101,31 @@ class SwiGLU(nn.Module):
         self.fc_out = nn.Linear(hidden, width)
 
     def forward(
-        self, x: Tensor, branch: Tensor, gate: Tensor, norm_weight: Tensor, shift: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        x: Tensor,
+        branch: Tensor,
+        branch_bias: Tensor | None,
+        gate: Tensor,
+        norm_weight: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """
         Args:
             x, branch: residual, and the attention output to add to it, [B, T, D].
+            branch_bias: the bias in branch that still needs its gradient, [D], or None.
             gate, shift, scale: adaLN vectors, [B, D].
             norm_weight: weight of norm2, [D].
 
         Returns:
-            x + gate * branch, and the SwiGLU of its modulated norm; both [B, T, D].
+            x + gate * branch; the SwiGLU of its modulated norm; and the bias in that which still needs its gradient.
         """
         fc_in, bias_in, fc_out = self.weights(padded=x.is_cuda)
-        x, uw = kernels.gated_residual_adaln_linear(x, branch, gate, norm_weight, shift, scale, fc_in, bias_in)
-        return x, kernels.swiglu_linear(uw, fc_out, self.fc_out.bias)
+        bias_in, uw_bias = kernels.shared_bias(x, bias_in)
+        vectors = gate, norm_weight, shift, scale
+        x, uw = kernels.gated_residual_adaln_linear(x, branch, *vectors, fc_in, bias_in, branch_bias)
+        bias_out, mlp_bias = kernels.shared_bias(uw, self.fc_out.bias)
+        return x, kernels.swiglu_linear(uw, fc_out, bias_out, uw_bias), mlp_bias
 
     @property
     def padding(self) -> int:

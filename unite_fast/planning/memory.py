@@ -2,7 +2,7 @@
 
 Activations are what each op saves for backward in bfloat16 with a float32 residual, op by op as in kernels/linear.py,
 norm_linear.py, attention.py and the others. `backend` is "native" or "triton"; the Triton backend saves the normalised
-q, k and v as well as qkv, and pads SwiGLU's weights (model/layers.py).
+q and k as well as qkv, and pads SwiGLU's weights (model/layers.py).
 
 D width, H hidden width of SwiGLU, N latent tokens, C latent channels.
 """
@@ -55,7 +55,7 @@ def encoder_activations(model: ModelConfig, with_image: bool, backend: str = "tr
     for keys, queries in tokens_per_block(model, with_image):
         saved += keys * HALF * (d + 3 * d)  # h and qkv
         if backend == "triton":
-            saved += keys * (HALF * 3 * d + FLOAT * 2 * heads)  # q, k, v as attention reads them; 1 / RMS
+            saved += keys * (HALF * 2 * d + FLOAT * 2 * heads)  # q and k as attention reads them; 1 / RMS
         saved += queries * (HALF * d + FLOAT * heads)  # output of attention and its log-sum-exp
         saved += queries * (FLOAT * d + HALF * d + FLOAT)  # x_out and branch of gated_residual_adaln_linear
         saved += queries * HALF * 2 * hidden  # u and w of swiglu_linear

@@ -16,11 +16,11 @@ from unite_fast.planning.gpus import GPU
 from unite_fast.planning.lpips import lpips_bytes
 from unite_fast.recipes import from_tree
 
-BLOCK_BYTES = 138
+BLOCK_BYTES = 134
 """Elementwise and norm bytes per (token x channel) of an encoder block, forward and backward with recomputation, Triton
 kernels, float32 residual; `python benchmarks/kernels.py --block` counts them."""
-DECODER_BYTES = 211
-"""The same for a decoder layer, counted by hand: 0.5 GB per image for decoder B."""
+DECODER_BYTES = 120
+"""The same for a decoder layer, counted by the same command: 0.28 GB per image for decoder B."""
 MUON_BYTES = memory.FLOAT * (1 + 3 + 4) + memory.HALF * (1 + 1)
 """Bytes per parameter of Muon's step and its average, as kernels/triton_kernels/optimizer.py reads and writes them:
 
