@@ -8,14 +8,9 @@ once: a cache holds it. Compare the sum with a profiler's DRAM bytes.
 from unite_fast.config import Config
 from unite_fast.planning import flops
 from unite_fast.planning.flops import BlockLinears, Linear
+from unite_fast.planning.lpips import lpips_bytes
 from unite_fast.planning.memory import FLOAT, HALF
-from unite_fast.planning.predict import (
-    BLOCK_BYTES,
-    DECODER_BYTES,
-    LPIPS_BYTES,
-    NEWTON_SCHULZ_BYTES,
-    OPTIMIZER_BYTES,
-)
+from unite_fast.planning.predict import ADAMW_BYTES, BLOCK_BYTES, DECODER_BYTES, MUON_BYTES, NEWTON_SCHULZ_BYTES
 
 ATTENTION_BYTES = 8 + 28
 """Per (token x channel), forward and backward: q, k, v and the result; then these, four gradients (16 in all), the sums
@@ -62,7 +57,8 @@ def step_bytes(config: Config) -> dict[str, float]:
     ends += model.patches * linear_bytes(Linear(patch, width))
     embed = model.decoder.embed_width
     ends += n * sum(map(linear_bytes, (Linear(model.latent_channels, embed), Linear(embed, d), Linear(d, patch))))
-    parameters = flops.numel(flops.parameter_shapes(model))
+    shapes = flops.parameter_shapes(model)
+    muon = flops.numel([shape for shape in shapes if shape.muon])
     parts = {f"encoder blocks: {name}": size for name, size in encoder.items()}
     parts |= {
         "decoder layers: matmuls": model.decoder.depth * tokens * linears_bytes(layer),
@@ -70,9 +66,9 @@ def step_bytes(config: Config) -> dict[str, float]:
         "decoder layers: elementwise and norms": model.decoder.depth * tokens * d * DECODER_BYTES,
         "first and last Linears": ends,
         "pixels": model.image_size**2 * PIXEL_BYTES,
-        "LPIPS, elementwise": LPIPS_BYTES * model.image_size**2 if config.perceptual.weight else 0.0,
+        "LPIPS, elementwise": lpips_bytes(model.image_size) if config.perceptual.weight else 0.0,
         "weights and their gradients": weight_bytes(config) / micro_batch,
-        "optimizers": OPTIMIZER_BYTES * parameters / batch,
-        "Newton-Schulz": NEWTON_SCHULZ_BYTES * parameters / batch,
+        "optimizers": (MUON_BYTES * muon + ADAMW_BYTES * (flops.numel(shapes) - muon)) / batch,
+        "Newton-Schulz": NEWTON_SCHULZ_BYTES * muon / batch,
     }
     return {name: size for name, size in parts.items() if size}
