@@ -10,10 +10,11 @@ runs on tensors without memory, and two things are counted:
 - every launch of a Triton kernel of ours. The launchers of kernels/triton_kernels run as they are, inside our operators
   too (through the eager path of kernels/fused_op.py), and a stub takes the launch.
 
-Eager mode: torch.compile would fuse some of the operators. Copies of the batch from the host are left out, and so are
-the memsets that cuBLAS, cuDNN and sums over many rows may add. Where torch sees no CUDA device, the tensors are on the
-CPU instead (autograd asks even a tensor without memory for its device's streams), with the backends and matmuls that a
-GPU has; the output says which. The optimizer's step is shown apart, and is not part of a micro-batch.
+Eager mode: torch.compile would fuse some of the operators. Left out are copies from the host (the batch, and four
+tables of addresses in the optimizers' step) and the memsets that cuBLAS, cuDNN and sums over many rows may add. Where
+torch sees no CUDA device, the tensors are on the CPU instead (autograd asks even a tensor without memory for its
+device's streams), with the backends and matmuls that a GPU has; the output says which. The optimizers' step is shown
+apart, and is not part of a micro-batch.
 
 `--step N` counts the N micro-batches of a step and shows their mean; those after the first add to existing gradients.
 """
@@ -175,6 +176,7 @@ def as_on_a_gpu(device: str) -> Iterator[None]:
         stack.enter_context(mock.patch.object(muon, "_operator", muon._newton_schulz))
         # Tensors without memory have no address.
         stack.enter_context(mock.patch.object(optimizer, "address", lambda x: 0))
+        stack.enter_context(mock.patch.object(optimizer, "upload", lambda rows, device: torch.empty(rows.shape)))
         if device == "cpu":
             # `in_float32` asks it. Patching `in_float32` would miss the modules that import it by name.
             stack.enter_context(mock.patch.object(matmul, "bfloat16_instructions", lambda: True))

@@ -83,7 +83,7 @@ def record(times: Path, path: Path = FILE) -> list[Row]:
 
 
 def _rows(times: list[dict], source: Path) -> list[Row]:
-    by_case: dict[tuple, dict[str, dict]] = {}
+    by_case: dict[tuple[str, str, str, str], dict[str, dict]] = {}
     for each in times:
         if not each["cuda"]:
             raise UserError(

@@ -320,9 +320,6 @@ def table_of(
     addresses = np.array([[0 if x is None else address(x) for x in row] for row in (tensors, *others)])
     bits = np.array(numbers, np.float32).view(np.int32).reshape(-1, len(counts))
     rows = np.concatenate([ends[None], counts[None], addresses, bits]).astype(np.int64)
-    # From pinned memory, so that the host does not wait. PyTorch keeps that memory until the copy is done.
-    host, device = torch.from_numpy(rows), tensors[0].device
-    table = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
     sizes = {
         "N": len(counts),
         "LANES": next_power_of_2(len(counts)),
@@ -330,7 +327,13 @@ def table_of(
         "BLOCK": BLOCK,
         "ALIGNED": not (addresses % 16).any() and not (counts % 8).any(),
     }
-    return table, int(ends[-1]), sizes
+    return upload(rows, tensors[0].device), int(ends[-1]), sizes
+
+
+def upload(rows: np.ndarray, device: torch.device) -> Tensor:
+    host = torch.from_numpy(rows)
+    # From pinned memory, so that the host does not wait. PyTorch keeps that memory until the copy is done.
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def address(x: Tensor) -> int:
