@@ -38,10 +38,10 @@ def test_weights_and_optimizers_are_shared_by_the_images():
     few, many, split = (
         step_bytes.step_bytes(each) for each in (config(), config(batch=32), config(batch=32, micro_batch=8))
     )
-    per_parameter = sum(flops.parameters(config().model).values()) / 8
-    assert few["optimizers"] + few["Newton-Schulz"] == pytest.approx(
-        (predict.OPTIMIZER_BYTES + predict.NEWTON_SCHULZ_BYTES) * per_parameter
-    )
+    shapes = flops.parameter_shapes(config().model)
+    muon, adamw = (flops.numel([each for each in shapes if each.muon == chosen]) for chosen in (True, False))
+    assert few["optimizers"] == pytest.approx((predict.MUON_BYTES * muon + predict.ADAMW_BYTES * adamw) / 8)
+    assert few["Newton-Schulz"] == pytest.approx(predict.NEWTON_SCHULZ_BYTES * muon / 8)
     shared = ("optimizers", "Newton-Schulz", "weights and their gradients")
     assert all(many[name] == pytest.approx(few[name] / 4) for name in shared)
     assert split[shared[2]] == few[shared[2]] and split[shared[0]] == many[shared[0]]
