@@ -6,9 +6,10 @@ of the weights.
 
 A forward program is one warp, and never waits for another. It processes `FORWARD_ROWS` rows one after another, and
 loads the next row while it computes this one. A row is two pieces, each a power of two: 768 channels are 512 and 256,
-so that no lane is idle at the usual widths. A backward program processes `BACKWARD_ROWS` rows, 16 channels per thread:
-all loads of a row come before the only sum over it. float32 inside. Each backward program writes one partial sum of the
-gradients of weight, bias and the branch's bias; these are summed in a fixed order.
+so that no lane is idle at the usual widths. A backward program processes `BACKWARD_ROWS` rows: one warp for up to
+`ONE_WARP` channels, else several, which wait for each other. All loads of a row come before the only sum over it.
+float32 inside. Each backward program writes one partial sum of the gradients of weight, bias and the branch's bias;
+these are summed in a fixed order.
 """
 
 import torch
@@ -19,11 +20,12 @@ from unite_fast.kernels import tensors
 from unite_fast.kernels.triton_kernels.rows import cdiv, load, next_power_of_2
 from unite_fast.kernels.triton_kernels.sums import sum_rows
 
-FORWARD_ROWS, BACKWARD_ROWS = 8, 32
-"""Rows per program. Each of the backward kernel's partial sums costs a quarter of a byte per element, written and read.
-"""
+FORWARD_ROWS, BACKWARD_ROWS = 8, 16
+"""Rows per program. Each of the backward kernel's partial sums costs half a byte per element, written and read."""
+ONE_WARP = 768
+"""Channels up to which a backward program is one warp too. More than that would not fit into its registers."""
 LANES_EACH = 16
-"""Channels per thread of the backward kernel: two accesses of 16 bytes in bfloat16, four in float32."""
+"""Channels per thread of a larger backward program."""
 
 
 @triton.jit
@@ -121,8 +123,6 @@ def _layer_norm_bwd_kernel(
     i_first = tl.program_id(0).to(tl.int64) * BACKWARD_ROWS
     o_d = tl.arange(0, BD)
     m_d = o_d < D
-    b_weight = load(weight, o_d, m_d)
-    b_bias = load(bias, o_d, m_d)
     b_d_weight = tl.zeros((BD,), tl.float32)
     b_d_bias = tl.zeros((BD,), tl.float32)
     b_d_branch_bias = tl.zeros((BD,), tl.float32)
@@ -135,7 +135,10 @@ def _layer_norm_bwd_kernel(
         b_n = tl.where(m_d, (b_x - tl.load(mean + i_row)) * b_rstd, 0.0)
         b_d_weight += b_g * b_n
         b_d_bias += b_g
-        tl.store(out + i_row * D + o_d, (b_n * b_weight + b_bias).to(out.dtype.element_ty), mask=m_d)
+        # Loaded for each row, from a cache: they would take a quarter of the registers.
+        b_weight = load(weight, o_d, m_d)
+        b_out = b_n * b_weight + load(bias, o_d, m_d)
+        tl.store(out + i_row * D + o_d, b_out.to(out.dtype.element_ty), mask=m_d)
         b_a = b_g * b_weight
         # Both sums over the row at once: the warps wait for each other once.
         b_mean, b_product = tl.split(tl.sum(tl.join(b_a, b_a * b_n), axis=0) / D)
@@ -218,5 +221,5 @@ def _forward_sizes(d: int) -> dict[str, int]:
 def _backward_sizes(d: int) -> dict[str, int]:
     """Masked lanes pad a row to a power of two."""
     lanes = next_power_of_2(d)
-    warps = min(max(lanes // (32 * LANES_EACH), 1), 16)
+    warps = 1 if d <= ONE_WARP else min(lanes // (32 * LANES_EACH), 16)
     return {"D": d, "BD": lanes, "BACKWARD_ROWS": BACKWARD_ROWS, "num_warps": warps}

@@ -108,8 +108,8 @@ def test_attention_matches_the_formula_head_by_head(qk_norm):
         scores = prepare(q[..., own], layer.q_norm) @ prepare(k_[..., own], layer.k_norm).mT / math.sqrt(k)
         attended.append(scores.softmax(-1) @ v[..., own])
     expected = torch.cat(attended, -1) @ layer.proj.weight.T + layer.proj.bias
-    torch.testing.assert_close(layer(x, angle.cos(), angle.sin()), expected, **FLOAT64)
-    torch.testing.assert_close(layer(x, angle.cos(), angle.sin(), (2, 5)), expected[:, 2:5], **FLOAT64)
+    torch.testing.assert_close(layer(x, angle.cos(), angle.sin()), (expected, None), **FLOAT64)
+    torch.testing.assert_close(layer(x, angle.cos(), angle.sin(), (2, 5)), (expected[:, 2:5], None), **FLOAT64)
 
 
 def test_attention_depends_only_on_relative_positions():
@@ -117,9 +117,9 @@ def test_attention_depends_only_on_relative_positions():
     layer = Attention(16, 2, qk_norm=True).double()
     cos, sin = (table.double() for table in rope_table(40, 8))
     x = normal(1, 5, 16)
-    moved = layer(x, cos[30:35], sin[30:35])
+    moved, _ = layer(x, cos[30:35], sin[30:35])
     # The table is rounded to float32.
-    torch.testing.assert_close(layer(x, cos[:5], sin[:5]), moved, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(layer(x, cos[:5], sin[:5])[0], moved, rtol=1e-6, atol=1e-6)
 
 
 def test_attention_without_qk_norm_has_no_norm_weights():
@@ -134,16 +134,17 @@ def test_swiglu_has_the_published_hidden_width(width, hidden):
     assert layer.fc_out.weight.shape == (width, hidden)
 
 
-def swiglu_inputs(width: int) -> list[torch.Tensor]:
-    """x, branch, gate, norm weight, shift and scale."""
+def swiglu_inputs(width: int) -> list[torch.Tensor | None]:
+    """x, branch, branch bias (none), gate, norm weight, shift and scale."""
     shapes = (2, 3, width), (2, 3, width), (2, width), (width,), (2, width), (2, width)
-    return [normal(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+    x, branch, *vectors = (normal(*shape, seed=seed) for seed, shape in enumerate(shapes))
+    return [x, branch, None, *vectors]
 
 
 def test_swiglu_matches_the_formula():
     torch.manual_seed(0)
     layer = SwiGLU(12).double()
-    x, branch, gate, norm_weight, shift, scale = inputs = swiglu_inputs(12)
+    x, branch, _, gate, norm_weight, shift, scale = inputs = swiglu_inputs(12)
     x = x + gate[:, None] * branch
     h = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm_weight * (1 + scale[:, None]) + shift[:, None]
     u, w = (h @ layer.fc_in.weight.T + layer.fc_in.bias).split(32, -1)

@@ -68,6 +68,8 @@ CHANGES = [
         ("tests/model/test_decoder.py",),
         [
             ("LAYER_NORM_EPS = 1e-12", "LAYER_NORM_EPS = 1e-5"),
+            ("*weights, branch_bias), left", "*weights), left"),
+            ("branch_bias)[1][:, 1:]", "branch_bias)[1][:, :-1]"),
         ],
     ),
     (
@@ -75,6 +77,44 @@ CHANGES = [
         ("tests/kernels/test_swiglu.py",),
         [
             ("F.silu(u)", "F.gelu(u)"),
+        ],
+    ),
+    (
+        "kernels/triton_kernels/swiglu.py",
+        ("tests/kernels/test_swiglu.py", "tests/kernels/test_linear.py"),
+        [
+            ("b_sum_w += b_d_w", "b_sum_w += b_d_u"),
+        ],
+    ),
+    (
+        "kernels/triton_kernels/gelu.py",
+        ("tests/kernels/test_gelu.py", "tests/kernels/test_linear.py"),
+        [
+            ("0.3989422804014327", "0.3889422804014327"),
+            ("(b_u * b_phi).to(out", "(b_u + b_phi).to(out"),
+            ("b_sum += b_d_u", "b_sum += b_g"),
+        ],
+    ),
+    (
+        "kernels/triton_kernels/qk_norm_rope.py",
+        ("tests/kernels/test_qk_norm_rope.py",),
+        [
+            ("b_sum_v += b_d_v.to(tl.float32)", "b_sum_v += b_d_k"),
+        ],
+    ),
+    (
+        "kernels/triton_kernels/layer_norm.py",
+        ("tests/kernels/test_linear.py",),
+        [
+            ("b_d_branch_bias += b_d_x", "b_d_branch_bias += b_g"),
+            ("o_row + EACH, o_2, end, D)", "o_row, o_2, end, D)"),
+        ],
+    ),
+    (
+        "kernels/linear.py",
+        ("tests/kernels/test_linear.py",),
+        [
+            ("(bias.detach(), bias) if", "(bias, bias) if"),
         ],
     ),
     (
