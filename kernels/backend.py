@@ -32,12 +32,15 @@ _interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 
 _current = "auto"
 _slower: dict[str, list[str]] = {}
-"""See `measured.slower_ops`, for the current CUDA device."""
+"""`measured.slower_ops` of the card that `use` was told."""
 _attention = "sdpa"
 
 
-def use(name: str) -> None:
+def use(name: str, device: torch.device | None = None) -> None:
     """Choose a backend, one of `NAMES`.
+
+    Args:
+        device: where the ops will run. If it is a CUDA device, `auto` looks up what was measured on this card.
 
     Raises:
         UserError: unknown backend, or one that cannot run on this machine.
@@ -48,7 +51,8 @@ def use(name: str) -> None:
     if missing := why_missing(name):
         raise UserError(f"kernels: the {name} backend is missing: {missing}")
     _current = name
-    _slower = measured.slower_ops(torch.cuda.get_device_name()) if name == "auto" and torch.cuda.is_available() else {}
+    on_card = name == "auto" and device is not None and device.type == "cuda"
+    _slower = measured.slower_ops(torch.cuda.get_device_name(device)) if on_card else {}
 
 
 def unmeasured(device: torch.device) -> str:
@@ -64,12 +68,13 @@ def unmeasured(device: torch.device) -> str:
 @contextmanager
 def using(name: str) -> Iterator[None]:
     """`use` within a `with` block."""
-    before = _current
+    global _current, _slower
+    before = _current, _slower
     use(name)
     try:
         yield
     finally:
-        use(before)
+        _current, _slower = before
 
 
 def current() -> str:

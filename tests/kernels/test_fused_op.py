@@ -4,11 +4,14 @@ The Triton backends run on a GPU if there is one, else in Triton's interpreter. 
 instance, so their shapes are small.
 """
 
+import contextlib
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from unite_fast import kernels
 from unite_fast.kernels import backend
 from unite_fast.kernels.fused_op import as_tuple
 from unite_fast.kernels.registry import OPS, Size
@@ -211,3 +214,31 @@ def test_a_second_derivative_is_refused(case):
     first = torch.autograd.grad(op(*inputs.values())[0].sum(), next(iter(inputs.values())), create_graph=True)[0]
     with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
         first.sum().backward()
+
+
+def linear_of(x):
+    weight, bias = torch.ones(6, x.shape[-1], requires_grad=True), torch.zeros(6, requires_grad=True)
+    return kernels.linear(x, weight, bias), weight
+
+
+@native_only
+def test_a_second_derivative_of_a_linear_is_refused():
+    """Its backward pass runs PyTorch's operators, which have derivatives."""
+    x = torch.randn(2, 3, 4, dtype=torch.bfloat16, requires_grad=True)
+    y, weight = linear_of(x)
+    first = torch.autograd.grad((y * y).sum(), weight, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@native_only
+@pytest.mark.parametrize("fails", [False, True])
+def test_autocast_is_on_again_after_an_op(fails):
+    x = torch.randn(2, 3, 4, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16), pytest.MonkeyPatch.context() as monkeypatch:
+        if fails:
+            monkeypatch.setattr(torch.nn.functional, "linear", None)
+        with pytest.raises(TypeError) if fails else contextlib.nullcontext():
+            linear_of(x)
+        assert torch.is_autocast_enabled("cpu")
+    assert not torch.is_autocast_enabled("cpu")

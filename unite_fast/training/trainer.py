@@ -143,7 +143,7 @@ class Trainer:
         config = self.config
         use_threads(config.train.threads)
         use_numerics(config.train.precision, config.train.deterministic)
-        backend.use(config.kernels)
+        backend.use(config.kernels, self.device)
         head_dims = {size.width // size.heads for size in (config.model.encoder, config.model.decoder)}
         backend.use_attention(config.attention, self.device, getattr(torch, config.train.precision), head_dims)
 
