@@ -62,7 +62,7 @@ def gelu(u: Tensor, u_bias: Tensor | None = None) -> Tensor:
         ValueError: shapes that do not match.
     """
     tensors.check_contained("gelu", "u_bias", u, u_bias)
-    chosen = backend.choose(u)
+    chosen = backend.choose(u, op="gelu")
     return gelu_ref(u, u_bias) if chosen == "reference" else gelu_op(chosen, u, u_bias)
 
 

@@ -216,7 +216,7 @@ def split_heads(qkv: Tensor, heads: int, qkv_bias: Tensor | None = None) -> tupl
     if qkv.dim() != 3 or qkv.shape[2] % (3 * heads):
         raise argument_error("split_heads", f"qkv must be [B, T, 3 x {heads} heads x K], got {list(qkv.shape)}")
     tensors.check_contained("split_heads", "qkv_bias", qkv, qkv_bias)
-    chosen = backend.choose(qkv)
+    chosen = backend.choose(qkv, op="split_heads")
     return (
         split_heads_ref(qkv, heads, qkv_bias) if chosen == "reference" else split_heads_op(chosen, qkv, qkv_bias, heads)
     )
