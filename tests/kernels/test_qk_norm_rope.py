@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from unite_fast.kernels import qk_norm_rope, split_heads
-from unite_fast.kernels.qk_norm_rope import qk_norm_rope_ref, split_heads_ref
+from unite_fast.kernels.qk_norm_rope import qk_norm_rope_ref
 
 SHAPES = [(5, 41, 3, 14), (2, 20, 4, 16)]
 """B, T, heads, head dimension."""
@@ -115,9 +115,10 @@ def test_views_share_the_memory_of_qkv(backend_name, draw):
         assert view.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
 
 
+@fast_backends
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gradient_of_a_bias_that_qkv_contains(norm, dtype, judge, draw):
+def test_the_gradient_of_a_bias_that_qkv_contains(backend_name, norm, dtype, judge, draw):
     """More tokens than a program of the Triton backend takes."""
     cos, sin = angles(draw, 67, 6)
     inputs = {"qkv": draw(2, 67, 36, dtype=dtype), "qkv_bias": draw(36)}
@@ -133,9 +134,9 @@ def test_the_gradient_of_a_bias_that_qkv_contains(norm, dtype, judge, draw):
     judge(ours, exact, inputs, (dtype,) * 3)
 
 
-@pytest.mark.parametrize("split", [split_heads, split_heads_ref])
+@pytest.mark.parametrize("backend_name", ["reference", "native", "triton"], indirect=True)
 @pytest.mark.parametrize("bias", [True, False])
-def test_split_heads_and_its_gradients(split, bias, judge, draw):
+def test_split_heads_and_its_gradients(backend_name, bias, judge, draw):
     def exact(qkv, qkv_bias=None):
         if qkv_bias is not None:
             qkv = qkv + (qkv_bias - qkv_bias.detach())
@@ -144,7 +145,7 @@ def test_split_heads_and_its_gradients(split, bias, judge, draw):
         )
 
     inputs = {"qkv": draw(2, 67, 45)} | ({"qkv_bias": draw(45)} if bias else {})
-    judge(lambda qkv, qkv_bias=None: split(qkv, 3, qkv_bias), exact, inputs, (torch.float32,) * 3)
+    judge(lambda qkv, qkv_bias=None: split_heads(qkv, 3, qkv_bias), exact, inputs, (torch.float32,) * 3)
 
 
 @pytest.mark.parametrize(
