@@ -248,7 +248,24 @@ def test_plan(command, record):
     config, cluster, data = made.arguments.values()
     assert (config.name, config.train.micro_batch, data) == ("imagenet256_l", 16, "raw")
     assert (cluster.gpu.key, cluster.nodes, cluster.gpus_per_node) == ("h200", 3, 4)
-    assert list(printed.arguments.values()) == ["plan", 2.5]
+    assert list(printed.arguments.values()) == ["plan", 2.5, []]
+
+
+def test_plan_shows_what_was_measured_on_the_same_gpus(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row = {"date": "2026-01-02", "commit": "abc1234", "recipe": "imagenet256_b", "card": "NVIDIA H200", "gpus": "8"}
+    row |= {"settings": "", "images_per_s": "2640", "images_per_s_per_gpu": "330.0"}
+    others = ({"gpus": "4"}, {"recipe": "digits"}, {"card": "NVIDIA B200"})
+    lines = [",".join(row), *(",".join((row | other).values()) for other in ({}, *others))]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/bench.csv").write_text("\n".join(lines))
+    out = command("plan", "imagenet256_b", "--gpu", "h200").out
+    assert out.count("abc1234") == 1 and "330.0" in out
+    (tmp_path / "runs/bench.csv").rename(tmp_path / "other.csv")
+    assert "abc1234" not in command("plan", "imagenet256_b", "--gpu", "h200").out
+    assert "330.0" in command("plan", "imagenet256_b", "--gpu", "h200", "--measured", "other.csv").out
+    ended = command("plan", "imagenet256_b", "--measured", "none.csv")
+    assert ended.status == 2 and "none.csv" in ended.err
 
 
 def test_shards(command, record, tmp_path, mentions):

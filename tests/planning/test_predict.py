@@ -11,7 +11,7 @@ import torch
 from unite_fast.errors import UserError
 from unite_fast.kernels import backend
 from unite_fast.kernels.fused_op import triton_function
-from unite_fast.planning import flops, memory, predict
+from unite_fast.planning import flops, memory, predict, step_bytes
 from unite_fast.planning.gpus import find_gpu
 from unite_fast.planning.lpips import lpips_bytes
 from unite_fast.planning.predict import (
@@ -34,7 +34,9 @@ def plan(recipe: str, gpu: str, nodes: int, *overrides: str, per_node: int = 8):
 
 
 # The first time model of this project: its work of UNITE-B, and below its images/s (docs/performance.md, 2026-11-22).
-FIRST_WORK = Work(matmul=895e9, convolutions=120e9, bytes=157 * 16384 * 768 + 0.5e9 + 0.07e9, lpips_bytes=0)
+FIRST_WORK = Work(
+    matmul=895e9, convolutions=120e9, encoder_bytes=157 * 16384 * 768, decoder_bytes=0.5e9 + 0.07e9, lpips_bytes=0
+)
 
 
 @pytest.mark.parametrize("gpu, images_per_s", [("h100", 395), ("h200", 442), ("b200", 914)])
@@ -44,12 +46,15 @@ def test_the_time_model_gives_the_first_figures(gpu, images_per_s):
 
 def test_the_work_of_unite_b_differs_from_the_first_model_in_unread_tokens_and_lpips():
     work = predict.image_work(load_config("imagenet256_b"))
-    assert work.matmul == pytest.approx(FIRST_WORK.matmul, rel=0.02)
+    assert work.matmul + work.attention == pytest.approx(FIRST_WORK.matmul, rel=0.02)
+    # Tokens squared: 4 blocks without in-context tokens, 7 with, the last one with 256 queries; the decoder.
+    tokenizer, flow = 4 * 512**2 + 7 * 544**2 + 544 * 256, 4 * 256**2 + 7 * 288**2 + 288 * 256
+    assert work.attention == 12 * 768 * (tokenizer + 3 * flow + 12 * 257**2)
     assert work.convolutions == pytest.approx(FIRST_WORK.convolutions, rel=0.005)
     # Kernels that read the inputs anyway write the recomputed tensors: 134 bytes instead of 157. A decoder layer moves
     # 120 bytes, not the 211 of 0.5 GB.
-    saved = (157 - predict.BLOCK_BYTES) * 16384 * 768 + (211 - predict.DECODER_BYTES) * 257 * 12 * 768
-    assert work.bytes == pytest.approx(FIRST_WORK.bytes - 0.07e9 - saved, rel=0.04)
+    assert work.encoder_bytes == pytest.approx(step_bytes.BLOCK_BYTES * 16384 * 768, rel=0.04)
+    assert work.decoder_bytes == step_bytes.DECODER_BYTES * 257 * 12 * 768
     assert work.lpips_bytes == lpips_bytes(256)
 
 
@@ -57,8 +62,8 @@ def test_block_bytes_are_those_of_the_benchmark(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     traffic = importlib.import_module("traffic")
     sys.modules.pop("traffic")
-    assert round(traffic.block_bytes(torch.float32, "triton", recompute=True)) == predict.BLOCK_BYTES
-    assert round(sum(traffic.decoder_layer_bytes(torch.float32).values())) == predict.DECODER_BYTES
+    assert round(traffic.block_bytes(torch.float32, "triton", recompute=True)) == step_bytes.BLOCK_BYTES
+    assert round(sum(traffic.decoder_layer_bytes(torch.float32).values())) == step_bytes.DECODER_BYTES
 
 
 @pytest.mark.skipif(bool(backend.why_missing("triton")), reason=backend.why_missing("triton") or "here")
@@ -94,8 +99,8 @@ def test_optimizer_bytes_are_those_of_its_kernels(monkeypatch):
     momentum = bytes_of("muon_momentum", a, b, half, norm, 1.0, 0.9, None)
     update = bytes_of("muon_update", a, b, half, [0.1], 0.9, None)
     adamw = bytes_of("adamw_update", a, b, c, (d, e), steps, norm, 1.0, 0.1, (0.9, 0.9), 1e-6, 0.9, None)
-    assert gradient + momentum + update == predict.MUON_BYTES
-    assert gradient + adamw == predict.ADAMW_BYTES
+    assert gradient + momentum + update == step_bytes.MUON_BYTES
+    assert gradient + adamw == step_bytes.ADAMW_BYTES
 
 
 def test_collectives_take_the_time_of_their_bytes():

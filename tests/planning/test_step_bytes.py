@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from unite_fast.config import Config
-from unite_fast.planning import flops, predict, step_bytes
+from unite_fast.planning import flops, step_bytes
 from unite_fast.recipes import from_tree
 
 
@@ -29,7 +29,7 @@ def test_a_block_by_hand():
     # Tokens x blocks: 512, 544 with in-context tokens, and half of the last block's work on 256 queries.
     tokens = 4 * 512 + 544 + (544 + 256) / 2 + 3 * (4 * 256 + 288 + (288 + 256) / 2)
     assert parts["encoder blocks: attention"] == pytest.approx(36 * tokens * 384)
-    assert parts["encoder blocks: elementwise and norms"] == pytest.approx(predict.BLOCK_BYTES * tokens * 384)
+    assert parts["encoder blocks: elementwise and norms"] == pytest.approx(step_bytes.BLOCK_BYTES * tokens * 384)
     assert parts["encoder blocks: matmuls"] == pytest.approx(3 * 32 * tokens * 384, rel=0.02)
     assert parts["decoder layers: matmuls"] == pytest.approx(3 * 32 * 6 * 257 * 384)
 
@@ -40,8 +40,8 @@ def test_weights_and_optimizers_are_shared_by_the_images():
     )
     shapes = flops.parameter_shapes(config().model)
     muon, adamw = (flops.numel([each for each in shapes if each.muon == chosen]) for chosen in (True, False))
-    assert few["optimizers"] == pytest.approx((predict.MUON_BYTES * muon + predict.ADAMW_BYTES * adamw) / 8)
-    assert few["Newton-Schulz"] == pytest.approx(predict.NEWTON_SCHULZ_BYTES * muon / 8)
+    assert few["optimizers"] == pytest.approx((step_bytes.MUON_BYTES * muon + step_bytes.ADAMW_BYTES * adamw) / 8)
+    assert few["Newton-Schulz"] == pytest.approx(step_bytes.NEWTON_SCHULZ_BYTES * muon / 8)
     shared = ("optimizers", "Newton-Schulz", "weights and their gradients")
     assert all(many[name] == pytest.approx(few[name] / 4) for name in shared)
     assert split[shared[2]] == few[shared[2]] and split[shared[0]] == many[shared[0]]

@@ -1,5 +1,6 @@
 """The command that predicts memory, speed and cost of a run."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,6 +19,9 @@ def plan(
     gpus_per_node: Annotated[int, typer.Option(help="GPUs per machine")] = 8,
     price: Annotated[float, typer.Option(min=0, help="EUR per GPU and hour; 0: no costs")] = 0.0,
     data: Annotated[str, typer.Option(help="format of the training data: folder, original, cropped-jpeg or raw")] = "",
+    measured: Annotated[
+        Path, typer.Option(metavar="CSV", help="table of unite-fast bench; its rows for this plan are shown")
+    ] = Path("runs/bench.csv"),
 ) -> None:
     """Predict memory, speed, communication and cost of a run on any GPUs; none is needed.
 
@@ -27,11 +31,16 @@ def plan(
 
     `unite-fast plan imagenet256_l --gpu h100 --nodes 8 --price 2.5 train.micro_batch=16`
     """
-    from unite_fast.planning.gpus import find_gpu
+    from unite_fast.benchmarking import csv_file
+    from unite_fast.planning.gpus import find_gpu, recognise
     from unite_fast.planning.predict import Cluster, make_plan
     from unite_fast.planning.report import lines
     from unite_fast.recipes import load_config
 
-    config = load_config(recipe, tuple(overrides or ()))
-    for line in lines(make_plan(config, Cluster(find_gpu(gpu), nodes, gpus_per_node), data), price):
+    config, card = load_config(recipe, tuple(overrides or ())), find_gpu(gpu)
+    result = make_plan(config, Cluster(card, nodes, gpus_per_node), data)
+    rows = csv_file.read(measured) if measured.exists() or measured != Path("runs/bench.csv") else []
+    same = {"recipe": config.name, "gpus": str(nodes * gpus_per_node)}
+    rows = [row for row in rows if row.items() >= same.items() and recognise(row["card"]) == card]
+    for line in lines(result, price, rows):
         typer.echo(line)

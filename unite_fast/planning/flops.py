@@ -123,6 +123,18 @@ def decoder_flops(model: ModelConfig) -> Flops:
     return total + matmul(n, size.width, 3 * model.patch_size**2)
 
 
+def all_attention(config: Config) -> Flops:
+    """The part of attention in one training image's FLOPs."""
+    model, total = config.model, Flops()
+    for with_image, passes in ((True, 1), (False, config.objective.flow_draws)):
+        for keys, queries in tokens_per_block(model, with_image):
+            each = attention(queries, keys, model.encoder.width)
+            total += Flops(passes * each.forward, passes * each.backward)
+    tokens, size = model.latent_tokens + 1, model.decoder
+    each = attention(tokens, tokens, size.width)
+    return total + Flops(size.depth * each.forward, size.depth * each.backward)
+
+
 def lpips_flops(image_size: int) -> Flops:
     """Forward for image and reconstruction, backward to the reconstruction only; VGG16 is frozen."""
     convolutions = [shape for shape in VGG_SHAPES.values() if len(shape) == 4]

@@ -11,28 +11,10 @@ from unite_fast.config import Config, ModelConfig
 from unite_fast.distributed import strategy as sharing
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError, require
-from unite_fast.planning import flops, memory
+from unite_fast.planning import flops, memory, step_bytes
 from unite_fast.planning.gpus import GPU
-from unite_fast.planning.lpips import lpips_bytes
 from unite_fast.recipes import from_tree
 
-BLOCK_BYTES = 134
-"""Elementwise and norm bytes per (token x channel) of an encoder block, forward and backward with recomputation, Triton
-kernels, float32 residual; `python benchmarks/kernels.py --block` counts them."""
-DECODER_BYTES = 120
-"""The same for a decoder layer, counted by the same command: 0.28 GB per image for decoder B."""
-MUON_BYTES = memory.FLOAT * (1 + 3 + 4) + memory.HALF * (1 + 1)
-"""Bytes per parameter of Muon's step and its average, as kernels/triton_kernels/optimizer.py reads and writes them:
-
-- norm: reads the gradient;
-- momentum: reads gradient and momentum, writes momentum and, in bfloat16, the direction;
-- update: reads weight, average and, in bfloat16, the update, writes weight and average."""
-ADAMW_BYTES = memory.FLOAT * (1 + 5 + 4)
-"""The same for AdamW: the norm reads the gradient; the update reads gradient, weight, average and two moments, and
-writes all but the gradient."""
-NEWTON_SCHULZ_BYTES = memory.HALF * (3 + 5 * 5 + 2)
-"""Bytes per parameter of Muon in bfloat16: a norm and a division at the start, five iterations, each four reads and one
-write of the iterate, and a copy at the end."""
 RESERVED = 0.05
 """Share of a GPU's memory that a plan leaves free."""
 RELEASED_IMAGES_PER_S = 102.7
@@ -47,6 +29,7 @@ class Assumptions:
 
     name: str
     matmul: float
+    attention: float
     convolutions: float
     memory: float
     links: float
@@ -57,8 +40,12 @@ class Assumptions:
     """Newton-Schulz FLOPs of the busiest GPU over an even share."""
 
 
-FAST = Assumptions("fast", matmul=0.65, convolutions=0.50, memory=0.85, links=0.8, overlap=True, imbalance=1.0)
-SLOW = Assumptions("slow", matmul=0.45, convolutions=0.35, memory=0.65, links=0.5, overlap=False, imbalance=2.0)
+FAST = Assumptions(
+    "fast", matmul=0.65, attention=0.40, convolutions=0.50, memory=0.85, links=0.8, overlap=True, imbalance=1.0
+)
+SLOW = Assumptions(
+    "slow", matmul=0.45, attention=0.25, convolutions=0.35, memory=0.65, links=0.5, overlap=False, imbalance=2.0
+)
 
 
 @dataclass(frozen=True)
@@ -66,13 +53,18 @@ class Work:
     """Work of one image, forward and backward."""
 
     matmul: float
-    """FLOPs of matmuls and attention."""
+    """FLOPs of matmuls."""
     convolutions: float
     """FLOPs of LPIPS."""
-    bytes: float
-    """Elementwise and norm bytes of the model."""
+    encoder_bytes: float
+    """Elementwise and norm bytes of the encoder's blocks."""
     lpips_bytes: float
     """Elementwise bytes of LPIPS."""
+    attention: float = 0.0
+    """FLOPs of attention."""
+    decoder_bytes: float = 0.0
+    """Elementwise and norm bytes of the decoder's layers."""
+    pixel_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -90,19 +82,16 @@ class Cluster:
 
 
 def image_work(config: Config) -> Work:
-    parts = flops.parts(config)
-    model, draws = config.model, config.objective.flow_draws
-    token_blocks = sum(
-        passes * (keys + queries) / 2
-        for with_image, passes in ((True, 1), (False, draws))
-        for keys, queries in flops.tokens_per_block(model, with_image)
-    )
-    decoder = (model.latent_tokens + 1) * model.decoder.depth * model.decoder.width
+    parts, moved = flops.parts(config), step_bytes.step_bytes(config)
+    attention = flops.all_attention(config).total
     return Work(
-        matmul=sum(part.total for name, part in parts.items() if name != "lpips"),
+        matmul=sum(part.total for name, part in parts.items() if name != "lpips") - attention,
         convolutions=parts["lpips"].total,
-        bytes=BLOCK_BYTES * token_blocks * model.encoder.width + DECODER_BYTES * decoder,
-        lpips_bytes=lpips_bytes(model.image_size) if config.perceptual.weight else 0,
+        encoder_bytes=moved["encoder blocks: elementwise and norms"],
+        lpips_bytes=moved.get("LPIPS, elementwise", 0.0),
+        attention=attention,
+        decoder_bytes=moved["decoder layers: elementwise and norms"],
+        pixel_bytes=moved["pixels"],
     )
 
 
@@ -110,10 +99,13 @@ def image_seconds(work: Work, gpu: GPU, assumed: Assumptions) -> dict[str, float
     """Seconds of one image on one GPU, by part."""
     peak, bandwidth = gpu.tflops * 1e12, gpu.bandwidth * 1e12 * assumed.memory
     return {
-        "matmul": work.matmul / (peak * assumed.matmul),
-        "elementwise": work.bytes / bandwidth,
+        "matmuls": work.matmul / (peak * assumed.matmul),
+        "attention": work.attention / (peak * assumed.attention),
+        "encoder elementwise": work.encoder_bytes / bandwidth,
+        "decoder elementwise": work.decoder_bytes / bandwidth,
         "LPIPS convolutions": work.convolutions / (peak * assumed.convolutions),
         "LPIPS elementwise": work.lpips_bytes / bandwidth,
+        "pixels": work.pixel_bytes / bandwidth,
     }
 
 
@@ -198,9 +190,9 @@ def predict_speed(config: Config, cluster: Cluster, strategy: str, micro_steps: 
     shapes = flops.parameter_shapes(config.model)
     muon = flops.numel([shape for shape in shapes if shape.muon])
     owned = min(1.0, assumed.imbalance / cluster.gpus)
-    seconds["optimizer"] = owned * (flops.newton_schulz(config.model) / peak + NEWTON_SCHULZ_BYTES * muon / bandwidth)
-    step_bytes = MUON_BYTES * muon + ADAMW_BYTES * (flops.numel(shapes) - muon)
-    seconds["optimizer"] += step_bytes / shards(strategy, cluster) / bandwidth
+    newton_schulz = flops.newton_schulz(config.model) / peak + step_bytes.NEWTON_SCHULZ_BYTES * muon / bandwidth
+    moved = step_bytes.MUON_BYTES * muon + step_bytes.ADAMW_BYTES * (flops.numel(shapes) - muon)
+    seconds["optimizer"] = owned * newton_schulz + moved / shards(strategy, cluster) / bandwidth
     step_collectives = collectives(config, cluster, strategy, micro_steps)
     overlapping = sum(collective_seconds(one, cluster, assumed) for one in step_collectives if one.overlaps)
     exposed = sum(collective_seconds(one, cluster, assumed) for one in step_collectives if not one.overlaps)

@@ -1,5 +1,7 @@
 """The output of `unite-fast plan`."""
 
+from collections.abc import Mapping, Sequence
+
 from unite_fast.planning import flops, memory
 from unite_fast.planning.predict import (
     CPU_SECONDS,
@@ -13,10 +15,16 @@ from unite_fast.planning.predict import (
     has_released_speed,
     image_work,
 )
+from unite_fast.planning.step_bytes import step_bytes
 
 
-def lines(plan: Plan, price: float = 0.0) -> list[str]:
-    """The plan as lines of text. `price`: EUR per GPU hour; 0: no costs."""
+def lines(plan: Plan, price: float = 0.0, measured: Sequence[Mapping[str, str]] = ()) -> list[str]:
+    """The plan as lines of text.
+
+    Args:
+        price: EUR per GPU hour; 0: no costs.
+        measured: rows of `unite-fast bench` for this recipe, card and number of GPUs, shown beside the prediction.
+    """
     config, cluster = plan.config, plan.cluster
     gpu, share = cluster.gpu, config.train.batch_size // cluster.gpus
     return [
@@ -37,6 +45,7 @@ def lines(plan: Plan, price: float = 0.0) -> list[str]:
         "",
         *_run(plan, price),
         *_released_speed(plan),
+        *_measured(plan, measured),
         "",
         *_assumptions(plan),
     ]
@@ -57,7 +66,9 @@ def _work(plan: Plan) -> list[str]:
     rows = [
         f"work per image: {flops.image_flops(plan.config) / 1e9:.0f} GFLOP ({each}); the released code, "
         f"which also computes unread tokens, {flops.image_flops(plan.config, skip_unread=False) / 1e9:.0f}",
-        f"elementwise traffic per image: model {work.bytes / 1e9:.2f} GB, LPIPS {work.lpips_bytes / 1e9:.2f} GB",
+        f"elementwise traffic per image, GB: encoder {work.encoder_bytes / 1e9:.2f}, "
+        f"decoder {work.decoder_bytes / 1e9:.2f}, LPIPS {work.lpips_bytes / 1e9:.2f}; all traffic of a step "
+        f"{sum(step_bytes(plan.config).values()) / 1e9:.2f}",
         f"work per GPU and step: {images * flops.image_flops(plan.config) / 1e12:.1f} TFLOP, "
         f"plus Newton-Schulz {flops.newton_schulz(plan.config.model) / 1e12:.2f} TFLOP over all GPUs",
     ]
@@ -111,15 +122,24 @@ def _released_speed(plan: Plan) -> list[str]:
     ]
 
 
+def _measured(plan: Plan, rows: Sequence[Mapping[str, str]]) -> list[str]:
+    low, high = (speed.images_per_s / plan.cluster.gpus for speed in (plan.slow, plan.fast))
+    return [
+        f"measured   {row['date']}, commit {row['commit']}: {float(row['images_per_s_per_gpu']):.1f} images/s per GPU "
+        f"({row['settings'] or 'the recipe as it is'}); predicted {low:.0f} to {high:.0f}"
+        for row in rows
+    ]
+
+
 def _assumptions(plan: Plan) -> list[str]:
     gpu = plan.cluster.gpu
 
     def rates(assumed: Assumptions) -> str:
         overlap = "communication overlaps with backward" if assumed.overlap else "no communication overlaps"
         return (
-            f"  {assumed.name}: matmuls at {assumed.matmul:.0%} of peak, convolutions at "
-            f"{assumed.convolutions:.0%}, memory at {assumed.memory:.0%}, links at {assumed.links:.0%}; {overlap}; "
-            f"the busiest GPU has {assumed.imbalance:g} x an even share of Newton-Schulz"
+            f"  {assumed.name}: matmuls at {assumed.matmul:.0%} of peak, attention at {assumed.attention:.0%}, "
+            f"convolutions at {assumed.convolutions:.0%}, memory at {assumed.memory:.0%}, links at {assumed.links:.0%}"
+            f"; {overlap}; the busiest GPU has {assumed.imbalance:g} x an even share of Newton-Schulz"
         )
 
     return [

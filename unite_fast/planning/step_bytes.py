@@ -1,8 +1,8 @@
 """Bytes of GPU memory traffic per image of a training step, pass by pass, from the config alone.
 
-Every kernel reads its inputs and writes its outputs once: the Linears, attention, and the elementwise and norm work of
-predict.py, with the Triton backends, bfloat16 and a float32 residual. What several tiles of a matmul read is counted
-once: a cache holds it. Compare the sum with a profiler's DRAM bytes.
+Every kernel reads its inputs and writes its outputs once: the Linears, attention, and the elementwise and norm work,
+with the Triton backends, bfloat16 and a float32 residual. What several tiles of a matmul read is counted once: a cache
+holds it. Compare the sum with a profiler's DRAM bytes.
 """
 
 from unite_fast.config import Config
@@ -10,8 +10,24 @@ from unite_fast.planning import flops
 from unite_fast.planning.flops import BlockLinears, Linear
 from unite_fast.planning.lpips import lpips_bytes
 from unite_fast.planning.memory import FLOAT, HALF
-from unite_fast.planning.predict import ADAMW_BYTES, BLOCK_BYTES, DECODER_BYTES, MUON_BYTES, NEWTON_SCHULZ_BYTES
 
+BLOCK_BYTES = 134
+"""Elementwise and norm bytes per (token x channel) of an encoder block, forward and backward with recomputation, Triton
+kernels, float32 residual; `python benchmarks/kernels.py --block` counts them."""
+DECODER_BYTES = 120
+"""The same for a decoder layer, counted by the same command: 0.28 GB per image for decoder B."""
+MUON_BYTES = FLOAT * (1 + 3 + 4) + HALF * (1 + 1)
+"""Bytes per parameter of Muon's step and its average, as kernels/triton_kernels/optimizer.py reads and writes them:
+
+- norm: reads the gradient;
+- momentum: reads gradient and momentum, writes momentum and, in bfloat16, the direction;
+- update: reads weight, average and, in bfloat16, the update, writes weight and average."""
+ADAMW_BYTES = FLOAT * (1 + 5 + 4)
+"""The same for AdamW: the norm reads the gradient; the update reads gradient, weight, average and two moments, and
+writes all but the gradient."""
+NEWTON_SCHULZ_BYTES = HALF * (3 + 5 * 5 + 2)
+"""Bytes per parameter of Muon in bfloat16: a norm and a division at the start, five iterations, each four reads and one
+write of the iterate, and a copy at the end."""
 ATTENTION_BYTES = 8 + 28
 """Per (token x channel), forward and backward: q, k, v and the result; then these, four gradients (16 in all), the sums
 of d_out * out (4), and d_q summed in float32 (8)."""
