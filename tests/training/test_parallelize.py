@@ -9,6 +9,7 @@ import torch
 
 from unite_fast.distributed.dtensor import copy_full, full_tensor, local
 from unite_fast.distributed.launch import join_training
+from unite_fast.kernels import backend
 from unite_fast.model.unite import UNITE
 from unite_fast.recipes import load_config
 from unite_fast.sampling import sampler
@@ -120,6 +121,29 @@ def test_initial_weights_do_not_depend_on_the_world_size(world, nodes, strategy,
     for values in ranks(world, initial_weights, config, nodes=nodes):
         assert values.keys() == expected.keys()
         assert [name for name, x in expected.items() if not torch.equal(torch.from_numpy(values[name]), x)] == []
+
+
+def gradients(config) -> dict[str, torch.Tensor]:
+    """Gradients of the first step, reduced over the ranks."""
+    with Run(config) as trainer:
+        trainer.train_step.accumulate(next(trainer.loader))
+        named = trainer.state.model.named_parameters()
+        return {name: full_tensor(p.grad).float().numpy() for name, p in named if p.grad is not None}
+
+
+@pytest.mark.skipif(bool(backend.why_missing("triton")), reason=backend.why_missing("triton") or "here")
+@pytest.mark.skipif(not backend.interpreted(), reason="the ranks of this test are on the CPU")
+def test_gradients_of_biases_that_ops_share_reach_their_shards(settings, ranks):
+    """With the Triton backend, an op of the next layer makes the gradient of a bias after FSDP has freed it."""
+    common = "kernels=triton", "train.precision=bfloat16", "train.batch_size=4", "objective.flow_weight=1"
+    with backend.using("auto"):  # the trainer sets the backend of the process
+        expected = gradients(settings(*common))
+    for values in ranks(2, gradients, settings(*common, "parallel.strategy=fsdp")):
+        assert values.keys() == expected.keys()
+        for name, value in values.items():
+            error, size = (torch.from_numpy(x).norm() for x in (value - expected[name], expected[name]))
+            # Each rank rounds its gradients to bfloat16 before they are added.
+            assert error <= 2.0**-8 * size, (name, error / size)
 
 
 def allocated_bytes(config) -> dict[str, int]:
