@@ -30,7 +30,7 @@ the backward pass, with five sums in registers, then spills."""
 WIDE = 1024
 PIECE = 256
 """Channels that the warps of a row load at once: no lane is idle at 768."""
-PROGRAMS = {"forward": ((16, 16), (12, 10), (10, 8)), "backward": ((8, 8), (5, 4), (4, 3))}
+PROGRAMS = {"forward": ((16, 16), (12, 12), (12, 10)), "backward": ((8, 8), (6, 5), (4, 4))}
 """Programs that a multiprocessor holds at once, by registers (benchmarks/cross_compile.py): of the op without a branch,
 with one, and with a norm too; each for rows of at most three pieces, and of four."""
 SUM_ROWS, SUM_LANES = 64, 16

@@ -21,8 +21,8 @@ from unite_fast.kernels.triton_kernels.rows import next_power_of_2
 
 CHUNK = 16384
 """Elements of a program: long enough to hide how it finds its tensor."""
-BLOCK = 2048
-"""Elements in flight: 16 per thread of 4 warps."""
+BLOCK = 1024
+"""Elements in flight: 8 per thread of 4 warps."""
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 

@@ -1,4 +1,4 @@
-"""Loads that the kernels share, sizes of launches, and those of kernels that process rows [D] one after another."""
+"""Loads and sizes of launches that the kernels share."""
 
 import functools
 
@@ -6,10 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-TOKENS = 16
-"""Rows per program. Partial sums then cost half a byte per element, written and read."""
-LANES_EACH = 8
-"""Elements of a row per thread: one access of 16 bytes in bfloat16, two in float32."""
 PROCESSORS = {"meta": 132, "cpu": 1}
 """Multiprocessors where there is no GPU: an H100's to compile for one, and one in the interpreter, which runs one
 program after another."""
@@ -44,12 +40,6 @@ def tokens_of_program(T, tokens):
     """A program's sample, its first token and the end of its tokens: axis 0 counts samples, axis 1 parts of one."""
     first = tl.program_id(1).to(tl.int64) * tokens
     return tl.program_id(0).to(tl.int64), first, tl.minimum(first + tokens, T)
-
-
-def row_sizes(d: int) -> dict[str, int]:
-    """Constants of a kernel whose programs process TOKENS rows [D]. Masked lanes pad a row to a power of two."""
-    lanes = next_power_of_2(d)
-    return {"D": d, "BD": lanes, "TOKENS": TOKENS, "num_warps": min(max(lanes // (32 * LANES_EACH), 1), 16)}
 
 
 def cdiv(n: int, size: int) -> int:

@@ -266,6 +266,9 @@ def test_plan_shows_what_was_measured_on_the_same_gpus(command, tmp_path, monkey
     assert "330.0" in command("plan", "imagenet256_b", "--gpu", "h200", "--measured", "other.csv").out
     ended = command("plan", "imagenet256_b", "--measured", "none.csv")
     assert ended.status == 2 and "none.csv" in ended.err
+    assert (
+        "abc1234" not in command("plan", "imagenet256_b", "--gpu", "h200", "--nodes", 2, "--measured", "other.csv").out
+    )
 
 
 def test_shards(command, record, tmp_path, mentions):

@@ -66,7 +66,8 @@ CHANGES = [
         "unite_fast/commands/planning.py",
         ("tests/commands/test_forwarding.py", "tests/commands/test_options.py"),
         [
-            ("Cluster(find_gpu(gpu), nodes, gpus_per_node)", "Cluster(find_gpu(gpu), gpus_per_node, nodes)"),
+            ("Cluster(card, nodes, gpus_per_node)", "Cluster(card, gpus_per_node, nodes)"),
+            ('"gpus": str(nodes * gpus_per_node)', '"gpus": str(gpus_per_node)'),
         ],
     ),
     (

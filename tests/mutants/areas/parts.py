@@ -103,6 +103,14 @@ CHANGES = [
         ],
     ),
     (
+        "kernels/triton_kernels/adaln.py",
+        ("tests/kernels/test_linear.py",),
+        [
+            ("b_d_y_sum * b_gate", "b_d_y_sum"),
+            ("b_sum *= 1 + load(scale", "b_sum *= load(scale"),
+        ],
+    ),
+    (
         "kernels/triton_kernels/layer_norm.py",
         ("tests/kernels/test_linear.py",),
         [
