@@ -101,13 +101,14 @@ def _native_with_bias(name: str, fake_forward: Callable, fake_backward: Callable
         *tensors_, _, eps, out_dtype = inputs
         return native.forward(*tensors_, eps, out_dtype)
 
-    def backward(*inputs):
-        *others, branch_bias_gradient = inputs
-        gradients = native.backward(*others)
-        d_branch = gradients[1].flatten(0, 1)
-        return *gradients, d_branch.sum(0, dtype=torch.float32) if branch_bias_gradient else d_branch.new_empty(
-            0
-        ).float()
+    def backward(d_x_out, d_h, x, branch, *others):
+        *vectors, branch_bias_gradient = others
+        if not branch_bias_gradient:
+            gradients = native.backward(d_x_out, d_h, x, branch, *vectors)
+            return *gradients, tensors.empty_bias_gradient(x, False)
+        # The bias is float32, so the gradient of the branch is summed before it is rounded.
+        d_x, d_branch, *d_vectors = native.backward(d_x_out, d_h, x, branch.float(), *vectors)
+        return d_x, d_branch.to(tensors.empty_gradient(branch).dtype), *d_vectors, d_branch.flatten(0, 1).sum(0)
 
     return Backend(forward, backward)
 
@@ -312,11 +313,11 @@ def adaln_inputs(size: Size, new: New, names: str) -> dict[str, Tensor]:
         "x": 3 * new(b, t, d, dtype=size.residual),
         "branch": new(b, t, d, dtype=size.other),
         "gate": gate,
-        "branch_bias": new(d, dtype=size.weights),
         "norm_weight": new(d, dtype=size.weights, around=1.0),
         "weight": new(d, dtype=size.weights, around=1.0),
         "shift": shift,
         "scale": scale,
+        "branch_bias": new(d, dtype=size.weights),
     }
     return {name: inputs[name] for name in names.split()}
 

@@ -35,6 +35,8 @@ class DrawnArithmetic(TorchDispatchMode):
         kwargs = kwargs or {}
         if op in SUMS:
             return getattr(self, SUMS[op])(*args, **kwargs)
+        if op in SEVERAL_ROUNDINGS and args[0].dtype == torch.float32:
+            return getattr(self, SEVERAL_ROUNDINGS[op])(*args)
         if op.is_view or op.overloadpacket in EXACT:
             return op(*args, **kwargs)
         if torch.Tag.pointwise not in op.tags or op._schema.is_mutable:
@@ -50,6 +52,24 @@ class DrawnArithmetic(TorchDispatchMode):
         share = ((x - near.double()) / (far.double() - near.double())).nan_to_num(0, 0, 0)
         uniform = torch.rand(x.shape, generator=self.generator, dtype=torch.float64).to(x.device)
         return torch.where(uniform < share, far, near)
+
+    def _step(self, f, *inputs: Tensor) -> Tensor:
+        """One float32 operation."""
+        return self._rounded(f(*(x.double() for x in inputs)))
+
+    def _normal_distribution(self, x: Tensor) -> Tensor:
+        erf = self._step(torch.erf, self._step(lambda x: x * 0.5**0.5, x))
+        return 0.5 * self._step(lambda e: 1 + e, erf)
+
+    def _gelu(self, x: Tensor) -> Tensor:
+        return self._step(torch.mul, x, self._normal_distribution(x))
+
+    def _gelu_backward(self, d_out: Tensor, x: Tensor) -> Tensor:
+        """d_out (Phi(x) + x phi(x))."""
+        power = self._step(torch.exp, -0.5 * self._step(torch.mul, x, x))
+        density = self._step(lambda p: p * (2 * torch.pi) ** -0.5, power)
+        slope = self._step(torch.add, self._normal_distribution(x), self._step(torch.mul, x, density))
+        return self._step(torch.mul, d_out, slope)
 
     def _order(self, n: int) -> list[int]:
         return torch.randperm(n, generator=self.generator).tolist()
@@ -114,6 +134,8 @@ SUMS = {
     aten._softmax.default: "_softmax",
     aten._softmax_backward_data.default: "_softmax_backward",
 }
+SEVERAL_ROUNDINGS = {aten.gelu.default: "_gelu", aten.gelu_backward.default: "_gelu_backward"}
+"""Pointwise operators that round several times inside."""
 EXACT = {
     aten._to_copy,
     aten.cat,

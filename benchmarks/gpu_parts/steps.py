@@ -138,7 +138,8 @@ def backward_at_once(layer: nn.Module) -> None:
     def call(*arguments):
         own = tree_map_only(torch.Tensor, cut, arguments)
         outputs = compiled(*own)
-        torch.autograd.backward(tree_leaves(outputs), [torch.ones_like(x) for x in tree_leaves(outputs)])
+        results = [x for x in tree_leaves(outputs) if isinstance(x, torch.Tensor) and x.grad_fn]
+        torch.autograd.backward(results, [torch.ones_like(x) for x in results])
         return tree_map_only(torch.Tensor, lambda x: x.detach().requires_grad_(), outputs)
 
     layer._compiled_call_impl = call

@@ -69,7 +69,7 @@ def run(function, arguments, parameters, device, exact=False):
 
     arguments = tree_map_only(torch.Tensor, leaf, arguments)
     with torch.autocast(device.type, torch.bfloat16, enabled=not exact):
-        outputs = tree_leaves(function(*arguments))
+        outputs = [x for x in tree_leaves(function(*arguments)) if isinstance(x, torch.Tensor) and x.grad_fn]
     leaves = [x for x in tree_leaves(arguments) if isinstance(x, torch.Tensor) and x.requires_grad] + parameters
     generator = torch.Generator(device).manual_seed(2)
     incoming = [torch.randn(x.shape, device=device, generator=generator).bfloat16().to(x) for x in outputs]
