@@ -73,12 +73,18 @@ def record(times: Path, path: Path = FILE) -> list[Row]:
         The new rows.
 
     Raises:
-        UserError: times of a CPU, of code that no commit has, or without the compiled reference.
+        UserError: no such file, or no JSON; times of a CPU, of uncommitted code, or without the compiled reference.
     """
-    new = _rows(json.loads(times.read_text()), times)
+    try:
+        printed = json.loads(times.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{times} is not what benchmarks/kernels.py --json prints: {error}") from error
+    new = _rows(printed, times)
     cases = {row.case for row in new}
     rows = sorted([row for row in read(path) if row.case not in cases] + new, key=lambda row: row.case)
-    path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    aside = path.with_name(f".{path.name}.new")
+    aside.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    aside.replace(path)
     return new
 
 

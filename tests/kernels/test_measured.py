@@ -168,3 +168,13 @@ def test_other_times_are_refused(rows, said, tmp_path, mentions):
     with pytest.raises(UserError, match=mentions(said)):
         measured.record(write(tmp_path / "times.json", rows), table)
     assert measured.read(table) == []
+
+
+@pytest.mark.parametrize("text", [None, "", "no json", b"\xff\xfe"])
+def test_a_file_that_is_no_output_of_the_benchmark_is_refused(text, tmp_path, mentions):
+    table, broken = write(tmp_path / "measured.json", []), tmp_path / "times.json"
+    if text is not None:
+        broken.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=mentions("times.json")):
+        measured.record(broken, table)
+    assert [each.name for each in tmp_path.iterdir() if each != broken] == ["measured.json"]
