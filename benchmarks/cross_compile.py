@@ -81,8 +81,6 @@ ARCHS = {
     100: Arch(64, 32, 228 * 1024),
     120: Arch(48, 24, 100 * 1024),
 }
-PROCESSORS = 132
-"""Multiprocessors of an H100."""
 REGISTERS = 65536
 """Registers of a multiprocessor; a warp gets a multiple of 256."""
 
@@ -234,6 +232,7 @@ def compile_op(arch: int, op: str, kernel_filter: str) -> list[dict]:
     warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION")
     StandIn.arch = arch
     triton.runtime.driver.set_active(StandIn())
+    processors = triton_modules()["rows"].PROCESSORS["meta"]
     rows, known = [], {}
     for label, inputs in cases(op):
         with compiling(kernel_filter) as launches:
@@ -242,7 +241,7 @@ def compile_op(arch: int, op: str, kernel_filter: str) -> list[dict]:
             if compiled.hash not in known:
                 known[compiled.hash] = examine(compiled, arch)
             row = {"kernel": kernel, "op": op, "arch": f"sm_{arch}", **label, **known[compiled.hash]}
-            row["waves"] = round(programs / row["resident"] / PROCESSORS, 2)
+            row["waves"] = round(programs / row["resident"] / processors, 2)
             rows.append(row | narrowest(row["accesses"], tensors))
     return rows
 

@@ -144,9 +144,10 @@ def _residual_norm_bytes(size: Size) -> int:
 
 def step_report() -> str:
     """Bytes of a whole step per image at the size that docs/performance.md counts."""
-    small = {"width": 384, "depth": 6, "heads": 6}
+    from step import SIZES  # which loads the trainer
+
     tree = {
-        "model": {"encoder": small, "decoder": small | {"mlp_width": 1536}},
+        "model": SIZES["bench"],
         "train": {"batch_size": 8},
         "perceptual": {"weight": 0.0},
     }

@@ -98,8 +98,8 @@ def _native_with_bias(name: str, fake_forward: Callable, fake_backward: Callable
     )
 
     def forward(*inputs):
-        *tensors_, _, eps, out_dtype = inputs
-        return native.forward(*tensors_, eps, out_dtype)
+        *others, _, eps, out_dtype = inputs
+        return native.forward(*others, eps, out_dtype)
 
     def backward(d_x_out, d_h, x, branch, *others):
         *vectors, branch_bias_gradient = others

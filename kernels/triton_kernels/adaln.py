@@ -250,10 +250,8 @@ def _adaln_sums_kernel(
         elif i_sum == FACTOR:
             tl.store(d_scale + o, (b_sum * b_weight).to(d_scale.dtype.element_ty), mask=m)
             b_sum *= 1 + load(scale, o_b.to(tl.int64)[:, None] * scale_stride + o_d[None, :], m)
-        elif i_sum == GATE:  # noqa: SIM102
-            # Two tests, here and below: the first is at run time, the second for the compiler.
-            if d_gate is not None:
-                tl.store(d_gate + o, b_sum.to(d_gate.dtype.element_ty), mask=m)
+        elif d_gate is not None and i_sum == GATE:
+            tl.store(d_gate + o, b_sum.to(d_gate.dtype.element_ty), mask=m)
         b_all += b_sum
     b_all = tl.sum(b_all, axis=0)
     if i_sum == FACTOR:

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from unite_fast.kernels import tensors
 from unite_fast.kernels.tensors import empty_channels_last, pixels_first
-from unite_fast.kernels.triton_kernels.rows import load, load_row
+from unite_fast.kernels.triton_kernels.rows import cdiv, load, load_row, next_power_of_2
 
 ELEMENTS = 4096
 """Elements per program of 4 warps: 32 per thread."""
@@ -33,9 +33,9 @@ def bias_relu_forward(x, bias):
     """x [B, C, H, W], bias [C] -> (out [B, C, H, W], channels-last,)."""
     out, c = empty_channels_last(x, *x.shape[2:]), x.shape[1]
     if out.numel():
-        lanes = triton.next_power_of_2(c)
+        lanes = next_power_of_2(c)
         pixels, rows = out.numel() // c, max(1, ELEMENTS // lanes)
-        grid = (triton.cdiv(pixels, rows),)
+        grid = (cdiv(pixels, rows),)
         _bias_relu_fwd_kernel[grid](pixels_first(x), tensors.as_float32(bias), out, pixels, C=c, BC=lanes, ROWS=rows)
     return (out,)
 
@@ -44,6 +44,6 @@ def bias_relu_backward(d_out, out):
     """d_out and out [B, C, H, W] -> (d_x [B, C, H, W], channels-last,)."""
     d_x, elements = empty_channels_last(out, *out.shape[2:]), out.numel()
     if elements:
-        grid = (triton.cdiv(elements, ELEMENTS),)
+        grid = (cdiv(elements, ELEMENTS),)
         _bias_relu_bwd_kernel[grid](pixels_first(d_out), pixels_first(out), d_x, elements, ELEMENTS=ELEMENTS)
     return (d_x,)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from unite_fast.kernels import tensors
-from unite_fast.kernels.triton_kernels.rows import load
+from unite_fast.kernels.triton_kernels.rows import cdiv, load
 from unite_fast.kernels.triton_kernels.sums import bias_partial, sum_bias
 
 BLOCK = 1024
@@ -70,7 +70,7 @@ def gelu_forward(u: Tensor, u_bias: Tensor | None) -> tuple[Tensor]:
     """u [..., M] -> (out like u,)."""
     out = tensors.empty_like(u)
     if out.numel():
-        _gelu_fwd_kernel[(triton.cdiv(out.numel(), BLOCK),)](u.contiguous(), out, out.numel(), BLOCK=BLOCK)
+        _gelu_fwd_kernel[(cdiv(out.numel(), BLOCK),)](u.contiguous(), out, out.numel(), BLOCK=BLOCK)
     return (out,)
 
 
@@ -87,7 +87,7 @@ def gelu_backward_recompute(d_out: Tensor, u: Tensor, bias_gradient: bool) -> tu
 
 def _backward(d_out: Tensor, u: Tensor, out: Tensor | None, bias_gradient: bool) -> tuple[Tensor, Tensor]:
     d_u, width, rows = tensors.empty_like(u), u.shape[-1], u.shape[:-1].numel()
-    grid = triton.cdiv(width, COLUMNS), triton.cdiv(rows, TOKENS)
+    grid = cdiv(width, COLUMNS), cdiv(rows, TOKENS)
     partial = bias_partial(u, grid[1], bias_gradient)
     if u.numel():
         pointers = d_out.contiguous(), u.contiguous(), d_u, out, partial

@@ -207,7 +207,7 @@ def _backward(d_x_out, d_out, x, d_branch, weight, bias, mean, rstd, branch_bias
         constants = _backward_sizes(x.shape[-1]) | {"BRANCH_BIAS": branch_bias_gradient}
         _layer_norm_bwd_kernel[grid](*inputs, d_x, d_branch, out, partial, mean.numel(), **constants)
     d_weight, d_bias, *d_branch_bias = sum_rows(partial)
-    return d_x, d_branch, d_weight, d_bias, *(d_branch_bias or [x.new_empty(0, dtype=torch.float32)]), out
+    return d_x, d_branch, d_weight, d_bias, *(d_branch_bias or [tensors.empty_bias_gradient(x, False)]), out
 
 
 def _forward_sizes(d: int) -> dict[str, int]:

@@ -27,13 +27,10 @@ def _sum_rows_kernel(partial, first, second, third, rows, D: tl.constexpr, ROWS:
     b_sum = tl.sum(b_sum, axis=0)
     if i_sum == 0:
         tl.store(first + o_d, b_sum, mask=m_d)
-    # Two tests: the first is for the compiler, the second at run time.
-    if second is not None:  # noqa: SIM102
-        if i_sum == 1:
-            tl.store(second + o_d, b_sum, mask=m_d)
-    if third is not None:  # noqa: SIM102
-        if i_sum == 2:
-            tl.store(third + o_d, b_sum, mask=m_d)
+    elif second is not None and i_sum == 1:
+        tl.store(second + o_d, b_sum, mask=m_d)
+    elif third is not None and i_sum == 2:
+        tl.store(third + o_d, b_sum, mask=m_d)
 
 
 def sum_rows(partial: Tensor) -> list[Tensor]:

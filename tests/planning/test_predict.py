@@ -35,7 +35,13 @@ def plan(recipe: str, gpu: str, nodes: int, *overrides: str, per_node: int = 8):
 
 # The first time model of this project: its work of UNITE-B, and below its images/s (docs/performance.md, 2026-11-22).
 FIRST_WORK = Work(
-    matmul=895e9, convolutions=120e9, encoder_bytes=157 * 16384 * 768, decoder_bytes=0.5e9 + 0.07e9, lpips_bytes=0
+    matmul=895e9,
+    attention=0,
+    convolutions=120e9,
+    encoder_bytes=157 * 16384 * 768,
+    decoder_bytes=0.5e9,
+    lpips_bytes=0,
+    pixel_bytes=0.07e9,
 )
 
 

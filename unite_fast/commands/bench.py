@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from unite_fast.commands.options import BENCH_TABLE
 from unite_fast.errors import UserError
 
 app = typer.Typer()
@@ -26,9 +27,7 @@ def bench(
     profile: Annotated[bool, typer.Option("--profile", help="list the slowest kernels")] = False,
     tuned: Annotated[str, typer.Option(metavar="FILE", help="settings found by unite-fast tune")] = "",
     json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
-    csv: Annotated[
-        str, typer.Option(metavar="FILE", help="table to append the result to; empty: none")
-    ] = "runs/bench.csv",
+    csv: Annotated[str, typer.Option(metavar="FILE", help="table to append the result to; empty: none")] = BENCH_TABLE,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="plot the table's images/s; without RECIPE nothing is timed")
     ] = None,

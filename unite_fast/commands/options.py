@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 Number = TypeVar("Number", int, float)
 
+BENCH_TABLE = "runs/bench.csv"
+"""The table that `bench` writes and `plan` reads by default."""
+
 Checkpoint = Annotated[
     Path,
     typer.Argument(

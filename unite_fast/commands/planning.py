@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from unite_fast.commands.options import BENCH_TABLE
+
 app = typer.Typer()
 
 
@@ -20,8 +22,11 @@ def plan(
     price: Annotated[float, typer.Option(min=0, help="EUR per GPU and hour; 0: no costs")] = 0.0,
     data: Annotated[str, typer.Option(help="format of the training data: folder, original, cropped-jpeg or raw")] = "",
     measured: Annotated[
-        Path, typer.Option(metavar="CSV", help="table of unite-fast bench; its rows for this plan are shown")
-    ] = Path("runs/bench.csv"),
+        Path | None,
+        typer.Option(
+            metavar="CSV", help=f"table of unite-fast bench; its rows for this plan are shown [{BENCH_TABLE}]"
+        ),
+    ] = None,
 ) -> None:
     """Predict memory, speed, communication and cost of a run on any GPUs; none is needed.
 
@@ -39,7 +44,9 @@ def plan(
 
     config, card = load_config(recipe, tuple(overrides or ())), find_gpu(gpu)
     result = make_plan(config, Cluster(card, nodes, gpus_per_node), data)
-    rows = csv_file.read(measured) if measured.exists() or measured != Path("runs/bench.csv") else []
+    if measured is None and Path(BENCH_TABLE).exists():
+        measured = Path(BENCH_TABLE)
+    rows = csv_file.read(measured) if measured else []
     same = {"recipe": config.name, "gpus": str(nodes * gpus_per_node)}
     rows = [row for row in rows if row.items() >= same.items() and recognise(row["card"]) == card]
     for line in lines(result, price, rows):

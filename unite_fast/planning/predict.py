@@ -54,17 +54,17 @@ class Work:
 
     matmul: float
     """FLOPs of matmuls."""
+    attention: float
+    """FLOPs of attention."""
     convolutions: float
     """FLOPs of LPIPS."""
     encoder_bytes: float
     """Elementwise and norm bytes of the encoder's blocks."""
+    decoder_bytes: float
+    """Elementwise and norm bytes of the decoder's layers."""
     lpips_bytes: float
     """Elementwise bytes of LPIPS."""
-    attention: float = 0.0
-    """FLOPs of attention."""
-    decoder_bytes: float = 0.0
-    """Elementwise and norm bytes of the decoder's layers."""
-    pixel_bytes: float = 0.0
+    pixel_bytes: float
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ def image_work(config: Config) -> Work:
     attention = flops.all_attention(config).total
     return Work(
         matmul=sum(part.total for name, part in parts.items() if name != "lpips") - attention,
+        attention=attention,
         convolutions=parts["lpips"].total,
         encoder_bytes=moved["encoder blocks: elementwise and norms"],
-        lpips_bytes=moved.get("LPIPS, elementwise", 0.0),
-        attention=attention,
         decoder_bytes=moved["decoder layers: elementwise and norms"],
+        lpips_bytes=moved.get("LPIPS, elementwise", 0.0),
         pixel_bytes=moved["pixels"],
     )
 
