@@ -127,8 +127,9 @@ def gradients(config) -> dict[str, torch.Tensor]:
     """Gradients of the first step, reduced over the ranks."""
     with Run(config) as trainer:
         trainer.train_step.accumulate(next(trainer.loader))
-        named = trainer.state.model.named_parameters()
-        return {name: full_tensor(p.grad).float().numpy() for name, p in named if p.grad is not None}
+        named = dict(trainer.state.model.named_parameters())
+        assert [name for name, p in named.items() if p.grad is None] == []
+        return {name: full_tensor(p.grad).float().numpy() for name, p in named.items()}
 
 
 @pytest.mark.skipif(bool(backend.why_missing("triton")), reason=backend.why_missing("triton") or "here")
