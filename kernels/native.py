@@ -101,7 +101,7 @@ def philox_words(seed: int, step: int, stream: int, draw: int, positions: Tensor
         seed: in [0, 2**64).
         step: in [0, 2**32).
         stream, draw: each in [0, 2**16).
-        positions: int64 [b] on the CPU, each in [0, 2**32).
+        positions: int64 [b] on the CPU, not negative.
         elements: words per sample.
 
     Returns:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from unite_fast.kernels import backend
-from unite_fast.randomness import Philox, Stream, box_muller, permutation, philox4x32
+from unite_fast.randomness import Philox, Stream, at_step, box_muller, permutation, philox4x32
 
 # Random123's kat_vectors, "philox4x32 10": counter, key, answer.
 KNOWN_ANSWERS = (
@@ -178,6 +178,24 @@ def test_streams_draws_steps_seeds_and_samples_differ():
     ]
     for a, b in itertools.combinations(draws, 2):
         assert not (a == b).any()
+
+
+@pytest.mark.parametrize("kind", ["words", "uniform", "normal"])
+@pytest.mark.parametrize("backend_name", ["reference", "auto"])
+def test_a_step_in_the_positions_is_a_step(kind, backend_name):
+    """What a CUDA graph relies on: the step is in a tensor."""
+    positions = torch.tensor([0, 5, 2**31, 2**32 - 1])
+    for step in (0, 1, 77, 2**31 - 1):
+        with backend.using(backend_name):
+            expected = getattr(Philox(9, step, positions), kind)(Stream.FLOW_NOISE, (7,), range(2))
+            actual = getattr(Philox(9, 0, at_step(positions, step)), kind)(Stream.FLOW_NOISE, (7,), range(2))
+            halves = getattr(Philox(9, step // 2, at_step(positions, step - step // 2)), kind)(
+                Stream.FLOW_NOISE, (7,), range(2)
+            )
+        assert torch.equal(actual, expected)
+        assert torch.equal(halves, expected)
+    with pytest.raises(ValueError, match="step -1 must be"):
+        at_step(positions, -1)
 
 
 def test_a_scalar_draw_has_one_number_per_sample():

@@ -10,6 +10,9 @@ identifies the draw:
 gets word `element % 4`. So a step draws the same numbers on 1 process or 64, in one batch or eight micro-batches,
 before or after a resume, on a CPU or a GPU.
 
+A position from 2**32 on stands for later steps: its low word is the position, and its high word is added to `step`. So
+one tensor can give a CUDA graph both.
+
 Torch lacks unsigned 32-bit arithmetic on some devices, so words are stored as int64 in [0, 2**32).
 """
 
@@ -84,7 +87,7 @@ class Philox:
     Attributes:
         seed: the run's seed, in [0, 2**64).
         step: the optimizer step, in [0, 2**32).
-        positions: int64 [b], the samples' positions in the global batch, on the device where to draw.
+        positions: int64 [b], the samples' positions in the global batch, on the device where to draw; see `at_step`.
     """
 
     seed: int
@@ -160,8 +163,8 @@ class Philox:
         blocks = -(-elements // 4)
         counter = self.positions.new_empty(b, blocks, 4)
         counter[..., 0] = torch.arange(blocks, device=self.positions.device)
-        counter[..., 1] = self.positions[:, None]
-        counter[..., 2] = self.step
+        counter[..., 1] = (self.positions & _MASK)[:, None]
+        counter[..., 2] = ((self.step + (self.positions >> 32)) & _MASK)[:, None]
         counter[..., 3] = (int(stream) << 16) + draw
         words = philox4x32(counter, (self.seed & _MASK, self.seed >> 32))
         return words.reshape(b, blocks * 4)[:, :elements]
@@ -188,6 +191,13 @@ def box_muller(words: Tensor) -> Tensor:
     radius = ((pairs[..., 0] + 0.5) * 2.0**-32).log_().mul_(-2.0).sqrt_()
     angle = pairs[..., 1] * (2.0 * math.pi * 2.0**-32)
     return torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).float()
+
+
+def at_step(positions: Tensor, step: int) -> Tensor:
+    """Positions int64 [b] of step 0, in [0, 2**32) -> those of `step`, in [0, 2**31)."""
+    if not 0 <= step < 2**31:
+        raise ValueError(f"Philox: step {step} must be in [0, 2**31)")
+    return positions + (step << 32)
 
 
 @dataclass(frozen=True)

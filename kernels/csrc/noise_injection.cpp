@@ -74,7 +74,8 @@ void noise_injection_forward(const NoiseInjection& op, const PhiloxDraw& first_d
     parallel_for(tasks, op.draws * op.batch * op.elements, threads, [&](Index task) {
         const Index sample = task / pieces, f = sample / op.batch, b = sample % op.batch;
         const auto position = static_cast<std::uint32_t>(positions[b]);
-        forward_piece(op, first_draw, position, z_type, z, f, b, task % pieces * kPiece, out);
+        const PhiloxDraw draw = at_step(first_draw, positions[b]);
+        forward_piece(op, draw, position, z_type, z, f, b, task % pieces * kPiece, out);
     });
 }
 

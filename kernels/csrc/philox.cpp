@@ -44,14 +44,16 @@ UNITE_FAST_PER_CPU void sample_normals(const PhiloxDraw& draw, std::uint32_t pos
 void philox_words(const PhiloxDraw& draw, const std::int64_t* positions, std::int64_t samples, std::int64_t blocks,
                   std::int64_t* out, int threads) {
     each_sample(samples, blocks, threads, [&](std::int64_t b) {
-        sample_words(draw, static_cast<std::uint32_t>(positions[b]), blocks, out + b * blocks * 4);
+        sample_words(at_step(draw, positions[b]), static_cast<std::uint32_t>(positions[b]), blocks,
+                     out + b * blocks * 4);
     });
 }
 
 void philox_normals(const PhiloxDraw& draw, const std::int64_t* positions, std::int64_t samples, std::int64_t blocks,
                     float* out, int threads) {
     each_sample(samples, blocks, threads, [&](std::int64_t b) {
-        sample_normals(draw, static_cast<std::uint32_t>(positions[b]), 0, blocks, out + b * blocks * 4);
+        sample_normals(at_step(draw, positions[b]), static_cast<std::uint32_t>(positions[b]), 0, blocks,
+                       out + b * blocks * 4);
     });
 }
 

@@ -12,6 +12,12 @@ struct PhiloxDraw {
     std::uint32_t stream_and_draw;  // stream * 2**16 + draw
 };
 
+// The draw of a position whose high word counts steps after draw.step.
+UNITE_FAST_INLINE PhiloxDraw at_step(PhiloxDraw draw, std::int64_t position) {
+    draw.step += static_cast<std::uint32_t>(position >> 32);
+    return draw;
+}
+
 struct PhiloxWords {
     std::uint32_t w0, w1, w2, w3;
 };

@@ -22,12 +22,13 @@ KEYS = ["step", "stream_and_draw", "seed_low", "seed_high"]
 
 @triton.jit
 def words(o_block, position, step, stream_and_draw, seed_low, seed_high):
-    """The four words of each block. The other counter words and the key are passed as signed 32-bit integers."""
+    """The four words of each block. `position` is int64; its high word counts steps after `step`. The other counter
+    words and the key are passed as signed 32-bit integers."""
     b_same = tl.zeros_like(o_block)
     return tl.philox_impl(
         o_block.to(tl.uint32),
         (b_same + position).to(tl.uint32),
-        (b_same + step).to(tl.uint32),
+        (b_same + step + (position >> 32)).to(tl.uint32),
         (b_same + stream_and_draw).to(tl.uint32),
         seed_low.to(tl.uint32),
         seed_high.to(tl.uint32),

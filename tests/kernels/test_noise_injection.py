@@ -25,7 +25,9 @@ if INTERPRETED:
     @triton.jit
     def words_kernel(out, position, step, tag, seed_low, seed_high, COUNT: tl.constexpr):
         o = tl.arange(0, COUNT)
-        b_w0, b_w1, b_w2, b_w3 = triton_words(o, position, step, tag, seed_low, seed_high)
+        b_w0, b_w1, b_w2, b_w3 = triton_words(
+            o, tl.cast(position, tl.int64) & 0xFFFFFFFF, step, tag, seed_low, seed_high
+        )
         tl.store(out + 4 * o, b_w0.to(tl.int64))
         tl.store(out + 4 * o + 1, b_w1.to(tl.int64))
         tl.store(out + 4 * o + 2, b_w2.to(tl.int64))
@@ -54,8 +56,8 @@ needs_native = pytest.mark.skipif(not native.available(), reason=native.reason()
 
 
 def keys(samples: int, like: Tensor | None = None) -> Philox:
-    """Keys that use both halves of every word, and the top bit of some. On the device of `like`, or the CPU."""
-    positions = torch.tensor([3, WORD, 0, 2**31, 77])[:samples]
+    """Keys that use both halves of every word, the top bit of some, and a step in a position. On the device of `like`, or the CPU."""
+    positions = torch.tensor([3, WORD, 2**40 + 5, 2**31, 77])[:samples]
     return Philox(2**63 + 5, 2**32 - 2, positions if like is None else positions.to(like.device))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from unite_fast.kernels import backend
-from unite_fast.randomness import Philox, Stream
+from unite_fast.randomness import Philox, Stream, at_step
 
 WORD = 2**32 - 1
 UNITS = 2
@@ -57,6 +57,14 @@ def test_words_and_uniforms_equal_the_reference_and_normals_nearly(kind, seed, s
                 assert units.max() <= UNITS
             else:
                 assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("kind", ["words", "uniform", "normal"])
+def test_a_step_in_the_positions_is_a_step(kind, device):
+    positions = torch.tensor(POSITIONS, device=device)
+    for step in (1, 2**31 - 1):
+        expected = draw("triton", Philox(9, step, positions), kind, Stream.FLIP, (5,))
+        assert torch.equal(draw("triton", Philox(9, 0, at_step(positions, step)), kind, Stream.FLIP, (5,)), expected)
 
 
 def test_many_samples_and_programs(device):

@@ -18,7 +18,7 @@ SHAPES = [(2, 32, 5, 7), (3, 96, 4, 2), (2, 64, 7, 9), (2, 512, 3, 3), (1, 128, 
 """Odd sides, a number of channels that is no power of two, several programs per image."""
 KEYS = [(0, 0), (2**31, 2**31 - 1), (2**32 + 5, 2**31), (2**64 - 1, 2**32 - 1)]
 """Seed and step: with and without the high bit of each word."""
-POSITIONS = [5, 2**31, 2**32 - 1]
+POSITIONS = [5, 2**31, 3 * 2**32 - 1]
 
 
 @pytest.fixture(autouse=True)
