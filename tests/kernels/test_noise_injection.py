@@ -56,7 +56,8 @@ needs_native = pytest.mark.skipif(not native.available(), reason=native.reason()
 
 
 def keys(samples: int, like: Tensor | None = None) -> Philox:
-    """Keys that use both halves of every word, the top bit of some, and a step in a position. On the device of `like`, or the CPU."""
+    """Keys that use both halves of every word, the top bit of some, and a step in a position. On the device of `like`,
+    or the CPU."""
     positions = torch.tensor([3, WORD, 2**40 + 5, 2**31, 77])[:samples]
     return Philox(2**63 + 5, 2**32 - 2, positions if like is None else positions.to(like.device))
 
