@@ -314,6 +314,9 @@ class TrainConfig:
     """Threads of torch on a CPU; 0: torch's choice. Tiny models gain little from two and may lose much."""
     compile: bool = True
     """Compile the transformer blocks."""
+    cuda_graph: bool = False
+    """Launch all kernels of a step's forward and backward passes as one CUDA graph: faster where the host is slower
+    than the GPU, with few images per GPU. Takes the memory of the passes for good."""
     deterministic: bool = False
     """Give the same bits from the same seed on a GPU too, at a cost: attention's backward pass then sums in a fixed
     order. A CPU does so anyway."""

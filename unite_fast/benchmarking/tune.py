@@ -86,6 +86,7 @@ def axes(config: Config, cuda: bool, world: int, fixed: set[str]) -> list[Axis]:
         Axis("kernels", ("auto",) if config.kernels == "reference" else ("reference",)),
     ]
     if cuda:
+        result.append(Axis("train.cuda_graph", (not train.cuda_graph,)))
         _, micro_batch = split_batch(Ranks(world=world), train.batch_size, train.micro_batch)
         sizes = micro_batches(train.batch_size // world)
         larger = tuple(size for size in reversed(sizes) if size > micro_batch and size % micro_batch == 0)

@@ -40,6 +40,7 @@ FREE_ON_RESUME = {
             "out",
             "wandb",
             "deterministic",
+            "cuda_graph",
         )
     ),
     *("train.evaluate_every", "train.evaluate_epochs"),

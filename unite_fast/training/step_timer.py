@@ -26,6 +26,7 @@ class StepClock:
         self.use_events = device.type == "cuda"
         self.recorded: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self.free_events: list[torch.cuda.Event] = []
+        self.is_paused = False
         self.start()
 
     def start(self) -> None:
@@ -38,7 +39,9 @@ class StepClock:
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
         """Add the time inside to a part: one of HOST or DEVICE."""
-        if self.use_events and part in DEVICE:
+        if self.is_paused:
+            yield
+        elif self.use_events and part in DEVICE:
             start, end = self._event(), self._event()
             start.record()
             yield
@@ -48,6 +51,15 @@ class StepClock:
             started_at = time.perf_counter()
             yield
             self.seconds[part] += time.perf_counter() - started_at
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count nothing: while a CUDA graph is captured, nothing runs, and an event would become part of it."""
+        self.is_paused = True
+        try:
+            yield
+        finally:
+            self.is_paused = False
 
     def _event(self) -> torch.cuda.Event:
         return self.free_events.pop() if self.free_events else torch.cuda.Event(enable_timing=True)

@@ -26,7 +26,8 @@ from unite_fast.lpips import LPIPS
 from unite_fast.model.layers import matmul_weights
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import Losses, StepDraws, draw_step, flow_losses, reconstruct
-from unite_fast.randomness import Philox, Stream
+from unite_fast.randomness import Philox, Stream, at_step
+from unite_fast.training.cuda_graph import GraphedPasses
 from unite_fast.training.gradients import foreach_accumulation
 from unite_fast.training.parallelize import reduce_gradients
 from unite_fast.training.step_timer import StepClock
@@ -130,6 +131,9 @@ class TrainStep:
         self.device = state.model.device
         self.clock = clock or StepClock(self.device)
         self.before_micro_batch = before_micro_batch
+        self.passes: Callable[[Tensor, Tensor, Tensor], Losses] = self.run_passes
+        if config.train.cuda_graph:
+            self.passes = GraphedPasses(self.run_passes, state.parameters, self.device, self.clock)
 
     def __call__(self, batch: Batch) -> tuple[Losses, Tensor]:
         """
@@ -143,19 +147,22 @@ class TrainStep:
 
     def accumulate(self, batch: Batch) -> Losses:
         """Forward and backward over all micro-batches, without the optimizers."""
-        count = len(batch.labels) // self.micro_batch
+        # Draws depend on the position in the global batch, so they are the same for every number of ranks.
+        positions = torch.arange(self.batch_slice.start, self.batch_slice.stop, device=self.device)
+        return self.passes(batch.images, batch.labels, at_step(positions, self.state.step))
+
+    def run_passes(self, images: Tensor, labels: Tensor, positions: Tensor) -> Losses:
+        """`accumulate` for images uint8 [b, 3, S, S], labels int64 [b] and the samples' positions in this step, int64
+        [b]."""
+        micro_batches, count = self.micro_batches(images, labels, positions), len(labels) // self.micro_batch
         return accumulate_gradients(
-            self.state.model, self.micro_batches(batch), count, self.config, self.lpips, self.strategy, self.clock
+            self.state.model, micro_batches, count, self.config, self.lpips, self.strategy, self.clock
         )
 
-    def micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
-        for start in range(0, len(batch.labels), self.micro_batch):
+    def micro_batches(self, *batch: Tensor) -> Iterator[MicroBatch]:
+        for images, labels, positions in zip(*(part.split(self.micro_batch) for part in batch), strict=True):
             self.before_micro_batch()
-            rows = slice(start, start + self.micro_batch)
-            # Draws depend on the position in the global batch, so they are the same for every number of ranks.
-            positions = self.batch_slice.start + torch.arange(rows.start, rows.stop, device=self.device)
-            philox = Philox(self.config.seed, self.state.step, positions)
-            yield make_micro_batch(batch.images[rows], batch.labels[rows], philox, self.config)
+            yield make_micro_batch(images, labels, Philox(self.config.seed, 0, positions), self.config)
 
 
 def make_micro_batch(images: Tensor, labels: Tensor, philox: Philox, config: Config) -> MicroBatch:

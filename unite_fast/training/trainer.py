@@ -17,7 +17,7 @@ from unite_fast.distributed.launch import join_training
 from unite_fast.distributed.peers import Peers
 from unite_fast.distributed.process_group import ALONE, Ranks
 from unite_fast.distributed.signals import StopVote, stop_on_signals
-from unite_fast.distributed.strategy import split_batch
+from unite_fast.distributed.strategy import Strategy, split_batch
 from unite_fast.distributed.watchdog import Watchdog, report_lost_contact
 from unite_fast.errors import UserError, require
 from unite_fast.kernels import backend
@@ -113,6 +113,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep_every)
         checkpoint = find_start(self.checkpoints, self.folder, config, resume)
         model, self.strategy = build_model(config, ranks, self.device)
+        check_cuda_graph(config, self.device, self.strategy)
         self.state = TrainState(model, config)
         self.averages = Averages(self.device)
         self.choice = choose_loader(config.data.loader, self.source, self.device)
@@ -342,6 +343,21 @@ class Trainer:
                 self.log.close()
             if self.lock:
                 self.lock.close()
+
+
+def check_cuda_graph(config: Config, device: torch.device, strategy: Strategy) -> None:
+    """
+    Raises:
+        UserError: `train.cuda_graph` is set, and these passes cannot be captured.
+    """
+    if not config.train.cuda_graph:
+        return
+    require(device.type == "cuda", f"train.cuda_graph is true, but this run is on {device.type}; set it to false")
+    require(
+        not strategy.reshard,
+        f"train.cuda_graph is true, but {strategy.name} gathers weights again in each pass, which a CUDA graph cannot "
+        "contain; set parallel.reshard_after_forward=false or parallel.strategy=ddp",
+    )
 
 
 def check_data(source: Source, config: Config) -> None:
