@@ -21,6 +21,7 @@ TUNABLE = (
     "kernels",
     "attention",
     "train.compile",
+    "train.cuda_graph",
     "train.micro_batch",
     "train.threads",
     "parallel.reshard_after_forward",

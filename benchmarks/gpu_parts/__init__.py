@@ -37,9 +37,12 @@ PARTS = (
     # Timed.
     Part("bench_triton", "steps:bench_triton", 60),
     Part("bench_compiled", "steps:bench_compiled", 75, cuda_only=True),
+    Part("bench_graph", "steps:bench_graph", 60, cuda_only=True),
     Part("profile", "step_profile:measure", 60),
     Part("op_times", "op_times:measure", 60),
     Part("bench_reference", "steps:bench_reference", 75, cuda_only=True),
+    Part("bench_triton_8", "steps:bench_triton_8", 45, cuda_only=True),
+    Part("bench_graph_8", "steps:bench_graph_8", 45, cuda_only=True),
     Part("bench_triton_128", "steps:bench_triton_128", 60, cuda_only=True),
     Part("sdpa", "sdpa:measure", 30),
     Part("bench_compiled_128", "steps:bench_compiled_128", 100, cuda_only=True),

@@ -53,6 +53,18 @@ def bench_compiled(c: Context) -> None:
     bench(c, c.backend_name, True, 64)
 
 
+def bench_graph(c: Context) -> None:
+    bench(c, c.backend_name, False, 64, "train.cuda_graph=true")
+
+
+def bench_triton_8(c: Context) -> None:
+    bench(c, c.backend_name, False, 8)
+
+
+def bench_graph_8(c: Context) -> None:
+    bench(c, c.backend_name, False, 8, "train.cuda_graph=true")
+
+
 def bench_reference(c: Context) -> None:
     if not bench(c, "reference", True, 64):
         bench(c, "reference", True, 32)
@@ -66,13 +78,13 @@ def bench_compiled_128(c: Context) -> None:
     bench(c, c.backend_name, True, 128)
 
 
-def bench(c: Context, backend_name: str, compiled: bool, images: int) -> bool:
-    """Run `unite-fast bench`; return whether memory sufficed."""
+def bench(c: Context, backend_name: str, compiled: bool, images: int, *more: str) -> bool:
+    """Run `unite-fast bench` with `more` settings; return whether memory sufficed."""
     window = ["--warmup", "1", "--steps", "3"] if c.tiny else ["--warmup", "4", "--steps", "20", "--seconds", "8"]
-    words = [RECIPE, *settings(c, backend_name, compiled, images), *window]
+    words = [RECIPE, *settings(c, backend_name, compiled, images), *more, *window]
     process = subprocess.run(bench_command(*words), capture_output=True, text=True)
     print(process.stderr[-3000:])
-    name = f"{backend_name} {'compiled' if compiled else 'eager'}, micro-batch {images}"
+    name = ", ".join([f"{backend_name} {'compiled' if compiled else 'eager'}", f"micro-batch {images}", *more])
     row = printed_row(process.stdout)
     if process.returncode or row is None:
         out_of_memory = "out of memory" in process.stderr

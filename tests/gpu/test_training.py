@@ -16,6 +16,7 @@ from unite_fast.data_pipeline import Batch
 from unite_fast.distributed.process_group import ALONE
 from unite_fast.kernels import backend, native
 from unite_fast.recipes import from_tree, load_config
+from unite_fast.training.cuda_graph import SETTLED
 from unite_fast.training.metrics import Averages
 from unite_fast.training.parallelize import build_model
 from unite_fast.training.train_state import TrainState
@@ -131,6 +132,29 @@ def test_deterministic_steps_repeat_bit_for_bit(precision, make_step, device, on
             history += [losses.total, norm]
         runs.append([*history, *(p.detach() for p in step.state.model.parameters())])
     assert len(runs[0]) > 20 and all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_cuda_graph_computes_what_usual_steps_compute(precision, make_step, device, on_cuda, record_property):
+    """Every step has other images and random numbers, LPIPS's dropout among them."""
+    if not on_cuda:
+        pytest.skip("a CUDA graph needs a GPU; tests/training/test_cuda_graph.py emulates one")
+    from unite_fast.utils.device import use_numerics
+
+    use_numerics(precision, True)
+    runs = []
+    for graph in (False, True):
+        config = from_tree(Config, SMALL)
+        config = replace(config, train=replace(config.train, precision=precision, cuda_graph=graph))
+        step, batch = make_step(config, device), make_batch(config, on_cuda)
+        losses = []
+        for _ in range(SETTLED + 3):
+            losses.append(step(batch)[0].total)
+            batch = replace(batch, images=batch.images.roll(1, -1).pin_memory())
+        runs.append(torch.stack(losses))
+    record_property("bit for bit", torch.equal(*runs))
+    assert (runs[0].diff() != 0).all()
+    torch.testing.assert_close(*runs, rtol=GRADIENT, atol=0)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny_run, tmp_path, device, assert_same_run):

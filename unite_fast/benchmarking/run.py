@@ -17,6 +17,7 @@ from unite_fast.distributed.launch import ranks_of_torchrun
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError
 from unite_fast.recipes import load_config
+from unite_fast.training import cuda_graph
 from unite_fast.utils.device import choose_device
 
 DATA_KEYS = ("data.source=", "data.path=")
@@ -58,7 +59,8 @@ def bench(
     as_json: bool,
 ) -> None:
     """Measure; rank 0 prints the figures and adds them to the table."""
-    window = Window(warmup, steps, seconds, profile)
+    settled = cuda_graph.SETTLED if config.train.cuda_graph else 0
+    window = Window(max(warmup, settled), steps, seconds, profile)
     if table is not None and table.exists():
         csv_file.read(table)  # raises early, before minutes of measuring
     measured = measure(config, window)

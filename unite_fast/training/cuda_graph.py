@@ -27,6 +27,8 @@ from unite_fast.objective import Losses
 from unite_fast.training.step_timer import StepClock
 
 WARMUP = 3
+SETTLED = WARMUP + 2
+"""Steps before those that are only replayed."""
 TOLERANCE = 0.01
 """Largest difference of a replay's losses and gradients from a usual step's, relative to their norm. The same code
 computes both; attention's backward pass sums in any order. Other random numbers would differ by about 1."""
@@ -99,7 +101,7 @@ class GraphedPasses:
             place.copy_(value, non_blocking=True)
         with self.clock.measure("backward"):
             self.recorder.replay()
-        if self.steps == WARMUP + 2:
+        if self.steps == SETTLED:
             self.check()
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
