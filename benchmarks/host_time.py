@@ -1,4 +1,5 @@
-"""Host time of a micro-batch: what Python, autograd and PyTorch's dispatcher take to start its kernels, without a GPU.
+"""Host time of a step of one micro-batch: what Python, autograd and PyTorch's dispatcher take to start its kernels,
+without a GPU.
 
 The real code of a training step runs at a recipe's depth with the backends of a GPU, on tensors so small that kernels
 take next to no time: one image of four patches, 16 channels, 32 in LPIPS. Launches of Triton kernels go through
@@ -9,6 +10,9 @@ This is not the host time of a GPU, but the part of it that this code can change
 kernels run on the CPU instead of being launched. The driver's time for each launch, some microseconds, comes on top;
 `launches.py` counts the launches. Time is CPU time of the process; compare the least of two runs, or the calls from
 Python, which do not depend on the machine.
+
+With `--set train.cuda_graph=true`, a replay of the graph is left out like a launch: what remains are the copies of its
+inputs and the optimizers.
 
 `--profile N` lists the N functions that take the longest.
 """
@@ -23,7 +27,7 @@ import timeit
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from statistics import median
 from typing import NamedTuple
 from unittest import mock
@@ -38,17 +42,20 @@ from unite_fast.errors import UserError
 from unite_fast.kernels import backend, matmul
 from unite_fast.lpips import LPIPS
 from unite_fast.model.unite import UNITE
+from unite_fast.objective import Losses
 from unite_fast.recipes import load_config
+from unite_fast.training import cuda_graph
 from unite_fast.training.train_state import TrainState
 from unite_fast.training.train_step import TrainStep
 
 EXAMPLES = """examples:
   python benchmarks/host_time.py
+  python benchmarks/host_time.py --set train.cuda_graph=true
   python benchmarks/host_time.py --recipe imagenet256_xl --steps 100 --json
   python benchmarks/host_time.py --profile 40
 """
 WIDTH, CHANNELS = 16, 32
-PARTS = "forward", "backward", "all"
+PARTS = "forward", "backward", "passes", "optimizer"
 PROFILED = 5
 
 
@@ -131,6 +138,10 @@ class HostClock:
     def __init__(self) -> None:
         self.seconds = Counter()
 
+    def paused(self) -> nullcontext:
+        """A capture runs as usual here."""
+        return nullcontext()
+
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
         start = time.process_time()
@@ -138,42 +149,68 @@ class HostClock:
         self.seconds[part] += time.process_time() - start
 
 
+class EmptyGraph:
+    """Stands for `cuda_graph.Recorder`: a replay does nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def run(self, function: Callable[[], Losses]) -> Losses:
+        return function()
+
+    capture = run
+
+    def replay(self) -> None:
+        pass
+
+
+@contextmanager
+def empty_graphs() -> Iterator[None]:
+    nothing = lambda self: None  # noqa: E731
+    with (
+        mock.patch.object(cuda_graph, "Recorder", EmptyGraph),
+        mock.patch.object(cuda_graph.GraphedPasses, "check", nothing),
+    ):
+        yield
+
+
 class Measured(NamedTuple):
     times: dict[str, list[float]]
-    """Milliseconds of each micro-batch, by part; "all" includes draws and what lies between the parts."""
-    profile: cProfile.Profile
-    """Of PROFILED micro-batches after those."""
+    """Milliseconds of each step, by part; "passes" are forward, backward, the draws and what lies between them."""
+    profiles: dict[str, cProfile.Profile]
+    """Of the passes and of the optimizer, in PROFILED steps after those."""
 
-    @property
-    def calls(self) -> int:
-        """Calls of Python functions, and of C functions from Python, in a micro-batch."""
-        return pstats.Stats(self.profile).total_calls // PROFILED
+    def calls(self, part: str) -> int:
+        """Calls of Python functions, and of C functions from Python, in a step."""
+        return pstats.Stats(self.profiles[part]).total_calls // PROFILED
 
 
 def measure(config: Config, steps: int, arch: int) -> Measured:
-    times, profile = {part: [] for part in PARTS}, cProfile.Profile(time.process_time)
-    with as_on_a_gpu(arch), thin_lpips(config) as lpips:
-        state = TrainState(UNITE.create(config.model, seed=0), config)
+    times = {part: [] for part in PARTS}
+    profiles = {part: cProfile.Profile(time.process_time) for part in ("passes", "optimizer")}
+    with as_on_a_gpu(arch), thin_lpips(config) as lpips, empty_graphs():
+        state, clock = TrainState(UNITE.create(config.model, seed=0), config), HostClock()
+        step = TrainStep(state, config, lpips=lpips, clock=clock)
         side = config.model.image_size
         batch = Batch(torch.zeros(1, 3, side, side, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), [])
 
-        def micro_batch(run: Callable[[Callable, Batch], object] = lambda step, batch: step(batch)) -> Counter:
-            clock = HostClock()
-            step = TrainStep(state, config, lpips=lpips, clock=clock)
-            with clock.measure("all"):
-                run(step.accumulate, batch)
-            state.model.zero_grad(set_to_none=True)
-            return clock.seconds
+        def take_step() -> None:
+            clock.seconds.clear()
+            with clock.measure("passes"):
+                step.accumulate(batch)
+            with clock.measure("optimizer"):
+                state.apply_gradients()
 
-        for _ in range(2):  # compile kernels, fill caches
-            micro_batch()
+        for _ in range(max(2, cuda_graph.SETTLED)):  # compile kernels, fill caches
+            take_step()
         for _ in range(steps):
-            seconds = micro_batch()
+            take_step()
             for part in PARTS:
-                times[part].append(1e3 * seconds[part])
+                times[part].append(1e3 * clock.seconds[part])
         for _ in range(PROFILED):
-            micro_batch(profile.runcall)
-    return Measured(times, profile)
+            profiles["passes"].runcall(step.accumulate, batch)
+            profiles["optimizer"].runcall(state.apply_gradients)
+    return Measured(times, profiles)
 
 
 def add_us() -> float:
@@ -188,7 +225,7 @@ def main() -> int:
     )
     parser.add_argument("--recipe", default="imagenet256_b", help="[imagenet256_b]")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a recipe setting")
-    parser.add_argument("--steps", type=int, default=50, metavar="N", help="micro-batches to time [50]")
+    parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps to time [50]")
     parser.add_argument("--arch", type=int, default=90, choices=cross_compile.ARCHS, help="of the Triton kernels [90]")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="also list the N slowest functions")
     parser.add_argument("--json", action="store_true", help="print all times instead of the table")
@@ -202,15 +239,17 @@ def main() -> int:
     warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION")
     measured = measure(config, options.steps, options.arch)
     if options.json:
-        print(json.dumps({"calls": measured.calls, "add_us": add_us(), "ms": measured.times}, indent=1))
+        calls = {part: measured.calls(part) for part in measured.profiles}
+        print(json.dumps({"calls": calls, "add_us": add_us(), "ms": measured.times}, indent=1))
         return 0
-    print(f"CPU time of the host for a micro-batch, ms, of {options.steps}; a torch.add takes {add_us():.1f} us here")
-    print(f"{'part':12}{'least':>8}{'median':>8}")
+    print(f"CPU time of the host for a step, ms, of {options.steps}; a torch.add takes {add_us():.1f} us here")
+    print(f"{'part':12}{'least':>8}{'median':>8}  calls from Python")
     for part, each in measured.times.items():
-        print(f"{part:12}{min(each):8.1f}{median(each):8.1f}")
-    print(f"{measured.calls} calls from Python a micro-batch")
+        calls = measured.calls(part) if part in measured.profiles else ""
+        print(f"{part:12}{min(each):8.1f}{median(each):8.1f}  {calls}")
     if options.profile:
-        pstats.Stats(measured.profile).sort_stats("tottime").print_stats(options.profile)
+        for profile in measured.profiles.values():
+            pstats.Stats(profile).sort_stats("tottime").print_stats(options.profile)
     return 0
 
 

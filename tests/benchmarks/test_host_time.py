@@ -26,11 +26,19 @@ def test_a_micro_batch_with_lpips():
     assert ended.returncode == 0, ended.stderr
     result = json.loads(ended.stdout)
     times = result["ms"]
-    assert [len(each) for each in times.values()] == [3, 3, 3]
-    parts = zip(times["forward"], times["backward"], times["all"], strict=True)
+    assert [len(each) for each in times.values()] == [3, 3, 3, 3]
+    parts = zip(times["forward"], times["backward"], times["passes"], strict=True)
     assert all(0 < forward + backward < whole for forward, backward, whole in parts)
     assert result["add_us"] > 0
-    assert 5_000 < result["calls"] < 67_000  # those of UNITE-B
+    assert 5_000 < result["calls"]["passes"] < 67_000  # those of UNITE-B
+    assert result["calls"]["optimizer"] > 100
+
+
+def test_a_cuda_graph_leaves_little_to_the_host():
+    settings = "train.precision=bfloat16", "train.cuda_graph=true"
+    ended = run("--recipe", "digits", *(word for key in settings for word in ("--set", key)), "--json")
+    assert ended.returncode == 0, ended.stderr
+    assert 50 < json.loads(ended.stdout)["calls"]["passes"] < 2_000
 
 
 def test_an_unknown_recipe_is_a_mistake():
