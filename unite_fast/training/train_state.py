@@ -89,7 +89,8 @@ class TrainState:
                     optimizer.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue]  # not in torch's stub
                 optimizer.step()
             self.ema.update(skipped)
-        self.model.zero_grad(set_to_none=True)
+        for parameter in self.parameters:  # `zero_grad` walks through all modules: a millisecond
+            parameter.grad = None
         self.step += 1
         return norm
 

@@ -51,6 +51,19 @@ CHANGES = [
         ],
     ),
     (
+        "unite_fast/training/cuda_graph.py",
+        ("tests/training/test_cuda_graph.py",),
+        [
+            ("place.copy_(value, non_blocking=True)", "pass"),
+            ("parameter.grad = gradient", "pass"),
+            ("if self.steps == SETTLED:", "if False:"),
+            ("Losses(*(loss.clone() for loss in values(self.losses)))", "self.losses"),
+            ("if difference > TOLERANCE:", "if difference > 100:"),
+            ("if any(parameter.grad is not None for parameter in self.parameters):", "if False:"),
+            ("with self.clock.paused():", "if True:"),
+        ],
+    ),
+    (
         "unite_fast/training/train_step.py",
         ("tests/training/test_restated.py",),
         [
@@ -100,7 +113,7 @@ CHANGES = [
             (".clamp(max=1.0))", ")"),
             ('group["lr"] = self.learning_rate', 'group["lr"] = self.last_learning_rate'),
             ("self.config.train.batch_size, self.step - 1)", "self.config.train.batch_size, self.step)"),
-            ("self.model.zero_grad(set_to_none=True)", "pass"),
+            ("parameter.grad = None", "pass"),
             ("self.step += 1", "self.step += 2"),
             ("self.skipped_steps += skipped.long()", "pass"),
             ("(~norm.isfinite()).float()", "norm.isfinite().float()"),
