@@ -260,6 +260,18 @@ def test_a_capture_records_no_events():
         assert event.called and clock.recorded
 
 
+def test_the_time_of_a_capture_is_not_that_of_a_pass(tiny_config, make_model):
+    config = with_settings(tiny_config, True)
+    step = make_step(config, make_model)
+    *before, captured = batches(config, WARMUP + 1)
+    for batch in before:
+        step(batch)
+    assert step.clock.take()[1]["forward"] > 0
+    step(captured)
+    _, parts = step.clock.take()
+    assert parts["forward"] == 0 and parts["backward"] > 0
+
+
 def test_what_cannot_be_captured_is_refused(tiny_config):
     config = with_settings(tiny_config, True)
     sharded = replace(UNSHARDED, name="fsdp", reshard=True)
