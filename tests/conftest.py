@@ -32,6 +32,7 @@ from unite_fast.model.unite import UNITE
 from unite_fast.objective import StepDraws, draw_step
 from unite_fast.randomness import NoiseKeys, Philox
 from unite_fast.recipes import from_tree
+from unite_fast.training import attention_precision
 
 # Build servers set these; typer then colours its help even in a pipe.
 for variable in ("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS"):
@@ -136,6 +137,14 @@ def drawn_arithmetic() -> Callable[[int], contextlib.AbstractContextManager]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.DrawnArithmetic
+
+
+@pytest.fixture(autouse=True)
+def attention_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A run's bits do not depend on the noise of a measurement, and its choice of attention ends with its test."""
+    monkeypatch.setattr(attention_precision, "seconds", lambda shape, name: 1.0)
+    yield
+    backend.use_attention("sdpa", torch.device("cpu"))
 
 
 @pytest.fixture(params=[True, False], ids=["bfloat16-matmuls", "float32-matmuls"])
