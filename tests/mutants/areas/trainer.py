@@ -106,7 +106,10 @@ CHANGES = [
         "unite_fast/training/trainer.py",
         ("tests/training/test_attention_precision.py",),
         [
-            ("self.ranks.run_on_first(lambda: attention_precision.choose(config, saved))", "attention_precision.choose(config, saved)"),
+            (
+                "self.ranks.run_on_first(lambda: attention_precision.choose(config, saved))",
+                "attention_precision.choose(config, saved)",
+            ),
             ('"attention": backend.attention_on(self.device),', '"attention": "sdpa",'),
             ('config.attention != "sdpa"', "False"),
         ],
