@@ -98,8 +98,9 @@ def test_a_copy_is_cast_back_once(weight, draw):
         assert torch.equal(widened, copy.float()) and cast(copy, torch.float32) is widened
         assert cast(copy[:8], torch.float32).shape == (8, 16)
         assert cast(other, torch.float32) is not cast(other, torch.float32)
-        with cast_once([weight]):
+        with cast_once([weight, draw(4, 4)]):
             assert cast(bfloat16_of(weight), torch.float32) is widened
+            assert cast(copy[8:], torch.float32) is cast(copy[8:], torch.float32)
         with torch.no_grad():
             weight.add_(1)
         with cast_once([weight]):
