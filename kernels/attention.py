@@ -32,15 +32,21 @@ def attention_ref(qkv, heads, q_weight, k_weight, cos, sin, token_range=None, qk
     return attend(q, k, v).transpose(1, 2).flatten(2)
 
 
+def _in_float32(qkv):
+    """Whether the products of attention run in float32 after an (exact) cast."""
+    name = backend.attention_on(qkv.device)
+    return in_float32(qkv) if name == "sdpa" else name == "sdpa_float32"
+
+
 def _prepare(qkv, q_weight, k_weight, cos, sin, heads):
-    """q, k, v [B, H, T, K] in the dtype of the matmuls, and the rstd of q and k."""
+    """q, k, v [B, H, T, K] in the dtype of attention's products, and the rstd of q and k."""
     if cos is None:
         q, k, v, rstd = *split(qkv, heads), None
     else:
         forward = qk_norm_rope_op.backends["native"].forward
         q, k, rstd = forward(qkv, q_weight, k_weight, None, cos, sin, heads, EPS)
         v = view_of_v(qkv, heads)
-    return (*(x.float() for x in (q, k, v)), rstd) if in_float32(qkv) else (q, k, v, rstd)
+    return (*(x.float() for x in (q, k, v)), rstd) if _in_float32(qkv) else (q, k, v, rstd)
 
 
 def _fake_forward(qkv, q_weight, k_weight, cos, sin, heads, first, last):

@@ -1,6 +1,7 @@
-"""Implementations of attention on a CUDA device, in `ATTEND` by name.
+"""Implementations of attention, in `ATTEND` by name.
 
-`sdpa` lets PyTorch choose. The other `sdpa_*` call one of PyTorch's operators directly instead of setting the flags of
+`sdpa` lets PyTorch choose. `sdpa_bfloat16` and `sdpa_float32` are PyTorch's attention on a CPU, in that precision. All
+others are for CUDA. The other `sdpa_*` call one of PyTorch's operators directly instead of setting the flags of
 `torch.nn.attention.sdpa_kernel`, for two reasons: PyTorch 2.10 to 2.13 leave the flags out of their compilation cache
 keys, so a process could load what another compiled with other flags (https://github.com/pytorch/pytorch/pull/185511);
 and flags that allow no backend fall back silently, where an operator says why it cannot run.
@@ -16,6 +17,10 @@ from unite_fast.kernels import flash
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """softmax(q k^T / sqrt(K)) v: q [B, H, Q, K], k and v [B, H, T, K] -> [B, H, Q, K]."""
+
+
+def _in_float32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -36,8 +41,11 @@ ATTEND: dict[str, Attend] = {
     "sdpa_flash": _flash,
     "sdpa_efficient": _efficient,
     "flash_attn": flash.attend,
+    "sdpa_bfloat16": F.scaled_dot_product_attention,
+    "sdpa_float32": _in_float32,
 }
-TAKES_FLOAT32 = ("sdpa", "sdpa_efficient")
+ON_CPU = ("sdpa_bfloat16", "sdpa_float32")
+TAKES_FLOAT32 = ("sdpa", "sdpa_efficient", "sdpa_float32")
 
 
 def why_missing(name: str, device: torch.device, dtype: torch.dtype, head_widths: Iterable[int]) -> str:
@@ -45,8 +53,9 @@ def why_missing(name: str, device: torch.device, dtype: torch.dtype, head_widths
     and backward."""
     if name == "sdpa":
         return ""
-    if device.type != "cuda":
-        return f"it is for CUDA, and the device is {device.type}"
+    home = "cpu" if name in ON_CPU else "cuda"
+    if device.type != home:
+        return f"it is for {'a CPU' if home == 'cpu' else 'CUDA'}, and the device is {device.type}"
     if dtype == torch.float32 and name not in TAKES_FLOAT32:
         return "it takes no float32; set train.precision=bfloat16"
     if name == "flash_attn" and (missing := flash.why_missing()):

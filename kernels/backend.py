@@ -170,8 +170,9 @@ def _loses(op: str, x: Tensor) -> bool:
 def use_attention(
     name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, head_widths: Iterable[int] = (64,)
 ) -> None:
-    """Choose the implementation of attention for the whole process: PyTorch's own choice (`sdpa`), PyTorch's cuDNN,
-    flash or memory-efficient attention, or a flash-attn package (`flash_attn`). All but `sdpa` need CUDA.
+    """Choose the implementation of attention for the whole process: PyTorch's own choice (`sdpa`); on CUDA, PyTorch's
+    cuDNN, flash or memory-efficient attention, or a flash-attn package (`flash_attn`); on a CPU, PyTorch's attention in
+    bfloat16 or float32 (`sdpa_bfloat16`, `sdpa_float32`).
 
     Args:
         device: device of q, k and v.
@@ -191,4 +192,5 @@ def use_attention(
 
 def attention_on(device: torch.device) -> str:
     """The implementation of attention on this device, one of `ATTENTION_NAMES`."""
-    return _attention if device.type == "cuda" else "sdpa"
+    home = "cpu" if _attention in attention_backends.ON_CPU else "cuda"
+    return _attention if device.type == home else "sdpa"

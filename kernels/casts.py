@@ -1,7 +1,8 @@
 """Weights in the dtype of matmuls, cast once for many uses.
 
 A step uses a weight several times, forward and backward; casting it each time costs a small kernel and a pass over
-memory. Within `cast_once`, `cast` returns a copy that was made on entry.
+memory. Within `cast_once`, `cast` returns a copy that was made on entry. A CPU without bfloat16 instructions casts the
+copies back to float32 for its matmuls; `cast` does that once, too.
 
 A copy is looked up by the memory of its weight, so tensors that autograd saved or a compiled graph passes on find it
 too. It is not used if PyTorch's version counter says that the weight changed since (a change through `.data` escapes
@@ -30,6 +31,8 @@ class _Copy:
 
 
 _copies: dict[tuple, _Copy] = {}
+_pieces: frozenset[int] = frozenset()
+"""The storages of the copies."""
 
 
 @contextmanager
@@ -40,19 +43,20 @@ def cast_once(weights: Iterable[Tensor], dtype: torch.dtype = torch.bfloat16) ->
     block, an up-to-date copy of the outer block is reused, and a stale one is replaced until the inner block ends.
     Consecutive weights are consecutive in memory if each has a multiple of `ALIGNED` elements; `joined` is then a view.
     """
-    global _copies
-    before = _copies
+    global _copies, _pieces
+    before = _copies, _pieces
     weights = [w for w in weights if _can_have_a_copy(w, dtype) and _find(w, dtype) is None]
     with torch.no_grad():
         copies = _empty_copies(weights, dtype)
         if copies:
             torch._foreach_copy_(copies, weights)
     new = {_key(w, dtype): _Copy(c, w._version, w.untyped_storage()) for w, c in zip(weights, copies, strict=True)}
-    _copies = before | new
+    _copies = _copies | new
+    _pieces = _pieces | {_storage(copy) for copy in copies}
     try:
         yield
     finally:
-        _copies = before
+        _copies, _pieces = before
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -63,7 +67,11 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if torch.compiler.is_compiling() or not _copies or (weight.requires_grad and torch.is_grad_enabled()):
         return weight.to(dtype)
     copy = _find(weight, dtype)
-    return weight.to(dtype) if copy is None else copy
+    if copy is None:
+        copy = weight.to(dtype)
+        if _storage(weight) in _pieces:
+            _copies[_key(weight, dtype)] = _Copy(copy, weight._version, weight.untyped_storage())
+    return copy
 
 
 def joined(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -72,7 +80,7 @@ def joined(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     first, shape = copies[0], (sum(len(c) for c in copies), *copies[0].shape[1:])
     end = first.storage_offset()
     for c in copies:
-        if c.untyped_storage()._cdata != first.untyped_storage()._cdata or c.storage_offset() != end:
+        if _storage(c) != _storage(first) or c.storage_offset() != end:
             return torch.cat(copies)
         if not c.is_contiguous():
             return torch.cat(copies)
@@ -111,5 +119,9 @@ def _find(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 def _key(weight: Tensor, dtype: torch.dtype) -> tuple:
-    place = weight.untyped_storage()._cdata, weight.storage_offset()
+    place = _storage(weight), weight.storage_offset()
     return *place, weight.shape, weight.stride(), weight.dtype, dtype
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage()._cdata

@@ -38,7 +38,8 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x [..., K], weight [N, K], bias [N] -> [..., N] in x's dtype; weight and bias are rounded to it."""
     weight, bias = cast(weight, x.dtype), cast(bias, x.dtype)
     if in_float32(x):
-        return torch.nn.functional.linear(x.float(), weight.float(), bias.float()).to(x.dtype)
+        weight, bias = cast(weight, torch.float32), cast(bias, torch.float32)
+        return torch.nn.functional.linear(x.float(), weight, bias).to(x.dtype)
     return torch.nn.functional.linear(x, weight, bias)
 
 
@@ -56,7 +57,7 @@ def input_gradient(d_y: Tensor, weight: Tensor) -> Tensor:
     """d_y [..., N], weight [N, K] -> d_x [..., K] in d_y's dtype."""
     weight = cast(weight, d_y.dtype)
     if in_float32(d_y):
-        return (d_y.float() @ weight.float()).to(d_y.dtype)
+        return (d_y.float() @ cast(weight, torch.float32)).to(d_y.dtype)
     return d_y @ weight
 
 

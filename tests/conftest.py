@@ -13,12 +13,14 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if not torch.cuda.is_available():
     # Without a GPU, the Triton kernels run in Triton's interpreter. Triton reads this when it is imported.
@@ -27,11 +29,12 @@ if not torch.cuda.is_available():
 from unite_fast.cli import main
 from unite_fast.config import Config, ModelConfig
 from unite_fast.data_pipeline.open_source import _KINDS
-from unite_fast.kernels import backend, matmul
+from unite_fast.kernels import backend, fused_op, matmul
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import StepDraws, draw_step
 from unite_fast.randomness import NoiseKeys, Philox
 from unite_fast.recipes import from_tree
+from unite_fast.training import attention_precision
 
 # Build servers set these; typer then colours its help even in a pipe.
 for variable in ("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS"):
@@ -138,11 +141,58 @@ def drawn_arithmetic() -> Callable[[int], contextlib.AbstractContextManager]:
     return module.DrawnArithmetic
 
 
+@pytest.fixture(autouse=True)
+def attention_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A run's bits do not depend on the noise of a measurement, and its choice of attention ends with its test."""
+    monkeypatch.setattr(attention_precision, "seconds", lambda shape, name: 1.0)
+    yield
+    backend.use_attention("sdpa", torch.device("cpu"))
+
+
 @pytest.fixture(params=[True, False], ids=["bfloat16-matmuls", "float32-matmuls"])
 def bfloat16_matmuls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the CPU has bfloat16 matmuls. Runs the test both ways, on any CPU."""
     monkeypatch.setattr(matmul, "bfloat16_instructions", lambda: request.param)
     return request.param
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often each weight, or a cast of it, is cast: (name of the weight, from dtype, to dtype) -> number."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        # By address. Copies share one storage. Each is kept alive, so that its address is not reused.
+        self.weights = {weight.data_ptr(): (name, weight) for name, weight in model.named_parameters()}
+        self.counts: Counter[tuple[str, torch.dtype, torch.dtype]] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default:
+            self.add(args[0], out)
+        elif function is torch.ops.aten._foreach_copy_.default:
+            for copy, weight in zip(*args[:2], strict=True):
+                self.add(weight, copy)
+        return out
+
+    def add(self, weight: torch.Tensor, copy: torch.Tensor) -> None:
+        if weight.dtype != copy.dtype and weight.data_ptr() in self.weights:
+            name, _ = self.weights[weight.data_ptr()]
+            self.counts[name, weight.dtype, copy.dtype] += 1
+            self.weights[copy.data_ptr()] = name, copy
+
+
+@pytest.fixture
+def count_casts(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Counter]:
+    """Counts the casts of a model's weights while a function runs; see `Casts`."""
+    # Else each op is one operator, in which the mode does not see the casts.
+    monkeypatch.setattr(fused_op, "needs_dispatcher", lambda x: False)
+
+    def count(model: torch.nn.Module, run: Callable[[], object]) -> Counter:
+        with Casts(model) as casts:
+            run()
+        return casts.counts
+
+    return count
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from unite_fast.errors import UserError, require, require_choice
 
 KERNELS = ("auto", "reference", "native", "triton")
-ATTENTION = ("sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "flash_attn")
+ATTENTION = ("sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "flash_attn", "sdpa_bfloat16", "sdpa_float32")
 NONDETERMINISTIC_ATTENTION = ("sdpa_cudnn", "flash_attn")
 """Attention backends whose backward pass sums in an order that changes from run to run."""
 LOADERS = ("auto", "memory", "folder", "raw", "webdataset", "dali", "source")
@@ -318,8 +318,8 @@ class TrainConfig:
     """Launch all kernels of a step's forward and backward passes as one CUDA graph: faster where the host is slower
     than the GPU, with few images per GPU. Takes the memory of the passes for good."""
     deterministic: bool = False
-    """Give the same bits from the same seed on a GPU too, at a cost: attention's backward pass then sums in a fixed
-    order. A CPU does so anyway."""
+    """Give the same bits from the same seed whatever the device, at a cost: on a GPU, attention's backward pass then
+    sums in a fixed order; on a CPU, attention=sdpa is not measured and stays in bfloat16."""
     log_every: int = 50
     """Steps between rows of metrics."""
     checkpoint_every: int = 1000
@@ -469,7 +469,8 @@ class Config:
     """Backend of the fused ops: auto (triton on CUDA, native on a CPU), reference, native or triton."""
     attention: str = "sdpa"
     """Attention backend: sdpa (PyTorch chooses); on CUDA also PyTorch's sdpa_cudnn, sdpa_flash and sdpa_efficient, or
-    flash_attn (the flash-attn package, versions 2 to 4)."""
+    flash_attn (the flash-attn package, versions 2 to 4); on a CPU also sdpa_bfloat16 and sdpa_float32. In bfloat16 on a
+    CPU with bfloat16 instructions, sdpa takes the faster of these two, measured at the start of the run."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training images."""
     model: ModelConfig = field(default_factory=ModelConfig)

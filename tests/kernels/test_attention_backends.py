@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unite_fast.errors import UserError
 from unite_fast.kernels import attention_backends, backend, flash
 from unite_fast.kernels.attention import attention_ref
-from unite_fast.kernels.attention_backends import ATTEND
+from unite_fast.kernels.attention_backends import ATTEND, ON_CPU
 from unite_fast.recipes import load_config
 from unite_fast.training.trainer import train
 
@@ -17,12 +17,6 @@ OPERATORS = {
     "sdpa_flash": "_scaled_dot_product_flash_attention",
     "sdpa_efficient": "_scaled_dot_product_efficient_attention",
 }
-
-
-@pytest.fixture(autouse=True)
-def restore_attention():
-    yield
-    backend.use_attention("sdpa", CPU)
 
 
 class Operators(TorchDispatchMode):
@@ -43,7 +37,7 @@ def packed(b=2, tokens=5, heads=3, width=8):
 
 
 def test_an_unknown_name_is_refused_with_the_known_names():
-    assert ("sdpa", *OPERATORS, "flash_attn") == backend.ATTENTION_NAMES
+    assert ("sdpa", *OPERATORS, "flash_attn", "sdpa_bfloat16", "sdpa_float32") == backend.ATTENTION_NAMES
     with pytest.raises(UserError, match="there is no 'fast'; choose one of sdpa, sdpa_cudnn"):
         backend.use_attention("fast", CPU)
 
@@ -55,6 +49,27 @@ def test_a_cuda_backend_is_refused_on_a_cpu(name, tiny_run, tmp_path):
         train(load_config("digits", settings))
     assert backend.attention_on(CUDA) == "sdpa", "unchanged"
     assert not (tmp_path / "run").exists()
+
+
+def test_the_precisions_of_a_cpu(monkeypatch):
+    for name in ON_CPU:
+        with pytest.raises(UserError, match=f"{name} cannot run here: it is for a CPU, and the device is cuda"):
+            backend.use_attention(name, CUDA)
+        backend.use_attention(name, CPU)
+        assert backend.attention_on(CPU) == name and backend.attention_on(CUDA) == "sdpa"
+    backend.use_attention("sdpa_float32", CPU, torch.float32)
+    with pytest.raises(UserError, match=r"sdpa_bfloat16 .* takes no float32; set train\.precision=bfloat16"):
+        backend.use_attention("sdpa_bfloat16", CPU, torch.float32)
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_the_reference_attends_in_the_chosen_precision(name, draw):
+    qkv = draw(2, 70, 48, dtype=torch.bfloat16)
+    backend.use_attention(name, CPU)
+    actual = attention_ref(qkv, 2, None, None, None, None)
+    backend.use_attention("sdpa", CPU)
+    expected = attention_ref(qkv.float() if name == "sdpa_float32" else qkv, 2, None, None, None, None)
+    assert actual.dtype == torch.bfloat16 and torch.equal(actual, expected.bfloat16())
 
 
 @pytest.mark.parametrize(("name", "operator"), OPERATORS.items())

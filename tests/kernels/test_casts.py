@@ -89,6 +89,27 @@ def test_weights_that_need_no_cast_have_no_copy(draw):
         assert torch.equal(cast(inference, HALF), inference.bfloat16())
 
 
+def test_a_copy_is_cast_back_once(weight, draw):
+    """As on a CPU without bfloat16 instructions. Other bfloat16 tensors may change, so their casts are not kept."""
+    other = draw(24, 16, dtype=HALF)
+    with cast_once([weight]):
+        copy = bfloat16_of(weight)
+        widened = cast(copy, torch.float32)
+        assert torch.equal(widened, copy.float()) and cast(copy, torch.float32) is widened
+        assert cast(copy[:8], torch.float32).shape == (8, 16)
+        assert cast(other, torch.float32) is not cast(other, torch.float32)
+        with cast_once([weight, draw(4, 4)]):
+            assert cast(bfloat16_of(weight), torch.float32) is widened
+            assert cast(copy[8:], torch.float32) is cast(copy[8:], torch.float32)
+        with torch.no_grad():
+            weight.add_(1)
+        with cast_once([weight]):
+            assert torch.equal(cast(bfloat16_of(weight), torch.float32), weight.detach().bfloat16().float())
+        assert cast(copy, torch.float32) is widened
+    assert not casts._copies and not casts._pieces
+    assert cast(copy, torch.float32) is not widened
+
+
 def test_a_cast_outside_an_operator_has_a_gradient(weight):
     with cast_once([weight]):
         cast(weight, HALF).float().sum().backward()

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from unite_fast import kernels
-from unite_fast.kernels import matmul
+from unite_fast.kernels import backend, matmul
 from unite_fast.kernels.adaln import gated_residual_adaln_ref
+from unite_fast.kernels.attention_backends import ON_CPU
 from unite_fast.kernels.fused_op import as_tuple
 from unite_fast.kernels.qk_norm_rope import qk_norm_rope_ref, split
 from unite_fast.kernels.registry import OPS
@@ -232,6 +233,27 @@ def test_outputs_and_gradients_against_float64(case, inputs, dtype, bfloat16_mat
     dtypes = tuple(r.dtype for r in as_tuple(ours(*arguments.values())))
     assert dtypes[-1] == dtype
     judge(ours, autocast(case.reference), arguments, dtypes, case.roundings)
+
+
+@native_only
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("attention")])
+@pytest.mark.parametrize("precision", ON_CPU)
+def test_attention_in_a_chosen_precision(name, precision, inputs, judge, monkeypatch):
+    """It does not depend on the CPU's instructions, and has the bits of the CPU on which `sdpa` means it."""
+    case, same, cpu = CASES[name], precision == "sdpa_bfloat16", torch.device("cpu")
+    arguments = inputs(case, torch.bfloat16)
+    results = {}
+    for chosen in ("sdpa", precision):
+        backend.use_attention(chosen, cpu)
+        for instructions in (True, False):
+            monkeypatch.setattr(matmul, "bfloat16_instructions", lambda answer=instructions: answer)
+            results[chosen, instructions] = run(case.ours, arguments)
+    judge(case.ours, case.reference, arguments, (torch.bfloat16,), case.roundings)
+    for instructions in (True, False):
+        for i, actual in enumerate(results[precision, instructions]):
+            assert torch.equal(actual, results["sdpa", same][i]) and not torch.equal(
+                actual, results["sdpa", not same][i]
+            )
 
 
 @pytest.mark.parametrize("autocast", [True, False])

@@ -231,6 +231,18 @@ def test_bfloat16_is_for_the_network_only(tiny_model):
     assert 0 < (full.int() - half.int()).abs().float().mean() < 8
 
 
+def test_weights_are_cast_once_for_all_passes(tiny_model, count_casts, bfloat16_matmuls):
+    network, labels, sampled = Network.of(tiny_model, "norm_first"), torch.tensor([0, 1]), []
+
+    def sample():
+        sampled.append(sample_batch(tiny_model, network, labels, torch.arange(2), FAST, 0, "bfloat16"))
+
+    counts = count_casts(tiny_model, sample)
+    back = {name for name, source, _ in counts if source == torch.bfloat16}
+    assert sampled[0][1] > 1 and set(counts.values()) == {1}
+    assert len(back) > 20 if not bfloat16_matmuls else not back
+
+
 def test_sampling_builds_no_graph(tiny_model):
     noise = torch.zeros(1, 4, 6)
     assert not sample_latents(tiny_model, torch.tensor([0]), noise, FAST).requires_grad

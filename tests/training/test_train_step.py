@@ -26,6 +26,21 @@ def batch(tiny_config) -> tuple[Tensor, Tensor]:
     return images, torch.randint(tiny_config.model.num_classes, (BATCH,), generator=generator)
 
 
+def test_weights_are_cast_once_per_step(tiny_config, make_model, draws, batch, count_casts, bfloat16_matmuls):
+    """For both passes of two micro-batches, forward and backward; also from bfloat16 back to float32, on a CPU without
+    bfloat16 instructions. Autocast itself casts the patch embedding, once in each micro-batch."""
+    config = dataclasses.replace(tiny_config, train=dataclasses.replace(tiny_config.train, precision="bfloat16"))
+    model = make_model(config.model)
+    micro_batches = [MicroBatch(*batch, draws)] * 2
+    counts = count_casts(model, lambda: accumulate_gradients(model, micro_batches, 2, config))
+    patches = {number for (name, *_), number in counts.items() if name.startswith("encoder.patch_embed.")}
+    assert patches == {2}
+    rest = {key: number for key, number in counts.items() if not key[0].startswith("encoder.patch_embed.")}
+    assert set(rest.values()) == {1}
+    there, back = ({name for name, source, _ in rest if source == s} for s in (torch.float32, torch.bfloat16))
+    assert len(there) > 40 and (not back if bfloat16_matmuls else len(back) > 30)
+
+
 def in_float64(draws: StepDraws) -> StepDraws:
     parts = {field.name: getattr(draws, field.name) for field in dataclasses.fields(draws)}
     return StepDraws(**{name: x.double() if x.is_floating_point() else x for name, x in parts.items()})

@@ -16,6 +16,7 @@ from unite_fast.distributed.process_group import Ranks
 from unite_fast.distributed.strategy import split_batch
 from unite_fast.errors import UserError
 from unite_fast.kernels import backend, flash
+from unite_fast.kernels.attention_backends import ON_CPU
 from unite_fast.planning.predict import micro_batches
 
 MARGIN = 1.01
@@ -114,7 +115,7 @@ def attention_candidates(deterministic: bool) -> list[str]:
     return [
         name
         for name in backend.ATTENTION_NAMES
-        if name not in excluded and (name != "flash_attn" or not flash.why_missing())
+        if name not in (*excluded, *ON_CPU) and (name != "flash_attn" or not flash.why_missing())
     ]
 
 

@@ -14,7 +14,9 @@ from torch import Tensor
 from unite_fast import flow
 from unite_fast.config import SamplingConfig
 from unite_fast.errors import require
+from unite_fast.kernels.casts import cast_once
 from unite_fast.kernels.tensors import upcast
+from unite_fast.model.layers import matmul_weights
 from unite_fast.model.unite import UNITE
 from unite_fast.randomness import Philox, Stream
 from unite_fast.sampling.solvers import RELEASED_SOLVERS, multistep, multistep_times
@@ -157,7 +159,8 @@ def sample_batch(
     Args:
         labels: int64 [B], in 0..num_classes - 1, not checked.
         positions: int64 [B]; the noise of each image is drawn from (seed, position).
-        precision: bfloat16 runs the network under autocast; latents stay float32 between its passes.
+        precision: bfloat16 runs the network under autocast, its weights cast once; latents stay float32 between its
+            passes.
         predictor: class that computes guidance; benchmarks/sampling.py compares several.
 
     Returns:
@@ -166,7 +169,8 @@ def sample_batch(
     device, shape = model.device, (model.config.latent_tokens, model.config.latent_channels)
     noise = Philox(seed, 0, positions.to(device)).normal(Stream.SAMPLE_NOISE, shape)
     predict = predictor(network.denoise, labels.to(device), model.config.num_classes, config)
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+    half = precision == "bfloat16"
+    with torch.autocast(device.type, torch.bfloat16, enabled=half), cast_once(matmul_weights(model) if half else ()):
         return to_uint8(network.decode(solve(predict, noise))), predict.evaluations
 
 

@@ -23,6 +23,7 @@ from unite_fast.errors import UserError, require
 from unite_fast.kernels import backend
 from unite_fast.lpips import LPIPS, load_lpips
 from unite_fast.objective import Losses
+from unite_fast.training import attention_precision
 from unite_fast.training.console import Report
 from unite_fast.training.metrics import Averages, MetricsLog, Speedometer, loss_spike
 from unite_fast.training.parallelize import build_model
@@ -112,6 +113,7 @@ class Trainer:
         self.lock = lock_run(self.folder) if resume and ranks.main and (self.folder / LOCK).exists() else None
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep_every)
         checkpoint = find_start(self.checkpoints, self.folder, config, resume)
+        attention_note = self._choose_attention(checkpoint)
         model, self.strategy = build_model(config, ranks, self.device)
         check_cuda_graph(config, self.device, self.strategy)
         self.state = TrainState(model, config)
@@ -125,7 +127,7 @@ class Trainer:
         self.report = Report(self.folder, config, self.device, self.state, checkpoint is not None, ranks.main)
         self.report.print_line(f"data: {len(self.source)} images, {self.choice.name} loader ({self.choice.why})")
         self.validation = Validation(config, self.folder, self.device, self.state.step, len(self.source))
-        self._print_setup()
+        self._print_setup(attention_note)
         self.speed = Speedometer(config, self.device)
         self.train_step = TrainStep(
             self.state, config, batch_slice, micro_batch, lpips, self.strategy, self.speed.clock, self.beat_computing
@@ -147,6 +149,21 @@ class Trainer:
         backend.use(config.kernels, self.device)
         head_dims = {size.width // size.heads for size in (config.model.encoder, config.model.decoder)}
         backend.use_attention(config.attention, self.device, getattr(torch, config.train.precision), head_dims)
+
+    def _choose_attention(self, checkpoint: Checkpoint | None) -> str:
+        """Replace `attention=sdpa` by what rank 0 measures, or by the run's earlier choice.
+
+        Returns:
+            What was measured; empty if nothing was.
+        """
+        config = self.config
+        # The same on all ranks: `run_on_first` is collective.
+        if self.device.type != "cpu" or config.train.precision != "bfloat16" or config.attention != "sdpa":
+            return ""
+        saved = checkpoint.progress.get("attention", "") if checkpoint else ""
+        name, note = self.ranks.run_on_first(lambda: attention_precision.choose(config, saved))
+        backend.use_attention(name, self.device, head_widths=())
+        return note
 
     def _open_source(self) -> Source:
         data, model = self.config.data, self.config.model
@@ -182,8 +199,10 @@ class Trainer:
         except KeyError as error:
             raise UserError(f"cannot resume from {checkpoint.path}: it has no {error}") from error
 
-    def _print_setup(self) -> None:
-        """Caveats of kernels and validation, and the strategy."""
+    def _print_setup(self, attention_note: str) -> None:
+        """The choice of attention, caveats of kernels and validation, and the strategy."""
+        if attention_note:
+            self.report.print_line(f"attention: {attention_note}")
         if note := backend.unmeasured(self.device):
             self.report.print_line(f"kernels: {note}")
         if self.validation.warning:
@@ -298,6 +317,7 @@ class Trainer:
             "averages": self.averages.state_dict(),
             "loader": {**self.loader.state_dict(), "skipped": self.unreadable_samples()},
             "decoder": self.choice.decoder,
+            "attention": backend.attention_on(self.device),
             "skipped_steps": int(self.state.skipped_steps),
         }
         tensors = self.state.tensors()

@@ -247,8 +247,15 @@ CHANGES = [
         ("tests/kernels/test_attention_backends.py",),
         [
             ("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_efficient_attention"),
-            ('if device.type != "cuda":', "if False:"),
+            ("if device.type != home:", "if False:"),
             ("if dtype == torch.float32 and name not in TAKES_FLOAT32:", "if False:"),
+        ],
+    ),
+    (
+        "kernels/attention.py",
+        ("tests/kernels/test_linear.py",),
+        [
+            ('name == "sdpa_float32"\n', "in_float32(qkv)\n"),
         ],
     ),
     (

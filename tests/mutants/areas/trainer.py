@@ -104,6 +104,29 @@ CHANGES = [
     ),
     (
         "unite_fast/training/trainer.py",
+        ("tests/training/test_attention_precision.py",),
+        [
+            (
+                "self.ranks.run_on_first(lambda: attention_precision.choose(config, saved))",
+                "attention_precision.choose(config, saved)",
+            ),
+            ('"attention": backend.attention_on(self.device),', '"attention": "sdpa",'),
+            ('config.attention != "sdpa"', "False"),
+        ],
+    ),
+    (
+        "unite_fast/training/attention_precision.py",
+        ("tests/training/test_attention_precision.py",),
+        [
+            ("if saved in ON_CPU:", "if False:"),
+            ("if config.train.deterministic:", "if False:"),
+            ("passes * best[shape, name]", "best[shape, name]"),
+            ("] += passes", "] += 1"),
+            ("torch.set_num_threads(threads)", "pass"),
+        ],
+    ),
+    (
+        "unite_fast/training/trainer.py",
         ("tests/utils/test_device.py",),
         [
             ("use_numerics(config.train.precision, config.train.deterministic)", "pass"),
