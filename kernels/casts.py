@@ -1,7 +1,7 @@
 """Weights in the dtype of matmuls, cast once for many uses.
 
 A step uses a weight several times, forward and backward; casting it each time costs a small kernel and a pass over
-memory. Within `cast_once`, `cast` returns a copy that was made on entry.
+memory. Within `cast_once`, `cast` returns a copy that was made on entry, and `derived` keeps what is made from it.
 
 A copy is looked up by the memory of its weight, so tensors that autograd saved or a compiled graph passes on find it
 too. It is not used if PyTorch's version counter says that the weight changed since (a change through `.data` escapes
@@ -9,12 +9,15 @@ that counter), nor if autograd has to record the cast.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 ALIGNED = 64
 """Elements; each copy begins at a multiple of it, 128 bytes of bfloat16."""
@@ -27,6 +30,8 @@ class _Copy:
     """The weight's version counter when it was copied."""
     storage: torch.UntypedStorage
     """The weight's storage, referenced so that no other tensor can get its address."""
+    derived: dict[Callable, Any] = field(default_factory=dict)
+    """What `derived` made from the copy, by the function that made it."""
 
 
 _copies: dict[tuple, _Copy] = {}
@@ -63,7 +68,17 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if torch.compiler.is_compiling() or not _copies or (weight.requires_grad and torch.is_grad_enabled()):
         return weight.to(dtype)
     copy = _find(weight, dtype)
-    return weight.to(dtype) if copy is None else copy
+    return weight.to(dtype) if copy is None else copy.tensor
+
+
+def derived(weight: Tensor, dtype: torch.dtype, make: Callable[[Tensor], T]) -> T:
+    """`make(cast(weight, dtype))`; made once if the weight has a copy of `cast_once`. Do not write to it."""
+    copy = _find(weight, dtype)
+    if copy is None:
+        return make(cast(weight, dtype))
+    if make not in copy.derived:
+        copy.derived[make] = make(copy.tensor)
+    return copy.derived[make]
 
 
 def joined(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -103,11 +118,11 @@ def _can_have_a_copy(weight: Tensor, dtype: torch.dtype) -> bool:
     return weight.dtype == torch.float32 != dtype and not sharded and not weight.is_inference()
 
 
-def _find(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+def _find(weight: Tensor, dtype: torch.dtype) -> _Copy | None:
     if not _copies or weight.is_inference():
         return None
     copy = _copies.get(_key(weight, dtype))
-    return copy.tensor if copy is not None and copy.version == weight._version else None
+    return copy if copy is not None and copy.version == weight._version else None
 
 
 def _key(weight: Tensor, dtype: torch.dtype) -> tuple:
