@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import ScalingType, scaled_mm
+from torch.nn import functional as F
 
 from unite_fast.kernels import backend
 from unite_fast.kernels.fused_op import triton_function
@@ -108,8 +108,8 @@ def dequantise(x: Quantised, dtype: torch.dtype) -> Tensor:
 def scaled_matmul(a: Quantised, b: Quantised, bias: Tensor | None) -> Tensor:
     """a b^T + bias: a [M, K], b [N, K], bias bfloat16 [N] -> bfloat16 [M, N]."""
     # Fast accumulation keeps fewer bits of the sums, far more than e4m3 has. Hopper's row-wise kernel is slow without.
-    rows = ScalingType.RowWise
-    return scaled_mm(
+    rows = F.ScalingType.RowWise
+    return F.scaled_mm(
         *(a.values, b.values.mT, a.scale, rows, b.scale.mT, rows),
         bias=bias,
         output_dtype=torch.bfloat16,

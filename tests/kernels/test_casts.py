@@ -54,7 +54,7 @@ def test_a_changed_weight_is_cast_again(weight):
         assert torch.equal(cast(weight, HALF), weight.bfloat16())
         assert not torch.equal(cast(weight, HALF), before)
         with cast_once([weight]):  # replaces the outdated copy
-            assert torch.equal(casts._find(weight, HALF), weight.bfloat16())
+            assert torch.equal(casts._find(weight, HALF).tensor, weight.bfloat16())
         assert casts._find(weight, HALF) is None
         assert torch.equal(cast(weight, HALF), weight.bfloat16())
 

@@ -48,7 +48,7 @@ def linears_bytes(linears: BlockLinears) -> int:
 
 
 def float8_bytes(config: Config) -> float:
-    """Bytes per image of rounding tokens to float8, 0 if that is off. Weights are left out: they are rounded per step."""
+    """Bytes per image of rounding tokens to float8, 0 if that is off. Weights, rounded once a step, are left out."""
     if config.train.precision != "float8":
         return 0.0
     return FLOAT8_BYTES * sum(tokens * (one.inputs + one.outputs) for tokens, one in flops.wide_linears(config))
