@@ -135,7 +135,7 @@ def all_attention(config: Config) -> Flops:
     return total + Flops(size.depth * each.forward, size.depth * each.backward)
 
 
-def wide_linears(config: Config) -> list[tuple[float, Linear]]:
+def wide_linears(config: Config) -> list[tuple[int, Linear]]:
     """The Linears of encoder blocks and decoder layers, each with the tokens of one training image that it reads."""
     model, result = config.model, []
     block, size = encoder_block(model.encoder), model.decoder
