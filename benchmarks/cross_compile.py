@@ -55,6 +55,8 @@ DECODERS = {"S": 384, "B": 768, "L": 1024}
 """Widths of the decoder, for the kernels of its norms."""
 LARGE = 0.1
 """A tensor of less than this share of a kernel's largest is statistics, weights or partial sums, not real traffic."""
+FLOAT8_KERNEL, FLOAT8_ARCH = "_quantise_kernel", 89
+"""Older GPUs have no float8."""
 IN_TABLE, TABLE_TENSORS = -1, "tensors of the table"
 """Stands for the number and the name of a parameter, where a kernel reads an address from a table on the device."""
 
@@ -92,6 +94,11 @@ def cases(op: str) -> Iterator[tuple[dict, tuple]]:
         yield {"shape": f"images {BATCH}x256x256", "dtypes": "float32"}, ()
     elif op == "optimizer":
         yield {"shape": "matrices 4x768x768", "dtypes": "float32"}, ()
+    elif op == "float8":
+        for name, size in SIZES.items():
+            for width in (size.width, size.hidden):
+                shape = f"{name} {BATCH}x{TOKENS[0]}x{width}"
+                yield {"shape": shape, "dtypes": "bfloat16"}, (empty(BATCH * TOKENS[0], width, dtype=half),)
     elif op.endswith("layer_norm"):
         for name, width in DECODERS.items():
             x, weight = empty(BATCH, 257, width), empty(width)
@@ -134,10 +141,12 @@ def triton_modules() -> dict:
     return {name: importlib.import_module(f"{package.__name__}.{name}") for name in names}
 
 
-def ops() -> list[str]:
-    """Everything with a Triton kernel of its own: ops, the norms inside Linears, the draws, and the optimizers."""
+def ops(arch: int) -> list[str]:
+    """Everything with a Triton kernel of its own that this GPU can run: ops, the norms inside Linears, rounding to
+    float8, the draws, and the optimizers."""
     with_kernels = (name for name, op in OPS.items() if op.part != "composed" and "triton" in op.fused.backends)
-    return [*with_kernels, "layer_norm", "residual_layer_norm", "draws", "optimizer"]
+    others = ["layer_norm", "residual_layer_norm", "draws", "optimizer", *(["float8"] if arch >= FLOAT8_ARCH else [])]
+    return [*with_kernels, *others]
 
 
 def all_kernels() -> set[str]:
@@ -155,6 +164,9 @@ def launch(op: str, inputs: tuple) -> None:
         positions = empty(BATCH, dtype=torch.int64)
         for name in ("philox_uniforms", "philox_normals", "philox_words"):
             run[name](1, 3, 4, range(1), positions, LATENT[0] * LATENT[1])
+        return
+    if op == "float8":
+        run["quantise"](*inputs)
         return
     if op == "optimizer":
         a, b, c, d, e = ([empty(768, 768) for _ in range(4)] for _ in range(5))
@@ -373,11 +385,13 @@ def main() -> int:
     parser.add_argument("--kernel", default="", metavar="PART", help="only kernels with this in their name")
     parser.add_argument("--json", action="store_true", help="print a list of rows instead of the table")
     options = parser.parse_args()
-    tasks = [(arch, op, options.kernel) for arch in options.arch or ARCHS for op in ops()]
+    archs = options.arch or list(ARCHS)
+    tasks = [(arch, op, options.kernel) for arch in archs for op in ops(arch)]
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         rows = [row for op_rows in pool.map(compile_op, *zip(*tasks, strict=True)) for row in op_rows]
     print(json.dumps(rows, indent=1) if options.json else table(rows))
-    missing = {name for name in all_kernels() if options.kernel in name} - {row["kernel"] for row in rows}
+    expected = all_kernels() - ({FLOAT8_KERNEL} if max(archs) < FLOAT8_ARCH else set())
+    missing = {name for name in expected if options.kernel in name} - {row["kernel"] for row in rows}
     if missing:
         print(f"error: no launch reached {', '.join(sorted(missing))}", file=sys.stderr)
     return 1 if missing else 0

@@ -1,8 +1,7 @@
 """Weights in the dtype of matmuls, cast once for many uses.
 
 A step uses a weight several times, forward and backward; casting it each time costs a small kernel and a pass over
-memory. Within `cast_once`, `cast` returns a copy that was made on entry. A CPU without bfloat16 instructions casts the
-copies back to float32 for its matmuls; `cast` does that once, too.
+memory. Within `cast_once`, `cast` returns a copy that was made on entry, and `derived` keeps what is made from it.
 
 A copy is looked up by the memory of its weight, so tensors that autograd saved or a compiled graph passes on find it
 too. It is not used if PyTorch's version counter says that the weight changed since (a change through `.data` escapes
@@ -10,12 +9,15 @@ that counter), nor if autograd has to record the cast.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 ALIGNED = 64
 """Elements; each copy begins at a multiple of it, 128 bytes of bfloat16."""
@@ -28,11 +30,11 @@ class _Copy:
     """The weight's version counter when it was copied."""
     storage: torch.UntypedStorage
     """The weight's storage, referenced so that no other tensor can get its address."""
+    derived: dict[Callable, Any] = field(default_factory=dict)
+    """What `derived` made from the copy, by the function that made it."""
 
 
 _copies: dict[tuple, _Copy] = {}
-_pieces: frozenset[int] = frozenset()
-"""The storages of the copies."""
 
 
 @contextmanager
@@ -43,20 +45,19 @@ def cast_once(weights: Iterable[Tensor], dtype: torch.dtype = torch.bfloat16) ->
     block, an up-to-date copy of the outer block is reused, and a stale one is replaced until the inner block ends.
     Consecutive weights are consecutive in memory if each has a multiple of `ALIGNED` elements; `joined` is then a view.
     """
-    global _copies, _pieces
-    before = _copies, _pieces
+    global _copies
+    before = _copies
     weights = [w for w in weights if _can_have_a_copy(w, dtype) and _find(w, dtype) is None]
     with torch.no_grad():
         copies = _empty_copies(weights, dtype)
         if copies:
             torch._foreach_copy_(copies, weights)
     new = {_key(w, dtype): _Copy(c, w._version, w.untyped_storage()) for w, c in zip(weights, copies, strict=True)}
-    _copies = _copies | new
-    _pieces = _pieces | {_storage(copy) for copy in copies}
+    _copies = before | new
     try:
         yield
     finally:
-        _copies, _pieces = before
+        _copies = before
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -64,14 +65,20 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if weight.dtype == dtype:
         return weight
     # Dynamo traces plain casts, which the compiler fuses; inside a compiled graph, our operators reach the lines below.
-    if torch.compiler.is_compiling() or not _copies or (weight.requires_grad and torch.is_grad_enabled()):
+    if torch.compiler.is_compiling() or not _copies or _recorded(weight):
         return weight.to(dtype)
     copy = _find(weight, dtype)
+    return weight.to(dtype) if copy is None else copy.tensor
+
+
+def derived(weight: Tensor, dtype: torch.dtype, make: Callable[[Tensor], T]) -> T:
+    """`make(cast(weight, dtype))`; made once if the weight has a copy of `cast_once`. Do not write to it."""
+    copy = None if _recorded(weight) else _find(weight, dtype)
     if copy is None:
-        copy = weight.to(dtype)
-        if _storage(weight) in _pieces:
-            _copies[_key(weight, dtype)] = _Copy(copy, weight._version, weight.untyped_storage())
-    return copy
+        return make(cast(weight, dtype))
+    if make not in copy.derived:
+        copy.derived[make] = make(copy.tensor)
+    return copy.derived[make]
 
 
 def joined(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -80,7 +87,7 @@ def joined(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     first, shape = copies[0], (sum(len(c) for c in copies), *copies[0].shape[1:])
     end = first.storage_offset()
     for c in copies:
-        if _storage(c) != _storage(first) or c.storage_offset() != end:
+        if c.untyped_storage()._cdata != first.untyped_storage()._cdata or c.storage_offset() != end:
             return torch.cat(copies)
         if not c.is_contiguous():
             return torch.cat(copies)
@@ -111,17 +118,18 @@ def _can_have_a_copy(weight: Tensor, dtype: torch.dtype) -> bool:
     return weight.dtype == torch.float32 != dtype and not sharded and not weight.is_inference()
 
 
-def _find(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+def _recorded(weight: Tensor) -> bool:
+    """Whether autograd has to record what is made from a weight."""
+    return weight.requires_grad and torch.is_grad_enabled()
+
+
+def _find(weight: Tensor, dtype: torch.dtype) -> _Copy | None:
     if not _copies or weight.is_inference():
         return None
     copy = _copies.get(_key(weight, dtype))
-    return copy.tensor if copy is not None and copy.version == weight._version else None
+    return copy if copy is not None and copy.version == weight._version else None
 
 
 def _key(weight: Tensor, dtype: torch.dtype) -> tuple:
-    place = _storage(weight), weight.storage_offset()
+    place = weight.untyped_storage()._cdata, weight.storage_offset()
     return *place, weight.shape, weight.stride(), weight.dtype, dtype
-
-
-def _storage(x: Tensor) -> int:
-    return x.untyped_storage()._cdata

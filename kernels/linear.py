@@ -9,9 +9,9 @@
 norm_linear.py has those that begin with a norm. `shared_bias` leaves the gradient of a bias to the op that reads the
 Linear's result.
 
-Under bfloat16 autocast, matmuls run in bfloat16 with float32 sums; see matmul.py. Otherwise they run in the dtype of
-the input, and each op runs as its separate parts and recomputes nothing: small models train in float32 on a CPU, where
-the extra calls would cost more time than the saved memory is worth.
+Under bfloat16 autocast, matmuls run in bfloat16 with float32 sums, or some of them in float8; see matmul.py. Otherwise
+they run in the dtype of the input, and each op runs as its separate parts and recomputes nothing: small models train in
+float32 on a CPU, where the extra calls would cost more time than the saved memory is worth.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from unite_fast.kernels import backend, fused_op, tensors
 from unite_fast.kernels.casts import joined
+from unite_fast.kernels.float8 import runs_in_float8
 from unite_fast.kernels.fused_op import Backend, FusedOp
 from unite_fast.kernels.gelu import gelu_op, gelu_ref
 from unite_fast.kernels.matmul import (
@@ -38,20 +39,21 @@ from unite_fast.kernels.swiglu import swiglu, swiglu_op
 from unite_fast.kernels.tensors import argument_error, matmul_dtype
 
 
-def _linear_forward(x, weight, bias):
-    return (matmul(x, weight, bias),)
+def _linear_forward(x, weight, bias, in_float8):
+    return (matmul(x, weight, bias, in_float8),)
 
 
 linear_op = FusedOp(
     "linear",
-    fake_forward=lambda x, weight, bias: (fake_matmul(x, weight),),
-    backward_inputs="Tensor d_y, Tensor x, Tensor weight, bool bias_gradient",
+    inputs="Tensor x, Tensor weight, Tensor bias, bool in_float8",
+    fake_forward=lambda x, weight, bias, in_float8: (fake_matmul(x, weight),),
+    backward_inputs="Tensor d_y, Tensor x, Tensor weight, bool bias_gradient, bool in_float8",
     backward_outputs=3,
-    fake_backward=lambda d_y, x, weight, bias_gradient: (
+    fake_backward=lambda d_y, x, weight, bias_gradient, in_float8: (
         tensors.empty_like(x),
         *fake_weight_gradients(weight, bias_gradient),
     ),
-    saved=lambda inputs, outputs: (*inputs[:2], inputs[2].requires_grad),
+    saved=lambda inputs, outputs: (*inputs[:2], inputs[2].requires_grad, inputs[3]),
     # PyTorch's operators, on every device.
     backends=dict.fromkeys(("native", "triton"), Backend(_linear_forward, matmul_backward)),
 )
@@ -61,31 +63,31 @@ def _activation_linear(activation: FusedOp) -> FusedOp:
     """The op linear(f(x), W, b) for an activation f. It saves x and recomputes f(x) in backward."""
 
     def with_linear(f: Backend) -> Backend:
-        def forward(x, weight, bias, x_bias):
-            return (matmul(f.forward(x, x_bias)[0], weight, bias),)
+        def forward(x, weight, bias, x_bias, in_float8):
+            return (matmul(f.forward(x, x_bias)[0], weight, bias, in_float8),)
 
         def recompute_separately(d_activated, x, x_bias_gradient):
             return *f.backward(d_activated, x, x_bias_gradient), f.forward(x, None)[0]
 
-        def backward(d_y, x, weight, bias_gradient, x_bias_gradient):
+        def backward(d_y, x, weight, bias_gradient, x_bias_gradient, in_float8):
             recompute = f.backward_recompute or recompute_separately
-            d_x, d_x_bias, activated = recompute(input_gradient(d_y, weight), x, x_bias_gradient)
+            d_x, d_x_bias, activated = recompute(input_gradient(d_y, weight, in_float8), x, x_bias_gradient)
             return d_x, *weight_gradients(d_y, activated, bias_gradient), d_x_bias
 
         return Backend(forward, backward)
 
     return FusedOp(
         f"{activation.name}_linear",
-        inputs="Tensor x, Tensor weight, Tensor bias, Tensor? x_bias",
-        fake_forward=lambda x, weight, bias, x_bias: (fake_matmul(x, weight),),
-        backward_inputs="Tensor d_y, Tensor x, Tensor weight, bool bias_gradient, bool x_bias_gradient",
+        inputs="Tensor x, Tensor weight, Tensor bias, Tensor? x_bias, bool in_float8",
+        fake_forward=lambda x, weight, bias, x_bias, in_float8: (fake_matmul(x, weight),),
+        backward_inputs="Tensor d_y, Tensor x, Tensor weight, bool bias_gradient, bool x_bias_gradient, bool in_float8",
         backward_outputs=4,
-        fake_backward=lambda d_y, x, weight, bias_gradient, x_bias_gradient: (
+        fake_backward=lambda d_y, x, weight, bias_gradient, x_bias_gradient, in_float8: (
             tensors.empty_like(x),
             *fake_weight_gradients(weight, bias_gradient),
             tensors.empty_bias_gradient(x, x_bias_gradient),
         ),
-        saved=lambda inputs, outputs: (*inputs[:2], inputs[2].requires_grad, inputs[3] is not None),
+        saved=lambda inputs, outputs: (*inputs[:2], inputs[2].requires_grad, inputs[3] is not None, inputs[4]),
         backends={key: with_linear(f) for key, f in activation.backends.items()},
     )
 
@@ -110,13 +112,19 @@ def shared_bias(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
     return (bias.detach(), bias) if recomputing_backend(x) == "triton" else (bias, None)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def unfused_linear(x: Tensor, weight: Tensor, bias: Tensor, in_float8: bool) -> Tensor:
+    """The Linear of an op that runs as its separate parts. float8 has no other implementation than our op."""
+    return linear_op("native", x.to(torch.bfloat16), weight, bias, True) if in_float8 else F.linear(x, weight, bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor, wide: bool = False) -> Tensor:
     """A Linear, x W^T + b, which saves x in the dtype of the matmul.
 
     Args:
         x: [B, T, K].
         weight: float32 [N, K].
         bias: float32 [N].
+        wide: whether it runs in float8 within `float8.float8_matmuls`.
 
     Returns:
         [B, T, N], bfloat16 under autocast to it, else in the input's dtype; sums are float32.
@@ -125,8 +133,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ValueError: shapes that do not match.
     """
     check_weight("linear", x.shape[-1], weight, bias)
-    chosen = recomputing_backend(x)
-    return linear_op(chosen, x.to(torch.bfloat16), weight, bias) if chosen else F.linear(x, weight, bias)
+    chosen, in_float8 = recomputing_backend(x), runs_in_float8(wide)
+    if not chosen:
+        return unfused_linear(x, weight, bias, in_float8)
+    return linear_op(chosen, x.to(torch.bfloat16), weight, bias, in_float8)
 
 
 def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
@@ -168,7 +178,9 @@ class _Linears(torch.autograd.Function):
         return d_x, *d_weights.split(sizes), *d_biases.split(sizes)
 
 
-def swiglu_linear(uw: Tensor, weight: Tensor, bias: Tensor, uw_bias: Tensor | None = None) -> Tensor:
+def swiglu_linear(
+    uw: Tensor, weight: Tensor, bias: Tensor, uw_bias: Tensor | None = None, wide: bool = False
+) -> Tensor:
     """The second half of a SwiGLU: linear(swiglu(uw), W, b). Saves uw and recomputes swiglu(uw) in backward. swiglu is
     float32 inside. Source: Shazeer, arXiv 2002.05202.
 
@@ -177,6 +189,7 @@ def swiglu_linear(uw: Tensor, weight: Tensor, bias: Tensor, uw_bias: Tensor | No
         weight: float32 [N, K].
         bias: float32 [N].
         uw_bias: float32 [2 K], the bias that uw contains, or None; gets the sum of uw's gradient (`shared_bias`).
+        wide: see `linear`.
 
     Returns:
         [B, T, N], bfloat16 under autocast to it, else in the input's dtype; sums are float32.
@@ -186,10 +199,10 @@ def swiglu_linear(uw: Tensor, weight: Tensor, bias: Tensor, uw_bias: Tensor | No
     """
     tensors.check_contained("swiglu_linear", "uw_bias", uw, uw_bias)
     check_weight("swiglu_linear", uw.shape[-1] / 2, weight, bias)
-    return _run(swiglu_linear_op, swiglu, uw, weight, bias, uw_bias)
+    return _run(swiglu_linear_op, swiglu, uw, weight, bias, uw_bias, wide)
 
 
-def gelu_linear(u: Tensor, weight: Tensor, bias: Tensor, u_bias: Tensor | None = None) -> Tensor:
+def gelu_linear(u: Tensor, weight: Tensor, bias: Tensor, u_bias: Tensor | None = None, wide: bool = False) -> Tensor:
     """The second half of an MLP with the exact GELU: linear(gelu(u), W, b), gelu(u) = u Phi(u). Saves u and recomputes
     gelu(u) in backward. Source: Hendrycks and Gimpel, arXiv 1606.08415.
 
@@ -198,6 +211,7 @@ def gelu_linear(u: Tensor, weight: Tensor, bias: Tensor, u_bias: Tensor | None =
         weight: float32 [N, K].
         bias: float32 [N].
         u_bias: float32 [K], the bias that u contains, or None; gets the sum of u's gradient (`shared_bias`).
+        wide: see `linear`.
 
     Returns:
         [B, T, N], bfloat16 under autocast to it, else in the input's dtype; sums are float32.
@@ -207,16 +221,22 @@ def gelu_linear(u: Tensor, weight: Tensor, bias: Tensor, u_bias: Tensor | None =
     """
     tensors.check_contained("gelu_linear", "u_bias", u, u_bias)
     check_weight("gelu_linear", u.shape[-1], weight, bias)
-    return _run(gelu_linear_op, gelu_ref, u, weight, bias, u_bias)
+    return _run(gelu_linear_op, gelu_ref, u, weight, bias, u_bias, wide)
 
 
 def _run(
-    fused: FusedOp, activation: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None
+    fused: FusedOp,
+    activation: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x_bias: Tensor | None,
+    wide: bool,
 ) -> Tensor:
-    chosen = recomputing_backend(x, fused.name.removesuffix("_linear"))
+    chosen, in_float8 = recomputing_backend(x, fused.name.removesuffix("_linear")), runs_in_float8(wide)
     if not chosen:
-        return F.linear(activation(x, x_bias), weight, bias)
-    return fused(chosen, x.to(torch.bfloat16), weight, bias, x_bias)
+        return unfused_linear(activation(x, x_bias), weight, bias, in_float8)
+    return fused(chosen, x.to(torch.bfloat16), weight, bias, x_bias, in_float8)
 
 
 def check_weight(name: str, width: float, weight: Tensor, bias: Tensor) -> None:
@@ -231,7 +251,7 @@ def register_linear(
 ) -> None:
     """`register` for an op with a Linear from width to hidden width. `example` makes the arguments before weight and
     bias. After them come the bias that the argument `contains` contains, if it is given, and `constants`. `fused`
-    takes the same arguments, and the matmul's dtype if its schema has one."""
+    takes the same arguments, whether to run in float8, and the matmul's dtype if its schema has one."""
 
     def with_linear(size: Size, new: New) -> dict:
         weight, bias = new(size.hidden, size.width, dtype=size.weights), new(size.hidden, dtype=size.weights)
@@ -246,7 +266,7 @@ def register_linear(
         fused,
         example=with_linear,
         part="composed",
-        op_inputs=lambda **example: (*example.values(), torch.bfloat16)[: len(fused.op._schema.arguments)],
+        op_inputs=lambda **example: (*example.values(), False, torch.bfloat16)[: len(fused.op._schema.arguments)],
     )
 
 

@@ -10,13 +10,15 @@ are float32 too: a bfloat16 sum over all tokens of a batch would lose digits wit
 A CPU without bfloat16 instructions runs bfloat16 matmuls ten times slower than float32 ones. There, the operands are
 rounded to bfloat16 and multiplied in float32: the product of two bfloat16 numbers is exact in float32, and sums are
 float32 in both cases.
+
+With `in_float8`, y and dx are float8 matmuls, and dW is not; see float8.py.
 """
 
 import torch
 from torch import Tensor
 
-from unite_fast.kernels import tensors
-from unite_fast.kernels.casts import cast
+from unite_fast.kernels import float8, tensors
+from unite_fast.kernels.casts import cast, derived
 
 
 def bfloat16_instructions() -> bool:
@@ -34,13 +36,34 @@ def sums_in_float32(x: Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.bfloat16
 
 
-def matmul(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def matmul(x: Tensor, weight: Tensor, bias: Tensor, in_float8: bool = False) -> Tensor:
     """x [..., K], weight [N, K], bias [N] -> [..., N] in x's dtype; weight and bias are rounded to it."""
-    weight, bias = cast(weight, x.dtype), cast(bias, x.dtype)
+    bias = _operand(bias, x)
+    if in_float8:
+        return _float8_matmul(x, derived(weight, x.dtype, float8.quantise), bias)
+    return _matmul(x, _operand(weight, x), bias)
+
+
+def _operand(weight: Tensor, x: Tensor) -> Tensor:
+    """A weight or bias rounded to x's dtype, in the dtype in which x is multiplied."""
+    return derived(weight, x.dtype, Tensor.float) if in_float32(x) else cast(weight, x.dtype)
+
+
+def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`matmul` of operands that are rounded to x's dtype."""
     if in_float32(x):
-        weight, bias = cast(weight, torch.float32), cast(bias, torch.float32)
-        return torch.nn.functional.linear(x.float(), weight, bias).to(x.dtype)
+        return torch.nn.functional.linear(x.float(), weight.float(), bias).to(x.dtype)
     return torch.nn.functional.linear(x, weight, bias)
+
+
+def _float8_matmul(x: Tensor, weight: float8.Quantised, bias: Tensor | None) -> Tensor:
+    """x [..., K], weight [N, K], bias an `_operand` [N] -> [..., N] in x's dtype."""
+    quantised = float8.quantise(x)
+    if x.is_cuda:
+        y = float8.scaled_matmul(quantised, weight, bias)
+    else:
+        y = _matmul(float8.dequantise(quantised, x.dtype), float8.dequantise(weight, x.dtype), bias)
+    return y.unflatten(0, x.shape[:-1])
 
 
 def fake_matmul(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -48,17 +71,19 @@ def fake_matmul(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> 
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype or x.dtype)
 
 
-def matmul_backward(d_y: Tensor, x: Tensor, weight: Tensor, with_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def matmul_backward(
+    d_y: Tensor, x: Tensor, weight: Tensor, with_bias: bool, in_float8: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """d_y [..., N], x [..., K], weight [N, K] -> d_x [..., K] in d_y's dtype, d_weight and d_bias in float32."""
-    return input_gradient(d_y, weight), *weight_gradients(d_y, x, with_bias)
+    return input_gradient(d_y, weight, in_float8), *weight_gradients(d_y, x, with_bias)
 
 
-def input_gradient(d_y: Tensor, weight: Tensor) -> Tensor:
+def input_gradient(d_y: Tensor, weight: Tensor, in_float8: bool = False) -> Tensor:
     """d_y [..., N], weight [N, K] -> d_x [..., K] in d_y's dtype."""
-    weight = cast(weight, d_y.dtype)
-    if in_float32(d_y):
-        return (d_y.float() @ cast(weight, torch.float32)).to(d_y.dtype)
-    return d_y @ weight
+    if in_float8:
+        return _float8_matmul(d_y, derived(weight, d_y.dtype, float8.quantise_columns), None)
+    weight = _operand(weight, d_y)
+    return (d_y.float() @ weight).to(d_y.dtype) if in_float32(d_y) else d_y @ weight
 
 
 def weight_gradients(d_y: Tensor, x: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:

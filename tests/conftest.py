@@ -117,7 +117,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True, scope="session")
 def triton_interpreter_rounds() -> None:
-    """Triton's interpreter (3.9) truncates float32 to bfloat16. Round to nearest, as a GPU does."""
+    """Triton's interpreter (3.9) truncates float32 to bfloat16, and rounding to e4m3 it loses carries and NaN. Round to
+    nearest, as a GPU does."""
     if not backend.interpreted() or backend.why_missing("triton"):
         return
     from triton.runtime import interpreter
@@ -127,6 +128,8 @@ def triton_interpreter_rounds() -> None:
     def rounding(numbers, source, target, mode):
         if (source.name, target.name) == ("fp32", "bf16"):
             return torch.tensor(numbers).bfloat16().view(torch.uint16).numpy()
+        if (source.name, target.name) == ("fp32", "fp8e4nv"):
+            return torch.tensor(numbers).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
         return convert(numbers, source, target, mode)
 
     interpreter._convert_float = rounding

@@ -152,6 +152,7 @@ def tree_of(key: str, value) -> dict:
         ("train.micro_batch", 5),
         ("train.micro_batch", -1),
         ("train.precision", "float16"),
+        ("train.precision", "fp8"),
         ("train.device", "tpu"),
         ("train.log_every", 0),
         ("train.checkpoint_every", 0),

@@ -17,6 +17,8 @@ NONDETERMINISTIC_ATTENTION = ("sdpa_cudnn", "flash_attn")
 LOADERS = ("auto", "memory", "folder", "raw", "webdataset", "dali", "source")
 STRATEGIES = ("auto", "ddp", "fsdp", "hsdp")
 PRECISIONS = ("bfloat16", "float32")
+"""Of sampling and evaluation."""
+TRAINING_PRECISIONS = (*PRECISIONS, "float8")
 DEVICES = ("auto", "cpu", "cuda")
 ADAMW = ("torch", "apex")
 SOLVERS = ("euler", "heun", "multistep", "dopri5")
@@ -307,7 +309,9 @@ class TrainConfig:
     micro_batch: int = 0
     """Images per forward pass of one process, at most its share of the batch; 0: the whole share."""
     precision: str = "bfloat16"
-    """bfloat16 (autocast) or float32."""
+    """bfloat16 (autocast), float32, or float8: bfloat16, but the Linears of encoder blocks and decoder layers multiply
+    float8 numbers, except for gradients of weights (kernels/float8.py). Needs a GPU from Ada or Hopper on; on a CPU the
+    rounding is emulated, which is slow. The trained model samples in bfloat16."""
     device: str = "auto"
     """auto (CUDA if there is one), cpu or cuda."""
     threads: int = 0
@@ -350,8 +354,13 @@ class TrainConfig:
             self.micro_batch == 0 or self.batch_size % self.micro_batch == 0,
             f"train.batch_size is {self.batch_size}; it must be a multiple of train.micro_batch ({self.micro_batch})",
         )
-        require_choice("train.precision", self.precision, PRECISIONS)
+        require_choice("train.precision", self.precision, TRAINING_PRECISIONS)
         require_choice("train.device", self.device, DEVICES)
+
+    @property
+    def network_precision(self) -> str:
+        """Precision of all but float8 matmuls, and of sampling: bfloat16 or float32."""
+        return "bfloat16" if self.precision == "float8" else self.precision
 
 
 @dataclass

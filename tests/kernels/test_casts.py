@@ -5,10 +5,11 @@ import weakref
 
 import pytest
 import torch
+from torch import Tensor
 
 from unite_fast import kernels
 from unite_fast.kernels import backend, casts
-from unite_fast.kernels.casts import cast, cast_once, joined
+from unite_fast.kernels.casts import cast, cast_once, derived, joined
 from unite_fast.lpips import LINEAR_SHAPES, LPIPS, VGG_SHAPES
 from unite_fast.model.layers import SwiGLU, matmul_weights
 from unite_fast.model.unite import UNITE
@@ -54,7 +55,7 @@ def test_a_changed_weight_is_cast_again(weight):
         assert torch.equal(cast(weight, HALF), weight.bfloat16())
         assert not torch.equal(cast(weight, HALF), before)
         with cast_once([weight]):  # replaces the outdated copy
-            assert torch.equal(casts._find(weight, HALF), weight.bfloat16())
+            assert torch.equal(casts._find(weight, HALF).tensor, weight.bfloat16())
         assert casts._find(weight, HALF) is None
         assert torch.equal(cast(weight, HALF), weight.bfloat16())
 
@@ -89,25 +90,35 @@ def test_weights_that_need_no_cast_have_no_copy(draw):
         assert torch.equal(cast(inference, HALF), inference.bfloat16())
 
 
-def test_a_copy_is_cast_back_once(weight, draw):
-    """As on a CPU without bfloat16 instructions. Other bfloat16 tensors may change, so their casts are not kept."""
-    other = draw(24, 16, dtype=HALF)
-    with cast_once([weight]):
-        copy = bfloat16_of(weight)
-        widened = cast(copy, torch.float32)
-        assert torch.equal(widened, copy.float()) and cast(copy, torch.float32) is widened
-        assert cast(copy[:8], torch.float32).shape == (8, 16)
-        assert cast(other, torch.float32) is not cast(other, torch.float32)
-        with cast_once([weight, draw(4, 4)]):
-            assert cast(bfloat16_of(weight), torch.float32) is widened
-            assert cast(copy[8:], torch.float32) is cast(copy[8:], torch.float32)
-        with torch.no_grad():
-            weight.add_(1)
+def test_what_is_made_from_a_copy_is_made_once(weight, draw):
+    """As the float32 copies of a CPU without bfloat16 instructions."""
+    other, made = draw(24, 16), []
+
+    def make(copy):
+        made.append(copy)
+        return copy.float()
+
+    with torch.no_grad():
         with cast_once([weight]):
-            assert torch.equal(cast(bfloat16_of(weight), torch.float32), weight.detach().bfloat16().float())
-        assert cast(copy, torch.float32) is widened
-    assert not casts._copies and not casts._pieces
-    assert cast(copy, torch.float32) is not widened
+            widened = derived(weight, HALF, make)
+            assert torch.equal(widened, weight.bfloat16().float()) and derived(weight, HALF, make) is widened
+            assert torch.equal(derived(weight, HALF, torch.neg), -weight.bfloat16())
+            assert derived(other, HALF, make) is not derived(other, HALF, make)
+            with cast_once([weight, other]):
+                assert derived(weight, HALF, make) is widened and derived(other, HALF, make) is derived(
+                    other, HALF, make
+                )
+            weight.add_(1)
+            with cast_once([weight]):
+                assert torch.equal(derived(weight, HALF, make), weight.bfloat16().float())
+        assert len(made) == 5 and not casts._copies
+        assert derived(weight, HALF, make) is not widened
+
+
+def test_what_autograd_records_is_not_kept(weight):
+    with cast_once([weight]):
+        derived(weight, HALF, Tensor.float).sum().backward()
+    assert torch.equal(weight.grad, torch.ones_like(weight))
 
 
 def test_a_cast_outside_an_operator_has_a_gradient(weight):

@@ -311,7 +311,7 @@ def fused(name):
     return OPS["attention" if name.startswith("attention") else name.split(",")[0]].fused
 
 
-def flat(name, tensors):
+def flat(name, tensors, in_float8=False):
     """All arguments in the order of unite_fast::NAME."""
     tensors = list(tensors)
     if name.startswith("attention"):
@@ -321,15 +321,16 @@ def flat(name, tensors):
     if name in ("swiglu_linear", "gelu_linear", "residual_layer_norm_linear"):
         tensors.append(None)  # the bias that is not shared
     if "layer_norm_linear" in name:
-        return *tensors, 1e-12, torch.float32
-    return (*tensors, torch.float32) if name == "gated_residual_adaln_linear" else tuple(tensors)
+        return *tensors, 1e-12, in_float8, torch.float32
+    return *tensors, in_float8, *([torch.float32] if name == "gated_residual_adaln_linear" else [])
 
 
 @native_only
+@pytest.mark.parametrize("in_float8", [False, True], ids=["", "float8"])
 @pytest.mark.parametrize("name", OP_CASES)
-def test_opcheck(name, inputs):
+def test_opcheck(name, in_float8, inputs):
     op = fused(name)
-    arguments = flat(name, (x.requires_grad_() for x in inputs(CASES[name]).values()))
+    arguments = flat(name, (x.requires_grad_() for x in inputs(CASES[name]).values()), in_float8)
     torch.library.opcheck(op.op, arguments)
     outputs = [o.detach() for o in as_tuple(op.op(*arguments))]
     incoming = [torch.randn_like(o) for o in outputs[: op.results]]

@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unite_fast.kernels import backend
+from unite_fast.kernels.float8 import float8_matmuls
 from unite_fast.lpips import LINEAR_SHAPES, LPIPS, VGG_SHAPES
 from unite_fast.model.decoder import DecoderLayer
 from unite_fast.model.generative_encoder import Block
@@ -54,12 +55,15 @@ def autocast(device: str) -> Iterator[None]:
         torch.set_autocast_dtype(device, before[1])
 
 
-@pytest.mark.parametrize("make", [block, decoder_layer, lpips])
+@pytest.mark.parametrize(
+    ("make", "in_float8"),
+    [(block, False), (block, True), (decoder_layer, False), (decoder_layer, True), (lpips, False)],
+)
 @pytest.mark.parametrize("device", ["cpu", on_cuda])
-def test_the_module_compiles_to_one_graph(make, device):
+def test_the_module_compiles_to_one_graph(make, in_float8, device):
     """With the backward pass on the CPU only: for fake CUDA tensors, autograd's engine would need a GPU's streams."""
     torch._dynamo.reset()
-    with backend.using("auto"), FakeTensorMode(allow_non_fake_inputs=True):
+    with backend.using("auto"), float8_matmuls(in_float8), FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device(device):
             module, inputs = make()
         if device == "cuda":

@@ -12,6 +12,7 @@ from unite_fast.errors import UserError
 from unite_fast.kernels import backend
 from unite_fast.kernels.fused_op import triton_function
 from unite_fast.planning import flops, memory, predict, step_bytes
+from unite_fast.planning.flops import tokens_per_block
 from unite_fast.planning.gpus import find_gpu
 from unite_fast.planning.lpips import lpips_bytes
 from unite_fast.planning.predict import (
@@ -22,6 +23,7 @@ from unite_fast.planning.predict import (
     Work,
     collective_seconds,
     image_seconds,
+    image_work,
     make_plan,
 )
 from unite_fast.recipes import load_config
@@ -36,10 +38,12 @@ def plan(recipe: str, gpu: str, nodes: int, *overrides: str, per_node: int = 8):
 # The first time model of this project: its work of UNITE-B, and below its images/s (docs/performance.md, 2026-11-22).
 FIRST_WORK = Work(
     matmul=895e9,
+    float8=0,
     attention=0,
     convolutions=120e9,
     encoder_bytes=157 * 16384 * 768,
     decoder_bytes=0.5e9,
+    float8_bytes=0,
     lpips_bytes=0,
     pixel_bytes=0.07e9,
 )
@@ -222,11 +226,35 @@ def test_the_output_separates_predictions_from_measurements(command, mentions):
         (("imagenet256_b", "--nodes", "0"), ("--nodes", "--gpus-per-node")),
         (("imagenet256_b", "--data", "floppy"), ("--data", "'floppy'", "folder")),
         (("digits",), ("train.precision=bfloat16",)),
+        (("imagenet256_b", "--gpu", "a100", "--", "train.precision=float8"), ("a100", "train.precision=bfloat16")),
         (("imagenet256_z",), ("imagenet256_z", "imagenet256_b")),
     ],
 )
 def test_mistakes_are_named(command, arguments, tokens):
     command("plan", *arguments).error(*tokens)
+
+
+def test_float8_changes_two_of_three_matmuls_of_the_wide_linears(command):
+    off, on = (
+        make_plan(load_config("imagenet256_b", (f"train.precision={name}",)), Cluster(find_gpu("h100"), 1, 1))
+        for name in ("bfloat16", "float8")
+    )
+    work = image_work(off.config), image_work(on.config)
+    assert work[0].float8 == work[0].float8_bytes == 0 and "float8 matmuls" not in off.fast.seconds
+    assert work[0].matmul == work[1].matmul + work[1].float8
+    # Outside the wide Linears are adaLN, embeddings and the first and last Linears, about 2 % of B.
+    assert 0.64 < work[1].float8 / work[0].matmul < 2 / 3
+    seconds, before = on.fast.seconds, off.fast.seconds["matmuls"]
+    assert seconds["matmuls"] + 2 * seconds["float8 matmuls"] == pytest.approx(before)
+    # By hand for a block: x of four Linears is 5.67 D wide, d_y 10.33 D, 3 bytes each.
+    tokens = sum(queries + keys for queries, keys in tokens_per_block(on.config.model, True)) / 2
+    tokens += 3 * sum(queries + keys for queries, keys in tokens_per_block(on.config.model, False)) / 2
+    decoder = 12 * 257 * 3 * (3 * 768 + 3072 + 5 * 768 + 3072)
+    assert work[1].float8_bytes == pytest.approx(tokens * 16 * 768 * 3 + decoder, rel=0.02)
+    assert on.memory["weights in float8"] == 2 * (12 * (4 + 8) * 768**2 + 12 * 12 * 768**2)
+    assert "weights in float8" not in off.memory
+    ended = command("plan", "imagenet256_b", "--gpu", "h100", "--", "train.precision=float8")
+    assert "float8: 66% of the matmul FLOPs" in ended.out and "1978 float8" in ended.out
 
 
 def test_an_unknown_format_is_also_an_error_of_the_library():

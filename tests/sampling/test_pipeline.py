@@ -167,3 +167,12 @@ def test_invalid_weights_are_refused(changed, change, tokens, mentions):
         unite_fast.load(path)
     assert str(path) in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("trained", "sampled"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("float8", "bfloat16")]
+)
+def test_a_model_samples_in_its_training_precision_but_never_in_float8(model, monkeypatch, trained, sampled):
+    monkeypatch.setattr(model.config.train, "precision", trained)
+    assert model.precision_and_compile(None, None) == (sampled, False)
+    assert model.precision_and_compile("float32", True) == ("float32", True)

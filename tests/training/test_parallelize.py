@@ -191,7 +191,7 @@ def test_ddp_keeps_the_whole_training_state_on_every_rank(settings, ranks):
     assert ranks(2, allocated_bytes, settings("parallel.strategy=ddp")) == [one, one]
 
 
-def bfloat16_step(config) -> tuple[list[float], set[torch.dtype], set[torch.dtype]]:
+def rounded_step(config) -> tuple[list[float], set[torch.dtype], set[torch.dtype]]:
     """One step from perturbed weights: losses, dtypes of the residual stream, dtypes of weights and gradients in the
     optimizers."""
     with Run(config) as trainer:
@@ -207,11 +207,13 @@ def bfloat16_step(config) -> tuple[list[float], set[torch.dtype], set[torch.dtyp
         return losses, residuals, {x.dtype for p in state.parameters for x in (p, p.grad)}
 
 
-def test_bfloat16_losses_match_a_single_process(settings, ranks):
-    """Norms and the residual stream stay float32 when sharded, so losses differ far less than bfloat16 from float32."""
-    bfloat16 = ("train.precision=bfloat16", "parallel.strategy=fsdp")
-    exact, single = bfloat16_step(settings()), bfloat16_step(settings(*bfloat16))
-    sharded = ranks(2, bfloat16_step, settings(*bfloat16))
+@pytest.mark.parametrize("precision", ["bfloat16", "float8"])
+def test_rounded_losses_match_a_single_process(precision, settings, ranks):
+    """Norms and the residual stream stay float32 when sharded, so losses differ far less than bfloat16 from float32.
+    float8 rounds gathered weights, which are bfloat16, and a single process its bfloat16 copies."""
+    changed = (f"train.precision={precision}", "parallel.strategy=fsdp")
+    exact, single = rounded_step(settings()), rounded_step(settings(*changed))
+    sharded = ranks(2, rounded_step, settings(*changed))
     assert all(rank[1:] == single[1:] == ({torch.float32}, {torch.float32}) for rank in sharded)
     for truth, expected, actual in list(zip(exact[0], single[0], sharded[0][0], strict=True))[:3]:
         assert abs(expected - truth) > 1e-5 * truth

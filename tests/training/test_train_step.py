@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+from collections import Counter
 
 import pytest
 import torch
 from torch import Tensor
 
-from unite_fast.kernels import backend
+from unite_fast.kernels import backend, matmul
 from unite_fast.objective import Losses, StepDraws
 from unite_fast.training.train_step import MicroBatch, accumulate_gradients
 
@@ -227,14 +228,41 @@ def test_an_lpips_weight_without_a_network_is_refused(tiny_model, tiny_config, b
     assert gradients(tiny_model) == {}
 
 
-def test_autocast_keeps_losses_and_gradients_float32_and_finite(tiny_model, tiny_config, batch, draws):
+@pytest.mark.parametrize("precision", ["bfloat16", "float8"])
+def test_autocast_keeps_losses_and_gradients_float32_and_finite(precision, tiny_model, tiny_config, batch, draws):
     expected = micro_step(tiny_model, *batch, draws, tiny_config)
     tiny_model.zero_grad()
-    tiny_config.train.precision = "bfloat16"
+    tiny_config.train.precision = precision
     losses = micro_step(tiny_model, *batch, draws, tiny_config)
     for name in ("total", "l1", "flow"):
         value = getattr(losses, name)
         assert value.dtype == torch.float32
-        # bfloat16 has 8 bits: 4e-3 per rounding, and a loss averages many.
+        # bfloat16 has 8 bits: 4e-3 per rounding, and a loss averages many. float8 has 4.
         assert value.item() == pytest.approx(getattr(expected, name).item(), rel=0.02)
     assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in tiny_model.parameters())
+
+
+def test_float8_runs_the_linears_of_blocks_and_layers_alone(tiny_model, tiny_config, batch, draws, monkeypatch):
+    multiplied, run = [], matmul._float8_matmul
+
+    def record(x, weight, bias):
+        multiplied.append((tuple(weight.values.shape), bias is not None))
+        return run(x, weight, bias)
+
+    monkeypatch.setattr(matmul, "_float8_matmul", record)
+    tiny_config.train.precision = "bfloat16"
+    micro_step(tiny_model, *batch, draws, tiny_config)
+    assert multiplied == []
+    tiny_config.train.precision = "float8"
+    micro_step(tiny_model, *batch, draws, tiny_config)
+    wide = [m for part in (*tiny_model.encoder.blocks, *tiny_model.decoder.layers) for m in part.modules()]
+    shapes = [tuple(m.weight.shape) for m in wide if isinstance(m, torch.nn.Linear)]
+    encoder = shapes[: 4 * len(tiny_model.encoder.blocks)]
+    expected = shapes + encoder  # the flow draws are one more pass of the encoder
+    assert Counter(shape for shape, forward in multiplied if forward) == Counter(expected)
+    assert Counter(shape[::-1] for shape, forward in multiplied if not forward) == Counter(expected)
+    # Sampling, pictures and evaluation call the model outside of a step.
+    multiplied.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        tiny_model.decode(torch.zeros(1, tiny_config.model.latent_tokens, tiny_config.model.latent_channels))
+    assert multiplied == []

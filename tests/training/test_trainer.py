@@ -62,6 +62,7 @@ def saved_steps(folder) -> list[int]:
         pytest.param(10, (), id="plain"),
         pytest.param(7, ("train.micro_batch=2", "data.flip=true"), id="micro-batches-flips"),
         pytest.param(3, ("train.precision=bfloat16", "optim.muon_dtype=bfloat16"), id="bfloat16"),
+        pytest.param(3, ("train.precision=float8", "optim.muon_dtype=bfloat16"), id="float8"),
         pytest.param(19, ("train.log_every=20", "train.checkpoint_every=4"), id="before-the-log"),
     ],
 )

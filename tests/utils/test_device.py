@@ -10,7 +10,7 @@ from unite_fast.errors import UserError
 from unite_fast.recipes import from_tree, load_config
 from unite_fast.training.trainer import Trainer
 from unite_fast.utils import device
-from unite_fast.utils.device import CUBLAS_WORKSPACE, choose_device, exact_float32, use_numerics
+from unite_fast.utils.device import CUBLAS_WORKSPACE, check_float8, choose_device, exact_float32, use_numerics
 
 
 def tf32() -> tuple[bool, bool]:
@@ -29,7 +29,9 @@ def restore_numerics(monkeypatch):
     os.environ.pop(CUBLAS_WORKSPACE, None)
 
 
-@pytest.mark.parametrize(("precision", "rounded"), [("float32", (False, False)), ("bfloat16", (True, True))])
+@pytest.mark.parametrize(
+    ("precision", "rounded"), [("float32", (False, False)), ("bfloat16", (True, True)), ("float8", (True, True))]
+)
 def test_float32_is_not_tf32(precision, rounded):
     use_numerics(precision, deterministic=False)
     assert tf32() == rounded
@@ -85,3 +87,24 @@ def test_choose_device(monkeypatch, mentions):
         choose_device("cuda")
     with pytest.raises(UserError, match=mentions("device", "'gpu'", "auto", "cpu", "cuda")):
         choose_device("gpu")
+
+
+@pytest.mark.parametrize(
+    ("capability", "override", "tokens"),
+    [
+        ((8, 0), "train.steps=1", ("train.precision", "A card", "8.0", "8.9", "train.precision=bfloat16")),
+        ((8, 9), "model.decoder.width=40", ("model.decoder.width", 40, 16)),
+        ((9, 0), "model.decoder.mlp_width=200", ("model.decoder.mlp_width", 200, 16)),
+        ((9, 0), "train.steps=1", None),
+    ],
+)
+def test_float8_needs_a_gpu_that_has_it_and_multiples_of_16(capability, override, tokens, monkeypatch, mentions):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card")
+    model = load_config("digits", (override,)).model
+    check_float8(model, torch.device("cpu"))  # emulates any width
+    if tokens is None:
+        check_float8(model, torch.device("cuda"))
+        return
+    with pytest.raises(UserError, match=mentions(*tokens)):
+        check_float8(model, torch.device("cuda"))

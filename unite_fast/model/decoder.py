@@ -42,10 +42,10 @@ class DecoderLayer(nn.Module):
         x, qkv, qkv_bias = norm_linear(x, branch, branch_bias, self.norm1, self.qkv)
         attended = kernels.attention(qkv, self.heads, qkv_bias=qkv_bias)
         bias, proj_bias = kernels.shared_bias(attended, self.proj.bias)
-        attended = kernels.linear(attended, self.proj.weight, bias)
+        attended = kernels.linear(attended, self.proj.weight, bias, wide=True)
         x, hidden, hidden_bias = norm_linear(x, attended, proj_bias, self.norm2, self.fc1)
         bias, branch_bias = kernels.shared_bias(hidden, self.fc2.bias)
-        return x, kernels.gelu_linear(hidden, self.fc2.weight, bias, hidden_bias), branch_bias
+        return x, kernels.gelu_linear(hidden, self.fc2.weight, bias, hidden_bias, wide=True), branch_bias
 
 
 def norm_linear(
@@ -55,8 +55,8 @@ def norm_linear(
     bias, left = kernels.shared_bias(x, linear.bias)
     weights = norm.weight, norm.bias, linear.weight, bias, norm.eps
     if branch is None:
-        return x, kernels.layer_norm_linear(x, *weights), left
-    return *kernels.residual_layer_norm_linear(x, branch, *weights, branch_bias), left
+        return x, kernels.layer_norm_linear(x, *weights, wide=True), left
+    return *kernels.residual_layer_norm_linear(x, branch, *weights, branch_bias, wide=True), left
 
 
 class Decoder(nn.Module):

@@ -75,10 +75,10 @@ class Attention(nn.Module):
         q_weight = None if self.q_norm is None else self.q_norm.weight
         k_weight = None if self.k_norm is None else self.k_norm.weight
         bias, qkv_bias = kernels.shared_bias(x, self.qkv.bias)
-        qkv = kernels.linear(x, self.qkv.weight, bias)
+        qkv = kernels.linear(x, self.qkv.weight, bias, wide=True)
         attended = kernels.attention(qkv, self.heads, q_weight, k_weight, cos, sin, token_range, qkv_bias)
         bias, proj_bias = kernels.shared_bias(attended, self.proj.bias)
-        return kernels.linear(attended, self.proj.weight, bias), proj_bias
+        return kernels.linear(attended, self.proj.weight, bias, wide=True), proj_bias
 
 
 def hidden_width(width: int) -> int:
@@ -123,9 +123,9 @@ class SwiGLU(nn.Module):
         fc_in, bias_in, fc_out = self.weights(padded=x.is_cuda)
         bias_in, uw_bias = kernels.shared_bias(x, bias_in)
         vectors = gate, norm_weight, shift, scale
-        x, uw = kernels.gated_residual_adaln_linear(x, branch, *vectors, fc_in, bias_in, branch_bias)
+        x, uw = kernels.gated_residual_adaln_linear(x, branch, *vectors, fc_in, bias_in, branch_bias, wide=True)
         bias_out, mlp_bias = kernels.shared_bias(uw, self.fc_out.bias)
-        return x, kernels.swiglu_linear(uw, fc_out, bias_out, uw_bias), mlp_bias
+        return x, kernels.swiglu_linear(uw, fc_out, bias_out, uw_bias, wide=True), mlp_bias
 
     @property
     def padding(self) -> int:

@@ -135,6 +135,23 @@ def all_attention(config: Config) -> Flops:
     return total + Flops(size.depth * each.forward, size.depth * each.backward)
 
 
+def wide_linears(config: Config) -> list[tuple[int, Linear]]:
+    """The Linears of encoder blocks and decoder layers, each with the tokens of one training image that it reads."""
+    model, result = config.model, []
+    block, size = encoder_block(model.encoder), model.decoder
+    for with_image, passes in ((True, 1), (False, config.objective.flow_draws)):
+        for keys, queries in tokens_per_block(model, with_image):
+            result += [(passes * (keys if one is block.qkv else queries), one) for one in block]
+    return result + [(size.depth * (model.latent_tokens + 1), one) for one in decoder_layer(size)]
+
+
+def float8_flops(config: Config) -> float:
+    """FLOPs of one training image that run in float8: outputs and input gradients of `wide_linears`; 0 if off."""
+    if config.train.precision != "float8":
+        return 0.0
+    return sum(2 * matmul(tokens, *linear).forward for tokens, linear in wide_linears(config))
+
+
 def lpips_flops(image_size: int) -> Flops:
     """Forward for image and reconstruction, backward to the reconstruction only; VGG16 is frozen."""
     convolutions = [shape for shape in VGG_SHAPES.values() if len(shape) == 4]

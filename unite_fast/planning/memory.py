@@ -156,6 +156,17 @@ def training_state(model: ModelConfig, shards: int = 1) -> State:
     return State(*(size / shards for size in (FLOAT * total, FLOAT * total, optimizers, FLOAT * total)))
 
 
+def float8_weights(config: Config) -> float:
+    """Bytes of the weights that are kept in float8 during a step, by rows and by columns; 0 if it is off. Sharded and
+    padded weights are rounded at each use instead."""
+    if config.train.precision != "float8":
+        return 0.0
+    model = config.model
+    block, layer = encoder_block(model.encoder), decoder_layer(model.decoder)
+    kept = block.qkv.numel + block.proj.numel if hidden_padding(block.fc_out.inputs) else block.numel
+    return 2 * (model.encoder.depth * kept + model.decoder.depth * layer.numel)
+
+
 def gathered_bytes(model: ModelConfig, reshard_after_forward: bool) -> float:
     """Bytes of the bfloat16 parameters that FSDP has gathered on each GPU, and of the float32 gradients of two blocks
     in backward. FSDP gathers all parameters or, with resharding, those outside the blocks, the running block and

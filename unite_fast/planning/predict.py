@@ -53,7 +53,9 @@ class Work:
     """Work of one image, forward and backward."""
 
     matmul: float
-    """FLOPs of matmuls."""
+    """FLOPs of bfloat16 matmuls."""
+    float8: float
+    """FLOPs of float8 matmuls."""
     attention: float
     """FLOPs of attention."""
     convolutions: float
@@ -62,6 +64,8 @@ class Work:
     """Elementwise and norm bytes of the encoder's blocks."""
     decoder_bytes: float
     """Elementwise and norm bytes of the decoder's layers."""
+    float8_bytes: float
+    """Bytes of rounding to float8."""
     lpips_bytes: float
     """Elementwise bytes of LPIPS."""
     pixel_bytes: float
@@ -83,13 +87,15 @@ class Cluster:
 
 def image_work(config: Config) -> Work:
     parts, moved = flops.parts(config), step_bytes.step_bytes(config)
-    attention = flops.all_attention(config).total
+    attention, in_float8 = flops.all_attention(config).total, flops.float8_flops(config)
     return Work(
-        matmul=sum(part.total for name, part in parts.items() if name != "lpips") - attention,
+        matmul=sum(part.total for name, part in parts.items() if name != "lpips") - attention - in_float8,
+        float8=in_float8,
         attention=attention,
         convolutions=parts["lpips"].total,
         encoder_bytes=moved["encoder blocks: elementwise and norms"],
         decoder_bytes=moved["decoder layers: elementwise and norms"],
+        float8_bytes=moved.get("rounding to float8", 0.0),
         lpips_bytes=moved.get("LPIPS, elementwise", 0.0),
         pixel_bytes=moved["pixels"],
     )
@@ -98,8 +104,13 @@ def image_work(config: Config) -> Work:
 def image_seconds(work: Work, gpu: GPU, assumed: Assumptions) -> dict[str, float]:
     """Seconds of one image on one GPU, by part."""
     peak, bandwidth = gpu.tflops * 1e12, gpu.bandwidth * 1e12 * assumed.memory
+    float8 = {}
+    if work.float8:
+        float8["float8 matmuls"] = work.float8 / (gpu.float8_tflops * 1e12 * assumed.matmul)
+        float8["rounding to float8"] = work.float8_bytes / bandwidth
     return {
         "matmuls": work.matmul / (peak * assumed.matmul),
+        **float8,
         "attention": work.attention / (peak * assumed.attention),
         "encoder elementwise": work.encoder_bytes / bandwidth,
         "decoder elementwise": work.decoder_bytes / bandwidth,
@@ -231,6 +242,7 @@ def memory_parts(config: Config, cluster: Cluster, strategy: str, images: int) -
     if cluster.gpus == 1:
         total = flops.numel(flops.parameter_shapes(config.model))
         parts["weights in bfloat16"] = memory.HALF * total
+        parts["weights in float8"] = memory.float8_weights(config)
         # Gradients of one pass, before they are accumulated. They grow while activations are freed.
         activations = images * (saved.reconstruction if reconstruction_is_larger else saved.flow)
         parts["gradients of a pass"] = max(0.0, memory.FLOAT * total - activations)
@@ -315,8 +327,12 @@ def make_plan(config: Config, cluster: Cluster, data: str = "") -> Plan:
         f"train.batch_size is {batch}; it must be a multiple of the {gpus} GPUs that --nodes and --gpus-per-node give",
     )
     require(
-        config.train.precision == "bfloat16" and config.kernels != "reference",
-        "a plan covers bfloat16 and the fused kernels only; set train.precision=bfloat16 and kernels=auto",
+        config.train.precision != "float32" and config.kernels != "reference",
+        "a plan covers bfloat16, float8 and the fused kernels only; set train.precision=bfloat16 and kernels=auto",
+    )
+    require(
+        config.train.precision != "float8" or cluster.gpu.float8,
+        f"train.precision is float8, which {cluster.gpu.key} does not have; set train.precision=bfloat16",
     )
     data = data or {"folder": "folder", "shards": "raw"}.get(config.data.source, "")
     if data and data not in CPU_SECONDS:

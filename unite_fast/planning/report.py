@@ -72,6 +72,12 @@ def _work(plan: Plan) -> list[str]:
         f"work per GPU and step: {images * flops.image_flops(plan.config) / 1e12:.1f} TFLOP, "
         f"plus Newton-Schulz {flops.newton_schulz(plan.config.model) / 1e12:.2f} TFLOP over all GPUs",
     ]
+    if work.float8:
+        share = work.float8 / (work.float8 + work.matmul)
+        rows.append(
+            f"float8: {share:.0%} of the matmul FLOPs outside attention and LPIPS; rounding moves "
+            f"{work.float8_bytes / 1e9:.2f} GB per image; MFU is relative to the bfloat16 peak"
+        )
     if plan.collectives:
         rows.append(f"{'communication per step':44}{'GB':>6}{'times':>7}{'ms':>14}")
     for one in plan.collectives:
@@ -133,6 +139,7 @@ def _measured(plan: Plan, rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 def _assumptions(plan: Plan) -> list[str]:
     gpu = plan.cluster.gpu
+    float8 = f", {gpu.float8_tflops:g} float8" if plan.config.train.precision == "float8" else ""
 
     def rates(assumed: Assumptions) -> str:
         overlap = "communication overlaps with backward" if assumed.overlap else "no communication overlaps"
@@ -144,7 +151,7 @@ def _assumptions(plan: Plan) -> list[str]:
 
     return [
         "assumptions",
-        f"  {gpu.key}: {gpu.tflops:g} TFLOP/s dense bfloat16, {gpu.memory:g} GB, {gpu.bandwidth:g} TB/s, "
+        f"  {gpu.key}: {gpu.tflops:g} TFLOP/s dense bfloat16{float8}, {gpu.memory:g} GB, {gpu.bandwidth:g} TB/s, "
         f"{gpu.link:g} GB/s within the node ({gpu.source}); {gpu.network:g} GB/s to other nodes (assumed)",
         rates(FAST),
         rates(SLOW),

@@ -28,6 +28,9 @@ writes all but the gradient."""
 NEWTON_SCHULZ_BYTES = HALF * (3 + 5 * 5 + 2)
 """Bytes per parameter of Muon in bfloat16: a norm and a division at the start, five iterations, each four reads and one
 write of the iterate, and a copy at the end."""
+FLOAT8_BYTES = HALF + 1
+"""Per number that is rounded to float8: x of a Linear in its forward pass, and d_y in backward. What the matmul then
+reads less is not subtracted."""
 ATTENTION_BYTES = 8 + 28
 """Per (token x channel), forward and backward: q, k, v and the result; then these, four gradients (16 in all), the sums
 of d_out * out (4), and d_q summed in float32 (8)."""
@@ -42,6 +45,13 @@ def linear_bytes(linear: Linear) -> int:
 
 def linears_bytes(linears: BlockLinears) -> int:
     return sum(map(linear_bytes, linears))
+
+
+def float8_bytes(config: Config) -> float:
+    """Bytes per image of rounding tokens to float8, 0 if that is off. Weights, rounded once a step, are left out."""
+    if config.train.precision != "float8":
+        return 0.0
+    return FLOAT8_BYTES * sum(tokens * (one.inputs + one.outputs) for tokens, one in flops.wide_linears(config))
 
 
 def weight_bytes(config: Config) -> float:
@@ -80,6 +90,7 @@ def step_bytes(config: Config) -> dict[str, float]:
         "decoder layers: matmuls": model.decoder.depth * tokens * linears_bytes(layer),
         "decoder layers: attention": model.decoder.depth * tokens * d * ATTENTION_BYTES,
         "decoder layers: elementwise and norms": model.decoder.depth * tokens * d * DECODER_BYTES,
+        "rounding to float8": float8_bytes(config),
         "first and last Linears": ends,
         "pixels": model.image_size**2 * PIXEL_BYTES,
         "LPIPS, elementwise": lpips_bytes(model.image_size) if config.perceptual.weight else 0.0,

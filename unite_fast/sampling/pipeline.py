@@ -106,9 +106,9 @@ class TrainedUNITE:
         return sampler.decode(self.network, latents, batch)
 
     def precision_and_compile(self, precision: str | None, compile: bool | None) -> tuple[str, bool]:
-        """Fill in defaults: the training precision; compile on CUDA only."""
+        """Fill in defaults: the training precision, bfloat16 for float8; compile on CUDA only."""
         on_cuda = self.network.device.type == "cuda"
-        return precision or self.config.train.precision, on_cuda if compile is None else compile
+        return precision or self.config.train.network_precision, on_cuda if compile is None else compile
 
 
 def weights_sha256(model: TrainedUNITE) -> str:

@@ -82,7 +82,7 @@ class Report:
         # Eager, because sampling has other shapes, and compiling for them would take longer than sampling.
         with self.state.ema.applied(), torch.compiler.set_stance("force_eager"):
             samples = sampler.sample_images(
-                model, labels, config.sampling, config.seed, precision=config.train.precision
+                model, labels, config.sampling, config.seed, precision=config.train.network_precision
             )
             reconstructions = sampler.reconstruct(model, self.held_out, config.seed)
         if not self.main:

@@ -53,7 +53,7 @@ def build_model(config: Config, ranks: Ranks, device: torch.device) -> tuple[UNI
         compile_blocks(model)
     if ranks.world > 1:
         mesh = init_device_mesh(device.type, strategy.mesh, mesh_dim_names=("replicate", "shard"))
-        shard(model, mesh, strategy.reshard, config.train.precision)
+        shard(model, mesh, strategy.reshard, config.train.network_precision)
     model.to_empty(device=device)
     model.initialize(config.seed)
     if ranks.world > 1:

@@ -22,6 +22,7 @@ from unite_fast.config import Config
 from unite_fast.data_pipeline import Batch
 from unite_fast.distributed.strategy import UNSHARDED, Strategy
 from unite_fast.kernels.casts import cast_once
+from unite_fast.kernels.float8 import float8_matmuls
 from unite_fast.lpips import LPIPS
 from unite_fast.model.layers import matmul_weights
 from unite_fast.model.unite import UNITE
@@ -75,17 +76,18 @@ def accumulate_gradients(
     clock, sums = clock or StepClock(model.device), None
     # FSDP's hooks accumulate sharded gradients themselves.
     to_accumulate = None if isinstance(model, FSDPModule) else list(model.parameters())
-    with cast_once(weights_to_cast(model, lpips, config.train.precision)):
+    precision, in_float8 = config.train.network_precision, config.train.precision == "float8"
+    with cast_once(weights_to_cast(model, lpips, precision)), float8_matmuls(in_float8):
         for number, batch in enumerate(micro_batches, 1):
             last = number == count
             # One autocast context per pass: it caches casts of weights, and with them the graph of its pass.
-            with clock.measure("forward"), autocast(model.device, config.train.precision):
+            with clock.measure("forward"), autocast(model.device, precision):
                 reconstruction = reconstruct(model, batch.images, batch.draws, config, lpips, batch.lpips_dropout)
             reduce_gradients(model, strategy, decoder=last, others=False)
             with clock.measure("backward"):
                 backward(reconstruction.loss / count, to_accumulate)
 
-            with clock.measure("forward"), autocast(model.device, config.train.precision):
+            with clock.measure("forward"), autocast(model.device, precision):
                 flow = flow_losses(model, reconstruction.z, batch.labels, batch.draws)
             weighted_flow = config.objective.flow_weight * flow
             reduce_gradients(model, strategy, decoder=last, others=last)

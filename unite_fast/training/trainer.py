@@ -41,7 +41,7 @@ from unite_fast.training.train_state import TrainState
 from unite_fast.training.train_step import TrainStep, autocast
 from unite_fast.training.validation import Validation
 from unite_fast.training.wandb_log import WandbLog
-from unite_fast.utils.device import choose_device, use_numerics, use_threads
+from unite_fast.utils.device import check_float8, choose_device, use_numerics, use_threads
 from unite_fast.utils.file_lock import LOCK
 
 
@@ -148,7 +148,9 @@ class Trainer:
         use_numerics(config.train.precision, config.train.deterministic)
         backend.use(config.kernels, self.device)
         head_dims = {size.width // size.heads for size in (config.model.encoder, config.model.decoder)}
-        backend.use_attention(config.attention, self.device, getattr(torch, config.train.precision), head_dims)
+        backend.use_attention(config.attention, self.device, getattr(torch, config.train.network_precision), head_dims)
+        if config.train.precision == "float8":
+            check_float8(config.model, self.device)
 
     def _choose_attention(self, checkpoint: Checkpoint | None) -> str:
         """Replace `attention=sdpa` by what rank 0 measures, or by the run's earlier choice.
@@ -284,7 +286,7 @@ class Trainer:
         """All ranks sample together, because the weights may be sharded; rank 0 writes."""
         self.watchdog.beat(self.state.step, "drawing pictures", patient=True)
         # FSDP gathers sharded weights in the training precision, so activations must have it too.
-        with autocast(self.device, self.config.train.precision):
+        with autocast(self.device, self.config.train.network_precision):
             self.report.save_pictures(self.log.rows if self.log else [])
 
     def write_metrics(self) -> None:

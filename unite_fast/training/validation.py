@@ -99,7 +99,7 @@ class Validation:
             "reference_sha256": reference.sha256 or reference.provenance.get("data_sha256", ""),
             "count": self.count,
             "weights": "EMA",
-            "precision": self.config.train.precision,
+            "precision": self.config.train.network_precision,
             "seed": self.config.seed,
             **{f"sampling.{key}": value for key, value in sampling_info(self.config.sampling).items()},
             "seconds": time.perf_counter() - started_at,
@@ -126,7 +126,7 @@ class Validation:
             positions = torch.arange(start, min(start + config.evaluation.batch, self.count))
             labels = positions % config.model.num_classes
             images, _ = sampler.sample_batch(
-                model, network, labels, positions, config.sampling, config.seed, config.train.precision
+                model, network, labels, positions, config.sampling, config.seed, config.train.network_precision
             )
             if own < len(starts):
                 moments.update(self.evaluator.features(images.to(device)).pool)

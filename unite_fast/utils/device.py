@@ -6,8 +6,9 @@ from contextlib import contextmanager
 
 import torch
 
-from unite_fast.config import DEVICES
+from unite_fast.config import DEVICES, ModelConfig
 from unite_fast.errors import require, require_choice
+from unite_fast.kernels import float8
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 """cuBLAS is deterministic only with a workspace of fixed size (cuBLAS documentation, "Results reproducibility")."""
@@ -52,6 +53,27 @@ def use_numerics(precision: str, deterministic: bool) -> None:
     # The call imports Inductor, which takes a second. Off is the default.
     if deterministic or torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(deterministic)
+
+
+def check_float8(model: ModelConfig, device: torch.device) -> None:
+    """Check that the Linears of encoder blocks and decoder layers can run in float8 (kernels/float8.py).
+
+    Raises:
+        UserError: a GPU without float8, or on CUDA a width that its matmuls do not take. A CPU emulates any width.
+    """
+    why = float8.why_missing(device)
+    require(not why, f"train.precision is float8, but {why}; set train.precision=bfloat16")
+    # SwiGLU's hidden width is padded to a multiple of 64.
+    widths = {
+        "model.encoder.width": model.encoder.width,
+        "model.decoder.width": model.decoder.width,
+        "model.decoder.mlp_width": model.decoder.mlp_width,
+    }
+    for key, width in widths.items():
+        require(
+            device.type != "cuda" or width % float8.MULTIPLE == 0,
+            f"train.precision is float8, and {key} is {width}; on CUDA it must then be a multiple of {float8.MULTIPLE}",
+        )
 
 
 @contextmanager

@@ -94,7 +94,7 @@ CHANGES = [
         "unite_fast/sampling/pipeline.py",
         ("tests/commands/test_forwarding.py",),
         [
-            ("return precision or self.config.train.precision,", "return self.config.train.precision,"),
+            ("return precision or self.config.train.network_precision,", "return self.config.train.network_precision,"),
             ("on_cuda if compile is None else compile", "compile is not None"),
         ],
     ),

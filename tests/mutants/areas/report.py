@@ -7,8 +7,8 @@ CHANGES = [
         [
             ("with self.state.ema.applied(), torch.compiler", "with torch.compiler"),
             (
-                "model, labels, config.sampling, config.seed, precision=config.train.precision",
-                "model, labels, config.sampling, 0, precision=config.train.precision",
+                "model, labels, config.sampling, config.seed, precision=config.train.network_precision",
+                "model, labels, config.sampling, 0, precision=config.train.network_precision",
             ),
             ("sampler.reconstruct(model, self.held_out, config.seed)", "sampler.reconstruct(model, self.held_out)"),
             ('("samples", grid(samples, PICTURE_COLUMNS)),', '("samples", grid(samples.flip(0), PICTURE_COLUMNS)),'),
