@@ -30,9 +30,10 @@ the backward pass, with five sums in registers, then spills."""
 WIDE = 1024
 PIECE = 256
 """Channels that the warps of a row load at once: no lane is idle at 768."""
-PROGRAMS = {"forward": ((16, 16), (12, 12), (12, 10)), "backward": ((8, 8), (6, 5), (4, 4))}
-"""Programs that a multiprocessor holds at once, by registers (benchmarks/cross_compile.py): of the op without a branch,
-with one, and with a norm too; each for rows of at most three pieces, and of four."""
+PROGRAMS = {"forward": ((16, 16), (12, 12), (11, 10)), "backward": ((8, 8), (6, 5), (4, 4))}
+"""Programs that a multiprocessor holds at once, by registers (benchmarks/cross_compile.py, Triton 3.6 and 3.9): of the
+op without a branch, with one, and with a norm too; each for rows of at most three pieces, and of four. Half as many for
+rows with twice the warps."""
 SUM_ROWS, SUM_LANES = 64, 16
 """Size of a tile of partial sums, 8 numbers per thread."""
 SHIFT, FACTOR, GATE, BIAS = (tl.constexpr(number) for number in range(4))
@@ -322,7 +323,7 @@ def _sizes(direction: str, x, branch, norm_weight):
     wide = 2 if d > WIDE else 1
     warps, piece = WARPS[direction] * wide, PIECE * wide
     programs = PROGRAMS[direction][(branch is not None) + (norm_weight is not None)][d > 3 * piece]
-    tokens = tokens_per_program(x, programs // wide)
+    tokens = tokens_per_program(x, cdiv(programs, wide))
     constants = {"D": d, "BD": next_power_of_2(d), "EACH": piece // (32 * warps), "num_warps": warps}
     return (b, cdiv(t, tokens)), tokens, constants
 

@@ -84,6 +84,7 @@ def _layer_norm_fwd_kernel(
     o_row = i_first + tl.arange(0, EACH)
     b_next_1, b_next_branch_1 = _load_piece(x, branch, o_row, o_1, end, D)
     b_next_2, b_next_branch_2 = _load_piece(x, branch, o_row, o_2, end, D)
+    # Not tl.range with stages, as in adaln.py: for one warp, its copies in shared memory leave room for half the rows.
     for i_row in range(i_first, end, EACH):
         o_row = i_row + tl.arange(0, EACH)
         b_x_1, b_branch_1, b_x_2, b_branch_2 = b_next_1, b_next_branch_1, b_next_2, b_next_branch_2

@@ -75,7 +75,9 @@ def _qk_norm_rope_fwd_kernel(
     m_t = o_t < T
     m = m_t[:, None] & (o_k < K)[None, :]
     b_cos, b_sin = _angles(cos, sin, o_t, T, BT, K, BK)
-    b_q_weight, b_k_weight = load_row(q_weight, K, BK), load_row(k_weight, K, BK)
+    b_q_weight, b_k_weight = None, None
+    if q_weight is not None:
+        b_q_weight, b_k_weight = load_row(q_weight, K, BK), load_row(k_weight, K, BK)
     p_x = qkv + (i_b * stride_b + o_t[:, None] * stride_t) * UNIT + o_k[None, :]
     for i_h in range(H):
         b_q = load(p_x, i_h * K, m)
@@ -147,7 +149,9 @@ def _qk_norm_rope_bwd_kernel(
     i_b, i_first = (tl.program_id(1) // chunks).to(tl.int64), tl.program_id(1) % chunks * TOKENS
     o_k = tl.arange(0, BK)
     m_k = o_k < K
-    b_q_weight, b_k_weight = load_row(q_weight, K, BK), load_row(k_weight, K, BK)
+    b_q_weight, b_k_weight = None, None
+    if q_weight is not None:
+        b_q_weight, b_k_weight = load_row(q_weight, K, BK), load_row(k_weight, K, BK)
     b_d_q_weight, b_d_k_weight = tl.zeros((BT, BK), tl.float32), tl.zeros((BT, BK), tl.float32)
     b_sum_q, b_sum_k = tl.zeros((BT, BK), tl.float32), tl.zeros((BT, BK), tl.float32)
     b_sum_v = tl.zeros((BT, BK), tl.float32)

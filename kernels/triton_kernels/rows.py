@@ -21,12 +21,9 @@ def load(p, o, m):
 
 @triton.jit
 def load_row(vector, D: tl.constexpr, BD: tl.constexpr):
-    """A vector [D] as [1, BD], or None."""
-    if vector is None:
-        return None
-    else:  # after an early return, Triton would compile the rest with None
-        o_d = tl.arange(0, BD)
-        return tl.load(vector + o_d, mask=o_d < D, other=0.0)[None, :]
+    """A vector [D] as [1, BD]."""
+    o_d = tl.arange(0, BD)
+    return tl.load(vector + o_d, mask=o_d < D, other=0.0)[None, :]
 
 
 @triton.jit

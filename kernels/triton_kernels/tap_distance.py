@@ -125,7 +125,9 @@ def _tap_distance_fwd_kernel(
     EPS: tl.constexpr,
 ):
     i_b, i_chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    b_weight, b_bias = load_row(weight, C, BC), load_row(bias, C, BC)
+    b_weight, b_bias = load_row(weight, C, BC), None
+    if bias is not None:
+        b_bias = load_row(bias, C, BC)
     if positions is not None:
         position = tl.load(positions + i_b)
         b_weight *= 2.0  # of the elements that dropout keeps
@@ -185,7 +187,9 @@ def _tap_distance_bwd_kernel(
     EPS: tl.constexpr,
 ):
     i_b, i_chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    b_weight, b_bias = load_row(weight, C, BC), load_row(bias, C, BC)
+    b_weight, b_bias = load_row(weight, C, BC), None
+    if bias is not None:
+        b_bias = load_row(bias, C, BC)
     b_weight *= 2.0 * share * tl.load(d_distance + i_b * d_distance_stride).to(tl.float32)
     if positions is not None:
         position = tl.load(positions + i_b)

@@ -1,5 +1,6 @@
 """What the compiler says about the Triton kernels for one of the GPUs of benchmarks/cross_compile.py."""
 
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -55,9 +56,10 @@ def test_the_next_row_is_in_flight_while_a_row_is_reduced(rows):
     """By Little's law an H100 needs 15 KB in flight on each multiprocessor."""
     checked = [row for row in rows if row["kernel"] in ROW_KERNELS]
     assert [row for row in checked if not row["ahead"] or row["in_flight_kb"] < 15] == []
-    # Two for each sum over a row; the last one also serves the next row's copies.
-    assert {row["barriers"] for row in checked if "norm_adaln" in row["op"]} == {4}
-    assert {row["barriers"] for row in checked if "norm_adaln" not in row["op"]} == {2}
+    # For each sum over a row; the last one also serves the next row's copies.
+    each = 2 if importlib.metadata.version("triton") >= "3.8" else 3
+    assert {row["barriers"] for row in checked if "norm_adaln" in row["op"]} == {2 * each}
+    assert {row["barriers"] for row in checked if "norm_adaln" not in row["op"]} == {each}
 
 
 def test_programs_of_the_adaln_kernels_fill_their_last_wave(rows):
