@@ -92,7 +92,10 @@ def joined(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         if not c.is_contiguous():
             return torch.cat(copies)
         end += c.numel()
-    return first.as_strided(shape, first.stride())
+    whole = first.as_strided(shape, first.stride())
+    if _find(weights[0], dtype) is not None:  # then `derived` keeps what is made from the whole, too
+        _copies.setdefault(_key(whole, dtype), _Copy(whole, whole._version, whole.untyped_storage()))
+    return whole
 
 
 def _empty_copies(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -115,6 +115,15 @@ def test_what_is_made_from_a_copy_is_made_once(weight, draw):
         assert derived(weight, HALF, make) is not widened
 
 
+def test_what_is_made_from_joined_copies_is_made_once(draw):
+    weights = [draw(8, 64) for _ in range(3)]
+    with cast_once(weights):
+        widened = derived(joined(weights, HALF), HALF, Tensor.float)
+        assert torch.equal(widened, torch.cat(weights).bfloat16().float())
+        assert derived(joined(weights, HALF), HALF, Tensor.float) is widened
+    assert not casts._copies
+
+
 def test_what_autograd_records_is_not_kept(weight):
     with cast_once([weight]):
         derived(weight, HALF, Tensor.float).sum().backward()
@@ -191,6 +200,7 @@ def test_ops_use_the_copies_in_forward_and_backward(name, compiled, weight, draw
         actual = step(x)
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
         assert actual[2].dtype == torch.float32
+    with cast_once([weight, bias]):
         bfloat16_of(weight).zero_()
         bfloat16_of(bias).zero_()
         y, d_x, *_ = step(x)
