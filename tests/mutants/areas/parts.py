@@ -68,7 +68,7 @@ CHANGES = [
         ("tests/model/test_decoder.py",),
         [
             ("LAYER_NORM_EPS = 1e-12", "LAYER_NORM_EPS = 1e-5"),
-            ("*weights, branch_bias), left", "*weights), left"),
+            ("*weights, branch_bias, wide=True), left", "*weights, wide=True), left"),
             ("branch_bias)[1][:, 1:]", "branch_bias)[1][:, :-1]"),
         ],
     ),
