@@ -75,6 +75,7 @@ def small(recipe: str, changes: tuple[str, ...] = ()) -> Config:
             f"model.decoder.mlp_width={WIDTH}",
             f"model.decoder.embed_width={WIDTH}",
             f"model.latent_channels={WIDTH}",
+            "optim.muon_dtype=float32",  # a CPU may take longer for bfloat16 matmuls than a host to launch them
             "train.batch_size=1",
             "train.micro_batch=1",
             *changes,
