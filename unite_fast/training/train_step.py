@@ -113,7 +113,7 @@ class TrainStep:
         lpips: required if `perceptual.weight` is above 0.
         strategy: how the model is sharded.
         clock: measures forward, backward and optimizer.
-        before_micro_batch: called before each micro-batch.
+        before_micro_batch: called before each micro-batch, and before a CUDA graph is replayed.
     """
 
     def __init__(
@@ -149,6 +149,7 @@ class TrainStep:
 
     def accumulate(self, batch: Batch) -> Losses:
         """Forward and backward over all micro-batches, without the optimizers."""
+        self.before_micro_batch()  # replays of a CUDA graph do not call it
         # Draws depend on the position in the global batch, so they are the same for every number of ranks.
         positions = torch.arange(self.batch_slice.start, self.batch_slice.stop, device=self.device)
         return self.passes(batch.images, batch.labels, at_step(positions, self.state.step))
