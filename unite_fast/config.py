@@ -320,7 +320,8 @@ class TrainConfig:
     """Compile the transformer blocks."""
     cuda_graph: bool = False
     """Launch all kernels of a step's forward and backward passes as one CUDA graph: faster where the host is slower
-    than the GPU, with few images per GPU. Takes the memory of the passes for good."""
+    than the GPU, with few images per GPU. Takes the memory of the passes for good, and in step 5, which compares a
+    replay with a usual step, a second time."""
     deterministic: bool = False
     """Give the same bits from the same seed whatever the device, at a cost: on a GPU, attention's backward pass then
     sums in a fixed order; on a CPU, attention=sdpa is not measured and stays in bfloat16."""

@@ -43,6 +43,8 @@ PARTS = (
     Part("bench_reference", "steps:bench_reference", 75, cuda_only=True),
     Part("bench_triton_8", "steps:bench_triton_8", 45, cuda_only=True),
     Part("bench_graph_8", "steps:bench_graph_8", 45, cuda_only=True),
+    Part("bench_compiled_graph_8", "steps:bench_compiled_graph_8", 60, cuda_only=True),
+    Part("bench_float8", "steps:bench_float8", 75, cuda_only=True),
     Part("bench_triton_128", "steps:bench_triton_128", 60, cuda_only=True),
     Part("sdpa", "sdpa:measure", 30),
     Part("bench_compiled_128", "steps:bench_compiled_128", 100, cuda_only=True),

@@ -57,12 +57,20 @@ def bench_graph(c: Context) -> None:
     bench(c, c.backend_name, False, 64, "train.cuda_graph=true")
 
 
+def bench_float8(c: Context) -> None:
+    bench(c, c.backend_name, True, 64, "train.precision=float8")
+
+
 def bench_triton_8(c: Context) -> None:
     bench(c, c.backend_name, False, 8)
 
 
 def bench_graph_8(c: Context) -> None:
     bench(c, c.backend_name, False, 8, "train.cuda_graph=true")
+
+
+def bench_compiled_graph_8(c: Context) -> None:
+    bench(c, c.backend_name, True, 8, "train.cuda_graph=true")
 
 
 def bench_reference(c: Context) -> None:

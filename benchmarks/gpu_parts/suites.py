@@ -14,7 +14,7 @@ def ops(c: Context) -> None:
 
 
 def linears_draws(c: Context) -> None:
-    run(c, "test_linear.py", "test_draws.py")
+    run(c, "test_linear.py", "test_float8.py", "test_draws.py")
 
 
 def compiled(c: Context) -> None:

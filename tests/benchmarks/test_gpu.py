@@ -45,10 +45,8 @@ def test_every_part(gpu, tmp_path):
     assert (status, wrong) == (0, []), printed[-3000:]
     ran = {name for name, lines in parts.items() if any(line["name"] == "part ended" for line in lines)}
     skipped = {name for name, lines in parts.items() if any(line["name"] == "skipped" for line in lines)}
-    benches = {
-        f"bench_{name}"
-        for name in ("compiled", "graph", "reference", "triton_8", "graph_8", "triton_128", "compiled_128")
-    }
+    timed = "compiled graph reference triton_8 graph_8 compiled_graph_8 float8 triton_128 compiled_128"
+    benches = {f"bench_{name}" for name in timed.split()}
     assert skipped == {"warm_triton", "warm_reference", *benches}
     assert ran | skipped == parts.keys() - {"start", "end"} and not ran & skipped
     # Each part has its main result.

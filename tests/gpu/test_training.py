@@ -134,8 +134,11 @@ def test_deterministic_steps_repeat_bit_for_bit(precision, make_step, device, on
     assert len(runs[0]) > 20 and all(map(torch.equal, *runs))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_cuda_graph_computes_what_usual_steps_compute(precision, make_step, device, on_cuda, record_property):
+def test_a_cuda_graph_computes_what_usual_steps_compute(
+    precision, compiled, make_step, device, on_cuda, record_property
+):
     """Every step has other images and random numbers, LPIPS's dropout among them."""
     if not on_cuda:
         pytest.skip("a CUDA graph needs a GPU; tests/training/test_cuda_graph.py emulates one")
@@ -145,7 +148,7 @@ def test_a_cuda_graph_computes_what_usual_steps_compute(precision, make_step, de
     runs = []
     for graph in (False, True):
         config = from_tree(Config, SMALL)
-        config = replace(config, train=replace(config.train, precision=precision, cuda_graph=graph))
+        config = replace(config, train=replace(config.train, precision=precision, compile=compiled, cuda_graph=graph))
         step, batch = make_step(config, device), make_batch(config, on_cuda)
         losses = []
         for _ in range(SETTLED + 3):

@@ -13,13 +13,14 @@ from torch.utils._pytree import tree_leaves
 from unite_fast import lpips as lpips_module
 from unite_fast.config import Config
 from unite_fast.data_pipeline import Batch
+from unite_fast.distributed.dtensor import local
 from unite_fast.distributed.strategy import UNSHARDED
 from unite_fast.errors import UserError
 from unite_fast.kernels import native
 from unite_fast.lpips import LINEAR_SHAPES, LPIPS
 from unite_fast.recipes import load_config
 from unite_fast.training import cuda_graph, train_step, trainer
-from unite_fast.training.cuda_graph import WARMUP, relative_difference
+from unite_fast.training.cuda_graph import SETTLED, WARMUP, relative_difference
 from unite_fast.training.run_folder import FREE_ON_RESUME
 from unite_fast.training.step_timer import StepClock
 from unite_fast.training.train_state import TrainState
@@ -243,10 +244,15 @@ def test_an_input_that_is_not_copied_is_found(tiny_config, make_model, image):
 
 def test_a_difference_is_relative_and_not_finite_on_one_side_is_infinite():
     x, nan = torch.tensor([3.0, 4.0]), torch.tensor([float("nan"), 1.0])
-    assert relative_difference([(x, x)]) == 0
-    assert relative_difference([(1.5 * x, x), (x, x)]) == pytest.approx(0.5 / 2**0.5)
-    assert relative_difference([(nan, nan)]) == 0
-    assert relative_difference([(nan, x)]) == relative_difference([(x, nan)]) == float("inf")
+    for pairs, expected in (
+        ([(x, x)], 0),
+        ([(1.5 * x, x), (x, x)], 0.5 / 2**0.5),
+        ([(nan, nan)], 0),
+        ([(nan, x)], float("inf")),
+        ([(x, nan)], float("inf")),
+        ([(0 * x, 0 * x)], 0),
+    ):
+        assert relative_difference([(one, other.clone()) for one, other in pairs]) == pytest.approx(expected)
 
 
 def test_a_capture_records_no_events():
@@ -298,6 +304,68 @@ def test_a_run_with_evaluations_and_a_resume(tiny_run, tmp_path, monkeypatch):
         results.append((rows, weights))
     assert len(results[0][0]) == 14 and results[0][1]
     assert results[0] == results[1]
+
+
+class Rerun:
+    """Stands for `cuda_graph.Recorder` on several ranks: a replay runs the passes again and copies their results to the
+    captured ones, as a graph that contains FSDP's collectives."""
+
+    passes: cuda_graph.GraphedPasses
+
+    def run(self, function):
+        return function()
+
+    def capture(self, function):
+        self.function, self.losses = function, function()
+        return self.losses
+
+    def replay(self):
+        for parameter in self.passes.parameters:
+            parameter.grad = None
+        for old, new in zip(cuda_graph.values(self.losses), cuda_graph.values(self.function()), strict=True):
+            old.copy_(new)
+        for old, parameter in zip(self.passes.gradients, self.passes.parameters, strict=True):
+            if old is not None:
+                local(old).copy_(local(parameter.grad))
+            parameter.grad = None
+
+
+def _train_with_reruns(config: Config) -> list:
+    recorder, initialize = Rerun(), cuda_graph.GraphedPasses.__init__
+
+    def with_recorder(self, *arguments):
+        initialize(self, *arguments)
+        recorder.passes = self
+
+    cuda_graph.Recorder = lambda device: recorder
+    cuda_graph.GraphedPasses.__init__ = with_recorder
+    trainer.check_cuda_graph = lambda *_: None
+    folder = trainer.train(config).folder
+    assert hasattr(recorder, "passes") == config.train.cuda_graph
+    return [[row[key] for key in ("total", "l1", "flow", "grad_norm")] for row in read_rows(folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_several_ranks(ranks, tiny_run, tmp_path, strategy):
+    """Sharded gradients are set again after each replay."""
+    results = []
+    for graph in ("false", "true"):
+        parallel = (f"parallel.strategy={strategy}", "parallel.reshard_after_forward=false", "train.micro_batch=2")
+        settings = ("train.log_every=1", "train.steps=8", f"train.out={tmp_path / graph}", f"train.cuda_graph={graph}")
+        rows, _ = ranks(2, _train_with_reruns, load_config("digits", (*tiny_run, *parallel, *settings)))
+        results.append(rows)
+    assert len(results[0]) == 8 and results[0] == results[1]
+
+
+def test_a_gradient_that_one_side_lacks_is_found(tiny_config, make_model):
+    config = with_settings(tiny_config, True)
+    step = make_step(config, make_model)
+    *before, last = batches(config, SETTLED)
+    for batch in before:
+        step(batch)
+    step.passes.gradients[0] = None
+    with pytest.raises(UserError, match=r"train\.cuda_graph: .* other parameters"):
+        step(last)
 
 
 def test_a_resumed_run_may_switch_it_on():

@@ -87,7 +87,6 @@ def axes(config: Config, cuda: bool, world: int, fixed: set[str]) -> list[Axis]:
         Axis("kernels", ("auto",) if config.kernels == "reference" else ("reference",)),
     ]
     if cuda:
-        result.append(Axis("train.cuda_graph", (not train.cuda_graph,)))
         _, micro_batch = split_batch(Ranks(world=world), train.batch_size, train.micro_batch)
         sizes = micro_batches(train.batch_size // world)
         larger = tuple(size for size in reversed(sizes) if size > micro_batch and size % micro_batch == 0)
@@ -104,6 +103,8 @@ def axes(config: Config, cuda: bool, world: int, fixed: set[str]) -> list[Axis]:
         cores = usable_cores()
         counts = dict.fromkeys((cores, max(1, cores // 2), 1))
         result.append(Axis("train.threads", tuple(count for count in counts if count != train.threads)))
+        if world == 1 or config.parallel.strategy == "ddp" or not config.parallel.reshard_after_forward:
+            result.append(Axis("train.cuda_graph", (not train.cuda_graph,)))
     if world > 1:
         result.append(Axis("parallel.reshard_after_forward", (not config.parallel.reshard_after_forward,)))
     return [axis for axis in result if axis.values and axis.key not in fixed]

@@ -67,17 +67,20 @@ def measure(shapes: Counter[Shape]) -> dict[str, float]:
     PyTorch divides the heads of a batch among its threads. One head in one thread has the same ratio, and threads that
     wait for each other on a busy machine do not disturb it.
     """
+    best = dict.fromkeys(((shape, name) for shape in shapes for name in ON_CPU), float("inf"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    best = dict.fromkeys(((shape, name) for shape in shapes for name in ON_CPU), float("inf"))
-    start = time.perf_counter()
-    for number in range(ROUNDS.stop):
-        if number >= ROUNDS.start and time.perf_counter() - start > SECONDS:
-            break
-        # Interleaved, so that a busy moment of the machine meets both.
-        for shape, name in best:
-            best[shape, name] = min(best[shape, name], seconds(shape, name))
-    torch.set_num_threads(threads)
+    try:
+        start = time.perf_counter()
+        for number in range(ROUNDS.stop):
+            if number >= ROUNDS.start and time.perf_counter() - start > SECONDS:
+                break
+            # Interleaved, so that a busy moment of the machine meets both.
+            for shape, name in best:
+                best[shape, name] = min(best[shape, name], seconds(shape, name))
+    finally:
+        torch.set_num_threads(threads)
+        backend.use_attention("sdpa", CPU)
     return {name: sum(passes * best[shape, name] for shape, passes in shapes.items()) for name in ON_CPU}
 
 

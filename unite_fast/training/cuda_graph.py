@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from unite_fast.distributed.dtensor import local
+from unite_fast.distributed.process_group import current_ranks
 from unite_fast.errors import UserError
 from unite_fast.objective import Losses
 from unite_fast.training.step_timer import StepClock
@@ -30,8 +31,8 @@ WARMUP = 3
 SETTLED = WARMUP + 2
 """Steps before those that are only replayed."""
 TOLERANCE = 0.01
-"""Largest difference of a replay's losses and gradients from a usual step's, relative to their norm. The same code
-computes both; attention's backward pass sums in any order. Other random numbers would differ by about 1."""
+"""Largest difference of a replay's losses and gradients from a usual step's, relative to the norm of all of them. The
+same code computes both; attention's backward pass sums in any order. Other random numbers would differ by about 1."""
 
 Passes = Callable[..., Losses]
 """(images, labels, positions) -> losses. Sets the gradients of the model's parameters."""
@@ -98,6 +99,7 @@ class GraphedPasses:
         if self.losses is None:
             self.capture(inputs)
         for place, value in zip(self.inputs, inputs, strict=True):
+            assert place.shape == value.shape, "a step's batch has another shape than the captured one"
             place.copy_(value, non_blocking=True)
         with self.clock.measure("backward"):
             self.recorder.replay()
@@ -105,6 +107,8 @@ class GraphedPasses:
             self.check()
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
+        if self.steps == SETTLED and self.device.type == "cuda":
+            torch.cuda.empty_cache()  # of the usual step: the graph has memory of its own
         assert self.losses is not None
         return Losses(*(loss.clone() for loss in values(self.losses)))
 
@@ -119,18 +123,23 @@ class GraphedPasses:
         assert self.losses is not None
         for parameter in self.parameters:
             parameter.grad = None
-        expected = self.recorder.run(lambda: self.passes(*self.inputs))
-        pairs = zip(self.gradients, (parameter.grad for parameter in self.parameters), strict=True)
+        with self.clock.paused():
+            expected = self.recorder.run(lambda: self.passes(*self.inputs))
+        pairs = list(zip(self.gradients, (parameter.grad for parameter in self.parameters), strict=True))
+        if any((one is None) != (other is None) for one, other in pairs):
+            raise UserError("train.cuda_graph: the CUDA graph and a usual step give gradients to other parameters")
         gradients = [(local(one), local(other)) for one, other in pairs if one is not None and other is not None]
         differences = {
             "losses": relative_difference(list(zip(values(self.losses), values(expected), strict=True))),
             "gradients": relative_difference(gradients),
         }
         for name, difference in differences.items():
-            if difference > TOLERANCE:
+            # The worst of all ranks, so that all stop together.
+            worst = max(current_ranks().gather(difference))
+            if worst > TOLERANCE:
                 raise UserError(
-                    f"train.cuda_graph: {name} of the CUDA graph differ by {difference:.1%} from those of a usual "
-                    "step; set train.cuda_graph=false, and please report it"
+                    f"train.cuda_graph: {name} of the CUDA graph differ by {worst:.1%} from those of a usual step; set "
+                    "train.cuda_graph=false, and please report it"
                 )
 
 
@@ -140,10 +149,11 @@ def values(losses: Losses) -> tuple[Tensor, ...]:
 
 def relative_difference(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
     """Norm of all differences over the norm of all second tensors. 0 if both sides contain numbers that are not finite,
-    which is for the trainer to report; infinite if one does."""
+    which is for the trainer to report; infinite if one does. Overwrites the second tensors."""
     actual, expected = (list(side) for side in zip(*pairs, strict=True))
     norms = [float(get_total_norm(side)) for side in (actual, expected)]
     if not any(math.isfinite(norm) for norm in norms):
         return 0.0
-    ratio = float(get_total_norm(torch._foreach_sub(actual, expected))) / norms[1]
+    torch._foreach_sub_(expected, actual)
+    ratio = float(get_total_norm(expected)) / max(norms[1], 1e-30)
     return ratio if math.isfinite(ratio) else math.inf

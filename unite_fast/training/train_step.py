@@ -113,7 +113,7 @@ class TrainStep:
         lpips: required if `perceptual.weight` is above 0.
         strategy: how the model is sharded.
         clock: measures forward, backward and optimizer.
-        before_micro_batch: called before each micro-batch, and before a CUDA graph is replayed.
+        before_micro_batch: called at the start of a step and before each micro-batch.
     """
 
     def __init__(

@@ -162,7 +162,8 @@ class Trainer:
         # The same on all ranks: `run_on_first` is collective.
         if self.device.type != "cpu" or config.train.precision != "bfloat16" or config.attention != "sdpa":
             return ""
-        saved = checkpoint.progress.get("attention", "") if checkpoint else ""
+        # Checkpoints without the key are from before the measurement, when attention ran in bfloat16.
+        saved = checkpoint.progress.get("attention", "sdpa_bfloat16") if checkpoint else ""
         name, note = self.ranks.run_on_first(lambda: attention_precision.choose(config, saved))
         backend.use_attention(name, self.device, head_widths=())
         return note
@@ -377,8 +378,8 @@ def check_cuda_graph(config: Config, device: torch.device, strategy: Strategy) -
     require(device.type == "cuda", f"train.cuda_graph is true, but this run is on {device.type}; set it to false")
     require(
         not strategy.reshard,
-        f"train.cuda_graph is true, but {strategy.name} gathers weights again in each pass, which a CUDA graph cannot "
-        "contain; set parallel.reshard_after_forward=false or parallel.strategy=ddp",
+        f"train.cuda_graph is true, but {strategy.name} frees gathered weights after each pass, which nobody has tried "
+        "in a CUDA graph; set parallel.reshard_after_forward=false or parallel.strategy=ddp",
     )
 
 
