@@ -137,6 +137,9 @@ def test_settings_tried_on_each_kind_of_machine(monkeypatch):
     assert "train.threads" not in dict(names)
     assert {key for key, _ in names} <= set(TUNABLE)
     assert {"sdpa_cudnn", "sdpa_flash", "sdpa_efficient"} == set(dict(names)["attention"])
+    assert "train.cuda_graph" not in dict(names)
+    one = dict((axis.key, axis.values) for axis in tune.axes(config, cuda=True, world=1, fixed=set()))
+    assert one["train.cuda_graph"] == (True,)
     exact = load_config("imagenet256_b", ("train.deterministic=true", "attention=sdpa_flash"))
     assert {"sdpa", "sdpa_efficient"} == set(
         next(axis.values for axis in tune.axes(exact, cuda=True, world=1, fixed=set()) if axis.key == "attention")

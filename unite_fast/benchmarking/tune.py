@@ -99,12 +99,13 @@ def axes(config: Config, cuda: bool, world: int, fixed: set[str]) -> list[Axis]:
                 tuple(name for name in attention_candidates(train.deterministic) if name != config.attention),
             ),
         ]
+        # Other sharded runs refuse it (`training.trainer.check_cuda_graph`).
+        if world == 1 or config.parallel.strategy == "ddp" or not config.parallel.reshard_after_forward:
+            result.append(Axis("train.cuda_graph", (not train.cuda_graph,)))
     else:
         cores = usable_cores()
         counts = dict.fromkeys((cores, max(1, cores // 2), 1))
         result.append(Axis("train.threads", tuple(count for count in counts if count != train.threads)))
-        if world == 1 or config.parallel.strategy == "ddp" or not config.parallel.reshard_after_forward:
-            result.append(Axis("train.cuda_graph", (not train.cuda_graph,)))
     if world > 1:
         result.append(Axis("parallel.reshard_after_forward", (not config.parallel.reshard_after_forward,)))
     return [axis for axis in result if axis.values and axis.key not in fixed]
