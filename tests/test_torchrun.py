@@ -84,6 +84,7 @@ def run_command(arguments: tuple[str, ...], restarts: int) -> None:
 
 def run_agent(arguments: tuple[str, ...], restarts: int) -> None:
     """Does what the command does, but forks the workers."""
+    forks_have_no_handlers()
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -103,9 +104,25 @@ def run_agent(arguments: tuple[str, ...], restarts: int) -> None:
     os._exit(0)
 
 
+def forks_have_no_handlers() -> None:
+    """Forks of this process end by the signals for which the agent has handlers, like programs that torchrun starts.
+    Blocked during the fork: Python forgets a signal that it handled before the fork is complete."""
+    numbers = signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
+
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+    def reset() -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+        unblock()
+
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, numbers), after_in_parent=unblock, after_in_child=reset
+    )
+
+
 def worker(*arguments: str) -> None:
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # the agent has handlers
-        signal.signal(number, signal.SIG_DFL)
     sys.argv = ["unite-fast", "train", *arguments]
     try:
         main()
