@@ -120,20 +120,8 @@ def _residual_norm_linear_backend(norm_forward, norm_backward_recompute) -> Back
         x_out, normed, mean, rstd = norm_forward(x, branch, norm_weight, norm_bias, eps, out_dtype)
         return x_out, matmul(normed, weight, bias, in_float8), mean, rstd
 
-    def backward(
-        d_x_out,
-        d_y,
-        x_out,
-        norm_weight,
-        norm_bias,
-        weight,
-        mean,
-        rstd,
-        branch_dtype,
-        bias_gradient,
-        branch_bias_gradient,
-        in_float8,
-    ):
+    def backward(d_x_out, d_y, x_out, norm_weight, norm_bias, weight, mean, rstd, branch_dtype, *flags):
+        bias_gradient, branch_bias_gradient, in_float8 = flags
         d_normed = input_gradient(d_y, weight, in_float8)
         *gradients, d_branch_bias, normed = norm_backward_recompute(
             d_x_out, d_normed, x_out, norm_weight, norm_bias, mean, rstd, branch_dtype, branch_bias_gradient
@@ -143,20 +131,8 @@ def _residual_norm_linear_backend(norm_forward, norm_backward_recompute) -> Back
     return Backend(forward, backward)
 
 
-def _fake_residual_backward(
-    d_x_out,
-    d_y,
-    x_out,
-    norm_weight,
-    norm_bias,
-    weight,
-    mean,
-    rstd,
-    branch_dtype,
-    bias_gradient,
-    branch_bias_gradient,
-    in_float8,
-):
+def _fake_residual_backward(d_x_out, d_y, x_out, norm_weight, norm_bias, weight, mean, rstd, branch_dtype, *flags):
+    bias_gradient, branch_bias_gradient, _ = flags
     return (
         tensors.empty_like(x_out),
         tensors.empty_like(x_out, branch_dtype),
@@ -206,21 +182,8 @@ def _gated_linear_backend(gated: Backend, adaln: Backend) -> Backend:
         gradients = gated.backward(*inputs, branch_bias_gradient)
         return *gradients, adaln.forward(x_out, norm_weight, shift, scale, EPS, d_h.dtype)[0]
 
-    def backward(
-        d_x_out,
-        d_y,
-        x_out,
-        branch,
-        gate,
-        norm_weight,
-        shift,
-        scale,
-        weight,
-        rstd,
-        bias_gradient,
-        branch_bias_gradient,
-        in_float8,
-    ):
+    def backward(d_x_out, d_y, x_out, branch, gate, norm_weight, shift, scale, weight, rstd, *flags):
+        bias_gradient, branch_bias_gradient, in_float8 = flags
         d_h = input_gradient(d_y, weight, in_float8)
         *gradients, h = (gated.backward_recompute or recompute_separately)(
             *(d_x_out, d_h, x_out, branch, gate, norm_weight, shift, scale, rstd),
@@ -236,21 +199,8 @@ def _fake_gated_linear(x, branch, gate, norm_weight, shift, scale, branch_bias, 
     return tensors.empty_like(x), fake_matmul(x, weight, out_dtype), rstd
 
 
-def _fake_gated_linear_backward(
-    d_x_out,
-    d_y,
-    x_out,
-    branch,
-    gate,
-    norm_weight,
-    shift,
-    scale,
-    weight,
-    rstd,
-    bias_gradient,
-    branch_bias_gradient,
-    in_float8,
-):
+def _fake_gated_linear_backward(d_x_out, d_y, x_out, branch, gate, norm_weight, shift, scale, weight, rstd, *flags):
+    bias_gradient, branch_bias_gradient, _ = flags
     d_gate, d_shift, d_scale = (tensors.empty_gradient(v) for v in (gate, scale, scale))
     d_norm_weight = tensors.empty_weight_gradient(norm_weight, x_out)
     d_bias = tensors.empty_bias_gradient(x_out, branch_bias_gradient)

@@ -2,6 +2,7 @@
 
 import gc
 import subprocess
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -45,45 +46,21 @@ def config(c: Context, backend_name: str, compiled: bool, images: int) -> Config
 # `unite-fast bench` ---------------------------------------------------------------------------------------------------
 
 
-def bench_triton(c: Context) -> None:
-    bench(c, c.backend_name, False, 64)
+def ours(compiled: bool, images: int, *more: str) -> Callable[[Context], bool]:
+    """A part that runs `bench` with our kernels."""
+    return lambda c: bench(c, c.backend_name, compiled, images, *more)
 
 
-def bench_compiled(c: Context) -> None:
-    bench(c, c.backend_name, True, 64)
-
-
-def bench_graph(c: Context) -> None:
-    bench(c, c.backend_name, False, 64, "train.cuda_graph=true")
-
-
-def bench_float8(c: Context) -> None:
-    bench(c, c.backend_name, True, 64, "train.precision=float8")
-
-
-def bench_triton_8(c: Context) -> None:
-    bench(c, c.backend_name, False, 8)
-
-
-def bench_graph_8(c: Context) -> None:
-    bench(c, c.backend_name, False, 8, "train.cuda_graph=true")
-
-
-def bench_compiled_graph_8(c: Context) -> None:
-    bench(c, c.backend_name, True, 8, "train.cuda_graph=true")
+GRAPH = "train.cuda_graph=true"
+bench_triton, bench_compiled, bench_graph = ours(False, 64), ours(True, 64), ours(False, 64, GRAPH)
+bench_triton_8, bench_graph_8, bench_compiled_graph_8 = ours(False, 8), ours(False, 8, GRAPH), ours(True, 8, GRAPH)
+bench_triton_128, bench_compiled_128 = ours(False, 128), ours(True, 128)
+bench_float8 = ours(True, 64, "train.precision=float8")
 
 
 def bench_reference(c: Context) -> None:
     if not bench(c, "reference", True, 64):
         bench(c, "reference", True, 32)
-
-
-def bench_triton_128(c: Context) -> None:
-    bench(c, c.backend_name, False, 128)
-
-
-def bench_compiled_128(c: Context) -> None:
-    bench(c, c.backend_name, True, 128)
 
 
 def bench(c: Context, backend_name: str, compiled: bool, images: int, *more: str) -> bool:

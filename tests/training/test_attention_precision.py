@@ -146,6 +146,12 @@ def test_a_float32_run_measures_nothing(settings, monkeypatch):
     assert load_checkpoint(run.folder).progress["attention"] == "sdpa"
 
 
+def test_attention_of_a_float8_run_is_measured_too(settings, monkeypatch):
+    make_faster("sdpa_float32", monkeypatch)
+    run = train(settings("train.precision=float8", "train.steps=1"))
+    assert load_checkpoint(run.folder).progress["attention"] == "sdpa_float32"
+
+
 def train_with_own_timings(config) -> str:
     faster = ("sdpa_float32", "sdpa_bfloat16")[int(os.environ["RANK"])]
     with pytest.MonkeyPatch.context() as patch:

@@ -160,7 +160,7 @@ class Trainer:
         """
         config = self.config
         # The same on all ranks: `run_on_first` is collective.
-        if self.device.type != "cpu" or config.train.precision != "bfloat16" or config.attention != "sdpa":
+        if self.device.type != "cpu" or config.train.network_precision != "bfloat16" or config.attention != "sdpa":
             return ""
         # Checkpoints without the key are from before the measurement, when attention ran in bfloat16.
         saved = checkpoint.progress.get("attention", "sdpa_bfloat16") if checkpoint else ""
