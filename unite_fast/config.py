@@ -8,7 +8,7 @@ import math
 import re
 from dataclasses import dataclass, field, fields, replace
 
-from unite_fast.errors import UserError, require, require_choice
+from unite_fast.errors import UserError, require, require_choice, shown
 
 KERNELS = ("auto", "reference", "native", "triton")
 ATTENTION = ("sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "flash_attn", "sdpa_bfloat16", "sdpa_float32")
@@ -22,6 +22,7 @@ TRAINING_PRECISIONS = (*PRECISIONS, "float8")
 DEVICES = ("auto", "cpu", "cuda")
 ADAMW = ("torch", "apex")
 SOLVERS = ("euler", "heun", "multistep", "dopri5")
+MOST_SOLVER_STEPS = 2**16
 FEATURES = ("auto", "inception", "pixels")
 
 TRAINING_SAMPLES = {"inception": 5_000, "pixels": 1_000}
@@ -427,6 +428,7 @@ class SamplingConfig:
         require_choice("sampling.solver", self.solver, SOLVERS)
         require_choice("sampling.order", self.order, ("norm_first", "cfg_first"))
         require(self.steps > 0, "sampling.steps must be positive")
+        require(self.steps <= MOST_SOLVER_STEPS, f"sampling.steps must be at most {MOST_SOLVER_STEPS:,}")
         require(math.isfinite(self.guidance), "sampling.guidance must be finite")
         require(self.time_shift > 0, "sampling.time_shift must be positive")
         low, high = self.interval
@@ -516,6 +518,21 @@ class Config:
         )
 
 
+MOST_IMAGES, MOST_PER_BATCH, MOST_WORKERS = 10**8, 2**20, 2**10
+"""Largest numbers of images to generate, of images per forward pass, and of threads or processes that read images; far
+above every use. Beyond, memory or time would end long before the work does."""
+
+
+def check_count(name: str, count: int, least: int = 1) -> None:
+    """Check a number of images.
+
+    Raises:
+        UserError: fewer than `least` or more than `MOST_IMAGES`.
+    """
+    require(count >= least, f"{name} is {count}; it must be at least {least}")
+    require(count <= MOST_IMAGES, f"{name} is {shown(count)}; it must be at most {MOST_IMAGES:,}")
+
+
 def check_seed_and_batch(seed: int, batch: int, prefix: str = "") -> None:
     """Check a seed and a batch size.
 
@@ -523,10 +540,11 @@ def check_seed_and_batch(seed: int, batch: int, prefix: str = "") -> None:
         prefix: of the names in messages: "--" for options of a command.
 
     Raises:
-        UserError: seed out of range, or batch size not positive.
+        UserError: seed or batch size out of range.
     """
-    require(0 <= seed < 2**64, f"{prefix}seed is {seed}; it must be in [0, 2**64)")
+    require(0 <= seed < 2**64, f"{prefix}seed is {shown(seed)}; it must be in [0, 2**64)")
     require(batch > 0, f"{prefix}batch is {batch}; it must be positive")
+    require(batch <= MOST_PER_BATCH, f"{prefix}batch is {shown(batch)}; it must be at most {MOST_PER_BATCH:,}")
 
 
 def is_digest(text: str) -> bool:

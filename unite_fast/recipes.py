@@ -12,10 +12,9 @@ import typing
 from importlib import resources
 from pathlib import Path
 
-import yaml
-
-from unite_fast.config import PRESETS, Config
-from unite_fast.errors import UserError, require
+from unite_fast.config import MOST_IMAGES, MOST_PER_BATCH, MOST_WORKERS, PRESETS, Config
+from unite_fast.errors import UserError, require, shown
+from unite_fast.read_yaml import parse_yaml, read_yaml
 
 TUNABLE = (
     "kernels",
@@ -29,13 +28,28 @@ TUNABLE = (
 """Settings that `unite-fast tune` chooses. They change how a step is computed, and its results only by rounding."""
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without the base-60 numbers of YAML 1.1: 10:13, a range of steps, is text and not 613."""
+LARGEST = {
+    **{f"model.{key}": 2**14 for key in ("image_size", "patch_size", "latent_channels")},
+    "model.latent_tokens": 2**20,
+    "model.num_classes": 2**24,
+    **{f"model.{part}.width": 2**16 for part in ("encoder", "decoder")},
+    **{f"model.{part}.{key}": 2**12 for part in ("encoder", "decoder") for key in ("depth", "heads")},
+    "model.encoder.in_context_tokens": 2**14,
+    "model.decoder.mlp_width": 2**18,
+    "model.decoder.embed_width": 2**16,
+    "objective.flow_draws": 2**12,
+    "data.workers": MOST_WORKERS,
+    "train.threads": 2**12,
+    "train.batch_size": 2**24,
+    "train.micro_batch": 2**24,
+    "evaluation.count": MOST_IMAGES,
+    "evaluation.batch": MOST_PER_BATCH,
+}
+"""The largest values of some settings, far above every use. Beyond them, memory or time would end long before the work
+does."""
 
-    def resolve(self, kind, value, implicit):
-        if kind is yaml.ScalarNode and ":" in value:
-            implicit = (False, implicit[1])
-        return super().resolve(kind, value, implicit)
+LARGEST_NUMBER = 2**53
+"""Of all other whole numbers: larger ones are not exact in JSON."""
 
 
 def load_config(recipe: str | None = None, overrides: tuple[str, ...] = (), tuned: str = "") -> Config:
@@ -54,11 +68,9 @@ def load_config(recipe: str | None = None, overrides: tuple[str, ...] = (), tune
         _assign(tree, key.split("."), value)
     for override in overrides:
         key, equals, text = override.partition("=")
-        require(bool(equals) and bool(key), f"{override!r} is not an override; write key=value, e.g. train.steps=100")
-        try:
-            value = yaml.load(text, _Loader) if text else ""
-        except yaml.YAMLError as error:
-            raise UserError(f"{key}: {text!r} is not a value that YAML can read") from error
+        named = bool(equals) and bool(key)
+        require(named, f"{shown(override)} is not an override; write key=value, e.g. train.steps=100")
+        value = parse_yaml(text, f"the value of {key}, {shown(text)},") if text else ""
         _assign(tree, key.split("."), value)
     return from_tree(Config, tree)
 
@@ -73,10 +85,7 @@ def read_recipe(recipe: str) -> dict:
     if not path.suffix and not path.is_file():
         path = Path(str(resources.files("unite_fast") / "configs" / f"{recipe}.yaml"))
     require(path.is_file(), f"there is no recipe {recipe}; recipes here: {', '.join(shipped_recipes())}")
-    try:
-        tree = yaml.load(path.read_text(), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    tree = read_yaml(path)
     require(isinstance(tree, dict), f"{path} must be a mapping of settings")
     return tree
 
@@ -88,16 +97,14 @@ def read_tuned(path: str) -> dict:
         UserError: no such file, not YAML, or a setting that is not in `TUNABLE`.
     """
     require(Path(path).is_file(), f"there is no tuned file {path}; unite-fast tune RECIPE --out {path} writes one")
-    try:
-        tree = yaml.load(Path(path).read_text(), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    tree = read_yaml(Path(path))
     require(isinstance(tree, dict), f"{path} must be a mapping of settings")
     settings = {}
     for key, value in tree.items():
+        require(value != {}, f"{path} sets {shown(key)} to nothing; give it a value, or leave it out")
         settings |= {f"{key}.{name}": part for name, part in value.items()} if isinstance(value, dict) else {key: value}
     for key in settings:
-        require(key in TUNABLE, f"{path} sets {key}; a tuned file may hold only {', '.join(TUNABLE)}")
+        require(key in TUNABLE, f"{path} sets {shown(key)}; a tuned file may hold only {', '.join(TUNABLE)}")
     return settings
 
 
@@ -129,7 +136,7 @@ def from_tree(kind: type, tree: dict, path: str = ""):
     Raises:
         UserError: an unknown key, a wrong type or an impossible value.
     """
-    require(isinstance(tree, dict), f"{path or 'the recipe'} must be a mapping of settings, got {tree!r}")
+    require(isinstance(tree, dict), f"{path or 'the recipe'} must be a mapping of settings, got {shown(tree)}")
     hints = typing.get_type_hints(kind)
     presets = PRESETS.get(kind, {})
     values = {}
@@ -137,12 +144,12 @@ def from_tree(kind: type, tree: dict, path: str = ""):
         dotted = f"{path}.{key}" if path else str(key)
         if key == "preset" and presets:
             valid = isinstance(value, str) and value in presets
-            require(valid, f"{dotted} is {value!r}; it must be one of {', '.join(presets)}")
+            require(valid, f"{dotted} is {shown(value)}; it must be one of {', '.join(presets)}")
             values = {**presets[value], **values}
         elif key not in hints:
             close = difflib.get_close_matches(str(key), hints, n=1)
             hint = f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(hints)}"
-            raise UserError(f"unknown setting {dotted}{hint}")
+            raise UserError(f"unknown setting {shown(dotted)[1:-1]}{hint}")
         elif dataclasses.is_dataclass(hints[key]):
             values[key] = from_tree(hints[key], {} if value is None else value, dotted)
         else:
@@ -156,7 +163,7 @@ def _convert(hint, value, dotted: str):
         if isinstance(value, str):
             value = value.split(",")
         ok = isinstance(value, (list, tuple)) and len(value) == len(kinds)
-        require(ok, f"{dotted} must be {len(kinds)} values, got {value!r}")
+        require(ok, f"{dotted} must be {len(kinds)} values, got {shown(value)}")
         return tuple(_convert(kind, part, dotted) for kind, part in zip(kinds, value, strict=True))
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
@@ -166,9 +173,12 @@ def _convert(hint, value, dotted: str):
     if hint is str and value is None:
         return ""
     if type(value) is hint:
+        if isinstance(value, int) and hint is int:
+            most = LARGEST.get(dotted, LARGEST_NUMBER if dotted != "seed" else 2**64)
+            require(abs(value) <= most, f"{dotted} is {shown(value)}; it must be at most {most:,}")
         return value
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    raise UserError(f"{dotted} must be {words[hint]}, got {value!r}")
+    raise UserError(f"{dotted} must be {words[hint]}, got {shown(value)}")
 
 
 def to_tree(config) -> dict:

@@ -108,3 +108,13 @@ def test_float8_needs_a_gpu_that_has_it_and_multiples_of_16(capability, override
         return
     with pytest.raises(UserError, match=mentions(*tokens)):
         check_float8(model, torch.device("cuda"))
+
+
+def test_more_threads_than_any_machine_runs_are_refused():
+    """PyTorch starts a million, and crashes."""
+    before = torch.get_num_threads()
+    for threads in (4097, 10**6, 2**40):
+        with pytest.raises(UserError, match=rf"train\.threads is {threads}"):
+            device.use_threads(threads)
+    device.use_threads(0)
+    assert torch.get_num_threads() == before

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from unite_fast.errors import UserError
-from unite_fast.utils.file_lock import LOCK, lock_folder
+from unite_fast.utils.file_lock import LOCK, lock_folder, lock_output
 
 
 @pytest.fixture
@@ -63,3 +63,57 @@ def test_a_folder_that_cannot_be_created_is_named(tmp_path, mentions):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=mentions(tmp_path / "file", os.strerror(errno.EEXIST))):
         lock_folder(tmp_path / "file", "being read", "read another")
+
+
+@pytest.mark.parametrize("second_name", ["link", "hard link"])
+def test_a_lock_file_is_never_another_file(tmp_path, second_name, mentions):
+    """In a folder that came from elsewhere."""
+    victim, folder = tmp_path / "victim", tmp_path / "x"
+    victim.write_text("mine")
+    folder.mkdir()
+    (folder / LOCK).symlink_to(victim) if second_name == "link" else os.link(victim, folder / LOCK)
+    with pytest.raises(UserError, match=mentions(folder / LOCK, "link")):
+        lock_folder(folder, "being read", "read another")
+    assert victim.read_text() == "mine"
+
+
+def _hold_output(out: Path, pipe) -> None:
+    with lock_output(out):
+        pipe.send("locked")
+        pipe.recv()
+
+
+def test_an_output_has_one_writer_and_its_lock_file_goes(tmp_path, mentions):
+    fork, out = multiprocessing.get_context("fork"), tmp_path / "new" / "a.npz"
+    ours, theirs = fork.Pipe()
+    process = fork.Process(target=_hold_output, args=(out, theirs), daemon=True)
+    process.start()
+    assert ours.recv() == "locked"
+    with pytest.raises(UserError, match=mentions(out, f"process {process.pid}")), lock_output(out):
+        pass
+    process.kill()
+    process.join()
+    with lock_output(out):
+        assert len(os.listdir(out.parent)) == 1
+    assert os.listdir(out.parent) == []
+
+
+def test_the_name_of_a_holder_is_printed_without_its_control_characters(holder, tmp_path):
+    (tmp_path / "x" / LOCK).write_bytes(b"\x1b[31m\n\xff")
+    with pytest.raises(UserError) as caught:
+        lock_folder(tmp_path / "x", "being read", "read another")
+    assert str(caught.value).isprintable()
+
+
+def test_a_lock_file_that_its_holder_just_deleted_is_made_again(tmp_path, monkeypatch):
+    path, original = tmp_path / ".a.lock", fcntl.lockf
+    deletions = iter([True, False])
+
+    def lockf(file, operation):
+        if next(deletions):  # between opening and locking
+            path.unlink()
+        original(file, operation)
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with lock_output(tmp_path / "a"):
+        assert path.exists()

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from unite_fast.errors import UserError
+from unite_fast.utils.files import BEGINNINGS
 from unite_fast.utils.images import grid, pairs, save_curves, save_images, save_pairs
 
 
@@ -105,10 +106,13 @@ def test_another_suffix_is_refused_before_anything_is_written(tmp_path, images, 
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.npz"])
-def test_a_full_disk_is_named(tmp_path, images, name, mentions):
-    (tmp_path / name).symlink_to("/dev/full")
+def test_a_full_disk_is_named_and_the_old_file_stays(tmp_path, images, name, mentions, full_disk):
+    np.savez(tmp_path / "a.npz", arr_0=0)
+    (tmp_path / "a.png").write_bytes(BEGINNINGS[".png"])
+    old = (tmp_path / name).read_bytes()
     with pytest.raises(UserError, match=mentions(tmp_path / name, os.strerror(errno.ENOSPC))):
         save_images(images, torch.zeros(4), tmp_path / name, 3)
+    assert (tmp_path / name).read_bytes() == old and sorted(os.listdir(tmp_path)) == ["a.npz", "a.png"]
 
 
 def test_a_file_where_a_folder_should_be_is_named(tmp_path, images, mentions):

@@ -93,6 +93,25 @@ def test_a_file_with_other_contents_is_refused(weights, path, content, token, me
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "token"),
+    [
+        (lambda w: w.to_sparse(), "sparse"),
+        (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "qint8"),
+        (lambda w: w.to("meta"), "meta"),
+        (lambda w: w.int(), "int32"),
+        (lambda w: w / 0, "finite"),
+        (lambda w: [1.0, 2.0], "a.bias"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_values_that_are_no_weights_are_refused(weights, path, change, token, mentions):
+    """Also in a file whose SHA-256 the user gives."""
+    torch.save(TENSORS | {"a.bias": change(TENSORS["a.bias"])}, path)
+    with pytest.raises(UserError, match=mentions("test.path", path, token)):
+        weights.load(str(path), file_sha256(path), SHAPES)
+
+
 def test_a_pickle_that_runs_code_is_refused(weights, path, tmp_path, mentions):
     class Harmful:
         def __reduce__(self):

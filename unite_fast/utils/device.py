@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -11,11 +12,18 @@ from unite_fast.errors import require, require_choice
 from unite_fast.kernels import float8
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+MOST_THREADS = 4096
 """cuBLAS is deterministic only with a workspace of fixed size (cuBLAS documentation, "Results reproducibility")."""
 
 
 def use_threads(threads: int) -> None:
-    """Set the number of CPU threads of PyTorch; 0 keeps PyTorch's choice."""
+    """Set the number of CPU threads of PyTorch; 0 keeps PyTorch's choice.
+
+    Raises:
+        UserError: more threads than any machine runs, for example in the settings of a received model. PyTorch would
+            start them, and crash.
+    """
+    require(threads <= MOST_THREADS, f"train.threads is {threads}; it must be at most {MOST_THREADS}")
     if threads:
         torch.set_num_threads(threads)
 
@@ -31,6 +39,15 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     require(name != "cuda" or torch.cuda.is_available(), "the device is cuda, but torch sees no CUDA device here")
     return torch.device(name)
+
+
+def host_memory() -> int:
+    """Bytes of memory of this machine, or of the control group (container) that it grants this process."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # no such file; "max" means no limit
+            memory = min(memory, int(Path(limit).read_text()))
+    return memory
 
 
 def use_numerics(precision: str, deterministic: bool) -> None:

@@ -1,12 +1,36 @@
-"""Write files safely, and read metrics.jsonl."""
+"""Write files safely, open files that came from elsewhere, and read metrics.jsonl."""
 
+import errno
 import json
 import os
+import secrets
+import shutil
+import stat
+import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from unite_fast.errors import UserError, require
+
+PARTIAL = ".partial"
+"""Suffix of files that are being written, or that a killed process left."""
+BEGINNINGS = {
+    ".png": b"\x89PNG\r\n\x1a\n",
+    ".npz": b"PK\x03\x04",
+    ".pt": b"PK\x03\x04",
+    ".pth": b"PK\x03\x04",
+    ".html": b"<!DOCTYPE html>",
+    ".json": b"{",
+}
+"""First bytes of the files that we write, by suffix."""
+WHOLE, BLOCK, LONGEST_LINE = 2**22, 2**16, 2**20
+"""Bytes: the largest metrics.jsonl that is read as a whole (some 10,000 rows), one read, and one row at most."""
+MOST_ROWS = 2000
+"""Rows of a larger file, evenly spaced; a curve in a picture shows no more."""
 
 
 @contextmanager
@@ -20,30 +44,185 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to, and rename it to `path` on success. Until then the old file stays intact.
+def atomic_write(path: Path, durable: bool = True) -> Iterator[Path]:
+    """Yield the path of a new file in the same folder to write to, and rename it to `path` on success. Until then, and
+    after any failure, the old file stays intact. A link at `path` is replaced, not followed.
+
+    Args:
+        durable: wait until the file is on the disk, so that a power cut cannot leave an empty one. False for files that
+            are many and can be made again.
 
     Raises:
-        UserError: see `writing`.
+        UserError: see `writing`; or `path` is a folder, a pipe or a device.
     """
-    partial = path.with_name(path.name + ".partial")
     with writing(path):
+        with suppress(FileNotFoundError):
+            kind = path.lstat().st_mode
+            require(stat.S_ISREG(kind) or stat.S_ISLNK(kind), f"{path} is in the way: it is not a regular file")
+        # The name is new and cannot be guessed, so no file and no link of others is in its place.
+        partial = path.with_name(f"{_partial_prefix(path)}{secrets.token_hex(8)}{PARTIAL}")
+        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
         try:
             yield partial
+            if durable:
+                flush(partial)
             os.replace(partial, path)
+            if durable:
+                flush(path.parent)
         finally:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
-def check_target(out: Path, suffixes: tuple[str, ...] = (".png", ".npz", "")) -> None:
-    """Check an output path before the work starts; the suffix "" stands for a folder.
+def _partial_prefix(path: Path) -> str:
+    # A checksum, because a name may already be as long as the file system allows.
+    return f".unite_fast-{zlib.crc32(os.fsencode(path.name)):08x}-"
+
+
+@contextmanager
+def private_folder(partial: Path) -> Iterator[Path]:
+    """A new folder beside `partial`, a path from `atomic_write`, for a library that chooses names itself. It is deleted
+    at the end."""
+    with tempfile.TemporaryDirectory(prefix=partial.stem, suffix=PARTIAL, dir=partial.parent) as folder:
+        yield Path(folder)
+
+
+def remove_partial(path: Path) -> None:
+    """Delete what killed processes left of writing `path`. Only for the process that holds the lock on `path`."""
+    with suppress(OSError):
+        for leftover in path.parent.glob(f"{_partial_prefix(path)}*{PARTIAL}"):
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+
+
+def clear_partial(folder: Path) -> None:
+    """Delete what killed processes left in a folder. Only for the process that holds the lock on the folder."""
+    with suppress(OSError):
+        for leftover in folder.glob(f".unite_fast-*{PARTIAL}"):
+            leftover.unlink()
+
+
+def flush(path: Path) -> None:
+    """fsync a file or folder, so that a power cut after a rename cannot leave an empty file."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems cannot sync a folder.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder of a run, unless it exists. A link in its place is refused: a run folder that came from elsewhere
+    could lead the files of this run anywhere.
 
     Raises:
-        UserError: another suffix; a file in place of a folder, or a folder in place of a file.
+        OSError: it is a link or a file, or no permission.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "it is a link; put a folder in its place", os.fspath(path))
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """Open a log to append bytes to; made if it is missing, never followed if it is a link.
+
+    Raises:
+        OSError: a link, not a regular file, the same file as one with another name, or no permission.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        state = os.fstat(descriptor)
+        if not stat.S_ISREG(state.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+        if state.st_nlink > 1:
+            raise OSError(errno.EMLINK, "it has a second name (a hard link)", os.fspath(path))
+        return open(descriptor, "ab", buffering=0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def check_target(out: Path, suffixes: tuple[str, ...] = (".png", ".npz", ""), sources: tuple = ()) -> None:
+    """Check an output path before the work starts; the suffix "" stands for a folder.
+
+    A file that exists is replaced only if it begins like the files that we write there (see `BEGINNINGS`), or is empty.
+
+    Args:
+        sources: what the command reads; see `check_not_read`.
+
+    Raises:
+        UserError: another suffix; a file in place of a folder, or a folder in place of a file; a file of another kind;
+            one of the sources.
     """
     allowed = ", ".join(suffix or "a folder (no suffix)" for suffix in suffixes)
     require(out.suffix in suffixes, f"{out} ends in {out.suffix or 'nothing'}; the output can be: {allowed}")
     require(not out.exists() or out.is_dir() == (not out.suffix), f"{out} is in the way; choose another --out")
+    check_not_read(out, *sources)
+    check_replaceable(out, BEGINNINGS.get(out.suffix, b""))
+
+
+def check_replaceable(out: Path, *beginnings: bytes) -> None:
+    """Check that a file that exists is one of those that we write, by its first bytes; an empty one is as good as none.
+
+    Raises:
+        UserError: a file of another kind, or not a regular file.
+    """
+    if not out.exists() or out.is_dir():
+        return
+    try:
+        with open_regular(out) as file:
+            start = file.read(max(map(len, beginnings)))
+    except OSError as error:
+        raise UserError(f"{out} is in the way: {error.strerror or error}; choose another output") from error
+    ours = not start or any(start.startswith(beginning) for beginning in beginnings)
+    require(ours, f"{out} is in the way: unite_fast did not write it; move it, or choose another output")
+
+
+def check_npz(out: Path, member: str) -> None:
+    """Check that an .npz or a .pt that exists has a member of this name. Both are zip archives, as many formats are,
+    and one of samples may not replace one of statistics.
+
+    Raises:
+        UserError: another kind of archive, or a damaged one.
+    """
+    if not out.is_file() or not out.stat().st_size:
+        return
+    names = []
+    with suppress(zipfile.BadZipFile, OSError, ValueError), zipfile.ZipFile(out) as archive:
+        names = archive.namelist()
+    require(member in names, f"{out} is in the way: it has no {member}, so it is another file; choose another output")
+
+
+def check_not_read(out: Path, *sources: str | Path) -> None:
+    """Check that an output is not what the command reads, by whatever name.
+
+    Args:
+        sources: files, or folders, in which nothing may be written. Others (digits, an address) are ignored.
+
+    Raises:
+        UserError: `out` is one of the sources, a link to one, or inside one.
+    """
+    try:
+        for source in map(Path, sources):
+            if not source.exists():
+                continue
+            folder, target = source.resolve(), out.resolve()
+            same = target == folder or (out.exists() and out.samefile(source))
+            if source.is_dir():
+                same = same or folder in target.parents
+                if not same and out.is_file() and out.stat().st_nlink > 1:
+                    same = any(file.is_file() and out.samefile(file) for file in source.rglob("*"))
+            require(not same, f"{out} is what this command reads ({source}); choose another output")
+    except (OSError, ValueError, RuntimeError) as error:
+        # A loop of links, a name that is too long, a null byte.
+        raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def save_text(text: str, out: Path) -> None:
@@ -55,18 +234,114 @@ def save_text(text: str, out: Path) -> None:
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # names may hold bytes that are not text
+
+
+def open_regular(path: str | Path, buffering: int = -1) -> BinaryIO:
+    """Open a file for reading bytes, if it is a regular file or a link to one. A pipe could block for ever, and a
+    device such as /dev/zero has no end.
+
+    Raises:
+        OSError: no such file, no permission, or not a regular file; `strerror` says which.
+    """
+    # Without O_NONBLOCK, opening a pipe waits for its writer. On regular files the flag has no effect.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+        return open(descriptor, "rb", buffering=buffering)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_small(path: str | Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes.
+
+    Raises:
+        OSError: see `open_regular`; or the file is larger.
+    """
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", os.fspath(path))
+    return content
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; incomplete lines (after a kill or on a full disk) are skipped."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and "step" in row:
-                rows.append(row)
-    return rows
+    """The rows of a metrics.jsonl or curve.jsonl; incomplete and foreign lines (after a kill or on a full disk) are
+    skipped. Of a file above `WHOLE` bytes only the last rows are all there, and of those before some, evenly spaced.
+
+    Raises:
+        OSError: no permission, or not a regular file.
+    """
+    if not path.exists():
+        return []
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size <= WHOLE:
+            lines = file.read(WHOLE).split(b"\n")
+        else:
+            lines = []
+            for number in range(MOST_ROWS):
+                file.seek((size - BLOCK) * number // MOST_ROWS)
+                if number:
+                    file.readline(LONGEST_LINE)  # the rest of a line
+                lines.append(file.readline(LONGEST_LINE))
+            file.seek(size - BLOCK)
+            lines += file.read(BLOCK).split(b"\n")[1:]
+    rows = [row for line in lines if (row := parse_row(line))]
+    return rows if size <= WHOLE else list({row["step"]: row for row in rows}.values())
+
+
+def parse_row(line: bytes) -> dict | None:
+    """A line of metrics.jsonl; None if it is not a JSON object with a step and values of a usual size."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
+        return None
+    return None if any(isinstance(value, int) and abs(value) >= 2**63 for value in row.values()) else row
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Cut off the rows after `step` and an incomplete last line, in place. Reads only the end of the file; makes the
+    file if it is missing.
+
+    Raises:
+        OSError: see `open_to_append`.
+    """
+    with open_to_append(path) as file:
+        for end, line in _lines_backwards(file.fileno()):
+            row = parse_row(line)
+            if row and row["step"] <= step:
+                if not line.endswith(b"\n"):
+                    file.write(b"\n")
+                else:
+                    file.truncate(end)
+                return
+        file.truncate(0)
+
+
+def _lines_backwards(descriptor: int) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file from the last to the first, each with the offset of its end."""
+    start = os.fstat(descriptor).st_size
+    rest = b""
+    while start > 0:
+        before, start = start, max(0, start - BLOCK)
+        text = os.pread(descriptor, before - start, start) + rest
+        end = start + len(text)
+        # The first line may begin in the block before.
+        first = (text.find(b"\n") + 1 or len(text)) if start else 0
+        for line in reversed(text[first:].splitlines(keepends=True)):
+            yield end, line
+            end -= len(line)
+        rest = text[:first] if first <= LONGEST_LINE else b""  # no row is that long
+
+
+def thin_rows(rows: list[dict]) -> list[dict]:
+    """Rows for curves: of twice `MOST_ROWS`, every second one of the older half is dropped."""
+    if len(rows) < 2 * MOST_ROWS:
+        return rows
+    return [*rows[:MOST_ROWS:2], *rows[MOST_ROWS:]]

@@ -7,10 +7,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unite_fast.utils.files import check_target, writing
+from unite_fast.utils.files import atomic_write, check_npz, check_target, writing
 
 GAP = 2
 """Pixels between the images of a grid; 1 if the images are enlarged."""
+SAMPLES = "arr_0.npy"
+"""The member of an .npz with the images of samples."""
 SMALLEST = 48
 """Images with a smaller side are enlarged by an integer factor, so that they can be seen."""
 
@@ -48,16 +50,25 @@ def save_images(images: Tensor, labels: Tensor, out: Path, columns: int) -> None
         UserError: see `check_target`; no space, or no permission.
     """
     check_target(out)
+    if out.suffix == ".npz":
+        check_npz(out, SAMPLES)
     with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.suffix == ".png":
-            grid(images, columns).save(out)
-        elif out.suffix == ".npz":
-            np.savez(out, images.permute(0, 2, 3, 1).numpy(), labels.numpy())
-        else:
-            out.mkdir(exist_ok=True)
-            for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-                Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / image_file_name(i, int(label)))
+        (out.parent if out.suffix else out).mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".png":
+        save_png(grid(images, columns), out)
+    elif out.suffix == ".npz":
+        with atomic_write(out) as partial, partial.open("wb") as file:
+            np.savez(file, images.permute(0, 2, 3, 1).numpy(), labels.numpy())
+    else:
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+            save_png(picture, out / image_file_name(i, int(label)), durable=False)
+
+
+def save_png(image: Image.Image, out: Path, durable: bool = True) -> None:
+    """Write a PNG; see `atomic_write`."""
+    with atomic_write(out, durable) as partial:
+        image.save(partial, format="PNG")
 
 
 def save_pairs(originals: Tensor, reconstructions: Tensor, out: Path) -> None:
@@ -69,20 +80,26 @@ def save_pairs(originals: Tensor, reconstructions: Tensor, out: Path) -> None:
     check_target(out, (".png",))
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        pairs(originals, reconstructions, min(10, len(originals))).save(out)
+    save_png(pairs(originals, reconstructions, min(10, len(originals))), out)
 
 
 def save_curves(rows: list[dict], path: Path) -> None:
     """Plot losses, gradient norm and learning rate against the step, from the rows of metrics.jsonl."""
     from matplotlib.figure import Figure  # slow to import, and needed once per run
 
+    def column(key: str) -> np.ndarray:
+        # A row of another version, or one that was changed by hand, may lack a value.
+        values = (row.get(key) for row in rows)
+        return np.array([value if isinstance(value, (int, float)) else np.nan for value in values], dtype=float)
+
     panels = [("l1", "L1"), ("flow", "flow loss (sum of F)"), ("grad_norm", "gradient norm"), ("lr", "learning rate")]
-    if any(row["lpips"] for row in rows):
+    if np.nan_to_num(column("lpips")).any():
         panels.insert(1, ("lpips", "LPIPS"))
     figure = Figure(figsize=(3.2 * len(panels), 2.8), layout="constrained")
-    steps = np.array([row["step"] for row in rows])
+    steps = column("step")
     for axes, (key, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        axes.plot(steps, [row[key] for row in rows], linewidth=1)
+        axes.plot(steps, column(key), linewidth=1)
         axes.set(title=title, xlabel="step", yscale="linear" if key == "lr" else "log")
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, format="png", dpi=100)

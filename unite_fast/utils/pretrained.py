@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unite_fast.errors import UserError
+from unite_fast.utils.files import open_regular
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ class WeightFile:
                 raise UserError(
                     f"{origin}: {name} in {resolved} has shape {actual}, expected {shape} as in {self.source}"
                 )
+            if fault := fault_of(tensors[name]):
+                raise UserError(f"{origin}: {name} in {resolved} is {fault}; expected {self.source}")
         return {name: tensors[name] for name in shapes}
 
     def _setting(self, path: str) -> str:
@@ -121,10 +124,33 @@ class WeightFile:
             )
 
 
+def fault_of(value: object, whole: bool = False) -> str:
+    """What a value from a file of torch.save is, if it is not a tensor of finite floating-point numbers; else empty.
+
+    Args:
+        whole: the file must hold each number. Else a few can be shown as a tensor of any shape.
+    """
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    if value.is_sparse or value.layout != torch.strided or value.is_nested:
+        return "a sparse or nested tensor"
+    if value.is_quantized or not value.is_floating_point():
+        return f"a tensor of {value.dtype}"
+    if type(value) not in (Tensor, torch.nn.Parameter) or value.device.type != "cpu":
+        return f"a {type(value).__name__} on {value.device.type}, without numbers"
+    if whole and value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return f"a tensor of shape {list(value.shape)} with fewer numbers than that"
+    return "" if value.isfinite().all() else "a tensor with values that are not finite"
+
+
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file in hex."""
+    """SHA-256 of a file in hex.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         while chunk := stream.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
