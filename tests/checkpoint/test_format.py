@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -16,11 +17,14 @@ from unite_fast.checkpoint.format import (
     candidates,
     check_checksums,
     check_sizes,
+    places_of,
     read_manifest,
     step_path,
 )
 from unite_fast.config import Config
 from unite_fast.errors import UserError
+from unite_fast.recipes import from_tree, to_tree
+from unite_fast.training.run_folder import flatten
 
 PROGRESS = {"averages": {"sums": [0.1 + 0.2, 1e-300], "count": 3}, "loader": {"batch": 7, "skipped": [["a", "b"]]}}
 
@@ -82,6 +86,32 @@ def test_all_paths_of_a_run_and_of_a_checkpoint_work(folder):
     new.rename(folder.parents[1] / "copy")
     assert candidates(folder.parents[1] / "copy") == [folder.parents[1] / "copy"], "whatever its name"
     assert candidates(folder) == [old], "a dangling link is ignored"
+
+
+@pytest.mark.parametrize("latest", ["folder", "dangling", "absolute", "elsewhere", "loop", "file", "pipe", "own"])
+def test_the_newest_is_found_whatever_latest_is(folder, latest):
+    """Copies that follow links make a folder of it, and in a received run it may be anything."""
+    old, new = write(folder, 1), write(folder, 2)
+    link = folder / "latest"
+    link.unlink()
+    if latest == "folder":
+        shutil.copytree(old, link)
+    elif latest == "elsewhere":
+        link.symlink_to(write(folder.with_name("others"), 1))
+    elif latest == "file":
+        link.write_text("step_00000001")
+    elif latest == "pipe":
+        os.mkfifo(link)
+    else:
+        link.symlink_to({"dangling": "/nowhere/step_00000001", "loop": "latest", "own": old}.get(latest, new))
+    assert candidates(folder.parent) == ([old] if latest == "own" else [new, old])
+
+
+def test_only_digits_make_the_name_of_a_checkpoint(folder):
+    new = write(folder, 2)
+    for name in ("step_\u0663", "step_", "step_1_0", "step_-1", "step_" + "9" * 200):
+        (folder / name).mkdir()
+    assert candidates(folder.parent) == [new]
 
 
 def test_a_missing_checkpoint_is_an_error(tmp_path, mentions):
@@ -199,7 +229,10 @@ def test_a_truncated_manifest_is_detected(folder, fraction, mentions):
         read_manifest(path)
 
 
-@pytest.mark.parametrize("text", ["[]", "3", "null", "{}", '{"format": "unite_fast checkpoint 2"}'])
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "3", "null", "{}", '{"format": "unite_fast checkpoint 2"}', "[" * 100_000, '{"format": NaN}', "9" * 5000],
+)
 def test_a_malformed_manifest_is_detected(folder, text):
     path = write(folder, 10)
     (path / MANIFEST).write_text(text)
@@ -219,6 +252,60 @@ def test_an_edited_manifest_is_detected_and_another_version_refused(folder, ment
         read_manifest(path)
 
 
+def named_everywhere() -> Config:
+    """Settings in which every place is named."""
+    return from_tree(
+        Config,
+        {
+            "data": {"source": "shards", "path": "pipe:touch mark; cat {}"},
+            "perceptual": {"vgg_path": "/v", "lpips_path": "/l"},
+            "train": {"out": "/o", "wandb": "mine"},
+            "evaluation": {"inception": "/i", "reference": "/r"},
+        },
+    )
+
+
+def test_a_checkpoint_names_no_file_command_or_address_that_is_used(folder):
+    config = named_everywhere()
+    read = read_manifest(write(folder, 10, config=config)).config
+    assert read == from_tree(Config, {"data": {"source": "shards"}})
+    assert files.as_recorded(read) == config
+    assert places_of(read).keys() == set(files.PLACES)
+    assert places_of(config) == {}, "a recipe's paths are not recorded ones"
+    # Settings that may hold any text are either places, or name something that is neither opened nor run.
+    texts = {key for key, value in flatten(to_tree(Config())).items() if isinstance(value, str)}
+    choices = {"kernels", "attention", "data.loader", "perceptual.input_range", "optim.muon_dtype", "optim.adamw"}
+    choices |= {"optim.nonfinite", "train.precision", "train.device", "parallel.strategy", "sampling.solver"}
+    choices |= {"sampling.order", "evaluation.features"}
+    digests = {"perceptual.vgg_sha256", "perceptual.lpips_sha256"}
+    assert texts == {*files.PLACES, *choices, *digests, "name", "data.source", "profile.steps"}
+
+
+@pytest.mark.parametrize(
+    "change", [{"step": step} for step in (-1, 1.5, "1_0", "\u0663", True, 2**80, None)] + [{"progress": []}]
+)
+def test_values_of_another_kind_are_an_error(folder, change, mentions):
+    path = write(folder, 10)
+    outer = json.loads((path / MANIFEST).read_text())
+    outer["content"] |= change
+    (path / MANIFEST).write_text(json.dumps(outer | {"crc32": files._crc32(outer["content"])}))
+    with pytest.raises(DamagedCheckpoint, match=mentions(path, MANIFEST)) as refusal:
+        read_manifest(path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_manifest_that_is_no_file_is_an_error(folder, tmp_path, mentions):
+    path = write(folder, 10)
+    (path / MANIFEST).rename(tmp_path / "outside")
+    os.mkfifo(path / MANIFEST)
+    with pytest.raises(DamagedCheckpoint, match=mentions(path, MANIFEST, "regular")):
+        read_manifest(path)
+    (path / MANIFEST).unlink()
+    (path / MANIFEST).symlink_to(tmp_path / "outside")
+    with pytest.raises(DamagedCheckpoint, match=mentions(path, MANIFEST, "link")):
+        read_manifest(path)
+
+
 def test_unknown_settings_are_an_error(folder, mentions):
     path = write(folder, 10)
     outer = json.loads((path / MANIFEST).read_text())
@@ -226,3 +313,35 @@ def test_unknown_settings_are_an_error(folder, mentions):
     (path / MANIFEST).write_text(json.dumps(outer | {"crc32": files._crc32(outer["content"])}))
     with pytest.raises(UserError, match=mentions("step_00000010", "zzz")):
         read_manifest(path)
+
+
+def test_latest_as_a_real_folder_is_renamed_to_its_step_or_set_aside(folder, checkpoint_warnings):
+    """As `cp -rL` and `scp -r` copy it."""
+    path = write(folder, 10)
+    (folder / "latest").unlink()
+    shutil.copytree(path, folder / "latest")
+    assert newest_step(folder.parent) == 10
+    write(folder, 20)
+    assert os.readlink(folder / "latest") == "step_00000020" and sorted(os.listdir(folder)) == [
+        *("latest", "latest.copy", "step_00000010", "step_00000020")
+    ]
+    # Copied alone, it is the checkpoint.
+    alone = folder.parent / "alone" / "checkpoints"
+    shutil.copytree(path, alone / "latest")
+    assert newest_step(alone.parent) == 10
+    files.repair(alone)
+    assert os.listdir(alone) == ["step_00000010"] and newest_step(alone.parent) == 10
+    assert len(checkpoint_warnings()) == 2
+
+
+def test_a_save_follows_no_link_in_its_folder(folder, tmp_path):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("step_00000010.partial", "latest.partial", "latest"):
+        (folder / name).symlink_to(victim)
+    files.make_empty(folder / "step_00000010.partial")
+    assert not (folder / "step_00000010.partial").is_symlink() and os.listdir(victim) == []
+    (folder / "step_00000010.partial").rmdir()
+    write(folder, 10)
+    assert os.listdir(victim) == [] and os.readlink(folder / "latest") == "step_00000010"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -244,6 +245,107 @@ def test_the_newest_intact_checkpoint_is_used(checkpoints, folder, tensors, chec
     flip_a_bit(step_path(folder, 10) / "shard_00001.safetensors")
     with pytest.raises(UserError, match=mentions(folder, step_path(folder, 30))):
         checkpoints.find()
+
+
+def test_only_what_the_manifest_lists_is_read(checkpoints, folder, tensors):
+    save(checkpoints, 10, tensors)
+    path = folder / "latest"
+    shutil.copy(path / "shard_00001.safetensors", path / "shard_00002.safetensors")
+    save_file({"model.b": torch.ones(3), "model.a": torch.ones(5, 123)}, path / "shard_00000.safetensors")
+    (path / "._shard_00001.safetensors").write_bytes(b"a dot file, as some systems make")
+    (path / "model.bin").write_bytes(b"\x80\x04N.")
+    os.mkfifo(path / "pipe.safetensors")
+    (path / "loop.safetensors").symlink_to("loop.safetensors")
+    loaded = load_checkpoint(folder).tensors
+    targets = {name: torch.full_like(value, 7) for name, value in tensors.items()}
+    checkpoints.load_into(checkpoints.find(), targets)
+    for state in (loaded, targets):
+        assert state.keys() == tensors.keys()
+        assert all(torch.equal(state[name], value) for name, value in tensors.items())
+
+
+def with_shards(path: Path, change) -> None:
+    """Change the list of shards in a manifest, and its checksum."""
+    outer = json.loads((path / files.MANIFEST).read_text())
+    change(outer["content"]["shards"])
+    (path / files.MANIFEST).write_text(json.dumps(outer | {"crc32": files._crc32(outer["content"])}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda shards: shards.clear(),
+        lambda shards: shards.append(shards[0]),
+        *(
+            lambda shards, key=key, value=value: shards[0].update({key: value})
+            for key, values in {
+                "name": ["/dev/zero", "../x", "a/b", "", ".", "..", ".hidden", "a\n", "shard\0", "\u0663", 3, None],
+                "size": [-1, "1_0", 1.0, 2**70, True, None],
+                "crc32": [-1, 2**32, "7", [1], None],
+            }.items()
+            for value in values
+        ),
+        lambda shards: shards[0].pop("crc32"),
+    ],
+)
+def test_a_list_of_shards_that_no_save_writes_is_refused(checkpoints, folder, tensors, change, mentions):
+    save(checkpoints, 10, tensors)
+    with_shards(folder / "latest", change)
+    for read in (lambda: load_checkpoint(folder), checkpoints.find):
+        with pytest.raises(UserError, match=mentions(step_path(folder, 10), "checkpoint.json")) as refusal:
+            read()
+        assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link", "folder"])
+def test_a_shard_that_is_no_file_of_the_folder_is_refused(checkpoints, folder, tensors, tmp_path, kind, mentions):
+    save(checkpoints, 10, tensors)
+    shard = folder / "latest" / "shard_00001.safetensors"
+    shard.rename(tmp_path / "outside")
+    if kind == "pipe":
+        os.mkfifo(shard)
+    elif kind == "folder":
+        shard.mkdir()
+    else:
+        shard.symlink_to("/dev/zero" if kind == "device" else tmp_path / "outside")
+    if kind != "link":  # what `stat` says
+        with_shards(folder / "latest", lambda shards: shards[0].update(size=shard.stat().st_size))
+    for read in (lambda: load_checkpoint(folder), checkpoints.find):
+        with pytest.raises(UserError, match=mentions("shard_00001.safetensors")):
+            read()
+    shard.rmdir() if kind == "folder" else shard.unlink()
+    (tmp_path / "outside").rename(shard.with_name("other"))
+    shard.symlink_to("other")
+    if kind == "link":
+        assert load_checkpoint(folder).step == 10, "a link within the folder"
+
+
+def test_values_that_are_not_finite_are_not_resumed_from(checkpoints, folder, tensors, mentions):
+    tensors["ema.a"][3, 4] = torch.nan
+    save(checkpoints, 10, tensors)
+    targets = {name: torch.full_like(value, 7) for name, value in tensors.items()}
+    with pytest.raises(UserError, match=mentions(step_path(folder, 10), "finite")):
+        checkpoints.load_into(checkpoints.find(), targets)
+
+
+def test_a_part_that_stands_twice_is_refused(checkpoints, folder, tensors, mentions):
+    save(checkpoints, 10, tensors)
+    path = folder / "latest"
+    shutil.copy(path / "shard_00001.safetensors", path / "shard_00002.safetensors")
+    with_shards(path, lambda shards: shards.append(shards[0] | {"name": "shard_00002.safetensors"}))
+    targets = {name: torch.full_like(value, 7) for name, value in tensors.items()}
+    for read in (lambda: load_checkpoint(folder), lambda: checkpoints.load_into(checkpoints.find(), targets)):
+        with pytest.raises(UserError, match=mentions(step_path(folder, 10), "twice")):
+            read()
+
+
+def test_a_folder_that_is_a_link_is_refused_before_the_run(tmp_path, mentions):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "step_00000001.replaced").mkdir(parents=True)
+    (tmp_path / "checkpoints").symlink_to(elsewhere)
+    with pytest.raises(UserError, match=mentions("checkpoints", "link")):
+        Checkpoints(tmp_path / "checkpoints", 0)
+    assert [path.name for path in elsewhere.iterdir()] == ["step_00000001.replaced"]
 
 
 def test_find_returns_none_without_checkpoints(checkpoints):

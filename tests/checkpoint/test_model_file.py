@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import random
 import re
 import shutil
 import struct
@@ -16,6 +17,7 @@ from unite_fast.checkpoint import model_file
 from unite_fast.checkpoint.model_file import describe, export_model, load_model, save_model
 from unite_fast.config import Config
 from unite_fast.errors import UserError
+from unite_fast.recipes import to_tree
 
 
 @pytest.fixture
@@ -97,6 +99,15 @@ def test_foreign_files_and_checkpoints_of_other_versions_are_refused(tmp_path, m
         '{"config": {"zzz": 1}, "step": 1}',
         '{"config": {}, "step": "one"}',
         '{"config": {}, "step": null}',
+        '{"config": {}, "step": -1}',
+        '{"config": {}, "step": 1e3}',
+        '{"config": {}, "step": "1_0"}',
+        '{"config": {}, "step": 1, "step": 2}',
+        '{"config": {"schedule": {"lr": NaN}}, "step": 1}',
+        '{"config": {"schedule": {"lr": 1e999}}, "step": 1}',
+        '{"config": {}, "step": 1, "sha256": "0"}',
+        '{"config": {}, "step": 1, "shb256": "%s"}' % ("0" * 64),
+        "[" * 100_000,
     ],
 )
 def test_a_malformed_header_is_refused(tmp_path, header):
@@ -106,6 +117,86 @@ def test_a_malformed_header_is_refused(tmp_path, header):
         load_model(path)
     assert str(path) in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_damaged_byte_is_refused(exported, seed):
+    """50 bytes each: of the length, the header, its padding and the tensors."""
+    data, draw = exported.read_bytes(), random.Random(seed)
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    for _ in range(50):
+        place = draw.randrange(*draw.choice([(0, 8), (8, end), (end - 16, end), (end, len(data))]))
+        damaged = bytearray(data)
+        damaged[place] ^= draw.choice([1 << draw.randrange(8), draw.randrange(1, 256)])
+        exported.write_bytes(damaged)
+        with pytest.raises(UserError) as refusal:
+            load_model(exported)
+        assert str(exported) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def rewritten(path, change, **entries) -> None:
+    """Write a model file again as a version without checksums would, with other tensors and header entries."""
+    model = load_model(path)
+    tensors = dict(model.averages)
+    change(tensors)
+    header = {"config": to_tree(model.config), "step": model.step} | entries
+    save_file(tensors, path, {model_file.FORMAT: json.dumps(header)})
+
+
+def test_a_file_of_an_earlier_version_loads_with_a_warning(exported, checkpoint_warnings, mentions):
+    before = load_model(exported)
+    assert checkpoint_warnings() == []
+    rewritten(exported, lambda tensors: None)
+    assert all(torch.equal(value, before.averages[name]) for name, value in load_model(exported).averages.items())
+    (warning,) = checkpoint_warnings()
+    assert re.search(mentions(exported, "checksum"), warning)
+
+
+@pytest.mark.parametrize(
+    ("change", "tokens"),
+    [
+        (lambda t: t["latent_norm.weight"].fill_(torch.nan), ("latent_norm.weight", "finite")),
+        (lambda t: t["encoder.time_embed.frequencies"].fill_(torch.inf), ("encoder.time_embed.frequencies", "finite")),
+        (lambda t: t.update({"latent_norm.weight": t["latent_norm.weight"].half()}), ("latent_norm.weight", "float16")),
+        (lambda t: t.update({"latent_norm.weight": t["latent_norm.weight"].int()}), ("latent_norm.weight", "int32")),
+    ],
+)
+def test_weights_that_are_not_finite_or_of_another_type_are_refused(exported, change, tokens, mentions):
+    rewritten(exported, change)
+    with pytest.raises(UserError, match="^(?!.*\n)" + mentions(exported, *tokens)):
+        load_model(exported)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"encoder": {"depth": 10**9}},
+        {"image_size": 2**31, "patch_size": 2},
+        {"encoder": {"width": 2**40, "depth": 2, "heads": 2**30}},
+        {"num_classes": 2**62},
+        {"num_classes": 2**80},
+    ],
+)
+def test_sizes_that_no_file_has_are_refused_at_once(exported, model):
+    rewritten(exported, lambda tensors: None, config={"model": model})
+    with pytest.raises(UserError) as refusal:
+        load_model(exported)
+    assert str(exported) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_header_that_claims_more_elements_than_the_file_has_is_refused(exported, mentions):
+    header = {"a": {"dtype": "F32", "shape": [2**20, 2**20], "data_offsets": [0, 2**42]}}
+    text = json.dumps(header | {"__metadata__": {model_file.FORMAT: json.dumps({"config": {}, "step": 1})}}).encode()
+    exported.write_bytes(struct.pack("<Q", len(text)) + text + bytes(64))
+    with pytest.raises(UserError, match=mentions(exported)):
+        load_model(exported)
+
+
+def test_a_pipe_or_a_device_is_no_model(tmp_path, mentions):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(UserError, match=mentions(path)):
+            load_model(path)
 
 
 def test_a_failed_write_keeps_the_previous_file(exported, tmp_path, monkeypatch, mentions):
@@ -119,7 +210,7 @@ def test_a_failed_write_keeps_the_previous_file(exported, tmp_path, monkeypatch,
             save_model(exported, Config(), 1, {})
     assert exported.read_bytes() == before
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=mentions(tmp_path / "file" / "model.safetensors", os.strerror(errno.ENOTDIR))):
+    with pytest.raises(UserError, match=mentions(tmp_path / "file" / "model.safetensors", os.strerror(errno.EEXIST))):
         save_model(tmp_path / "file" / "model.safetensors", Config(), 1, {})
     assert sorted(os.listdir(tmp_path)) == ["file", "model.safetensors"]
 

@@ -1,6 +1,11 @@
 """Import and export of the authors' checkpoints."""
 
 import argparse
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +20,7 @@ from unite_fast.interop.names import COMPUTED, UNREAD, our_name, their_name
 from unite_fast.interop.official import export_official, import_official, load_released, our_state, their_state
 from unite_fast.interop.parity import relative_error
 from unite_fast.model.unite import UNITE
+from unite_fast.utils.file_lock import lock_output
 
 OPTIONS = dict(decoder_heads=2, in_context_start=1)
 """What the tensors of the small model do not determine."""
@@ -224,6 +230,51 @@ def test_missing_unknown_and_misshapen_tensors(theirs, save):
     assert_refused(save(theirs | {table: theirs[table][:, 1:]}), table, "[1, 16, 32]")
 
 
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda w: w.to_sparse(), "sparse"),
+        (lambda w: w.to_sparse_csr(), "sparse"),
+        (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "qint8"),
+        (lambda w: w.to("meta"), "meta"),
+        (lambda w: w.long(), "int64"),
+        (lambda w: w.bool(), "bool"),
+        (lambda w: w.to(torch.complex64), "complex64"),
+        (lambda w: torch.full_like(w, torch.nan), "finite"),
+        (lambda w: torch.full_like(w, torch.inf), "finite"),
+        (lambda w: torch.ones(1).expand(w.shape), "fewer numbers"),
+        (lambda w: w.tolist(), "list"),
+        (lambda w: "text", "str"),
+        (lambda w: None, "NoneType"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_values_that_are_no_dense_finite_numbers(theirs, save, change, word):
+    name = "encoder.up_sample.weight"
+    assert_refused(save({"ema": theirs | {name: change(theirs[name])}}), name, word)
+
+
+def test_sizes_that_a_file_claims_take_no_memory(theirs, save):
+    """A few numbers can be shown as a tensor of any shape; as the model's weights it would have 2**50 numbers."""
+    one = torch.ones(1)
+    wide = {"encoder.up_sample.weight": one.expand(2**34, 16), "decoder.decoder_embed.weight": one.expand(2**30, 2**20)}
+    assert_refused(save(theirs | wide), "fewer numbers")
+    assert_refused(save(theirs | {"encoder.y_embedder.embedding_table.weight": one.expand(2**40, 32)}), "fewer numbers")
+    blocks = {f"encoder.blocks.{i}.norm2.weight": torch.ones(32) for i in range(2, 4000)}
+    assert_refused(save(theirs | blocks), "encoder.blocks")
+
+
+def test_names_that_are_no_names_of_tensors(theirs, save):
+    for key in (3, ("a",), "a\x1b[2J", "a\nb"):
+        assert_refused(save({"ema": theirs | {key: torch.ones(1)}}), repr(key))
+        assert_refused(save(theirs | {key: torch.ones(1)}), repr(key))
+
+
+def test_a_pipe_is_no_file_of_weights(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    assert_refused(tmp_path / "pipe.pt", "pipe.pt")
+
+
 def test_a_tensor_of_another_model(released, theirs, mentions):
     model = UNITE(ModelConfig(image_size=32, patch_size=8))
     extra = theirs | {"encoder.blocks.99.norm1.weight": torch.ones(32)}
@@ -254,6 +305,36 @@ def test_export_errors(theirs, save, tmp_path, mentions):
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.parametrize("name", ["theirs.pt", "pictures.zip"])
+def test_export_replaces_only_what_it_wrote(trained_folder, tmp_path, mentions, name):
+    """A file of torch.save begins like every zip archive."""
+    if name.endswith(".pt"):
+        torch.save({"model": torch.zeros(1)}, tmp_path / name)
+    else:
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("cat.png", b"")
+    content = (tmp_path / name).read_bytes()
+    with pytest.raises(UserError, match=mentions(tmp_path / name, "in the way")):
+        export_official(trained_folder, tmp_path / name)
+    assert (tmp_path / name).read_bytes() == content
+    for _ in range(2):
+        export_official(trained_folder, tmp_path / "ours.pt")
+
+
+@pytest.mark.parametrize("change", ["twice", "large"])
+def test_what_would_import_as_another_model_is_refused(trained_folder, tmp_path, mentions, change):
+    export_official(trained_folder, tmp_path / "theirs.pt")
+    state = torch.load(tmp_path / "theirs.pt")["ema"]
+    name = "encoder.up_sample.weight"
+    if change == "twice":
+        state[f"module.{name}"] = state[name] * 0
+    else:
+        state[name] = state[name].double() + 1e300
+    torch.save({"ema": state}, tmp_path / "theirs.pt")
+    with pytest.raises(UserError, match=mentions(tmp_path / "theirs.pt", name)):
+        import_official(tmp_path / "theirs.pt", tmp_path / "ours.safetensors", decoder_heads=1, in_context_start=1)
+
+
 def test_names_translate_both_ways(official, mentions):
     named = {name: our_name(name) for name in official.below("state/")}
     translated = {theirs: ours for theirs, ours in named.items() if ours}
@@ -261,3 +342,45 @@ def test_names_translate_both_ways(official, mentions):
     assert set(named) - set(translated) == {*COMPUTED, *UNREAD}
     with pytest.raises(UserError, match=mentions("encoder.blocks.0.attn.rotary")):
         our_name("encoder.blocks.0.attn.rotary")
+
+
+def test_an_export_is_never_its_source_nor_a_foreign_file(command, trained_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    shutil.copytree(trained_folder, run, symlinks=True)
+    assert command("export", run, "m.safetensors").status == 0
+    shard = run / "checkpoints" / "step_00000020" / "shard_00001.safetensors"
+    os.link("m.safetensors", "hard.safetensors")
+    os.symlink("m.safetensors", "soft.safetensors")
+    os.link(shard, "shard.safetensors")
+    Path("text.safetensors").write_text("mine")
+    Path("text.pt").write_text("mine")
+    before = {path: path.read_bytes() for path in (Path("m.safetensors"), shard, Path("text.safetensors"))}
+    for name in ("export", "export-official", "import-official"):
+        for out in ("m.safetensors", "hard.safetensors", "soft.safetensors"):
+            command(name, "m.safetensors", out).error(out, "reads")
+    for name in ("export", "export-official"):
+        for out in (shard, shard.parent / "new.safetensors", run / "checkpoints" / "latest" / shard.name):
+            command(name, run, out).error(out, "reads")
+        command(name, run, "shard.safetensors").error("shard.safetensors", "reads")
+        out = "text.pt" if name == "export-official" else "text.safetensors"
+        command(name, trained_folder, out).error(out, "in the way")
+    # The shard of another run is not a model file.
+    command("export", trained_folder, shard).error(shard, "in the way")
+    assert all(path.read_bytes() == content for path, content in before.items())
+    # Exports may be replaced.
+    for name, out in (("export", "m.safetensors"), ("export-official", "m.pt"), ("export-official", "m.pt")):
+        assert command(name, run, out).status == 0
+    assert not [name for name in os.listdir() if name.startswith(".")]
+
+
+def test_an_export_has_one_writer(command, trained_folder, tmp_path):
+    with lock_output(tmp_path / "m.safetensors"):
+        # POSIX locks are per process, so another one tries.
+        code = "import sys; from unite_fast.cli import main; main()"
+        ended = subprocess.run(
+            [sys.executable, "-c", code, "export", str(trained_folder), str(tmp_path / "m.safetensors")],
+            capture_output=True,
+            text=True,
+        )
+    assert ended.returncode == 2 and "being written" in ended.stderr and len(ended.stderr.splitlines()) == 1

@@ -62,7 +62,7 @@ def test_pickles_are_not_read(write_trace):
     assert_refused(write_trace({"meta_json": np.array([{"a": 1}], dtype=object)}), "pickle")
 
 
-@pytest.mark.parametrize("text", [b"{not json", b"\xff\xfe"])
+@pytest.mark.parametrize("text", [b"{not json", b"\xff\xfe", b"[" * 100_000, b'{"a": NaN}', b'{"a": 1, "a": 2}'])
 def test_meta_that_is_not_json(small, write_trace, text):
     assert_refused(write_trace(small | {"meta_json": np.frombuffer(text, np.uint8)}), "meta_json", "JSON")
 
@@ -137,6 +137,14 @@ def test_misshapen_and_unknown_weights(small, write_trace):
         ("encoder.num_heads", "two"),
         ("losses", []),
         ("losses", [{"lr": 0.0, "l1": 1.0, "flow": 1.0, "grad_norm": 1.0}]),
+        *(
+            ("losses", [{"lr": 0.1, "l1": 1.0, "flow": 1.0, "total": 2.0, "grad_norm": 1.0} | change])
+            for change in ({"l1": "1"}, {"lr": -1}, {"flow": None}, {"grad_norm": 0.0}, {"total": 1e300}, {"l1": [1]})
+        ),
+        ("sampling.num_time_points", 10**12),
+        ("muon_params", [3]),
+        ("muon_params", "encoder"),
+        ("adamw_params", [None]),
     ],
 )
 def test_unsupported_settings(small, write_trace, place, value):

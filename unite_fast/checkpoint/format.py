@@ -2,21 +2,28 @@
 
 RUN/checkpoints/step_00001000/            a checkpoint
     shard_00001.safetensors               tensors, or shards of tensors, written by rank 0
-    checkpoint.json                       manifest: settings, step, progress; name, size and checksum of each file
+    checkpoint.json                       manifest: settings, step, progress; name, size and checksum of each shard,
+                                          and nothing else in the folder is read
 RUN/checkpoints/step_00002000.partial/    a checkpoint being written, or left by a killed process
 RUN/checkpoints/latest                    link to the newest complete checkpoint
 """
 
+import errno
+import itertools
 import json
 import logging
 import os
 import re
+import secrets
 import shutil
 import zlib
+from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,17 +31,34 @@ from torch import Tensor
 from unite_fast.config import Config
 from unite_fast.errors import UserError, require
 from unite_fast.recipes import from_tree, to_tree
-from unite_fast.utils.files import writing
+from unite_fast.utils.files import flush, make_folder, open_regular, read_small
+from unite_fast.utils.parse_json import check_kind, parse_json
 
 FORMAT = "unite_fast checkpoint 2"
 MANIFEST = "checkpoint.json"
 LATEST = "latest"
-STEP_FOLDER = re.compile(r"step_(\d+)")
+STEP_FOLDER = re.compile(r"step_([0-9]{1,18})")
 PARTIAL = ".partial"
 REPLACED = ".replaced"
+PLACES = (
+    "data.path",
+    "perceptual.vgg_path",
+    "perceptual.lpips_path",
+    "train.out",
+    "train.wandb",
+    "evaluation.inception",
+    "evaluation.reference",
+)
+"""Settings that name a file, a command, an address or a project. A checkpoint may come from anywhere, so none is used
+before the user gives it again: `parse_config` empties them."""
 KEEP_NEWEST = 2
 CHUNK = 2**22
 """Bytes per read."""
+MOST_MANIFEST_BYTES = 2**28
+"""A manifest may name many unreadable images."""
+MOST_STEPS = 2**31 - 1
+"""The random numbers of later steps would repeat."""
+MOST_SHARDS = 2**17
 
 log = logging.getLogger("unite_fast.checkpoint")
 
@@ -47,10 +71,19 @@ class DamagedCheckpoint(UserError):
 class Shard:
     """A safetensors file of a checkpoint."""
 
-    name: str
-    size: int
+    # A plain name, so that it cannot lead out of the folder.
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
+    size: Annotated[int, Field(ge=0, lt=2**63)]
     """bytes"""
-    crc32: int
+    crc32: Annotated[int, Field(ge=0, lt=2**32)]
+
+
+@dataclass
+class _Content:
+    """What a manifest has beside settings and progress, which have checks of their own."""
+
+    step: Annotated[int, Field(ge=0, le=MOST_STEPS)]
+    shards: Annotated[list[Shard], Field(min_length=1, max_length=MOST_SHARDS)]
 
 
 @dataclass
@@ -75,6 +108,11 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
+def checkpoint_files(path: Path) -> Path:
+    """What is read for `path`, a run folder, a checkpoint or a model file: of a run folder, its checkpoints."""
+    return path / "checkpoints" if (path / "checkpoints").is_dir() else path
+
+
 def step_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}"
 
@@ -86,7 +124,7 @@ def read_shard(path: Path) -> Shard:
     (SHA-256: 1.6, BLAKE2b: 0.8). It detects accidents, not forgery.
     """
     size = crc = 0
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path, buffering=0) as file:
         while chunk := file.read(CHUNK):
             size += len(chunk)
             crc = zlib.crc32(chunk, crc)
@@ -112,29 +150,72 @@ def read_manifest(path: Path) -> Manifest:
         UserError: it has another version.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        _check_link(path / MANIFEST)
+        manifest = parse_json(read_small(path / MANIFEST, MOST_MANIFEST_BYTES))
         if manifest["format"] != FORMAT:
             raise UserError(f"{path} is a {manifest['format']!r}; this version reads {FORMAT!r}")
         content = manifest["content"]
         if manifest["crc32"] != _crc32(content):
             raise DamagedCheckpoint(f"{path} is damaged: {MANIFEST} is not what was written")
-        shards = [Shard(**shard) for shard in content["shards"]]
-        return Manifest(parse_config(content["config"], path), int(content["step"]), dict(content["progress"]), shards)
+        checked = check_kind(_Content, {"step": content["step"], "shards": content["shards"]})
+        names = Counter(shard.name for shard in checked.shards)
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise ValueError(f"it names {twice[0]} twice")
+        if not isinstance(content["progress"], dict):
+            raise ValueError("progress is not a mapping")
+        return Manifest(parse_config(content["config"], path), checked.step, content["progress"], checked.shards)
     except FileNotFoundError as error:
         raise DamagedCheckpoint(f"{path} is damaged: {MANIFEST} is missing") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DamagedCheckpoint(f"{path} is damaged: {MANIFEST} cannot be read: {reason_of(error)}") from error
 
 
-def parse_config(tree: dict, path: Path) -> Config:
+def _check_link(file: Path) -> None:
     """
+    Raises:
+        OSError: a link out of the file's folder.
+    """
+    if file.is_symlink() and os.path.dirname(os.path.realpath(file)) != os.path.realpath(file.parent):
+        raise OSError(errno.EINVAL, f"a link to {os.readlink(file)!r}, out of the checkpoint; copy the file there")
+
+
+def parse_config(tree: dict, path: Path) -> Config:
+    """Check settings that a file contains, and empty all `PLACES` in them; `places_of` has their values.
+
     Raises:
         UserError: unknown settings or values; names `path`.
     """
     try:
-        return from_tree(Config, tree)
+        config = from_tree(Config, tree)
     except UserError as error:
         raise UserError(f"the settings in {path} are from another version: {error}") from error
+    named = {}
+    for key in PLACES:
+        group, name = key.split(".")
+        if value := getattr(getattr(config, group), name):
+            named[key] = value
+    config = _with_values(config, dict.fromkeys(PLACES, ""))
+    # Not a field: it is no setting. A copy by `replace` has none, which only makes messages poorer.
+    vars(config)["_places"] = named
+    return config
+
+
+def places_of(config: Config) -> dict[str, str]:
+    """What the file of these settings says at `PLACES`, by dotted key: to show it, and to write it again. Empty if they
+    are not from a file."""
+    return vars(config).get("_places", {})
+
+
+def as_recorded(config: Config) -> Config:
+    """The settings as their file has them, to show or write them."""
+    return _with_values(config, places_of(config))
+
+
+def _with_values(config: Config, values: dict[str, str]) -> Config:
+    for key, value in values.items():
+        group, name = key.split(".")
+        config = replace(config, **{group: replace(getattr(config, group), **{name: value})})
+    return config
 
 
 def _crc32(content: dict) -> int:
@@ -148,6 +229,7 @@ def check_sizes(path: Path, shards: list[Shard]) -> None:
     """
     for shard in shards:
         try:
+            _check_link(path / shard.name)
             size = (path / shard.name).stat().st_size
         except OSError as error:
             raise DamagedCheckpoint(f"{path} is damaged: {shard.name}: {reason_of(error)}") from error
@@ -182,13 +264,15 @@ def candidates(path: Path) -> list[Path]:
         return [path]
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     saved = step_folders(folder)[::-1]
+    if not saved and (folder / LATEST / MANIFEST).is_file():
+        return [folder / LATEST]  # copied alone, as a real folder
     require(bool(saved), f"{path} contains no checkpoint (no {LATEST})")
-    link = folder / LATEST
+    newest = os.path.realpath(folder / LATEST)
     # The link counts, not the highest step: the user may have pointed it at an older checkpoint. A broken link is
-    # ignored: the user deleted the newest checkpoint, perhaps because it is damaged.
-    if link.exists() and STEP_FOLDER.fullmatch(link.resolve().name):
-        saved = [path for path in saved if step_of(path) <= step_of(link.resolve())]
-    return saved
+    # ignored: the user deleted the newest checkpoint, perhaps because it is damaged. So is a link to elsewhere, and a
+    # folder in place of the link, which copies that follow links make.
+    chosen = [path for path in saved if os.path.realpath(path) == newest]
+    return [path for path in saved if step_of(path) <= step_of(chosen[0])] if chosen else saved
 
 
 def find_other(path: Path) -> Path | None:
@@ -207,8 +291,16 @@ def partial_path(path: Path) -> Path:
 
 
 def make_empty(folder: Path) -> None:
+    """Make a new folder for a checkpoint in place of what a killed save left.
+
+    Raises:
+        OSError: no space, no permission, or checkpoints/ is a link.
+    """
+    make_folder(folder.parent)
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir()
 
 
 def save_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -240,16 +332,51 @@ def commit(partial: Path, path: Path) -> None:
 
 
 def point_latest(path: Path) -> None:
-    """Point `latest` at this checkpoint, atomically."""
-    link = path.with_name(LATEST + PARTIAL)
-    with writing(path.with_name(LATEST)):
-        link.unlink(missing_ok=True)
+    """Point `latest` at this checkpoint, atomically. Without it readers take the highest step, so a file system without
+    links only gives a warning."""
+    latest = path.with_name(LATEST)
+    link = path.with_name(f".{LATEST}-{secrets.token_hex(8)}{PARTIAL}")
+    try:
+        set_aside(latest)
         link.symlink_to(path.name)
-        os.replace(link, path.with_name(LATEST))
+        os.replace(link, latest)
+    except OSError as error:
+        log.warning("%s cannot point at %s: %s; the newest checkpoint counts", latest, path.name, reason_of(error))
+        with suppress(OSError):  # it points at an older checkpoint, which readers would take
+            latest.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError):
+            link.unlink(missing_ok=True)
+
+
+def set_aside(latest: Path) -> None:
+    """Rename a `latest` that is a real folder, as a copy that follows links makes it (`cp -rL`, `scp -r`): to the step
+    that it holds, or to latest.copy if that step is there.
+
+    Raises:
+        OSError: no permission.
+    """
+    if latest.is_symlink() or not latest.is_dir():
+        return
+    target = latest.with_name(LATEST + ".copy")
+    with suppress(UserError):
+        target = step_path(latest.parent, read_manifest(latest).step)
+    if target.exists():
+        names = (latest.with_name(f"{LATEST}.copy{number or ''}") for number in itertools.count())
+        target = next(name for name in names if not name.exists())
+    os.replace(latest, target)
+    log.warning("%s is a folder and no link, as after cp -rL or scp -r: renamed to %s", latest, target.name)
 
 
 def repair(folder: Path) -> None:
-    """Restore a checkpoint that `commit` had moved away when it was killed."""
+    """Restore a checkpoint that `commit` had moved away when it was killed, and make a copied `latest` a checkpoint.
+
+    Raises:
+        UserError: the folder is a link, through which nothing is renamed or deleted, and no save would succeed.
+    """
+    require(not folder.is_symlink(), f"{folder} is a link, and a run saves through none; put a folder in its place")
+    with suppress(OSError):  # `point_latest` says so
+        set_aside(folder / LATEST)
     for replaced in folder.glob("step_*" + REPLACED):
         path = replaced.with_suffix("")
         if path.exists():
@@ -268,15 +395,6 @@ def prune(folder: Path, keep_every: int, step: int) -> None:
                 os.replace(path, partial_path(path))
     for leftover in (*folder.glob("step_*" + PARTIAL), *folder.glob("step_*" + REPLACED)):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def flush(path: Path) -> None:
-    """fsync, so that a power cut after the rename cannot leave an empty file."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def reason_of(error: BaseException) -> str:

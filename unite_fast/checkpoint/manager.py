@@ -6,6 +6,7 @@ safetensors storage derives the metadata from the headers. The files are describ
 """
 
 import json
+import os
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,10 +27,11 @@ from torch.distributed.checkpoint import (
     save,
 )
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from unite_fast.checkpoint import format as files
 from unite_fast.checkpoint.format import DamagedCheckpoint, Manifest
-from unite_fast.checkpoint.reader import OFFSETS, SHARDING_INFO, Checkpoint, find_intact
+from unite_fast.checkpoint.reader import OFFSETS, SHARDING_INFO, Checkpoint, find_intact, list_parts
 from unite_fast.config import Config
 from unite_fast.distributed.dtensor import local
 from unite_fast.distributed.process_group import Ranks, current_ranks
@@ -104,10 +106,12 @@ class Checkpoints:
         """Load a checkpoint into `tensors`, in place; each rank reads its own shards.
 
         Raises:
-            UserError: a tensor is missing, unknown, or has another shape or dtype.
+            UserError: a tensor is missing, unknown, or has another shape or dtype; a value is not finite.
         """
         self.wait()
-        _load(checkpoint.path, tensors, _StrictPlanner(), self.ranks)
+        _load(checkpoint, tensors, _StrictPlanner(), self.ranks)
+        if not self.all_finite(tensors):
+            raise UserError(f"the checkpoint {checkpoint.path} holds values that are not finite")
 
     def all_finite(self, tensors: dict[str, Tensor]) -> bool:
         """Whether all values on all ranks are finite."""
@@ -191,15 +195,31 @@ class _ShardWriter(HuggingFaceStorageWriter):
         return done
 
 
-class _ShardReader(HuggingFaceStorageReader):
-    """Rank 0 reads the headers of all files for all ranks."""
+class _Listing(FileSystem):
+    """Lists these files only: the base class of the reader reads every safetensors file of a folder."""
 
-    def __init__(self, folder: Path, ranks: Ranks):
-        super().__init__(str(folder))
+    def __init__(self, shards: list[Path]):
+        self.shards = shards
+
+    def ls(self, path: str | os.PathLike) -> list[str]:
+        return [str(shard) for shard in self.shards]
+
+
+class _ShardReader(HuggingFaceStorageReader):
+    """Rank 0 reads the headers of the manifest's files for all ranks."""
+
+    def __init__(self, checkpoint: Checkpoint, ranks: Ranks):
+        super().__init__(str(checkpoint.path))
         self.ranks = ranks
+        self.folder, self.shards = checkpoint.path, [checkpoint.path / shard.name for shard in checkpoint.shards]
+        self.fs = _Listing(self.shards)
 
     def read_metadata(self) -> Metadata:
-        return self.ranks.run_on_first(super().read_metadata)
+        return self.ranks.run_on_first(self._checked_metadata)
+
+    def _checked_metadata(self) -> Metadata:
+        list_parts(self.folder, self.shards)
+        return super().read_metadata()
 
 
 class _StrictPlanner(DefaultLoadPlanner):
@@ -235,13 +255,13 @@ def _save(tensors: dict[str, Tensor], copies: dict[str, Tensor], writer: _ShardW
         raise _first_failure(error) from None
 
 
-def _load(path: Path, tensors: dict[str, Tensor], planner: DefaultLoadPlanner, ranks: Ranks) -> None:
-    reader = _ShardReader(path, ranks)
+def _load(checkpoint: Checkpoint, tensors: dict[str, Tensor], planner: DefaultLoadPlanner, ranks: Ranks) -> None:
+    reader = _ShardReader(checkpoint, ranks)
     try:
         load(tensors, storage_reader=reader, planner=planner, process_group=ranks.group, no_dist=ranks.world == 1)
     except CheckpointException as error:
         failure = _first_failure(error)
-        raise UserError(f"the checkpoint {path} cannot be loaded: {files.reason_of(failure)}") from failure
+        raise UserError(f"the checkpoint {checkpoint.path} cannot be loaded: {files.reason_of(failure)}") from failure
 
 
 def _first_failure(error: CheckpointException) -> BaseException:

@@ -1,28 +1,60 @@
 """Models for inference: a safetensors file with the averaged weights, or the same from a checkpoint.
 
-Tensors have the model's parameter names. The file's header contains the settings and the step as JSON.
+Tensors have the model's parameter names. The file's header contains the settings, the step and a checksum as JSON. The
+checksum is the SHA-256 of the whole file, with zeros in place of its own digits.
 """
 
+import hashlib
 import json
 import os
-import shutil
 from collections import Counter
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any, BinaryIO
 
 import torch
 import yaml
+from pydantic import ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from unite_fast.checkpoint.format import flush, parse_config, partial_path, reason_of, save_safetensors
+from unite_fast.checkpoint.format import (
+    CHUNK,
+    MOST_STEPS,
+    as_recorded,
+    checkpoint_files,
+    log,
+    parse_config,
+    reason_of,
+    save_safetensors,
+)
+from unite_fast.checkpoint.progress import check_progress
 from unite_fast.checkpoint.reader import load_checkpoint
 from unite_fast.config import Config
-from unite_fast.errors import UserError, require
+from unite_fast.errors import UserError, require, shown
 from unite_fast.model.unite import UNITE
 from unite_fast.recipes import to_tree
+from unite_fast.utils.file_lock import lock_output
+from unite_fast.utils.files import atomic_write, check_not_read, open_regular, private_folder
+from unite_fast.utils.parse_json import parse_as
 
 FORMAT = "unite_fast model 1"
+NO_DIGEST = "0" * 64
+MOST_HEADER_BYTES = 100_000_000
+"""As in safetensors itself."""
+
+
+@dataclass
+class _Header:
+    """The JSON at `FORMAT`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # damage to a key does not hide it
+
+    config: dict[str, Any]
+    step: Annotated[int, Field(ge=0, le=MOST_STEPS)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    """Earlier versions wrote none."""
 
 
 @dataclass
@@ -36,6 +68,10 @@ class SavedModel:
     """The whole state dict, with averaged parameters."""
     weights: dict[str, Tensor]
     """The whole state dict, with the parameters as trained; equal to `averages` in a model file."""
+    size: int
+    """Bytes of the files."""
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """What the user let change when the run was resumed; only a checkpoint has them."""
 
 
 def load_model(path: str | Path) -> SavedModel:
@@ -45,13 +81,13 @@ def load_model(path: str | Path) -> SavedModel:
         path: a model file, a checkpoint, or a run folder (its newest intact checkpoint).
 
     Raises:
-        UserError: no such file or checkpoint, or it is damaged; a tensor is missing, unknown, or has another shape than
-            the settings imply.
+        UserError: no such file or checkpoint, or it is damaged; a tensor is missing, unknown, has another shape or type
+            than the settings imply, or values that are not finite.
     """
     path = Path(path)
     if path.is_file():
         config, step, tensors = _read_file(path)
-        model = SavedModel(path, config, step, tensors, tensors)
+        model = SavedModel(path, config, step, tensors, tensors, path.stat().st_size)
     else:
         checkpoint = load_checkpoint(path, ("model.", "ema."))
         weights, averages = (
@@ -59,10 +95,14 @@ def load_model(path: str | Path) -> SavedModel:
             for prefix in ("model.", "ema.")
         )
         # Buffers have no average.
-        parameters = dict(empty_network(checkpoint.config).named_parameters())
+        parameters = dict(_network_of(checkpoint.config, len(weights), checkpoint.path).named_parameters())
         for name in sorted(weights.keys() - averages.keys()):
             require(name not in parameters, f"the average of {name} is missing in {path}")
-        model = SavedModel(checkpoint.path, checkpoint.config, checkpoint.step, weights | averages, weights)
+        size = sum(shard.size for shard in checkpoint.shards)
+        check_progress(checkpoint.progress, checkpoint.path)
+        changes = checkpoint.progress.get("changes", [])
+        config, step = checkpoint.config, checkpoint.step
+        model = SavedModel(checkpoint.path, config, step, weights | averages, weights, size, changes)
     _check_tensors(model)
     return model
 
@@ -73,19 +113,14 @@ def save_model(path: Path, config: Config, step: int, tensors: dict[str, Tensor]
     Raises:
         UserError: no space left, no permission, or `path` is a folder.
     """
-    header = json.dumps({"config": to_tree(config), "step": step})
-    # A temporary folder, not a file, because safetensors writes another temporary file beside its target.
-    folder = partial_path(path)
-    partial = folder / path.name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_safetensors({name: t.detach().contiguous() for name, t in tensors.items()}, partial, {FORMAT: header})
-        os.replace(partial, path)
-        flush(path.parent)
-    except OSError as error:
-        raise UserError(f"could not write {path}: {reason_of(error)}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    header = json.dumps({"config": to_tree(config), "step": step, "sha256": NO_DIGEST})
+    with lock_output(path), atomic_write(path) as partial, private_folder(partial) as folder:
+        # A folder of its own, because safetensors writes another temporary file beside its target.
+        file = folder / "model.safetensors"
+        save_safetensors({name: t.detach().contiguous() for name, t in tensors.items()}, file, {FORMAT: header})
+        _write_digest(file)
+        file.chmod(partial.stat().st_mode & 0o777)
+        os.replace(file, partial)
 
 
 def export_model(checkpoint: str | Path, out: Path) -> None:
@@ -95,8 +130,67 @@ def export_model(checkpoint: str | Path, out: Path) -> None:
         UserError: see `load_model` and `save_model`; or `out` does not end in .safetensors.
     """
     require(out.suffix == ".safetensors", f"{out} must end in .safetensors, the format of model files")
+    check_model_target(out, checkpoint_files(Path(checkpoint)))
     model = load_model(checkpoint)
-    save_model(out, model.config, model.step, model.averages)
+    save_model(out, as_recorded(model.config), model.step, model.averages)
+
+
+def _write_digest(path: Path) -> None:
+    with path.open("r+b") as file:
+        digest, place = _digest_of(file, NO_DIGEST)
+        file.seek(place)
+        file.write(digest.encode())
+
+
+def _digest_of(file: BinaryIO, written: str) -> tuple[str, int]:
+    """SHA-256 of a model file, with zeros in place of the digits `written`, and where these stand.
+
+    Raises:
+        ValueError: the digits do not stand in the header once.
+    """
+    file.seek(0)
+    length = file.read(8)
+    size = int.from_bytes(length, "little")
+    if size > MOST_HEADER_BYTES:
+        raise ValueError(f"its header has {size:,} bytes")
+    header = file.read(size)
+    before = b'\\"sha256\\": \\"'  # in a JSON text inside a JSON text
+    if header.count(before + written.encode()) != 1:
+        raise ValueError("its checksum does not stand in its header once")
+    place = header.index(before + written.encode()) + len(before)
+    digest = hashlib.sha256(length + header[:place] + NO_DIGEST.encode() + header[place + len(written) :])
+    while chunk := file.read(CHUNK):
+        digest.update(chunk)
+    return digest.hexdigest(), len(length) + place
+
+
+def _check_digest(path: Path, written: str | None) -> None:
+    """
+    Raises:
+        ValueError: the file is not what was written.
+    """
+    if written is None:
+        log.warning("%s has no checksum, since an earlier version wrote it: damage to its weights would not show", path)
+        return
+    with open_regular(path) as file:
+        if _digest_of(file, written)[0] != written:
+            raise ValueError("its checksum is another one: it is not what was written")
+
+
+def check_model_target(out: Path, source: Path) -> None:
+    """Check where a model file is to be written, before the work.
+
+    Raises:
+        UserError: `out` is the source or inside it, or it is another file than a model file.
+    """
+    check_not_read(out, source)
+    require(not out.is_dir(), f"{out} is in the way: it is a folder; choose another output")
+    if out.exists() and out.stat().st_size:
+        header = {}
+        with suppress(SafetensorError, OSError), safe_open(out, framework="pt") as file:
+            header = file.metadata() or {}
+        ours = any(key.startswith(FORMAT.rstrip("0123456789")) for key in header)
+        require(ours, f"{out} is in the way: it is no model file of unite_fast; move it, or choose another output")
 
 
 def _read_file(path: Path) -> tuple[Config, int, dict[str, Tensor]]:
@@ -107,16 +201,18 @@ def _read_file(path: Path) -> tuple[Config, int, dict[str, Tensor]]:
             kind = "a training checkpoint of an earlier version" if old else "not one written by unite-fast export"
             if header is None:
                 raise UserError(f"{path} is a safetensors file, but {kind}")
+            content = parse_as(_Header, header)
+            _check_digest(path, content.sha256)
+            config = parse_config(content.config, path)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        content = json.loads(header)
-        return parse_config(content["config"], path), int(content["step"]), tensors
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        return config, content.step, tensors
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is not a model file, or it is incomplete: {reason_of(error)}") from error
 
 
 def _check_tensors(model: SavedModel) -> None:
-    expected = empty_network(model.config).state_dict()
     mismatch = f"the weights in {model.path} do not match its settings"
+    expected = _network_of(model.config, len(model.averages), model.path).state_dict()
     for state in (model.weights, model.averages):
         for name in sorted(expected.keys() ^ state.keys()):
             require(name in state, f"{mismatch}: {name} is missing")
@@ -124,6 +220,23 @@ def _check_tensors(model: SavedModel) -> None:
         for name, tensor in state.items():
             shape, expected_shape = list(tensor.shape), list(expected[name].shape)
             require(shape == expected_shape, f"{mismatch}: {name} is {shape}, not {expected_shape}")
+            dtype = expected[name].dtype
+            require(tensor.dtype == dtype, f"{mismatch}: {name} is {tensor.dtype}, not {dtype}")
+            require(bool(tensor.isfinite().all()), f"the weights in {model.path} are not finite: {name}")
+
+
+def _network_of(config: Config, tensors: int, path: Path) -> UNITE:
+    """`empty_network`, if a file with so many tensors can hold it.
+
+    Raises:
+        UserError: more blocks than tensors, each of which would take time; sizes that no tensor has.
+    """
+    blocks = config.model.encoder.depth + config.model.decoder.depth
+    require(blocks <= tensors, f"the weights in {path} do not match its settings: {tensors} tensors, {blocks} blocks")
+    try:
+        return empty_network(config)
+    except (RuntimeError, OverflowError, ValueError, TypeError) as error:
+        raise UserError(f"the settings in {path} give no model: {reason_of(error)}") from error
 
 
 def empty_network(config: Config) -> UNITE:
@@ -139,11 +252,14 @@ def describe(checkpoint: Path) -> str:
     for name, parameter in empty_network(saved.config).named_parameters():
         counts[name.split(".")[0]] += parameter.numel()
     path = saved.path.resolve()
-    files = path.iterdir() if path.is_dir() else [path]
-    size = sum(file.stat().st_size for file in files) / 2**20
+    size = saved.size / 2**20
     lines = [
-        f"{path.name}: {saved.config.name}, {saved.step} optimizer steps, {size:.1f} MiB",
+        f"{path.name}: {repr(saved.config.name)[1:-1]}, {saved.step} optimizer steps, {size:.1f} MiB",
         f"parameters: {sum(counts.values()):,} (encoder {counts['encoder']:,}, decoder {counts['decoder']:,})",
-        yaml.safe_dump(to_tree(saved.config), sort_keys=False).rstrip(),
+        yaml.safe_dump(to_tree(as_recorded(saved.config)), sort_keys=False).rstrip(),
+    ]
+    lines[2:2] = [
+        f"changed after step {shown(change.get('step'))}: {shown(change.get('key'))}: {shown(change.get('difference'))}"
+        for change in saved.changes
     ]
     return "\n".join(lines)

@@ -1,15 +1,18 @@
 """Reading a checkpoint: finding the newest intact one of a run, and loading whole tensors in one process.
 
 This needs no DCP; manager.py loads into sharded tensors. Only safetensors and JSON are read, so untrusted files execute
-nothing.
+nothing. The manifest says which files are read.
 """
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import combinations, pairwise
+from math import prod
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -18,9 +21,12 @@ from unite_fast.checkpoint.format import DamagedCheckpoint, Manifest, Shard
 from unite_fast.config import Config
 from unite_fast.distributed.process_group import ALONE, Ranks
 from unite_fast.errors import UserError
+from unite_fast.utils.parse_json import check_kind, parse_json
 
 SHARDING_INFO, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 """Keys in a shard's header: DCP stores the offsets of each tensor's shard there."""
+TRIES = 4
+"""Of reading the newest checkpoint of a run that saves and deletes checkpoints meanwhile."""
 
 
 @dataclass
@@ -34,6 +40,28 @@ class Checkpoint:
     tensors: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of a tensor, in one shard."""
+
+    shard: Path
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors calls it."""
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return tuple(start + n for start, n in zip(self.offsets, self.shape, strict=True))
+
+
+@dataclass
+class _Place:
+    """An entry of `SHARDING_INFO`."""
+
+    saved_offsets: list[Annotated[int, Field(ge=0, lt=2**48)]]
+
+
 def load_checkpoint(path: str | Path, prefixes: tuple[str, ...] = ("",)) -> Checkpoint:
     """Load a checkpoint in this process, with whole tensors.
 
@@ -44,43 +72,100 @@ def load_checkpoint(path: str | Path, prefixes: tuple[str, ...] = ("",)) -> Chec
     Raises:
         UserError: no such checkpoint, or it is damaged.
     """
-    checkpoint = find_intact(Path(path), ALONE)
-    shards = [checkpoint.path / shard.name for shard in checkpoint.shards]
-    checkpoint.tensors = read_tensors(checkpoint.path, shards, prefixes)
-    return checkpoint
+    path = Path(path)
+    for attempt in range(TRIES):
+        before = files.candidates(path)
+        try:
+            checkpoint = find_intact(path, ALONE)
+            shards = [checkpoint.path / shard.name for shard in checkpoint.shards]
+            checkpoint.tensors = read_tensors(checkpoint.path, shards, prefixes)
+            return checkpoint
+        except UserError:
+            if attempt == TRIES - 1 or files.candidates(path) == before:
+                raise
+    raise AssertionError("the last attempt returns or raises")
 
 
 def read_tensors(path: Path, shards: list[Path], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
     """Assemble tensors from their parts, which may be in different files.
 
     Raises:
-        UserError: a file cannot be read, or part of a tensor is missing.
+        UserError: see `list_parts`.
     """
-    parts: dict[str, list[tuple[list[int], Tensor]]] = defaultdict(list)
+    tensors: dict[str, Tensor] = {}
+    parts = {name: parts for name, parts in list_parts(path, shards).items() if name.startswith(prefixes)}
     try:
         for shard in shards:
             with safe_open(shard, framework="pt") as file:
-                info = json.loads((file.metadata() or {}).get(SHARDING_INFO, "{}"))
-                for name in file.keys():  # noqa: SIM118
-                    if name.startswith(prefixes):
-                        tensor = file.get_tensor(name)
-                        parts[name].append((info.get(name, {}).get(OFFSETS, [0] * tensor.dim()), tensor))
-        return {name: _join(name, parts[name]) for name in sorted(parts)}
+                for name, pieces in parts.items():
+                    for part in (part for part in pieces if part.shard == shard):
+                        _place(tensors, name, pieces, part, file.get_tensor(name))
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"the checkpoint {path} cannot be loaded: {files.reason_of(error)}") from error
+    return {name: tensors[name] for name in sorted(tensors)}
 
 
-def _join(name: str, parts: list[tuple[list[int], Tensor]]) -> Tensor:
-    ends = ([start + n for start, n in zip(offsets, part.shape, strict=True)] for offsets, part in parts)
-    shape = [max(sizes) for sizes in zip(*ends, strict=True)]
-    if sum(part.numel() for _, part in parts) != torch.Size(shape).numel():
-        raise ValueError(f"parts of {name} are missing")
+def _place(tensors: dict[str, Tensor], name: str, parts: list[Part], part: Part, values: Tensor) -> None:
+    """Copy a part to its place in the whole tensor, which is made if it is missing."""
     if len(parts) == 1:
-        return parts[0][1]
-    whole = torch.empty(shape, dtype=parts[0][1].dtype)
-    for offsets, part in parts:
-        whole[tuple(slice(start, start + n) for start, n in zip(offsets, part.shape, strict=True))] = part
-    return whole
+        tensors[name] = values
+        return
+    if name not in tensors:
+        tensors[name] = torch.empty(_whole_shape(parts), dtype=values.dtype)
+    tensors[name][tuple(map(slice, part.offsets, part.ends))] = values
+
+
+def list_parts(path: Path, shards: list[Path]) -> dict[str, list[Part]]:
+    """The parts of each tensor of a checkpoint, from the headers of its shards. They make up whole tensors: each
+    element is in one part.
+
+    Raises:
+        UserError: a file cannot be read; parts of a tensor are missing, overlap or have different types.
+    """
+    parts: dict[str, list[Part]] = defaultdict(list)
+    try:
+        for shard in shards:
+            with safe_open(shard, framework="pt") as file:
+                header = (file.metadata() or {}).get(SHARDING_INFO, "{}")
+                places = check_kind(dict[str, _Place], parse_json(header))
+                for name in file.keys():  # noqa: SIM118
+                    stored = file.get_slice(name)
+                    shape = tuple(stored.get_shape())
+                    if places and name not in places:
+                        raise ValueError(f"the header of {shard.name} does not say where {name} goes")
+                    offsets = tuple(places[name].saved_offsets) if places else (0,) * len(shape)
+                    if len(offsets) != len(shape):
+                        raise ValueError(f"{name} has {len(shape)} dimensions and {len(offsets)} offsets")
+                    parts[name].append(Part(shard, offsets, shape, str(stored.get_dtype())))
+        for name, pieces in parts.items():
+            _check_whole(name, pieces)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"the checkpoint {path} cannot be loaded: {files.reason_of(error)}") from error
+    return dict(parts)
+
+
+def _check_whole(name: str, parts: list[Part]) -> None:
+    """
+    Raises:
+        ValueError: the parts are not one whole tensor.
+    """
+    if len({(len(part.shape), part.dtype) for part in parts}) > 1:
+        raise ValueError(f"parts of {name} have different types")
+    if sum(prod(part.shape) for part in parts) != prod(_whole_shape(parts)):
+        raise ValueError(f"parts of {name} are missing, or stand twice")
+    # Their sizes add up, so all is there unless two overlap.
+    filled = sorted((part for part in parts if prod(part.shape)), key=lambda part: part.offsets)
+    dims = range(len(parts[0].shape))
+    divided = [dim for dim in dims if len({(part.offsets[dim], part.ends[dim]) for part in filled}) > 1]
+    # Along one dimension, as FSDP divides tensors, only neighbours can overlap.
+    pairs = pairwise(filled) if len(divided) == 1 else combinations(filled, 2)
+    for a, b in pairs:
+        if all(max(a.offsets[dim], b.offsets[dim]) < min(a.ends[dim], b.ends[dim]) for dim in dims):
+            raise ValueError(f"parts of {name} overlap")
+
+
+def _whole_shape(parts: list[Part]) -> list[int]:
+    return [max(ends) for ends in zip(*(part.ends for part in parts), strict=True)]
 
 
 def find_intact(path: Path, ranks: Ranks) -> Checkpoint:

@@ -12,20 +12,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unite_fast.checkpoint.model_file import load_model, save_model
+from unite_fast.checkpoint.format import checkpoint_files
+from unite_fast.checkpoint.model_file import check_model_target, load_model, save_model
 from unite_fast.config import Config, DataConfig, DecoderConfig, EncoderConfig, ModelConfig
 from unite_fast.errors import UserError, require
 from unite_fast.interop.names import FIXED_DRAWS, UNREAD, our_name, plain_name, their_name
 from unite_fast.model.layers import sincos_2d
 from unite_fast.model.unite import UNITE
 from unite_fast.recipes import load_config
-from unite_fast.utils.files import atomic_write, writing
+from unite_fast.utils.file_lock import lock_output
+from unite_fast.utils.files import BEGINNINGS, atomic_write, check_not_read, check_npz, check_replaceable, writing
+from unite_fast.utils.pretrained import fault_of
 
 RECIPE = "imagenet256_b"
 """Recipe whose sampling settings an imported model gets; the three ImageNet recipes have the same."""
 
 DECODER_HEAD_DIM = 64
 """Head dimension of all published decoders; checkpoints do not store it."""
+
+SAVED = "archive/data.pkl"
+"""A member of the files that `save_torch` writes. `torch.save` to a path names the folder after the path."""
 
 SAME_TABLE = 0.01
 """Tables that differ by less count as equal: bfloat16 rounds values near 1 by 0.004."""
@@ -39,7 +45,8 @@ def our_state(theirs: dict[str, Tensor], source: str = "the checkpoint") -> dict
     """
     ours = {}
     for name, value in theirs.items():
-        require(isinstance(value, Tensor), f"{source}: {name} is a {type(value).__name__}, not a tensor")
+        fault = fault_of(value, whole=True)
+        require(not fault, f"{source}: {name} is {fault}, not a tensor of numbers")
         try:
             renamed = our_name(plain_name(name))
         except UserError as error:
@@ -90,6 +97,25 @@ def their_rope(positions: int, head_dim: int) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
+def released_model(config: ModelConfig, theirs: dict[str, Tensor], source: str) -> UNITE:
+    """A model of these sizes with the weights of a released checkpoint.
+
+    Raises:
+        UserError: see `load_released`; it is raised before memory is taken for sizes that the tensors do not have.
+    """
+    blocks = config.encoder.depth + config.decoder.depth
+    require(blocks <= len(theirs), f"{source}: {blocks} blocks, but {len(theirs)} tensors")
+    try:
+        with torch.device("meta"):
+            expected = UNITE(config).state_dict()
+    except (RuntimeError, OverflowError, ValueError, TypeError) as error:
+        raise UserError(f"{source}: its sizes give no model: {str(error).splitlines()[0]}") from error
+    _check_state(expected, our_state(theirs, source), source)
+    model = UNITE(config)
+    load_released(model, theirs, source)
+    return model
+
+
 def load_released(model: UNITE, theirs: dict[str, Tensor], source: str) -> None:
     """Load the weights of a released checkpoint into `model`.
 
@@ -97,7 +123,19 @@ def load_released(model: UNITE, theirs: dict[str, Tensor], source: str) -> None:
         UserError: tensors are missing, unknown or of another shape, or a fixed table differs from the released one.
     """
     ours = our_state(theirs, source)
-    expected = model.state_dict()
+    _check_state(model.state_dict(), ours, source)
+    theirs = {plain_name(name): value for name, value in theirs.items()}
+    for name, table in fixed_tensors(model.config).items():
+        if name in theirs and name not in UNREAD:
+            _require_shape(source, name, theirs[name], table)
+            same = torch.allclose(theirs[name].float(), table, rtol=0, atol=SAME_TABLE)
+            require(same, f"{source}: {name} is not the released model's table, which is fixed")
+    model.load_state_dict(ours)
+    for name, value in model.state_dict().items():  # float64 may hold what float32 does not
+        require(bool(value.isfinite().all()), f"{source}: {their_name(name)} has values beyond {value.dtype}")
+
+
+def _check_state(expected: dict[str, Tensor], ours: dict[str, Tensor], source: str) -> None:
     unexpected = [their_name(name) for name in ours if name not in expected]
     if unexpected:
         raise UserError(f"{source}: {_summary(unexpected)} does not belong to a model of these sizes")
@@ -106,13 +144,6 @@ def load_released(model: UNITE, theirs: dict[str, Tensor], source: str) -> None:
         raise UserError(f"{source} lacks {_summary(missing)}")
     for name, value in expected.items():
         _require_shape(source, their_name(name), ours[name], value)
-    theirs = {plain_name(name): value for name, value in theirs.items()}
-    for name, table in fixed_tensors(model.config).items():
-        if name in theirs and name not in UNREAD:
-            _require_shape(source, name, theirs[name], table)
-            same = torch.allclose(theirs[name].float(), table, rtol=0, atol=SAME_TABLE)
-            require(same, f"{source}: {name} is not the released model's table, which is fixed")
-    model.load_state_dict(ours)
 
 
 def _require_shape(source: str, name: str, tensor: Tensor, expected: Tensor) -> None:
@@ -149,6 +180,7 @@ def import_official(
         UserError: not a checkpoint of the released code, or its tensors do not fit together.
     """
     source, out = Path(source), Path(out)
+    check_model_target(out, source)
     theirs = choose_weights(read_torch(source), weights, source)
     config = Config(
         name=source.stem,
@@ -156,14 +188,13 @@ def import_official(
         model=model_config(theirs, source, decoder_heads, in_context_start),
         sampling=load_config(RECIPE).sampling,
     )
-    model = UNITE(config.model)
-    load_released(model, theirs, str(source))
+    model = released_model(config.model, theirs, str(source))
     save_model(out, config, 0, model.state_dict())
 
 
 def read_torch(source: Path) -> dict:
     """Read a file of `torch.save` without running code from it."""
-    require(source.exists(), f"there is no file {source}")
+    require(source.is_file(), f"there is no file {source}")
     require(zipfile.is_zipfile(source), f"{source} is not a file of torch.save, or is incomplete")
     try:
         content = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
@@ -173,24 +204,35 @@ def read_torch(source: Path) -> dict:
         raise UserError(
             f"{source} has Python objects{name}, which could run code and are not loaded; save only its state dicts"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, LookupError) as error:
+    except Exception as error:  # of pickle, zip, torch and others
         raise UserError(f"{source} is not a readable file of torch.save") from error
     require(isinstance(content, dict), f"{source} holds a {type(content).__name__}, not a state dict")
+    for state in (content, *(value for value in content.values() if isinstance(value, dict))):
+        wrong = next((key for key in state if not isinstance(key, str) or not key.isprintable()), None)
+        require(wrong is None, f"{source}: {wrong!r} is no name of a tensor or a state dict")
     return content
 
 
 def choose_weights(content: dict, weights: str, source: Path) -> dict[str, Tensor]:
     """The state dict named `weights`, with plain names; `content` itself if it is a state dict."""
     if content and all(isinstance(value, Tensor) for value in content.values()):
-        return {plain_name(name): value for name, value in content.items()}
+        return _plain_names(content, source)
     names = [str(key) for key, value in content.items() if isinstance(value, dict)]
     available = ", ".join(names) or "none"
     require(weights in names, f"{source} has no {weights!r} weights; state dicts in it: {available}")
-    chosen = {plain_name(str(name)): value for name, value in content[weights].items()}
+    chosen = _plain_names(content[weights], source)
     # EMA weights cover trainable parameters only; take the fixed random tensors from the model.
     raw = content["model"] if "model" in names else {}
-    fixed = {plain_name(str(name)): value for name, value in raw.items()}
+    fixed = _plain_names(raw, source)
     return {name: fixed[name] for name in FIXED_DRAWS if name in fixed} | chosen
+
+
+def _plain_names(state: dict, source: Path) -> dict[str, Tensor]:
+    plain = {}
+    for name, value in state.items():
+        require(plain_name(name) not in plain, f"{source} has {plain_name(name)} twice, with different prefixes")
+        plain[plain_name(name)] = value
+    return plain
 
 
 def model_config(
@@ -204,7 +246,8 @@ def model_config(
 
     def shape(name: str, dims: int) -> torch.Size:
         require(name in theirs, f"{source} lacks {name}: it is not a state dict of the released UNITE")
-        require(isinstance(theirs[name], Tensor), f"{source}: {name} is not a tensor")
+        fault = fault_of(theirs[name], whole=True)
+        require(not fault, f"{source}: {name} is {fault}, not a tensor of numbers")
         require(
             theirs[name].dim() == dims, f"{source}: {name} has shape {list(theirs[name].shape)}, not {dims} dimensions"
         )
@@ -264,6 +307,9 @@ def export_official(checkpoint: str | Path, out: str | Path) -> None:
     Raises:
         UserError: no such checkpoint, tensors are missing, or `out` cannot be written.
     """
+    check_not_read(Path(out), checkpoint_files(Path(checkpoint)))
+    check_replaceable(Path(out), BEGINNINGS[".pt"])
+    check_npz(Path(out), SAVED)
     loaded = load_model(checkpoint)
     model = UNITE(loaded.config.model)
     states = {}
@@ -277,8 +323,10 @@ def save_torch(path: Path, content: dict) -> None:
     """`torch.save` with `atomic_write`; the folder is created if missing."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as partial:
+    with lock_output(path), atomic_write(path) as partial:
         try:
-            torch.save(content, partial)
+            # An open file: the archive would name its folder after a path.
+            with partial.open("wb") as file:
+                torch.save(content, file)
         except RuntimeError as error:  # from torch's own writer, for example on a full disk
             raise OSError(str(error).splitlines()[0]) from error

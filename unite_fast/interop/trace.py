@@ -3,22 +3,25 @@
 Shapes: B images, N latent tokens, C latent channels, F flow draws, S image size.
 """
 
-import json
 import zipfile
-import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from unite_fast.config import Config
 from unite_fast.errors import UserError, require
-from unite_fast.interop.official import load_released
+from unite_fast.interop.official import released_model
 from unite_fast.model.unite import UNITE
 from unite_fast.objective import StepDraws
 from unite_fast.recipes import from_tree
 from unite_fast.sampling.solvers import DOPRI5_ATOL, DOPRI5_RTOL
+from unite_fast.utils.npz import read_npz
+from unite_fast.utils.parse_json import check_kind, parse_json
 
 SOLVERS = {"euler": "euler", "heun2": "heun", "dopri5": "dopri5"}
 """torchdiffeq's name -> our name."""
@@ -34,6 +37,30 @@ DRAWS = {
     "label_drop": "label_drop",
 }
 """Field of `StepDraws` -> its name in a trace."""
+
+
+@dataclass
+class _Losses:
+    lr: Annotated[float, Field(ge=0, lt=1e6)]
+    l1: Annotated[float, Field(ge=0, lt=1e30)]
+    flow: Annotated[float, Field(ge=0, lt=1e30)]
+    total: Annotated[float, Field(ge=0, lt=1e30)]
+    grad_norm: Annotated[float, Field(gt=0, lt=1e30)]
+
+
+@dataclass
+class _Sampling:
+    num_time_points: Annotated[int, Field(ge=2, le=10_000)]
+
+
+@dataclass
+class _Meta:
+    """What meta_json has beside the settings that `from_tree` checks."""
+
+    losses: Annotated[list[_Losses], Field(min_length=1, max_length=10_000)]
+    sampling: _Sampling
+    muon_params: list[str] = field(default_factory=list)
+    adamw_params: list[str] = field(default_factory=list)
 
 
 class Trace:
@@ -55,13 +82,13 @@ class Trace:
         require(self.path.is_file(), f"there is no trace {path}")
         require(zipfile.is_zipfile(self.path), f"{path} is not a trace: it is not an .npz file, or is incomplete")
         try:
-            with np.load(self.path, allow_pickle=False) as file:
-                self.arrays = {name: file[name] for name in file.files}
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{path} is not a trace: it is not a readable .npz file without pickles") from error
+            self.arrays = read_npz(self.path)
+        except (ValueError, OSError) as error:
+            reason = str(error)
+            raise UserError(f"{path} is not a trace, a readable .npz file without pickles: {reason}") from error
         try:
-            self.meta = json.loads(bytes(self["meta_json"]))
-        except (ValueError, TypeError) as error:
+            self.meta = parse_json(self["meta_json"].tobytes())
+        except ValueError as error:
             raise UserError(f"{path} is not a trace: meta_json is not JSON") from error
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -117,9 +144,7 @@ class Trace:
 
     def model(self, config: Config) -> UNITE:
         """The model with the weights before the first step."""
-        model = UNITE(config.model)
-        load_released(model, self.below("state/"), str(self.path))
-        return model.to(self.device)
+        return released_model(config.model, self.below("state/"), str(self.path)).to(self.device)
 
     def config(self) -> Config:
         """The settings of the trace as our `Config`.
@@ -129,7 +154,11 @@ class Trace:
         """
         try:
             self._check_supported()
-            return self._config()
+            config = self._config()
+            check_kind(_Meta, self.meta)
+            return config
+        except ValueError as error:
+            raise UserError(f"{self.path} is not a trace of the known format: {error}") from error
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise UserError(f"{self.path} is not a trace of the known format: meta_json lacks {error}") from error
 
