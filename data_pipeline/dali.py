@@ -17,8 +17,8 @@ from torch import Tensor
 from unite_fast.data_pipeline.images import crop_region
 from unite_fast.data_pipeline.readers import Batch, Broken, OpenReader, Reader, first_readable
 from unite_fast.data_pipeline.shards.source import ShardSource
-from unite_fast.data_pipeline.source import Source, UnreadableSample, one_line
-from unite_fast.errors import UserError
+from unite_fast.data_pipeline.source import Source, UnreadableSample
+from unite_fast.errors import UserError, one_line
 
 
 def missing() -> str | None:
@@ -159,5 +159,5 @@ def build_pipeline(b: int, threads: int, device: torch.device, size: int, crop: 
 
 def encoded_size(data: memoryview) -> tuple[int, int]:
     """Width and height of an image file, read from its header."""
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
         return image.size

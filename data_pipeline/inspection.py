@@ -6,15 +6,18 @@ from pathlib import Path
 
 import torch
 
+from unite_fast.config import check_seed_and_batch
 from unite_fast.data_pipeline import dali
 from unite_fast.data_pipeline.choose_loader import choose_loader
+from unite_fast.data_pipeline.listing import printable
 from unite_fast.data_pipeline.loader import Loader
 from unite_fast.data_pipeline.open_source import detect_source, open_source
 from unite_fast.data_pipeline.shards.source import ShardSource
 from unite_fast.data_pipeline.source import Source, read_readable
+from unite_fast.data_pipeline.splits import is_held_out
 from unite_fast.utils.device import choose_device
 from unite_fast.utils.files import writing
-from unite_fast.utils.images import grid
+from unite_fast.utils.images import grid, save_png
 
 _ROWS, _COLUMNS = 8, 8
 _MOST_CLASSES = 10
@@ -27,18 +30,24 @@ def inspect_data(
     """Describe a dataset and time the loaders, a line at a time; save a grid of the first images of a run to `out`.
 
     Raises:
-        UserError: faulty data.
+        UserError: faulty data, or a seed out of range.
     """
+    check_seed_and_batch(seed, batch=1, prefix="--")
     kind, path = detect_source(data)
     source = open_source(kind, path, image_size, split)
     size = source.image_size
-    yield f"{kind}: {len(source)} images of {size} x {size} pixels, {len(source.class_names)} classes"
+    of_split = f" of split {printable(source.split)}" if source.split else ""
+    yield f"{kind}: {len(source)} images{of_split} of {size} x {size} pixels, {len(source.class_names)} classes"
+    if is_held_out(split) and source.held_out is False:
+        yield "the data have no splits: these are all images, training images too"
     yield from _describe_classes(source)
+    for line in source.left_out:
+        yield f"left out: {line}"
     order = source.order(seed, 0).tolist()
     images = read_readable(source, order, most=_ROWS * _COLUMNS)[0]
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        grid(images, _COLUMNS).save(out)
+    save_png(grid(images, _COLUMNS), out)
     yield f"grid: the first {len(images)} images of a run with seed {seed}, as the model sees them, in {out}"
     device = choose_device("auto")
     for name in source.loaders:
@@ -60,7 +69,7 @@ def _describe_classes(source: Source) -> Iterator[str]:
         )
     counts = source.class_counts()
     pairs = list(zip(source.class_names, counts, strict=True))
-    listed = ", ".join(f"{name} ({count})" for name, count in pairs[:_MOST_CLASSES])
+    listed = ", ".join(f"{printable(name)} ({count})" for name, count in pairs[:_MOST_CLASSES])
     more = f", and {len(pairs) - _MOST_CLASSES} more" if len(pairs) > _MOST_CLASSES else ""
     yield f"classes: {listed}{more}; {min(counts)} to {max(counts)} images each"
 

@@ -9,18 +9,19 @@ from unite_fast.data_pipeline.idx import open_idx
 from unite_fast.data_pipeline.image_folder import FolderSource
 from unite_fast.data_pipeline.shards.manifest import MANIFEST
 from unite_fast.data_pipeline.shards.remote import RemoteShardSource, is_remote
-from unite_fast.data_pipeline.shards.source import ShardSource, split_folder
-from unite_fast.data_pipeline.source import Source
+from unite_fast.data_pipeline.shards.source import is_split, open_shards
+from unite_fast.data_pipeline.source import Source, UnreadableSample
+from unite_fast.data_pipeline.splits import HELD_OUT, TEST, TRAIN, check_same_classes, words_of
 from unite_fast.data_pipeline.synthetic import SyntheticSource
 from unite_fast.errors import UserError
-
-SPLITS = ("train", "test")
 
 
 def _open_shards(path: str, image_size: int, split: str) -> Source:
     if is_remote(path):
-        return RemoteShardSource(path, image_size)
-    return ShardSource(split_folder(Path(path).expanduser(), split), image_size)
+        source = RemoteShardSource(path, image_size)
+        source.held_out = False  # an address names one set, which serves as every split
+        return source
+    return open_shards(Path(path).expanduser(), image_size, split)
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,25 @@ class _Kind:
         open: (path, image size in pixels, split, number of classes) -> the source. Only synthetic uses the last.
         needs_path: whether the data lie at a path; if not, `open` gets "".
         image_size: the size to open with if the caller gives 0.
+        any_split: whether `open` takes every word for a split; if not, only "train" and "test".
     """
 
     open: Callable[[str, int, str, int], Source]
     needs_path: bool
     image_size: int
+    any_split: bool = False
+
+
+def _open_folder(path: str, image_size: int, split: str) -> Source:
+    return FolderSource(Path(path).expanduser(), image_size, split)
 
 
 _KINDS = {
     "digits": _Kind(lambda path, size, split, classes: open_digits(size, split), False, 8),
-    "folder": _Kind(lambda path, size, split, classes: FolderSource(Path(path).expanduser(), size, split), True, 256),
+    "folder": _Kind(lambda path, size, split, classes: _open_folder(path, size, split), True, 256, any_split=True),
     "idx": _Kind(lambda path, size, split, classes: open_idx(Path(path).expanduser(), size, split), True, 32),
-    "shards": _Kind(lambda path, size, split, classes: _open_shards(path, size, split), True, 0),  # 0: the shards' own
+    # 0: the shards' own size
+    "shards": _Kind(lambda path, size, split, classes: _open_shards(path, size, split), True, 0, any_split=True),
     "synthetic": _Kind(lambda path, size, split, classes: SyntheticSource(size, split, classes), False, 256),
 }
 
@@ -77,7 +85,8 @@ def open_source(kind: str, path: str | None, image_size: int, split: str, num_cl
             set, which serves as both splits.
         image_size: side of the images in pixels; 0 uses the size of the images in shards, 8 for digits, 32 for IDX
             files, 256 for others.
-        split: "train" or "test".
+        split: "train", or a held-out split: "test", for folders and shards also "val" and other words of
+            `splits.words_of`, and `splits.HELD_OUT`: validation, or else test.
         num_classes: classes of the synthetic images; other data define their own.
 
     Raises:
@@ -87,9 +96,10 @@ def open_source(kind: str, path: str | None, image_size: int, split: str, num_cl
         raise UserError(
             f"unknown data.source {kind!r}: choose one of {', '.join(sorted(_KINDS))}, or register it (register_source)"
         )
-    if split not in SPLITS:
-        raise UserError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     opener = _KINDS[kind]
+    if not opener.any_split:
+        split = _train_or_test(kind, split)
+    words_of(split)
     if path and not opener.needs_path:
         raise UserError(
             f"data.source {kind} reads no files, but data.path is {path}: leave data.path out, "
@@ -97,7 +107,49 @@ def open_source(kind: str, path: str | None, image_size: int, split: str, num_cl
         )
     if opener.needs_path and not path:
         raise UserError(f"data.source {kind} needs data.path: the folder that holds the data")
-    return opener.open(path or "", image_size or opener.image_size, split, num_classes)
+    source = opener.open(path or "", image_size or opener.image_size, split, num_classes)
+    if not opener.any_split:
+        source.split = split
+    return source
+
+
+def _train_or_test(kind: str, split: str) -> str:
+    if split in TRAIN:
+        return "train"
+    if split in (*TEST, HELD_OUT):
+        return "test"
+    raise UserError(f"unknown split {split!r}: choose train or test, the splits of data.source {kind}")
+
+
+def open_held_out(kind: str, path: str | None, image_size: int, num_classes: int = 1000) -> tuple[Source, bool]:
+    """Open the held-out images of some data: validation, or else test. The arguments are those of `open_source`.
+
+    Returns:
+        The source, and whether its images are held out: data without splits give all their images.
+
+    Raises:
+        ClassesDiffer: the classes are not those of the training images.
+        UserError: see `open_source`.
+    """
+    source = open_source(kind, path, image_size, HELD_OUT, num_classes)
+    if source.held_out is not None:
+        return source, source.held_out
+    training = open_source(kind, path, image_size, "train", num_classes)
+    check_same_classes(source.class_names, training.class_names, f"the test split of {kind}", "its training split")
+    return source, not _same_images(source, training)
+
+
+def _same_images(one: Source, other: Source) -> bool:
+    """Whether two sources seem to be the same images: as many of them, and a few that are equal."""
+    if len(one) != len(other):
+        return False
+    for index in sorted({0, len(one) // 2, len(one) - 1}):
+        try:
+            if not one.read([index])[0].equal(other.read([index])[0]):
+                return False
+        except UnreadableSample:
+            continue
+    return True
 
 
 def detect_source(data: str) -> tuple[str, str]:
@@ -110,6 +162,6 @@ def detect_source(data: str) -> tuple[str, str]:
     if data in _KINDS and not _KINDS[data].needs_path:
         return data, ""
     folder = Path(data).expanduser()
-    if is_remote(data) or any((folder / name / MANIFEST).is_file() for name in (".", "train", "val", "test")):
+    if is_remote(data) or (folder / MANIFEST).is_file() or any(map(is_split, folder.glob("*"))):
         return "shards", data
     return "idx" if any(folder.glob("*-ubyte*")) else "folder", data

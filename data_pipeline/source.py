@@ -1,5 +1,6 @@
 """The interface of a source of images, and a source that holds all images in memory."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -26,11 +27,6 @@ class UnreadableSample(Exception):
         self.reason = reason
 
 
-def one_line(text: str) -> str:
-    """The words of an error message or a file name, without line breaks."""
-    return " ".join(text.split())
-
-
 class Source(ABC):
     """A fixed, finite list of labelled square images, numbered from 0. docs/adding-a-dataset.md has a small example.
 
@@ -42,11 +38,17 @@ class Source(ABC):
         workers: how batches are prefetched. "processes" if reading costs CPU time (decoding), so that it does not slow
             the training process down; "threads" if reading waits for a disk; "none" if reading only copies memory: the
             training process then calls `read` for a whole batch, and no sample may be broken.
+        split: name of the split in the data; empty: the data have no splits.
+        held_out: whether the images are apart from the training images; None: unknown.
+        left_out: what the data hold besides these images: a line for each reason, with the number and some names.
     """
 
     image_size: int
     class_names: list[str]
     workers: Literal["processes", "threads", "none"] = "processes"
+    split: str = ""
+    held_out: bool | None = None
+    left_out: Sequence[str] = ()
 
     @abstractmethod
     def __len__(self) -> int:
@@ -89,6 +91,15 @@ class Source(ABC):
         images = np.empty((len(indices), 3, self.image_size, self.image_size), np.uint8)
         labels = [self.read_into(index, image) for index, image in zip(indices, images, strict=True)]
         return torch.from_numpy(images), torch.tensor(labels, dtype=torch.int64)
+
+    def fingerprint(self) -> str:
+        """SHA-256 in hex of the listing, the samples' names in order. A run stores it, so that it notices other data
+        when it resumes. A source whose names do not depend on the images overrides this.
+        """
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            digest.update(self.name(index).encode() + b"\n")
+        return digest.hexdigest()
 
     def order(self, seed: int, epoch: int) -> Tensor:
         """The order of one epoch, int64 [len]: a uniformly random permutation.
@@ -146,6 +157,12 @@ class MemorySource(Source):
 
     def name(self, index: int) -> str:
         return f"{self.title} {index}"
+
+    def fingerprint(self) -> str:
+        """SHA-256 of pixels and labels."""
+        digest = hashlib.sha256(self.images.numpy().data)
+        digest.update(self.labels.numpy().data)
+        return digest.hexdigest()
 
     def read_into(self, index: int, image: np.ndarray) -> int:
         image[:] = self.images[index].numpy()

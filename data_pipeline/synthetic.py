@@ -40,6 +40,10 @@ class SyntheticSource(Source):
     def name(self, index: int) -> str:
         return f"synthetic image {index} of split {self.split}"
 
+    def fingerprint(self) -> str:
+        """The title of the noise: the code alone decides what it is."""
+        return f"synthetic {self.split} {self.image_size}"
+
     def read_into(self, index: int, image: np.ndarray) -> int:
         image[:] = self.noise[index : index + image.size].reshape(image.shape)
         return index % len(self.class_names)

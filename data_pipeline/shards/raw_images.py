@@ -1,217 +1,199 @@
 """The input of `unite-fast shards`: image files in folders, tar files or Parquet files, listed without decoding."""
 
-import hashlib
-import json
-import os
-import tarfile
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from unite_fast.data_pipeline.image_folder import IMAGE_EXTENSIONS, FolderSource
-from unite_fast.data_pipeline.source import UnreadableSample, one_line
+from unite_fast.data_pipeline.image_folder import FolderSource, find_split_folder, list_images, subfolders
+from unite_fast.data_pipeline.listing import NO_SPLIT, LeftOut, printable
+from unite_fast.data_pipeline.shards.label_file import check_one_folder, read_label_file
+from unite_fast.data_pipeline.shards.listed import RawImages, number_classes
+from unite_fast.data_pipeline.shards.parquet_files import Columns, has_labels, list_parquet
+from unite_fast.data_pipeline.shards.tar_files import PACKED, list_tars
+from unite_fast.data_pipeline.splits import (
+    TEST,
+    TRAIN,
+    WORDS,
+    NoSplit,
+    choose_split,
+    find_splits,
+    is_held_out,
+    split_of_name,
+    words_of,
+)
 from unite_fast.errors import UserError
-from unite_fast.utils.files import atomic_write, writing
 
-_SPLIT_NAMES = {"train": ("train",), "test": ("val", "validation", "test")}
+__all__ = ["RawImages", "find_raw_images"]
 
-
-@dataclass(frozen=True)
-class RawImages:
-    """Encoded image files with labels, in a fixed order.
-
-    Attributes:
-        class_names: label i is called class_names[i].
-        labels: int64 [n].
-        names: name of each image for messages.
-        places: file, offset and size in bytes of each image; size -1 means the whole file.
-    """
-
-    class_names: list[str]
-    labels: np.ndarray
-    names: list[str]
-    places: list[tuple[str, int, int]]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def read(self, number: int) -> bytes:
-        path, offset, size = self.places[number]
-        try:
-            with open(path, "rb", buffering=0) as file:
-                file.seek(offset)
-                return file.read(size)
-        except OSError as error:
-            raise UnreadableSample(self.names[number], error.strerror or str(error)) from None
-
-    def fingerprint(self) -> str:
-        """A hash of class names, labels, names and sizes."""
-        digest = hashlib.sha256(repr(self.class_names).encode())
-        digest.update(self.labels.tobytes())
-        for name, (_, _, size) in zip(self.names, self.places, strict=True):
-            digest.update(f"{name}\0{size}\0".encode(errors="surrogateescape"))
-        return digest.hexdigest()
+UNLABELLED_SPLIT = "files of a split without labels"
+BESIDE = "beside the files that are read"
+"""Reasons to leave a file out."""
 
 
-def find_raw_images(path: Path, split: str, labels: Path | None, staging: Path) -> RawImages:
+def find_raw_images(
+    path: Path, split: str, labels: Path | None, staging: Path, columns: Columns | None = None
+) -> RawImages:
     """List the images at `path`.
 
     Args:
-        path: a folder of class folders, or of train/ and val/ with class folders; a tar file or a folder of tar files,
-            like ImageNet's; a folder of Parquet files, like Hugging Face's datasets.
-        split: "train" or "test", if `path` has both.
-        labels: a text file with the class of each image, one per line, ordered by image name. For tar files without
+        path: a folder of class folders, or of splits with class folders; a tar file or a folder of tar files, like
+            ImageNet's or WebDataset's; a folder of Parquet files, like Hugging Face's datasets.
+        split: see `splits.words_of`. Data without splits are all listed for "train".
+        labels: a file with the classes of images (`label_file.read_label_file`), for a folder or tar files without
             classes, such as ImageNet's validation images.
         staging: a folder for copies of the images in Parquet files, whose rows cannot be read one by one.
+        columns: the columns of Parquet files.
 
     Raises:
-        UserError: no images, or damaged files.
+        UserError: no images; no such split; damaged files; images without classes; or an option that does not fit.
     """
-    if path.is_file():
-        listed = _from_tars([path])
-    elif parquets := _of_split(sorted(path.rglob("*.parquet")), split):
-        listed = _from_parquet(parquets, staging)
-    elif tars := sorted(path.glob("*.tar")):
-        listed = _from_tars(tars)
+    words_of(split)
+    if not path.exists():
+        raise UserError(f"there is no file or folder {path}")
+    if not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is neither a regular file nor a folder")
+    if parquets := _files(path, ".parquet", at_any_depth=True):
+        listed = _of_parquet(parquets, path, split, labels, staging, columns or Columns())
+    elif columns is not None:
+        raise UserError(f"there are no Parquet files in {path}: leave out --image-column and --label-column")
+    elif path.is_file() or (tars := _files(path, ".tar")):
+        listed = _of_tars([path] if path.is_file() else tars, path, split, labels)
+    elif labels is not None:
+        listed = _of_flat_folder(path, split, labels)
     else:
-        folder = FolderSource(path, 0, split)
-        places = [(os.path.join(folder.root, file), 0, -1) for file in folder.files]
-        names = [folder.name(number) for number in range(len(folder))]
-        listed = RawImages(folder.class_names, np.array(folder.labels), names, places)
-    if labels is not None:
-        listed = _relabelled(listed, labels)
+        listed = _of_folder(path, split)
+    # A file or folder may have the name of its split, such as imagenet/val.
+    if is_held_out(split) and not listed.split and not is_held_out(split_of_name(path.stem) or "train"):
+        raise NoSplit(f"no split {split} in {path}, which has no splits: leave out --split to read all images")
     if not len(listed):
         raise UserError(f"no images in {path}: give a folder of class folders, tar files or Parquet files")
     return listed
 
 
-def _of_split(files: list[Path], split: str) -> list[Path]:
-    """The files that belong to the split by their own name or their folder's; all files if none does."""
-    chosen = [
-        file for file in files if file.name.startswith(_SPLIT_NAMES[split]) or file.parent.name in _SPLIT_NAMES[split]
-    ]
-    return chosen or files
+def _files(path: Path, suffix: str, at_any_depth: bool = False) -> list[Path]:
+    """Files with this suffix in any case: `path` itself, or those in it, or in folders of splits in it. Hidden names,
+    such as a Mac's ._x.tar, and folders are left out."""
+    if path.is_file():
+        return [path] if path.suffix.lower() == suffix else []
+    pattern = "".join(f"[{letter}{letter.upper()}]" for letter in suffix)
 
-
-def _from_tars(tars: list[Path]) -> RawImages:
-    """An image's class is its folder in the tar file, or else the name of the tar file (n01440764.tar)."""
-    entries = sorted(entry for path in tars for entry in _tar_entries(path))
-    class_names = sorted({class_name for class_name, *_ in entries})
-    number_of = {name: number for number, name in enumerate(class_names)}
-    labels = np.array([number_of[class_name] for class_name, *_ in entries], dtype=np.int64)
-    return RawImages(class_names, labels, [name for _, name, _ in entries], [place for _, _, place in entries])
-
-
-def _tar_entries(path: Path) -> Iterator[tuple[str, str, tuple[str, int, int]]]:
-    """Class, name and place of the images in a tar file and in tar files nested in it."""
-    try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as outer:
-            for member in outer:
-                if not member.isfile():
-                    continue
-                if member.name.endswith(".tar"):
-                    # Opened from the same file object, so its members' offsets count from the start of the outer file.
-                    file.seek(member.offset_data)
-                    with tarfile.open(fileobj=file, mode="r:") as inner:
-                        yield from _images_of(inner, member, path)
-                elif _is_image(member.name):
-                    yield _entry(member, path.stem, path)
-    except (OSError, tarfile.TarError) as error:
-        raise UserError(f"cannot read the tar file {path} to its end: {error}; fetch it again") from None
-
-
-def _images_of(inner: tarfile.TarFile, outer: tarfile.TarInfo, path: Path):
-    for member in inner:
-        if member.offset_data + member.size > outer.offset_data + outer.size:
-            # Otherwise the read would run into the next member of the outer file.
-            raise tarfile.ReadError(f"{outer.name} in it ends early")
-        if member.isfile() and _is_image(member.name):
-            yield _entry(member, Path(outer.name).stem, path)
-
-
-def _is_image(name: str) -> bool:
-    # Tar files made on a Mac hold a metadata file ._NAME for each file.
-    return name.lower().endswith(IMAGE_EXTENSIONS) and not Path(name).name.startswith(".")
-
-
-def _entry(member: tarfile.TarInfo, class_name: str, path: Path):
-    class_name = Path(member.name).parent.name or class_name
-    return class_name, f"{class_name}/{Path(member.name).name}", (str(path), member.offset_data, member.size)
-
-
-def _relabelled(images: RawImages, labels: Path) -> RawImages:
-    try:
-        classes = labels.read_text().split()
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the labels in {labels}: {error}") from None
-    if len(classes) != len(images):
-        raise UserError(f"{labels} has {len(classes)} lines, but there are {len(images)} images: one class per line")
-    class_names = sorted(set(classes))
-    number_of = {name: number for number, name in enumerate(class_names)}
-    by_name = np.argsort(np.array(images.names), kind="stable").tolist()
-    return RawImages(
-        class_names,
-        np.array([number_of[name] for name in classes], dtype=np.int64),
-        [images.names[number] for number in by_name],
-        [images.places[number] for number in by_name],
-    )
-
-
-def _from_parquet(files: list[Path], staging: Path) -> RawImages:
-    """Columns `image` (bytes, or a struct with `bytes`) and `label`; class names from Hugging Face's metadata.
-
-    A shuffle reads single rows in random order, but Parquet stores rows in groups of thousands. So the images are first
-    copied to `staging`, where each has an offset.
-    """
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise UserError("Parquet files need pyarrow: pip install 'unite-fast[parquet]'") from None
-    with writing(staging):
-        staging.mkdir(parents=True, exist_ok=True)
-    class_names: list[str] = []
-    labels, names, places = [], [], []
-    for number, path in enumerate(files):
-        try:
-            with parquet.ParquetFile(path) as file:
-                class_names = class_names or _class_names(file.schema_arrow.metadata or {})
-                sizes, file_labels = _stage(file, staging / f"{number:05d}.bin")
-        except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are ValueErrors and KeyErrors
-            raise UserError(
-                f"cannot read {path}: {one_line(str(error))}; it needs the columns image and label"
-            ) from None
-        offsets = np.cumsum([0, *sizes]).tolist()
-        places += [(str(staging / f"{number:05d}.bin"), *place) for place in zip(offsets[:-1], sizes, strict=True)]
-        names += [f"{path.name}:{row}" for row in range(len(sizes))]
-        labels += file_labels
-    class_names = class_names or [str(label) for label in range(max(labels, default=-1) + 1)]
-    if labels and not 0 <= min(labels) <= max(labels) < len(class_names):
-        raise UserError(
-            f"the labels in {files[0].parent} are not all in 0..{len(class_names) - 1}; does this split have labels?"
+    def within(folder: Path) -> list[Path]:
+        return sorted(
+            file
+            for file in (folder.rglob if at_any_depth else folder.glob)(f"*{pattern}")
+            if not file.is_dir() and not _is_hidden(file.relative_to(folder))
         )
-    return RawImages(class_names, np.array(labels, dtype=np.int64), names, places)
+
+    below = [] if at_any_depth else [path / name for name in subfolders(path) if name.lower() in WORDS]
+    return within(path) or sorted(file for folder in below for file in within(folder))
 
 
-def _class_names(metadata: dict[bytes, bytes]) -> list[str]:
-    try:
-        return list(json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"])
-    except (KeyError, TypeError, ValueError):
-        return []
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
-def _stage(file, target: Path) -> tuple[list[int], list[int]]:
-    """Copy a Parquet file's images to `target`, unless that exists; returns their sizes and labels."""
-    done = target.exists()
-    sizes, labels = [], []
-    with nullcontext(os.devnull) if done else atomic_write(target) as path, open(path, "wb") as out:
-        for rows in file.iter_batches(batch_size=256, columns=["image", "label"]):
-            for row in rows.to_pylist():
-                image = row["image"]
-                data = (image["bytes"] if isinstance(image, dict) else image) or b""
-                out.write(data)
-                sizes.append(len(data))
-                labels.append(int(row["label"]))
-    return sizes, labels
+def _choose_files(files: list[Path], place: Path, split: str, left_out: LeftOut) -> tuple[list[Path], str, list[Path]]:
+    """The files of the split by their names, or those of folders between `place` and them; the split's name, empty if
+    the names are of no splits; and the files of the training images, if these are others."""
+    words = {file: _word_of(file, place) for file in files}
+    splits = find_splits({word or file.stem for file, word in words.items()})
+    if not splits:
+        return files, "", []
+    name = choose_split(splits, split, place)
+    for file, word in words.items():
+        if not word:
+            left_out.add(NO_SPLIT, str(file.relative_to(place)))
+    training = next((word for word in TRAIN if word in splits), None) if is_held_out(name) else None
+    of_training = [file for file, word in words.items() if word == training] if training else []
+    return [file for file, word in words.items() if word == name], name, of_training
+
+
+def _word_of(file: Path, place: Path) -> str:
+    """The word for a split in a file's name, or else in the nearest folder's."""
+    names = [file.stem, *(folder.name for folder in file.parents if folder != place and place in folder.parents)]
+    return next((word for name in names if (word := split_of_name(name))), "")
+
+
+def _of_parquet(
+    files: list[Path], place: Path, split: str, labels: Path | None, staging: Path, columns: Columns
+) -> RawImages:
+    if labels is not None:
+        raise UserError(f"the Parquet files in {place} have labels: leave out --labels, or choose --label-column")
+    left_out = LeftOut()
+    chosen, name, training = _choose_files(files, place, split, left_out)
+    if name in TEST and not has_labels(chosen, columns):
+        # The test images of ImageNet have no labels: the other held-out split is meant.
+        with suppress(NoSplit):
+            rest = [file for file in files if file not in chosen]
+            for file in chosen:
+                left_out.add(UNLABELLED_SPLIT, file.name)
+            chosen, name, training = _choose_files(rest, place, split, LeftOut())
+    listed = list_parquet(chosen, chosen[0] if len(chosen) == 1 else place, staging, columns, training)
+    listed.split = name
+    listed.left_out.merge(left_out)
+    return listed
+
+
+def _of_tars(tars: list[Path], place: Path, split: str, labels: Path | None) -> RawImages:
+    left_out = LeftOut()
+    chosen, name, training = (tars, "", []) if place.is_file() else _choose_files(tars, place, split, left_out)
+    listed = list_tars(chosen, split, place, labels, training)
+    listed.split = listed.split or name
+    listed.left_out.merge(left_out)
+    if place.is_dir():
+        known = {*tars, *(tar.parent for tar in tars)}
+        for entry in sorted(place.iterdir()):
+            if entry not in known:
+                listed.left_out.add(BESIDE, entry.name)
+    return listed
+
+
+def _of_folder(path: Path, split: str) -> RawImages:
+    _check_unpacked(path)
+    source = FolderSource(path, 0, split)
+    places = np.zeros((len(source), 3), np.int64)
+    places[:, 2] = -1
+    files = [str(source.root)]
+    listed = RawImages(source.class_names, source.labels.astype(np.int64), source.files, files, places)
+    listed.left_out, listed.split = source.listed_left_out, source.split
+    _conform_to_sibling(listed, path)
+    return listed
+
+
+def _check_unpacked(path: Path) -> None:
+    """
+    Raises:
+        UserError: the folder holds compressed files and no folders.
+    """
+    packed = [] if subfolders(path) else sorted(file for file in path.iterdir() if file.suffix.lower() in PACKED)
+    if packed:
+        raise UserError(f"{path} holds compressed files, first {printable(packed[0].name)}: unpack them first")
+
+
+def _of_flat_folder(path: Path, split: str, labels: Path) -> RawImages:
+    """Images that lie in one folder, such as ImageNet's validation images, with a file of labels."""
+    place, left_out = find_split_folder(path, split, flat=True), LeftOut()
+    files = list_images(place.root, "", left_out)
+    check_one_folder(files, place.root)
+    classes = read_label_file(labels, [file.rpartition("/")[2] for file in files])
+    class_names, numbers = number_classes(classes, labels)
+    places = np.zeros((len(files), 3), np.int64)
+    places[:, 2] = -1
+    listed = RawImages(class_names, numbers, files, [str(place.root)], places, left_out, place.split)
+    if place.training is not None:
+        listed.conform(subfolders(place.training), labels, place.training)
+    else:
+        _conform_to_sibling(listed, path)
+    return listed
+
+
+def _conform_to_sibling(listed: RawImages, path: Path) -> None:
+    """Give held-out images the labels of the training images beside them: imagenet/val those of imagenet/train."""
+    path = path.absolute()
+    if listed.split or path.name.lower() not in WORDS or not is_held_out(path.name):
+        return
+    splits = find_splits(subfolders(path.parent))
+    training = next((path.parent / splits[word] for word in TRAIN if word in splits), None)
+    if training is not None and (classes := subfolders(training)):
+        listed.conform(classes, path, training)

@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import logging
 import os
 import shlex
 import threading
@@ -16,16 +17,26 @@ from torch import Tensor
 
 from unite_fast.data_pipeline.shards.manifest import MANIFEST, Shard, index_path, read_manifest
 from unite_fast.data_pipeline.shards.source import ShardSource
-from unite_fast.data_pipeline.source import one_line
-from unite_fast.errors import UserError
+from unite_fast.errors import UserError, one_line
 from unite_fast.randomness import permutation
 from unite_fast.utils.files import writing
 
 CACHE_VARIABLE = "UNITE_FAST_CACHE"
+_log = logging.getLogger("unite_fast.data")
+_ANNOUNCED: set[str] = set()
+"""Commands that this process has printed."""
 _TRIES = 4
 _FETCHES_AT_ONCE = 8
+_CURRENT = 10.0
+"""Seconds for which a fetched manifest counts as current: the processes of a machine start together."""
+_MOST_MANIFEST_BYTES = 2**28
+_MOST_INDEX_BYTES = 200
+"""For the header, and for each sample; a line has about 80."""
 # Give up on a connection that transfers nothing for a minute, and try again.
-_CURL = "pipe:curl --fail --silent --show-error --location --connect-timeout 30 --speed-limit 1 --speed-time 60 "
+_CURL = (
+    "pipe:curl --proto =http,https --fail --silent --show-error --location "
+    "--connect-timeout 30 --speed-limit 1 --speed-time 60 "
+)
 
 
 def is_remote(path: str) -> bool:
@@ -47,16 +58,57 @@ class RemoteShardSource(ShardSource):
         if address.startswith("pipe:") and "{}" not in address:
             raise UserError(f"the address {address} has no {{}}: write {{}} in place of the file name")
         self.address = address
+        if address.startswith("pipe:") and address not in _ANNOUNCED:
+            _ANNOUNCED.add(address)
+            _log.warning("the data come from a command: %r", address.removeprefix("pipe:"))
         self._fetcher: threading.Thread | None = None
         cache = Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/unite_fast").expanduser()
-        folder = cache / hashlib.sha256(address.encode()).hexdigest()[:16]
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        self.fetch(folder / MANIFEST)
-        indices = [index_path(folder / shard.name) for shard in read_manifest(folder / MANIFEST).shards]
+        folder = self._folder_now(cache / hashlib.sha256(address.encode()).hexdigest()[:16])
+        shards = read_manifest(folder / MANIFEST).shards
         with ThreadPoolExecutor(_FETCHES_AT_ONCE) as pool:
-            list(pool.map(self.fetch, indices))
+            list(pool.map(lambda shard: self._fetch_index(folder, shard), shards))
         super().__init__(folder, image_size)
+
+    def _folder_now(self, first: Path) -> Path:
+        """The cache folder of the set as it is at the address now: its manifest is fetched at each start. A set that
+        changed gets a folder of its own, because another process may still read the old one.
+
+        Args:
+            first: the folder of the first version; those of others have its name and a hash of their manifest.
+
+        Raises:
+            UserError: the manifest cannot be fetched, and none is cached.
+        """
+        with writing(first):
+            first.mkdir(parents=True, exist_ok=True)
+        with writing(first), _locked(first / "now.lock"):
+            others = first.parent.glob(f"{first.name}-*/{MANIFEST}")
+            known = [path for path in (first / MANIFEST, *others) if path.exists()]
+            newest = max(known, key=lambda path: path.stat().st_mtime, default=None)
+            if newest and time.time() - newest.stat().st_mtime < _CURRENT:
+                return newest.parent
+            fetched = first / "now" / MANIFEST
+            fetched.parent.mkdir(exist_ok=True)
+            reason = self._fetch(fetched, _MOST_MANIFEST_BYTES, tries=1 if newest else _TRIES)
+            if reason and newest is None:
+                raise UserError(f"cannot fetch {MANIFEST} from {self.address} ({_TRIES} tries): {reason}")
+            if newest and reason:
+                _log.warning("cannot fetch %s from %s (%s): using the cached set", MANIFEST, self.address, reason)
+                return newest.parent
+            content = fetched.read_bytes()
+            for path in known:
+                if path.read_bytes() == content:
+                    os.utime(path)
+                    return path.parent
+            if known:
+                _log.warning("the set at %s changed since it was cached: fetching it again", self.address)
+                first = first.with_name(f"{first.name}-{hashlib.sha256(content).hexdigest()[:16]}")
+                first.mkdir(exist_ok=True)
+            os.replace(fetched, first / MANIFEST)
+            return first
+
+    def _fetch_index(self, folder: Path, shard: Shard) -> None:
+        self.fetch(index_path(folder / shard.name), _MOST_INDEX_BYTES * (1 + shard.samples))
 
     def check_shard(self, path: Path, shard: Shard) -> None:
         if path.exists():
@@ -64,7 +116,8 @@ class RemoteShardSource(ShardSource):
 
     def shard_path(self, number: int) -> Path:
         path = super().shard_path(number)
-        self.fetch(path, self.manifest.shards[number])
+        shard = self.manifest.shards[number]
+        self.fetch(path, shard.bytes, shard)
         return path
 
     def order(self, seed: int, epoch: int) -> Tensor:
@@ -86,27 +139,36 @@ class RemoteShardSource(ShardSource):
             for number in numbers:
                 self.shard_path(number)
 
-    def fetch(self, target: Path, shard: Shard | None = None) -> None:
+    def fetch(self, target: Path, most: int, shard: Shard | None = None) -> None:
         """Fetch a file unless it exists. Only one process fetches it; the others wait.
+
+        Args:
+            most: bytes that the file may have.
+            shard: its entry in the manifest, with which it must agree.
 
         Raises:
             UserError: every try failed, or gave a file that differs from the manifest.
         """
         if target.exists():
             return
-        reason: str | None = None
         with writing(target), _locked(target.with_name(target.name + ".lock")):
-            for attempt in range(_TRIES):
-                if target.exists():
-                    return
-                if attempt:
-                    time.sleep(2**attempt / 2)
-                reason = self._fetch_once(target, shard)
-                if reason is None:
-                    return
-            raise UserError(f"cannot fetch {target.name} from {self.address} ({_TRIES} tries): {reason}")
+            if target.exists():
+                return
+            if reason := self._fetch(target, most, shard):
+                raise UserError(f"cannot fetch {target.name} from {self.address} ({_TRIES} tries): {reason}")
 
-    def _fetch_once(self, target: Path, shard: Shard | None) -> str | None:
+    def _fetch(self, target: Path, most: int, shard: Shard | None = None, tries: int = _TRIES) -> str | None:
+        """Fetch a file; returns why every try failed, or None."""
+        reason = None
+        for attempt in range(tries):
+            if attempt:
+                time.sleep(2**attempt / 2)
+            reason = self._fetch_once(target, most, shard)
+            if reason is None:
+                return None
+        return reason
+
+    def _fetch_once(self, target: Path, most: int, shard: Shard | None) -> str | None:
         """Try to fetch a file; returns why that failed, or None."""
         from webdataset.gopen import gopen
 
@@ -118,7 +180,12 @@ class RemoteShardSource(ShardSource):
                     while chunk := stream.read(2**20):
                         digest.update(chunk)
                         out.write(chunk)
+                        if out.tell() > most:
+                            # Ending the transfer may be an error too, but this one says more.
+                            raise ValueError
             except (OSError, ValueError) as error:
+                if out.tell() > most:
+                    return f"it has more than {most:,} bytes"
                 # An error of the disk has an errno, one of the command has none.
                 if getattr(error, "errno", None) is not None:
                     raise

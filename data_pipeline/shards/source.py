@@ -1,16 +1,28 @@
 """Read single samples of a shard set in any order, through the shards' indices."""
 
 import functools
+import hashlib
 import io
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from unite_fast.data_pipeline.image_folder import SPLIT_FOLDERS, decode_image
-from unite_fast.data_pipeline.shards.manifest import MANIFEST, Index, Shard, index_path, read_index, read_manifest
+from unite_fast.data_pipeline.image_folder import decode_image
+from unite_fast.data_pipeline.shards.manifest import (
+    MANIFEST,
+    Index,
+    Shard,
+    index_path,
+    read_index,
+    read_label,
+    read_manifest,
+)
 from unite_fast.data_pipeline.source import Source, UnreadableSample
+from unite_fast.data_pipeline.splits import TRAIN, WORDS, check_same_classes, choose_split, is_held_out, words_of
 from unite_fast.errors import UserError
+from unite_fast.utils.files import open_regular
 
 _OPEN_SHARDS = 256
 """Shard files kept open; most systems allow a process 1,024 files."""
@@ -37,6 +49,8 @@ class ShardSource(Source):
         self.manifest = read_manifest(folder / MANIFEST)
         self.image_size = image_size or self.manifest.image_size or 256
         self.class_names = list(self.manifest.classes)
+        if self.manifest.skipped:
+            self.left_out = [f"{self.manifest.skipped} broken images when the set was made: skipped.log names them"]
         self.workers = "threads" if self.manifest.format == "raw" else "processes"
         if self.manifest.image_size not in (0, self.image_size):
             raise UserError(
@@ -61,12 +75,7 @@ class ShardSource(Source):
 
     def checked_index(self, shard: Shard) -> Index:
         path = self.folder / shard.name
-        index = read_index(index_path(path))
-        if len(index.keys) != shard.samples:
-            raise UserError(
-                f"{index_path(path)} has {len(index.keys)} samples, the manifest says {shard.samples}: "
-                "restore it, or make the set again"
-            )
+        index = read_index(index_path(path), shard)
         self.check_shard(path, shard)
         return index
 
@@ -95,6 +104,10 @@ class ShardSource(Source):
     def name(self, index: int) -> str:
         return f"{self.manifest.shards[self.shard_of[index]].name}:{self._keys[index]:012d}"
 
+    def fingerprint(self) -> str:
+        """SHA-256 of the shards' hashes: the same images in another format are other data."""
+        return hashlib.sha256("\n".join(shard.sha256 for shard in self.manifest.shards).encode()).hexdigest()
+
     def read_into(self, index: int, image: np.ndarray) -> int:
         if self.manifest.format == "raw":
             return self._read_raw(index, image)
@@ -122,25 +135,26 @@ class ShardSource(Source):
         return self._label(index, before[:label_size])
 
     def _read(self, index: int, buffers: list, start: int) -> None:
-        file = self._open(int(self.shard_of[index]))
+        number = int(self.shard_of[index])
+        file, path = self._open(number), self.folder / self.manifest.shards[number].name
         size = sum(memoryview(buffer).nbytes for buffer in buffers)
         try:
             read = os.preadv(file.fileno(), buffers, start)
         except OSError as error:
-            raise UserError(f"cannot read shard {file.name}: {error.strerror}") from None
+            raise UserError(f"cannot read shard {path}: {error.strerror}") from None
         if read != size:
-            raise UserError(f"shard {file.name} was truncated during the run: restore it, then use --resume")
+            raise UserError(f"shard {path} was truncated during the run: restore it, then use --resume")
 
     def _label(self, index: int, digits: bytearray) -> int:
-        label = int(digits) if digits.isdigit() else -1
-        if not 0 <= label < len(self.class_names):
+        label = read_label(digits, len(self.class_names))
+        if label is None:
             raise UnreadableSample(self.name(index), f"its label is {bytes(digits)!r}")
         return label
 
-    def _open_shard(self, number: int) -> io.FileIO:
+    def _open_shard(self, number: int) -> BinaryIO:
         path = self.shard_path(number)
         try:
-            return open(path, "rb", buffering=0)
+            return open_regular(path, buffering=0)
         except OSError as error:
             raise UserError(f"cannot open shard {path}: {error.strerror}; restore it, then use --resume") from None
 
@@ -148,18 +162,35 @@ class ShardSource(Source):
         return self.folder / self.manifest.shards[number].name
 
 
-def split_folder(path: Path, split: str) -> Path:
-    """The folder of a split's shard set: `path` itself, or its subfolder train, val or test.
+def open_shards(path: Path, image_size: int, split: str) -> ShardSource:
+    """The shard set of a split: `path` itself, or its subfolder.
 
     Raises:
-        UserError: no shard set there.
+        UserError: no shard set there, or its classes differ from those of the training set.
     """
+    words_of(split)
     if (path / MANIFEST).is_file():
-        return path
-    for name in SPLIT_FOLDERS[split]:
-        if (path / name / MANIFEST).is_file():
-            return path / name
-    raise UserError(
-        f"no {MANIFEST} in {path} or in its subfolder {' or '.join(SPLIT_FOLDERS[split])}: "
-        "make the set with unite-fast shards; if that was interrupted, run it again"
-    )
+        source = ShardSource(path, image_size)
+        source.held_out = False
+        return source
+    splits = {name.name.lower(): name.name for name in sorted(path.glob("*")) if is_split(name)}
+    if not splits:
+        raise UserError(
+            f"no {MANIFEST} in {path} or in a subfolder {' or '.join(words_of(split))}: "
+            "make the set with unite-fast shards; if that was interrupted, run it again"
+        )
+    name = choose_split(splits, split, path)
+    source = ShardSource(path / name, image_size)
+    source.split, source.held_out = name, is_held_out(name)
+    training = next((path / splits[word] for word in TRAIN if word in splits), None)
+    if source.held_out and training is not None:
+        if training.samefile(path / name):
+            raise UserError(f"{path / name} is a link to {training}: these images are not held out; remove it")
+        classes = list(read_manifest(training / MANIFEST).classes)
+        check_same_classes(source.class_names, classes, path / name, training)
+    return source
+
+
+def is_split(folder: Path) -> bool:
+    """Whether this folder has a split's name and holds a shard set."""
+    return folder.name.lower() in WORDS and (folder / MANIFEST).is_file()

@@ -10,9 +10,10 @@ import signal
 import tarfile
 import threading
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from PIL import Image
 
 from unite_fast.data_pipeline.image_folder import open_image
 from unite_fast.data_pipeline.images import adm_center_crop, to_rgb
+from unite_fast.data_pipeline.listing import printable
 from unite_fast.data_pipeline.shards.manifest import (
     FORMATS,
     MANIFEST,
@@ -30,17 +32,25 @@ from unite_fast.data_pipeline.shards.manifest import (
     read_manifest,
     write_manifest,
 )
+from unite_fast.data_pipeline.shards.parquet_files import Columns
 from unite_fast.data_pipeline.shards.raw_images import RawImages, find_raw_images
+from unite_fast.data_pipeline.shards.source import is_split
 from unite_fast.data_pipeline.source import UnreadableSample
+from unite_fast.data_pipeline.splits import TRAIN, WORDS, is_held_out, split_of_name
 from unite_fast.errors import UserError
 from unite_fast.randomness import permutation
-from unite_fast.utils.files import save_text, writing
+from unite_fast.utils.file_lock import lock_output
+from unite_fast.utils.files import atomic_write, check_not_read, clear_partial, read_small, save_text, writing
+from unite_fast.utils.parse_json import check_kind, parse_json
+from unite_fast.utils.pretrained import file_sha256
 from unite_fast.utils.progress import progress
 
 SKIPPED_LOG = "skipped.log"
 _PLAN = "plan.json"
 _STAGING = "staging"
 _BLOCK = 512
+_MOST_RECORD_BYTES = 2**28
+_LARGEST_SIDE = 16384
 _NO_EPOCH = 2**32 - 1
 """The shuffle uses the order of an epoch that no run reaches: no run then reads the shards sequentially by chance."""
 
@@ -52,14 +62,14 @@ class Settings:
     Attributes:
         format: original, cropped-jpeg or raw.
         image_size: side of the cropped images, pixels; 0 for original.
-        quality: JPEG quality of cropped-jpeg, 95 to 100; 0 for the other formats.
+        quality: JPEG quality of cropped-jpeg, 95 to 100, None for 95; for the other formats None, which becomes 0.
         seed: seed of the shuffle.
         per_shard: samples per shard.
     """
 
     format: str
     image_size: int = 256
-    quality: int = 95
+    quality: int | None = None
     seed: int = 0
     per_shard: int = 5000
 
@@ -68,10 +78,14 @@ class Settings:
             raise UserError(f"--format is {self.format!r}: choose one of {', '.join(FORMATS)}")
         if self.format == "original":
             object.__setattr__(self, "image_size", 0)
-        elif self.image_size < 1:
-            raise UserError(f"--image-size is {self.image_size}: it must be positive")
+        elif not 1 <= self.image_size <= _LARGEST_SIDE:
+            raise UserError(f"--image-size is {self.image_size}: it must be in 1..{_LARGEST_SIDE}")
         if self.format != "cropped-jpeg":
+            if self.quality:
+                raise UserError(f"--quality is {self.quality}, but --format {self.format} has none: leave it out")
             object.__setattr__(self, "quality", 0)
+        elif self.quality is None:
+            object.__setattr__(self, "quality", 95)
         elif not 95 <= self.quality <= 100:
             raise UserError(f"--quality is {self.quality}: it must be in 95..100; below, the loss is visible")
         if not 0 <= self.seed < 2**64:
@@ -81,7 +95,14 @@ class Settings:
 
 
 def make_shards(
-    source: Path, out: Path, settings: Settings, workers: int, split: str = "train", labels: Path | None = None
+    source: Path,
+    out: Path,
+    settings: Settings,
+    workers: int,
+    split: str = "train",
+    labels: Path | None = None,
+    columns: Columns | None = None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> Manifest:
     """Make a shard set, or finish one that was interrupted; complete shards are not made again.
 
@@ -89,23 +110,67 @@ def make_shards(
     skipped.log.
 
     Args:
-        source, split, labels: see `find_raw_images`.
-        out: folder of the shard set.
+        source, split, labels, columns: see `find_raw_images`.
+        out: folder of the shard set. A held-out set beside a training set gets the labels of that.
         workers: number of processes.
+        say: called with a line for what is read and for each kind of file that is left out.
 
     Raises:
         UserError: no readable images, no space, `out` holds another set, or a worker was killed.
     """
-    images = find_raw_images(source, split, labels, out / _STAGING)
+    check_not_read(out, source, *([labels] if labels else []))
+    check_not_read(source, out / _STAGING)  # deleted at the end
+    with lock_output(out):
+        clear_partial(out)
+        for leftover in out.glob("shard-?????.tar.partial"):  # as earlier versions called them
+            leftover.unlink()
+        images = find_raw_images(source, split, labels, out / _STAGING, columns)
+        _check_split_of(out, images, source)
+        _conform_to_training_set(images, source, out)
+        of_split = f" of split {printable(images.split)}" if images.split else ""
+        say(f"{source}: {len(images)} images{of_split} in {len(images.class_names)} classes")
+        for line in images.left_out.lines():
+            say(f"left out: {line}")
+        return _make_shards(images, out, settings, workers)
+
+
+def _make_shards(images: RawImages, out: Path, settings: Settings, workers: int) -> Manifest:
     plan = asdict(settings) | {"images": len(images), "listing": images.fingerprint()}
     if _begin(out, plan):
         return read_manifest(out / MANIFEST)
     order = permutation(settings.seed, _NO_EPOCH, len(images)).numpy()
     shards = [order[first : first + settings.per_shard] for first in range(0, len(order), settings.per_shard)]
-    missing = [number for number in range(len(shards)) if not _record_path(out, number).exists()]
+    missing = [number for number in range(len(shards)) if _read_record(out, number) is None]
     done_before = sum(len(shard) for number, shard in enumerate(shards) if number not in set(missing))
     _run(workers, len(images), done_before, (out, settings, images, shards), missing)
     return _finish(out, settings, images, len(shards))
+
+
+def _check_split_of(out: Path, images: RawImages, source: Path) -> None:
+    """
+    Raises:
+        UserError: training images would become a held-out set, by the name of `out`.
+    """
+    word, name = split_of_name(images.split or source.stem), out.absolute().name.lower()
+    if word in TRAIN and name in WORDS and is_held_out(name):
+        raise UserError(
+            f"{out} would be called {name}, but hold the training images of {source}: choose --split {name}, or "
+            "another folder"
+        )
+
+
+def _conform_to_training_set(images: RawImages, source: Path, out: Path) -> None:
+    """Give held-out images the labels of the training set beside `out`: those of shards/train to shards/val.
+
+    Raises:
+        ClassesDiffer: they have a class that the training set lacks.
+    """
+    out = out.absolute()
+    if out.name.lower() not in WORDS or not is_held_out(out.name):
+        return
+    for folder in (out.with_name(word) for word in TRAIN):
+        if is_split(folder):
+            images.conform(list(read_manifest(folder / MANIFEST).classes), source, folder)
 
 
 def _begin(out: Path, plan: dict) -> bool:
@@ -114,7 +179,7 @@ def _begin(out: Path, plan: dict) -> bool:
         out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(plan, indent=1) + "\n"
     path = out / _PLAN
-    before = path.read_text() if path.exists() else None
+    before = read_small(path, _MOST_RECORD_BYTES).decode(errors="replace") if path.exists() else None
     if before is None and any(out.glob("shard-*")):
         raise UserError(f"{out} holds shards of unknown origin: choose another folder")
     if before not in (None, text):
@@ -128,7 +193,7 @@ def _run(workers: int, total: int, done: int, job: tuple, missing: list[int]) ->
     fork = multiprocessing.get_context("fork")
     counter = fork.Value("q", done)
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(max(1, workers), fork, _start_worker, (*job, counter))
+    pool = ProcessPoolExecutor(max(1, min(workers, len(missing))), fork, _start_worker, (*job, counter))
     try:
         with progress("shards", total, "images") as show:
             pending = {pool.submit(_write_shard, number) for number in missing}
@@ -171,33 +236,59 @@ def _write_shard(number: int) -> None:
     """Write one shard and its index, then the record that marks it complete."""
     out, settings, images, shards, counter = _job
     path = out / f"shard-{number:05d}.tar"
-    partial = path.with_name(path.name + ".partial")
     skipped: list[tuple[str, str]] = []
     counts: Counter[int] = Counter()
     keys, places, extensions = [], [], []
-    with writing(path), open(partial, "wb") as file:
-        tar = _Tar(file)
-        for key in shards[number].tolist():
-            counter.value += 1  # not atomic, but only the progress bar reads it
-            try:
-                extension, data = _encode(images.read(key), images.names[key], settings)
-            except UnreadableSample as error:
-                skipped.append((error.name, error.reason))
-                continue
-            label = int(images.labels[key])
-            places.append((tar.add(f"{key:012d}.cls", b"%d" % label), tar.add(f"{key:012d}.{extension}", data)))
-            keys.append(key)
-            extensions.append(extension)
-            counts[label] += 1
-        tar.close()
-        file.flush()
-        os.fsync(file.fileno())
-    offsets = np.array(places, dtype=np.int64).reshape(-1, 2, 2)
-    save_text(Index(np.array(keys), offsets[:, 0], offsets[:, 1], extensions).text(), index_path(path))
-    os.replace(partial, path)
-    shard = Shard(path.name, len(keys), tar.size, tar.digest.hexdigest())
+    with atomic_write(path) as partial:
+        with open(partial, "wb") as file:
+            tar = _Tar(file)
+            for key in shards[number].tolist():
+                counter.value += 1  # not atomic, but only the progress bar reads it
+                try:
+                    extension, data = _encode(images.read(key), images.name(key), settings)
+                except UnreadableSample as error:
+                    skipped.append((error.name, error.reason))
+                    continue
+                label = int(images.labels[key])
+                places.append((tar.add(f"{key:012d}.cls", b"%d" % label), tar.add(f"{key:012d}.{extension}", data)))
+                keys.append(key)
+                extensions.append(extension)
+                counts[label] += 1
+            tar.close()
+        offsets = np.array(places, dtype=np.int64).reshape(-1, 2, 2)
+        index = Index(np.array(keys), offsets[:, 0], offsets[:, 1], extensions).text()
+        save_text(index, index_path(path))
+    index_sha256 = hashlib.sha256(index.encode()).hexdigest()
+    shard = Shard(path.name, len(keys), tar.size, tar.digest.hexdigest(), index_sha256)
     record = {"shard": asdict(shard), "counts": sorted(counts.items()), "skipped": skipped}
     save_text(json.dumps(record), _record_path(out, number))
+
+
+@dataclass
+class _Record:
+    """What a worker says of a complete shard."""
+
+    shard: Shard
+    counts: list[tuple[int, int]]
+    """Label and number of images."""
+    skipped: list[tuple[str, str]]
+    """Name and reason."""
+
+
+def _read_record(out: Path, number: int) -> _Record | None:
+    """The record of a shard; None if there is none, or not of this shard as it is on disk: it is then made again."""
+    path = out / f"shard-{number:05d}.tar"
+    try:
+        tree = parse_json(read_small(_record_path(out, number), _MOST_RECORD_BYTES))
+        record = check_kind(_Record, tree)
+        if record.shard.name != path.name or path.stat().st_size != record.shard.bytes:
+            return None
+        digest = file_sha256(index_path(path))
+    except (OSError, ValueError):
+        return None
+    if record.shard.index_sha256 not in ("", digest):
+        return None
+    return replace(record, shard=replace(record.shard, index_sha256=digest), skipped=tree["skipped"])
 
 
 def _record_path(out: Path, number: int) -> Path:
@@ -257,22 +348,23 @@ def _saved(image: Image.Image, kind: str, **options) -> bytes:
 
 def _finish(out: Path, settings: Settings, images: RawImages, shards: int) -> Manifest:
     """Write the manifest from the records of all shards, then delete the records."""
-    records = [json.loads(_record_path(out, number).read_text()) for number in range(shards)]
+    records = [record for number in range(shards) if (record := _read_record(out, number))]
+    if len(records) < shards:
+        raise UserError(f"files in {out} were changed meanwhile: the same command again makes them anew")
     counts: Counter[int] = Counter()
     for record in records:
-        counts.update(dict(record["counts"]))
-    skipped = [f"{name}: {reason}" for record in records for name, reason in record["skipped"]]
-    with writing(out / SKIPPED_LOG):
-        (out / SKIPPED_LOG).write_text("".join(line + "\n" for line in sorted(skipped)))
+        counts.update(dict(record.counts))
+    skipped = [f"{name}: {reason}" for record in records for name, reason in record.skipped]
+    save_text("".join(line + "\n" for line in sorted(skipped)), out / SKIPPED_LOG)
     if len(skipped) == len(images):
         raise UserError(f"none of the {len(images)} images can be read, e.g. {skipped[0]}")
     manifest = Manifest(
         format=settings.format,
         image_size=settings.image_size,
-        quality=settings.quality,
+        quality=settings.quality or 0,
         seed=settings.seed,
         classes={name: counts[label] for label, name in enumerate(images.class_names)},
-        shards=[Shard(**record["shard"]) for record in records],
+        shards=[record.shard for record in records],
         skipped=len(skipped),
     )
     write_manifest(out, manifest)

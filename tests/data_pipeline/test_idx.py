@@ -3,6 +3,7 @@
 import gzip
 import os
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -58,6 +59,36 @@ def test_the_test_split_has_its_own_files(folder, mentions):
     (folder / "t10k-images-idx3-ubyte").write_bytes(idx(PIXELS[:2]))
     (folder / "t10k-labels-idx1-ubyte").write_bytes(idx(CLASSES[:2]))
     assert len(open_(folder, split="test")) == 2
+
+
+def test_the_training_labels_define_the_classes(folder, mentions):
+    (folder / "t10k-images-idx3-ubyte").write_bytes(idx(PIXELS[:2]))
+    (folder / "t10k-labels-idx1-ubyte").write_bytes(idx(CLASSES[:2]))
+    assert open_(folder, split="test").class_names == ["0", "1", "2", "3"]
+    (folder / "t10k-labels-idx1-ubyte").write_bytes(idx(np.array([0, 9], np.uint8)))
+    with pytest.raises(UserError, match=mentions(9, 3, folder / LABELS)):
+        open_(folder, split="test")
+
+
+def test_no_more_is_decompressed_than_the_header_says(folder, mentions):
+    compress(folder)
+    bomb = gzip.compress(idx(PIXELS) + bytes(10**8))
+    (folder / f"{IMAGES}.gz").write_bytes(bomb)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=mentions(folder / f"{IMAGES}.gz", "too long")):
+        open_(folder)
+    assert tracemalloc.get_traced_memory()[1] < 10**7
+    tracemalloc.stop()
+    (folder / f"{IMAGES}.gz").write_bytes(gzip.compress(struct.pack(">4B3I", 0, 0, 8, 3, *[2**32 - 1] * 3)))
+    with pytest.raises(UserError, match=mentions(folder / f"{IMAGES}.gz", "truncated")):
+        open_(folder)
+
+
+def test_a_pipe_is_refused(folder, mentions):
+    (folder / IMAGES).unlink()
+    os.mkfifo(folder / IMAGES)
+    with pytest.raises(UserError, match=mentions(folder / IMAGES, "regular")):
+        open_(folder)
 
 
 def test_missing_labels_are_named(folder, mentions):

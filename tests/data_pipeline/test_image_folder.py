@@ -1,6 +1,8 @@
 """Image folders: which files are listed, how they are decoded, and each fault of a folder or file."""
 
 import os
+import shutil
+import socket
 import struct
 import zlib
 
@@ -52,7 +54,7 @@ def test_classes_and_files_are_sorted_and_nested_files_are_listed(tmp_path):
     np.testing.assert_array_equal(images[2].permute(1, 2, 0), adm_center_crop(picture(1), SIZE))
 
 
-@pytest.mark.parametrize("held_out", ["val", "test"])
+@pytest.mark.parametrize("held_out", ["val", "valid", "validation", "test", "dev", "eval", "Testing"])
 def test_each_split_has_its_folder(tmp_path, held_out):
     for name in ("train/a/0.png", "train/b/1.png", f"{held_out}/b/2.png"):
         save(tmp_path / name)
@@ -62,6 +64,100 @@ def test_each_split_has_its_folder(tmp_path, held_out):
     # A label means the same class in both, though the held-out images lack one.
     assert train.class_names == test.class_names == ["a", "b"]
     assert test.read([0])[1].tolist() == [1]
+
+
+def test_validation_is_chosen_by_each_of_its_names_and_test_by_test(tmp_path, mentions):
+    for name in ("train/a/0.png", "valid/a/1.png", "test/a/2.png", "test/a/3.png"):
+        save(tmp_path / name)
+    for split, name, count in (
+        ("val", "valid", 1),
+        ("validation", "valid", 1),
+        ("test", "test", 2),
+        ("train", "train", 1),
+    ):
+        source = open_(tmp_path, split)
+        assert (source.split, source.held_out, len(source)) == (name, split != "train", count)
+    shutil.rmtree(tmp_path / "valid")
+    with pytest.raises(UserError, match=mentions("val", "train", "test")):
+        open_(tmp_path, "val")
+
+
+def test_a_flat_test_split_gives_way_to_validation(tmp_path):
+    for name in ("train/a/0.png", "val/a/1.png", "test/2.png"):
+        save(tmp_path / name)
+    assert open_(tmp_path, "test").split == "val"
+
+
+def test_held_out_images_that_are_the_training_images_are_refused(tmp_path, mentions):
+    save(tmp_path / "train" / "a" / "0.png")
+    (tmp_path / "val").symlink_to(tmp_path / "train", target_is_directory=True)
+    with pytest.raises(UserError, match=mentions(tmp_path / "val", "link")):
+        open_(tmp_path, "val")
+
+
+def test_an_empty_held_out_split_is_an_error(tmp_path, mentions):
+    save(tmp_path / "train" / "a" / "0.png")
+    (tmp_path / "val").mkdir()
+    with pytest.raises(UserError, match=mentions(tmp_path / "val")):
+        open_(tmp_path, "val")
+
+
+def test_two_links_to_one_class_are_refused(tmp_path, mentions):
+    save(tmp_path / "a" / "0.png")
+    (tmp_path / "b").symlink_to(tmp_path / "a", target_is_directory=True)
+    with pytest.raises(UserError, match=mentions("a", "b")):
+        open_(tmp_path)
+
+
+def test_what_is_left_out_is_counted_and_named(tmp_path):
+    save(tmp_path / "a" / "0.png")
+    for name in ("a/notes.txt", "a/0.cls", "a/.hidden.png", "loose.png", ".DS_Store"):
+        (tmp_path / name).write_text("x")
+    os.mkfifo(tmp_path / "a" / "pipe.png")
+    (tmp_path / "elsewhere").mkdir()
+    save(tmp_path / "elsewhere" / "1.png")
+    (tmp_path / "a" / "more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    source = open_(tmp_path)
+    assert [source.name(index) for index in range(len(source))] == ["a/0.png", "elsewhere/1.png"]
+    lines = "\n".join(source.left_out)
+    for name in ("a/notes.txt", "a/0.cls", "a/.hidden.png", "loose.png", ".DS_Store", "a/pipe.png", "a/more"):
+        assert name in lines
+    assert len(source.left_out) == 5
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "folder"])
+def test_what_is_not_a_regular_file_is_refused_at_once(tmp_path, monkeypatch, kind):
+    path = tmp_path / "0.png"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        monkeypatch.chdir(tmp_path)  # the path of a socket must be short
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind("0.png")
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(UserError, match=r"0\.png"):
+        read_images([path], 8)
+    if kind == "folder":
+        return
+    # A link is followed only when the image is read.
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    (tmp_path / "set" / "a" / "0.png").symlink_to(path)
+    with pytest.raises(UnreadableSample, match=r"a/0\.png"):
+        open_(tmp_path / "set").read([0])
+
+
+def test_a_large_listing_is_three_arrays(tmp_path):
+    for number in range(300):
+        (tmp_path / f"class{number % 3}").mkdir(exist_ok=True)
+        (tmp_path / f"class{number % 3}" / f"{number:05d}.JPEG").touch()
+    source = open_(tmp_path)
+    assert source.labels.dtype == np.int32 and source.labels.tolist() == [0] * 100 + [1] * 100 + [2] * 100
+    assert source.class_counts() == [100] * 3
+    objects = [value for value in vars(source).values() if isinstance(value, (list, tuple, dict))]
+    assert sum(len(value) for value in objects) < 10, "no list of names or labels"
 
 
 def test_a_held_out_class_that_train_lacks_is_refused(tmp_path, mentions):
@@ -243,3 +339,49 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, mentions):
     for path in (tmp_path / "a.png", tmp_path / "nowhere.png"):
         with pytest.raises(UserError, match=mentions(path)):
             read_images([path], 8)
+
+
+def test_splits_within_a_folder_are_no_classes(tmp_path, mentions):
+    for name in ("cat/train/0.png", "cat/val/1.png", "dog/0.png", "up/data/Training/a/0.png", "up/data/test/a/1.png"):
+        save(tmp_path / name)
+    for folder, words in ((tmp_path, ("cat", "train", "val")), (tmp_path / "up", ("data", "Training", "test"))):
+        with pytest.raises(UserError, match=mentions(*words)):
+            open_(folder)
+    save(tmp_path / "classes" / "cat" / "train" / "0.png")  # a toy, as nothing is beside it
+    assert open_(tmp_path / "classes").class_names == ["cat"]
+
+
+def test_what_belongs_to_no_split_is_named(tmp_path):
+    for name in ("train/a/0.png", "val/a/1.png", "more/a/2.png", "loose.png"):
+        save(tmp_path / name)
+    assert open_(tmp_path).left_out == ["2 that belong to no split: more, loose.png"]
+
+
+def test_links_that_give_an_image_two_labels_or_splits_are_refused(tmp_path, mentions):
+    def check(name, target, folder, split, *words):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(target)
+        with pytest.raises(UserError, match=mentions(*words)):
+            open_(tmp_path / folder, split)
+        (tmp_path / name).unlink()
+
+    for name in ("classes/cat/0.png", "classes/dog/black/1.png", "train/cat/0.png", "train/dog/1.png", "val/dog/2.png"):
+        save(tmp_path / name)
+    check("classes/all", ".", "classes", "train", "all", "above")
+    check("classes/black", "dog/black", "classes", "train", "black", "dog")
+    shutil.rmtree(tmp_path / "classes")
+    check("val/cat", "../train/cat", ".", "val", "cat", "held-out")
+    check("train/more", "../val/dog", ".", "train", "more", "held-out")
+    (tmp_path / "validation").symlink_to("val")
+    assert open_(tmp_path, "validation").class_counts() == [0, 1]
+
+
+def test_the_fingerprint_tells_swapped_classes_of_the_same_file_names_apart(tmp_path):
+    for seed, name in enumerate(("a/0.png", "b/0.png")):
+        save(tmp_path / "set" / name, seed)
+    before = open_(tmp_path / "set").fingerprint()
+    shutil.copytree(tmp_path / "set", tmp_path / "copy")
+    assert open_(tmp_path / "copy").fingerprint() == before
+    for old, new in (("a", "x"), ("b", "a"), ("x", "b")):
+        (tmp_path / "copy" / old).rename(tmp_path / "copy" / new)
+    assert open_(tmp_path / "copy").fingerprint() != before

@@ -31,7 +31,27 @@ def test_size_0_is_the_default_of_the_data(command, shards, tmp_path, mentions):
     assert re.search(mentions(41, "32 x 32"), ended.out)
 
 
+def test_it_names_the_split_what_is_left_out_and_escapes_names(command, tmp_path, mentions):
+    for name in ("training/a\x1b[31m/0.png", "valid/a\x1b[31m/1.png", "valid/a\x1b[31m/2.txt"):
+        path = tmp_path / "set" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path, "png")
+    options = ("--image-size", 8, "--seconds", 0.01, "--workers", 0, "--out", tmp_path / "a.png")
+    ended = command("inspect", tmp_path / "set", "--split", "validation", *options)
+    assert (ended.status, ended.err) == (0, "")
+    assert re.search(mentions("1 images", "split valid"), ended.out) and "\x1b" not in ended.out
+    assert re.search(r"^left out: 1 .*2\.txt", ended.out, re.M)
+    assert "a\\x1b[31m (1)" in ended.out
+    ended = command("inspect", tmp_path / "set" / "valid", "--split", "test", *options)
+    assert re.search(mentions("no splits", "training images"), ended.out)
+
+
 @pytest.mark.parametrize("options", [("nowhere",), ("digits", "--out", "x.jpg"), ("digits", "--split", "x")])
 def test_a_mistake_is_one_error_line(command, tmp_path, monkeypatch, options):
     monkeypatch.chdir(tmp_path)
     command("inspect", *options).error()
+
+
+def test_a_seed_out_of_range_is_one_line(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command("inspect", "digits", "--seed", "-1").error("--seed", -1)

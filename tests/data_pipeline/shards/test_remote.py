@@ -48,6 +48,14 @@ def test_the_same_samples_as_local(shards, tmp_path):
         assert torch.equal(actual, expected)
 
 
+def test_a_command_is_printed_once(shards, caplog):
+    address = f"pipe:cat {shards('raw')}/{{}}; : \x1b[2J"
+    open_(address)
+    open_(address)
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "unite_fast.data"]
+    assert repr(address.removeprefix("pipe:")) in message and message.isprintable()
+
+
 class Server(http.server.SimpleHTTPRequestHandler):
     """Serves files; the first `faults` requests for a shard end in the middle."""
 
@@ -125,7 +133,8 @@ def _read_all(address, done):
     done.put(True)
 
 
-def test_processes_of_a_machine_fetch_each_file_once(shards, tmp_path):
+def test_processes_of_a_machine_fetch_each_file_once(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "_CURRENT", 1e9)  # on a busy machine they may start further apart
     log = tmp_path / "log"
     address = logged(shards("raw"), log)
     fork = multiprocessing.get_context("fork")
@@ -180,3 +189,38 @@ def test_an_address_is_quoted(tmp_path, mentions):
     with pytest.raises(UserError, match=mentions("dataset.json", "127.0.0.1:9")):
         open_(f"http://127.0.0.1:9/'; touch {tmp_path}/harm; '")
     assert not (tmp_path / "harm").exists()
+
+
+def test_a_set_that_changed_is_fetched_again(shards, tmp_path, monkeypatch, caplog):
+    """Into a folder of its own: a run that still reads the old set is not disturbed."""
+    monkeypatch.setattr(remote, "_CURRENT", 0.0)
+    copy = shutil.copytree(shards("raw"), tmp_path / "copy")
+    before = open_(f"pipe:cat {copy}/{{}}")
+    expected = before.read([0, 1])[0]
+    shutil.rmtree(copy)
+    shutil.copytree(shards("cropped-jpeg"), copy)
+    after = open_(f"pipe:cat {copy}/{{}}")
+    assert "changed" in caplog.text
+    assert after.manifest.format == "cropped-jpeg"
+    after.read(range(41))
+    assert torch.equal(before.read([0, 1])[0], expected)
+    # Both versions stay cached.
+    shutil.rmtree(copy)
+    shutil.copytree(shards("raw"), copy)
+    assert open_(f"pipe:cat {copy}/{{}}").folder == before.folder
+
+
+def test_without_the_address_the_cached_set_is_used_and_said(shards, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(remote, "_CURRENT", 0.0)
+    copy = shutil.copytree(shards("raw"), tmp_path / "copy")
+    open_(f"pipe:cat {copy}/{{}}").read(range(41))
+    copy.rename(tmp_path / "gone")
+    assert len(open_(f"pipe:cat {copy}/{{}}").read(range(41))[0]) == 41
+    assert "using the cached set" in caplog.text
+
+
+def test_a_transfer_without_an_end_is_ended(monkeypatch, mentions, cache):
+    monkeypatch.setattr(remote, "_MOST_MANIFEST_BYTES", 2**21)
+    with pytest.raises(UserError, match=mentions("dataset.json", "2,097,152")):
+        open_("pipe:cat /dev/zero; true {}")
+    assert sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) < 2**23

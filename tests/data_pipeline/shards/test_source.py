@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from unite_fast.data_pipeline import Loader, UnreadableSample, dali, open_source
-from unite_fast.data_pipeline.shards.manifest import Index, index_path, read_index
+from unite_fast.data_pipeline.shards.manifest import Index, Shard, index_path, read_index
 from unite_fast.data_pipeline.shards.source import ShardSource
-from unite_fast.data_pipeline.shards.verify import scan, verify_shards
+from unite_fast.data_pipeline.shards.verify import scan, unchecked, verify_shards
 from unite_fast.errors import UserError
 
 SIZE = 32
@@ -32,6 +32,16 @@ def damaged(shards, tmp_path):
 
 def open_(folder):
     return open_source("shards", str(folder), SIZE, "train")
+
+
+def without_hashes(folder):
+    """As an earlier version made the set: no hash of the manifest and of the indices, so that other checks see more."""
+    tree = json.loads((folder / "dataset.json").read_text())
+    tree.pop("sha256")
+    for shard in tree["shards"]:
+        shard.pop("index_sha256")
+    (folder / "dataset.json").write_text(json.dumps(tree))
+    return folder
 
 
 def error_of(folder):
@@ -151,10 +161,20 @@ def test_a_missing_truncated_or_wrong_index_is_named(damaged, mentions):
         lambda tree: tree["shards"][0].update(name="../../secret.tar"),
         lambda tree: tree["shards"][0].update(name="shard-00000.tar; rm -r x"),
         lambda tree: tree.pop("seed"),
+        lambda tree: tree["shards"][0].update(name="shard-0000\u0663.tar"),
+        lambda tree: tree["shards"][0].update(name="shard-00001.tar"),
+        lambda tree: tree["shards"][0].update(name="shard-00000.tar\n"),
+        *(lambda tree, n=n: tree["shards"][0].update(samples=n) for n in (-1, "1_0", 9.0, 2**70, True, None)),
+        *(lambda tree, n=n: tree["shards"][0].update(bytes=n) for n in (-1, "1_0", 2**70, None)),
+        *(lambda tree, n=n: tree.update(seed=n) for n in (-1, 1.5, "1", 2**64)),
+        *(lambda tree, n=n: tree.update(image_size=n) for n in (-1, 7, 10**9, "32")),
+        *(lambda tree, n=n: tree.update(skipped=n) for n in (-1, None, [])),
+        lambda tree: tree.update(classes={"class0": -14, "class1": 14, "class2": 41}),
+        lambda tree: tree.update(classes={"class0": "14", "class1": 14, "class2": 13}),
     ],
 )
 def test_an_invalid_manifest_is_refused(damaged, change, mentions):
-    folder = damaged()
+    folder = without_hashes(damaged())
     tree = json.loads((folder / "dataset.json").read_text())
     change(tree)
     (folder / "dataset.json").write_text(json.dumps(tree))
@@ -185,13 +205,110 @@ def test_verify_compares_index_and_counts(damaged, mentions):
     (fault,) = verify_shards(folder, 1)
     assert re.search(mentions("shard-00000.idx", "shard-00000.tar"), fault)
     shutil.rmtree(folder)
-    folder = damaged()
+    folder = without_hashes(damaged())
     tree = json.loads((folder / "dataset.json").read_text())
     tree["classes"] = {"class0": 15, "class1": 13, "class2": 13}
     (folder / "dataset.json").write_text(json.dumps(tree))
     first, second = verify_shards(folder, 1)
     assert re.search(mentions("class0", 14, 15), first)
     assert re.search(mentions("class1", 14, 13), second)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder, tree: tree.update(classes=dict(reversed(tree["classes"].items()))),
+        lambda folder, tree: tree.update(classes={name.upper(): count for name, count in tree["classes"].items()}),
+        lambda folder, tree: tree.update(seed=7),
+        lambda folder, tree: tree["shards"][0].update(sha256="0" * 64),
+        lambda folder, tree: tree.update(sha256="0" * 64),
+        lambda folder, tree: tree.pop("sha256"),
+    ],
+)
+def test_a_manifest_that_was_changed_is_refused(damaged, change):
+    """The order of the class names gives the labels."""
+    folder = damaged()
+    tree = json.loads((folder / "dataset.json").read_text())
+    change(folder, tree)
+    (folder / "dataset.json").write_text(json.dumps(tree))
+    assert "dataset.json" in error_of(folder)
+    with pytest.raises(UserError, match=r"dataset\.json"):
+        verify_shards(folder, 1)
+
+
+def test_an_index_that_was_changed_is_refused(damaged, mentions):
+    """Two images in each other's place would be read without a complaint, each with the other's number."""
+    folder = damaged("raw")
+    index = folder / "shard-00000.idx"
+    text = index.read_text()
+    one, other = (line.split()[3][:12] for line in text.splitlines()[1:3])
+    index.write_text(text.replace(one, "x").replace(other, one).replace("x", other))
+    assert re.search(mentions(index, "SHA-256"), error_of(folder))
+    assert re.search(mentions("shard-00000.idx", "SHA-256"), verify_shards(folder, 1)[0])
+    assert len(open_(without_hashes(folder))) == 41, "nothing else shows it when a set is opened"
+    assert re.search(mentions("shard-00000.idx", "shard-00000.tar"), verify_shards(folder, 1)[0])
+
+
+def test_verify_says_what_it_cannot_check(damaged, command, mentions):
+    folder = damaged()
+    assert unchecked(folder) == [] and len(command("shards", "verify", folder).out.splitlines()) == 1
+    ended = command("shards", "verify", without_hashes(folder))
+    assert ended.status == 0 and len(open_(folder)) == 41
+    assert re.search(mentions("dataset.json", "class"), ended.out) and re.search(mentions("indices"), ended.out)
+
+
+ENTRY = Shard("shard-00000.tar", 2, 10_000, "0" * 64)
+LINES = (
+    "cls 512 1 000000000000.cls jpg 1536 100 000000000000.jpg",
+    "cls 2560 2 000000000007.cls png 3584 99 000000000007.png",
+)
+
+
+def test_an_index_is_parsed(tmp_path):
+    (tmp_path / "a.idx").write_text("v1.2 2\n" + "\n".join(LINES))
+    index = read_index(tmp_path / "a.idx", ENTRY)
+    assert index.keys.tolist() == [0, 7] and index.extensions == ["jpg", "png"]
+    assert (index.labels.tolist(), index.images.tolist()) == ([[512, 1], [2560, 2]], [[1536, 100], [3584, 99]])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        *(
+            ("512", number)
+            for number in ("-512", "+512", "5_12", "0x200", "5e2", "512.0", "\u0665\u0661\u0662", "", "511")
+        ),
+        *(("3584", number) for number in ("9999999999999999999999", "18446744073709551617", "9950", "2561", "1_0")),
+        *(("99 ", number) for number in ("6417 ", "-1 ", "9223372036854775807 ")),
+        ("v1.2 2", "v1.2 3"),
+        ("v1.2 2", "v1.2 1"),
+        ("v1.2 2", "v1.2 -2"),
+        ("v1.2 2", "v1.2 " + "9" * 5000),
+        ("v1.2 2", "v1.2 2 2"),
+        ("000000000007.png", "000000000008.png"),
+        ("000000000007", "9" * 30),
+        ("7.png", "7.jpg"),
+        ("png", "gif"),
+        ("cls 2560", "cls 1536"),
+        ("\n", " "),
+        ("cls 512", "\0cls 512"),
+    ],
+)
+def test_an_index_with_other_numbers_is_refused(tmp_path, old, new, mentions):
+    text = "v1.2 2\n" + "\n".join(LINES) + "\n"
+    assert old in text
+    (tmp_path / "a.idx").write_text(text.replace(old, new))
+    with pytest.raises(UserError, match=mentions(tmp_path / "a.idx")) as refusal:
+        read_index(tmp_path / "a.idx", ENTRY)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_pipe_is_no_index_and_no_manifest(damaged):
+    folder = damaged()
+    for name in ("shard-00001.idx", "dataset.json"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        assert name in error_of(folder)
 
 
 def spoil(folder, name, data):
@@ -221,7 +338,7 @@ def test_a_sample_damaged_after_the_set_was_made_is_skipped(damaged, workers):
 
 
 def test_a_wrong_label_or_length_is_an_unreadable_sample(damaged, mentions):
-    folder = damaged("raw")
+    folder = without_hashes(damaged("raw"))
     spoil(folder, "000000000004.cls", b"9")
     for index in folder.glob("*.idx"):
         index.write_text(re.sub(r" 3072 (000000000005\.)", r" 3071 \1", index.read_text()))

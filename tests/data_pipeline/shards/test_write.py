@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -16,6 +17,7 @@ from unite_fast.data_pipeline import open_source
 from unite_fast.data_pipeline.shards.manifest import read_manifest
 from unite_fast.data_pipeline.shards.source import ShardSource
 from unite_fast.data_pipeline.shards.write import Settings
+from unite_fast.data_pipeline.splits import ClassesDiffer
 from unite_fast.errors import UserError
 
 SIZE = 32
@@ -86,6 +88,31 @@ def test_an_interrupted_run_resumes(image_folder, make, tmp_path):
     assert not list(part.glob("*.partial")) and not list(part.glob("*.done"))
 
 
+@pytest.mark.parametrize(
+    "record", ["", "{", "[]", "null", '{"shard": 3, "counts": [], "skipped": []}', "other", "counts"]
+)
+def test_a_record_that_does_not_fit_is_made_again(image_folder, make, tmp_path, record):
+    """As after a power cut, or where somebody changed the files of an interrupted run."""
+    whole, manifest = make(image_folder, out=tmp_path / "whole")
+    part, _ = make(image_folder, out=tmp_path / "part")
+    (part / "dataset.json").unlink()
+    counts = [[label, 2 if label else 1] for label in range(3)]
+    for shard in manifest.shards:
+        content = {"shard": vars(shard), "counts": counts, "skipped": []}
+        (part / shard.name).with_suffix(".done").write_text(json.dumps(content))
+    counts = counts if record != "counts" else [["\u0661", 2]]
+    other = json.dumps({"shard": vars(manifest.shards[1]), "counts": counts, "skipped": []})
+    (part / "shard-00000.done").write_text(other if record in ("other", "counts") else record)
+    os.utime(part / "shard-00000.tar", (1, 1))
+    os.utime(part / "shard-00001.tar", (1, 1))
+    make(image_folder, out=part)
+    assert (part / "shard-00000.tar").stat().st_mtime != 1, "made again"
+    assert (part / "shard-00001.tar").stat().st_mtime == 1
+    assert {name: data for name, data in contents(part).items() if name != "dataset.json"} == {
+        name: data for name, data in contents(whole).items() if name != "dataset.json"
+    }
+
+
 def test_a_killed_process_resumes(process, image_folder, tmp_path):
     """A real process, killed at two points, then run to its end."""
     command = ("shards", image_folder, "killed", "--image-size", 200, "--per-shard", 2, "--workers", 1)
@@ -118,6 +145,72 @@ def test_a_folder_of_other_shards_is_refused(image_folder, make, tmp_path, menti
     (out / "plan.json").unlink()
     with pytest.raises(UserError, match=mentions(out, "unknown")):
         make(image_folder)
+
+
+def test_held_out_shards_get_the_labels_of_the_training_set_beside_them(image_folder, make, tmp_path, mentions):
+    _, train = make(image_folder, out=tmp_path / "set" / "train")
+    shutil.copytree(image_folder, tmp_path / "some", ignore=shutil.ignore_patterns("class0"))
+    _, val = make(tmp_path / "some", out=tmp_path / "set" / "val")
+    assert list(val.classes) == list(train.classes) and val.classes["class0"] == 0
+    # The development kit's numbers beside names.
+    (tmp_path / "flat").mkdir()
+    for number in range(3):
+        Image.new("RGB", (40, 40)).save(tmp_path / "flat" / f"{number}.png")
+    (tmp_path / "numbers.txt").write_text("2\n1\n2\n")
+    with pytest.raises(ClassesDiffer, match=mentions("numbers", tmp_path / "set" / "train")):
+        make(tmp_path / "flat", labels=tmp_path / "numbers.txt", out=tmp_path / "set" / "valid")
+
+
+def test_training_images_do_not_become_a_held_out_set(make, tmp_path, mentions):
+    for name in ("train/a/0.png", "val/a/1.png"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / "images" / name)
+    for source in (tmp_path / "images", tmp_path / "images" / "train"):
+        with pytest.raises(UserError, match=mentions("--split", "val")):
+            make(source, out=tmp_path / "set" / "val")
+    assert make(tmp_path / "images", split="val", out=tmp_path / "set" / "val")[1].samples == 1
+
+
+def test_a_flat_folder_with_labels_is_listed_like_a_tar(make, tmp_path, mentions):
+    for name in ("train/n1/0.png", "train/n2/1.png", "val/b.png", "val/a.png"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / "set" / name)
+    labels = tmp_path / "LOC_val_solution.csv"
+    labels.write_text("ImageId,PredictionString\nb,n2 1 2 3 4\na,n2 5 6 7 8\n")
+    for source, split in ((tmp_path / "set", "validation"), (tmp_path / "set" / "val", "train")):
+        _, manifest = make(source, split=split, labels=labels, out=tmp_path / split)
+        assert manifest.classes == {"n1": 0, "n2": 2}
+    labels.write_text("1\n2\n")
+    with pytest.raises(ClassesDiffer, match=mentions("numbers", labels, tmp_path / "set" / "train")):
+        make(tmp_path / "set", split="val", labels=labels, out=tmp_path / "other")
+    with pytest.raises(UserError, match=mentions("--labels", "n1", "n2")):
+        make(tmp_path / "set", labels=labels, out=tmp_path / "other")
+
+
+def test_what_is_read_and_left_out_is_said(command, image_folder, tmp_path, mentions):
+    shutil.copytree(image_folder, tmp_path / "set" / "train")
+    (tmp_path / "set" / "train" / "class0" / "notes\n.txt").write_text("x")
+    (tmp_path / "set" / "val").mkdir()
+    ended = command("shards", tmp_path / "set", tmp_path / "out", "--image-size", 32, "--workers", 1)
+    assert ended.status == 0, ended.err
+    assert re.search(mentions("41 images", "split train", "3 classes"), ended.out)
+    assert re.search(r"^left out: 1 with another extension: class0/notes \.txt$", ended.out, re.M)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--quality", 95), ("--quality", "raw")),
+        (("--split", "val"), ("val", "splits")),
+        (("--split", "x"), ("'x'", "train")),
+        (("--label-column", "fine"), ("--label-column", "Parquet")),
+        (("--labels", "l.txt"), ("--labels", "class0")),
+    ],
+)
+def test_an_option_that_does_not_fit_is_an_error(command, image_folder, tmp_path, mentions, options, words):
+    ended = command("shards", image_folder, tmp_path / "out", *options)
+    assert re.search(mentions(*words), ended.error()), ended.err
+    assert not (tmp_path / "out" / "dataset.json").exists()
 
 
 @pytest.mark.parametrize("format", ["raw", "cropped-jpeg", "original"])
@@ -170,6 +263,7 @@ def test_odd_images_in_original_shards_are_pngs_with_the_same_pixels(make, odd_i
     [
         ({"format": "zip"}, "original, cropped-jpeg, raw"),
         ({"format": "raw", "image_size": 0}, "--image-size"),
+        ({"format": "raw", "image_size": 2**40}, "--image-size"),
         ({"format": "cropped-jpeg", "quality": 80}, "--quality"),
         ({"format": "raw", "seed": -1}, "--seed"),
         ({"format": "raw", "per_shard": 0}, "--per-shard"),
@@ -209,3 +303,27 @@ def test_read_into_agrees_with_read(shards):
     label = source.read_into(7, image)
     images, labels = source.read([7])
     assert label == labels[0] and np.array_equal(image, images[0])
+
+
+def test_shards_are_not_written_into_their_source(command, image_folder, tmp_path):
+    before = sorted(path.relative_to(image_folder) for path in image_folder.rglob("*"))
+    (tmp_path / "link").symlink_to(image_folder)
+    for out in (image_folder, image_folder / "shards", tmp_path / "link"):
+        command("shards", image_folder, out).error(out, "reads")
+    assert sorted(path.relative_to(image_folder) for path in image_folder.rglob("*")) == before
+    # The staging folder is deleted at the end.
+    source = tmp_path / "out" / "staging"
+    shutil.copytree(image_folder, source)
+    command("shards", source, tmp_path / "out").error(source)
+    assert source.exists()
+
+
+def test_a_set_has_one_writer(command, process, wait_until, image_folder, tmp_path):
+    arguments = ("shards", image_folder, "set", "--image-size", SIZE, "--per-shard", 1, "--workers", 1)
+    running = process(*arguments)
+    wait_until(lambda: list((tmp_path / "set").glob("*.done")))
+    running.signal(signal.SIGSTOP)
+    command("shards", image_folder, tmp_path / "set").error(tmp_path / "set", f"process {running.pid}")
+    running.signal(signal.SIGCONT)
+    assert running.wait() == 0, running.printed()
+    assert not (tmp_path / ".set.lock").exists() and command("shards", "verify", tmp_path / "set").status == 0

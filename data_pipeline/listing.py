@@ -1,0 +1,94 @@
+"""What listings of images share: many names in little memory, what was left out, names on one line."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from unite_fast import errors
+
+MAX_NAMED = 3
+"""Names per reason that `LeftOut` shows; the others are only counted."""
+OTHER_EXTENSION, HIDDEN, NO_CLASS = "with another extension", "with a hidden name", "in no class folder"
+LINK, NOT_REGULAR = "behind a link, which is not followed", "that are no regular files"
+NO_SPLIT = "that belong to no split"
+"""Reasons to leave a file out."""
+
+
+def printable(name: object) -> str:
+    """A name from a file or folder for a message, which may hold bytes that are not text; see `errors.printable`."""
+    try:
+        encoded = os.fsencode(str(name))
+    except UnicodeEncodeError:  # half a surrogate pair, from JSON
+        encoded = str(name).encode(errors="backslashreplace")
+    return errors.printable(encoded.decode(errors="backslashreplace"))
+
+
+class Names:
+    """Names of files in two arrays.
+
+    A list would be copied page by page into every forked reader, because reading a Python string changes its reference
+    count.
+    """
+
+    def __init__(self, names: Iterable[str] = ()):
+        encoded = [os.fsencode(name) for name in names]
+        self._bytes = np.frombuffer(b"".join(encoded), np.uint8)
+        self._ends = np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)))
+
+    @classmethod
+    def join(cls, parts: list["Names"]) -> "Names":
+        """The names of all parts, in order."""
+        joined = cls()
+        if parts:
+            joined._bytes = np.concatenate([part._bytes for part in parts])
+            starts = np.cumsum([0, *(len(part._bytes) for part in parts[:-1])])
+            joined._ends = np.concatenate([part._ends + start for part, start in zip(parts, starts, strict=True)])
+        return joined
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        end = int(self._ends[index])  # also refuses an index out of range
+        start = int(self._ends[index - 1]) if index % len(self) else 0
+        return os.fsdecode(self._bytes[start:end].tobytes())
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
+    def digest(self) -> "hashlib._Hash":
+        """A SHA-256 of the names, to which more can be added."""
+        digest = hashlib.sha256(self._bytes.data)
+        digest.update(self._ends.data)
+        return digest
+
+    def take(self, order: np.ndarray) -> "Names":
+        """The names in another order, or some of them."""
+        return Names(self[index] for index in order.tolist())
+
+
+class LeftOut:
+    """Files, members and rows that a listing leaves out: how many for each reason, and the first few by name."""
+
+    def __init__(self):
+        self._reasons: dict[str, tuple[int, list[str]]] = {}
+
+    def add(self, reason: str, name: str) -> None:
+        count, names = self._reasons.get(reason, (0, []))
+        if len(names) < MAX_NAMED:
+            names.append(printable(name))
+        self._reasons[reason] = (count + 1, names)
+
+    def merge(self, other: "LeftOut") -> None:
+        for reason, (count, names) in other._reasons.items():
+            before, first = self._reasons.get(reason, (0, []))
+            self._reasons[reason] = (before + count, [*first, *names][:MAX_NAMED])
+
+    def lines(self) -> list[str]:
+        """A line for each reason."""
+        return [
+            f"{count:,} {reason}: {', '.join(names)}{', ...' if count > len(names) else ''}"
+            for reason, (count, names) in sorted(self._reasons.items())
+        ]

@@ -1,0 +1,174 @@
+"""Read the classes of images from a text file: `unite-fast shards --labels`."""
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from unite_fast.data_pipeline.listing import printable
+from unite_fast.data_pipeline.shards.listed import parse_label
+from unite_fast.data_pipeline.splits import ClassesDiffer
+from unite_fast.errors import UserError
+from unite_fast.utils.files import read_small
+
+_LARGEST = 2**28
+_OF_A_TABLE = re.compile(r"\.(jpe?g|png|webp|bmp|gif)\b", re.IGNORECASE)
+"""In a line that names an image file."""
+_NUMBERED = re.compile(r"\d+\s*[,;:\s]\s*\S")
+_IMAGENET = re.compile(r"ILSVRC20\d\d_(val|test)_\d+\.", re.IGNORECASE)
+_BOXES = "predictionstring"
+"""The header of the second column in LOC_val_solution.csv: a class, then the corners of boxes."""
+
+
+def read_label_file(path: Path, names: list[str]) -> list[str]:
+    """The class of each image.
+
+    Args:
+        path: either one class per line, ordered by the names of the image files; or two columns separated by a comma,
+            a tab or a space, the name of an image file (with its extension or without) and the class, with a line of
+            headers or without. Kaggle's LOC_val_solution.csv has a class and boxes in the second column.
+        names: names of the image files, without folders.
+
+    Raises:
+        UserError: the file cannot be read; an image has no class or two of them; a value is no class; a list has
+            another number of lines than there are images, or is a table of other images.
+        ClassesDiffer: ImageNet's images are labelled by numbers, whose order differs between the development kit and
+            the sorted class names.
+    """
+    if len(set(names)) < len(names):
+        twice = Counter(names).most_common(1)[0][0]
+        raise UserError(f"two images are called {printable(twice)}, so {path} cannot tell them apart: rename one")
+    lines = _lines(path)
+    by_name = _by_name(path, lines, names)
+    if by_name is None:
+        if len(lines) != len(names):
+            raise UserError(f"{path} has {len(lines)} lines, but there are {len(names)} images: one class per line")
+        _check_list(path, lines, names)
+        classes = [""] * len(names)
+        for number, line in zip(np.argsort(np.array(names), kind="stable").tolist(), lines, strict=True):
+            classes[number] = line
+    else:
+        missing = [name for name in names if name not in by_name]
+        if missing:
+            raise UserError(f"{path} has no class for {len(missing)} images, first {printable(missing[0])}")
+        classes = [by_name[name] for name in names]
+    classes = [_class_of(path, value) for value in classes]
+    if all(name.isdecimal() for name in classes) and all(_IMAGENET.match(name) for name in names):
+        raise ClassesDiffer(
+            f"{path} labels ImageNet's images by numbers such as {classes[0]}, which do not say a class, since the "
+            "development kit counts in another order than sorted names: give names such as n01440764, as in "
+            "LOC_val_solution.csv"
+        )
+    return classes
+
+
+def check_one_folder(paths: Iterable[str], place: object) -> None:
+    """Check that images for a label file lie in one folder; several folders would be classes.
+
+    Args:
+        paths: of the images, with "/" between folders.
+
+    Raises:
+        UserError: they do not.
+    """
+    folders = sorted({path.rpartition("/")[0] for path in paths})
+    if len(folders) > 1:
+        raise UserError(
+            f"the images in {place} lie in the folders {printable(folders[0] or '.')}, {printable(folders[1])}, ..., "
+            "which say their class: leave out --labels"
+        )
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = read_small(path, _LARGEST).decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
+        raise UserError(f"cannot read the labels in {path}: {reason}") from None
+    lines = [line.strip() for line in re.split("\r\n|\n|\r", text)]
+    while lines and not lines[-1]:
+        lines.pop()
+    if "" in lines:
+        raise UserError(f"line {lines.index('') + 1} of {path} is empty: give every image a class")
+    return lines
+
+
+def _by_name(path: Path, lines: list[str], names: list[str]) -> dict[str, str] | None:
+    """Image name -> class; None if the file is a list of classes."""
+    name_of = {name.rsplit(".", 1)[0]: name for name in names} | {name: name for name in names}
+    rows = [_columns(path, line) for line in lines]
+    # The first line may be a header. Images and classes may both be numbers: a list has one column.
+    if not any(row[0] in name_of and row[1] for row in rows[:2]):
+        return None
+    header = rows.pop(0) if rows[0][0] not in name_of else ["", ""]
+    boxes = header[1].lower() == _BOXES
+    classes: dict[str, str] = {}
+    for image, value, *more in rows:
+        if any(more):
+            raise UserError(
+                f"{path} has more than two columns at {printable(image)}: keep the image and its class, and put a "
+                "class with a comma in quotes"
+            )
+        name = name_of.get(image)
+        if name is None:  # of an image that is not here
+            continue
+        value = value.split()[0] if boxes and value else value
+        if not value:
+            raise UserError(f"{path} has no class for {printable(image)}")
+        if classes.setdefault(name, value) != value:
+            raise UserError(
+                f"{path} gives {printable(image)} two classes, {printable(classes[name])} and {printable(value)}"
+            )
+    return classes
+
+
+def _check_list(path: Path, lines: list[str], names: list[str]) -> None:
+    """
+    Raises:
+        UserError: the lines are no classes: they name images, or all of them are numbered.
+    """
+    here = set(names)
+    line = next((line for line in lines if _OF_A_TABLE.search(line) or line in here), None)
+    if line is None and all(map(_NUMBERED.match, lines)):
+        line = lines[0]
+    if line is not None:
+        raise UserError(
+            f"the line {printable(line[:80])} of {path} is no class, and its first column is no image of these, such "
+            f"as {printable(names[0])}: give IMAGE,CLASS in each line, or only the class"
+        )
+
+
+def _class_of(path: Path, value: str) -> str:
+    """The name of a class. A whole number with a point, as tables of floats have them, is written without it.
+
+    Raises:
+        UserError: the value is no class.
+    """
+    try:
+        label = parse_label(value)
+    except ValueError as error:
+        raise UserError(f"{path}: {printable(error)}") from None
+    if label == -1:
+        raise UserError(f"{path} has the label -1, which means unlabelled: leave out these images")
+    return str(label) if isinstance(label, int) and "." in value else value
+
+
+def _columns(path: Path, line: str) -> list[str]:
+    """Two columns or more; the first is the name of an image without its folder.
+
+    Raises:
+        UserError: the line is not a row of a csv.
+    """
+    if "," in line:
+        try:
+            first, *rest = next(csv.reader([line]))
+        except csv.Error as error:
+            raise UserError(f"cannot read the line {printable(line[:80])} of {path}: {error}") from None
+    elif "\t" in line:
+        first, *rest = line.split("\t")
+    else:
+        first, *rest = line.split(" ", 1)
+    return [re.split(r"[/\\]", first.strip())[-1], *([value.strip() for value in rest] or [""])]
