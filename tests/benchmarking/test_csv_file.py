@@ -65,3 +65,15 @@ def test_invalid_tables_are_refused(tmp_path, mentions):
         csv_file.append(tmp_path, {"images_per_s": 1})
     with pytest.raises(UserError, match=mentions(tmp_path / "none.csv", "--csv")):
         csv_file.read(tmp_path / "none.csv")
+
+
+def test_a_row_after_a_cut_one_begins_a_line_and_no_link_is_followed(tmp_path):
+    path = tmp_path / "bench.csv"
+    csv_file.append(path, {"recipe": "a", "images_per_s": 1})
+    path.write_text(path.read_text().rstrip("\n"))
+    csv_file.append(path, {"recipe": "b", "images_per_s": 2})
+    assert [row["recipe"] for row in rows(path)] == ["a", "b"]
+    (tmp_path / "link.csv").symlink_to("bench.csv")
+    with pytest.raises(UserError, match=r"link\.csv"):
+        csv_file.append(tmp_path / "link.csv", {"recipe": "c", "images_per_s": 3})
+    assert len(rows(path)) == 2

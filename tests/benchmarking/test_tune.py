@@ -186,3 +186,14 @@ def test_a_timed_step_has_few_micro_batches(batch, micro, world, expected):
     """At most 256 images per process, in whole micro-batches, and at least one micro-batch."""
     config = load_config("digits", (f"train.batch_size={batch}", f"train.micro_batch={micro}"))
     assert timed_batch(config, world) == expected
+
+
+def test_the_recipe_and_foreign_files_are_not_replaced(tmp_path, mentions):
+    recipe, notes = tmp_path / "mine.yaml", tmp_path / "notes.yaml"
+    recipe.write_text("# unite-fast tune x\nname: mine\n")
+    notes.write_text("# my notes\n")
+    with pytest.raises(UserError, match=mentions(recipe, "reads")):
+        tuned_file.check(recipe, str(recipe))
+    with pytest.raises(UserError, match=mentions(notes, "in the way")):
+        tuned_file.check(notes, "digits")
+    tuned_file.check(recipe, "digits")

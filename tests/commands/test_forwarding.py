@@ -272,6 +272,7 @@ def test_plan_shows_what_was_measured_on_the_same_gpus(command, tmp_path, monkey
 
 
 def test_shards(command, record, tmp_path, mentions):
+    from unite_fast.data_pipeline.shards.parquet_files import Columns
     from unite_fast.data_pipeline.shards.write import Settings
 
     manifest = SimpleNamespace(samples=9, shards=[1, 2], format="cropped-jpeg", skipped=1)
@@ -279,16 +280,19 @@ def test_shards(command, record, tmp_path, mentions):
     ended = command(
         *("shards", "make", "source", tmp_path, "--format", "cropped-jpeg", "--image-size", 64, "--quality", 97),
         *("--seed", 5, "--per-shard", 6, "--split", "test", "--labels", "l.txt", "--workers", 3),
+        *("--image-column", "img"),
     )
     assert ended.status == 0, ended.err
-    source, out, settings, workers, split, labels = made.arguments.values()
+    source, out, settings, workers, split, labels, columns, _ = made.arguments.values()
     assert (source, out, workers, split, labels) == (Path("source"), tmp_path, 3, "test", Path("l.txt"))
+    assert columns == Columns("img", "")
     assert tuple(vars(settings).values()) == tuple(vars(Settings("cropped-jpeg", 64, 97, 5, 6)).values())
     assert re.search(mentions(9, 2, "cropped-jpeg"), ended.out) and re.search(mentions(1, "skipped.log"), ended.out)
 
 
 def test_verify(command, record):
     checked = record("unite_fast.data_pipeline.shards.verify.verify_shards", result=[])
+    record("unite_fast.data_pipeline.shards.verify.unchecked", result=[])
     assert command("shards", "verify", "folder", "--workers", 3).status == 0
     assert list(checked.arguments.values()) == [Path("folder"), 3]
     checked.result = ["a fault"]

@@ -45,7 +45,7 @@ def test_the_fastest_settings_are_written_and_train(command, tiny_run, tmp_path)
 def test_candidates_that_fail_have_a_status(tiny_run, monkeypatch):
     words = ("digits", *tiny_run)
     # The table of in-context tokens exceeds any memory.
-    trial = candidate.run(words, {"model.encoder.in_context_tokens": 10**13}, 120.0, ALONE)
+    trial = candidate.run(words, {"model.encoder.width": 2**16}, 120.0, ALONE)
     assert (trial.status, trial.row) == (OUT_OF_MEMORY, None)
     trial = candidate.run(words, {"attention": "sdpa_flash"}, 120.0, ALONE)
     assert trial.status == FAILED and trial.why.startswith("attention")

@@ -44,7 +44,19 @@ def test_under_torchrun_the_same_signal_may_come_twice(monkeypatch):
         assert vote.next_result() == signal.SIGUSR1
 
 
+def test_under_nohup_a_closed_terminal_is_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals(Peers()) as vote:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert vote.next_result() == 0
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def _steps_until_signal(join: Callable[[], Peers], number: int) -> tuple[int, int]:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     peers, step = join(), 0
     with stop_on_signals(peers) as vote:
         while step < 40 and not (by := vote.next_result()):

@@ -12,6 +12,7 @@ from PIL import Image
 
 import unite_fast
 from unite_fast.data_pipeline import open_source
+from unite_fast.data_pipeline.splits import ClassesDiffer
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError
 from unite_fast.evaluation import evaluate as module
@@ -236,6 +237,62 @@ def test_unreadable_images_are_counted(model, tmp_path, mentions):
         path.write_bytes(b"no picture")
     with pytest.raises(UserError, match=mentions("60 of 60", "9/9.png")):
         evaluate(model, EvaluationSettings(count=20, sampling={"steps": 1}))
+
+
+def write_digits(folder, count=40):
+    images, labels = open_source("digits", "", 8, "test").read(range(count))
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        path = folder / str(int(label)) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+
+
+def said(result, out):
+    """Everything that an evaluation says."""
+    return "\n".join([*lines(result), (out / "evaluation.md").read_text(), (out / "evaluation.json").read_text()])
+
+
+def test_images_are_called_held_out_only_if_they_are(model, tmp_path):
+    settings = EvaluationSettings(count=20, sampling={"steps": 1})
+    write_digits(tmp_path / "flat")
+    for split in ("train", "valid"):
+        write_digits(tmp_path / "apart" / split)
+    write_digits(tmp_path / "val")
+    model.config.data.source, model.config.data.path = "folder", str(tmp_path / "flat")
+    for data, kind in (
+        ("", "training images"),
+        (str(tmp_path / "flat"), "training images"),
+        (str(tmp_path / "apart"), "held-out images"),
+        (str(tmp_path / "val"), "held-out images"),
+        (str(tmp_path / "apart" / "train"), "given images"),
+    ):
+        result = evaluate(model, replace(settings, data=data), tmp_path / "out")
+        assert result["reconstruction"]["kind"] == kind
+        text = said(result, tmp_path / "out")
+        assert f"40 {kind}" in text and ("held-out" in text) == (kind == "held-out images")
+
+
+def test_statistics_say_which_split_they_are_of(tmp_path):
+    write_digits(tmp_path / "flat")
+    for split in ("train", "valid"):
+        write_digits(tmp_path / "apart" / split)
+    for name, said in (("flat", "no splits: all images"), ("apart", "valid")):
+        made = save_statistics(
+            str(tmp_path / name), 8, "val", EvaluationSettings(), tmp_path / "ref.npz", Ranks(), "cpu"
+        )
+        assert made.provenance["split"] == said
+
+
+def test_a_held_out_split_of_other_classes_or_without_images_is_an_error(model, tmp_path, mentions):
+    settings = EvaluationSettings(count=20, sampling={"steps": 1}, data=str(tmp_path))
+    write_digits(tmp_path / "train")
+    (tmp_path / "val").mkdir()
+    with pytest.raises(UserError, match=mentions(tmp_path / "val", "--data FOLDER")):
+        evaluate(model, settings)
+    write_digits(tmp_path / "val")
+    (tmp_path / "val" / "3").rename(tmp_path / "val" / "n3")
+    with pytest.raises(ClassesDiffer, match=mentions(tmp_path / "val" / "n3", tmp_path / "train")):
+        evaluate(model, settings)
 
 
 def test_data_may_have_another_format_than_the_training_data(model, tmp_path, mentions):

@@ -1,5 +1,6 @@
 """The Frechet distance against scipy, running sums against their definition, and reference files."""
 
+import json
 import re
 import zipfile
 
@@ -176,3 +177,60 @@ def test_invalid_files(tmp_path, mentions):
     np.savez(path, mu=np.array([{}, {}], dtype=object), sigma=np.eye(2))
     with pytest.raises(UserError, match=mentions(path, ".npz", "unite-fast stats")):
         load_reference(path)
+
+
+META = {"features": "pixels", "count": 9, "about": {}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mu": np.zeros((2, 1))},
+        {"mu": np.zeros(0), "sigma": np.zeros((0, 0))},
+        {"mu": np.array([0, np.inf])},
+        {"mu": np.array([0, 1])},
+        {"mu": np.array([True, False])},
+        {"mu": np.array(["a", "b"])},
+        {"sigma": np.array([[1.0, 0.5], [-0.5, 1.0]])},
+        {"sigma": np.diag([1.0, -1.0])},
+        {"samples": np.zeros((5, 3), np.float32)},
+        {"samples": np.zeros(2, np.float32)},
+        {"samples": np.full((5, 2), np.nan, np.float32)},
+        {"basis/mean": np.zeros(12, np.float32)},
+        {"basis/mean": np.zeros(12, np.float32), "basis/components": np.zeros((3, 12), np.float32)},
+        {"basis/mean": np.zeros(13, np.float32), "basis/components": np.zeros((2, 13), np.float32)},
+        {"basis/mean": np.zeros(12, np.float32), "basis/components": np.full((2, 12), np.inf, np.float32)},
+        {"basis/other": np.zeros(12, np.float32)},
+        *(
+            {"meta": META | change}
+            for change in (
+                {"features": 3},
+                {"features": "x\x1b[2J"},
+                {"count": -1},
+                {"count": "1_0"},
+                {"count": 1.5},
+                {"about": []},
+                {"about": {"unreadable": [[1]]}},
+            )
+        ),
+        {"meta": "NaN"},
+        {"meta": []},
+    ],
+)
+def test_arrays_and_entries_that_no_statistics_have_are_refused(tmp_path, change, mentions):
+    path = tmp_path / "x.npz"
+    meta = np.frombuffer(json.dumps(change.pop("meta", META)).encode(), np.uint8)
+    good = {"mu": np.zeros(2), "sigma": np.eye(2), "meta_json": meta}
+    np.savez(path, **good | change)
+    with pytest.raises(UserError, match=mentions(path)) as refusal:
+        load_reference(path)
+    assert str(refusal.value).isprintable()
+
+
+def test_what_a_file_says_of_its_origin_does_not_hide_the_origin(tmp_path):
+    about = {"path": "elsewhere", "sha256": "0", "images": 7, "features": "inception", "data": "a folder"}
+    meta = np.frombuffer(json.dumps(META | {"about": about}).encode(), np.uint8)
+    np.savez(tmp_path / "x.npz", mu=np.zeros(2), sigma=np.eye(2), meta_json=meta)
+    info = load_reference(tmp_path / "x.npz").info()
+    assert info["path"] == str(tmp_path / "x.npz") and info["images"] == 9 and info["features"] == "pixels"
+    assert info["data"] == "a folder" and len(info["sha256"]) == 64

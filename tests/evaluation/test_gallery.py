@@ -4,6 +4,7 @@ import base64
 import io
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 import unite_fast
+from unite_fast.errors import UserError
 from unite_fast.evaluation.gallery import Counts, GallerySettings, SectionBuilder, between_latents, make_gallery
 from unite_fast.evaluation.gallery_page import render
 
@@ -155,6 +157,23 @@ def test_names_cannot_break_out_of_the_page(trained, trained_folder):
     )
 
 
+def test_real_images_are_called_what_they_are(trained, trained_folder, tmp_path, mentions):
+    def text(data):
+        sections = make_gallery(trained, trained_folder, GallerySettings(per_class=1, data=str(data)))[1]
+        return " ".join(section.text for section in sections)
+
+    for name in ("flat", "apart/train", "apart/val", "alone/train"):
+        for label in range(10):
+            (tmp_path / name / f"{label}\x1b").mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{label}\x1b" / "0.png")
+    assert "Held-out images" in text(tmp_path / "apart") and "Training images" in text(tmp_path / "alone")
+    assert "Given images" in text(tmp_path / "flat") and "\x1b" not in text(tmp_path / "flat")
+    shutil.rmtree(tmp_path / "apart" / "val" / "3\x1b")
+    (tmp_path / "apart" / "val" / "four").mkdir()
+    with pytest.raises(UserError, match=mentions("four", "--no-real")):
+        text(tmp_path / "apart")
+
+
 def test_a_large_page_stays_small_enough(trained):
     """84 photographs of 256 x 256; their PNGs take about 112 kB each. See the docstring of `Counts.for_size`."""
     counts = Counts.for_size(256)
@@ -214,7 +233,7 @@ def test_interpolated_noise_is_noise(trained):
         (("--classes", "10"), ("class", 10, "0..9")),
         (("--classes", "a"), ("--classes", "'a'")),
         (("--scales", "1,x"), ("--scales", "'1,x'")),
-        (("--scales", "nan"), ("scales", "finite")),
+        (("--scales", "nan"), ("--scales", "finite")),
         (("--steps", "0"), ("sampling.steps", "positive")),
         (("--interval", "1,0"), ("sampling.interval", "LOW,HIGH")),
         (("--seed", "-1"), ("seed", -1)),

@@ -273,3 +273,37 @@ def test_the_number_of_processes_does_not_change_the_distances(ranks, trained_fo
     assert two[0] == two[1]
     for one, other in zip(alone[0], two[0], strict=True):
         assert one[0] == pytest.approx(other[0], rel=1e-9) and one[1] == other[1]
+
+
+HUGE = ("--scales", "1,2,1e30", "--lows", "0", "--highs", "1", "--count", "40", "--final-count", "50", "--confirm", "3")
+
+
+def test_guidance_that_draws_nan_has_lost_and_is_named(command, trained_folder, tmp_path, mentions):
+    out = tmp_path / "guidance"
+    ended = command("search-guidance", trained_folder, *HUGE, "--out", out)
+    assert (ended.status, ended.err) == (0, "")
+    assert re.search(mentions("lost", "guidance 1e+30"), ended.out)
+    result = json.loads((out / "guidance.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert [one["candidate"]["scale"] for one in result["searched"] if one["distance"] is None] == [1e30]
+    assert result["best"]["candidate"]["scale"] < 3 and result["best"]["distance"] > 0
+    assert result["confirmed"][-1]["distance"] is None
+    # The cache remembers it.
+    assert command("search-guidance", trained_folder, *HUGE, "--out", out).out == ended.out
+    with Image.open(out / "guidance.png") as picture:
+        assert picture.width > 500
+
+
+def test_a_grid_without_finite_images_is_an_error(command, trained_folder, tmp_path):
+    options = (*HUGE[2:], "--scales", "1e30,1e31", "--out", tmp_path / "x")
+    command("search-guidance", trained_folder, *options).error("finite", "--scales")
+
+
+# A scale that is text.
+ROW = json.dumps({"candidate": {"scale": "1", "low": 0, "high": 1}, "first": 0, "count": 5, "distance": 1.0})
+ROW = ROW[:-1] + ', "evaluations": 3, "seconds": 1}'
+
+
+@pytest.mark.parametrize("row", ["5", "{}", '{"candidate": 3}', ROW])
+def test_a_row_of_a_foreign_cache_is_a_mistake(command, trained_folder, tmp_path, row):
+    (tmp_path / "measured.json").write_text(f'{{"settings": {{}}, "measured": [{row}]}}')
+    command("search-guidance", trained_folder, *SMALL, "--out", tmp_path).error(tmp_path / "measured.json", "--out")

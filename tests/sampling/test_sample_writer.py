@@ -20,10 +20,11 @@ import unite_fast
 from unite_fast.config import SamplingConfig
 from unite_fast.distributed.launch import ranks_of_torchrun
 from unite_fast.errors import UserError
-from unite_fast.sampling import distributed_sampler
+from unite_fast.sampling import distributed_sampler, sample_writer
 from unite_fast.sampling.distributed_sampler import Generation
 from unite_fast.sampling.pipeline import weights_sha256
 from unite_fast.sampling.sample_writer import write_npz, write_samples
+from unite_fast.utils import files
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +179,7 @@ def test_a_resumed_generation_samples_only_missing_batches(model, generation, tm
     ("options", "tokens"),
     [
         (("--num", 0), ("number", 0)),
-        (("--num", -3), ("number", 0)),
+        (("--num", -3), ("number", -3)),
         (("--classes", "3,10"), ("class", 10, "0..9")),
         (("--seed", -1), ("seed", -1)),
         (("--batch", 0), ("batch", 0)),
@@ -243,14 +244,18 @@ def test_parts_of_other_weights_are_refused(trained_folder, generation, stopped,
         write_samples(other, generation, stopped)
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing(model, generation, stopped, mentions):
+def test_a_full_disk_is_one_line_and_loses_nothing(model, generation, stopped, mentions, monkeypatch):
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     parts = stopped.with_name("a.npz.parts")
-    for name in ("batch_00000003.uint8.partial", "a.npz.partial"):
-        (parts / name).symlink_to("/dev/full")
-        with pytest.raises(UserError, match=mentions("a.npz", os.strerror(errno.ENOSPC))):
-            write_samples(model, generation, stopped)
+    # While a batch is written, and while the batches are merged.
+    for module in (files, sample_writer):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "flush", full)
+            with pytest.raises(UserError, match=mentions("a.npz", os.strerror(errno.ENOSPC))):
+                write_samples(model, generation, stopped)
         assert not stopped.exists()
-        (parts / name).unlink(missing_ok=True)
     assert len(whole(parts)) == 6
     write_samples(model, generation, stopped)
     write_samples(model, generation, stopped.with_name("undisturbed.npz"))

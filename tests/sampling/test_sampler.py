@@ -15,7 +15,9 @@ from unite_fast.randomness import Philox, Stream
 from unite_fast.sampling.sampler import (
     GuidedPrediction,
     Network,
+    NonFinite,
     choose_labels,
+    finished,
     reconstruct,
     sample_batch,
     sample_images,
@@ -277,3 +279,34 @@ def test_labels_cycle_through_the_classes(classes, count, labels):
 def test_classes_out_of_range_are_refused(classes, mentions):
     with pytest.raises(UserError, match=mentions("class", classes[-1], "0..4")):
         choose_labels(classes, 3, 5)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "multistep", "dopri5"])
+def test_images_that_are_not_finite_are_refused(tiny_model, solver, mentions):
+    """NaN would become black squares."""
+    config = replace(FAST, solver=solver, guidance=1e30)
+    with pytest.raises(NonFinite, match=mentions("2 of 2", "guidance 1e+30", solver)) as caught:
+        sample_images(tiny_model, torch.tensor([0, 1]), config)
+    assert caught.value.count == 2
+
+
+def test_each_image_of_a_batch_is_checked(tiny_model, mentions):
+    latents = torch.zeros(3, 4, 6)
+    images = torch.zeros(3, 3, 8, 8)
+    assert torch.equal(finished(images, latents, "a test"), to_uint8(images))
+    for value in (math.nan, math.inf, -math.inf):
+        for tensor in (images, latents):
+            broken = tensor.clone()
+            broken[1].view(-1)[-1] = value
+            pair = (broken, latents) if tensor is images else (images, broken)
+            with pytest.raises(NonFinite, match=mentions("1 of 3", "a test")):
+                finished(*pair, "a test")
+    # Large numbers whose sum overflows are finite.
+    assert finished(torch.full((1, 3, 8, 8), 3e38), latents[:1], "a test").min() == 255
+
+
+def test_reconstructions_that_are_not_finite_are_refused(tiny_model, mentions):
+    with torch.no_grad():
+        tiny_model.decoder.pred.bias[0] = math.nan
+    with pytest.raises(NonFinite, match=mentions("2 of 2")):
+        reconstruct(tiny_model, torch.zeros(2, 3, 8, 8, dtype=torch.uint8))

@@ -159,3 +159,9 @@ def test_remaining_noise_falls_with_the_remaining_time(t):
     assert remaining_noise(0.0) == (1, 0)
     assert (n1 - n0) / (2 * h) / n == pytest.approx(-1 / max(1 - t, MIN_TIME_LEFT), rel=1e-5)
     assert (g1 - g0) / (2 * h) == pytest.approx(1 / n, rel=1e-5)
+
+
+@pytest.mark.parametrize("factor", [math.nan, -1e30])
+def test_dopri5_without_a_solution_gives_nan(factor):
+    x = torch.ones(2, 3, 4)
+    assert dopri5(lambda t, x: factor * x, x, [0.0, 1.0]).isnan().all()

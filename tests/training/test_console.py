@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -14,11 +15,12 @@ from rich.console import Console
 import unite_fast
 from unite_fast.checkpoint.reader import load_checkpoint
 from unite_fast.data_pipeline import open_source
+from unite_fast.data_pipeline.splits import ClassesDiffer
 from unite_fast.model.unite import UNITE
 from unite_fast.recipes import load_config
 from unite_fast.sampling import sampler
 from unite_fast.training import console as report_module
-from unite_fast.training.console import PICTURE_COLUMNS, PICTURE_ROWS, Report, held_out_images
+from unite_fast.training.console import PICTURE_COLUMNS, PICTURE_ROWS, Report, real_images
 from unite_fast.training.train_state import TrainState
 from unite_fast.training.trainer import Outcome, train
 from unite_fast.utils.images import grid, pairs
@@ -66,14 +68,29 @@ def test_pictures_are_drawn_with_the_averaged_weights(config, run):
 
 def test_held_out_images_come_from_the_test_split_if_there_is_one(config, tmp_path):
     test, _ = open_source("digits", "", 8, "test").read(range(40))
-    assert torch.equal(held_out_images(config), test)
+    assert torch.equal(real_images(config)[0], test)
     # Without a test split, they are training images.
     for label in ("a", "b"):
         (tmp_path / label).mkdir()
         for i in range(2):
             Image.fromarray(np.full((8, 8, 3), 60 * i + ord(label), np.uint8)).save(tmp_path / label / f"{i}.png")
     config = load_config("digits", ("data.source=folder", f"data.path={tmp_path}", "model.num_classes=2"))
-    assert [int(image.float().mean()) for image in held_out_images(config)] == [97, 157, 98, 158]
+    images, kind = real_images(config)
+    assert [int(image.float().mean()) for image in images] == [97, 157, 98, 158]
+    assert kind.startswith("training images") and "held-out split" in kind
+    (tmp_path / "a").rename(tmp_path / "train")
+    (tmp_path / "b").rename(tmp_path / "val")
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir()
+        (tmp_path / split / "0.png").rename(tmp_path / split / "a" / "0.png")
+    assert real_images(config)[1] == "held-out images"
+    # A broken held-out split is said, and other classes are refused.
+    (tmp_path / "val" / "a").rename(tmp_path / "val" / "b")
+    with pytest.raises(ClassesDiffer):
+        real_images(config)
+    shutil.rmtree(tmp_path / "val" / "b")
+    images, kind = real_images(config)
+    assert len(images) == 1 and kind.startswith("training images") and str(tmp_path / "val") in kind
 
 
 @pytest.fixture
@@ -93,6 +110,13 @@ def make_report(config, monkeypatch):
         return Report(Path("somewhere"), config, torch.device("cpu"), state, False, main), printed
 
     return run
+
+
+def test_the_run_says_that_its_pictures_show_training_images(make_report, config, monkeypatch):
+    assert "training images" not in make_report()[1].getvalue()
+    of_training = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "training images: no val"
+    monkeypatch.setattr(report_module, "real_images", lambda config: of_training)
+    assert "reconstructions.png shows training images: no val" in make_report()[1].getvalue()
 
 
 def test_the_first_line_describes_the_run(make_report, config):

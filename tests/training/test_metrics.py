@@ -5,10 +5,15 @@ import json
 import math
 import os
 import re
+import shutil
+import time
+import tracemalloc
+from unittest import mock
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from unite_fast.config import Config
 from unite_fast.errors import UserError
@@ -17,6 +22,7 @@ from unite_fast.planning.flops import image_flops
 from unite_fast.planning.gpus import find_gpu
 from unite_fast.training import metrics
 from unite_fast.training.metrics import Averages, MetricsLog, Speedometer, loss_spike, training_metrics
+from unite_fast.training.side_outputs import SideOutputs
 from unite_fast.utils.files import read_rows
 
 
@@ -58,6 +64,13 @@ def test_means_survive_json_bit_for_bit():
     for averages in (whole, second):
         averages.add(9, losses(0.7), torch.tensor(0.3))
     assert whole.take() == second.take()
+
+
+def test_sums_of_other_averages_are_refused():
+    """One sum would be copied to all of them."""
+    for sums in ([1.0], [1.0] * 4, [1.0] * 6):
+        with pytest.raises(UserError, match="cannot resume"):
+            Averages(torch.device("cpu")).load_state_dict({"sums": sums, "count": 1})
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -202,10 +215,82 @@ def test_a_half_written_row_is_ignored(tmp_path, torn):
     assert os.listdir(tmp_path).count("metrics.jsonl.partial") == 0
 
 
-def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, mentions):
-    log = MetricsLog(tmp_path, 0)
-    log.path.unlink()
-    log.path.symlink_to("/dev/full")
-    with pytest.raises(UserError, match=mentions(log.path, os.strerror(errno.ENOSPC))):
-        log.write(row(5))
+def test_logs_that_cannot_be_written_are_one_warning_each(tmp_path, mentions, monkeypatch):
+    """A full disk: neither rows nor events. Both go on once there is space."""
+    said = []
+    log = MetricsLog(tmp_path, 0, sides=SideOutputs(said.append))
+    log.write(row(5))
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "open_to_append", mock.Mock(side_effect=OSError(errno.ENOSPC, "disk full")))
+        patch.setattr(SummaryWriter, "add_scalar", mock.Mock(side_effect=OSError(errno.ENOSPC, "disk full")))
+        for step in (10, 15):
+            log.write(row(step))
+        log.flush()
+    log.write(row(20))
+    log.flush()
+    log.close()
+    assert len(said) == 2 and all("disk full" in line for line in said)
+    assert re.search(mentions("metrics.jsonl"), said[0]) and re.search(mentions("TensorBoard"), said[1])
+    assert [entry["step"] for entry in read_rows(log.path)] == [5, 20]
+    assert events(tmp_path).keys() == {5, 20}
+
+
+# TensorBoard's thread finds no file; see `cli._report_thread`.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_deleted_folder_of_events_is_made_again(tmp_path):
+    said = []
+    log = MetricsLog(tmp_path, 0, sides=SideOutputs(said.append))
+    log.write(row(5))
+    shutil.rmtree(tmp_path / "tensorboard")
+    log.write(row(10))
+    log.flush()
+    log.write(row(15))
+    log.close()
+    assert 15 in events(tmp_path)
+
+
+def test_logs_are_not_written_through_links(tmp_path):
+    """Of a run folder that came from elsewhere."""
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "file").write_text("mine")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").symlink_to(victim / "file")
+    (run / "tensorboard").symlink_to(victim)
+    said = []
+    log = MetricsLog(run, 0, sides=SideOutputs(said.append))
+    log.write(row(5))
+    log.flush()
+    log.close()
+    assert os.listdir(victim) == ["file"] and (victim / "file").read_text() == "mine"
+    assert read_rows(run / "metrics.jsonl") == [row(5)] and len(said) == 1
+    # A second name of a file is as good as a link.
+    os.link(victim / "file", run / "hard")
+    os.replace(run / "hard", run / "metrics.jsonl")
+    log = MetricsLog(run, 0, sides=SideOutputs(said.append))
+    log.write(row(5))
+    log.close()
+    assert (victim / "file").read_text() == "mine"
+
+
+def test_a_long_log_is_neither_read_nor_kept_as_a_whole(tmp_path):
+    """Of half a million rows, a start reads the last ones and some for the curves."""
+    path = tmp_path / "metrics.jsonl"
+    with path.open("w") as file:
+        for first in range(0, 500_000, 50_000):
+            file.writelines(f'{{"step": {i}, "total": 1.5, "l1": 0.5}}\n' for i in range(first, first + 50_000))
+    size, started_at = path.stat().st_size, time.process_time()
+    tracemalloc.start()
+    log = MetricsLog(tmp_path, 499_000)
+    memory = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert time.process_time() - started_at < 2 and memory < 30e6
+    steps = [entry["step"] for entry in log.rows]
+    assert steps == sorted(steps) and steps[0] == 0 and steps[-100:] == list(range(498_901, 499_001))
+    assert 1000 < len(steps) < 10_000
+    assert size - path.stat().st_size == len(f'{{"step": {499_001}, "total": 1.5, "l1": 0.5}}\n') * 999
+    for step in range(499_001, 499_001 + 10_000):
+        log.rows = metrics.thin_rows([*log.rows, {"step": step}])
+    assert len(log.rows) < 10_000 and log.rows[-1]["step"] == 509_000
     log.close()

@@ -4,7 +4,9 @@ import errno
 import json
 import os
 import re
+import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,10 +16,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from unite_fast.checkpoint.format import step_folders, step_of
+from unite_fast.checkpoint.manager import Checkpoints
 from unite_fast.checkpoint.reader import load_checkpoint
 from unite_fast.errors import UserError
 from unite_fast.recipes import load_config, to_tree
-from unite_fast.training import train_step
+from unite_fast.training import console, metrics, profiling, train_step
 from unite_fast.training.metrics import training_metrics
 from unite_fast.training.run_folder import check_same_settings
 from unite_fast.training.step_timer import StepClock
@@ -315,6 +318,152 @@ def test_nonfinite_weights_are_not_saved(settings, mentions):
     assert saved_steps(trainer.folder) == []
 
 
+def act_at(monkeypatch, step: int, act) -> None:
+    """Runs `act` before a step of the next run."""
+    original = Trainer.step
+
+    def run(self, batch):
+        if self.state.step + 1 == step:
+            act()
+        return original(self, batch)
+
+    monkeypatch.setattr(Trainer, "step", run)
+
+
+# TensorBoard's thread finds no file; see `cli._report_thread`.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_run_whose_folder_is_moved_goes_on_where_it_is(settings, assert_same_run, monkeypatch, capsys, tmp_path):
+    whole = train(settings("train.picture_every=10", folder="whole"))
+    capsys.readouterr()
+    act_at(monkeypatch, 8, lambda: os.rename(tmp_path / "run", tmp_path / "moved"))
+    outcome = train(settings("train.picture_every=10"))
+    assert outcome.folder == tmp_path / "moved" and not (tmp_path / "run").exists()
+    assert_same_run(whole.folder, outcome.folder)
+    assert capsys.readouterr().out.count("was moved") == 1
+    assert sorted(os.listdir(outcome.folder)) == sorted(os.listdir(whole.folder))
+
+
+# TensorBoard's thread finds no file; see `cli._report_thread`.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_run_whose_folder_is_deleted_saves_in_a_new_one(settings, monkeypatch, capsys, tmp_path):
+    act_at(monkeypatch, 8, lambda: shutil.rmtree(tmp_path / "run"))
+    folder = train(settings()).folder
+    assert folder == tmp_path / "run" and saved_steps(folder) == [10, 20]
+    assert [row["step"] for row in read_rows(folder / "metrics.jsonl")] == [10, 15, 20]
+    assert load_config(str(folder / "config.yaml")) == settings()
+    assert capsys.readouterr().out.count("was deleted") == 1
+
+
+def test_a_run_whose_folder_is_moved_during_the_last_save_saves_again(settings, monkeypatch, tmp_path):
+    original = Checkpoints._finish
+
+    def move(self, partial, path, manifest):
+        if path.parent == tmp_path / "run" / "checkpoints":
+            os.rename(tmp_path / "run", tmp_path / "moved")
+        original(self, partial, path, manifest)
+
+    monkeypatch.setattr(Checkpoints, "_finish", move)
+    assert saved_steps(train(settings("train.steps=2")).folder) == [2]
+    assert load_checkpoint(tmp_path / "moved").step == 2
+
+
+def test_a_failure_of_every_side_output_saves_the_run(settings, assert_same_run, monkeypatch, capsys):
+    """Metrics, events, pictures, curves and the trace of the profiler."""
+    whole = train(settings(folder="whole"))
+    capsys.readouterr()
+    full = mock.Mock(side_effect=OSError(errno.ENOSPC, "disk full"))
+    for module, name in ((metrics, "open_to_append"), (metrics, "make_folder"), (console, "save_png"),
+                         (console, "save_curves"), (profiling, "make_folder")):  # fmt: skip
+        monkeypatch.setattr(module, name, full)
+    outcome = train(settings("train.picture_every=10", "profile.steps=3:5"))
+    assert outcome.steps == 20 and saved_steps(outcome.folder) == [10, 20]
+    assert torch.equal(
+        load_checkpoint(outcome.folder).tensors["model.latent_norm.weight"],
+        load_checkpoint(whole.folder).tensors["model.latent_norm.weight"],
+    )
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    names = ("metrics.jsonl", "TensorBoard", "curves.png", "samples", "reconstructions", "profile")
+    assert sorted(line.split(":")[1].strip() for line in warnings) == sorted(names)
+
+
+def test_a_run_in_a_folder_of_links_writes_through_none(settings, trained_folder, tmp_path, capsys):
+    """The folder came from elsewhere."""
+    run, victim = tmp_path / "run", tmp_path / "victim"
+    shutil.copytree(trained_folder, run, symlinks=True)
+    victim.mkdir()
+    for name in ("config.yaml", "status", "metrics.jsonl", "samples.png", "curves.png", "reconstructions.png"):
+        (run / name).unlink()
+        (victim / name).write_text("mine")
+        (run / name).symlink_to(victim / name)
+    for name in ("samples", "reconstructions", "tensorboard", "evaluation"):
+        shutil.rmtree(run / name, ignore_errors=True)
+        (run / name).symlink_to(victim)
+    before = sorted(os.listdir(victim))
+    train(settings("train.steps=24", "train.picture_every=2"), resume=True)
+    assert sorted(os.listdir(victim)) == before
+    assert {path.read_text() for path in victim.iterdir()} == {"mine"}
+    assert load_checkpoint(run).step == 24
+    assert not any((run / name).is_symlink() for name in ("config.yaml", "status", "metrics.jsonl", "samples.png"))
+
+
+def test_checkpoints_are_not_written_through_a_link(settings, tmp_path, mentions):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "victim")
+    with pytest.raises(UserError, match=mentions(tmp_path / "run" / "checkpoints" / "step_00000002", "link")):
+        train(settings("train.steps=2"))
+    assert os.listdir(tmp_path / "victim") == []
+
+
+def test_a_copy_that_followed_links_resumes_and_saves(settings, trained_folder, assert_same_run, tmp_path):
+    """`cp -rL` and `scp -r` make a real folder of `latest`."""
+    whole = train(settings("train.steps=30", folder="whole"))
+    for name, ignored in (("all", ()), ("alone", ("step_*",))):
+        run = tmp_path / name
+        shutil.copytree(trained_folder, run, ignore=shutil.ignore_patterns(*ignored) if ignored else None)
+        if ignored:
+            shutil.copytree(
+                trained_folder / "checkpoints" / "latest", run / "checkpoints" / "latest", dirs_exist_ok=True
+            )
+        assert not (run / "checkpoints" / "latest").is_symlink()
+        outcome = train(settings("train.steps=30", folder=name), resume=True)
+        assert_same_run(whole.folder, outcome.folder)
+        assert os.readlink(run / "checkpoints" / "latest") == "step_00000030"
+
+
+def test_a_file_system_without_links_saves_and_resumes(settings, assert_same_run, monkeypatch, checkpoint_warnings):
+    whole = train(settings(folder="whole"))
+    monkeypatch.setattr(Path, "symlink_to", mock.Mock(side_effect=OSError(errno.EPERM, "no links here")))
+    folder = train(settings("train.steps=10")).folder
+    assert sorted(os.listdir(folder / "checkpoints")) == ["step_00000010"]
+    assert_same_run(whole.folder, train(settings(), resume=True).folder)
+    assert all("no links here" in line for line in checkpoint_warnings()) and len(checkpoint_warnings()) >= 1
+
+
+def test_resuming_nothing_says_so_loudly(settings, capsys, mentions):
+    train(settings("train.steps=1"), resume=True)
+    assert re.search(mentions("WARNING", "nothing to resume", settings().train.out), capsys.readouterr().out)
+    train(settings("train.steps=2"), resume=True)
+    assert "WARNING" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "..", ".", "/x", "a\nb"])
+def test_the_name_of_a_run_is_no_path(settings, name, mentions, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = settings()
+    config.name, config.train.out = name, ""
+    with pytest.raises(UserError, match=mentions("name", repr(name), "train.out=FOLDER")):
+        train(config)
+    assert os.listdir(tmp_path) == []
+
+
+def test_home_is_expanded_in_the_run_folder(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    config = settings("train.steps=1")
+    config.train.out = "~/x"
+    assert train(config).folder == tmp_path / "home" / "x"
+
+
 @pytest.mark.parametrize(
     ("change", "tokens"),
     [
@@ -390,3 +539,20 @@ def test_the_summary_prints_all_paths_verbatim(settings, capfd):
         assert any(line.split()[0] == label and line.endswith(f" {folder / file}") for line in out if line)
         assert (folder / file).exists()
     assert out[0].startswith("training [/b]: ")
+
+
+def test_a_run_says_what_is_left_out_and_refuses_other_held_out_classes(settings, tmp_path, capfd, mentions):
+    for name in ("train/cats/0.png", "train/dogs/1.png", "val/cats/2.png"):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path)
+    (tmp_path / "data" / "train" / "cats" / "notes.txt").write_text("x")
+    data = ("data.source=folder", f"data.path={tmp_path / 'data'}", "model.num_classes=2", "data.workers=0")
+    run = (*data, "train.steps=1", "train.batch_size=2")
+    train(settings(*run))
+    printed = capfd.readouterr().out
+    assert re.search(r"^left out: 1 .*cats/notes\.txt", printed, re.M) and "training images" not in printed
+    (tmp_path / "data" / "val" / "cats").rename(tmp_path / "data" / "val" / "1")
+    with pytest.raises(UserError, match=mentions(tmp_path / "data" / "val" / "1", "numbers")):
+        train(settings(*run, folder="other"))
+    assert not (tmp_path / "other").exists()

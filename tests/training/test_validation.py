@@ -1,6 +1,7 @@
 """Evaluation during training: it leaves the run unchanged and gives the scores of `evaluate`."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -155,3 +156,13 @@ def test_ranks_share_the_work(ranks, evaluated, tiny_run, tmp_path, world):
 def test_several_ranks_need_a_solver_with_fixed_steps(ranks, evaluated, tiny_run, tmp_path, mentions):
     with pytest.raises(AssertionError, match=mentions("UserError", "sampling.solver=multistep")):
         ranks(2, run_in_ranks, evaluated, tmp_path, (*tiny_run, *EVALUATED, "sampling.solver=dopri5"))
+
+
+def test_samples_that_are_not_finite_are_counted_and_the_run_goes_on(tiny_run, tmp_path, capsys, mentions):
+    settings = (*tiny_run, *EVALUATED, "sampling.guidance=1e30", "train.steps=5", "train.picture_every=3")
+    folder = train(load_config("digits", (*settings, f"train.out={tmp_path / 'run'}"))).folder
+    printed = capsys.readouterr().out
+    assert re.search(mentions("warning", "no evaluation of step 4", "70 of 70"), printed)
+    assert re.search(mentions("warning", "no pictures of step 3", "guidance 1e+30"), printed)
+    assert not (folder / "evaluation").exists() and not (folder / "samples.png").exists()
+    assert Checkpoints(folder / "checkpoints", 0).find().step == 5

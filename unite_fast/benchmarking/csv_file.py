@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from unite_fast.errors import UserError
-from unite_fast.utils.files import save_text, writing
+from unite_fast.utils.files import open_to_append, save_text, writing
 
 
 def append(path: Path, row: dict) -> None:
@@ -21,19 +21,22 @@ def append(path: Path, row: dict) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path):
-        columns, rows = parse(path, path.read_text()) if path.exists() else ([], [])
+        text = path.read_text() if path.exists() else ""
+        columns, rows = parse(path, text)
         missing = [name for name in row if name not in columns]
         if missing:
             save_text(table([*columns, *missing], [*rows, row], header=True), path)
         else:
-            with writing(path), path.open("a", newline="") as file:
-                file.write(table(columns, [row], header=False))
+            with writing(path), open_to_append(path) as file:
+                # After a full disk the last line may be cut.
+                newline = "" if text.endswith("\n") else "\n"
+                file.write((newline + table(columns, [row], header=False)).encode())
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Lock the table against other processes, by a file next to it because the table itself gets replaced."""
-    with writing(path), path.with_name(f".{path.name}.lock").open("w") as file:
+    with writing(path), open_to_append(path.with_name(f".{path.name}.lock")) as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         yield
 

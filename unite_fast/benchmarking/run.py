@@ -89,7 +89,7 @@ def tune(recipe: str, overrides: tuple[str, ...], budget: float, out: Path) -> N
     """Search; rank 0 prints the result and writes it to `out`."""
     words = (recipe, *overrides)
     config, _ = read_recipe(list(words), "", "")
-    tuned_file.check(out)
+    tuned_file.check(out, recipe)
     cuda = choose_device(config.train.device).type == "cuda"
     fixed = {override.partition("=")[0] for override in overrides}
     # The ranks of the search communicate on the CPU: the GPUs belong to the candidates.

@@ -99,7 +99,7 @@ def axes(config: Config, cuda: bool, world: int, fixed: set[str]) -> list[Axis]:
                 tuple(name for name in attention_candidates(train.deterministic) if name != config.attention),
             ),
         ]
-        # Other sharded runs refuse it (`training.trainer.check_cuda_graph`).
+        # Other sharded runs refuse it (`training.setup.check_cuda_graph`).
         if world == 1 or config.parallel.strategy == "ddp" or not config.parallel.reshard_after_forward:
             result.append(Axis("train.cuda_graph", (not train.cuda_graph,)))
     else:

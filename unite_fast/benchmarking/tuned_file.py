@@ -7,15 +7,21 @@ import yaml
 from unite_fast.benchmarking.candidate import OK
 from unite_fast.benchmarking.tune import TuneResult, describe
 from unite_fast.errors import UserError
-from unite_fast.utils.files import save_text, writing
+from unite_fast.utils.files import check_not_read, check_replaceable, save_text, writing
+
+COMMENT = "# unite-fast tune "
+"""The file begins with the command that wrote it."""
 
 
-def check(path: Path) -> None:
+def check(path: Path, recipe: str = "") -> None:
     """Check the file before the search, which takes minutes.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written; it is the recipe, or another file that `unite-fast tune` did not write.
     """
+    if Path(recipe).is_file():  # not the name of a recipe in the package
+        check_not_read(path, recipe)
+    check_replaceable(path, COMMENT.encode())
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from unite_fast.commands.options import BENCH_TABLE
+from unite_fast.commands.options import BENCH_TABLE, check_finite
 from unite_fast.errors import UserError
 
 app = typer.Typer()
@@ -19,10 +19,11 @@ def bench(
     data: Annotated[
         str, typer.Option(metavar="PATH", help="folder or shards to read [default: synthetic images]")
     ] = "",
-    warmup: Annotated[int, typer.Option(min=1, help="untimed steps before; the first one compiles")] = 5,
-    steps: Annotated[int, typer.Option(min=1, help="timed steps")] = 20,
+    warmup: Annotated[int, typer.Option(min=1, max=10**6, help="untimed steps before; the first one compiles")] = 5,
+    steps: Annotated[int, typer.Option(min=1, max=10**6, help="timed steps")] = 20,
     seconds: Annotated[
-        float, typer.Option(min=0, help="time limit for the timed steps (at least one runs); 0: none")
+        float,
+        typer.Option(min=0, callback=check_finite, help="time limit for the timed steps (at least one runs); 0: none"),
     ] = 0.0,
     profile: Annotated[bool, typer.Option("--profile", help="list the slowest kernels")] = False,
     tuned: Annotated[str, typer.Option(metavar="FILE", help="settings found by unite-fast tune")] = "",
@@ -47,10 +48,13 @@ def bench(
     """
     from unite_fast.benchmarking.run import bench as run
     from unite_fast.benchmarking.run import draw, read_recipe
+    from unite_fast.utils.files import check_target
 
     table = Path(csv) if csv else None
-    if plot is not None and plot.suffix != ".png":
-        raise UserError(f"--plot is {plot}: it must end in .png")
+    if plot is not None:
+        if plot.suffix != ".png":
+            raise UserError(f"--plot is {plot}: it must end in .png")
+        check_target(plot, (".png",))
     if plot is not None and table is None:
         raise UserError("--plot plots the table of --csv, but --csv is empty: give a file")
     words = arguments or []

@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from unite_fast.commands import options
+from unite_fast.config import MOST_WORKERS
 
 app = typer.Typer()
 
@@ -45,14 +46,28 @@ def make_shards(
         str, typer.Option(help="original (unchanged files), cropped-jpeg or raw (cropped pixels)")
     ] = "raw",
     image_size: Annotated[int, typer.Option(help="side of the cropped images, pixels")] = 256,
-    quality: Annotated[int, typer.Option(help="JPEG quality of cropped-jpeg, 95 to 100")] = 95,
+    quality: Annotated[
+        int | None, typer.Option(help="JPEG quality of cropped-jpeg, 95 to 100 [default: 95]", show_default=False)
+    ] = None,
     seed: Annotated[int, typer.Option(help="seed of the shuffle")] = 0,
     per_shard: Annotated[int, typer.Option(help="images per shard")] = 5000,
-    split: Annotated[str, typer.Option(help="train or test, if SOURCE has both")] = "train",
+    split: Annotated[
+        str, typer.Option(help="train, val or test, if SOURCE has splits; docs/data.md has their names")
+    ] = "train",
     labels: Annotated[
-        Path | None, typer.Option(help="a text file with the class of each image, one per line, ordered by file name")
+        Path | None,
+        typer.Option(
+            help="classes of images that lie in no class folders: one per line, ordered by file name, or lines of "
+            "image and class, such as LOC_val_solution.csv"
+        ),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="number of processes")] = os.cpu_count() or 1,
+    image_column: Annotated[
+        str, typer.Option(help="column of Parquet files with the images [default: image, img, ...]")
+    ] = "",
+    label_column: Annotated[
+        str, typer.Option(help="column of Parquet files with the classes [default: label, labels, ...]")
+    ] = "",
+    workers: Annotated[int, typer.Option(min=1, max=MOST_WORKERS, help="number of processes")] = os.cpu_count() or 1,
 ) -> None:
     """Make WebDataset shards, an index for DALI beside each, and the manifest dataset.json.
 
@@ -62,12 +77,15 @@ def make_shards(
 
     `unite-fast shards make ILSVRC2012_img_train.tar shards/train --format original --workers 32`
 
-    `unite-fast shards make ILSVRC2012_img_val.tar shards/val --labels val_synsets.txt`
+    `unite-fast shards make ILSVRC2012_img_val.tar shards/val --labels LOC_val_solution.csv`
     """
+    from unite_fast.data_pipeline.shards.parquet_files import Columns
     from unite_fast.data_pipeline.shards.write import SKIPPED_LOG, Settings
     from unite_fast.data_pipeline.shards.write import make_shards as run
 
-    manifest = run(source, out, Settings(format, image_size, quality, seed, per_shard), workers, split, labels)
+    settings = Settings(format, image_size, quality, seed, per_shard)
+    columns = Columns(image_column, label_column) if image_column or label_column else None
+    manifest = run(source, out, settings, workers, split, labels, columns, typer.echo)
     typer.echo(f"{manifest.samples} images in {len(manifest.shards)} shards of format {format} in {out}")
     if manifest.skipped:
         typer.echo(f"{manifest.skipped} broken images were skipped; {out / SKIPPED_LOG} lists them")
@@ -76,12 +94,13 @@ def make_shards(
 @shards.command("verify")
 def verify_shards(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of the shards")],
-    workers: Annotated[int, typer.Option(min=1, help="number of threads")] = os.cpu_count() or 1,
+    workers: Annotated[int, typer.Option(min=1, max=MOST_WORKERS, help="number of threads")] = os.cpu_count() or 1,
 ) -> None:
-    """Check every byte of a shard set against its manifest; exits with 1 if something is wrong.
+    """Check every byte of a shard set, its indices and its manifest; exits with 1 if something is wrong.
 
     Example: `unite-fast shards verify shards/train`
     """
+    from unite_fast.data_pipeline.shards.verify import unchecked
     from unite_fast.data_pipeline.shards.verify import verify_shards as run
 
     faults = run(folder, workers)
@@ -90,6 +109,8 @@ def verify_shards(
     if faults:
         raise typer.Exit(1)
     typer.echo(f"{folder}: every shard matches the manifest")
+    for line in unchecked(folder):
+        typer.echo(f"not checked, since an earlier version made the set: {line}")
 
 
 @app.command()
@@ -97,8 +118,8 @@ def inspect(
     data: options.DataPath,
     image_size: options.ImageSize = 0,
     split: options.Split = "train",
-    workers: Annotated[int, typer.Option(min=0, help="workers of each loader")] = 2,
-    seconds: Annotated[float, typer.Option(help="seconds to time each loader")] = 5.0,
+    workers: Annotated[int, typer.Option(min=0, max=MOST_WORKERS, help="workers of each loader")] = 2,
+    seconds: Annotated[float, typer.Option(min=0, max=3600, help="seconds to time each loader")] = 5.0,
     seed: Annotated[int, typer.Option(help="seed of the image order in the grid")] = 0,
     out: Annotated[Path, typer.Option(help="a .png: the first images of a run")] = Path("inspect.png"),
 ) -> None:
@@ -109,6 +130,6 @@ def inspect(
     from unite_fast.data_pipeline.inspection import inspect_data
     from unite_fast.utils.files import check_target
 
-    check_target(out, (".png",))
+    check_target(out, (".png",), (data,))
     for line in inspect_data(data, image_size, split, workers, seconds, seed, out):
         typer.echo(line)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from unite_fast.commands import options
+from unite_fast.config import MOST_WORKERS
 from unite_fast.evaluation.settings import EVALUATION_SAMPLES, EvaluationSettings
 
 app = typer.Typer()
@@ -56,7 +57,7 @@ def evaluate(
     """
     from unite_fast.distributed.launch import ranks_of_torchrun
     from unite_fast.evaluation.evaluate import evaluate as run
-    from unite_fast.evaluation.report import default_folder, lines
+    from unite_fast.evaluation.report import FILES, default_folder, lines, report_folder
     from unite_fast.utils.device import choose_device
     from unite_fast.utils.progress import track
 
@@ -75,10 +76,12 @@ def evaluate(
         compile=compile,
         reconstructions=reconstructions,
     )
-    folder = out or default_folder(checkpoint)
+    default = default_folder(checkpoint)
+    folder = out or default
     with ranks_of_torchrun(choose_device(device)) as ranks:
         model = options.load(checkpoint, device)
-        result = run(model, settings, folder, str(checkpoint), track)
+        with report_folder(folder, default, FILES, checkpoint, ranks):
+            result = run(model, settings, folder, str(checkpoint), track)
     if ranks.main:
         for line in lines(result):
             typer.echo(line)
@@ -95,7 +98,7 @@ def stats(
     image_size: options.ImageSize = 0,
     split: options.Split = "train",
     batch: options.Batch = EvaluationSettings.batch,
-    workers: Annotated[int, typer.Option(min=0, help="threads that read images")] = 2,
+    workers: Annotated[int, typer.Option(min=0, max=MOST_WORKERS, help="threads that read images")] = 2,
     device: options.Device = "auto",
 ) -> None:
     """Compute reference statistics of real images for `unite-fast evaluate --reference`.
@@ -119,6 +122,8 @@ def stats(
     with ranks_of_torchrun(chosen) as ranks:
         reference = save_statistics(data, image_size, split, settings, out, ranks, chosen, workers, track)
     if ranks.main:
-        typer.echo(f"{reference.count} images, {len(reference.statistics.mean)} {reference.features} features: {out}")
+        of_split = f" ({reference.provenance.get('split', 'unknown split')})"
+        dimension = len(reference.statistics.mean)
+        typer.echo(f"{reference.count} images{of_split}, {dimension} {reference.features} features: {out}")
         for line in unreadable_lines(reference.provenance, "images"):
             typer.echo(line)

@@ -39,9 +39,9 @@ def gallery(
     """
     from unite_fast.evaluation.gallery import GallerySettings, make_gallery
     from unite_fast.evaluation.gallery_page import render
-    from unite_fast.utils.files import check_target, save_text
+    from unite_fast.utils.files import save_text
 
-    check_target(out, (".html",))
+    options.check_out(out, (".html",), checkpoint)
     settings = GallerySettings(
         classes=options.parse_classes(classes),
         per_class=per_class,

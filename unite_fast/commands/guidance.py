@@ -62,7 +62,7 @@ def search_guidance(
     from unite_fast.evaluation import guidance_report
     from unite_fast.evaluation.evaluator import open_evaluator
     from unite_fast.evaluation.guidance_search import Grid, Objective, SearchSettings, search
-    from unite_fast.evaluation.report import check_folder, default_folder
+    from unite_fast.evaluation.report import default_folder, report_folder
     from unite_fast.utils.device import choose_device
     from unite_fast.utils.progress import track
 
@@ -79,24 +79,25 @@ def search_guidance(
         options.parse_range("--lows", lows),
         options.parse_range("--highs", highs),
     )
-    folder = out or default_folder(checkpoint).with_name("guidance")
-    check_folder(folder)
+    default = default_folder(checkpoint).with_name("guidance")
+    folder = out or default
     with ranks_of_torchrun(choose_device(device)) as ranks:
         model = options.load(checkpoint, device)
-        evaluator = open_evaluator(model.config, settings, ranks, model.network.device, track, classifier=False)
-        few, many = SEARCH_SAMPLES[evaluator.features.name]
-        search_settings = SearchSettings(
-            model.config.sampling.changed(**options.sampling_changes(solver=solver, steps=steps)),
-            few if count is None else count,
-            many if final_count is None else final_count,
-            seed,
-            batch,
-            *model.precision_and_compile(precision, compile),
-        )
-        objective = Objective(model, evaluator, search_settings, folder, ranks, track, str(checkpoint))
-        result = search(grid, objective, confirm)
-        if ranks.main:
-            guidance_report.save(result, grid, objective, folder)
-            for line in guidance_report.lines(result, grid, objective):
-                typer.echo(line)
-            typer.echo(f"everything is in {folder}")
+        with report_folder(folder, default, guidance_report.FILES, checkpoint, ranks):
+            evaluator = open_evaluator(model.config, settings, ranks, model.network.device, track, classifier=False)
+            few, many = SEARCH_SAMPLES[evaluator.features.name]
+            search_settings = SearchSettings(
+                model.config.sampling.changed(**options.sampling_changes(solver=solver, steps=steps)),
+                few if count is None else count,
+                many if final_count is None else final_count,
+                seed,
+                batch,
+                *model.precision_and_compile(precision, compile),
+            )
+            objective = Objective(model, evaluator, search_settings, folder, ranks, track, str(checkpoint))
+            result = search(grid, objective, confirm)
+            if ranks.main:
+                guidance_report.save(result, grid, objective, folder)
+                for line in guidance_report.lines(result, grid, objective):
+                    typer.echo(line)
+                typer.echo(f"everything is in {folder}")

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+IMAGE_COPIES = 4
+"""Copies of its images that `sample` holds in memory at once: parts, joined, the grid, its file."""
+
 
 @app.command()
 def sample(
@@ -35,15 +38,25 @@ def sample(
 
     Example: `unite-fast sample runs/digits --classes 7 --count 20 --guidance 2 --out sevens.png`
     """
+    from unite_fast.errors import require
     from unite_fast.sampling.sampler import choose_labels
-    from unite_fast.utils.files import check_target
-    from unite_fast.utils.images import save_images
+    from unite_fast.utils.device import host_memory
+    from unite_fast.utils.files import check_npz
+    from unite_fast.utils.images import SAMPLES, save_images
 
-    check_target(out)
+    options.check_out(out, (".png", ".npz", ""), checkpoint)
+    if out.suffix == ".npz":
+        check_npz(out, SAMPLES)
     cycle = options.parse_classes(classes)
     changes = options.sampling_changes(guidance, interval, solver, steps)
     model = options.load(checkpoint, device)
     labels = choose_labels(cycle, count, model.config.model.num_classes)
+    needed = IMAGE_COPIES * count * 3 * model.config.model.image_size**2
+    require(
+        needed <= host_memory(),
+        f"--count {count} images take {needed / 1e9:,.0f} GB, and this machine has {host_memory() / 1e9:,.0f} GB of "
+        "memory: use unite-fast generate, which writes them one batch after another",
+    )
     images = generate_with_progress(model, labels, seed, batch, changes)
     save_images(images, labels, out, columns=10)
     typer.echo(f"{len(images)} images in {out}")
@@ -76,11 +89,13 @@ def generate(
 
     `torchrun --nproc-per-node 8 -m unite_fast generate runs/imagenet256_b --count 50000 --out samples.npz`
     """
+    from unite_fast.checkpoint.format import checkpoint_files
     from unite_fast.distributed.launch import ranks_of_torchrun
     from unite_fast.sampling.distributed_sampler import Generation
     from unite_fast.sampling.sample_writer import write_samples
     from unite_fast.sampling.sampler import choose_labels
     from unite_fast.utils.device import choose_device
+    from unite_fast.utils.files import check_not_read
 
     changes = options.sampling_changes(guidance, interval, solver, steps)
     cycle = options.parse_classes(classes)
@@ -93,6 +108,7 @@ def generate(
             batch,
             *model.precision_and_compile(precision, compile),
         )
+        check_not_read(out, checkpoint_files(checkpoint))
         manifest = write_samples(model, generation, out, ranks)
     if ranks.main:
         typer.echo(f"{num} images in {out}, their settings in {manifest}")
@@ -111,10 +127,9 @@ def reconstruct(
     """
     from unite_fast.data_pipeline.image_folder import read_images
     from unite_fast.evaluation.metrics import psnr
-    from unite_fast.utils.files import check_target
     from unite_fast.utils.images import save_pairs
 
-    check_target(out, (".png",))
+    options.check_out(out, (".png",), checkpoint, *images)
     model = options.load(checkpoint, device)
     originals = read_images(images, model.config.model.image_size)
     reconstructions = model.reconstruct(originals)

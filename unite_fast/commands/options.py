@@ -1,5 +1,7 @@
 """Options and arguments that several commands share, and how they become settings."""
 
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -7,15 +9,24 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from unite_fast.config import SOLVERS
-from unite_fast.errors import UserError
+from unite_fast.errors import UserError, require, shown
 
 if TYPE_CHECKING:
     from unite_fast.sampling.pipeline import TrainedUNITE
 
 Number = TypeVar("Number", int, float)
 
+MOST_NUMBERS = 1_000
+"""Numbers that a list or a range may have."""
 BENCH_TABLE = "runs/bench.csv"
 """The table that `bench` writes and `plan` reads by default."""
+
+
+def check_finite(parameter: typer.CallbackParam, value: float) -> float:
+    """The callback of options that are numbers: no nan, no infinity, which pass click's own bounds."""
+    require(math.isfinite(value), f"--{parameter.name} is {value}; it must be a finite number")
+    return value
+
 
 Checkpoint = Annotated[
     Path,
@@ -30,8 +41,10 @@ DataPath = Annotated[
     ),
 ]
 Data = Annotated[str, typer.Option(help="folder of the data, if not the training data")]
-Split = Annotated[str, typer.Option(help="train or test")]
-ImageSize = Annotated[int, typer.Option(help="side of the images, pixels; 0: the default for the data")]
+Split = Annotated[str, typer.Option(help="train, val or test; docs/data.md has more names")]
+ImageSize = Annotated[
+    int, typer.Option(min=0, max=2**14, help="side of the images, pixels; 0: the default for the data")
+]
 Guidance = Annotated[float | None, typer.Option(help="guidance scale; 1 is unguided [default: the recipe's]")]
 Interval = Annotated[
     str | None, typer.Option(metavar="LOW,HIGH", help="times between which guidance acts [default: the recipe's]")
@@ -55,6 +68,16 @@ Reference = Annotated[
     typer.Option(metavar="REF.npz", help="statistics of real images [default with pixels: of the training images]"),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto")]
+
+
+def check_out(out: Path, suffixes: tuple[str, ...], checkpoint: Path, *others: Path) -> None:
+    """Check an output, before the work, against what is read: the checkpoint and others; see `check_target`."""
+    from unite_fast.checkpoint.format import checkpoint_files
+    from unite_fast.utils.files import check_target
+
+    check_target(out, suffixes, (checkpoint_files(checkpoint), *others))
+    if out.exists() and checkpoint.exists() and out.samefile(checkpoint):  # a run folder for a folder of images
+        raise UserError(f"{out} is what this command reads; choose another --out")
 
 
 def load(checkpoint: Path, device: str) -> "TrainedUNITE":
@@ -82,18 +105,28 @@ def parse_interval(text: str | None) -> tuple[float, float] | None:
     if text is None:
         return None
     try:
-        low, high = (float(part) for part in text.split(","))
+        low, high = (_finite(part, float) for part in text.split(","))
     except ValueError as error:
-        raise UserError(f"--interval must be LOW,HIGH, for example 0.1,1; got {text!r}") from error
+        raise UserError(f"--interval must be LOW,HIGH, for example 0.1,1; got {shown(text)}") from error
     return low, high
 
 
 def parse_numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
     """Parse a list of numbers: "1,2.5"."""
     try:
-        return [kind(part) for part in text.split(",")]
+        numbers = [_finite(part, kind) for part in text.split(",")]
     except ValueError as error:
-        raise UserError(f"{option} must be a list of numbers such as 1,3; got {text!r}") from error
+        raise UserError(f"{option} must be a list of finite numbers such as 1,3; got {shown(text)}") from error
+    require(len(numbers) <= MOST_NUMBERS, f"{option} has {len(numbers):,} numbers; it may have {MOST_NUMBERS:,}")
+    return numbers
+
+
+def _finite(text: str, kind: Callable[[str], Number]) -> Number:
+    """A finite number in plain digits: Python also reads 1_0, nan, inf and the digits of other scripts."""
+    number = kind(text)
+    if not (re.fullmatch(r"[-+0-9.eE]+", text.strip()) and math.isfinite(number)):
+        raise ValueError
+    return number
 
 
 def parse_classes(text: str) -> list[int]:
@@ -106,8 +139,12 @@ def parse_range(option: str, text: str) -> list[float]:
     if ":" not in text:
         return parse_numbers(option, text, float)
     try:
-        start, stop, step = (float(part) for part in text.split(":"))
-        # Rounding errors must neither make 1 + 2 * 0.2 differ from 1.4 nor drop the last number.
-        return [round(start + i * step, 10) for i in range(int((stop - start) / step + 1e-6) + 1)]
+        start, stop, step = (_finite(part, float) for part in text.split(":"))
+        steps = int((stop - start) / step + 1e-6)
     except (ValueError, ZeroDivisionError, OverflowError) as error:
-        raise UserError(f"{option} must be START:STOP:STEP, for example 1:5:0.2, or a list; got {text!r}") from error
+        raise UserError(
+            f"{option} must be START:STOP:STEP, for example 1:5:0.2, or a list; got {shown(text)}"
+        ) from error
+    require(steps < MOST_NUMBERS, f"{option} has {steps + 1:,} numbers; it may have {MOST_NUMBERS:,}: use larger steps")
+    # Rounding errors must neither make 1 + 2 * 0.2 differ from 1.4 nor drop the last number.
+    return [round(start + i * step, 10) for i in range(steps + 1)]

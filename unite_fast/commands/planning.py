@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from unite_fast.commands.options import BENCH_TABLE
+from unite_fast.commands.options import BENCH_TABLE, check_finite
 
 app = typer.Typer()
 
@@ -19,7 +19,7 @@ def plan(
     gpu: Annotated[str, typer.Option(help="a100, h100, h200, b200, l40s, rtx4090, ...")] = "h100",
     nodes: Annotated[int, typer.Option(help="number of machines")] = 1,
     gpus_per_node: Annotated[int, typer.Option(help="GPUs per machine")] = 8,
-    price: Annotated[float, typer.Option(min=0, help="EUR per GPU and hour; 0: no costs")] = 0.0,
+    price: Annotated[float, typer.Option(min=0, callback=check_finite, help="EUR per GPU and hour; 0: no costs")] = 0.0,
     data: Annotated[str, typer.Option(help="format of the training data: folder, original, cropped-jpeg or raw")] = "",
     measured: Annotated[
         Path | None,

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from unite_fast.commands.options import check_finite
+
 app = typer.Typer()
 
 
@@ -16,7 +18,7 @@ def tune(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[key=value ...]", help="fixed settings, which are not tuned")
     ] = None,
-    budget: Annotated[float, typer.Option(min=1, help="seconds to spend")] = 180.0,
+    budget: Annotated[float, typer.Option(min=1, callback=check_finite, help="seconds to spend")] = 180.0,
     out: Annotated[Path, typer.Option(metavar="FILE", help="file for the fastest settings")] = Path("tuned.yaml"),
 ) -> None:
     """Find the fastest settings for this machine: kernels, compilation, attention, micro-batch, threads, sharding.

@@ -13,6 +13,7 @@ from torch import distributed
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from unite_fast.distributed.environment import check_address
 from unite_fast.distributed.peers import PATIENCE, LostContact
 from unite_fast.distributed.process_group import Ranks, current_ranks
 from unite_fast.errors import UserError
@@ -61,6 +62,7 @@ def join_training(device: str, timeout: float) -> Iterator[tuple[Ranks, torch.de
         yield ranks, torch.device(device)
         return
     own_device, backend = local_device(device, ranks)
+    check_address()
     # The watchdog has a shorter timeout and a better message; this one is for the case that it hangs as well.
     longest = 1.1 * PATIENCE * timeout
     store, rank, world = fresh_store(longest)
@@ -83,8 +85,10 @@ def ranks_of_torchrun(device: torch.device) -> Iterator[Ranks]:
     if ranks.world == 1 or distributed.is_initialized():
         yield current_ranks()
         return
+    _, backend = local_device(device.type, ranks)
+    check_address()
     # Hours of work may lie between two collectives; torchrun notices a rank that dies.
-    distributed.init_process_group(local_device(device.type, ranks)[1], timeout=timedelta(hours=12))
+    distributed.init_process_group(backend, timeout=timedelta(hours=12))
     yield current_ranks()
     # Not after an error: it could wait for ranks that are gone.
     distributed.destroy_process_group()

@@ -1,6 +1,5 @@
 """This process's rank, and collectives on the CPU for numbers and Python objects."""
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from unite_fast.distributed.environment import read_environment
 from unite_fast.errors import UserError
 
 
@@ -28,10 +28,12 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> "Ranks":
-        """From torchrun's environment variables; world size 1 without them."""
-        rank, local_rank = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK"))
-        world, per_node = (int(os.environ.get(key, 1)) for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-        return cls(rank, world, local_rank, per_node)
+        """From torchrun's environment variables; world size 1 without them.
+
+        Raises:
+            UserError: see `read_environment`.
+        """
+        return cls(*read_environment())
 
     @property
     def main(self) -> bool:

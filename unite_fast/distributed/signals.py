@@ -8,8 +8,8 @@ from unite_fast.distributed.launch import under_torchrun
 from unite_fast.distributed.peers import Peers
 from unite_fast.distributed.process_group import PendingMax
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Slurm can send SIGUSR1 some time before a job's limit."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""Slurm can send SIGUSR1 some time before a job's limit, and a terminal that closes sends SIGHUP."""
 
 
 class StopVote:
@@ -41,7 +41,7 @@ class StopVote:
 
 @contextmanager
 def stop_on_signals(peers: Peers) -> Iterator[StopVote]:
-    """Inside, SIGTERM, SIGINT and SIGUSR1 are recorded, so that the loop can end between two steps.
+    """Inside, the `SIGNALS` are recorded, so that the loop can end between two steps. SIGHUP stays ignored under nohup.
 
     A second signal of the same kind has its usual effect, except under torchrun: torchrun forwards signals to its
     processes, so they may receive one twice, and kills those that do not end (TORCH_ELASTIC_SHUTDOWN_TIMEOUT).
@@ -53,7 +53,8 @@ def stop_on_signals(peers: Peers) -> Iterator[StopVote]:
         if not under_torchrun():
             signal.signal(number, previous[number])
 
-    previous = {number: signal.signal(number, record) for number in SIGNALS}
+    numbers = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, record) for number in numbers}
     try:
         yield vote
         vote.finish()

@@ -4,19 +4,69 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from unite_fast.checkpoint.format import places_of
 from unite_fast.config import Config
-from unite_fast.data_pipeline import Source, UnreadableSample, detect_source, open_source
+from unite_fast.data_pipeline import Source, UnreadableSample, detect_source, open_held_out, open_source
+from unite_fast.data_pipeline.shards.remote import is_remote
+from unite_fast.data_pipeline.splits import is_held_out, split_of_name
+from unite_fast.errors import UserError
 
 MAX_NAMED = 5
 """Unreadable samples that a result lists by name and reason; the others are only counted."""
 
 
+HELD_OUT, TRAINING, GIVEN = "held-out images", "training images", "given images"
+"""What images are that a model reconstructs. Given images are of data that have no splits and are not known to be those
+of the training: nobody can tell whether the model was trained on them."""
+
+
+def open_held_out_images(config: Config, data: str) -> tuple[Source, str]:
+    """Open the held-out images of `data`, or if empty of the training data, at the model's size.
+
+    Returns:
+        The source, and what its images are: `HELD_OUT`, `TRAINING` or `GIVEN`.
+
+    Raises:
+        UserError: the data cannot be opened, or lack this split.
+    """
+    size, classes = config.model.image_size, config.model.num_classes
+    if data:
+        source, held_out = open_held_out(*detect_source(data), size, classes)
+    else:
+        _check_named(config)
+        source, held_out = open_held_out(config.data.source, config.data.path, size, classes)
+    return source, HELD_OUT if held_out else _kind_without_splits(config, data)
+
+
+def kind_of_training(config: Config, data: str, source: Source) -> str:
+    """What the images of the training split of `data` are: see `open_held_out_images`."""
+    return TRAINING if source.split else _kind_without_splits(config, data)
+
+
+def _kind_without_splits(config: Config, data: str) -> str:
+    recorded = config.data.path or places_of(config).get("data.path", "")
+    if not data or data == recorded or Path(data).resolve() == Path(recorded).absolute():
+        return TRAINING
+    return HELD_OUT if is_held_out(split_of_name(Path(data).name) or "train") else GIVEN
+
+
+def _check_named(config: Config) -> None:
+    """
+    Raises:
+        UserError: the settings of the model name a path, which is not used unless the user gives it.
+    """
+    if not config.data.path and (named := places_of(config).get("data.path")):
+        use = "what it runs or fetches is never used unasked" if is_remote(named) else f"say --data {named!r} to use it"
+        raise UserError(f"the model's settings name {named!r} as its data: {use}")
+
+
 def open_images(config: Config, data: str, split: str) -> Source:
-    """Open images at the model's size: from `data` (any kind), or if empty from the training data.
+    """Open images of a split at the model's size: from `data` (any kind), or if empty from the training data.
 
     Raises:
         UserError: the data cannot be opened.
@@ -24,6 +74,7 @@ def open_images(config: Config, data: str, split: str) -> Source:
     size = config.model.image_size
     if data:
         return open_source(*detect_source(data), size, split)
+    _check_named(config)
     return open_source(config.data.source, config.data.path, size, split, config.model.num_classes)
 
 
@@ -74,7 +125,8 @@ def unreadable_lines(result: Mapping, title: str) -> list[str]:
     if not result.get("unreadable"):
         return []
     names = result.get("unreadable_first")
-    first = f", first: {names[0]}" if names else ""
+    # From a file of statistics they may be anything.
+    first = f", first: {repr(str(names[0]))[1:-1]}" if isinstance(names, list) and names else ""
     return [f"{result['unreadable']} {title} could not be read and were left out{first}"]
 
 

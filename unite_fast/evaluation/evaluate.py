@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from unite_fast.config import SamplingConfig
+from unite_fast.data_pipeline.splits import ClassesDiffer, check_same_classes
 from unite_fast.distributed.process_group import Ranks, current_ranks
 from unite_fast.errors import UserError
 from unite_fast.evaluation import report
-from unite_fast.evaluation.batches import open_images
+from unite_fast.evaluation.batches import open_held_out_images
 from unite_fast.evaluation.evaluator import Evaluator, open_evaluator
 from unite_fast.evaluation.provenance import checkpoint_info, machine_info, sampling_info
 from unite_fast.evaluation.reconstruction import score_reconstructions
@@ -47,7 +48,7 @@ def evaluate(
         UserError: data, weights or statistics are missing or do not match; settings out of range.
     """
     if out is not None:
-        report.check_folder(out)
+        report.check_folder(out, report.FILES)
     start, ranks = time.perf_counter(), current_ranks()
     configs = sampling_configs(model, settings)  # first: cheap, and may raise
     evaluator = open_evaluator(model.config, settings, ranks, model.network.device, track)
@@ -114,10 +115,14 @@ def _evaluate_reconstructions(
     if not settings.reconstructions:
         return None, None
     try:
-        source = open_images(model.config, settings.data, "test")
+        source, kind = open_held_out_images(model.config, settings.data)
+    except ClassesDiffer:
+        raise
     except UserError as error:
         raise UserError(f"{error}; name held-out images with --data FOLDER, or give --reconstructions 0") from error
-    return score_reconstructions(model, source, evaluator, settings, ranks, track)
+    if evaluator.classifier is not None:
+        check_same_classes(source.class_names, evaluator.class_names, f"the {kind}", "the data of the classifier")
+    return score_reconstructions(model, source, evaluator, settings, ranks, track, kind)
 
 
 def _evaluate_generation(

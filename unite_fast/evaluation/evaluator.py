@@ -1,6 +1,6 @@
 """Evaluator of generated images: features, statistics of real images and an optional classifier."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from unite_fast.config import Config
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError, require
 from unite_fast.evaluation import metrics, pixel_features
-from unite_fast.evaluation.batches import open_images
+from unite_fast.evaluation.batches import kind_of_training, open_images
 from unite_fast.evaluation.features import Features
 from unite_fast.evaluation.fid import Moments, Reference, frechet_distance, load_reference
 from unite_fast.evaluation.inception import DIMENSION, load_inception
@@ -40,6 +40,8 @@ class Evaluator:
     features: Features
     reference: Reference
     classifier: Classifier | None = None
+    class_names: Sequence[str] = ()
+    """Names of the classifier's classes."""
 
     def score(self, batches: Iterable[LabelledImages], count: int, ranks: Ranks) -> dict:
         """Score generated images.
@@ -219,6 +221,8 @@ def _pixel_evaluator(
     if reference is None or features is None:
         features = fit_pixels_on_main(source, ranks, device)
         reference = make_reference(source, features, ranks, settings.batch, config.data.workers, track)
+        reference.provenance["kind"] = kind_of_training(config, settings.data, source)
     if not classifier:
         return Evaluator(features, reference)
-    return Evaluator(features, reference, Classifier(*read_evenly(source, pixel_features.CLASSIFIER_IMAGES)))
+    fitted = Classifier(*read_evenly(source, pixel_features.CLASSIFIER_IMAGES))
+    return Evaluator(features, reference, fitted, source.class_names)

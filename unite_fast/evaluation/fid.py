@@ -4,19 +4,22 @@ n samples, D dimensions.
 """
 
 import json
-import zlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from zipfile import BadZipFile
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError, require
 from unite_fast.utils.files import atomic_write, writing
+from unite_fast.utils.npz import read_npz
+from unite_fast.utils.parse_json import parse_as
 from unite_fast.utils.pretrained import file_sha256
 
 
@@ -118,7 +121,20 @@ class Reference:
     def info(self) -> dict:
         """Entry for the JSON of a result."""
         own = {"path": self.path, "sha256": self.sha256, "features": self.features, "images": self.count}
-        return own | self.provenance
+        return own | self.provenance | own
+
+
+_Text = Annotated[str, Field(max_length=10_000)]
+_Value = _Text | Annotated[int, Field(ge=0, lt=2**53)] | float | bool | None
+
+
+@dataclass
+class _Meta:
+    """The entry meta_json of a statistics file."""
+
+    features: Annotated[str, Field(pattern="^[a-z]{0,40}$")] = ""
+    count: Annotated[int, Field(ge=0, lt=2**53)] = 0
+    about: dict[str, _Value | list[_Text] | dict[str, _Value]] = field(default_factory=dict)
 
 
 def save_reference(reference: Reference, path: Path) -> None:
@@ -153,44 +169,59 @@ def load_reference(path: str | Path) -> Reference:
         f"there is no statistics file {path}: make one with unite-fast stats DATA {path.name or 'OUT.npz'}",
     )
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if isinstance(file, np.ndarray) or not {"mu", "sigma"} <= set(file.files):
-                raise UserError(f"{path} has no statistics (arrays mu and sigma)")
-            # Other programs may store all their images in the same file.
-            known = {"mu", "sigma", "samples", "meta_json"}
-            arrays = {name: file[name] for name in file.files if name in known or name.startswith("basis/")}
-        meta = json.loads(bytes(arrays.pop("meta_json", np.frombuffer(b"{}", np.uint8))))
-        return _reference(arrays, meta, path)
+        # Other programs may store all their images in the same file.
+        known = {"mu", "sigma", "samples", "meta_json"}
+        arrays = read_npz(path, lambda name: name in known or name.startswith("basis/"))
+        require(arrays.keys() >= {"mu", "sigma"}, f"{path} has no statistics (arrays mu and sigma)")
+        meta = parse_as(_Meta, arrays.pop("meta_json", np.frombuffer(b"{}", np.uint8)).tobytes())
+        if any(array.dtype.kind != "f" for array in arrays.values()):
+            raise ValueError("an array that is not of floats")
+        return _reference({name: torch.from_numpy(array) for name, array in arrays.items()}, meta, path)
     except PermissionError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; make it readable") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile, zlib.error) as error:
-        # numpy's own message for a file that is not an .npz recommends unpickling it.
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path} is not a readable .npz of statistics: another kind of file, or damaged; download it again, or "
             "make one with unite-fast stats DATA OUT.npz"
         ) from error
 
 
-def _reference(arrays: dict[str, np.ndarray], meta: dict, path: Path) -> Reference:
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items() if array.dtype.kind == "f"}
+def _reference(tensors: dict[str, Tensor], meta: _Meta, path: Path) -> Reference:
+    """
+    Raises:
+        UserError: shapes that do not fit together, or values that no statistics have.
+    """
     mean, covariance = tensors.pop("mu").double(), tensors.pop("sigma").double()
     d = len(mean) if mean.dim() == 1 else -1
     require(
-        covariance.shape == (d, d),
+        covariance.shape == (d, d) and d > 0,
         f"{path}: mu and sigma have shapes {list(mean.shape)} and {list(covariance.shape)}, expected [D] and [D, D]",
     )
+    for name, tensor in {"mu": mean, "sigma": covariance, **tensors}.items():
+        require(bool(tensor.isfinite().all()), f"{path}: the statistics have values that are not finite, in {name}")
+    largest = covariance.abs().max()
     require(
-        bool(mean.isfinite().all() and covariance.isfinite().all()),
-        f"{path}: the statistics have values that are not finite",
+        bool((covariance.diagonal() >= 0).all()) and bool(((covariance - covariance.T).abs() <= 1e-3 * largest).all()),
+        f"{path}: sigma is no covariance: it is not symmetric, or has negative variances",
     )
     samples = tensors.pop("samples", None)
-    basis = {name.removeprefix("basis/"): tensor for name, tensor in tensors.items() if name.startswith("basis/")}
+    require(
+        samples is None or (samples.dim() == 2 and samples.shape[1] == d),
+        f"{path}: samples do not have the shape [M, {d}]",
+    )
+    basis = {name.removeprefix("basis/"): tensor.float() for name, tensor in tensors.items()}
+    if basis:
+        side = math.isqrt(basis["mean"].numel() // 3) if "mean" in basis else 0
+        shapes = {name: list(tensor.shape) for name, tensor in basis.items()}
+        pixels = 3 * side**2
+        fits = pixels > 0 and shapes == {"mean": [pixels], "components": [d, pixels]}
+        require(fits, f"{path}: the pixel components do not fit: {shapes} for {d} features")
     return Reference(
         Statistics(mean, covariance),
-        str(meta.get("features", "")),
-        int(meta.get("count", 0)),
-        dict(meta.get("about", {})),
-        samples,
+        meta.features,
+        meta.count,
+        meta.about,
+        None if samples is None else samples.float(),
         basis,
         str(path),
         file_sha256(path),

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from unite_fast.config import SamplingConfig, check_seed_and_batch
+from unite_fast.data_pipeline.listing import printable
+from unite_fast.data_pipeline.splits import NoSplit
 from unite_fast.errors import UserError, require
-from unite_fast.evaluation.batches import open_images
+from unite_fast.evaluation.batches import TRAINING, open_held_out_images, open_images
 from unite_fast.evaluation.gallery_page import Chart, Figure, Row, Section
 from unite_fast.evaluation.metrics import psnr
 from unite_fast.evaluation.pixel_features import read_evenly
@@ -62,6 +64,10 @@ class RealImages:
     """Name for the page, in the plural: "held-out images"."""
 
 
+MOST_SHOWN = 1_000
+"""Largest numbers of classes, of guidance scales and of samples per class: more make no page."""
+
+
 @dataclass
 class GallerySettings:
     """Options of the gallery; None: chosen for the model."""
@@ -78,8 +84,14 @@ class GallerySettings:
 
     def __post_init__(self):
         check_seed_and_batch(self.seed, self.batch)
-        require(self.per_class is None or self.per_class > 0, "the images per class must be positive")
-        require(len(self.scales) > 0 and all(map(math.isfinite, self.scales)), "the guidance scales must be finite")
+        if self.per_class is not None:
+            require(
+                0 < self.per_class <= MOST_SHOWN,
+                f"the images per class must be in 1..{MOST_SHOWN}, got {self.per_class}",
+            )
+        require(all(map(math.isfinite, self.scales)), "the guidance scales must be finite")
+        for name, values in (("--scales", self.scales), ("--classes", self.classes or [1])):
+            require(0 < len(values) <= MOST_SHOWN, f"{name} has {len(values)} values; it must have 1..{MOST_SHOWN}")
 
 
 def make_gallery(
@@ -132,20 +144,24 @@ def model_facts(model: TrainedUNITE, sampling: SamplingConfig, seed: int, checkp
 
 
 def read_real_images(model: TrainedUNITE, path: str, count: int) -> tuple[RealImages, list[str]]:
-    """Images of the test split, or of the training data if there is no test split, and the class names."""
+    """Held-out images, or of data without them training images, and the class names.
+
+    Raises:
+        UserError: the data cannot be opened, or the classes are not the model's.
+    """
     classes = model.config.model.num_classes
     try:
-        source, kind = open_images(model.config, path, "test"), "held-out images"
-    except UserError:
         try:
-            source, kind = open_images(model.config, path, "train"), "training images"
-        except UserError as error:
-            raise UserError(f"{error}; name the data with --data FOLDER, or give --no-real") from error
+            source, kind = open_held_out_images(model.config, path)
+        except NoSplit:
+            source, kind = open_images(model.config, path, "train"), TRAINING
+    except UserError as error:
+        raise UserError(f"{error}; name the data with --data FOLDER, or give --no-real") from error
     require(
         len(source.class_names) == classes,
         f"the data have {len(source.class_names)} classes and the model has {classes}: give the data of its training",
     )
-    return RealImages(*read_evenly(source, count), kind), source.class_names
+    return RealImages(*read_evenly(source, count), kind), [printable(name) for name in source.class_names]
 
 
 def curves(checkpoint: Path) -> list[Section]:
@@ -157,7 +173,7 @@ def curves(checkpoint: Path) -> list[Section]:
     rows = read_rows(runs[0] / "metrics.jsonl")
     charts = [_chart(title, key, rows) for key, title in CURVES]
     distances = read_rows(runs[0] / "evaluation" / "curve.jsonl")
-    charts.append(_chart(distances[-1]["title"] if distances else "", "distance", distances))
+    charts.append(_chart(str(distances[-1].get("title")) if distances else "", "distance", distances))
     charts = [chart for chart in charts if len(chart.steps) > 1]
     text = "From metrics.jsonl of the run, against the optimizer step, on a logarithmic scale."
     return [Section("curves", "Training", text, charts=charts)] if charts else []
@@ -165,7 +181,8 @@ def curves(checkpoint: Path) -> list[Section]:
 
 def _chart(title: str, key: str, rows: list[dict]) -> Chart:
     # Leave out NaN, which a failing run logs, and 0, which has no logarithm.
-    points = [(row["step"], row[key]) for row in rows if 0 < row.get(key, 0) < math.inf]
+    values = ((row["step"], row.get(key)) for row in rows)
+    points = [(step, value) for step, value in values if isinstance(value, (int, float)) and 0 < value < math.inf]
     return Chart(title, [step for step, _ in points], [value for _, value in points])
 
 

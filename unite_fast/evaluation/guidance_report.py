@@ -1,14 +1,18 @@
 """Write a guidance search as files (JSON, a Markdown table, a plot of the curves) and as lines for the terminal."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
 from unite_fast.evaluation.guidance_search import UNGUIDED, Grid, Measurement, Objective, SearchResult
 from unite_fast.evaluation.provenance import machine_info
-from unite_fast.utils.files import atomic_write, save_text
+from unite_fast.evaluation.report import plain
+from unite_fast.utils.files import BEGINNINGS, atomic_write, save_text
 
 JSON, TABLE, CURVES = "guidance.json", "guidance.md", "guidance.png"
+FILES = {JSON: b"{", TABLE: b"# Guidance search", CURVES: BEGINNINGS[".png"]}
+"""The files of a search and their first bytes."""
 
 
 def save(search: SearchResult, grid: Grid, objective: Objective, out: Path) -> None:
@@ -18,9 +22,9 @@ def save(search: SearchResult, grid: Grid, objective: Objective, out: Path) -> N
         UserError: no space left, or no permission.
     """
     result = {
-        "best": asdict(search.confirmed[0]),
-        "confirmed": [asdict(one) for one in search.confirmed],
-        "searched": [asdict(one) for one in search.searched],
+        "best": search.confirmed[0].to_json(),
+        "confirmed": [one.to_json() for one in search.confirmed],
+        "searched": [one.to_json() for one in search.searched],
         "grid": asdict(grid),
         "evaluations": search.evaluations,
         "full_grid_evaluations": search.full_grid_evaluations,
@@ -39,7 +43,9 @@ def lines(search: SearchResult, grid: Grid, objective: Objective) -> list[str]:
     best, title, settings = search.confirmed[0], objective.evaluator.features.title, objective.settings
     text = [f"{title}, {best.count} samples: {best.distance:.4f} with {_guidance(best)}"]
     text += [
-        f"next best, {one.count} samples: {one.distance:.4f} with {_guidance(one)}" for one in search.confirmed[1:]
+        f"next best, {one.count} samples: {one.distance:.4f} with {_guidance(one)}"
+        for one in search.confirmed[1:]
+        if math.isfinite(one.distance)
     ]
     ratio = search.full_grid_evaluations / search.evaluations
     text.append(
@@ -48,6 +54,9 @@ def lines(search: SearchResult, grid: Grid, objective: Objective) -> list[str]:
         f"{settings.final_count} samples each would take about {search.full_grid_evaluations:,.0f}: "
         f"{ratio:.{0 if ratio >= 10 else 1}f} times as many"
     )
+    lost = dict.fromkeys(_guidance(one) for one in (*search.confirmed, *search.searched) if math.isinf(one.distance))
+    if lost:
+        text.append(f"lost, because images are not finite (NaN or infinite): {', '.join(lost)}")
     return text + [f"note: {note}" for note in objective.notes]
 
 
@@ -60,6 +69,7 @@ def _guidance(measurement: Measurement) -> str:
 
 def table(search: SearchResult, grid: Grid, objective: Objective) -> str:
     settings, weights = objective.provenance, objective.checkpoint
+    reference = settings["reference"]
     steps = settings["sampling.steps"] or "its own"
     rows = [
         f"| {_guidance(one)} | {one.count} | {one.distance:.4f} | {one.evaluations / one.count:.1f} |"
@@ -70,12 +80,12 @@ def table(search: SearchResult, grid: Grid, objective: Objective) -> str:
             "# Guidance search",
             "",
             *(f"- {line}" for line in lines(search, grid, objective)),
-            f"- weights {weights['weights_sha256'][:16]} ({weights['weights']}) of {weights['name']} after "
+            f"- weights {weights['weights_sha256'][:16]} ({weights['weights']}) of {plain(weights['name'])} after "
             f"{weights['step']} steps; solver {settings['sampling.solver']}, {steps} steps, order "
             f"{settings['sampling.order']}; seed {settings['seed']}, batch {settings['batch']}, "
             f"{settings['precision']}",
-            f"- reference: {settings['reference']['path'] or 'the training images'}, {settings['reference']['images']} "
-            "images",
+            f"- reference: {reference['path'] or 'the ' + reference.get('kind', 'training images')}, "
+            f"{reference['images']} images",
             "",
             f"| guidance | samples | {objective.evaluator.features.title} | network evaluations per image |",
             "|---|---|---|---|",
@@ -90,12 +100,14 @@ def save_curves(search: SearchResult, title: str, path: Path) -> None:
     from matplotlib.figure import Figure  # slow to import
 
     intervals: dict[tuple[float, float], list[tuple[float, float]]] = {}
-    for one in search.searched:
+    for one in (one for one in search.searched if math.isfinite(one.distance)):
         if one.candidate != UNGUIDED:
             intervals.setdefault((one.candidate.low, one.candidate.high), []).append(
                 (one.candidate.scale, one.distance)
             )
-    unguided = [(1.0, one.distance) for one in search.searched if one.candidate == UNGUIDED]
+    unguided = [
+        (1.0, one.distance) for one in search.searched if one.candidate == UNGUIDED and math.isfinite(one.distance)
+    ]
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()
     # Best interval first; the marker changes every ten curves, because colours repeat.
@@ -105,8 +117,8 @@ def save_curves(search: SearchResult, title: str, path: Path) -> None:
         axes.plot(
             scales, distances, marker="os^v"[i // 10 % 4], markersize=4, linewidth=1, label=f"({low:g}, {high:g})"
         )
-    best = search.confirmed[0]
-    scales, distances = zip(*((one.candidate.scale, one.distance) for one in search.confirmed), strict=True)
+    best, finite = search.confirmed[0], [one for one in search.confirmed if math.isfinite(one.distance)]
+    scales, distances = zip(*((one.candidate.scale, one.distance) for one in finite), strict=True)
     axes.plot(scales, distances, "k*", markersize=11, label=f"confirmed, {best.count} samples")
     axes.set(xlabel="guidance scale", ylabel=f"{title}, {search.searched[0].count} samples", yscale="log")
     axes.grid(alpha=0.3, which="both")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from unite_fast.config import PRECISIONS, SamplingConfig, check_seed_and_batch
+from unite_fast.config import PRECISIONS, SamplingConfig, check_count, check_seed_and_batch
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError, require, require_choice
 from unite_fast.evaluation.evaluator import Evaluator
@@ -23,8 +23,9 @@ from unite_fast.evaluation.fid import Moments
 from unite_fast.evaluation.provenance import checkpoint_info, sampling_info
 from unite_fast.sampling.distributed_sampler import Generation, Samples, sample_distributed
 from unite_fast.sampling.pipeline import TrainedUNITE
-from unite_fast.sampling.sampler import Network
-from unite_fast.utils.files import save_text
+from unite_fast.sampling.sampler import Network, NonFinite
+from unite_fast.utils.files import read_small, save_text
+from unite_fast.utils.parse_json import check_kind, parse_json
 from unite_fast.utils.progress import Track, no_progress
 
 COARSEST = (6, 3, 3)
@@ -34,6 +35,8 @@ REFINED = 2
 with 301 candidates each, 1 finds the best 98 times with 77 measurements on average, 2 find it 99 times with 90, and 3
 find it 99 times with 101."""
 CACHE = "measured.json"
+LONGEST_CACHE = 2**26
+"""Bytes."""
 
 
 @dataclass(frozen=True, order=True)
@@ -135,10 +138,24 @@ class Measurement:
     """Index of the first sample."""
     count: int
     distance: float
+    """Infinite if images were not finite: the candidate has lost. In JSON null."""
     evaluations: int
     """Network evaluations, summed over images."""
     seconds: float
     """On this rank; the file has those of rank 0."""
+
+    def to_json(self) -> dict:
+        return {**asdict(self), "distance": self.distance if math.isfinite(self.distance) else None}
+
+    @classmethod
+    def from_json(cls, row: dict) -> "Measurement":
+        """
+        Raises:
+            ValueError: not what `to_json` returns.
+        """
+        lost = row["distance"] is None
+        one = check_kind(cls, {**row, "distance": 0.0} if lost else row)
+        return replace(one, distance=math.inf) if lost else one
 
 
 @dataclass
@@ -180,10 +197,8 @@ class SearchSettings:
     def __post_init__(self):
         check_seed_and_batch(self.seed, self.batch)
         require_choice("the precision", self.precision, PRECISIONS)
-        require(
-            min(self.count, self.final_count) >= 2,
-            f"a Frechet distance needs at least 2 images, got counts {self.count} and {self.final_count}",
-        )
+        check_count("--count", self.count, least=2)
+        check_count("--final-count", self.final_count, least=2)
 
 
 class Objective:
@@ -241,12 +256,17 @@ class Objective:
             return cached
         start = time.perf_counter()
         features = self.evaluator.features
-        moments, evaluations = Moments(features.dimension, features.device), 0
-        for samples in self._sample(candidate, first, count):
-            if len(samples.images):  # the last round of a rank may be empty
-                moments.update(features(samples.images.to(features.device)).pool)
-                evaluations += samples.evaluations * len(samples.images)
-        distance = self.evaluator.distance(moments, self.ranks)
+        moments, evaluations, lost = Moments(features.dimension, features.device), 0, False
+        try:
+            for samples in self._sample(candidate, first, count):
+                if len(samples.images):  # the last round of a rank may be empty
+                    moments.update(features(samples.images.to(features.device)).pool)
+                    evaluations += samples.evaluations * len(samples.images)
+        except NonFinite:
+            lost = True
+        # All ranks together: the images of one may be finite and those of another not.
+        lost = any(self.ranks.gather(lost))
+        distance = math.inf if lost else self.evaluator.distance(moments, self.ranks)
         evaluations = sum(self.ranks.gather(evaluations))
         measurement = Measurement(candidate, first, count, distance, evaluations, time.perf_counter() - start)
         self.cache.add(measurement)
@@ -285,10 +305,11 @@ class Cache:
         if not self.path.exists():
             return []
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
+            content = parse_json(read_small(self.path, LONGEST_CACHE))
             settings, rows = content["settings"], content["measured"]
-            measurements = [Measurement(**{**row, "candidate": Candidate(**row["candidate"])}) for row in rows]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            measurements = [Measurement.from_json(row) for row in rows]
+            require(isinstance(settings, dict), "no settings")
+        except (OSError, ValueError, KeyError, TypeError, UserError) as error:
             return UserError(f"{self.path} is not a file of measurements ({error}): delete it, or choose another --out")
         for key, value in self.settings.items():
             if settings.get(key) != value:
@@ -301,7 +322,7 @@ class Cache:
     def add(self, measurement: Measurement) -> None:
         self.measurements[measurement.candidate, measurement.first, measurement.count] = measurement
         if self.ranks.main:
-            rows = [asdict(one) for one in self.measurements.values()]
+            rows = [one.to_json() for one in self.measurements.values()]
             save_text(json.dumps({"settings": self.settings, "measured": rows}, indent=1) + "\n", self.path)
 
 
@@ -312,6 +333,10 @@ def search(grid: Grid, objective: Objective, confirm: int = 3) -> SearchResult:
     searched = [objective.explore(candidate) for candidate in ranked]  # from the cache
     finalists = dict.fromkeys((*ranked[:confirm], *(one for one in ranked if one == UNGUIDED)))
     confirmed = sorted(map(objective.confirm, finalists), key=lambda one: one.distance)
+    require(
+        math.isfinite(confirmed[0].distance),
+        "no guidance of this grid gives finite images; search smaller --scales, or other --steps",
+    )
     per_image = {one.candidate: one.evaluations / one.count for one in searched}
     # A candidate that was not measured counts as the mean of the measured ones.
     mean = sum(per_image.values()) / len(per_image)

@@ -1,4 +1,4 @@
-"""Reconstruction metrics on held-out images."""
+"""Reconstruction metrics on real images."""
 
 import time
 from dataclasses import replace
@@ -7,11 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unite_fast.checkpoint.format import places_of
 from unite_fast.config import PerceptualConfig
 from unite_fast.data_pipeline import Source
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.evaluation import metrics
-from unite_fast.evaluation.batches import read_batches, unreadable_info
+from unite_fast.evaluation.batches import HELD_OUT, read_batches, unreadable_info
 from unite_fast.evaluation.evaluator import Evaluator, bias_warning
 from unite_fast.evaluation.fid import Moments, frechet_distance
 from unite_fast.evaluation.reference import check_unreadable
@@ -29,10 +30,19 @@ _SCORES = ("psnr", "mean_squared_error", "l1", "ssim", "lpips")
 
 
 def score_reconstructions(
-    model: TrainedUNITE, source: Source, evaluator: Evaluator, settings: EvaluationSettings, ranks: Ranks, track: Track
+    model: TrainedUNITE,
+    source: Source,
+    evaluator: Evaluator,
+    settings: EvaluationSettings,
+    ranks: Ranks,
+    track: Track,
+    kind: str = HELD_OUT,
 ) -> tuple[dict, tuple[Tensor, Tensor]]:
     """Score reconstructions of `settings.reconstructions` images, evenly spaced over the source, or of all if it has
     fewer. The registers of image i are drawn from (seed, i).
+
+    Args:
+        kind: what the images are, see `open_held_out_images`.
 
     Returns:
         A dict for the JSON and pairs for a grid. The dict has means over the images: `psnr` and `psnr_of_mean_error`
@@ -48,6 +58,11 @@ def score_reconstructions(
     count = min(len(source), settings.reconstructions)
     indices = np.linspace(0, len(source) - 1, count).round().astype(int).tolist()
     lpips, notes = _load_lpips(model.config.perceptual, source.image_size, model.network.device)
+    named = [path for key, path in places_of(model.config).items() if key.startswith("perceptual.")]
+    if lpips is None and named and source.image_size >= SMALLEST_SIDE:
+        notes.append(
+            f"the model's settings name weights of LPIPS, {', '.join(map(repr, named))}: set the variable there"
+        )
     if source.image_size < metrics.SSIM_WINDOW:
         notes.append(f"no SSIM: it needs images of at least {metrics.SSIM_WINDOW} pixels")
 
@@ -78,13 +93,16 @@ def score_reconstructions(
     for moments in (real, rebuilt):
         moments.all_reduce(ranks)
     n = int(real.count)
-    warning = bias_warning(n, evaluator.features.dimension, "held-out")
+    warning = bias_warning(n, evaluator.features.dimension, kind.removesuffix(" images"))
     notes += [warning] if warning else []
     mean = dict(zip(_SCORES, (ranks.sum(sums) / n).tolist(), strict=True))
     agreement = (ranks.sum(correct) / n).tolist() if evaluator.classifier is not None else (None, None)
     distance = frechet_distance(rebuilt.statistics(), real.statistics()) if ranks.main else None
     result = {
         "images": n,
+        "kind": kind,
+        "split": source.split,
+        "left_out": list(source.left_out),
         **unreadable_info(unreadable),
         "seed": settings.seed,
         "network_precision": "float32",

@@ -18,7 +18,8 @@ from unite_fast.evaluation.inception import load_inception
 from unite_fast.evaluation.pixel_features import PixelFeatures, fit_pixels_on_main
 from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.randomness import permutation
-from unite_fast.utils.files import check_target
+from unite_fast.utils.file_lock import lock_output
+from unite_fast.utils.files import check_npz, check_target
 from unite_fast.utils.progress import Track, no_progress
 
 KEPT_SAMPLES = 10_000
@@ -169,7 +170,8 @@ def save_statistics(
     Raises:
         UserError: data or weights are missing, images are too large for pixel features, or `out` cannot be written.
     """
-    check_target(out, (".npz",))
+    check_target(out, (".npz",), (data,))
+    check_npz(out, "mu.npy")
     kind, path = detect_source(data)
     source = open_source(kind, path, image_size, split)
     size = source.image_size
@@ -179,7 +181,9 @@ def save_statistics(
     else:
         features = load_inception(settings.inception, settings.inception_sha256, device)
     reference = make_reference(source, features, ranks, settings.batch, workers, track)
-    reference.provenance |= {"data": data, "source": kind, "split": split}
+    # Data without splits give all their images, whatever split was asked for.
+    reference.provenance |= {"data": data, "source": kind, "split": source.split or "no splits: all images"}
     if ranks.main:
-        save_reference(reference, out)
+        with lock_output(out):
+            save_reference(reference, out)
     return reference

@@ -1,17 +1,25 @@
 """Write the result of an evaluation as files (JSON, a Markdown table, grids) and as lines for the terminal."""
 
+import html
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
+from unite_fast.checkpoint.format import checkpoint_files
+from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import require
 from unite_fast.evaluation.batches import unreadable_lines
-from unite_fast.utils.files import atomic_write, save_text, writing
-from unite_fast.utils.images import grid, pairs
+from unite_fast.utils.file_lock import lock_output
+from unite_fast.utils.files import BEGINNINGS, check_not_read, check_replaceable, clear_partial, save_text, writing
+from unite_fast.utils.images import grid, pairs, save_png
 
 JSON, TABLE, PAIRS = "evaluation.json", "evaluation.md", "reconstructions.png"
 _COLUMNS = 10
+FILES = {JSON: b"{", TABLE: b"# Evaluation of ", PAIRS: BEGINNINGS[".png"]}
+"""The files of an evaluation and their first bytes."""
 
 
 def default_folder(checkpoint: Path) -> Path:
@@ -21,13 +29,44 @@ def default_folder(checkpoint: Path) -> Path:
     return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "evaluation"
 
 
-def check_folder(out: Path) -> None:
-    """Check that `out` can be a folder.
+def check_folder(out: Path, beginnings: dict[str, bytes]) -> None:
+    """Check that `out` can be the folder of a report.
+
+    Args:
+        beginnings: name of each file of the report, and its first bytes.
 
     Raises:
-        UserError: it exists and is not a folder.
+        UserError: it exists and is not a folder, or another file has the name of one of the report.
     """
     require(not out.exists() or out.is_dir(), f"{out} is in the way: it is not a folder; choose another --out")
+    for name, beginning in beginnings.items():
+        check_replaceable(out / name, beginning)
+
+
+@contextmanager
+def report_folder(out: Path, default: Path, beginnings: dict[str, bytes], checkpoint: Path, ranks: Ranks) -> Iterator:
+    """Check and lock the folder of a report while it is made. All ranks call this together.
+
+    Args:
+        default: the folder in the run folder. It may be no link: a run folder that came from elsewhere could lead
+            anywhere.
+        beginnings: see `check_folder`.
+        checkpoint: what is read.
+
+    Raises:
+        UserError: see `check_folder` and `lock_output`; `out` is what is read.
+    """
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            require(out != default or not out.is_symlink(), f"{out} is a link; choose another folder with --out")
+            check_not_read(out, *([] if out == default else [checkpoint_files(checkpoint)]))
+            check_folder(out, beginnings)
+            stack.enter_context(lock_output(out))
+            clear_partial(out)
+
+        ranks.run_on_first(enter)
+        yield
 
 
 def save(result: dict, samples: dict[str, Tensor], reconstructions: tuple[Tensor, Tensor] | None, out: Path) -> None:
@@ -48,11 +87,10 @@ def save(result: dict, samples: dict[str, Tensor], reconstructions: tuple[Tensor
         out.mkdir(parents=True, exist_ok=True)
         for stale in out.glob("samples_guidance_*.png"):
             stale.unlink()
-        for name, image in grids.items():
-            with atomic_write(out / name) as partial:
-                image.save(partial, format="png")
-        for name, text in ((TABLE, table(result)), (JSON, json.dumps(result, indent=1))):
-            save_text(text, out / name)
+    for name, image in grids.items():
+        save_png(image, out / name)
+    for name, text in ((TABLE, table(result)), (JSON, json.dumps(result, indent=1))):
+        save_text(text, out / name)
 
 
 def lines(result: dict) -> list[str]:
@@ -60,16 +98,17 @@ def lines(result: dict) -> list[str]:
     text, features = [], result["features"]
     rebuilt = result["reconstruction"]
     if rebuilt:
+        kind = rebuilt["kind"]
         text.append(
-            f"reconstruction of {rebuilt['images']} held-out images: {rebuilt['psnr']:.2f} dB PSNR (mean over images; "
+            f"reconstruction of {rebuilt['images']} {kind}: {rebuilt['psnr']:.2f} dB PSNR (mean over images; "
             f"{rebuilt['psnr_of_mean_error']:.2f} dB of the mean error), L1 {rebuilt['l1']:.4f}"
             f"{_optional(rebuilt, 'ssim', 'SSIM')}{_optional(rebuilt, 'lpips', 'LPIPS')}, "
             f"{_distance(features, 'r')} {rebuilt['frechet_distance']:.4f}"
         )
-        text += unreadable_lines(rebuilt, "held-out images")
+        text += unreadable_lines(rebuilt, kind)
         if rebuilt["real_class_agreement"] is not None:
             text.append(
-                f"classifier (SVM on real pixels): {rebuilt['real_class_agreement']:.1%} correct on held-out images, "
+                f"classifier (SVM on real pixels): {rebuilt['real_class_agreement']:.1%} correct on {kind}, "
                 f"{rebuilt['class_agreement']:.1%} on their reconstructions"
             )
     for one in result["generated"]:
@@ -90,11 +129,12 @@ def table(result: dict) -> str:
     """The result as Markdown."""
     features, checkpoint, reference = result["features"], result["checkpoint"], result["reference"]
     text = [
-        f"# Evaluation of {checkpoint['name']}, step {checkpoint['step']}",
+        f"# Evaluation of {plain(checkpoint['name'])}, step {checkpoint['step']}",
         "",
         f"{checkpoint['weights']} weights, SHA-256 {checkpoint['weights_sha256']}. Features: {features['name']} "
         f"({features['title']}, {features['dimension']} dimensions). Reference: "
-        f"{reference['path'] or 'the training images'}, {reference['images'] or 'unknown number of'} images"
+        f"{reference['path'] or 'the ' + reference.get('kind', 'training images')}, "
+        f"{reference['images'] or 'unknown number of'} images"
         f"{', SHA-256 ' + reference['sha256'] if reference['sha256'] else ''}. "
         f"{JSON} has all details.",
         "",
@@ -119,7 +159,7 @@ def table(result: dict) -> str:
     rebuilt = result["reconstruction"]
     if rebuilt:
         cells = {
-            "held-out images": str(rebuilt["images"]),
+            rebuilt["kind"]: str(rebuilt["images"]),
             _distance(features, "r"): f"{rebuilt['frechet_distance']:.4f}",
             "PSNR, dB": f"{rebuilt['psnr']:.2f}",
             "of the mean error": f"{rebuilt['psnr_of_mean_error']:.2f}",
@@ -130,6 +170,11 @@ def table(result: dict) -> str:
         text += ["", *_markdown([name for name in cells if cells[name]], [cells])]
     text += ["", *(f"- {note}" for note in result["notes"])] if result["notes"] else []
     return "\n".join(text) + "\n"
+
+
+def plain(name: str) -> str:
+    """A name from a model's settings as text in Markdown, which could hold HTML, and on one line."""
+    return html.escape(repr(name)[1:-1])
 
 
 def _markdown(columns: list[str], rows: list[dict[str, str]]) -> list[str]:

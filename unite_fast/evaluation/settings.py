@@ -6,7 +6,7 @@ Of the package, this module imports only `config` and `errors`, so that `--help`
 import math
 from dataclasses import dataclass, field
 
-from unite_fast.config import FEATURES, INCEPTION_SHA256, PRECISIONS, check_seed_and_batch, is_digest
+from unite_fast.config import FEATURES, INCEPTION_SHA256, PRECISIONS, check_count, check_seed_and_batch, is_digest
 from unite_fast.errors import require, require_choice
 
 EVALUATION_SAMPLES = {"inception": 50_000, "pixels": 1_000}
@@ -49,13 +49,12 @@ class EvaluationSettings:
     def __post_init__(self):
         require_choice("--features", self.features, FEATURES)
         require(is_digest(self.inception_sha256), "--inception-sha256 must be 8 to 64 hex digits")
-        require(self.count is None or self.count >= 2, f"--count is {self.count}; it must be at least 2")
+        if self.count is not None:
+            check_count("--count", self.count, least=2)
         require(all(math.isfinite(scale) for scale in self.guidance), "--guidance must be finite")
         require("guidance" not in self.sampling, "sampling must not hold guidance; set the field guidance instead")
         check_seed_and_batch(self.seed, self.batch, "--")
         if self.precision:
             require_choice("--precision", self.precision, PRECISIONS)
-        require(
-            self.reconstructions == 0 or self.reconstructions >= 2,
-            f"--reconstructions is {self.reconstructions}; it must be at least 2, or 0",
-        )
+        if self.reconstructions:
+            check_count("--reconstructions", self.reconstructions, least=2)

@@ -79,6 +79,7 @@ class Cluster:
 
     def __post_init__(self):
         require(self.nodes > 0 and self.gpus_per_node > 0, "--nodes and --gpus-per-node must be positive")
+        require(self.gpus <= 10**6, "--nodes times --gpus-per-node must be at most 1,000,000")
 
     @property
     def gpus(self) -> int:

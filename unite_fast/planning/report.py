@@ -55,9 +55,9 @@ def _memory(plan: Plan) -> list[str]:
     gpu = plan.cluster.gpu
     total = sum(plan.memory.values())
     verdict = "fits" if plan.fits else f"does NOT fit: {RESERVED:.0%} of the memory must stay free"
-    rows = [f"  {name:<28}{size / 1e9:9.2f}" for name, size in plan.memory.items()]
+    rows = [f"  {name:<28} {size / 1e9:8.2f}" for name, size in plan.memory.items()]
     head = f"memory per GPU, micro-batch {plan.micro_batch}, GB"
-    return [head, *rows, f"  {'sum':<28}{total / 1e9:9.2f}  of {gpu.memory:g}: {verdict}"]
+    return [head, *rows, f"  {'sum':<28} {total / 1e9:8.2f}  of {gpu.memory:g}: {verdict}"]
 
 
 def _work(plan: Plan) -> list[str]:
@@ -83,14 +83,14 @@ def _work(plan: Plan) -> list[str]:
     for one in plan.collectives:
         fast, slow = (collective_seconds(one, plan.cluster, assumed) * 1e3 for assumed in (FAST, SLOW))
         overlap = "overlaps with backward" if one.overlaps else "no overlap"
-        rows.append(f"  {one.name:42}{one.size / 1e9:6.2f}{one.times:7}{f'{fast:.1f} to {slow:.1f}':>14}, {overlap}")
+        rows.append(f"  {one.name:42} {one.size / 1e9:5.2f} {one.times:6} {f'{fast:.1f} to {slow:.1f}':>13}, {overlap}")
     return rows
 
 
 def _speed(plan: Plan) -> list[str]:
     rows = [f"time per step, ms          {'fast':>8}{'slow':>8}"]
     rows += [
-        f"  {name:<25}{plan.fast.seconds[name] * 1e3:8.1f}{plan.slow.seconds[name] * 1e3:8.1f}"
+        f"  {name:<25} {plan.fast.seconds[name] * 1e3:7.1f} {plan.slow.seconds[name] * 1e3:7.1f}"
         for name in plan.fast.seconds
     ]
     low, high = plan.slow.images_per_s, plan.fast.images_per_s
@@ -108,6 +108,10 @@ def _speed(plan: Plan) -> list[str]:
 
 
 def _run(plan: Plan, price: float) -> list[str]:
+    if not plan.fits:
+        return [
+            "run        no time and no cost: it does not fit; use more or larger GPUs, or a smaller train.micro_batch"
+        ]
     images = plan.config.train.steps * plan.config.train.batch_size
     hours = [images / speed.images_per_s / 3600 for speed in (plan.fast, plan.slow)]
     gpu_hours = [each * plan.cluster.gpus for each in hours]

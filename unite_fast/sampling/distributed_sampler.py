@@ -91,6 +91,7 @@ def _sample(model: UNITE, network: Network, generation: Generation, number: int)
     # Pad with more samples of the last class: the compiler needs static shapes, and dopri5's steps depend on the whole
     # batch, so the padding must not depend on ranks or resumes.
     labels = generation.labels[positions.clamp_max(len(generation.labels) - 1)]
+    n = min(len(generation.labels) - number * generation.batch, generation.batch)
     images, evaluations = sample_batch(
         model,
         network,
@@ -99,9 +100,9 @@ def _sample(model: UNITE, network: Network, generation: Generation, number: int)
         generation.sampling,
         generation.seed,
         generation.precision,
+        n,
     )
-    n = min(len(generation.labels) - number * generation.batch, generation.batch)
-    return Samples(positions[:n], images[:n], labels[:n], evaluations)
+    return Samples(positions[:n], images, labels[:n], evaluations)
 
 
 def _no_samples(model: UNITE) -> Samples:

@@ -20,7 +20,8 @@ class TrainedUNITE:
 
     Attributes:
         network: the model with its EMA weights, float32, without gradients.
-        config: the settings of its training.
+        config: the settings of its training. Paths and addresses in them are empty, because the file may come from
+            anywhere; `unite_fast.checkpoint.format.places_of(config)` has them.
         step: optimizer steps of its training.
     """
 
@@ -35,8 +36,6 @@ class TrainedUNITE:
         saved = load_model(path)
         network = UNITE(saved.config.model)
         network.load_state_dict(saved.averages)
-        for name, parameter in network.named_parameters():
-            require(bool(parameter.isfinite().all()), f"the weights in {path} are not finite: {name}")
         return cls(network.to(device), saved.config, saved.step)
 
     def generate(

@@ -27,8 +27,9 @@ from unite_fast.sampling.distributed_sampler import Generation, sample_distribut
 from unite_fast.sampling.pipeline import TrainedUNITE, weights_sha256
 from unite_fast.sampling.sampler import check_classes
 from unite_fast.utils.file_lock import LOCK, lock_folder
-from unite_fast.utils.files import atomic_write, writing
+from unite_fast.utils.files import PARTIAL, atomic_write, flush, read_small, writing
 from unite_fast.utils.images import image_file_name
+from unite_fast.utils.parse_json import parse_json
 from unite_fast.utils.progress import progress
 
 MANIFEST = "generation.json"
@@ -37,7 +38,8 @@ MERGED = "merged"
 FORMAT = "unite_fast generation 2"
 """Increase the number when the same settings produce other images (a solver's steps, the noise, the order of samples),
 so that partial output of an older version is rejected instead of resumed."""
-PARTIAL = ".partial"
+LONGEST_MANIFEST = 2**20
+"""Bytes."""
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 """The earliest date a zip can hold. The real date would make files of equal samples differ."""
 
@@ -128,6 +130,7 @@ class Parts:
             UserError: `out` exists, parts of other settings, another process is writing them, no permission.
         """
         self.check_free()
+        require(not self.folder.is_symlink(), f"{self.folder} is a link; move it or choose another --out")
         self.lock = lock_folder(self.folder, "being written", "choose another --out")
         self.check_free()  # the process that held the lock may just have finished
         path = self.folder / MANIFEST
@@ -169,7 +172,7 @@ class Parts:
 
     def read_manifest(self, path: Path) -> dict:
         try:
-            saved = json.loads(path.read_text())
+            saved = parse_json(read_small(path, LONGEST_MANIFEST))
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {path}: {error}; delete {self.folder} to start again") from error
         require(isinstance(saved, dict), f"{path} is not a manifest of ours; delete {self.folder} to start again")
@@ -257,7 +260,7 @@ class NpzParts(Parts):
         if self.out.exists():
             return set(self.batches)
         image = self.size * self.size * 3
-        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder)}
+        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder) if not entry.is_symlink()}
         # A power cut may leave a file whose bytes never reached the disk.
         return {b for b in self.batches if sizes.get(self.path(b).name) == len(self.samples(b)) * image}
 
@@ -269,6 +272,7 @@ class NpzParts(Parts):
         if not self.only_cleanup_left():
             self.check_free()
             with writing(self.out):
+                self.merged.unlink(missing_ok=True)
                 write_npz(
                     self.merged,
                     {
@@ -284,7 +288,9 @@ class NpzParts(Parts):
             write_manifest(self.folder / MANIFEST, self.manifest | {MERGED: True})
             write_manifest(self.manifest_path, self.manifest)
             with writing(self.out):
+                flush(self.merged)
                 os.replace(self.merged, self.out)
+                flush(self.out.parent)
         with writing(self.folder):
             # Delete the manifest last: a rerun needs it to see that `out` belongs to this generation.
             for path in self.folder.iterdir():
@@ -307,12 +313,13 @@ class PngParts(Parts):
         return self.folder / image_file_name(index, int(self.labels[index]))
 
     def finished(self) -> set[int]:
-        written = {entry.name for entry in os.scandir(self.folder) if entry.stat().st_size}
+        entries = (entry for entry in os.scandir(self.folder) if not entry.is_symlink())
+        written = {entry.name for entry in entries if entry.stat().st_size}
         return {b for b in self.batches if all(self.path(i).name in written for i in self.samples(b))}
 
     def write(self, number: int, images: Tensor) -> None:
         for index, image in zip(self.samples(number), images.permute(0, 2, 3, 1).numpy(), strict=True):
-            with atomic_write(self.path(index)) as partial:
+            with atomic_write(self.path(index), durable=False) as partial:
                 Image.fromarray(image).save(partial, format="PNG")
 
     def merge(self) -> None:
@@ -339,7 +346,7 @@ def write_manifest(path: Path, manifest: dict) -> None:
 def is_manifest(path: Path) -> bool:
     """Whether a file is a manifest, of any format version."""
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(read_small(path, LONGEST_MANIFEST))
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and str(content.get("format")).startswith(FORMAT.rstrip("0123456789"))
@@ -348,7 +355,7 @@ def is_manifest(path: Path) -> bool:
 def write_npz(path: Path, arrays: dict[str, tuple[tuple[int, ...], type, Iterable]]) -> None:
     """`numpy.savez` for arrays that do not fit in memory: name -> shape, dtype and chunks of C-ordered bytes. The same
     arrays give the same file, byte for byte."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+    with zipfile.ZipFile(path, "x", zipfile.ZIP_STORED) as archive:
         for name, (shape, dtype, chunks) in arrays.items():
             header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
             with archive.open(zipfile.ZipInfo(f"{name}.npy", ZIP_TIME), "w", force_zip64=True) as member:

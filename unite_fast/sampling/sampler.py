@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from unite_fast import flow
-from unite_fast.config import SamplingConfig
-from unite_fast.errors import require
+from unite_fast.config import SamplingConfig, check_count
+from unite_fast.errors import UserError, require
 from unite_fast.kernels.casts import cast_once
 from unite_fast.kernels.tensors import upcast
 from unite_fast.model.layers import matmul_weights
@@ -23,6 +23,18 @@ from unite_fast.sampling.solvers import RELEASED_SOLVERS, multistep, multistep_t
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_t [B, N, C], t float32 [B], labels int64 [B]) -> clean latents [B, N, C]."""
+
+
+class NonFinite(UserError):
+    """Images that are not finite (NaN or infinite), and would be black squares.
+
+    Attributes:
+        count: of them, in the batch.
+    """
+
+    def __init__(self, count: int, batch: int, cause: str):
+        super().__init__(f"{count} of {batch} images of a batch are not finite (NaN or infinite): {cause}")
+        self.count = count
 
 
 @dataclass
@@ -152,6 +164,7 @@ def sample_batch(
     config: SamplingConfig,
     seed: int,
     precision: str = "float32",
+    wanted: int | None = None,
     predictor: type[GuidedPrediction] = GuidedPrediction,
 ) -> tuple[Tensor, int]:
     """Sample one batch with a prepared (perhaps compiled) network.
@@ -161,17 +174,31 @@ def sample_batch(
         positions: int64 [B]; the noise of each image is drawn from (seed, position).
         precision: bfloat16 runs the network under autocast, its weights cast once; latents stay float32 between its
             passes.
+        wanted: the first images, which are returned; the others only fill up the batch. None: all.
         predictor: class that computes guidance; benchmarks/sampling.py compares several.
 
     Returns:
-        uint8 [B, 3, S, S] on the CPU, and the network evaluations per image.
+        uint8 [B, 3, S, S] on the CPU, or [wanted, 3, S, S], and the network evaluations per image.
+
+    Raises:
+        NonFinite: latents or images are not finite.
     """
     device, shape = model.device, (model.config.latent_tokens, model.config.latent_channels)
     noise = Philox(seed, 0, positions.to(device)).normal(Stream.SAMPLE_NOISE, shape)
     predict = predictor(network.denoise, labels.to(device), model.config.num_classes, config)
     half = precision == "bfloat16"
     with torch.autocast(device.type, torch.bfloat16, enabled=half), cast_once(matmul_weights(model) if half else ()):
-        return to_uint8(network.decode(solve(predict, noise))), predict.evaluations
+        latents = solve(predict, noise)
+        decoded = network.decode(latents)
+        images = finished(decoded[:wanted], latents[:wanted], describe(config))
+    return images, predict.evaluations
+
+
+def describe(config: SamplingConfig) -> str:
+    """The settings that decide whether images are finite, for a message."""
+    low, high = config.interval
+    guidance = f"guidance {config.guidance:g} for t in ({low:g}, {high:g})" if config.guidance != 1 else "no guidance"
+    return f"{guidance}, solver {config.solver}, {config.steps} steps; try other settings"
 
 
 def check_classes(labels: Iterable[int], num_classes: int) -> None:
@@ -186,8 +213,12 @@ def reconstruct(model: UNITE, images: Tensor, seed: int = 0, batch: int = 64, fi
 
 @torch.no_grad()
 def decode(model: UNITE, latents: Tensor, batch: int = 64) -> Tensor:
-    """Decode latents: float32 [n, N, C] on the model's device -> images uint8 [n, 3, S, S] on the CPU."""
-    return torch.cat([to_uint8(model.decode(part)) for part in latents.split(batch)])
+    """Decode latents: float32 [n, N, C] on the model's device -> images uint8 [n, 3, S, S] on the CPU.
+
+    Raises:
+        NonFinite: latents or images are not finite.
+    """
+    return torch.cat([finished(model.decode(part), part, "decoded latents") for part in latents.split(batch)])
 
 
 @torch.no_grad()
@@ -206,6 +237,24 @@ def tokenize(model: UNITE, images: Tensor, seed: int = 0, batch: int = 64, first
     return torch.cat(out)
 
 
+def finished(images: Tensor, latents: Tensor, cause: str) -> Tensor:
+    """`to_uint8` of decoded images [B, 3, S, S], checked.
+
+    Args:
+        latents: [B, N, C], of which the images were decoded.
+        cause: for the message.
+
+    Raises:
+        NonFinite: latents or images are not finite.
+    """
+    # On the device, so that only one number per image is fetched, after the images.
+    finite = images.isfinite().flatten(1).all(1) & latents.isfinite().flatten(1).all(1)
+    pixels = to_uint8(images)
+    if bad := int((~finite).sum()):
+        raise NonFinite(bad, len(images), cause)
+    return pixels
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """Clamp to [0, 1] and truncate, as the released code does: [..., S, S] -> uint8 on the CPU."""
     return (images.float().clamp(0, 1) * 255).to(torch.uint8).cpu()
@@ -215,8 +264,9 @@ def choose_labels(classes: Sequence[int], count: int, num_classes: int) -> Tenso
     """Labels that cycle through `classes` (all classes if empty): int64 [count].
 
     Raises:
-        UserError: class out of range.
+        UserError: class or count out of range.
     """
+    check_count("the number of images", count)
     cycle = classes or range(num_classes)
     check_classes(cycle, num_classes)  # before the tensor is made: int64 overflows at 20 digits
-    return torch.tensor([cycle[i % len(cycle)] for i in range(count)])
+    return torch.tensor(cycle)[torch.arange(count) % len(cycle)]

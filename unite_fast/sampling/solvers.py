@@ -123,13 +123,17 @@ def remaining_noise(t: float) -> tuple[float, float]:
 
 def dopri5(predict: Prediction, x: Tensor, times: list[float]) -> Tensor:
     """Adaptive Runge-Kutta 5(4) of torchdiffeq, from the first to the last time; the times between are ignored. Step
-    sizes depend on the whole batch. Where guidance jumps, errors can exceed the tolerances (docs/LOG.md)."""
+    sizes depend on the whole batch. Where guidance jumps, errors can exceed the tolerances (docs/LOG.md). NaN if there
+    is no solution."""
     from torchdiffeq import odeint  # imports scipy, which no other solver needs
 
     ends = torch.tensor([times[0], times[-1]], device=x.device, dtype=x.dtype)
-    path = odeint(
-        lambda t, x: velocity(predict, float(t), x), x, ends, rtol=DOPRI5_RTOL, atol=DOPRI5_ATOL, method="dopri5"
-    )
+    try:
+        path = odeint(
+            lambda t, x: velocity(predict, float(t), x), x, ends, rtol=DOPRI5_RTOL, atol=DOPRI5_ATOL, method="dopri5"
+        )
+    except AssertionError:  # no step is small enough: a prediction is not finite, or the guidance is huge
+        return torch.full_like(x, math.nan)
     assert isinstance(path, Tensor)  # a tuple only for a tuple x
     return path[-1]
 

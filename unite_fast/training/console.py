@@ -9,13 +9,16 @@ import torch
 from rich.console import Console
 
 from unite_fast.config import Config
-from unite_fast.data_pipeline import open_source, read_readable
+from unite_fast.data_pipeline import Source, open_held_out, open_source, read_readable
+from unite_fast.data_pipeline.splits import ClassesDiffer
 from unite_fast.errors import UserError
+from unite_fast.evaluation.batches import HELD_OUT, TRAINING
 from unite_fast.kernels import backend
 from unite_fast.sampling import sampler
+from unite_fast.training.side_outputs import SideOutputs
 from unite_fast.training.train_state import TrainState
-from unite_fast.utils.files import writing
-from unite_fast.utils.images import grid, pairs, save_curves
+from unite_fast.utils.files import make_folder
+from unite_fast.utils.images import grid, pairs, save_curves, save_png
 from unite_fast.utils.progress import progress_bar
 
 PICTURE_ROWS = 8
@@ -41,8 +44,11 @@ class Report:
             f"attention, {mode}, batch {train.batch_size}, "
             f"steps {state.step}..{train.steps}, in {folder}"
         )
-        self.held_out = held_out_images(config)
+        self.real, self.of_real = real_images(config)
+        if self.of_real != HELD_OUT:
+            self.print_line(f"reconstructions.png shows {self.of_real}")
         self.bar = progress_bar(self.console, main)
+        self.sides = SideOutputs(self.print_line)
 
     def print_line(self, line: str) -> None:
         """Print a line without wrapping it."""
@@ -75,29 +81,33 @@ class Report:
 
     @torch.no_grad()
     def save_pictures(self, rows: list[dict]) -> None:
-        """Save samples, reconstructions of held-out images, and curves, using the averaged weights. All ranks call this
+        """Save samples, reconstructions of real images, and curves, using the averaged weights. All ranks call this
         together."""
         model, config = self.state.model, self.config
         labels = torch.arange(PICTURE_ROWS * PICTURE_COLUMNS) % min(config.model.num_classes, PICTURE_COLUMNS)
         # Eager, because sampling has other shapes, and compiling for them would take longer than sampling.
-        with self.state.ema.applied(), torch.compiler.set_stance("force_eager"):
-            samples = sampler.sample_images(
-                model, labels, config.sampling, config.seed, precision=config.train.network_precision
-            )
-            reconstructions = sampler.reconstruct(model, self.held_out, config.seed)
+        try:
+            with self.state.ema.applied(), torch.compiler.set_stance("force_eager"):
+                samples = sampler.sample_images(
+                    model, labels, config.sampling, config.seed, precision=config.train.network_precision
+                )
+                reconstructions = sampler.reconstruct(model, self.real, config.seed)
+        except sampler.NonFinite as error:  # on all ranks: they sample the same images
+            self.print_line(f"warning: no pictures of step {self.state.step}: {error}")
+            return
         if not self.main:
             return
         name = f"step_{self.state.step:08d}.png"
         for kind, picture in (
             ("samples", grid(samples, PICTURE_COLUMNS)),
-            ("reconstructions", pairs(self.held_out, reconstructions, PICTURE_COLUMNS)),
+            ("reconstructions", pairs(self.real, reconstructions, PICTURE_COLUMNS)),
         ):
-            with writing(self.folder / kind):
-                (self.folder / kind).mkdir(exist_ok=True)
-                picture.save(self.folder / kind / name)
-                picture.save(self.folder / f"{kind}.png")
+            with self.sides.attempt(kind):
+                save_png(picture, self.folder / f"{kind}.png")
+                make_folder(self.folder / kind)
+                save_png(picture, self.folder / kind / name)
         if rows:
-            with writing(self.folder / "curves.png"):
+            with self.sides.attempt("curves.png"):
                 save_curves(rows, self.folder / "curves.png")
 
     def summary(self, outcome, skipped: dict[str, str]) -> None:
@@ -112,7 +122,12 @@ class Report:
         self._line("checkpoint", self.folder / "checkpoints" / "latest")
         for picture in ("samples", "reconstructions", "curves"):
             if (self.folder / f"{picture}.png").exists():
-                self._line(picture, self.folder / f"{picture}.png")
+                note = (
+                    f" (of {self.of_real.partition(':')[0]})"
+                    if picture == "reconstructions" and self.of_real != HELD_OUT
+                    else ""
+                )
+                self._line(picture, f"{self.folder / picture}.png{note}")
         self._line("metrics", self.folder / "metrics.jsonl")
         self._line("events", f"tensorboard --logdir {self.folder / 'tensorboard'}")
         if skipped:
@@ -130,12 +145,26 @@ class Report:
         self.print_line(f" {label:<16} {text}")
 
 
-def held_out_images(config: Config) -> torch.Tensor:
-    """The first readable images of the test split, or of the training split if there is no test split: uint8
-    [n, 3, S, S]."""
+def real_images(config: Config) -> tuple[torch.Tensor, str]:
+    """The first readable held-out images, or training images if none are held out.
+
+    Returns:
+        Images uint8 [n, 3, S, S], and what they are: `HELD_OUT`, or training images and why.
+
+    Raises:
+        ClassesDiffer: the held-out images have other classes than the training images.
+    """
     data = (config.data.source, config.data.path, config.model.image_size)
     try:
-        source = open_source(*data, "test", config.model.num_classes)
-    except UserError:
+        source, held_out = open_held_out(*data, config.model.num_classes)
+        kind = HELD_OUT if held_out else f"{TRAINING}: the data have no held-out split"
+        return _first_images(source), kind
+    except ClassesDiffer:
+        raise
+    except UserError as error:
         source = open_source(*data, "train", config.model.num_classes)
+        return _first_images(source), f"{TRAINING}: {error}"
+
+
+def _first_images(source: Source) -> torch.Tensor:
     return read_readable(source, range(len(source)), most=PICTURE_ROWS * PICTURE_COLUMNS // 2)[0]

@@ -5,7 +5,7 @@ import math
 import resource
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,12 +14,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 from unite_fast.config import Config
 from unite_fast.distributed.process_group import current_ranks
+from unite_fast.errors import require
 from unite_fast.objective import Losses
 from unite_fast.planning.flops import image_flops
 from unite_fast.planning.gpus import recognise
+from unite_fast.training.side_outputs import SideOutputs
 from unite_fast.training.step_timer import StepClock
 from unite_fast.training.wandb_log import WandbLog
-from unite_fast.utils.files import read_rows, save_text, writing
+from unite_fast.utils.files import drop_rows_after, make_folder, open_to_append, read_rows, thin_rows
 
 AVERAGED = ("total", "l1", "lpips", "flow", "grad_norm")
 HARDWARE = ("images_per_s", "images_per_s_per_gpu", "mfu", "memory_gb", "seconds_")
@@ -75,6 +77,12 @@ class Averages:
         return {"sums": self.sums.tolist(), "count": int(self.count)}
 
     def load_state_dict(self, state: dict) -> None:
+        """
+        Raises:
+            UserError: `state` has other averages.
+        """
+        found, expected = len(state["sums"]), len(AVERAGED)
+        require(found == expected, f"cannot resume: the checkpoint has sums of {found} averages, not of {expected}")
         self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
         self.count.fill_(state["count"])
 
@@ -144,7 +152,8 @@ def loss_spike(rows: Sequence[dict]) -> str | None:
     if len(rows) <= SPIKE_MIN_ROWS:
         return None
     *before, last = rows[-SPIKE_ROWS - 1 :]
-    totals = [row["total"] for row in before if math.isfinite(row["total"])]
+    values = (row.get("total") for row in before)
+    totals = [value for value in values if isinstance(value, float) and math.isfinite(value)]
     if len(totals) < SPIKE_MIN_ROWS:
         return None
     mean, deviation = statistics.fmean(totals), statistics.stdev(totals)
@@ -158,40 +167,71 @@ def loss_spike(rows: Sequence[dict]) -> str | None:
 
 class MetricsLog:
     """metrics.jsonl (one JSON object per line) and TensorBoard events in a run folder, and Weights & Biases if `wandb`
-    is given. Only rank 0 has one."""
+    is given. Only rank 0 has one. A failure is a warning: see `SideOutputs`.
 
-    def __init__(self, folder: Path, step: int, wandb: WandbLog | None = None):
+    Attributes:
+        rows: for curves and the search for spikes: those of the file, or some of them (see `thin_rows`).
+    """
+
+    def __init__(self, folder: Path, step: int, wandb: WandbLog | None = None, sides: SideOutputs | None = None):
         """Rows after `step` are dropped: a run that was killed after its last checkpoint writes them again."""
-        self.wandb = wandb
-        self.path = folder / "metrics.jsonl"
-        self.events_path = folder / "tensorboard"
-        self.rows = [row for row in read_rows(self.path) if row["step"] <= step]
-        save_text("".join(json.dumps(row) + "\n" for row in self.rows), self.path)
-        with writing(self.events_path):
-            self.events = SummaryWriter(str(self.events_path), purge_step=step + 1)
+        self.wandb, self.sides = wandb, sides or SideOutputs()
+        self.rows: list[dict] = []
+        self.events: SummaryWriter | None = None
+        self.purge_step = step + 1
+        self.use(folder)
+        with self.sides.attempt("metrics.jsonl"):
+            if self.path.is_symlink():
+                self.path.unlink()  # its target is not ours; a new file begins
+            drop_rows_after(self.path, step)
+            self.rows = thin_rows(read_rows(self.path))
+        self._open_events()
+
+    def use(self, folder: Path) -> None:
+        """Write to this folder from now on: the run folder was moved."""
+        self.path, self.events_path = folder / "metrics.jsonl", folder / "tensorboard"
 
     def write(self, row: dict) -> None:
-        """
-        Raises:
-            UserError: no space left.
-        """
-        self.rows.append(row)
-        with writing(self.path), self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        with writing(self.events_path):
-            for name, value in row.items():
-                if name != "step":
-                    self.events.add_scalar(name, value, row["step"])
+        self.rows = thin_rows([*self.rows, row])
+        with self.sides.attempt("metrics.jsonl"), open_to_append(self.path) as file:
+            # One write, so that a reader or a full disk cuts at most one row.
+            file.write((json.dumps(row) + "\n").encode())
+        for name, value in row.items():
+            if name != "step":
+                self.write_scalar(name, value, row["step"])
         if self.wandb:
-            self.wandb.write(row)
+            with self.sides.attempt("Weights & Biases"):
+                self.wandb.write(row)
+
+    def write_scalar(self, name: str, value: float, step: int) -> None:
+        """Add a point to a curve on TensorBoard."""
+        self.purge_step = step + 1
+        if self.events is not None:
+            self._on_events(lambda events: events.add_scalar(name, value, step))
 
     def flush(self) -> None:
-        """Write out buffered events, before a checkpoint that counts their steps as done."""
-        with writing(self.events_path):
-            self.events.flush()
+        """Write out buffered events, before a checkpoint that counts their steps as done. After a failure, try a new
+        file."""
+        if self.events is None or not self.events_path.is_dir():
+            self._open_events()
+        if self.events is not None:
+            self._on_events(SummaryWriter.flush)
 
     def close(self) -> None:
         if self.wandb:
-            self.wandb.close()
-        with writing(self.events_path):
-            self.events.close()
+            with self.sides.attempt("Weights & Biases"):
+                self.wandb.close()
+        if self.events is not None:
+            self._on_events(SummaryWriter.close)
+
+    def _on_events(self, call: Callable[[SummaryWriter], None]) -> None:
+        events, self.events = self.events, None
+        with self.sides.attempt("TensorBoard"):
+            assert events is not None  # the callers check
+            call(events)
+            self.events = events
+
+    def _open_events(self) -> None:
+        with self.sides.attempt("TensorBoard"):
+            make_folder(self.events_path)
+            self.events = SummaryWriter(str(self.events_path), purge_step=self.purge_step)

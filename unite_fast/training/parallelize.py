@@ -5,7 +5,6 @@ ranks. ddp is N x 1, fsdp 1 x N, hsdp nodes x ranks per node. A single process h
 """
 
 import math
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,9 +20,11 @@ from torch.distributed.tensor import Shard
 from unite_fast.config import Config
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.distributed.strategy import Strategy, choose_strategy
+from unite_fast.errors import require
 from unite_fast.model.layers import RMSNorm
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.param_groups import split_parameters
+from unite_fast.utils.device import host_memory
 
 
 def state_bytes(model: nn.Module) -> int:
@@ -37,18 +38,28 @@ def device_memory(device: torch.device, ranks: Ranks) -> int:
     """Memory of this rank's device in bytes; on a CPU, this rank's share of the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks.per_node
+    return host_memory() // ranks.per_node
 
 
 def build_model(config: Config, ranks: Ranks, device: torch.device) -> tuple[UNITE, Strategy]:
     """An initialised model, sharded if there are several ranks. No rank ever holds a whole sharded model: it is built
-    on the meta device, sharded, and initialised one parameter at a time (`UNITE.initialize`)."""
+    on the meta device, sharded, and initialised one parameter at a time (`UNITE.initialize`).
+
+    Raises:
+        UserError: the training state does not fit into memory.
+    """
     with torch.device("meta"):
         model = UNITE(config.model)
     # Machines may differ, but all ranks must choose alike: use the smallest memory, and groups that fit each machine.
     per_node, memory = zip(*ranks.gather((ranks.per_node, device_memory(device, ranks))), strict=True)
     common = replace(ranks, per_node=math.gcd(*per_node))
     strategy = choose_strategy(config.parallel, common, state_bytes(model), min(memory))
+    share = state_bytes(model) // strategy.mesh[1]
+    require(
+        share <= min(memory),
+        f"the training state takes {share / 1e9:,.1f} GB per process, but each has only {min(memory) / 1e9:,.1f} GB of "
+        "memory: out of memory; use a smaller model, or more processes with parallel.strategy=fsdp",
+    )
     if config.train.compile:
         compile_blocks(model)
     if ranks.world > 1:

@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from unite_fast.config import ProfileConfig
-from unite_fast.utils.files import writing
+from unite_fast.utils.files import atomic_write, make_folder, private_folder, writing
 
 
 class StepProfiler:
@@ -18,8 +18,13 @@ class StepProfiler:
     """
 
     def __init__(self, config: ProfileConfig, folder: Path, device: torch.device, print_line: Callable[[str], None]):
-        self.steps, self.folder, self.device, self.print_line = config.traced, folder / "profile", device, print_line
+        self.steps, self.device, self.print_line = config.traced, device, print_line
+        self.use(folder)
         self.running: profile | None = None
+
+    def use(self, folder: Path) -> None:
+        """Write to this run folder from now on: it was moved."""
+        self.folder = folder / "profile"
 
     def before(self, step: int) -> None:
         """Call before step `step`, 1-based."""
@@ -48,10 +53,10 @@ class StepProfiler:
         trace, self.running = self.running, None
         trace.stop()
         path = self.folder / f"rank0_step{self.first_step}.json.gz"
-        # A prefix, not a suffix: torch compresses by the suffix .gz.
-        partial = self.folder / f"partial_{path.name}"
         with writing(path):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            trace.export_chrome_trace(str(partial))
-            os.replace(partial, path)
+            make_folder(self.folder)
+        # torch compresses by the suffix .gz.
+        with atomic_write(path) as partial, private_folder(partial) as private:
+            trace.export_chrome_trace(str(private / path.name))
+            os.replace(private / path.name, partial)
         self.print_line(f"profile: {path}; open it in chrome://tracing or https://ui.perfetto.dev")

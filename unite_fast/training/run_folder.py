@@ -2,6 +2,7 @@
 
 import os
 import signal
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TextIO
@@ -10,14 +11,16 @@ import yaml
 
 from unite_fast.checkpoint.format import step_folders
 from unite_fast.checkpoint.manager import Checkpoints
+from unite_fast.checkpoint.progress import check_progress
 from unite_fast.checkpoint.reader import Checkpoint
 from unite_fast.config import Config, EvaluationConfig, ParallelConfig, SamplingConfig
+from unite_fast.distributed.environment import restart_count
 from unite_fast.distributed.launch import launch_name, under_torchrun
 from unite_fast.distributed.peers import Peers
 from unite_fast.errors import require
 from unite_fast.recipes import to_tree
 from unite_fast.utils import file_lock
-from unite_fast.utils.files import save_text, writing
+from unite_fast.utils.files import clear_partial, read_small, save_text
 
 FREE_ON_RESUME = {
     "name",
@@ -51,6 +54,10 @@ FREE_ON_RESUME = {
 """Settings that may change on resume: they do not change what a step computes."""
 
 
+LONGEST_STATUS = 1000
+"""Bytes of the status file."""
+
+
 def find_start(checkpoints: Checkpoints, folder: Path, config: Config, resume: bool) -> Checkpoint | None:
     """The checkpoint to resume from; None for a new run.
 
@@ -61,11 +68,48 @@ def find_start(checkpoints: Checkpoints, folder: Path, config: Config, resume: b
         checkpoint = checkpoints.find()
         if checkpoint:
             check_same_settings(checkpoint.config, config)
+            check_progress(checkpoint.progress, checkpoint.path)
         return checkpoint
     require(
         not (step_folders(checkpoints.folder) or (folder / "config.yaml").exists()),
         f"{folder} already contains a run; resume it with --resume or choose another folder with train.out=FOLDER",
     )
+    return None
+
+
+def choose_folder(config: Config) -> Path:
+    """The run folder: `train.out`, or runs/NAME.
+
+    Raises:
+        UserError: a name that leads elsewhere.
+    """
+    if config.train.out:
+        return Path(config.train.out).expanduser()
+    plain = config.name not in (".", "..") and config.name.isprintable() and "/" not in config.name
+    require(plain, f"name is {config.name!r}: give one without / and control characters, or set train.out=FOLDER")
+    return Path("runs") / config.name
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete files that a killed process was writing. Only for the process that holds the lock."""
+    for part in (folder, *(folder / name for name in ("samples", "reconstructions", "evaluation", "profile"))):
+        clear_partial(part)
+
+
+def open_folder(folder: Path) -> int:
+    """A descriptor of the folder, by which `find_folder` finds it after it was moved."""
+    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def find_folder(descriptor: int, folder: Path) -> Path | None:
+    """Where an open folder is now: `folder`, or where it was moved to; None if it was deleted."""
+    with suppress(OSError):
+        if os.path.samestat(folder.stat(), os.fstat(descriptor)):
+            return folder
+    with suppress(OSError):  # Linux tells the name of an open folder
+        moved = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if os.path.samestat(moved.stat(), os.fstat(descriptor)):
+            return moved
     return None
 
 
@@ -79,8 +123,7 @@ def lock_run(folder: Path) -> TextIO:
 
 
 def write_config(folder: Path, config: Config) -> None:
-    with writing(folder / "config.yaml"):
-        (folder / "config.yaml").write_text(yaml.safe_dump(to_tree(config), sort_keys=False))
+    save_text(yaml.safe_dump(to_tree(config), sort_keys=False), folder / "config.yaml")
 
 
 def check_same_settings(before: Config, now: Config) -> None:
@@ -107,7 +150,7 @@ def flatten(tree: dict, path: str = "") -> dict:
 def restarted(folder: Path, peers: Peers) -> bool:
     """Whether torchrun restarted this run, which then resumes. False if this launch never started the run, for example
     because the folder contains another one."""
-    restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    restart = restart_count() > 0
     # One rank's yes is enough: each machine's torchrun has its own count, and some may see an older state of
     # the folder.
     votes = peers.votes
@@ -124,8 +167,10 @@ def final_status(step: int, stopped_by: int) -> str:
 
 
 def read_status(folder: Path) -> str:
-    path = folder / "status"
-    return path.read_text().strip() if path.exists() else ""
+    try:
+        return read_small(folder / "status", LONGEST_STATUS).decode(errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def write_status(folder: Path, status: str) -> None:

@@ -1,5 +1,6 @@
 """The training loop: start or resume, steps, logging, checkpoints, pictures, stop."""
 
+import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,36 +13,41 @@ from unite_fast.checkpoint.format import step_folders, step_of
 from unite_fast.checkpoint.manager import Checkpoints
 from unite_fast.checkpoint.reader import Checkpoint
 from unite_fast.config import Config
-from unite_fast.data_pipeline import Batch, Loader, Source, choose_loader, open_source
+from unite_fast.data_pipeline import Batch, Loader, choose_loader
 from unite_fast.distributed.launch import join_training
 from unite_fast.distributed.peers import Peers
 from unite_fast.distributed.process_group import ALONE, Ranks
 from unite_fast.distributed.signals import StopVote, stop_on_signals
-from unite_fast.distributed.strategy import Strategy, split_batch
+from unite_fast.distributed.strategy import split_batch
 from unite_fast.distributed.watchdog import Watchdog, report_lost_contact
 from unite_fast.errors import UserError, require
 from unite_fast.kernels import backend
 from unite_fast.lpips import LPIPS, load_lpips
 from unite_fast.objective import Losses
-from unite_fast.training import attention_precision
 from unite_fast.training.console import Report
+from unite_fast.training.data_record import CHANGES, KEY, DataRecord, check_same_data
 from unite_fast.training.metrics import Averages, MetricsLog, Speedometer, loss_spike
 from unite_fast.training.parallelize import build_model
 from unite_fast.training.profiling import StepProfiler
 from unite_fast.training.run_folder import (
+    choose_folder,
     final_status,
+    find_folder,
     find_start,
     lock_run,
+    open_folder,
+    remove_leftovers,
     restarted,
     running_status,
     write_config,
     write_status,
 )
+from unite_fast.training.setup import check_cuda_graph, choose_attention, open_training_data, use_device_settings
 from unite_fast.training.train_state import TrainState
 from unite_fast.training.train_step import TrainStep, autocast
 from unite_fast.training.validation import Validation
 from unite_fast.training.wandb_log import WandbLog
-from unite_fast.utils.device import check_float8, choose_device, use_numerics, use_threads
+from unite_fast.utils.device import choose_device
 from unite_fast.utils.file_lock import LOCK
 
 
@@ -58,8 +64,12 @@ class Outcome:
     images_per_s: float
 
 
-def train(config: Config, resume: bool = False) -> Outcome:
+def train(config: Config, resume: bool = False, allow_change: tuple[str, ...] = ()) -> Outcome:
     """Train a recipe in its run folder.
+
+    Args:
+        resume: from the folder's latest checkpoint.
+        allow_change: "data": resume although the training data changed.
 
     Raises:
         UserError: the folder contains a run already, settings do not fit data or checkpoint, the loss is not finite, or
@@ -71,7 +81,7 @@ def train(config: Config, resume: bool = False) -> Outcome:
         Watchdog(Peers(ranks.rank, ranks.world), timeout) as watchdog,
         report_lost_contact(watchdog),
     ):
-        trainer = Trainer(config, resume, ranks, device, watchdog)
+        trainer = Trainer(config, resume, ranks, device, watchdog, allow_change=allow_change)
         try:
             outcome = trainer.run()
         except BaseException:
@@ -92,6 +102,7 @@ class Trainer:
         device: torch.device | None = None,
         watchdog: Watchdog | None = None,
         lpips: LPIPS | None = None,
+        allow_change: tuple[str, ...] = (),
     ):
         """
         Args:
@@ -100,20 +111,26 @@ class Trainer:
         self.config, self.ranks = config, ranks
         self.watchdog = watchdog or Watchdog(Peers(ranks.rank, ranks.world), config.parallel.timeout)
         self.peers = self.watchdog.peers
-        self.folder = Path(config.train.out or f"runs/{config.name}")
+        self.folder = choose_folder(config)
         self.device = device or choose_device(config.train.device)
-        self._use_device_settings()
-        self.source = self._open_source()
+        use_device_settings(config, self.device)
+        self.source = open_training_data(config)
         batch_slice, micro_batch = split_batch(ranks, config.train.batch_size, config.train.micro_batch)
         if config.perceptual.weight:
             lpips = (lpips or load_lpips(config.perceptual)).to(self.device)
 
-        resume = resume or restarted(self.folder, self.peers)
+        asked, resume = resume, resume or restarted(self.folder, self.peers)
         # Lock before reading, because another process that trains here writes and deletes checkpoints meanwhile.
         self.lock = lock_run(self.folder) if resume and ranks.main and (self.folder / LOCK).exists() else None
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep_every)
         checkpoint = find_start(self.checkpoints, self.folder, config, resume)
-        attention_note = self._choose_attention(checkpoint)
+        self.data_record = DataRecord.of(self.source, ranks)
+        self.changes, data_note = [], ""
+        if checkpoint:
+            self.changes, data_note = check_same_data(
+                checkpoint.progress, self.data_record, checkpoint.step, KEY in allow_change
+            )
+        attention_note = choose_attention(config, self.device, ranks, checkpoint)
         model, self.strategy = build_model(config, ranks, self.device)
         check_cuda_graph(config, self.device, self.strategy)
         self.state = TrainState(model, config)
@@ -125,8 +142,18 @@ class Trainer:
         self.first_step = self.state.step
 
         self.report = Report(self.folder, config, self.device, self.state, checkpoint is not None, ranks.main)
+        if asked and checkpoint is None:
+            self.report.print_line(
+                f"WARNING: nothing to resume in {self.folder}: starts a NEW run at step 0. If you meant another run, "
+                "stop and check train.out and name"
+            )
         self.report.print_line(f"data: {len(self.source)} images, {self.choice.name} loader ({self.choice.why})")
-        self.validation = Validation(config, self.folder, self.device, self.state.step, len(self.source))
+        if data_note:
+            self.report.print_line(f"data: {data_note}")
+        if self.source.left_out:
+            self.report.print_line(f"left out: {'; '.join(self.source.left_out)}")
+        self.sides = self.report.sides
+        self.validation = Validation(config, self.folder, self.device, self.state.step, len(self.source), self.sides)
         self._print_setup(attention_note)
         self.speed = Speedometer(config, self.device)
         self.train_step = TrainStep(
@@ -134,45 +161,14 @@ class Trainer:
         )
         self.log: MetricsLog | None = None
         self.profiler: StepProfiler | None = None
-        wandb = WandbLog(config, self.folder) if config.train.wandb and ranks.main else None
+        self.descriptor: int | None = None
+        self.moves = 0
+        wandb = WandbLog(config, self.folder, self.sides) if config.train.wandb and ranks.main else None
         # Write only now, after all ranks came this far: a mistake found above leaves no folder that counts as a run.
         ranks.wait()
         if ranks.main:
             self._start_run_folder(wandb)
         self.report.print_line(self.speed.mfu_note)
-
-    def _use_device_settings(self) -> None:
-        """Threads, numerics and kernels of this process."""
-        config = self.config
-        use_threads(config.train.threads)
-        use_numerics(config.train.precision, config.train.deterministic)
-        backend.use(config.kernels, self.device)
-        head_dims = {size.width // size.heads for size in (config.model.encoder, config.model.decoder)}
-        backend.use_attention(config.attention, self.device, getattr(torch, config.train.network_precision), head_dims)
-        if config.train.precision == "float8":
-            check_float8(config.model, self.device)
-
-    def _choose_attention(self, checkpoint: Checkpoint | None) -> str:
-        """Replace `attention=sdpa` by what rank 0 measures, or by the run's earlier choice.
-
-        Returns:
-            What was measured; empty if nothing was.
-        """
-        config = self.config
-        # The same on all ranks: `run_on_first` is collective.
-        if self.device.type != "cpu" or config.train.network_precision != "bfloat16" or config.attention != "sdpa":
-            return ""
-        # Checkpoints without the key are from before the measurement, when attention ran in bfloat16.
-        saved = checkpoint.progress.get("attention", "sdpa_bfloat16") if checkpoint else ""
-        name, note = self.ranks.run_on_first(lambda: attention_precision.choose(config, saved))
-        backend.use_attention(name, self.device, head_widths=())
-        return note
-
-    def _open_source(self) -> Source:
-        data, model = self.config.data, self.config.model
-        source = open_source(data.source, data.path, model.image_size, "train", model.num_classes)
-        check_data(source, self.config)
-        return source
 
     def _make_loader(self) -> Loader:
         return Loader(
@@ -219,9 +215,11 @@ class Trainer:
     def _start_run_folder(self, wandb: WandbLog | None) -> None:
         """Lock the folder, and write config, status and logs to it."""
         self.lock = self.lock or lock_run(self.folder)
+        self.descriptor = open_folder(self.folder)
+        remove_leftovers(self.folder)
         write_config(self.folder, self.config)
         write_status(self.folder, running_status())
-        self.log = MetricsLog(self.folder, self.state.step, wandb)
+        self.log = MetricsLog(self.folder, self.state.step, wandb, self.sides)
         self.profiler = StepProfiler(self.config.profile, self.folder, self.device, self.report.print_line)
 
     def run(self) -> Outcome:
@@ -240,7 +238,8 @@ class Trainer:
                     batch = self.read()
                 losses, grad_norm = self.step(batch)
                 if self.profiler:
-                    self.profiler.after(state.step)
+                    with self.sides.attempt("profile"):
+                        self.profiler.after(state.step)
                 self.averages.add(state.step, losses, grad_norm)
                 if state.step % config.log_every == 0:
                     self.write_metrics()
@@ -255,6 +254,8 @@ class Trainer:
                 self.report.advance()
             if state.step % config.checkpoint_every or state.step == self.first_step:
                 self.save()
+            if self.follow_folder():  # the last save may have missed it
+                self.save()
             self.checkpoints.wait()
         seconds = time.perf_counter() - started_at
         if not stopped_by and not (config.picture_every and state.step % config.picture_every == 0):
@@ -262,7 +263,8 @@ class Trainer:
         speed = (state.step - self.first_step) * config.batch_size / seconds
         outcome = Outcome(self.folder, state.step, stopped_by, seconds, speed)
         if self.ranks.main:
-            write_status(self.folder, final_status(outcome.steps, outcome.stopped_by))
+            with self.sides.attempt("status"):
+                write_status(self.folder, final_status(outcome.steps, outcome.stopped_by))
         self.report.summary(outcome, dict(self.unreadable_samples()))
         return outcome
 
@@ -305,9 +307,11 @@ class Trainer:
             "skipped_steps": int(self.state.skipped_steps),
             **speed,
         }
-        skipped = row["skipped_steps"] - (self.log.rows[-1]["skipped_steps"] if self.log.rows else 0)
-        if skipped:
+        before = self.log.rows[-1].get("skipped_steps") if self.log.rows else 0
+        if skipped := row["skipped_steps"] - (before if isinstance(before, int) else 0):
             self.report.print_line(f"skipped {skipped} steps: gradients not finite (optim.nonfinite=skip)")
+        with self.sides.attempt("the run folder"):
+            self._find_folder()
         self.log.write(row)
         self.report.show(row)
         if spike := loss_spike(self.log.rows):
@@ -316,9 +320,12 @@ class Trainer:
     def save(self) -> None:
         self.watchdog.beat(self.state.step, "saving a checkpoint", patient=True)
         self.check_finite()
+        self.follow_folder()
         progress = {
             "averages": self.averages.state_dict(),
             "loader": {**self.loader.state_dict(), "skipped": self.unreadable_samples()},
+            KEY: self.data_record.tree(),
+            CHANGES: self.changes,
             "decoder": self.choice.decoder,
             "attention": backend.attention_on(self.device),
             "skipped_steps": int(self.state.skipped_steps),
@@ -330,6 +337,51 @@ class Trainer:
         if self.log:
             self.log.flush()
         self.checkpoints.save(self.state.step, self.config, progress, tensors)
+
+    def follow_folder(self) -> bool:
+        """Wait for the last save; if the run folder was moved meanwhile, go on where it is, and if it was deleted, in a
+        new one. All ranks call this together; returns whether it happened.
+
+        Raises:
+            UserError: the last save failed, for another reason.
+        """
+        moves, failure = self.moves, None
+        try:
+            self.checkpoints.wait()
+        except UserError as error:
+            failure = error
+        self.folder, self.moves = self.ranks.run_on_first(self._find_folder)
+        self.checkpoints.folder = self.folder / "checkpoints"
+        if failure and self.moves == moves:
+            raise failure
+        return self.moves > moves
+
+    def _find_folder(self) -> tuple[Path, int]:
+        """The run folder, and how often it was moved or deleted. Only on rank 0."""
+        if self.descriptor is None:
+            return self.folder, self.moves
+        found = find_folder(self.descriptor, self.folder)
+        if found == self.folder:
+            return self.folder, self.moves
+        if found is not None:
+            self.report.print_line(f"warning: the run folder {self.folder} was moved; the run goes on in {found}")
+            self.folder = self.report.folder = found
+        else:
+            self.report.print_line(f"warning: the run folder {self.folder} was deleted; the run goes on in a new one")
+            if self.lock:
+                self.lock.close()
+            os.close(self.descriptor)
+            self.lock = lock_run(self.folder)
+            self.descriptor = open_folder(self.folder)
+            write_config(self.folder, self.config)
+            write_status(self.folder, running_status())
+        self.moves += 1
+        self.validation.use(self.folder)
+        if self.log:
+            self.log.use(self.folder)
+        if self.profiler:
+            self.profiler.use(self.folder)
+        return self.folder, self.moves
 
     def unreadable_samples(self) -> list[list[str]]:
         """[name, reason] of each unreadable sample so far, gathered over ranks: each sees only its slice of the
@@ -361,35 +413,12 @@ class Trainer:
         finally:
             self.loader.close()
             if self.profiler:
-                self.profiler.close()
+                with self.sides.attempt("profile"):
+                    self.profiler.close()
             if self.log:
                 self.log.close()
             if self.lock:
                 self.lock.close()
-
-
-def check_cuda_graph(config: Config, device: torch.device, strategy: Strategy) -> None:
-    """
-    Raises:
-        UserError: `train.cuda_graph` is set, and these passes cannot be captured.
-    """
-    if not config.train.cuda_graph:
-        return
-    require(device.type == "cuda", f"train.cuda_graph is true, but this run is on {device.type}; set it to false")
-    require(
-        not strategy.reshard,
-        f"train.cuda_graph is true, but {strategy.name} frees gathered weights after each pass, which nobody has tried "
-        "in a CUDA graph; set parallel.reshard_after_forward=false or parallel.strategy=ddp",
-    )
-
-
-def check_data(source: Source, config: Config) -> None:
-    """
-    Raises:
-        UserError: the data have another number of classes than the model.
-    """
-    classes = len(source.class_names)
-    require(
-        classes == config.model.num_classes,
-        f"the data have {classes} classes, but model.num_classes is {config.model.num_classes}",
-    )
+            if self.descriptor is not None:
+                os.close(self.descriptor)
+                self.descriptor = None

@@ -5,6 +5,7 @@ number), and the network runs eagerly, so nothing is recompiled.
 """
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from unite_fast.evaluation.settings import EvaluationSettings
 from unite_fast.sampling import sampler
 from unite_fast.sampling.solvers import ADAPTIVE_SOLVERS
 from unite_fast.training.metrics import MetricsLog
+from unite_fast.training.side_outputs import SideOutputs
 from unite_fast.training.train_state import TrainState
-from unite_fast.utils.files import atomic_write, read_rows, writing
+from unite_fast.utils.files import atomic_write, make_folder, read_rows, save_text
 
 FOLDER, ROWS, CURVE = "evaluation", "curve.jsonl", "curve.png"
 
@@ -34,7 +36,15 @@ class Validation:
         rows: of curve.jsonl, up to the current step; each has step, distance and how it was measured.
     """
 
-    def __init__(self, config: Config, folder: Path, device: torch.device, step: int, images: int):
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        device: torch.device,
+        step: int,
+        images: int,
+        sides: SideOutputs | None = None,
+    ):
         """Open the reference statistics, or compute them from the training images. All ranks call this together.
 
         Args:
@@ -48,8 +58,9 @@ class Validation:
         """
         self.config, self.warning = config, ""
         self.every = config.train.evaluate_every or config.train.evaluate_epochs * images / config.train.batch_size
-        self.folder, self.ranks = folder / FOLDER, current_ranks()
-        before = read_rows(self.folder / ROWS)
+        self.ranks, self.sides = current_ranks(), sides or SideOutputs()
+        self.use(folder)
+        before = read_rows(self.folder / ROWS) if self.ranks.main else []
         self.rows = [row for row in before if row["step"] <= step]
         if self.ranks.main and len(self.rows) < len(before):
             self.write()
@@ -69,6 +80,10 @@ class Validation:
         self.count = evaluation.count or TRAINING_SAMPLES[self.evaluator.features.name]
         self.warning = bias_warning(self.count, self.evaluator.features.dimension, "generated")
 
+    def use(self, folder: Path) -> None:
+        """Write to this run folder from now on: it was moved."""
+        self.folder = folder / FOLDER
+
     def due(self, step: int) -> bool:
         """Whether to validate after this step."""
         return self.every > 0 and int(step / self.every) > int((step - 1) / self.every)
@@ -81,14 +96,13 @@ class Validation:
 
         Returns:
             A line for the console.
-
-        Raises:
-            UserError: no space left.
         """
         started_at = time.perf_counter()
         # Eager, because sampling has other shapes, and compiling for them would take longer than sampling.
         with state.ema.applied(), torch.compiler.set_stance("force_eager"):
-            distance = self.distance(state)
+            distance, nonfinite = self.distance(state)
+        if nonfinite:
+            return f"warning: no evaluation of step {state.step}: {nonfinite} of {self.count} samples are not finite"
         features, reference = self.evaluator.features, self.evaluator.reference
         row = {
             "step": state.step,
@@ -108,16 +122,16 @@ class Validation:
         if self.ranks.main:
             self.write()
         if log is not None:
-            with writing(log.events_path):
-                log.events.add_scalar("frechet_distance", distance, state.step)
+            log.write_scalar("frechet_distance", distance, state.step)
         return f"step {state.step}: {features.title} {distance:.4f} ({self.count} samples, {row['seconds']:.0f} s)"
 
-    def distance(self, state: TrainState) -> float:
-        """Frechet distance of samples 0 .. count - 1, whose labels cycle through the classes; the same on all ranks."""
+    def distance(self, state: TrainState) -> tuple[float, int]:
+        """Frechet distance of samples 0 .. count - 1, whose labels cycle through the classes, and how many of them are
+        not finite, which leaves no distance (NaN); the same on all ranks."""
         config, model = self.config, state.model
         network, device = sampler.Network.of(model, config.sampling.order), self.evaluator.features.device
         moments = Moments(self.evaluator.features.dimension, device)
-        starts = range(0, self.count, config.evaluation.batch)
+        starts, nonfinite = range(0, self.count, config.evaluation.batch), 0
         for first in range(0, len(starts), self.ranks.world):
             # In the last round some ranks have no batch left. They sample the last batch as well, because a sharded
             # model needs all ranks, and discard it.
@@ -125,28 +139,33 @@ class Validation:
             start = starts[min(own, len(starts) - 1)]
             positions = torch.arange(start, min(start + config.evaluation.batch, self.count))
             labels = positions % config.model.num_classes
-            images, _ = sampler.sample_batch(
-                model, network, labels, positions, config.sampling, config.seed, config.train.network_precision
-            )
+            try:
+                images, _ = sampler.sample_batch(
+                    model, network, labels, positions, config.sampling, config.seed, config.train.network_precision
+                )
+            except sampler.NonFinite as error:  # after the last collective of the batch, so the ranks stay together
+                nonfinite += error.count if own < len(starts) else 0
+                continue
             if own < len(starts):
                 moments.update(self.evaluator.features(images.to(device)).pool)
-        return self.evaluator.distance(moments, self.ranks)
+        bad = sum(self.ranks.gather(nonfinite))
+        return (math.nan if bad else self.evaluator.distance(moments, self.ranks)), bad
 
     def write(self) -> None:
-        """Write curve.jsonl and curve.png, each to a temporary file that is then renamed."""
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            rows = "".join(json.dumps(row) + "\n" for row in self.rows)
-            for name, save in ((ROWS, lambda path: path.write_text(rows)), (CURVE, self.save_curve)):
-                with atomic_write(self.folder / name) as partial:
-                    save(partial)
+        """Write curve.jsonl and curve.png."""
+        with self.sides.attempt("evaluation"):
+            make_folder(self.folder)
+            save_text("".join(json.dumps(row) + "\n" for row in self.rows), self.folder / ROWS)
+            with atomic_write(self.folder / CURVE) as partial:
+                self.save_curve(partial)
 
     def save_curve(self, path: Path) -> None:
         from matplotlib.figure import Figure  # slow to import
 
         figure = Figure(figsize=(6, 3.6), layout="constrained")
         axes = figure.subplots()
-        axes.plot([row["step"] for row in self.rows], [row["distance"] for row in self.rows], marker="o", markersize=3)
+        rows = [row for row in self.rows if isinstance(row.get("distance"), float)]
+        axes.plot([row["step"] for row in rows], [row["distance"] for row in rows], marker="o", markersize=3)
         if self.rows:
             last = self.rows[-1]
             axes.set(xlabel="step", ylabel=f"{last['title']}\n{last['count']} samples", yscale="log")

@@ -1,0 +1,74 @@
+"""What a run sets and checks before it builds its model: the device, attention, the data."""
+
+import torch
+
+from unite_fast.checkpoint.reader import Checkpoint
+from unite_fast.config import Config
+from unite_fast.data_pipeline import Source, open_source
+from unite_fast.distributed.process_group import Ranks
+from unite_fast.distributed.strategy import Strategy
+from unite_fast.errors import require
+from unite_fast.kernels import backend
+from unite_fast.training import attention_precision
+from unite_fast.utils.device import check_float8, use_numerics, use_threads
+
+
+def use_device_settings(config: Config, device: torch.device) -> None:
+    """Threads, numerics and kernels of this process.
+
+    Raises:
+        UserError: a backend or a precision that this device does not have.
+    """
+    use_threads(config.train.threads)
+    use_numerics(config.train.precision, config.train.deterministic)
+    backend.use(config.kernels, device)
+    head_dims = {size.width // size.heads for size in (config.model.encoder, config.model.decoder)}
+    backend.use_attention(config.attention, device, getattr(torch, config.train.network_precision), head_dims)
+    if config.train.precision == "float8":
+        check_float8(config.model, device)
+
+
+def choose_attention(config: Config, device: torch.device, ranks: Ranks, checkpoint: Checkpoint | None) -> str:
+    """Replace `attention=sdpa` by what rank 0 measures, or by the run's earlier choice.
+
+    Returns:
+        What was measured; empty if nothing was.
+    """
+    # The same on all ranks: `run_on_first` is collective.
+    if device.type != "cpu" or config.train.network_precision != "bfloat16" or config.attention != "sdpa":
+        return ""
+    # Checkpoints without the key are from before the measurement, when attention ran in bfloat16.
+    saved = checkpoint.progress.get("attention", "sdpa_bfloat16") if checkpoint else ""
+    name, note = ranks.run_on_first(lambda: attention_precision.choose(config, saved))
+    backend.use_attention(name, device, head_widths=())
+    return note
+
+
+def open_training_data(config: Config) -> Source:
+    """
+    Raises:
+        UserError: faulty data, or another number of classes than the model's.
+    """
+    data, model = config.data, config.model
+    source = open_source(data.source, data.path, model.image_size, "train", model.num_classes)
+    classes = len(source.class_names)
+    require(
+        classes == model.num_classes,
+        f"the data have {classes} classes, but model.num_classes is {model.num_classes}",
+    )
+    return source
+
+
+def check_cuda_graph(config: Config, device: torch.device, strategy: Strategy) -> None:
+    """
+    Raises:
+        UserError: `train.cuda_graph` is set, and these passes cannot be captured.
+    """
+    if not config.train.cuda_graph:
+        return
+    require(device.type == "cuda", f"train.cuda_graph is true, but this run is on {device.type}; set it to false")
+    require(
+        not strategy.reshard,
+        f"train.cuda_graph is true, but {strategy.name} frees gathered weights after each pass, which nobody has tried "
+        "in a CUDA graph; set parallel.reshard_after_forward=false or parallel.strategy=ddp",
+    )

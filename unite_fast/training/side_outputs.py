@@ -1,0 +1,23 @@
+"""What a run writes besides its checkpoints: it can do without, so a failure is a warning."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class SideOutputs:
+    """Metrics, TensorBoard events, pictures and the like. If one fails, the run warns once and goes on."""
+
+    def __init__(self, warn: Callable[[str], None] = print):
+        self.warn = warn
+        self.failed: set[str] = set()
+
+    @contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """Inside, any exception becomes a warning, the first time for each `name`."""
+        try:
+            yield
+        except Exception as error:  # libraries raise many kinds
+            if name not in self.failed:
+                self.failed.add(name)
+                reason = " ".join(str(error).split()) or type(error).__name__
+                self.warn(f"warning: {name}: {reason}; the run goes on without it")
