@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import unite_fast
-from unite_fast.data_pipeline import open_source
+from unite_fast.evaluation.batches import open_images
 from unite_fast.sampling.pipeline import TrainedUNITE
 from unite_fast.utils.images import grid
 
@@ -38,14 +38,14 @@ def morph(model: TrainedUNITE, a: Tensor, b: Tensor, columns: int) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="a run folder, a checkpoint or an exported model file")
+    parser.add_argument("--data", default="", help="folder of the data, unless they are built in, such as digits")
     parser.add_argument("--rows", type=int, default=6)
     parser.add_argument("--columns", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path("morph.png"))
     arguments = parser.parse_args()
 
     model = unite_fast.load(arguments.checkpoint)
-    data = model.config.data
-    source = open_source(data.source, data.path, model.config.model.image_size, "test")
+    source = open_images(model.config, arguments.data, "test")
     images, _ = source.read(range(2 * arguments.rows))
     frames = morph(model, *images.chunk(2), arguments.columns)
     grid(frames.flatten(0, 1), arguments.columns).save(arguments.out)

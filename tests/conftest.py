@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import importlib.util
 import json
 import multiprocessing
@@ -35,6 +36,7 @@ from unite_fast.objective import StepDraws, draw_step
 from unite_fast.randomness import NoiseKeys, Philox
 from unite_fast.recipes import from_tree
 from unite_fast.training import attention_precision
+from unite_fast.utils import files
 
 # Build servers set these; typer then colours its help even in a pipe.
 for variable in ("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS"):
@@ -88,8 +90,8 @@ TINY_RUN = (
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tests/gpu")
     group.addoption("--gpu-device", default="cuda", choices=("cuda", "cpu"), help="cpu: run tests/gpu on the CPU")
-    group = parser.getgroup("tests/test_torchrun.py")
-    group.addoption("--kills", type=int, default=2, help="how often a process of a run is killed (default 2)")
+    group = parser.getgroup("tests/test_torchrun.py and tests/test_kill.py")
+    group.addoption("--kills", type=int, default=2, help="how often a process is killed (default 2)")
     group.addoption("--torchrun", action="store_true", help="start runs with the command torchrun, not only its agent")
     group = parser.getgroup("tests/training/test_parallelize.py")
     group.addoption("--every-strategy", action="store_true", help="compare the losses of all strategies")
@@ -385,6 +387,16 @@ def process(fork_server: subprocess.Popen, tmp_path: Path) -> Iterator[Callable[
             with contextlib.suppress(ProcessLookupError):
                 left.signal(signal.SIGKILL)
             left.wait()
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full: no file can be made durable."""
+
+    def flush(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "flush", flush)
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,15 @@
 """The command line: help, images, and what it imports."""
 
+import errno
 import os
 import re
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +19,8 @@ from PIL import Image
 
 import unite_fast
 from unite_fast import cli
+from unite_fast.checkpoint import model_file
+from unite_fast.errors import UserError
 from unite_fast.recipes import load_config, to_tree
 
 COMMANDS = (
@@ -219,3 +226,135 @@ def test_export_official_and_import_official_keep_the_weights(command, trained_f
     one, other = unite_fast.load(trained_folder), unite_fast.load(ours)
     settings = dict(solver="euler", steps=2, guidance=2.0, interval=(0.0, 1.0))
     assert torch.equal(one.generate([1, 2, 3], **settings), other.generate([1, 2, 3], **settings))
+
+
+class Broken(Exception):
+    pass
+
+
+def deep() -> None:
+    deep()
+
+
+def fail_with(error: BaseException):
+    def run(*arguments, **options) -> None:
+        if isinstance(error, RecursionError):
+            deep()
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "error",
+    [Broken("two\nlines \x1b[31m"), RecursionError(), ImportError("no module x"), AssertionError(), KeyError("a")],
+)
+def test_any_exception_is_one_line_that_names_the_file_of_its_traceback(command, monkeypatch, tmp_path, error):
+    monkeypatch.setattr(tempfile, "mkstemp", partial(tempfile.mkstemp, dir=tmp_path))
+    monkeypatch.setattr(model_file, "describe", fail_with(error))
+    ended = command("info", "run")
+    assert ended.status == 1 and len(ended.err.splitlines()) == 1 and ended.err[:-1].isprintable()
+    (file,) = tmp_path.iterdir()
+    assert f"error: {type(error).__name__}" in ended.err and str(file) in ended.err
+    text = file.read_text()
+    assert "Traceback" in text and type(error).__name__ in text and "'info', 'run'" in text
+    assert file.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("arguments", [("--traceback", "info", "run"), ("info", "run", "--traceback")])
+def test_the_traceback_is_printed_if_asked_for(command, monkeypatch, tmp_path, arguments):
+    monkeypatch.setattr(tempfile, "mkstemp", partial(tempfile.mkstemp, dir=tmp_path))
+    monkeypatch.setattr(model_file, "describe", fail_with(Broken("why")))
+    ended = command(*arguments)
+    assert ended.status == 1 and list(tmp_path.iterdir()) == []
+    assert ended.err.startswith("Traceback") and ended.err.splitlines()[-1].startswith("error: Broken: why")
+    monkeypatch.setattr(model_file, "describe", fail_with(UserError("your mistake")))
+    ended = command(*arguments)
+    assert ended.status == 2 and ended.err.splitlines()[-1] == "error: your mistake"
+
+
+def test_a_traceback_that_cannot_be_written_is_said(command, monkeypatch, tmp_path, mentions):
+    monkeypatch.setattr(model_file, "describe", fail_with(Broken("why")))
+    with monkeypatch.context() as patch:  # pytest itself needs temporary files later
+        patch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+        ended = command("info", "run")
+    assert ended.status == 1 and len(ended.err.splitlines()) == 1
+    assert re.search(mentions("Broken: why", os.strerror(errno.ENOENT), "--traceback"), ended.err)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (KeyboardInterrupt(), 1, "interrupted"),
+        (EOFError("at its end"), 1, "at its end"),
+        (MemoryError(), 2, "out of memory"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe", "socket"), 2, "socket: Broken pipe"),
+        (PermissionError(errno.EACCES, "denied", "file\n"), 2, "file : denied"),
+    ],
+)
+def test_errors_of_the_system_are_one_line(command, monkeypatch, tmp_path, error, status, text):
+    monkeypatch.setattr(tempfile, "mkstemp", partial(tempfile.mkstemp, dir=tmp_path))
+    monkeypatch.setattr(model_file, "describe", fail_with(error))
+    ended = command("info", "run")
+    assert ended.status == status and len(ended.err.splitlines()) == 1 and text in ended.err
+
+
+def test_a_thread_that_fails_is_one_line(command, monkeypatch):
+    def describe(checkpoint: Path) -> str:
+        thread = threading.Thread(target=fail_with(Broken("two\nlines")))
+        thread.start()
+        thread.join()
+        return "described"
+
+    monkeypatch.setattr(model_file, "describe", describe)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    ended = command("info", "run")
+    assert (ended.status, ended.out) == (0, "described\n")
+    assert len(ended.err.splitlines()) == 1 and "Broken: two lines" in ended.err
+
+
+def test_a_broken_environment_is_named(command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    command("info", "run").error("WORLD_SIZE", "'x'")
+    command("train").error("WORLD_SIZE", "'x'")
+
+
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - set(cli.SHARED)))
+def test_a_command_for_one_process_runs_once_under_torchrun(command, monkeypatch, tmp_path, name):
+    """So is every new command, unless `SHARED` names it."""
+    monkeypatch.chdir(tmp_path)
+    for variable, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(variable, str(value))
+    ended = command(name, "a", "b")
+    assert (ended.status, ended.out, ended.err) == (0, "", "")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    ended = command(name, "nowhere", "nothing")
+    note, *rest = ended.err.splitlines()
+    assert re.search(rf"\b{name}\b.*\b2\b", note) and "rank 0:" not in "".join(rest)
+    assert "WORLD_SIZE" not in os.environ
+
+
+@pytest.mark.parametrize("word", ["~/x", "--out=~/x", "train.out=~/x", "data.path=~/a~b/~"])
+def test_home_is_expanded_where_a_shell_leaves_it(monkeypatch, word):
+    monkeypatch.setenv("HOME", "/home/me")
+    before, _, after = word.partition("~")
+    assert cli._read_words([word]) == ([f"{before}/home/me{after}"], False)
+    for other in ("a~/x", "name=a~", "x=a/~/b"):
+        assert cli._read_words([other])[0] == [other]
+
+
+def test_images_are_not_written_over_what_is_read(command, trained_folder, tmp_path):
+    path = tmp_path / "x.png"
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
+    before = path.read_bytes()
+    command("reconstruct", trained_folder, path, "--out", path).error(path, "reads")
+    (tmp_path / "y.png").symlink_to("x.png")
+    command("reconstruct", trained_folder, path, "--out", tmp_path / "y.png").error("y.png", "reads")
+    assert path.read_bytes() == before
+    for out in (trained_folder, trained_folder / "checkpoints", trained_folder / "checkpoints" / "x.png"):
+        command("sample", trained_folder, "--count", 1, "--out", out).error(out, "reads")
+    # A picture may be replaced, another kind of file not.
+    (tmp_path / "z.png").write_text("mine")
+    command("sample", trained_folder, "--out", tmp_path / "z.png").error("z.png", "in the way")
+    assert command("sample", trained_folder, "--count", 1, "--out", path).status == 0

@@ -89,7 +89,7 @@ def test_the_page_on_datasets_is_true(tmp_path, monkeypatch, capsys, forget_regi
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "adding-a-dataset.md", "exec"), {"__name__": "__main__"})
     output = capsys.readouterr().out
-    assert re.search(r"shapes: 1000 images of 16 x 16 pixels, 2 classes", output)
+    assert re.search(r"shapes: 1000 images of split train of 16 x 16 pixels, 2 classes", output)
     assert re.search(r"data: 1000 images, source loader", output)
     assert sorted(os.listdir(tmp_path)) == ["inspect.png", "runs"]
     assert unite_fast.load(tmp_path / "runs" / "shapes").config.data.source == "shapes"

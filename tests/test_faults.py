@@ -195,9 +195,8 @@ def test_training_on_a_full_disk_stops_and_the_run_resumes(
     assert_same_run(saved, tmp_path / "undisturbed")
 
 
-def test_samples_for_a_full_disk_are_an_error(expect_error, trained_folder, picture, tmp_path):
+def test_samples_for_a_full_disk_are_an_error(expect_error, trained_folder, picture, full_disk):
     for name in ("full.png", "full.npz"):
-        (tmp_path / name).symlink_to("/dev/full")
         expect_error("sample", trained_folder, "--count", 2, "--out", name, tokens=(name, DISK_FULL))
     expect_error("reconstruct", trained_folder, picture, "--out", "full.png", tokens=("full.png", DISK_FULL))
 
@@ -216,7 +215,7 @@ def test_a_user_error_in_a_new_process_prints_one_line_and_exits_with_2(tmp_path
         (("--interval", "abc"), ("--interval", "LOW,HIGH", "'abc'")),
         (("--interval", "0.5"), ("--interval", "LOW,HIGH", "'0.5'")),
         (("--interval", "0.9,0.1"), ("sampling.interval", "LOW,HIGH")),
-        (("--interval", "nan,nan"), ("sampling.interval", "LOW,HIGH")),
+        (("--interval", "nan,nan"), ("--interval", "LOW,HIGH")),
         (("--solver", "foo"), ("sampling.solver", "'foo'", "euler", "heun", "multistep", "dopri5")),
         (("--steps", 0), ("sampling.steps", "positive")),
         (("--guidance", "nan"), ("sampling.guidance", "finite")),
@@ -262,8 +261,11 @@ def test_weights_with_nan_are_refused(expect_error, trained_folder, tmp_path):
 
 
 def test_out_of_memory_is_one_line(expect_error, tiny_run, monkeypatch):
-    width = 2**24
-    message = expect_error("train", *tiny_run, f"model.encoder.width={width}", "train.out=run")
+    message = expect_error("train", *tiny_run, f"model.encoder.width={2**16}", "train.out=run")
+    assert re.search(r"\bout of memory\b.*parallel\.strategy=fsdp", message)
+    cpu_message = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4503599627370496 bytes."
+    monkeypatch.setattr(Trainer, "run", mock.Mock(side_effect=RuntimeError(cpu_message)))
+    message = expect_error("train", *tiny_run, "train.out=other")
     assert re.search(r"\b\d{9,} bytes\b.*train\.micro_batch", message)
     # PyTorch's message on a GPU.
     cuda_message = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB"

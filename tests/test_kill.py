@@ -1,10 +1,20 @@
-"""Training processes that are killed or signalled at any moment: few steps are lost, and no checkpoint is damaged."""
+"""Processes that are killed or signalled at any moment: few steps are lost, and nothing saved is damaged.
 
+`python -m pytest tests/test_kill.py --kills 20` kills each command 20 times.
+"""
+
+import contextlib
+import json
 import random
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
 
 from unite_fast.checkpoint.format import step_folders, step_of
 from unite_fast.checkpoint.reader import load_checkpoint
@@ -30,13 +40,16 @@ def latest_checkpoint(folder: Path) -> int:
     return step_of(link.resolve()) if link.exists() else 0
 
 
-def test_a_killed_run_resumes_from_the_last_checkpoint(tiny_run, process, wait_until, assert_same_run, tmp_path):
-    """Ten kills at random moments. The final run equals an undisturbed one bit for bit."""
+def test_a_killed_run_resumes_from_the_last_checkpoint(
+    tiny_run, process, wait_until, assert_same_run, tmp_path, pytestconfig
+):
+    """Kills at random moments. The final run equals an undisturbed one bit for bit."""
     settings = (*tiny_run, "train.log_every=1", f"train.checkpoint_every={CHECKPOINT_EVERY}")
     folder = tmp_path / "run"
     rng = random.Random(9)
     saved_step = 0
-    for attempt in range(10):
+    kills = max(10, pytestconfig.getoption("kills"))
+    for attempt in range(kills):
         running = process("train", *settings, ENDLESS, "train.out=run", "--resume")
         # Two kills hit the start, the others a step, a log or a save.
         if attempt not in (3, 7):
@@ -57,7 +70,7 @@ def test_a_killed_run_resumes_from_the_last_checkpoint(tiny_run, process, wait_u
             assert load_checkpoint(file).step == step_of(file)
         running.output.unlink()
         saved_step = checkpoint_step
-    assert saved_step >= 8 * CHECKPOINT_EVERY
+    assert saved_step >= (kills - 2) * CHECKPOINT_EVERY
 
     steps = f"train.steps={saved_step + 3}"
     assert process("train", *settings, steps, "train.out=run", "--resume").wait() == 0
@@ -110,3 +123,81 @@ def test_a_second_signal_stops_the_run_at_once(tiny_run, process, wait_until, tm
     time.sleep(0.02)
     running.signal(signal.SIGTERM)
     assert running.wait() == -signal.SIGTERM
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """200 pictures in two classes."""
+    folder = tmp_path / "pictures"
+    for number in range(200):
+        (folder / f"c{number % 2}").mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 44, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"c{number % 2}" / f"{number}.png")
+    return folder
+
+
+COMMANDS = {
+    "shards": ("shards", "pictures", "OUT", "--image-size", "32", "--per-shard", "11", "--workers", "1"),
+    "generate": ("generate", "run", "--num", "600", "--steps", "4", "--batch", "20", "--out", "OUT/samples.npz"),
+    "export": ("export", "run", "OUT/model.safetensors"),
+    "evaluate": ("evaluate", "run", "--count", "200", "--reconstructions", "100", "--guidance", "1", "--out", "OUT"),
+}
+
+
+def _content(folder: Path) -> dict[str, object]:
+    """The files of a result, without times and without what a later run of the command removes or replaces."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".npz":
+            with np.load(path) as arrays:
+                files[name] = {key: arrays[key].tobytes() for key in arrays.files}
+        elif path.suffix == ".json":
+            files[name] = _timeless(json.loads(path.read_text()))
+        elif path.is_file() and path.suffix != ".md" and not name.endswith(".lock"):
+            files[name] = path.read_bytes()
+    return files
+
+
+def _timeless(tree):
+    """JSON without durations and paths."""
+    if isinstance(tree, dict):
+        return {
+            key: _timeless(value) for key, value in tree.items() if key not in ("seconds", "path", "opening", "all")
+        }
+    return [_timeless(value) for value in tree] if isinstance(tree, list) else tree
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_a_killed_command_runs_again_to_the_same_result(
+    name, pictures, trained_folder, process, tmp_path, pytestconfig
+):
+    """The files at their final names are whole after each kill: those of before, or those of after."""
+    shutil.copytree(trained_folder, tmp_path / "run", symlinks=True)
+
+    def words(out: str) -> list[str]:
+        return [word.replace("OUT", out) for word in COMMANDS[name]]
+
+    for out in ("whole", "killed"):
+        (tmp_path / out).mkdir()
+    start = time.perf_counter()
+    assert process(*words("whole")).wait() == 0
+    seconds = time.perf_counter() - start
+    whole, rng, killed = _content(tmp_path / "whole"), random.Random(name), 0
+    for _ in range(pytestconfig.getoption("kills")):
+        running = process(*words("killed"))
+        time.sleep(rng.uniform(0, seconds))
+        with contextlib.suppress(ProcessLookupError):  # it ended before
+            running.signal(signal.SIGKILL)
+        killed += running.wait() == -signal.SIGKILL
+        for path, content in _content(tmp_path / "killed").items():
+            assert path not in whole or content == whole[path], f"{path} is damaged"
+        if _content(tmp_path / "killed") == whole:  # it had done its work before the kill: begin again
+            shutil.rmtree(tmp_path / "killed")
+            (tmp_path / "killed").mkdir()
+    last = process(*words("killed"))
+    assert last.wait() == 0, last.printed()
+    assert _content(tmp_path / "killed") == whole
+    assert killed
+    leftovers = [path for path in (tmp_path / "killed").rglob("*") if "partial" in path.name]
+    assert not leftovers, leftovers

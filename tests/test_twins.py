@@ -8,6 +8,7 @@ ROOT = Path(__file__).parents[1]
 COVERED_BY = {
     "data_pipeline/readers.py": ("data_pipeline/test_loader.py", "data_pipeline/test_pinning.py"),
     "data_pipeline/shards/manifest.py": ("data_pipeline/shards/test_source.py", "data_pipeline/shards/test_write.py"),
+    "data_pipeline/shards/webdataset_samples.py": ("data_pipeline/shards/test_tar_files.py",),
     "data_pipeline/shards/verify.py": ("data_pipeline/shards/test_write.py", "data_pipeline/shards/test_source.py"),
     "kernels/flash.py": ("kernels/test_attention_backends.py",),
     "kernels/matmul.py": ("kernels/test_linear.py",),
@@ -36,7 +37,6 @@ COVERED_BY = {
     "unite_fast/commands/images.py": ("commands/test_forwarding.py", "test_cli.py"),
     "unite_fast/commands/planning.py": ("commands/test_forwarding.py", "planning/test_predict.py"),
     "unite_fast/commands/training.py": ("commands/test_forwarding.py", "test_cli.py"),
-    "unite_fast/errors.py": ("test_cli.py", "test_config.py"),
     "unite_fast/evaluation/batches.py": ("evaluation/test_evaluate.py", "evaluation/test_evaluator.py"),
     "unite_fast/evaluation/features.py": ("evaluation/test_inception.py", "evaluation/test_pixel_features.py"),
     "unite_fast/evaluation/gallery_page.py": ("evaluation/test_gallery.py",),

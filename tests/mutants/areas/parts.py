@@ -199,6 +199,57 @@ CHANGES = [
             ("if path and not opener.needs_path:", "if False:"),
             ("    if kind in _KINDS:\n", "    if False:\n"),
             ('return "idx" if', 'return "folder" if'),
+            ("source, not _same_images(source, training)", "source, True"),
+        ],
+    ),
+    (
+        "data_pipeline/splits.py",
+        ("tests/data_pipeline/test_splits.py",),
+        [
+            ("if _are_both(splits) or len(splits) == len(names):", "if splits:"),
+            ("return (*VALIDATION, *TEST)", "return (*TEST, *VALIDATION)"),
+            ("if len(set(words)) == 1 else", "if words else"),
+            ("if list(classes) == list(training):", "if set(classes) <= set(training):"),
+        ],
+    ),
+    (
+        "data_pipeline/image_folder.py",
+        ("tests/data_pipeline/test_image_folder.py",),
+        [
+            ("if training.samefile(path / name):", "if False:"),
+            ("_check_distinct(\n            self.root, classes,", "_check_distinct(\n            self.root, [],"),
+            ("labels = renumber(classes, self.class_names, self.root, place.training)", "pass"),
+            ("elif entry.is_symlink() or entry.is_file():", "else:"),
+        ],
+    ),
+    (
+        "data_pipeline/shards/tar_files.py",
+        ("tests/data_pipeline/shards/test_tar_files.py",),
+        [
+            ("contents.images[place_of[path]] = image", "pass"),
+            ("path = main_image(key[1], list(group), contents.left_out)", "path = next(iter(group))"),
+            ("name = choose_split(splits, split, place)", 'name = choose_split(splits, "train", place)'),
+            ("_data(first, tars) == _data(image, tars)", "True"),
+            ("_strip_folder_of_all(images)\n    splits", "splits"),
+        ],
+    ),
+    (
+        "data_pipeline/shards/parquet_files.py",
+        ("tests/data_pipeline/shards/test_parquet_files.py",),
+        [
+            ("places.append((number, offset, size))", "places.append((number, size * row, size))"),
+            ("if names != first:", "if False:"),
+            ("check_same_classes(class_names, of_training, place, training[0])", "pass"),
+            ("{status.st_mtime_ns}", ""),
+        ],
+    ),
+    (
+        "data_pipeline/shards/label_file.py",
+        ("tests/data_pipeline/shards/test_label_file.py",),
+        [
+            ("row[0] in name_of and row[1]", "row[0] in name_of"),
+            ("classes[number] = line", "classes[number] = lines[number]"),
+            ("if all(name.isdecimal() for name in classes) and", "if False and"),
         ],
     ),
     (
@@ -228,9 +279,11 @@ CHANGES = [
         [
             ("            partial.unlink(missing_ok=True)\n", "            pass\n"),
             (
-                "yield partial\n            os.replace(partial, path)",
-                "os.replace(partial, path) if partial.exists() else None\n            yield path",
+                "            os.replace(partial, path)\n            if durable:\n                flush(path",
+                "            if durable:\n                flush(path",
             ),
+            ('if row and row["step"] <= step:', 'if row and row["step"] < step:'),
+            ("if not stat.S_ISREG(os.fstat(descriptor).st_mode):", "if False:"),
         ],
     ),
     (

@@ -5,10 +5,43 @@ CHANGES = [
         "unite_fast/checkpoint/reader.py",
         ("tests/checkpoint/test_reader.py", "tests/checkpoint/test_manager.py"),
         [
-            ("if sum(part.numel() for _, part in parts) != torch.Size(shape).numel():", "if False:"),
-            ("whole[tuple(slice(start, start + n) for", "whole[tuple(slice(0, n) for"),
-            ("[0] * tensor.dim())", "[1] * tensor.dim())"),
-            ("if name.startswith(prefixes):", "if True:"),
+            ("if sum(prod(part.shape) for part in parts) != prod(_whole_shape(parts)):", "if False:"),
+            ("tuple(map(slice, part.offsets, part.ends))", "tuple(map(slice, part.shape))"),
+            ("(0,) * len(shape)", "(1,) * len(shape)"),
+            ("if name.startswith(prefixes)}", "if True}"),
+            ("pairwise(filled) if len(divided) == 1 else", "pairwise(filled) if divided else"),
+            ('raise ValueError(f"parts of {name} overlap")', "pass"),
+            ("if attempt == TRIES - 1 or files.candidates(path) == before:", "if True:"),
+        ],
+    ),
+    (
+        "unite_fast/checkpoint/format.py",
+        ("tests/checkpoint/test_format.py", "tests/checkpoint/test_manager.py"),
+        [
+            ('config = _with_values(config, dict.fromkeys(PLACES, ""))', "pass"),
+            ("            _check_link(path / shard.name)", "            pass"),
+            ("if os.path.realpath(path) == newest]", "if path == newest]"),
+            ("if twice := [name for name, count in names.items() if count > 1]:", "if False:"),
+        ],
+    ),
+    (
+        "data_pipeline/shards/manifest.py",
+        ("tests/data_pipeline/shards/test_source.py",),
+        [
+            ('tree["sha256"] != _own_hash(tree)', "False"),
+            ("if shard.index_sha256 and hashlib", "if False and hashlib"),
+            ("(places[:, 0] < ends[:-1] + _BLOCK).any()", "False"),
+            ("or ends[-1] > shard.bytes:", "or False:"),
+            ("(table[:, 2] != table[:, 5]).any()", "False"),
+        ],
+    ),
+    (
+        "unite_fast/utils/npz.py",
+        ("tests/utils/test_npz.py",),
+        [
+            ("if length > size or file.tell() + length != size:", "if False:"),
+            ('order="F" if fortran_order else "C"', 'order="C"'),
+            ("if info.file_size > max(FREE_BYTES, MOST_RATIO * info.compress_size):", "if False:"),
         ],
     ),
     (
@@ -70,7 +103,6 @@ CHANGES = [
             ("self.state.resume_at(checkpoint.step)", "self.state.resume_at(checkpoint.step + 1)"),
             ('if self.config.optim.nonfinite == "skip":', 'if self.config.optim.nonfinite == "stop":'),
             ("if bad_step is not None:", "if False:"),
-            ("classes == config.model.num_classes,", "True,"),
         ],
     ),
     (
@@ -106,12 +138,54 @@ CHANGES = [
         "unite_fast/training/trainer.py",
         ("tests/training/test_attention_precision.py",),
         [
+            ('"attention": backend.attention_on(self.device),', '"attention": "sdpa",'),
+        ],
+    ),
+    (
+        "unite_fast/training/setup.py",
+        (
+            "tests/training/test_attention_precision.py",
+            "tests/training/test_setup.py",
+            "tests/training/test_trainer.py",
+        ),
+        [
             (
-                "self.ranks.run_on_first(lambda: attention_precision.choose(config, saved))",
+                "ranks.run_on_first(lambda: attention_precision.choose(config, saved))",
                 "attention_precision.choose(config, saved)",
             ),
-            ('"attention": backend.attention_on(self.device),', '"attention": "sdpa",'),
             ('config.attention != "sdpa"', "False"),
+            ("classes == model.num_classes,", "True,"),
+        ],
+    ),
+    (
+        "unite_fast/training/data_record.py",
+        ("tests/training/test_data_record.py",),
+        [
+            ("if name != old:", "if False:"),
+            ("if count != old_count:", "if False:"),
+            ("if self.samples != before.samples:", "if False:"),
+            ("self.listing == before.listing else", "True else"),
+            ("    if not allowed:\n", "    if False:\n"),
+            ("[*changes, change]", "[change]"),
+            ("records = ranks.run_on_all(lambda: cls._of_own(source))", "records = [cls._of_own(source)]"),
+        ],
+    ),
+    (
+        "unite_fast/read_yaml.py",
+        ("tests/test_read_yaml.py",),
+        [
+            ("if isinstance(key, Hashable) and key in seen:", "if False:"),
+            ('re.fullmatch(r"[-+]?0[0-9_]+", value)', "False"),
+            ("size <= LARGEST_TREE", "True"),
+            ("known[id(node)] = math.inf", "known[id(node)] = 0"),
+        ],
+    ),
+    (
+        "data_pipeline/shards/remote.py",
+        ("tests/data_pipeline/shards/test_remote.py",),
+        [
+            ("if path.read_bytes() == content:", "if True:"),
+            ("if out.tell() > most:\n                            #", "if False:\n                            #"),
         ],
     ),
     (
@@ -126,7 +200,7 @@ CHANGES = [
         ],
     ),
     (
-        "unite_fast/training/trainer.py",
+        "unite_fast/training/setup.py",
         ("tests/utils/test_device.py",),
         [
             ("use_numerics(config.train.precision, config.train.deterministic)", "pass"),
@@ -166,9 +240,12 @@ CHANGES = [
         ("tests/interop", "tests/checkpoint/test_model_file.py"),
         [
             (
-                "save_model(out, model.config, model.step, model.averages)",
-                "save_model(out, model.config, model.step, model.weights)",
+                "save_model(out, as_recorded(model.config), model.step, model.averages)",
+                "save_model(out, as_recorded(model.config), model.step, model.weights)",
             ),
+            ("if _digest_of(file, written)[0] != written:", "if False:"),
+            ("require(bool(tensor.isfinite().all()),", "require(True,"),
+            ("require(tensor.dtype == dtype,", "require(True,"),
         ],
     ),
     (
