@@ -155,5 +155,7 @@ def test_unsupported_settings(small, write_trace, place, value):
     for group in groups:
         holder = holder[group]
     holder[key] = value
-    ours = {"cfg_norm_order": "order", "num_heads": "heads", "losses": "losses"}.get(key, place)
+    ours = {"cfg_norm_order": "order", "num_heads": "heads", "losses": "losses", "num_time_points": "steps"}.get(
+        key, place
+    )
     assert_refused(write_trace(small, meta), ours)
