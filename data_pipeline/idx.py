@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from unite_fast.data_pipeline.source import MemorySource
 from unite_fast.data_pipeline.splits import ClassesDiffer
-from unite_fast.errors import UserError
+from unite_fast.errors import UserError, reason_of
 from unite_fast.utils.files import open_regular
 
 _PREFIX = {"train": "train", "test": "t10k"}
@@ -136,9 +136,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     except EOFError:
         raise UserError(f"{path} is truncated: its compressed data ends early; fetch the file again") from None
     except (OSError, zlib.error) as error:
-        raise UserError(
-            f"cannot read {path}: {getattr(error, 'strerror', None) or error}; fetch the file again"
-        ) from None
+        raise UserError(f"cannot read {path}: {reason_of(error)}; fetch the file again") from None
 
 
 def _read_at_most(file: BinaryIO, size: int) -> bytearray:

@@ -23,20 +23,19 @@ from unite_fast.data_pipeline.listing import (
     OTHER_EXTENSION,
     LeftOut,
     Names,
-    printable,
 )
 from unite_fast.data_pipeline.source import Source, UnreadableSample
 from unite_fast.data_pipeline.splits import (
     TEST,
-    TRAIN,
     check_no_splits_below,
     choose_split,
     find_splits,
     is_held_out,
     renumber,
+    training_folder,
     words_of,
 )
-from unite_fast.errors import UserError, one_line
+from unite_fast.errors import UserError, printable, reason_of
 from unite_fast.utils.files import open_regular
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -81,13 +80,12 @@ class FolderSource(Source):
             labels = renumber(classes, self.class_names, self.root, place.training)
         left_out, listed = LeftOut(), []
         for class_name in classes:
-            check_no_splits_below(class_name, subfolders(self.root / class_name), self.root)
-            names = list_images(self.root, class_name, left_out)
+            names, folders = list_images(self.root, class_name, left_out)
+            check_no_splits_below(class_name, folders, self.root)
             if not len(names):
                 extensions = " ".join(IMAGE_EXTENSIONS)
                 raise UserError(
-                    f"no images ({extensions}) in class folder {printable(self.root / class_name)}: "
-                    "add some or remove it"
+                    f"no images ({extensions}) in class folder {self.root / class_name}: add some or remove it"
                 )
             listed.append(names)
         for name in _files(self.root):
@@ -169,11 +167,9 @@ def open_image(file: str | Path | BinaryIO, name: str) -> Iterator[Image.Image]:
             yield image
     except UnidentifiedImageError:
         raise UnreadableSample(name, "not an image of a known format") from None
-    except OSError as error:
-        raise UnreadableSample(name, error.strerror or one_line(str(error))) from None
     except Exception as error:
         # On a broken file Pillow's decoders raise SyntaxError, ValueError, struct.error and more.
-        raise UnreadableSample(name, one_line(str(error)) or type(error).__name__) from None
+        raise UnreadableSample(name, reason_of(error)) from None
 
 
 @dataclass(frozen=True)
@@ -218,12 +214,7 @@ def find_split_folder(path: Path, split: str, flat: bool = False) -> SplitFolder
         return SplitFolder(path)
     name = choose_split(splits, split, path) if flat else _with_classes(path, splits, split)
     others = tuple(other for other in splits.values() if other != name)
-    training = next((path / splits[word] for word in TRAIN if word in splits), None)
-    if not is_held_out(name) or training is None:
-        return SplitFolder(path / name, name, is_held_out(name), others=others)
-    if training.samefile(path / name):
-        raise UserError(f"{path / name} is a link to {training}: these images are not held out; remove it")
-    return SplitFolder(path / name, name, True, training, others)
+    return SplitFolder(path / name, name, is_held_out(name), training_folder(path, splits, name), others)
 
 
 def _with_classes(path: Path, splits: dict[str, str], split: str) -> str:
@@ -267,32 +258,35 @@ def _check_distinct(root: Path, classes: list[str], others: list[Path]) -> None:
     around = os.path.join(os.path.realpath(root), "")
     for folder, name in real:
         if around.startswith(folder):
-            raise UserError(f"the class folder {printable(name)} in {root} is a link to a folder above it: remove it")
+            raise UserError(f"the class folder {name} in {root} is a link to a folder above it: remove it")
         for other in others:
             if folder.startswith(os.path.join(os.path.realpath(other), "")):
                 raise UserError(
-                    f"the class folder {printable(name)} in {root} is a link into {other}: its images would be both "
+                    f"the class folder {name} in {root} is a link into {other}: its images would be both "
                     "training and held-out; remove it"
                 )
     for (outer, one), (inner, other) in itertools.pairwise(real):
         if inner.startswith(outer):
             raise UserError(
-                f"the class folders {printable(one)} and {printable(other)} in {root} are one folder, or one is within "
+                f"the class folders {one} and {other} in {root} are one folder, or one is within "
                 "the other: remove a link"
             )
 
 
-def list_images(root: Path, start: str, left_out: LeftOut) -> Names:
-    """Paths of the images below `root`/`start`, at any depth, relative to `root` and sorted.
+def list_images(root: Path, start: str, left_out: LeftOut) -> tuple[Names, list[str]]:
+    """List the images below `root`/`start`, at any depth.
 
     Args:
         start: a folder in `root`, or "" for `root` itself.
         left_out: what is not listed is added to it.
 
+    Returns:
+        The paths of the images, relative to `root` and sorted; and the names of the folders in `start`.
+
     Raises:
         UserError: a folder cannot be listed.
     """
-    files, folders = [], [start]
+    files, folders, first = [], [start], []
     try:
         while folders:
             folder = folders.pop()
@@ -303,6 +297,8 @@ def list_images(root: Path, start: str, left_out: LeftOut) -> Names:
                         left_out.add(HIDDEN, name)
                     elif entry.is_dir(follow_symlinks=False):
                         folders.append(name)
+                        if folder == start:
+                            first.append(entry.name)
                     elif entry.is_symlink() and entry.is_dir():
                         left_out.add(LINK, name)
                     elif not entry.name.lower().endswith(IMAGE_EXTENSIONS):
@@ -313,8 +309,8 @@ def list_images(root: Path, start: str, left_out: LeftOut) -> Names:
                         left_out.add(NOT_REGULAR, name)
     except OSError as error:
         _raise_user_error(error)
-    return Names(sorted(files))
+    return Names(sorted(files)), first
 
 
 def _raise_user_error(error: OSError) -> NoReturn:
-    raise UserError(f"cannot list {printable(error.filename)}: {error.strerror}; make it readable or remove it")
+    raise UserError(f"cannot list {error.filename}: {error.strerror}; make it readable or remove it")

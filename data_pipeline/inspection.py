@@ -9,12 +9,12 @@ import torch
 from unite_fast.config import check_seed_and_batch
 from unite_fast.data_pipeline import dali
 from unite_fast.data_pipeline.choose_loader import choose_loader
-from unite_fast.data_pipeline.listing import printable
 from unite_fast.data_pipeline.loader import Loader
 from unite_fast.data_pipeline.open_source import detect_source, open_source
 from unite_fast.data_pipeline.shards.source import ShardSource
 from unite_fast.data_pipeline.source import Source, read_readable
 from unite_fast.data_pipeline.splits import is_held_out
+from unite_fast.errors import printable
 from unite_fast.utils.device import choose_device
 from unite_fast.utils.files import writing
 from unite_fast.utils.images import grid, save_png

@@ -1,4 +1,4 @@
-"""What listings of images share: many names in little memory, what was left out, names on one line."""
+"""What listings of images share: many names in little memory, and what was left out."""
 
 import hashlib
 import os
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from unite_fast import errors
+from unite_fast.errors import printable
 
 MAX_NAMED = 3
 """Names per reason that `LeftOut` shows; the others are only counted."""
@@ -14,15 +14,6 @@ OTHER_EXTENSION, HIDDEN, NO_CLASS = "with another extension", "with a hidden nam
 LINK, NOT_REGULAR = "behind a link, which is not followed", "that are no regular files"
 NO_SPLIT = "that belong to no split"
 """Reasons to leave a file out."""
-
-
-def printable(name: object) -> str:
-    """A name from a file or folder for a message, which may hold bytes that are not text; see `errors.printable`."""
-    try:
-        encoded = os.fsencode(str(name))
-    except UnicodeEncodeError:  # half a surrogate pair, from JSON
-        encoded = str(name).encode(errors="backslashreplace")
-    return errors.printable(encoded.decode(errors="backslashreplace"))
 
 
 class Names:

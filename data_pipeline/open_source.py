@@ -9,7 +9,7 @@ from unite_fast.data_pipeline.idx import open_idx
 from unite_fast.data_pipeline.image_folder import FolderSource
 from unite_fast.data_pipeline.shards.manifest import MANIFEST
 from unite_fast.data_pipeline.shards.remote import RemoteShardSource, is_remote
-from unite_fast.data_pipeline.shards.source import is_split, open_shards
+from unite_fast.data_pipeline.shards.source import open_shards, splits_in
 from unite_fast.data_pipeline.source import Source, UnreadableSample
 from unite_fast.data_pipeline.splits import HELD_OUT, TEST, TRAIN, check_same_classes, words_of
 from unite_fast.data_pipeline.synthetic import SyntheticSource
@@ -162,6 +162,6 @@ def detect_source(data: str) -> tuple[str, str]:
     if data in _KINDS and not _KINDS[data].needs_path:
         return data, ""
     folder = Path(data).expanduser()
-    if is_remote(data) or (folder / MANIFEST).is_file() or any(map(is_split, folder.glob("*"))):
+    if is_remote(data) or (folder / MANIFEST).is_file() or splits_in(folder):
         return "shards", data
     return "idx" if any(folder.glob("*-ubyte*")) else "folder", data

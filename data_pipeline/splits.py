@@ -7,7 +7,6 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from unite_fast.data_pipeline.listing import printable
 from unite_fast.errors import UserError
 
 TRAIN = ("train", "training")
@@ -45,12 +44,9 @@ def words_of(split: str) -> tuple[str, ...]:
     raise UserError(f"unknown split {split!r}: choose one of train, val or test (or {', '.join(WORDS)})")
 
 
-def is_held_out(split: str) -> bool:
-    """
-    Raises:
-        UserError: see `words_of`.
-    """
-    return words_of(split)[0] not in TRAIN
+def is_held_out(name: str) -> bool:
+    """Whether a name is a word for a held-out split; not if it is no word for a split."""
+    return name.lower() in (*VALIDATION, *TEST, HELD_OUT)
 
 
 def find_splits(names: Collection[str]) -> dict[str, str]:
@@ -67,14 +63,13 @@ def find_splits(names: Collection[str]) -> dict[str, str]:
     for name in sorted(names):
         word = name.lower()
         if word in WORDS and splits.setdefault(word, name) != name:
-            raise UserError(f"{printable(splits[word])} and {printable(name)} are one split: rename or remove one")
+            raise UserError(f"{splits[word]} and {name} are one split: rename or remove one")
     if _are_both(splits) or len(splits) == len(names):
         return splits
     within = [split_of_name(name) for name in names]
     if all(within) and _are_both(within):
         raise UserError(
-            f"{', '.join(map(printable, sorted(names)[:6]))} look like splits and not like classes: call them train, "
-            "val and test"
+            f"{', '.join(sorted(names)[:6])} look like splits and not like classes: call them train, val and test"
         )
     return {}
 
@@ -93,14 +88,14 @@ def check_no_splits_below(name: str, folders: Collection[str], place: object) ->
     splits = sorted(folder for folder in folders if folder.lower() in WORDS)
     if _are_both([folder.lower() for folder in splits]):
         raise UserError(
-            f"the folder {printable(name)} in {place} would be a class, but holds {' and '.join(splits)}: give the "
+            f"the folder {name} in {place} would be a class, but holds {' and '.join(splits)}: give the "
             "folder that holds the splits, each with a folder per class"
         )
 
 
 def _are_both(words: Collection[str]) -> bool:
     """Whether there is training beside a held-out split."""
-    return any(word in TRAIN for word in words) and any(word in words for word in (*VALIDATION, *TEST))
+    return any(word in TRAIN for word in words) and any(word in (*VALIDATION, *TEST) for word in words)
 
 
 def choose_split(splits: dict[str, str], split: str, place: object) -> str:
@@ -113,8 +108,27 @@ def choose_split(splits: dict[str, str], split: str, place: object) -> str:
     for word in words:
         if word in splits:
             return splits[word]
-    names = ", ".join(printable(name) for name in splits.values())
+    names = ", ".join(splits.values())
     raise NoSplit(f"no split {' or '.join(words)} in {place}, which has {names}: add it, or choose --split")
+
+
+def training_split(splits: dict[str, str]) -> str | None:
+    """The name of the training split; None if there is none."""
+    return next((splits[word] for word in TRAIN if word in splits), None)
+
+
+def training_folder(path: Path, splits: dict[str, str], name: str) -> Path | None:
+    """The folder of the training split in `path`, if `name` is a held-out split; its classes give the labels.
+
+    Raises:
+        UserError: the folder of `name` is a link to it.
+    """
+    training = training_split(splits)
+    if training is None or not is_held_out(name):
+        return None
+    if (path / training).samefile(path / name):
+        raise UserError(f"{path / name} is a link to {path / training}: these images are not held out; remove it")
+    return path / training
 
 
 def split_of_name(name: str) -> str:
@@ -140,8 +154,8 @@ def renumber(classes: Sequence[str], training: Sequence[str], held_out: object, 
         hint = "numbers are not names of classes: give the names" if numbers else "remove it, or name it as there"
         first = held_out / missing[0] if isinstance(held_out, Path) else f"{missing[0]} in {held_out}"
         raise ClassesDiffer(
-            f"{len(missing)} held-out classes are not among those of {train}, first {printable(first)} (there "
-            f"{printable(training[0]) if training else 'none'}): {hint}"
+            f"{len(missing)} held-out classes are not among those of {train}, first {first} (there "
+            f"{training[0] if training else 'none'}): {hint}"
         )
     return [number_of[name] for name in classes]
 

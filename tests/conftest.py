@@ -491,7 +491,7 @@ def assert_same_run() -> Callable[[Path, Path], None]:
     """Checks that the latest checkpoints and the training metrics of two runs are equal bit for bit."""
     from unite_fast.checkpoint.reader import load_checkpoint
     from unite_fast.training.metrics import training_metrics
-    from unite_fast.utils.files import read_rows
+    from unite_fast.utils.rows import read_rows
 
     def compare(one: Path, other: Path) -> None:
         a, b = load_checkpoint(one), load_checkpoint(other)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from unite_fast.checkpoint.format import step_folders
+from unite_fast.checkpoint.folders import step_folders
 from unite_fast.checkpoint.model_file import load_model, save_model
 from unite_fast.checkpoint.reader import load_checkpoint
 from unite_fast.training.trainer import Trainer

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unite_fast.checkpoint.format import step_folders, step_of
+from unite_fast.checkpoint.folders import step_folders, step_of
 from unite_fast.checkpoint.reader import load_checkpoint
-from unite_fast.utils.files import read_rows
+from unite_fast.utils.rows import read_rows
 
 CHECKPOINT_EVERY = 2
 """Steps between checkpoints. So few that many kills hit a save."""

@@ -26,7 +26,7 @@ from unite_fast.commands import (
     tune,
 )
 from unite_fast.distributed.environment import Environment, read_environment
-from unite_fast.errors import UserError
+from unite_fast.errors import UserError, printable
 from unite_fast.utils.standard_streams import guard_streams, report_lost_output
 
 FIRST_RANK_SECONDS = 10.0
@@ -149,7 +149,7 @@ def _report_thread(arguments: threading.ExceptHookArgs) -> None:
     """An exception in a thread does not end the command; print one line. TensorBoard's thread hands its errors to the
     next call, where the run reports them."""
     if not type(arguments.thread).__module__.startswith("tensorboard."):
-        reason = " ".join(str(arguments.exc_value).split()) or arguments.exc_type.__name__
+        reason = printable(str(arguments.exc_value)) or arguments.exc_type.__name__
         sys.stderr.write(f"warning: a thread ended with {arguments.exc_type.__name__}: {reason}\n")
 
 
@@ -165,9 +165,8 @@ def _exit(message: str, status: int) -> NoReturn:
         # then ends the others. If this rank exited before, torchrun would end the first one. A rank that is still here
         # after the wait failed alone.
         time.sleep(FIRST_RANK_SECONDS)
-    line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(message.split()))
     # One write, so that lines of several processes do not mix.
-    sys.stderr.write(f"error: {rank}{line[:LONGEST_MESSAGE]}\n")
+    sys.stderr.write(f"error: {rank}{printable(message)[:LONGEST_MESSAGE]}\n")
     sys.stderr.flush()
     report_lost_output()
     if _in_process_group():

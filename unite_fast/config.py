@@ -518,9 +518,9 @@ class Config:
         )
 
 
-MOST_IMAGES, MOST_PER_BATCH, MOST_WORKERS = 10**8, 2**20, 2**10
-"""Largest numbers of images to generate, of images per forward pass, and of threads or processes that read images; far
-above every use. Beyond, memory or time would end long before the work does."""
+MOST_IMAGES, MOST_PER_BATCH, MOST_WORKERS, MOST_THREADS = 10**8, 2**20, 2**10, 2**12
+"""Largest numbers of images to generate, of images per forward pass, of threads or processes that read images, and of
+PyTorch's threads on a CPU; far above every use. Beyond, memory or time would end long before the work does."""
 
 
 def check_count(name: str, count: int, least: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""The exception for user errors, two checks that raise it, and values in its messages."""
+"""The exception for user errors, two checks that raise it, and what its messages quote."""
 
 
 class UserError(Exception):
@@ -31,10 +31,23 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def printable(text: str) -> str:
-    """A text on one line, with control characters and the like escaped; file names may hold them."""
-    words = one_line(text)
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in words)
+def printable(text: object) -> str:
+    """A text on one line. Control characters and bytes that are not text are escaped; file names may hold both."""
+    words = one_line(str(text))
+    return words if words.isprintable() else "".join(map(_escaped, words))
+
+
+def _escaped(letter: str) -> str:
+    if "\udc80" <= letter <= "\udcff":  # a byte of a file name, as os.fsdecode gives it
+        return f"\\x{ord(letter) & 0xFF:02x}"
+    return letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+
+
+def reason_of(error: BaseException) -> str:
+    """Why an error was raised, in one line. Of the system's errors without the path, which the message names."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def one_line(text: str) -> str:

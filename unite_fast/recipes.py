@@ -12,7 +12,7 @@ import typing
 from importlib import resources
 from pathlib import Path
 
-from unite_fast.config import MOST_IMAGES, MOST_PER_BATCH, MOST_WORKERS, PRESETS, Config
+from unite_fast.config import MOST_IMAGES, MOST_PER_BATCH, MOST_THREADS, MOST_WORKERS, PRESETS, Config
 from unite_fast.errors import UserError, require, shown
 from unite_fast.read_yaml import parse_yaml, read_yaml
 
@@ -39,7 +39,7 @@ LARGEST = {
     "model.decoder.embed_width": 2**16,
     "objective.flow_draws": 2**12,
     "data.workers": MOST_WORKERS,
-    "train.threads": 2**12,
+    "train.threads": MOST_THREADS,
     "train.batch_size": 2**24,
     "train.micro_batch": 2**24,
     "evaluation.count": MOST_IMAGES,

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from unite_fast.data_pipeline.listing import printable
 from unite_fast.data_pipeline.shards.listed import parse_label
 from unite_fast.data_pipeline.splits import ClassesDiffer
 from unite_fast.errors import UserError
@@ -40,7 +39,7 @@ def read_label_file(path: Path, names: list[str]) -> list[str]:
     """
     if len(set(names)) < len(names):
         twice = Counter(names).most_common(1)[0][0]
-        raise UserError(f"two images are called {printable(twice)}, so {path} cannot tell them apart: rename one")
+        raise UserError(f"two images are called {twice}, so {path} cannot tell them apart: rename one")
     lines = _lines(path)
     by_name = _by_name(path, lines, names)
     if by_name is None:
@@ -53,7 +52,7 @@ def read_label_file(path: Path, names: list[str]) -> list[str]:
     else:
         missing = [name for name in names if name not in by_name]
         if missing:
-            raise UserError(f"{path} has no class for {len(missing)} images, first {printable(missing[0])}")
+            raise UserError(f"{path} has no class for {len(missing)} images, first {missing[0]}")
         classes = [by_name[name] for name in names]
     classes = [_class_of(path, value) for value in classes]
     if all(name.isdecimal() for name in classes) and all(_IMAGENET.match(name) for name in names):
@@ -77,7 +76,7 @@ def check_one_folder(paths: Iterable[str], place: object) -> None:
     folders = sorted({path.rpartition("/")[0] for path in paths})
     if len(folders) > 1:
         raise UserError(
-            f"the images in {place} lie in the folders {printable(folders[0] or '.')}, {printable(folders[1])}, ..., "
+            f"the images in {place} lie in the folders {folders[0] or '.'}, {folders[1]}, ..., "
             "which say their class: leave out --labels"
         )
 
@@ -109,7 +108,7 @@ def _by_name(path: Path, lines: list[str], names: list[str]) -> dict[str, str] |
     for image, value, *more in rows:
         if any(more):
             raise UserError(
-                f"{path} has more than two columns at {printable(image)}: keep the image and its class, and put a "
+                f"{path} has more than two columns at {image}: keep the image and its class, and put a "
                 "class with a comma in quotes"
             )
         name = name_of.get(image)
@@ -117,11 +116,9 @@ def _by_name(path: Path, lines: list[str], names: list[str]) -> dict[str, str] |
             continue
         value = value.split()[0] if boxes and value else value
         if not value:
-            raise UserError(f"{path} has no class for {printable(image)}")
+            raise UserError(f"{path} has no class for {image}")
         if classes.setdefault(name, value) != value:
-            raise UserError(
-                f"{path} gives {printable(image)} two classes, {printable(classes[name])} and {printable(value)}"
-            )
+            raise UserError(f"{path} gives {image} two classes, {classes[name]} and {value}")
     return classes
 
 
@@ -136,8 +133,8 @@ def _check_list(path: Path, lines: list[str], names: list[str]) -> None:
         line = lines[0]
     if line is not None:
         raise UserError(
-            f"the line {printable(line[:80])} of {path} is no class, and its first column is no image of these, such "
-            f"as {printable(names[0])}: give IMAGE,CLASS in each line, or only the class"
+            f"the line {line[:80]} of {path} is no class, and its first column is no image of these, such "
+            f"as {names[0]}: give IMAGE,CLASS in each line, or only the class"
         )
 
 
@@ -150,7 +147,7 @@ def _class_of(path: Path, value: str) -> str:
     try:
         label = parse_label(value)
     except ValueError as error:
-        raise UserError(f"{path}: {printable(error)}") from None
+        raise UserError(f"{path}: {error}") from None
     if label == -1:
         raise UserError(f"{path} has the label -1, which means unlabelled: leave out these images")
     return str(label) if isinstance(label, int) and "." in value else value
@@ -166,7 +163,7 @@ def _columns(path: Path, line: str) -> list[str]:
         try:
             first, *rest = next(csv.reader([line]))
         except csv.Error as error:
-            raise UserError(f"cannot read the line {printable(line[:80])} of {path}: {error}") from None
+            raise UserError(f"cannot read the line {line[:80]} of {path}: {error}") from None
     elif "\t" in line:
         first, *rest = line.split("\t")
     else:

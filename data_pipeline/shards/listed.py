@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from unite_fast.data_pipeline.listing import LeftOut, Names, printable
+from unite_fast.data_pipeline.listing import LeftOut, Names
 from unite_fast.data_pipeline.source import UnreadableSample
 from unite_fast.data_pipeline.splits import renumber
-from unite_fast.errors import UserError
+from unite_fast.errors import UserError, printable, reason_of
 from unite_fast.utils.files import open_regular
 
 MOST_CLASSES = 1_000_000
@@ -65,18 +65,15 @@ class RawImages:
         """
         file, offset, size = self.places[number].tolist()
         path = self.files[file] if size >= 0 else os.path.join(self.files[file], self.names[number])
-        limit = size if size >= 0 else LARGEST_IMAGE + 1
-        if limit > LARGEST_IMAGE and size >= 0:
-            raise UnreadableSample(self.name(number), f"{size} bytes are too many for an image")
         try:
             with open_regular(path, buffering=0) as opened:
+                size = size if size >= 0 else os.fstat(opened.fileno()).st_size
+                if size > LARGEST_IMAGE:
+                    raise UnreadableSample(self.name(number), f"{size} bytes are too many for an image")
                 opened.seek(offset)
-                data = opened.read(min(limit, os.fstat(opened.fileno()).st_size))
+                return opened.read(size)
         except OSError as error:
-            raise UnreadableSample(self.name(number), error.strerror or str(error)) from None
-        if len(data) > LARGEST_IMAGE:
-            raise UnreadableSample(self.name(number), f"more than {LARGEST_IMAGE} bytes are too many for an image")
-        return data
+            raise UnreadableSample(self.name(number), reason_of(error)) from None
 
     def fingerprint(self) -> str:
         """A hash of class names, labels, names and sizes."""
@@ -147,9 +144,7 @@ def number_classes(labels: Iterable[Label], place: object, names: Sequence[str] 
     if words:
         numbers = [label for label in labels if not isinstance(label, str)]
         if numbers:
-            raise UserError(
-                f"{place} has names of classes and numbers, e.g. {printable(words[0])} and {numbers[0]}: use one kind"
-            )
+            raise UserError(f"{place} has names of classes and numbers, e.g. {words[0]} and {numbers[0]}: use one kind")
         number_of = {name: number for number, name in enumerate(words)}
         return words, np.array([number_of[str(label)] for label in labels], dtype=np.int64)
     numbers = np.array(labels, dtype=np.int64)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from unite_fast.data_pipeline.listing import LeftOut, Names, printable
+from unite_fast.data_pipeline.listing import LeftOut, Names
 from unite_fast.data_pipeline.shards.listed import (
     NO_LABEL,
     UNLABELLED,
@@ -20,7 +20,7 @@ from unite_fast.data_pipeline.shards.listed import (
     parse_label,
 )
 from unite_fast.data_pipeline.splits import check_same_classes
-from unite_fast.errors import UserError
+from unite_fast.errors import UserError, reason_of
 from unite_fast.utils.files import atomic_write, open_regular, writing
 
 IMAGE_COLUMNS = ("image", "img", "images", "jpg", "png")
@@ -126,8 +126,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with open_regular(path) as opened, parquet.ParquetFile(opened) as file:
             yield file
     except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError, pyarrow.ArrowException) as error:
-        reason = getattr(error, "strerror", None) or printable(error) or type(error).__name__
-        raise UserError(f"cannot read {path}: {reason}") from None
+        raise UserError(f"cannot read {path}: {reason_of(error)}") from None
 
 
 def _class_names(files: Sequence[Path], columns: Columns) -> list[str]:
@@ -169,7 +168,7 @@ def _column(path: Path, file, kind: str, name: str) -> str:
     found = [column for column in ([name] if name else usual) if column in present]
     if len(found) == 1:
         return found[0]
-    listed = ", ".join(map(printable, present))
+    listed = ", ".join(present)
     if found:
         raise UserError(f"{path} has the columns {' and '.join(found)}: choose one with --{kind}-column")
     raise UserError(
@@ -188,9 +187,7 @@ def _check_types(path: Path, schema, image: str, label: str) -> None:
     kind = schema.field(label).type
     kind = kind.value_type if types.is_dictionary(kind) else kind
     if not any(check(kind) for check in (types.is_integer, types.is_floating, types.is_string, types.is_large_string)):
-        raise UserError(
-            f"the column {printable(label)} of {path} holds {kind}, no classes: numbers or names are needed"
-        )
+        raise UserError(f"the column {label} of {path} holds {kind}, no classes: numbers or names are needed")
     kind = schema.field(image).type
     if types.is_struct(kind):
         field = next(
@@ -198,7 +195,7 @@ def _check_types(path: Path, schema, image: str, label: str) -> None:
         )
         kind = field.type if field is not None else kind
     if not (types.is_binary(kind) or types.is_large_binary(kind)):
-        raise UserError(f"the column {printable(image)} of {path} holds {kind}: the bytes of image files are needed")
+        raise UserError(f"the column {image} of {path} holds {kind}: the bytes of image files are needed")
 
 
 def _staged(path: Path, staging: Path, number: int) -> Path:

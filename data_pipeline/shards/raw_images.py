@@ -1,30 +1,31 @@
 """The input of `unite-fast shards`: image files in folders, tar files or Parquet files, listed without decoding."""
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from unite_fast.data_pipeline.image_folder import FolderSource, find_split_folder, list_images, subfolders
-from unite_fast.data_pipeline.listing import NO_SPLIT, LeftOut, printable
+from unite_fast.data_pipeline.listing import NO_SPLIT, LeftOut
 from unite_fast.data_pipeline.shards.label_file import check_one_folder, read_label_file
 from unite_fast.data_pipeline.shards.listed import RawImages, number_classes
 from unite_fast.data_pipeline.shards.parquet_files import Columns, has_labels, list_parquet
-from unite_fast.data_pipeline.shards.tar_files import PACKED, list_tars
+from unite_fast.data_pipeline.shards.tar_files import list_tars
+from unite_fast.data_pipeline.shards.tar_members import PACKED
 from unite_fast.data_pipeline.splits import (
     TEST,
-    TRAIN,
     WORDS,
     NoSplit,
     choose_split,
     find_splits,
     is_held_out,
     split_of_name,
+    training_folder,
+    training_split,
     words_of,
 )
 from unite_fast.errors import UserError
-
-__all__ = ["RawImages", "find_raw_images"]
 
 UNLABELLED_SPLIT = "files of a split without labels"
 BESIDE = "beside the files that are read"
@@ -64,7 +65,7 @@ def find_raw_images(
     else:
         listed = _of_folder(path, split)
     # A file or folder may have the name of its split, such as imagenet/val.
-    if is_held_out(split) and not listed.split and not is_held_out(split_of_name(path.stem) or "train"):
+    if is_held_out(split) and not listed.split and not is_held_out(split_of_name(path.stem)):
         raise NoSplit(f"no split {split} in {path}, which has no splits: leave out --split to read all images")
     if not len(listed):
         raise UserError(f"no images in {path}: give a folder of class folders, tar files or Parquet files")
@@ -76,21 +77,16 @@ def _files(path: Path, suffix: str, at_any_depth: bool = False) -> list[Path]:
     such as a Mac's ._x.tar, and folders are left out."""
     if path.is_file():
         return [path] if path.suffix.lower() == suffix else []
-    pattern = "".join(f"[{letter}{letter.upper()}]" for letter in suffix)
 
     def within(folder: Path) -> list[Path]:
-        return sorted(
-            file
-            for file in (folder.rglob if at_any_depth else folder.glob)(f"*{pattern}")
-            if not file.is_dir() and not _is_hidden(file.relative_to(folder))
-        )
+        found = []
+        for place, folders, names in os.walk(folder):
+            folders[:] = [name for name in folders if at_any_depth and not name.startswith(".")]
+            found += [Path(place, name) for name in names if name.lower().endswith(suffix) and name[0] != "."]
+        return sorted(found)
 
     below = [] if at_any_depth else [path / name for name in subfolders(path) if name.lower() in WORDS]
     return within(path) or sorted(file for folder in below for file in within(folder))
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _choose_files(files: list[Path], place: Path, split: str, left_out: LeftOut) -> tuple[list[Path], str, list[Path]]:
@@ -104,7 +100,7 @@ def _choose_files(files: list[Path], place: Path, split: str, left_out: LeftOut)
     for file, word in words.items():
         if not word:
             left_out.add(NO_SPLIT, str(file.relative_to(place)))
-    training = next((word for word in TRAIN if word in splits), None) if is_held_out(name) else None
+    training = training_split(splits) if is_held_out(name) else None
     of_training = [file for file, word in words.items() if word == training] if training else []
     return [file for file, word in words.items() if word == name], name, of_training
 
@@ -152,11 +148,8 @@ def _of_tars(tars: list[Path], place: Path, split: str, labels: Path | None) -> 
 def _of_folder(path: Path, split: str) -> RawImages:
     _check_unpacked(path)
     source = FolderSource(path, 0, split)
-    places = np.zeros((len(source), 3), np.int64)
-    places[:, 2] = -1
-    files = [str(source.root)]
-    listed = RawImages(source.class_names, source.labels.astype(np.int64), source.files, files, places)
-    listed.left_out, listed.split = source.listed_left_out, source.split
+    labels, files, places = source.labels.astype(np.int64), [str(source.root)], _whole_files(len(source))
+    listed = RawImages(source.class_names, labels, source.files, files, places, source.listed_left_out, source.split)
     _conform_to_sibling(listed, path)
     return listed
 
@@ -168,18 +161,17 @@ def _check_unpacked(path: Path) -> None:
     """
     packed = [] if subfolders(path) else sorted(file for file in path.iterdir() if file.suffix.lower() in PACKED)
     if packed:
-        raise UserError(f"{path} holds compressed files, first {printable(packed[0].name)}: unpack them first")
+        raise UserError(f"{path} holds compressed files, first {packed[0].name}: unpack them first")
 
 
 def _of_flat_folder(path: Path, split: str, labels: Path) -> RawImages:
     """Images that lie in one folder, such as ImageNet's validation images, with a file of labels."""
     place, left_out = find_split_folder(path, split, flat=True), LeftOut()
-    files = list_images(place.root, "", left_out)
+    files, _ = list_images(place.root, "", left_out)
     check_one_folder(files, place.root)
     classes = read_label_file(labels, [file.rpartition("/")[2] for file in files])
     class_names, numbers = number_classes(classes, labels)
-    places = np.zeros((len(files), 3), np.int64)
-    places[:, 2] = -1
+    places = _whole_files(len(files))
     listed = RawImages(class_names, numbers, files, [str(place.root)], places, left_out, place.split)
     if place.training is not None:
         listed.conform(subfolders(place.training), labels, place.training)
@@ -188,12 +180,16 @@ def _of_flat_folder(path: Path, split: str, labels: Path) -> RawImages:
     return listed
 
 
+def _whole_files(count: int) -> np.ndarray:
+    """`RawImages.places` of images that are files of their own."""
+    return np.tile(np.array([0, 0, -1], np.int64), (count, 1))
+
+
 def _conform_to_sibling(listed: RawImages, path: Path) -> None:
     """Give held-out images the labels of the training images beside them: imagenet/val those of imagenet/train."""
     path = path.absolute()
-    if listed.split or path.name.lower() not in WORDS or not is_held_out(path.name):
+    if listed.split or not is_held_out(path.name):
         return
-    splits = find_splits(subfolders(path.parent))
-    training = next((path.parent / splits[word] for word in TRAIN if word in splits), None)
+    training = training_folder(path.parent, find_splits(subfolders(path.parent)), path.name)
     if training is not None and (classes := subfolders(training)):
         listed.conform(classes, path, training)

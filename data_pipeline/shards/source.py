@@ -20,7 +20,14 @@ from unite_fast.data_pipeline.shards.manifest import (
     read_manifest,
 )
 from unite_fast.data_pipeline.source import Source, UnreadableSample
-from unite_fast.data_pipeline.splits import TRAIN, WORDS, check_same_classes, choose_split, is_held_out, words_of
+from unite_fast.data_pipeline.splits import (
+    WORDS,
+    check_same_classes,
+    choose_split,
+    is_held_out,
+    training_folder,
+    words_of,
+)
 from unite_fast.errors import UserError
 from unite_fast.utils.files import open_regular
 
@@ -173,7 +180,7 @@ def open_shards(path: Path, image_size: int, split: str) -> ShardSource:
         source = ShardSource(path, image_size)
         source.held_out = False
         return source
-    splits = {name.name.lower(): name.name for name in sorted(path.glob("*")) if is_split(name)}
+    splits = splits_in(path)
     if not splits:
         raise UserError(
             f"no {MANIFEST} in {path} or in a subfolder {' or '.join(words_of(split))}: "
@@ -182,15 +189,14 @@ def open_shards(path: Path, image_size: int, split: str) -> ShardSource:
     name = choose_split(splits, split, path)
     source = ShardSource(path / name, image_size)
     source.split, source.held_out = name, is_held_out(name)
-    training = next((path / splits[word] for word in TRAIN if word in splits), None)
-    if source.held_out and training is not None:
-        if training.samefile(path / name):
-            raise UserError(f"{path / name} is a link to {training}: these images are not held out; remove it")
+    training = training_folder(path, splits, name)
+    if training is not None:
         classes = list(read_manifest(training / MANIFEST).classes)
         check_same_classes(source.class_names, classes, path / name, training)
     return source
 
 
-def is_split(folder: Path) -> bool:
-    """Whether this folder has a split's name and holds a shard set."""
-    return folder.name.lower() in WORDS and (folder / MANIFEST).is_file()
+def splits_in(path: Path) -> dict[str, str]:
+    """The subfolders that have a split's name and hold a shard set: word -> name."""
+    folders = (folder for folder in sorted(path.glob("*")) if folder.name.lower() in WORDS)
+    return {folder.name.lower(): folder.name for folder in folders if (folder / MANIFEST).is_file()}

@@ -1,8 +1,6 @@
 """List the images in tar files: class folders, class tars within a tar, or WebDataset samples."""
 
 import itertools
-import tarfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -11,14 +9,11 @@ import numpy as np
 
 from unite_fast.data_pipeline.image_folder import IMAGE_EXTENSIONS
 from unite_fast.data_pipeline.listing import (
-    HIDDEN,
-    LINK,
     NO_CLASS,
     NO_SPLIT,
     OTHER_EXTENSION,
     LeftOut,
     Names,
-    printable,
 )
 from unite_fast.data_pipeline.shards.label_file import check_one_folder, read_label_file
 from unite_fast.data_pipeline.shards.listed import (
@@ -29,51 +24,34 @@ from unite_fast.data_pipeline.shards.listed import (
     number_classes,
 )
 from unite_fast.data_pipeline.shards.manifest import MANIFEST, read_manifest
+from unite_fast.data_pipeline.shards.tar_members import Member, open_tar, read_members
 from unite_fast.data_pipeline.shards.webdataset_samples import (
     COMPANIONS,
     LABEL_KEYS,
     LARGEST_JSON,
     NoClass,
-    checked_label,
     key_of,
     label_in,
     main_image,
 )
 from unite_fast.data_pipeline.splits import (
-    TRAIN,
     WORDS,
     check_no_splits_below,
     choose_split,
     find_splits,
     is_held_out,
     split_of_name,
+    training_split,
 )
 from unite_fast.errors import UserError
 from unite_fast.utils.files import open_regular
 
 TWICE = "that stand twice in one tar file: the last one counts"
 COPIES = "that stand in two tar files: one counts"
-DOTS = "with .. in the path"
-NESTED = "that are tar files in a tar file in a tar file"
-SPARSE = "that are sparse files"
-NO_END = "tar files without an end mark, perhaps cut off"
-DATA_AFTER_END = "tar files with data after their end mark, which are not read"
 """Reasons to leave a member out."""
 
-_AFTER_END = 2 * tarfile.RECORDSIZE
-"""Bytes after the end mark that are looked at; a tar file is padded with zeros to a multiple of half of it."""
-PACKED = (".gz", ".tgz", ".zip", ".xz", ".txz", ".bz2", ".tbz2", ".zst", ".7z", ".rar")
-"""Extensions of compressed files."""
-_COMPRESSED = {
-    b"\x1f\x8b": ("gzip", "gunzip"),
-    b"PK\x03\x04": ("zip", "unzip"),
-    b"\xfd7zXZ\x00": ("xz", "unxz"),
-    b"BZh": ("bzip2", "bunzip2"),
-    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
-}
 
-
-@dataclass
+@dataclass(slots=True)
 class _Image:
     """An image in a tar file.
 
@@ -125,14 +103,14 @@ def list_tars(tars: list[Path], split: str, place: Path, labels: Path | None, tr
     """
     contents = _scan(tars)
     images = contents.images
-    if labels is None and any(image.key in contents.labels for image in images):
+    labelled = any(image.key in contents.labels for image in images)
+    if labelled and labels is not None:
+        raise UserError(f"the tar files in {place} hold classes (.cls or .json): leave out --labels")
+    if labelled:
         images = _samples(images, contents)
-    else:
-        if labels is None:
-            _check_labels_are_here(images, tars, contents)
-            _add_tar_names(images, tars, contents)
-        elif any(image.key in contents.labels for image in images):
-            raise UserError(f"the tar files in {place} hold classes (.cls or .json): leave out --labels")
+    elif labels is None:
+        _check_labels_are_here(images, tars, contents)
+        _add_tar_names(images, tars, contents)
     images, name, others = _of_split(images, split, place, contents.left_out)
     images = _without_copies(images, tars, contents.left_out)
     if labels is not None:
@@ -149,89 +127,25 @@ def list_tars(tars: list[Path], split: str, place: Path, labels: Path | None, tr
     return listed
 
 
-def check_not_compressed(path: Path, file: BinaryIO) -> None:
-    """
-    Raises:
-        UserError: the file is compressed.
-    """
-    start = file.read(8)
-    file.seek(0)
-    for magic, (kind, command) in _COMPRESSED.items():
-        if start.startswith(magic):
-            raise UserError(
-                f"{path} is compressed ({kind}), so single images in it cannot be read: unpack it ({command} "
-                f"{printable(path.name)}) and give what it held"
-            )
-
-
 def _scan(tars: list[Path]) -> _Contents:
     contents = _Contents()
     for number, path in enumerate(tars):
         place_of: dict[str, int] = {}
-        try:
-            with open_regular(path) as file:
-                check_not_compressed(path, file)
-                for name, member in _members(file, path.name, contents.left_out):
-                    _add(contents, place_of, number, name, member, file)
-        except (OSError, tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
-            reason = getattr(error, "strerror", None) or printable(error) or type(error).__name__
-            raise UserError(f"cannot read the tar file {path} to its end: {reason}; fetch it again") from None
+        with open_tar(path) as file:
+            for member in read_members(file, path.name, contents.left_out):
+                _add(contents, place_of, number, member, file)
     return contents
 
 
-def _members(file: BinaryIO, title: str, left_out: LeftOut) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """Name and header of each file in a tar file and in the tar files in it."""
-    end = file.seek(0, 2)
-    file.seek(0)
-    with tarfile.open(fileobj=file, mode="r:") as outer:
-        for member in _headers(outer, end, "it"):
-            if not (member.isreg() and member.name.lower().endswith(".tar")):
-                yield member.name, member
-                continue
-            folder = member.name[: -len(".tar")]
-            # Opened from the same file object, so its members' offsets count from the start of the outer file.
-            file.seek(member.offset_data)
-            with tarfile.open(fileobj=file, mode="r:") as inner:
-                for below in _headers(inner, member.offset_data + member.size, f"{member.name} in it"):
-                    if below.name.lower().endswith(".tar"):
-                        left_out.add(NESTED, f"{folder}/{below.name}")
-                    else:
-                        yield f"{folder}/{below.name}", below
-        file.seek(outer.offset)
-        after = file.read(_AFTER_END)
-        if len(after) < tarfile.BLOCKSIZE:
-            left_out.add(NO_END, title)
-        elif any(after):
-            left_out.add(DATA_AFTER_END, title)
-
-
-def _headers(tar: tarfile.TarFile, end: int, title: str) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar file that ends at the offset `end`."""
-    while (member := tar.next()) is not None:
-        # Otherwise it keeps the headers of all members. The type stubs do not know the attribute.
-        tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
-        if member.isreg() and member.offset_data + member.size > end:
-            # Otherwise the read would run into what comes after.
-            raise tarfile.ReadError(f"{title} ends early")
-        if not member.isdir():
-            yield member
-
-
-def _add(
-    contents: _Contents, place_of: dict[str, int], number: int, name: str, member: tarfile.TarInfo, file: BinaryIO
-) -> None:
+def _add(contents: _Contents, place_of: dict[str, int], number: int, member: Member, file: BinaryIO) -> None:
     """Sort one member into the contents: an image, a label, or left out.
 
     Args:
         place_of: path -> index of the image, for this tar file.
     """
-    parts = [part for part in name.split("/") if part not in ("", ".")]
-    path = "/".join(parts)
-    if reason := _reason(member, parts):
-        contents.left_out.add(reason, path)
-        return
+    path, offset, size = member
     if path.lower().endswith(IMAGE_EXTENSIONS):
-        image = _Image(path, (number, member.offset_data, member.size))
+        image = _Image(path, (number, offset, size))
         if path in place_of:
             contents.left_out.add(TWICE, path)
             contents.images[place_of[path]] = image
@@ -242,24 +156,13 @@ def _add(
     key, extension = (number, key_of(path)), path[len(key_of(path)) + 1 :].lower()
     if extension.rpartition(".")[2] in COMPANIONS:  # also x.target.cls
         contents.companions.add(key)
-    if extension == "cls" or (extension == "json" and key not in contents.labels and member.size <= LARGEST_JSON):
-        file.seek(member.offset_data)
-        label = label_in(file.read(min(member.size, LARGEST_JSON)), extension, path)
+    if extension == "cls" or (extension == "json" and key not in contents.labels and size <= LARGEST_JSON):
+        file.seek(offset)
+        label = label_in(file.read(min(size, LARGEST_JSON)), extension, path)
         if label is not None:
             contents.labels[key] = label
             return
     contents.left_out.add(OTHER_EXTENSION, path)
-
-
-def _reason(member: tarfile.TarInfo, parts: list[str]) -> str:
-    """Why a member is left out, whatever its extension; empty if it is not."""
-    if any(part.startswith(".") and part != ".." for part in parts):
-        return HIDDEN
-    if ".." in parts:
-        return DOTS
-    if not member.isreg():
-        return LINK
-    return SPARSE if member.issparse() else ""
 
 
 def _samples(images: list[_Image], contents: _Contents) -> list[_Image]:
@@ -276,12 +179,14 @@ def _samples(images: list[_Image], contents: _Contents) -> list[_Image]:
         path = main_image(key[1], list(group), contents.left_out)
         if path is None:
             continue
-        image = group[path]
-        image.label = checked_label(contents.labels, key)
-        if image.label is None:
+        label = contents.labels.get(key)
+        if isinstance(label, NoClass):
+            raise UserError(f"sample {label}")
+        if label is None:
             contents.left_out.add(NO_LABEL, path)
         else:
-            chosen.append(image)
+            group[path].label = label
+            chosen.append(group[path])
     return chosen
 
 
@@ -294,7 +199,7 @@ def _check_labels_are_here(images: list[_Image], tars: list[Path], contents: _Co
     found = next((image for image in images if image.key[1] in keys), None) if keys else None
     if found is not None:
         raise UserError(
-            f"the class of {printable(found.path)} in {tars[found.place[0]]} is in another tar file: put each image "
+            f"the class of {found.path} in {tars[found.place[0]]} is in another tar file: put each image "
             "and its .cls or .json into one"
         )
 
@@ -316,7 +221,7 @@ def _add_tar_names(images: list[_Image], tars: list[Path], contents: _Contents) 
             contents.left_out.add(NO_CLASS, image.path)
         elif image.key in contents.companions:
             raise UserError(
-                f"{tars[number]} holds WebDataset samples without classes, e.g. {printable(image.path)}: it needs a "
+                f"{tars[number]} holds WebDataset samples without classes, e.g. {image.path}: it needs a "
                 f".cls, or a .json with one of {', '.join(LABEL_KEYS)}; or give --labels"
             )
         else:
@@ -347,7 +252,7 @@ def _of_split(
         parts = [(image, *image.path.partition("/")[::2]) for image in images]
         return [_Image(rest, image.place, image.label) for image, first, rest in parts if first == folder and rest]
 
-    training = next((splits[word] for word in TRAIN if word in splits), None)
+    training = training_split(splits)
     return below(name), name, below(training) if is_held_out(name) else []
 
 

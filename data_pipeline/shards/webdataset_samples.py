@@ -1,11 +1,9 @@
 """WebDataset samples in tar files: members belong together whose paths are equal up to the last part's first dot."""
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
-from unite_fast.data_pipeline.listing import LeftOut, printable
+from unite_fast.data_pipeline.listing import LeftOut
 from unite_fast.data_pipeline.shards.listed import Label, parse_label
-from unite_fast.errors import UserError
 
 LABEL_KEYS = ("label", "cls", "class", "class_id", "class_name", "category", "wnid", "synset")
 """Where the .json of a sample may have its class, in the order in which they are tried."""
@@ -16,8 +14,6 @@ LARGEST_JSON = 2**24
 SECOND_IMAGE = "that are second images of a sample"
 NO_MAIN_IMAGE = "of samples with several images, none of them KEY.EXTENSION"
 """Reasons to leave an image out."""
-
-Key = TypeVar("Key", bound=Hashable)
 
 
 class NoClass(str):
@@ -48,7 +44,7 @@ def label_in(data: bytes, extension: str, path: str) -> Label | NoClass | None:
         value = next((tree[key] for key in LABEL_KEYS if key in tree), None) if isinstance(tree, dict) else None
         return None if value is None else parse_label(value)
     except ValueError as error:
-        return NoClass(f"{printable(path)}: {printable(error)}")
+        return NoClass(f"{path}: {error}")
 
 
 def main_image(key: str, paths: Sequence[str], left_out: LeftOut) -> str | None:
@@ -65,15 +61,3 @@ def main_image(key: str, paths: Sequence[str], left_out: LeftOut) -> str | None:
     for path in rest:
         left_out.add(SECOND_IMAGE, path)
     return first
-
-
-def checked_label(labels: Mapping[Key, Label | NoClass], key: Key) -> Label | None:
-    """The class of a sample; None if it has none.
-
-    Raises:
-        UserError: its label is no class.
-    """
-    label = labels.get(key)
-    if isinstance(label, NoClass):
-        raise UserError(f"sample {label}")
-    return label

@@ -21,7 +21,7 @@ from PIL import Image
 
 from unite_fast.data_pipeline.image_folder import open_image
 from unite_fast.data_pipeline.images import adm_center_crop, to_rgb
-from unite_fast.data_pipeline.listing import printable
+from unite_fast.data_pipeline.shards.listed import RawImages
 from unite_fast.data_pipeline.shards.manifest import (
     FORMATS,
     MANIFEST,
@@ -33,11 +33,11 @@ from unite_fast.data_pipeline.shards.manifest import (
     write_manifest,
 )
 from unite_fast.data_pipeline.shards.parquet_files import Columns
-from unite_fast.data_pipeline.shards.raw_images import RawImages, find_raw_images
-from unite_fast.data_pipeline.shards.source import is_split
+from unite_fast.data_pipeline.shards.raw_images import find_raw_images
+from unite_fast.data_pipeline.shards.source import splits_in
 from unite_fast.data_pipeline.source import UnreadableSample
-from unite_fast.data_pipeline.splits import TRAIN, WORDS, is_held_out, split_of_name
-from unite_fast.errors import UserError
+from unite_fast.data_pipeline.splits import TRAIN, is_held_out, split_of_name, training_split
+from unite_fast.errors import UserError, printable
 from unite_fast.randomness import permutation
 from unite_fast.utils.file_lock import lock_output
 from unite_fast.utils.files import atomic_write, check_not_read, clear_partial, read_small, save_text, writing
@@ -152,7 +152,7 @@ def _check_split_of(out: Path, images: RawImages, source: Path) -> None:
         UserError: training images would become a held-out set, by the name of `out`.
     """
     word, name = split_of_name(images.split or source.stem), out.absolute().name.lower()
-    if word in TRAIN and name in WORDS and is_held_out(name):
+    if word in TRAIN and is_held_out(name):
         raise UserError(
             f"{out} would be called {name}, but hold the training images of {source}: choose --split {name}, or "
             "another folder"
@@ -166,11 +166,10 @@ def _conform_to_training_set(images: RawImages, source: Path, out: Path) -> None
         ClassesDiffer: they have a class that the training set lacks.
     """
     out = out.absolute()
-    if out.name.lower() not in WORDS or not is_held_out(out.name):
-        return
-    for folder in (out.with_name(word) for word in TRAIN):
-        if is_split(folder):
-            images.conform(list(read_manifest(folder / MANIFEST).classes), source, folder)
+    training = training_split(splits_in(out.parent)) if is_held_out(out.name) else None
+    if training is not None:
+        folder = out.with_name(training)
+        images.conform(list(read_manifest(folder / MANIFEST).classes), source, folder)
 
 
 def _begin(out: Path, plan: dict) -> bool:

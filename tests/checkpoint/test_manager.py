@@ -1,4 +1,6 @@
-"""Checkpoints: bit-equal for every world size and sharding, written in the background, never half-written."""
+"""Checkpoints of one process: written in the background, never half-written, and only what was written is read.
+
+test_manager_on_ranks.py has those of several."""
 
 import errno
 import json
@@ -15,17 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard
 
 from unite_fast.checkpoint import format as files
-from unite_fast.checkpoint.format import step_folders, step_of, step_path
+from unite_fast.checkpoint.folders import step_folders, step_of, step_path
 from unite_fast.checkpoint.manager import Checkpoints
 from unite_fast.checkpoint.reader import load_checkpoint
 from unite_fast.config import Config
-from unite_fast.distributed.dtensor import local
 from unite_fast.errors import UserError
 
 PROGRESS = {"averages": {"sums": [0.1 + 0.2, 1e-300], "count": 3}, "loader": {"batch": 7, "skipped": [["a", "b"]]}}
@@ -40,11 +37,6 @@ def tensors() -> dict[str, torch.Tensor]:
         "optim.a.momentum": torch.randn(7, dtype=torch.bfloat16),
         "model.empty": torch.zeros(0, 3),
     }
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "run" / "checkpoints"
 
 
 @pytest.fixture
@@ -356,159 +348,3 @@ def flip_a_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-5] ^= 4
     path.write_bytes(data)
-
-
-# Several ranks.
-
-
-class Parts(nn.Module):
-    """Parameters that divide evenly and unevenly, that have fewer rows than ranks, and one sharded along columns, where
-    FSDP needs an even split."""
-
-    def __init__(self):
-        super().__init__()
-        shapes = {"even": (16, 4), "uneven": (5, 7), "few": (3,), "columns": (3, 16), "one": (1, 1)}
-        for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
-        self.register_buffer("fixed", torch.zeros(6))
-
-
-def values() -> dict[str, torch.Tensor]:
-    """Whole tensors, all different."""
-    generator = torch.Generator().manual_seed(0)
-    model = Parts().state_dict()
-    named = {f"{kind}.{name}": value for kind in ("model", "ema", "optim") for name, value in model.items()}
-    named["optim.even"] = named["optim.even"].bfloat16()
-    named["optim.step"] = torch.tensor(0.0)
-    return {name: torch.randn(value.shape, generator=generator).to(value.dtype) for name, value in named.items()}
-
-
-def zeros(mesh_shape: tuple[int, int] | None) -> dict[str, torch.Tensor]:
-    """Zeros to load into: plain, or sharded over a mesh (replicate, shard)."""
-    model = Parts()
-    if mesh_shape:
-        mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicate", "shard"))
-        columns = model.columns
-        fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(1) if p is columns else None)
-    named = {}
-    for name, value in model.state_dict().items():
-        named[f"model.{name}"] = value
-        named[f"ema.{name}"] = value.detach().clone()
-        named[f"optim.{name}"] = torch.zeros_like(value, dtype=torch.bfloat16 if name == "even" else None)
-    return named | {"optim.step": torch.tensor(0.0)}
-
-
-def shard(whole: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """This rank's shard of a tensor, computed with torch.chunk."""
-    if not hasattr(target, "placements"):
-        return whole
-    (dim,) = (placement.dim for placement in target.placements if placement.is_shard())
-    count, index = target.device_mesh.shape[1], target.device_mesh.get_coordinate()[1]
-    chunks = whole.chunk(count, dim)
-    return chunks[index] if index < len(chunks) else whole.narrow(dim, 0, 0)
-
-
-def save_sharded(mesh_shape, folder) -> None:
-    named = zeros(mesh_shape)
-    for name, whole in values().items():
-        local(named[name].detach()).copy_(shard(whole, named[name]))
-    checkpoints = Checkpoints(folder, 0)
-    checkpoints.save(10, Config(), PROGRESS, named)
-    for value in named.values():
-        local(value.detach()).zero_()
-    checkpoints.close()
-
-
-def assert_loads(mesh_shape, folder) -> None:
-    checkpoints, named = Checkpoints(folder, 0), zeros(mesh_shape)
-    checkpoint = checkpoints.find()
-    checkpoints.load_into(checkpoint, named)
-    checkpoints.close()
-    assert (checkpoint.step, checkpoint.progress) == (10, PROGRESS)
-    wrong = [n for n, whole in values().items() if not torch.equal(local(named[n].detach()), shard(whole, named[n]))]
-    assert wrong == []
-
-
-MESHES_OF_FOUR = [(1, 4), (4, 1), (2, 2)]
-
-
-def save_and_load_on_four(folder) -> None:
-    torch.distributed.init_process_group("gloo")
-    for saved in MESHES_OF_FOUR:
-        save_sharded(saved, folder / f"{saved}")
-    for saved in MESHES_OF_FOUR:
-        for loaded in MESHES_OF_FOUR:
-            assert_loads(loaded, folder / f"{saved}")
-
-
-def load_on_meshes(meshes, folder) -> None:
-    torch.distributed.init_process_group("gloo")
-    for saved in MESHES_OF_FOUR:
-        for mesh in meshes:
-            assert_loads(mesh, folder / f"{saved}")
-
-
-def test_a_checkpoint_of_four_ranks_loads_on_any_world_size(ranks, tmp_path):
-    ranks(4, save_and_load_on_four, tmp_path)
-    whole = values()
-    for saved in MESHES_OF_FOUR:
-        folder = tmp_path / f"{saved}"
-        # Every element is written once, replicated or not.
-        stored = sum((folder / "latest" / name).stat().st_size for name in os.listdir(folder / "latest"))
-        assert stored < sum(value.nbytes for value in whole.values()) + 20_000
-        assert all(torch.equal(value, whole[name]) for name, value in load_checkpoint(folder).tensors.items())
-        assert load_checkpoint(folder).tensors.keys() == whole.keys()
-        assert_loads(None, folder)
-    ranks(2, load_on_meshes, [(1, 2), (2, 1)], tmp_path)
-    ranks(8, load_on_meshes, [(1, 8), (2, 4)], tmp_path)
-
-
-def save_with_failures(folder) -> list:
-    """Each failure happens on one rank; returns what this rank sees of them."""
-    torch.distributed.init_process_group("gloo")
-    rank, errors = torch.distributed.get_rank(), []
-    checkpoints, named = Checkpoints(folder, 0), zeros((1, 2))
-    checkpoints.save(10, Config(), PROGRESS, named)
-    checkpoints.wait()
-    real_save, real_read = files.save_file, files.read_shard
-
-    def delete_and_read(path):
-        path.unlink()
-        return real_read(path)
-
-    for step, failing_rank, name, failure in (
-        (20, 1, "save_file", full_disk),
-        (30, 1, "read_shard", delete_and_read),
-        (40, 0, "write_manifest", full_disk),
-    ):
-        real = getattr(files, name)
-        setattr(files, name, failure if rank == failing_rank else real)
-        checkpoints.save(step, Config(), PROGRESS, named)
-        try:
-            checkpoints.wait()
-        except UserError as error:
-            errors.append((str(error), steps(folder), os.readlink(folder / "latest")))
-        setattr(files, name, real)
-    assert files.save_file is real_save
-    checkpoints.save(50, Config(), PROGRESS, named)
-    checkpoints.close()
-    # If one rank sees damage, all ranks load the same earlier checkpoint.
-    if rank == 0:
-        flip_a_bit(folder / "step_00000050" / "shard_00002.safetensors")
-    torch.distributed.barrier()
-    checkpoints = Checkpoints(folder, 0)
-    finite = checkpoints.all_finite(named)
-    if rank == 1:
-        local(named["model.even"].detach())[0, 0] = torch.inf
-    return [*errors, checkpoints.find().step, finite, checkpoints.all_finite(named)]
-
-
-def test_a_save_that_fails_on_one_rank_fails_on_all_and_keeps_the_previous_checkpoint(ranks, folder, mentions):
-    for *errors, step_found, finite, still_finite in ranks(2, save_with_failures, folder):
-        reasons = [os.strerror(number) for number in (errno.ENOSPC, errno.ENOENT, errno.ENOSPC)]
-        for step, reason, (message, *files_left) in zip((20, 30, 40), reasons, errors, strict=True):
-            assert re.search(mentions(step_path(folder, step), reason), message)
-            assert files_left == [[10], "step_00000010"]
-        assert (step_found, finite, still_finite) == (10, True, False)
-    shutil.rmtree(step_path(folder, 50))
-    assert sorted(os.listdir(folder)) == ["latest", "step_00000010"]

@@ -1,4 +1,5 @@
-"""Tensors assembled from shards written without DCP. test_manager.py reads what DCP wrote on several ranks."""
+"""Tensors assembled from shards written without DCP. test_manager_on_ranks.py reads what
+DCP wrote on several ranks."""
 
 import json
 import shutil
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from unite_fast.checkpoint import reader
-from unite_fast.checkpoint.format import step_path
+from unite_fast.checkpoint.folders import step_path
 from unite_fast.checkpoint.reader import OFFSETS, SHARDING_INFO, load_checkpoint, read_tensors
 from unite_fast.errors import UserError
 

@@ -1,4 +1,4 @@
-"""Names in arrays, what was left out, names on one line."""
+"""Names in arrays, and what was left out."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from unite_fast.data_pipeline.listing import LeftOut, Names, printable
+from unite_fast.data_pipeline.listing import LeftOut, Names
 
 
 def test_names_are_as_given():
@@ -24,21 +24,6 @@ def test_names_take_few_bytes():
     names = Names(f"n01440764/n01440764_{number:05d}.JPEG" for number in range(1000))
     arrays = sum(value.nbytes for value in vars(names).values())
     assert arrays == 1000 * (30 + 8) and sys.getsizeof(names) < 100
-
-
-@pytest.mark.parametrize(
-    "text, shown",
-    [
-        ("plain \u00e4.jpg", "plain \u00e4.jpg"),
-        ("a\nb\tc", "a b c"),
-        ("\x1b[31mred", "\\x1b[31mred"),
-        ("abc\u202egpj.exe", "abc\\u202egpj.exe"),
-        (os.fsdecode(b"\xff.png"), "\\xff.png"),
-        ("\ud800", "\\ud800"),
-    ],
-)
-def test_a_name_is_printed_on_one_line(text, shown):
-    assert printable(text) == shown
 
 
 def test_what_is_left_out_is_counted_and_named():

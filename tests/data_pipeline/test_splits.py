@@ -12,6 +12,7 @@ from unite_fast.data_pipeline.splits import (
     is_held_out,
     renumber,
     split_of_name,
+    training_folder,
     words_of,
 )
 from unite_fast.errors import UserError
@@ -69,7 +70,7 @@ def test_a_missing_split_is_named(there, split, mentions):
 def test_unknown_words_are_refused(mentions):
     with pytest.raises(UserError, match=mentions("'all'", "train", "val", "test")):
         words_of("all")
-    assert is_held_out("valid") and not is_held_out("training")
+    assert is_held_out("valid") and not is_held_out("training") and not is_held_out("cat")
 
 
 @pytest.mark.parametrize(
@@ -86,6 +87,17 @@ def test_unknown_words_are_refused(mentions):
 )
 def test_a_file_name_has_a_word_for_its_split(name, word):
     assert split_of_name(name) == word
+
+
+def test_the_training_folder_of_a_held_out_split(tmp_path, mentions):
+    for name in ("Training", "val"):
+        (tmp_path / name).mkdir()
+    splits = {"training": "Training", "val": "val", "test": "test"}
+    assert training_folder(tmp_path, splits, "val") == tmp_path / "Training"
+    assert training_folder(tmp_path, splits, "Training") is training_folder(tmp_path, {"val": "val"}, "val") is None
+    (tmp_path / "test").symlink_to(tmp_path / "Training")
+    with pytest.raises(UserError, match=mentions("test", "Training", "link")):
+        training_folder(tmp_path, splits, "test")
 
 
 def test_held_out_classes_get_the_labels_of_training(mentions):

@@ -21,7 +21,7 @@ from unite_fast.data_pipeline.shards.source import ShardSource
 from unite_fast.data_pipeline.shards.verify import verify_shards
 from unite_fast.data_pipeline.shards.write import Settings, make_shards
 from unite_fast.evaluation.fid import load_reference
-from unite_fast.utils.files import read_rows
+from unite_fast.utils.rows import read_rows
 
 pytestmark = pytest.mark.usefixtures("slow_inputs")
 

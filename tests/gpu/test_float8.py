@@ -10,7 +10,7 @@ from unite_fast.kernels import float8
 from unite_fast.kernels.float8 import dequantise, quantise, quantise_ref
 from unite_fast.recipes import load_config
 from unite_fast.training.trainer import train
-from unite_fast.utils.files import read_rows
+from unite_fast.utils.rows import read_rows
 
 pytestmark = pytest.mark.gpu
 

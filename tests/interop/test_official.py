@@ -17,9 +17,8 @@ from unite_fast.checkpoint.model_file import load_model
 from unite_fast.config import ModelConfig
 from unite_fast.errors import UserError
 from unite_fast.interop.names import COMPUTED, UNREAD, our_name, their_name
-from unite_fast.interop.official import export_official, import_official, load_released, our_state, their_state
+from unite_fast.interop.official import export_official, import_official, our_state, released_model, their_state
 from unite_fast.interop.parity import relative_error
-from unite_fast.model.unite import UNITE
 from unite_fast.utils.file_lock import lock_output
 
 OPTIONS = dict(decoder_heads=2, in_context_start=1)
@@ -276,10 +275,10 @@ def test_a_pipe_is_no_file_of_weights(tmp_path):
 
 
 def test_a_tensor_of_another_model(released, theirs, mentions):
-    model = UNITE(ModelConfig(image_size=32, patch_size=8))
+    config = ModelConfig(image_size=32, patch_size=8)
     extra = theirs | {"encoder.blocks.99.norm1.weight": torch.ones(32)}
     with pytest.raises(UserError, match=mentions("theirs.pt", "encoder.blocks.99.norm1.weight")):
-        load_released(model, extra, "theirs.pt")
+        released_model(config, extra, "theirs.pt")
 
 
 def test_a_failed_import_keeps_the_old_file(theirs, save, tmp_path):

@@ -25,7 +25,7 @@ from unite_fast.training.run_folder import FREE_ON_RESUME
 from unite_fast.training.step_timer import StepClock
 from unite_fast.training.train_state import TrainState
 from unite_fast.training.train_step import TrainStep
-from unite_fast.utils.files import read_rows
+from unite_fast.utils.rows import read_rows
 
 STEPS = WARMUP + 5
 

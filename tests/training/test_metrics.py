@@ -23,7 +23,7 @@ from unite_fast.planning.gpus import find_gpu
 from unite_fast.training import metrics
 from unite_fast.training.metrics import Averages, MetricsLog, Speedometer, loss_spike, training_metrics
 from unite_fast.training.side_outputs import SideOutputs
-from unite_fast.utils.files import read_rows
+from unite_fast.utils.rows import read_rows, thin_rows
 
 
 def losses(value: float) -> Losses:
@@ -291,6 +291,6 @@ def test_a_long_log_is_neither_read_nor_kept_as_a_whole(tmp_path):
     assert 1000 < len(steps) < 10_000
     assert size - path.stat().st_size == len(f'{{"step": {499_001}, "total": 1.5, "l1": 0.5}}\n') * 999
     for step in range(499_001, 499_001 + 10_000):
-        log.rows = metrics.thin_rows([*log.rows, {"step": step}])
+        log.rows = thin_rows([*log.rows, {"step": step}])
     assert len(log.rows) < 10_000 and log.rows[-1]["step"] == 509_000
     log.close()

@@ -19,7 +19,7 @@ from unite_fast.lpips import LINEAR_SHAPES, VGG_SHAPES
 from unite_fast.model.unite import UNITE
 from unite_fast.recipes import load_config
 from unite_fast.training.trainer import train
-from unite_fast.utils.files import read_rows
+from unite_fast.utils.rows import read_rows
 
 STEPS, BATCH, SIDE = 3, 6, 16
 LOSS = 2e-6

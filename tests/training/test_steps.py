@@ -17,7 +17,7 @@ from unite_fast.kernels import native
 from unite_fast.recipes import load_config
 from unite_fast.training import train_step
 from unite_fast.training.trainer import Trainer, train
-from unite_fast.utils.files import read_rows
+from unite_fast.utils.rows import read_rows
 
 
 @pytest.fixture

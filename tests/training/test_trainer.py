@@ -15,7 +15,8 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from unite_fast.checkpoint.format import step_folders, step_of
+from unite_fast.checkpoint.folders import step_folders, step_of
+from unite_fast.checkpoint.format import as_recorded
 from unite_fast.checkpoint.manager import Checkpoints
 from unite_fast.checkpoint.reader import load_checkpoint
 from unite_fast.errors import UserError
@@ -25,7 +26,7 @@ from unite_fast.training.metrics import training_metrics
 from unite_fast.training.run_folder import check_same_settings
 from unite_fast.training.step_timer import StepClock
 from unite_fast.training.trainer import Trainer, train
-from unite_fast.utils.files import read_rows
+from unite_fast.utils.rows import read_rows
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def test_a_finished_run_leaves_all_documented_files(trained_folder):
     pictures = ["curves.png", "reconstructions", "reconstructions.png", "samples", "samples.png"]
     assert names == sorted([".lock", "checkpoints", "config.yaml", "metrics.jsonl", "status", "tensorboard", *pictures])
     assert saved_steps(trained_folder) == [10, 20]
-    assert load_config(str(trained_folder / "config.yaml")) == load_checkpoint(trained_folder).config
+    assert load_config(str(trained_folder / "config.yaml")) == as_recorded(load_checkpoint(trained_folder).config)
 
     rows = [json.loads(line) for line in (trained_folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [5, 10, 15, 20]
@@ -354,7 +355,9 @@ def test_a_run_whose_folder_is_deleted_saves_in_a_new_one(settings, monkeypatch,
     assert capsys.readouterr().out.count("was deleted") == 1
 
 
-def test_a_run_whose_folder_is_moved_during_the_last_save_saves_again(settings, monkeypatch, tmp_path):
+@pytest.fixture
+def moved_by_a_save(monkeypatch, tmp_path) -> Path:
+    """The first save moves the run folder to this one, and fails."""
     original = Checkpoints._finish
 
     def move(self, partial, path, manifest):
@@ -363,6 +366,19 @@ def test_a_run_whose_folder_is_moved_during_the_last_save_saves_again(settings, 
         original(self, partial, path, manifest)
 
     monkeypatch.setattr(Checkpoints, "_finish", move)
+    return tmp_path / "moved"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_move_that_is_noticed_before_the_failed_save_ends_nothing(settings, moved_by_a_save, wait_until, monkeypatch):
+    """The row of step 15 notices it; the save of step 10 failed, and that of step 20 waits for it."""
+    act_at(monkeypatch, 12, lambda: wait_until(moved_by_a_save.exists))
+    outcome = train(settings())
+    assert outcome.folder == moved_by_a_save
+    assert saved_steps(outcome.folder) == [20]
+
+
+def test_a_run_whose_folder_is_moved_during_the_last_save_saves_again(settings, moved_by_a_save, tmp_path):
     assert saved_steps(train(settings("train.steps=2")).folder) == [2]
     assert load_checkpoint(tmp_path / "moved").step == 2
 
@@ -410,7 +426,7 @@ def test_checkpoints_are_not_written_through_a_link(settings, tmp_path, mentions
     (tmp_path / "run").mkdir()
     (tmp_path / "victim").mkdir()
     (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "victim")
-    with pytest.raises(UserError, match=mentions(tmp_path / "run" / "checkpoints" / "step_00000002", "link")):
+    with pytest.raises(UserError, match=mentions(tmp_path / "run" / "checkpoints", "link")):
         train(settings("train.steps=2"))
     assert os.listdir(tmp_path / "victim") == []
 

@@ -12,7 +12,7 @@ import pytest
 from unite_fast.checkpoint.reader import load_checkpoint
 from unite_fast.errors import UserError
 from unite_fast.training.wandb_log import WandbLog
-from unite_fast.utils.files import read_rows
+from unite_fast.utils.rows import read_rows
 
 
 class Wandb:

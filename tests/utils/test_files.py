@@ -1,4 +1,4 @@
-"""Write files safely: nothing of others is written to or lost; read rows of metrics."""
+"""Write files safely: nothing of others is written to or lost."""
 
 import errno
 import os
@@ -10,17 +10,14 @@ import pytest
 from unite_fast.errors import UserError
 from unite_fast.utils.files import (
     BEGINNINGS,
-    LONGEST_LINE,
     atomic_write,
     check_not_read,
     check_npz,
     check_replaceable,
     check_target,
-    drop_rows_after,
     make_folder,
     open_regular,
     private_folder,
-    read_rows,
     read_small,
     remove_partial,
     save_text,
@@ -67,13 +64,6 @@ def test_a_file_is_replaced_only_when_the_new_one_is_complete(tmp_path):
 def test_text_is_utf8_in_a_new_folder(tmp_path):
     save_text("\u00e9\n", tmp_path / "new" / "a.txt")
     assert (tmp_path / "new" / "a.txt").read_bytes() == b"\xc3\xa9\n"
-
-
-def test_incomplete_rows_are_skipped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    assert read_rows(path) == []
-    path.write_text('{"step": 1, "l1": 2.0}\n[1]\n{"l1": 3}\n{"step": 2, "l1": NaN}\n{"step": 3, "l')
-    assert [row["step"] for row in read_rows(path)] == [1, 2]
 
 
 def test_a_pipe_a_device_and_a_folder_are_refused_at_once(tmp_path):
@@ -192,33 +182,3 @@ def test_a_folder_of_a_run_is_no_link(tmp_path):
     make_folder(tmp_path / "new" / "x")
     with pytest.raises(OSError, match="link"):
         make_folder(tmp_path / "link")
-
-
-def test_rows_after_a_step_are_cut_off_and_a_torn_row_is_ended(tmp_path):
-    path = tmp_path / "rows"
-    lines = [b'{"step": %d, "x": "%s"}\n' % (step, b"y" * 50_000) for step in range(10)]
-    path.write_bytes(b"".join(lines) + b'{"step": 10, "x')
-    drop_rows_after(path, 6)
-    assert path.read_bytes() == b"".join(lines[:7])
-    path.write_bytes(b"".join(lines).rstrip(b"\n"))
-    drop_rows_after(path, 9)
-    assert path.read_bytes() == b"".join(lines)
-    # Lines that are no rows, however long.
-    path.write_bytes(lines[0] + b"z" * 3 * LONGEST_LINE + b"\n" + lines[5])
-    drop_rows_after(path, 1)
-    assert path.read_bytes() == lines[0]
-    drop_rows_after(path, -1)
-    drop_rows_after(tmp_path / "new", 5)
-    assert path.read_bytes() == (tmp_path / "new").read_bytes() == b""
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        *("5", "[]", "{}", '{"step": "5"}', '{"step": true}', '{"step": -1}', '{"step": 1.5}', "[" * 100_000),
-        *('{"step": 1%s}' % ("0" * 30), '{"step": 1, "l1": 1%s}' % ("0" * 400), '{"step": 1%s}' % ("0" * 5000)),
-    ],
-)
-def test_a_line_that_is_no_row_is_skipped(tmp_path, line):
-    (tmp_path / "rows").write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
-    assert [row["step"] for row in read_rows(tmp_path / "rows")] == [1, 2]

@@ -2,7 +2,7 @@
 
 Each rank writes the shards that it holds as safetensors, every shard once over all ranks. A checkpoint saved on N ranks
 loads on any M, under any sharding. DCP's default storage pickles its metadata, which could execute code on loading; its
-safetensors storage derives the metadata from the headers. The files are described in format.py.
+safetensors storage derives the metadata from the headers. format.py describes the files.
 """
 
 import json
@@ -29,13 +29,14 @@ from torch.distributed.checkpoint import (
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from unite_fast.checkpoint import folders
 from unite_fast.checkpoint import format as files
 from unite_fast.checkpoint.format import DamagedCheckpoint, Manifest
 from unite_fast.checkpoint.reader import OFFSETS, SHARDING_INFO, Checkpoint, find_intact, list_parts
 from unite_fast.config import Config
 from unite_fast.distributed.dtensor import local
 from unite_fast.distributed.process_group import Ranks, current_ranks
-from unite_fast.errors import UserError
+from unite_fast.errors import UserError, reason_of
 
 # DCP warns on every save and load in a single process. The filter is set once, not around each call: all threads share
 # the filters, and saves run in a background thread.
@@ -56,7 +57,7 @@ class Checkpoints:
         self.copies: dict[str, Tensor] = {}
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future | None = None
-        self.ranks.run_on_first(lambda: files.repair(folder))
+        self.ranks.run_on_first(lambda: folders.repair(folder))
 
     def save(self, step: int, config: Config, progress: dict, tensors: dict[str, Tensor]) -> None:
         """Start a save, once the previous one is done. The tensors may change after this returns.
@@ -98,7 +99,7 @@ class Checkpoints:
             UserError: all checkpoints are damaged.
         """
         self.wait()
-        if not self.ranks.run_on_first(lambda: files.step_folders(self.folder)):
+        if not self.ranks.run_on_first(lambda: folders.step_folders(self.folder)):
             return None
         return find_intact(self.folder, self.ranks)
 
@@ -132,19 +133,17 @@ class Checkpoints:
 
     def _write(self, manifest: Manifest, tensors: dict[str, Tensor]) -> None:
         """Runs in the thread, on all ranks. It succeeds on all or fails on all."""
-        path, ranks = files.step_path(self.folder, manifest.step), self.ranks
-        partial = files.partial_path(path)
+        path, ranks = folders.step_path(self.folder, manifest.step), self.ranks
+        partial = folders.partial_path(path)
         try:
-            ranks.run_on_first(lambda: files.make_empty(partial))
+            ranks.run_on_first(lambda: folders.make_empty(partial))
             writer = _ShardWriter(partial)
             _save(tensors, self.copies, writer, ranks)
             by_rank = ranks.run_on_all(lambda: [files.read_shard(path) for path in writer.written])
             manifest.shards = [shard for shards in by_rank for shard in shards]
             ranks.run_on_first(lambda: self._finish(partial, path, manifest))
         except (OSError, DamagedCheckpoint) as error:
-            raise UserError(
-                f"could not save {path}: {files.reason_of(error)}; earlier checkpoints are untouched"
-            ) from error
+            raise UserError(f"could not save {path}: {reason_of(error)}; earlier checkpoints are untouched") from error
         finally:
             # After a success `partial` is already renamed; after a failure it takes space that the next save needs.
             if ranks.main:
@@ -153,8 +152,8 @@ class Checkpoints:
     def _finish(self, partial: Path, path: Path, manifest: Manifest) -> None:
         files.write_manifest(partial, manifest)
         files.check_sizes(partial, manifest.shards)
-        files.commit(partial, path)
-        files.prune(self.folder, self.keep_every, manifest.step)
+        folders.commit(partial, path)
+        folders.prune(self.folder, self.keep_every, manifest.step)
 
 
 class _HostCopies(DefaultSavePlanner):
@@ -261,7 +260,7 @@ def _load(checkpoint: Checkpoint, tensors: dict[str, Tensor], planner: DefaultLo
         load(tensors, storage_reader=reader, planner=planner, process_group=ranks.group, no_dist=ranks.world == 1)
     except CheckpointException as error:
         failure = _first_failure(error)
-        raise UserError(f"the checkpoint {checkpoint.path} cannot be loaded: {files.reason_of(failure)}") from failure
+        raise UserError(f"the checkpoint {checkpoint.path} cannot be loaded: {reason_of(failure)}") from failure
 
 
 def _first_failure(error: CheckpointException) -> BaseException:

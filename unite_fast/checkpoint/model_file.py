@@ -19,20 +19,19 @@ from pydantic import ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from unite_fast.checkpoint.folders import checkpoint_files
 from unite_fast.checkpoint.format import (
     CHUNK,
     MOST_STEPS,
     as_recorded,
-    checkpoint_files,
     log,
     parse_config,
-    reason_of,
     save_safetensors,
 )
 from unite_fast.checkpoint.progress import check_progress
 from unite_fast.checkpoint.reader import load_checkpoint
-from unite_fast.config import Config
-from unite_fast.errors import UserError, require, shown
+from unite_fast.config import Config, ModelConfig
+from unite_fast.errors import UserError, printable, reason_of, require, shown
 from unite_fast.model.unite import UNITE
 from unite_fast.recipes import to_tree
 from unite_fast.utils.file_lock import lock_output
@@ -87,6 +86,7 @@ def load_model(path: str | Path) -> SavedModel:
     path = Path(path)
     if path.is_file():
         config, step, tensors = _read_file(path)
+        network = empty_network(config.model, len(tensors), path)
         model = SavedModel(path, config, step, tensors, tensors, path.stat().st_size)
     else:
         checkpoint = load_checkpoint(path, ("model.", "ema."))
@@ -94,8 +94,9 @@ def load_model(path: str | Path) -> SavedModel:
             {name.removeprefix(prefix): t for name, t in checkpoint.tensors.items() if name.startswith(prefix)}
             for prefix in ("model.", "ema.")
         )
+        network = empty_network(checkpoint.config.model, len(weights), checkpoint.path)
         # Buffers have no average.
-        parameters = dict(_network_of(checkpoint.config, len(weights), checkpoint.path).named_parameters())
+        parameters = dict(network.named_parameters())
         for name in sorted(weights.keys() - averages.keys()):
             require(name not in parameters, f"the average of {name} is missing in {path}")
         size = sum(shard.size for shard in checkpoint.shards)
@@ -103,7 +104,7 @@ def load_model(path: str | Path) -> SavedModel:
         changes = checkpoint.progress.get("changes", [])
         config, step = checkpoint.config, checkpoint.step
         model = SavedModel(checkpoint.path, config, step, weights | averages, weights, size, changes)
-    _check_tensors(model)
+    _check_tensors(model, network.state_dict())
     return model
 
 
@@ -210,9 +211,8 @@ def _read_file(path: Path) -> tuple[Config, int, dict[str, Tensor]]:
         raise UserError(f"{path} is not a model file, or it is incomplete: {reason_of(error)}") from error
 
 
-def _check_tensors(model: SavedModel) -> None:
+def _check_tensors(model: SavedModel, expected: dict[str, Tensor]) -> None:
     mismatch = f"the weights in {model.path} do not match its settings"
-    expected = _network_of(model.config, len(model.averages), model.path).state_dict()
     for state in (model.weights, model.averages):
         for name in sorted(expected.keys() ^ state.keys()):
             require(name in state, f"{mismatch}: {name} is missing")
@@ -225,41 +225,34 @@ def _check_tensors(model: SavedModel) -> None:
             require(bool(tensor.isfinite().all()), f"the weights in {model.path} are not finite: {name}")
 
 
-def _network_of(config: Config, tensors: int, path: Path) -> UNITE:
-    """`empty_network`, if a file with so many tensors can hold it.
+def empty_network(config: ModelConfig, tensors: int, source: str | Path) -> UNITE:
+    """A model on the meta device, names and shapes only, to compare the `tensors` tensors of the file `source` with.
 
     Raises:
-        UserError: more blocks than tensors, each of which would take time; sizes that no tensor has.
+        UserError: more blocks than tensors, and each block would take time; or sizes that no tensor can have.
     """
-    blocks = config.model.encoder.depth + config.model.decoder.depth
-    require(blocks <= tensors, f"the weights in {path} do not match its settings: {tensors} tensors, {blocks} blocks")
+    blocks = config.encoder.depth + config.decoder.depth
+    require(blocks <= tensors, f"{source}: a model of {blocks} blocks does not fit into {tensors} tensors")
     try:
-        return empty_network(config)
+        with torch.device("meta"):
+            return UNITE(config)
     except (RuntimeError, OverflowError, ValueError, TypeError) as error:
-        raise UserError(f"the settings in {path} give no model: {reason_of(error)}") from error
-
-
-def empty_network(config: Config) -> UNITE:
-    """A model on the meta device: names and shapes only."""
-    with torch.device("meta"):
-        return UNITE(config.model)
+        raise UserError(f"{source}: no model can have these sizes: {reason_of(error)}") from error
 
 
 def describe(checkpoint: Path) -> str:
     """Step, parameter counts and settings of a checkpoint or model file, as text."""
     saved = load_model(checkpoint)
     counts = Counter()
-    for name, parameter in empty_network(saved.config).named_parameters():
+    for name, parameter in empty_network(saved.config.model, len(saved.averages), saved.path).named_parameters():
         counts[name.split(".")[0]] += parameter.numel()
-    path = saved.path.resolve()
-    size = saved.size / 2**20
+    file, name, size = saved.path.resolve().name, printable(saved.config.name), saved.size / 2**20
     lines = [
-        f"{path.name}: {repr(saved.config.name)[1:-1]}, {saved.step} optimizer steps, {size:.1f} MiB",
+        f"{file}: {name}, {saved.step} optimizer steps, {size:.1f} MiB",
         f"parameters: {sum(counts.values()):,} (encoder {counts['encoder']:,}, decoder {counts['decoder']:,})",
-        yaml.safe_dump(to_tree(as_recorded(saved.config)), sort_keys=False).rstrip(),
     ]
-    lines[2:2] = [
-        f"changed after step {shown(change.get('step'))}: {shown(change.get('key'))}: {shown(change.get('difference'))}"
-        for change in saved.changes
-    ]
+    for change in saved.changes:
+        step, key, difference = (shown(change.get(entry)) for entry in ("step", "key", "difference"))
+        lines.append(f"changed after step {step}: {key}: {difference}")
+    lines.append(yaml.safe_dump(to_tree(as_recorded(saved.config)), sort_keys=False).rstrip())
     return "\n".join(lines)

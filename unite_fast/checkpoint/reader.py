@@ -16,11 +16,12 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from unite_fast.checkpoint import folders
 from unite_fast.checkpoint import format as files
 from unite_fast.checkpoint.format import DamagedCheckpoint, Manifest, Shard
 from unite_fast.config import Config
 from unite_fast.distributed.process_group import ALONE, Ranks
-from unite_fast.errors import UserError
+from unite_fast.errors import UserError, reason_of
 from unite_fast.utils.parse_json import check_kind, parse_json
 
 SHARDING_INFO, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
@@ -74,14 +75,14 @@ def load_checkpoint(path: str | Path, prefixes: tuple[str, ...] = ("",)) -> Chec
     """
     path = Path(path)
     for attempt in range(TRIES):
-        before = files.candidates(path)
+        before = folders.candidates(path)
         try:
             checkpoint = find_intact(path, ALONE)
             shards = [checkpoint.path / shard.name for shard in checkpoint.shards]
             checkpoint.tensors = read_tensors(checkpoint.path, shards, prefixes)
             return checkpoint
         except UserError:
-            if attempt == TRIES - 1 or files.candidates(path) == before:
+            if attempt == TRIES - 1 or folders.candidates(path) == before:
                 raise
     raise AssertionError("the last attempt returns or raises")
 
@@ -94,14 +95,17 @@ def read_tensors(path: Path, shards: list[Path], prefixes: tuple[str, ...]) -> d
     """
     tensors: dict[str, Tensor] = {}
     parts = {name: parts for name, parts in list_parts(path, shards).items() if name.startswith(prefixes)}
+    by_shard: dict[Path, list[tuple[str, Part]]] = defaultdict(list)
+    for name, pieces in parts.items():
+        for part in pieces:
+            by_shard[part.shard].append((name, part))
     try:
-        for shard in shards:
+        for shard, wanted in by_shard.items():
             with safe_open(shard, framework="pt") as file:
-                for name, pieces in parts.items():
-                    for part in (part for part in pieces if part.shard == shard):
-                        _place(tensors, name, pieces, part, file.get_tensor(name))
+                for name, part in wanted:
+                    _place(tensors, name, parts[name], part, file.get_tensor(name))
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"the checkpoint {path} cannot be loaded: {files.reason_of(error)}") from error
+        raise UserError(f"the checkpoint {path} cannot be loaded: {reason_of(error)}") from error
     return {name: tensors[name] for name in sorted(tensors)}
 
 
@@ -140,7 +144,7 @@ def list_parts(path: Path, shards: list[Path]) -> dict[str, list[Part]]:
         for name, pieces in parts.items():
             _check_whole(name, pieces)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"the checkpoint {path} cannot be loaded: {files.reason_of(error)}") from error
+        raise UserError(f"the checkpoint {path} cannot be loaded: {reason_of(error)}") from error
     return dict(parts)
 
 
@@ -175,7 +179,7 @@ def find_intact(path: Path, ranks: Ranks) -> Checkpoint:
     Raises:
         UserError: no intact checkpoint. If `path` is a damaged checkpoint, the message suggests an intact one.
     """
-    checkpoints = ranks.run_on_first(lambda: files.candidates(path))
+    checkpoints = ranks.run_on_first(lambda: folders.candidates(path))
     damage: list[str] = []
     for candidate in checkpoints:
         try:
@@ -188,7 +192,7 @@ def find_intact(path: Path, ranks: Ranks) -> Checkpoint:
         return Checkpoint(candidate, manifest.config, manifest.step, manifest.progress, manifest.shards, {})
     if checkpoints != [path]:
         raise DamagedCheckpoint(f"{path} contains no intact checkpoint: {'; '.join(damage)}")
-    other = ranks.run_on_first(lambda: files.find_other(path))
+    other = ranks.run_on_first(lambda: folders.find_other(path))
     raise DamagedCheckpoint(damage[0] + (f"; another one is {other}" if other else ""))
 
 

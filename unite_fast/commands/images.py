@@ -89,7 +89,7 @@ def generate(
 
     `torchrun --nproc-per-node 8 -m unite_fast generate runs/imagenet256_b --count 50000 --out samples.npz`
     """
-    from unite_fast.checkpoint.format import checkpoint_files
+    from unite_fast.checkpoint.folders import checkpoint_files
     from unite_fast.distributed.launch import ranks_of_torchrun
     from unite_fast.sampling.distributed_sampler import Generation
     from unite_fast.sampling.sample_writer import write_samples

@@ -72,7 +72,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or auto")]
 
 def check_out(out: Path, suffixes: tuple[str, ...], checkpoint: Path, *others: Path) -> None:
     """Check an output, before the work, against what is read: the checkpoint and others; see `check_target`."""
-    from unite_fast.checkpoint.format import checkpoint_files
+    from unite_fast.checkpoint.folders import checkpoint_files
     from unite_fast.utils.files import check_target
 
     check_target(out, suffixes, (checkpoint_files(checkpoint), *others))

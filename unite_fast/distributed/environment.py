@@ -3,7 +3,9 @@
 import os
 from typing import NamedTuple
 
-from unite_fast.errors import UserError, require
+from unite_fast.errors import UserError, require, shown
+
+_HINT = "start with torchrun, or unset WORLD_SIZE"
 
 
 class Environment(NamedTuple):
@@ -55,9 +57,6 @@ def check_address() -> None:
     require(bool(os.environ.get("MASTER_ADDR")), f"MASTER_ADDR is missing; {_HINT}")
 
 
-_HINT = "start with torchrun, or unset WORLD_SIZE"
-
-
 def _number(name: str, default: int | None = None) -> int:
     text = os.environ.get(name)
     if text is None:
@@ -68,7 +67,7 @@ def _number(name: str, default: int | None = None) -> int:
     digits = text.removeprefix("-")
     require(
         digits.isascii() and digits.isdigit() and len(digits) < 10,
-        f"the environment variable {name} is {text[:80]!r}, no whole number; start with torchrun, or unset "
+        f"the environment variable {name} is {shown(text)}, no whole number; start with torchrun, or unset "
         f"{'WORLD_SIZE' if 'RANK' in name else name}",
     )
     return int(text)

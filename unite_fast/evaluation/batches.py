@@ -52,7 +52,7 @@ def _kind_without_splits(config: Config, data: str) -> str:
     recorded = config.data.path or places_of(config).get("data.path", "")
     if not data or data == recorded or Path(data).resolve() == Path(recorded).absolute():
         return TRAINING
-    return HELD_OUT if is_held_out(split_of_name(Path(data).name) or "train") else GIVEN
+    return HELD_OUT if is_held_out(split_of_name(Path(data).name)) else GIVEN
 
 
 def _check_named(config: Config) -> None:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from unite_fast.config import SamplingConfig, check_seed_and_batch
-from unite_fast.data_pipeline.listing import printable
 from unite_fast.data_pipeline.splits import NoSplit
-from unite_fast.errors import UserError, require
+from unite_fast.errors import UserError, printable, require
 from unite_fast.evaluation.batches import TRAINING, open_held_out_images, open_images
 from unite_fast.evaluation.gallery_page import Chart, Figure, Row, Section
 from unite_fast.evaluation.metrics import psnr
@@ -22,9 +21,8 @@ from unite_fast.evaluation.pixel_features import read_evenly
 from unite_fast.randomness import Philox, Stream
 from unite_fast.sampling import sampler
 from unite_fast.sampling.pipeline import TrainedUNITE
-from unite_fast.sampling.solvers import ADAPTIVE_SOLVERS
-from unite_fast.utils.files import read_rows
 from unite_fast.utils.progress import track
+from unite_fast.utils.rows import read_rows
 
 CURVES = (("l1", "L1 of the reconstruction"), ("lpips", "LPIPS"), ("flow", "flow loss"))
 """Columns of metrics.jsonl to plot, unless they are zero throughout."""
@@ -138,7 +136,7 @@ def model_facts(model: TrainedUNITE, sampling: SamplingConfig, seed: int, checkp
         "parameters": f"{whole:,} (encoder {encoder:,}, decoder {decoder:,})",
         "images": f"{sizes.image_size} x {sizes.image_size}, {sizes.num_classes} classes",
         "latents": f"{sizes.latent_tokens} tokens of {sizes.latent_channels} channels",
-        "sampling": describe_sampling(sampling),
+        "sampling": sampler.describe_sampling(sampling),
         "seed": str(seed),
     }
 
@@ -191,13 +189,6 @@ def evenly_spaced(total: int, count: int) -> list[int]:
     return torch.linspace(0, total - 1, min(count, total)).round().long().tolist()
 
 
-def describe_sampling(sampling: SamplingConfig) -> str:
-    low, high = sampling.interval
-    solver = sampling.solver if sampling.solver in ADAPTIVE_SOLVERS else f"{sampling.solver}, {sampling.steps} steps"
-    guided = f"guidance {sampling.guidance:g} for t in ({low:g}, {high:g})"
-    return f"{solver}, {'unguided' if sampling.guidance == 1 else guided}"
-
-
 @dataclass
 class SectionBuilder:
     """Builds the sections of the page. Noise depends only on (seed, index of the image), so the same model and settings
@@ -223,7 +214,8 @@ class SectionBuilder:
             name = self.names[label]
             alts = [f"generated {name}, {i + 1} of {per_class}" for i in range(per_class)]
             rows.append(Row(name, [Figure([image], [alt]) for image, alt in zip(images, alts, strict=True)]))
-        text = f"One row per class, {per_class} images each, not cherry-picked: {describe_sampling(self.sampling)}."
+        settings = sampler.describe_sampling(self.sampling)
+        text = f"One row per class, {per_class} images each, not cherry-picked: {settings}."
         return Section("samples", "Samples", text, rows)
 
     def guidance(self) -> Section:
@@ -294,7 +286,7 @@ class SectionBuilder:
         ]
         text = (
             "From one noise to another on the quarter circle cos(a) e1 + sin(a) e2, where every point is again N(0, 1) "
-            f"noise; class and settings are constant ({describe_sampling(self.sampling)})."
+            f"noise; class and settings are constant ({sampler.describe_sampling(self.sampling)})."
         )
         return Section("between-noises", "Between two noises", text, rows)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from unite_fast.evaluation.guidance_search import UNGUIDED, Grid, Measurement, Objective, SearchResult
 from unite_fast.evaluation.provenance import machine_info
-from unite_fast.evaluation.report import plain
+from unite_fast.evaluation.report import plain, reference_name
 from unite_fast.utils.files import BEGINNINGS, atomic_write, save_text
 
 JSON, TABLE, CURVES = "guidance.json", "guidance.md", "guidance.png"
-FILES = {JSON: b"{", TABLE: b"# Guidance search", CURVES: BEGINNINGS[".png"]}
+FILES = {JSON: BEGINNINGS[".json"], TABLE: b"# Guidance search", CURVES: BEGINNINGS[".png"]}
 """The files of a search and their first bytes."""
 
 
@@ -44,8 +44,7 @@ def lines(search: SearchResult, grid: Grid, objective: Objective) -> list[str]:
     text = [f"{title}, {best.count} samples: {best.distance:.4f} with {_guidance(best)}"]
     text += [
         f"next best, {one.count} samples: {one.distance:.4f} with {_guidance(one)}"
-        for one in search.confirmed[1:]
-        if math.isfinite(one.distance)
+        for one in _finite(search.confirmed)[1:]
     ]
     ratio = search.full_grid_evaluations / search.evaluations
     text.append(
@@ -58,6 +57,11 @@ def lines(search: SearchResult, grid: Grid, objective: Objective) -> list[str]:
     if lost:
         text.append(f"lost, because images are not finite (NaN or infinite): {', '.join(lost)}")
     return text + [f"note: {note}" for note in objective.notes]
+
+
+def _finite(measurements: list[Measurement]) -> list[Measurement]:
+    """Those that have not lost."""
+    return [one for one in measurements if math.isfinite(one.distance)]
 
 
 def _guidance(measurement: Measurement) -> str:
@@ -84,8 +88,7 @@ def table(search: SearchResult, grid: Grid, objective: Objective) -> str:
             f"{weights['step']} steps; solver {settings['sampling.solver']}, {steps} steps, order "
             f"{settings['sampling.order']}; seed {settings['seed']}, batch {settings['batch']}, "
             f"{settings['precision']}",
-            f"- reference: {reference['path'] or 'the ' + reference.get('kind', 'training images')}, "
-            f"{reference['images']} images",
+            f"- reference: {reference_name(reference)}, {reference['images']} images",
             "",
             f"| guidance | samples | {objective.evaluator.features.title} | network evaluations per image |",
             "|---|---|---|---|",
@@ -100,14 +103,13 @@ def save_curves(search: SearchResult, title: str, path: Path) -> None:
     from matplotlib.figure import Figure  # slow to import
 
     intervals: dict[tuple[float, float], list[tuple[float, float]]] = {}
-    for one in (one for one in search.searched if math.isfinite(one.distance)):
+    searched, confirmed = map(_finite, (search.searched, search.confirmed))
+    for one in searched:
         if one.candidate != UNGUIDED:
             intervals.setdefault((one.candidate.low, one.candidate.high), []).append(
                 (one.candidate.scale, one.distance)
             )
-    unguided = [
-        (1.0, one.distance) for one in search.searched if one.candidate == UNGUIDED and math.isfinite(one.distance)
-    ]
+    unguided = [(1.0, one.distance) for one in searched if one.candidate == UNGUIDED]
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()
     # Best interval first; the marker changes every ten curves, because colours repeat.
@@ -117,9 +119,8 @@ def save_curves(search: SearchResult, title: str, path: Path) -> None:
         axes.plot(
             scales, distances, marker="os^v"[i // 10 % 4], markersize=4, linewidth=1, label=f"({low:g}, {high:g})"
         )
-    best, finite = search.confirmed[0], [one for one in search.confirmed if math.isfinite(one.distance)]
-    scales, distances = zip(*((one.candidate.scale, one.distance) for one in finite), strict=True)
-    axes.plot(scales, distances, "k*", markersize=11, label=f"confirmed, {best.count} samples")
+    scales, distances = zip(*((one.candidate.scale, one.distance) for one in confirmed), strict=True)
+    axes.plot(scales, distances, "k*", markersize=11, label=f"confirmed, {confirmed[0].count} samples")
     axes.set(xlabel="guidance scale", ylabel=f"{title}, {search.searched[0].count} samples", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend(title="interval", fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from unite_fast.checkpoint.format import checkpoint_files
+from unite_fast.checkpoint.folders import checkpoint_files
 from unite_fast.distributed.process_group import Ranks
-from unite_fast.errors import require
+from unite_fast.errors import printable, require
 from unite_fast.evaluation.batches import unreadable_lines
 from unite_fast.utils.file_lock import lock_output
 from unite_fast.utils.files import BEGINNINGS, check_not_read, check_replaceable, clear_partial, save_text, writing
@@ -18,7 +18,7 @@ from unite_fast.utils.images import grid, pairs, save_png
 
 JSON, TABLE, PAIRS = "evaluation.json", "evaluation.md", "reconstructions.png"
 _COLUMNS = 10
-FILES = {JSON: b"{", TABLE: b"# Evaluation of ", PAIRS: BEGINNINGS[".png"]}
+FILES = {JSON: BEGINNINGS[".json"], TABLE: b"# Evaluation of ", PAIRS: BEGINNINGS[".png"]}
 """The files of an evaluation and their first bytes."""
 
 
@@ -133,8 +133,7 @@ def table(result: dict) -> str:
         "",
         f"{checkpoint['weights']} weights, SHA-256 {checkpoint['weights_sha256']}. Features: {features['name']} "
         f"({features['title']}, {features['dimension']} dimensions). Reference: "
-        f"{reference['path'] or 'the ' + reference.get('kind', 'training images')}, "
-        f"{reference['images'] or 'unknown number of'} images"
+        f"{reference_name(reference)}, {reference['images'] or 'unknown number of'} images"
         f"{', SHA-256 ' + reference['sha256'] if reference['sha256'] else ''}. "
         f"{JSON} has all details.",
         "",
@@ -173,8 +172,13 @@ def table(result: dict) -> str:
 
 
 def plain(name: str) -> str:
-    """A name from a model's settings as text in Markdown, which could hold HTML, and on one line."""
-    return html.escape(repr(name)[1:-1])
+    """A name from a model's settings for Markdown: on one line, and without HTML."""
+    return html.escape(printable(name))
+
+
+def reference_name(reference: dict) -> str:
+    """Which images those of `Reference.info` are: a file of statistics, or a split of the data."""
+    return reference["path"] or f"the {reference.get('kind', 'training images')}"
 
 
 def _markdown(columns: list[str], rows: list[dict[str, str]]) -> list[str]:

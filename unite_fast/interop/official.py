@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unite_fast.checkpoint.format import checkpoint_files
-from unite_fast.checkpoint.model_file import check_model_target, load_model, save_model
+from unite_fast.checkpoint.folders import checkpoint_files
+from unite_fast.checkpoint.model_file import check_model_target, empty_network, load_model, save_model
 from unite_fast.config import Config, DataConfig, DecoderConfig, EncoderConfig, ModelConfig
-from unite_fast.errors import UserError, require
+from unite_fast.errors import UserError, reason_of, require
 from unite_fast.interop.names import FIXED_DRAWS, UNREAD, our_name, plain_name, their_name
 from unite_fast.model.layers import sincos_2d
 from unite_fast.model.unite import UNITE
 from unite_fast.recipes import load_config
 from unite_fast.utils.file_lock import lock_output
-from unite_fast.utils.files import BEGINNINGS, atomic_write, check_not_read, check_npz, check_replaceable, writing
+from unite_fast.utils.files import BEGINNINGS, atomic_write, check_not_read, check_npz, check_replaceable
 from unite_fast.utils.pretrained import fault_of
 
 RECIPE = "imagenet256_b"
@@ -101,38 +101,22 @@ def released_model(config: ModelConfig, theirs: dict[str, Tensor], source: str) 
     """A model of these sizes with the weights of a released checkpoint.
 
     Raises:
-        UserError: see `load_released`; it is raised before memory is taken for sizes that the tensors do not have.
-    """
-    blocks = config.encoder.depth + config.decoder.depth
-    require(blocks <= len(theirs), f"{source}: {blocks} blocks, but {len(theirs)} tensors")
-    try:
-        with torch.device("meta"):
-            expected = UNITE(config).state_dict()
-    except (RuntimeError, OverflowError, ValueError, TypeError) as error:
-        raise UserError(f"{source}: its sizes give no model: {str(error).splitlines()[0]}") from error
-    _check_state(expected, our_state(theirs, source), source)
-    model = UNITE(config)
-    load_released(model, theirs, source)
-    return model
-
-
-def load_released(model: UNITE, theirs: dict[str, Tensor], source: str) -> None:
-    """Load the weights of a released checkpoint into `model`.
-
-    Raises:
         UserError: tensors are missing, unknown or of another shape, or a fixed table differs from the released one.
     """
+    # First the checks: memory is not taken for sizes that the tensors do not have.
     ours = our_state(theirs, source)
-    _check_state(model.state_dict(), ours, source)
+    _check_state(empty_network(config, len(theirs), source).state_dict(), ours, source)
     theirs = {plain_name(name): value for name, value in theirs.items()}
-    for name, table in fixed_tensors(model.config).items():
+    for name, table in fixed_tensors(config).items():
         if name in theirs and name not in UNREAD:
             _require_shape(source, name, theirs[name], table)
             same = torch.allclose(theirs[name].float(), table, rtol=0, atol=SAME_TABLE)
             require(same, f"{source}: {name} is not the released model's table, which is fixed")
+    model = UNITE(config)
     model.load_state_dict(ours)
     for name, value in model.state_dict().items():  # float64 may hold what float32 does not
         require(bool(value.isfinite().all()), f"{source}: {their_name(name)} has values beyond {value.dtype}")
+    return model
 
 
 def _check_state(expected: dict[str, Tensor], ours: dict[str, Tensor], source: str) -> None:
@@ -321,12 +305,10 @@ def export_official(checkpoint: str | Path, out: str | Path) -> None:
 
 def save_torch(path: Path, content: dict) -> None:
     """`torch.save` with `atomic_write`; the folder is created if missing."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     with lock_output(path), atomic_write(path) as partial:
         try:
             # An open file: the archive would name its folder after a path.
             with partial.open("wb") as file:
                 torch.save(content, file)
         except RuntimeError as error:  # from torch's own writer, for example on a full disk
-            raise OSError(str(error).splitlines()[0]) from error
+            raise OSError(reason_of(error)) from error

@@ -84,8 +84,7 @@ class Trace:
         try:
             self.arrays = read_npz(self.path)
         except (ValueError, OSError) as error:
-            reason = str(error)
-            raise UserError(f"{path} is not a trace, a readable .npz file without pickles: {reason}") from error
+            raise UserError(f"{path} is not a trace, a readable .npz file without pickles: {error}") from error
         try:
             self.meta = parse_json(self["meta_json"].tobytes())
         except ValueError as error:

@@ -28,7 +28,7 @@ from unite_fast.sampling.pipeline import TrainedUNITE, weights_sha256
 from unite_fast.sampling.sampler import check_classes
 from unite_fast.utils.file_lock import LOCK, lock_folder
 from unite_fast.utils.files import PARTIAL, atomic_write, flush, read_small, writing
-from unite_fast.utils.images import image_file_name
+from unite_fast.utils.images import image_file_name, save_png
 from unite_fast.utils.parse_json import parse_json
 from unite_fast.utils.progress import progress
 
@@ -319,8 +319,7 @@ class PngParts(Parts):
 
     def write(self, number: int, images: Tensor) -> None:
         for index, image in zip(self.samples(number), images.permute(0, 2, 3, 1).numpy(), strict=True):
-            with atomic_write(self.path(index), durable=False) as partial:
-                Image.fromarray(image).save(partial, format="PNG")
+            save_png(Image.fromarray(image), self.path(index), durable=False)
 
     def merge(self) -> None:
         with writing(self.out):

@@ -19,17 +19,17 @@ from unite_fast.kernels.tensors import upcast
 from unite_fast.model.layers import matmul_weights
 from unite_fast.model.unite import UNITE
 from unite_fast.randomness import Philox, Stream
-from unite_fast.sampling.solvers import RELEASED_SOLVERS, multistep, multistep_times
+from unite_fast.sampling.solvers import ADAPTIVE_SOLVERS, RELEASED_SOLVERS, multistep, multistep_times
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_t [B, N, C], t float32 [B], labels int64 [B]) -> clean latents [B, N, C]."""
 
 
 class NonFinite(UserError):
-    """Images that are not finite (NaN or infinite), and would be black squares.
+    """Sampled or decoded images have values that are NaN or infinite; as pixels they would be black or white.
 
     Attributes:
-        count: of them, in the batch.
+        count: of such images, in the batch.
     """
 
     def __init__(self, count: int, batch: int, cause: str):
@@ -190,15 +190,16 @@ def sample_batch(
     with torch.autocast(device.type, torch.bfloat16, enabled=half), cast_once(matmul_weights(model) if half else ()):
         latents = solve(predict, noise)
         decoded = network.decode(latents)
-        images = finished(decoded[:wanted], latents[:wanted], describe(config))
+        images = finished(decoded[:wanted], latents[:wanted], f"{describe_sampling(config)}; try other settings")
     return images, predict.evaluations
 
 
-def describe(config: SamplingConfig) -> str:
-    """The settings that decide whether images are finite, for a message."""
+def describe_sampling(config: SamplingConfig) -> str:
+    """Solver, steps and guidance."""
     low, high = config.interval
-    guidance = f"guidance {config.guidance:g} for t in ({low:g}, {high:g})" if config.guidance != 1 else "no guidance"
-    return f"{guidance}, solver {config.solver}, {config.steps} steps; try other settings"
+    solver = config.solver if config.solver in ADAPTIVE_SOLVERS else f"{config.solver}, {config.steps} steps"
+    guided = f"guidance {config.guidance:g} for t in ({low:g}, {high:g})"
+    return f"{solver}, {'unguided' if config.guidance == 1 else guided}"
 
 
 def check_classes(labels: Iterable[int], num_classes: int) -> None:
@@ -238,16 +239,16 @@ def tokenize(model: UNITE, images: Tensor, seed: int = 0, batch: int = 64, first
 
 
 def finished(images: Tensor, latents: Tensor, cause: str) -> Tensor:
-    """`to_uint8` of decoded images [B, 3, S, S], checked.
+    """`to_uint8` of decoded images [B, 3, S, S], once they and their latents are known to be finite.
 
     Args:
-        latents: [B, N, C], of which the images were decoded.
+        latents: [B, N, C], from which the images were decoded.
         cause: for the message.
 
     Raises:
         NonFinite: latents or images are not finite.
     """
-    # On the device, so that only one number per image is fetched, after the images.
+    # Computed on the device: the count is one number, fetched after the images, for which the host waits anyway.
     finite = images.isfinite().flatten(1).all(1) & latents.isfinite().flatten(1).all(1)
     pixels = to_uint8(images)
     if bad := int((~finite).sum()):

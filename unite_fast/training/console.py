@@ -122,11 +122,8 @@ class Report:
         self._line("checkpoint", self.folder / "checkpoints" / "latest")
         for picture in ("samples", "reconstructions", "curves"):
             if (self.folder / f"{picture}.png").exists():
-                note = (
-                    f" (of {self.of_real.partition(':')[0]})"
-                    if picture == "reconstructions" and self.of_real != HELD_OUT
-                    else ""
-                )
+                unusual = picture == "reconstructions" and self.of_real != HELD_OUT
+                note = f" (of {self.of_real.partition(':')[0]})" if unusual else ""
                 self._line(picture, f"{self.folder / picture}.png{note}")
         self._line("metrics", self.folder / "metrics.jsonl")
         self._line("events", f"tensorboard --logdir {self.folder / 'tensorboard'}")

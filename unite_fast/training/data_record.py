@@ -1,7 +1,6 @@
 """What a run records about its training data, to notice other data when it resumes."""
 
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
 
 from unite_fast.data_pipeline import Source
 from unite_fast.distributed.process_group import Ranks
@@ -63,7 +62,8 @@ class DataRecord:
         """What differs from `before`, in a few words; empty if nothing does."""
         if len(self.classes) != len(before.classes):
             return f"{len(self.classes)} classes instead of {len(before.classes)}"
-        for label, ((name, count), (old, old_count)) in enumerate(zip_longest(self.classes, before.classes)):
+        pairs = zip(self.classes, before.classes, strict=True)
+        for label, ((name, count), (old, old_count)) in enumerate(pairs):
             if name != old:
                 return f"class {label} is {shown(name)} instead of {shown(old)}"
             if count != old_count:

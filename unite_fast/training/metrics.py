@@ -21,7 +21,8 @@ from unite_fast.planning.gpus import recognise
 from unite_fast.training.side_outputs import SideOutputs
 from unite_fast.training.step_timer import StepClock
 from unite_fast.training.wandb_log import WandbLog
-from unite_fast.utils.files import drop_rows_after, make_folder, open_to_append, read_rows, thin_rows
+from unite_fast.utils.files import make_folder, open_to_append
+from unite_fast.utils.rows import drop_rows_after, read_rows, thin_rows
 
 AVERAGED = ("total", "l1", "lpips", "flow", "grad_norm")
 HARDWARE = ("images_per_s", "images_per_s_per_gpu", "mfu", "memory_gb", "seconds_")
@@ -192,7 +193,8 @@ class MetricsLog:
         self.path, self.events_path = folder / "metrics.jsonl", folder / "tensorboard"
 
     def write(self, row: dict) -> None:
-        self.rows = thin_rows([*self.rows, row])
+        self.rows.append(row)
+        self.rows = thin_rows(self.rows)
         with self.sides.attempt("metrics.jsonl"), open_to_append(self.path) as file:
             # One write, so that a reader or a full disk cuts at most one row.
             file.write((json.dumps(row) + "\n").encode())

@@ -1,4 +1,4 @@
-"""Run folder: checks for start and resume, the saved config, the status file."""
+"""Run folder: checks for start and resume, the saved config, the status file, where it is."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from typing import TextIO
 
 import yaml
 
-from unite_fast.checkpoint.format import step_folders
+from unite_fast.checkpoint.folders import step_folders
 from unite_fast.checkpoint.manager import Checkpoints
 from unite_fast.checkpoint.progress import check_progress
 from unite_fast.checkpoint.reader import Checkpoint
@@ -90,27 +90,70 @@ def choose_folder(config: Config) -> Path:
     return Path("runs") / config.name
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete files that a killed process was writing. Only for the process that holds the lock."""
-    for part in (folder, *(folder / name for name in ("samples", "reconstructions", "evaluation", "profile"))):
-        clear_partial(part)
+class OpenFolder:
+    """The run folder while its run goes on: locked, and found again after somebody moved or deleted it. Only rank 0 has
+    one.
 
+    Attributes:
+        path: where it is.
+        moves: how often it was moved or deleted.
+    """
 
-def open_folder(folder: Path) -> int:
-    """A descriptor of the folder, by which `find_folder` finds it after it was moved."""
-    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    def __init__(self, path: Path, config: Config, lock: TextIO | None = None):
+        """Lock the folder, delete what a killed process was writing, and write config.yaml and status.
 
+        Args:
+            lock: from `lock_run`, if the folder is locked already.
 
-def find_folder(descriptor: int, folder: Path) -> Path | None:
-    """Where an open folder is now: `folder`, or where it was moved to; None if it was deleted."""
-    with suppress(OSError):
-        if os.path.samestat(folder.stat(), os.fstat(descriptor)):
-            return folder
-    with suppress(OSError):  # Linux tells the name of an open folder
-        moved = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        if os.path.samestat(moved.stat(), os.fstat(descriptor)):
-            return moved
-    return None
+        Raises:
+            UserError: another process trains in it, no permission, or no space.
+        """
+        self.path, self.config, self.moves = path, config, 0
+        self._open(lock or lock_run(path))
+
+    def _open(self, lock: TextIO) -> None:
+        self.lock = lock
+        self.descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        for name in ("", "samples", "reconstructions", "evaluation", "profile"):
+            clear_partial(self.path / name)
+        write_config(self.path, self.config)
+        write_status(self.path, running_status())
+
+    def follow(self) -> str:
+        """Look where the folder is. A deleted one is made again.
+
+        Returns:
+            A line for the console if it was moved or deleted since the last call; else empty.
+
+        Raises:
+            UserError: see `__init__`; only for a deleted one.
+        """
+        found, before = self._find(), self.path
+        if found == before:
+            return ""
+        self.moves += 1
+        if found is not None:
+            self.path = found
+            return f"warning: the run folder {before} was moved; the run goes on in {found}"
+        lock = lock_run(self.path)
+        self.close()
+        self._open(lock)
+        return f"warning: the run folder {before} was deleted; the run goes on in a new one"
+
+    def _find(self) -> Path | None:
+        """Where the folder is now; None if it was deleted."""
+        with suppress(OSError):
+            if os.path.samestat(self.path.stat(), os.fstat(self.descriptor)):
+                return self.path
+        with suppress(OSError):  # Linux tells the name of an open folder
+            moved = Path(os.readlink(f"/proc/self/fd/{self.descriptor}"))
+            if os.path.samestat(moved.stat(), os.fstat(self.descriptor)):
+                return moved
+        return None
+
+    def close(self) -> None:
+        self.lock.close()
+        os.close(self.descriptor)
 
 
 def lock_run(folder: Path) -> TextIO:

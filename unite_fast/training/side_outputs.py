@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from unite_fast.errors import printable
+
 
 class SideOutputs:
     """Metrics, TensorBoard events, pictures and the like. If one fails, the run warns once and goes on."""
@@ -19,5 +21,5 @@ class SideOutputs:
         except Exception as error:  # libraries raise many kinds
             if name not in self.failed:
                 self.failed.add(name)
-                reason = " ".join(str(error).split()) or type(error).__name__
+                reason = printable(str(error)) or type(error).__name__
                 self.warn(f"warning: {name}: {reason}; the run goes on without it")

@@ -1,6 +1,5 @@
 """The training loop: start or resume, steps, logging, checkpoints, pictures, stop."""
 
-import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unite_fast.checkpoint.format import step_folders, step_of
+from unite_fast.checkpoint.folders import step_folders, step_of
 from unite_fast.checkpoint.manager import Checkpoints
 from unite_fast.checkpoint.reader import Checkpoint
 from unite_fast.config import Config
@@ -30,16 +29,12 @@ from unite_fast.training.metrics import Averages, MetricsLog, Speedometer, loss_
 from unite_fast.training.parallelize import build_model
 from unite_fast.training.profiling import StepProfiler
 from unite_fast.training.run_folder import (
+    OpenFolder,
     choose_folder,
     final_status,
-    find_folder,
     find_start,
     lock_run,
-    open_folder,
-    remove_leftovers,
     restarted,
-    running_status,
-    write_config,
     write_status,
 )
 from unite_fast.training.setup import check_cuda_graph, choose_attention, open_training_data, use_device_settings
@@ -122,6 +117,8 @@ class Trainer:
         asked, resume = resume, resume or restarted(self.folder, self.peers)
         # Lock before reading, because another process that trains here writes and deletes checkpoints meanwhile.
         self.lock = lock_run(self.folder) if resume and ranks.main and (self.folder / LOCK).exists() else None
+        self.open_folder: OpenFolder | None = None
+        self.moves = 0
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep_every)
         checkpoint = find_start(self.checkpoints, self.folder, config, resume)
         self.data_record = DataRecord.of(self.source, ranks)
@@ -161,8 +158,6 @@ class Trainer:
         )
         self.log: MetricsLog | None = None
         self.profiler: StepProfiler | None = None
-        self.descriptor: int | None = None
-        self.moves = 0
         wandb = WandbLog(config, self.folder, self.sides) if config.train.wandb and ranks.main else None
         # Write only now, after all ranks came this far: a mistake found above leaves no folder that counts as a run.
         ranks.wait()
@@ -214,11 +209,7 @@ class Trainer:
 
     def _start_run_folder(self, wandb: WandbLog | None) -> None:
         """Lock the folder, and write config, status and logs to it."""
-        self.lock = self.lock or lock_run(self.folder)
-        self.descriptor = open_folder(self.folder)
-        remove_leftovers(self.folder)
-        write_config(self.folder, self.config)
-        write_status(self.folder, running_status())
+        self.open_folder = OpenFolder(self.folder, self.config, self.lock)
         self.log = MetricsLog(self.folder, self.state.step, wandb, self.sides)
         self.profiler = StepProfiler(self.config.profile, self.folder, self.device, self.report.print_line)
 
@@ -311,7 +302,7 @@ class Trainer:
         if skipped := row["skipped_steps"] - (before if isinstance(before, int) else 0):
             self.report.print_line(f"skipped {skipped} steps: gradients not finite (optim.nonfinite=skip)")
         with self.sides.attempt("the run folder"):
-            self._find_folder()
+            self._look_for_folder()
         self.log.write(row)
         self.report.show(row)
         if spike := loss_spike(self.log.rows):
@@ -339,49 +330,34 @@ class Trainer:
         self.checkpoints.save(self.state.step, self.config, progress, tensors)
 
     def follow_folder(self) -> bool:
-        """Wait for the last save; if the run folder was moved meanwhile, go on where it is, and if it was deleted, in a
-        new one. All ranks call this together; returns whether it happened.
+        """Wait for the last save. If the run folder was moved since that began, go on where it is now; if it was
+        deleted, in a new one. All ranks call this together; returns whether it happened.
 
         Raises:
             UserError: the last save failed, for another reason.
         """
-        moves, failure = self.moves, None
+        failure = None
         try:
             self.checkpoints.wait()
         except UserError as error:
             failure = error
-        self.folder, self.moves = self.ranks.run_on_first(self._find_folder)
+        self.folder, moves = self.ranks.run_on_first(self._look_for_folder)
         self.checkpoints.folder = self.folder / "checkpoints"
-        if failure and self.moves == moves:
+        moved, self.moves = moves > self.moves, moves
+        if failure and not moved:
             raise failure
-        return self.moves > moves
+        return moved
 
-    def _find_folder(self) -> tuple[Path, int]:
+    def _look_for_folder(self) -> tuple[Path, int]:
         """The run folder, and how often it was moved or deleted. Only on rank 0."""
-        if self.descriptor is None:
-            return self.folder, self.moves
-        found = find_folder(self.descriptor, self.folder)
-        if found == self.folder:
-            return self.folder, self.moves
-        if found is not None:
-            self.report.print_line(f"warning: the run folder {self.folder} was moved; the run goes on in {found}")
-            self.folder = self.report.folder = found
-        else:
-            self.report.print_line(f"warning: the run folder {self.folder} was deleted; the run goes on in a new one")
-            if self.lock:
-                self.lock.close()
-            os.close(self.descriptor)
-            self.lock = lock_run(self.folder)
-            self.descriptor = open_folder(self.folder)
-            write_config(self.folder, self.config)
-            write_status(self.folder, running_status())
-        self.moves += 1
-        self.validation.use(self.folder)
-        if self.log:
-            self.log.use(self.folder)
-        if self.profiler:
-            self.profiler.use(self.folder)
-        return self.folder, self.moves
+        assert self.open_folder is not None  # rank 0 has one
+        if line := self.open_folder.follow():
+            self.report.print_line(line)
+            self.folder = self.report.folder = self.open_folder.path
+            for part in (self.validation, self.log, self.profiler):
+                if part:
+                    part.use(self.folder)
+        return self.folder, self.open_folder.moves
 
     def unreadable_samples(self) -> list[list[str]]:
         """[name, reason] of each unreadable sample so far, gathered over ranks: each sees only its slice of the
@@ -417,8 +393,7 @@ class Trainer:
                     self.profiler.close()
             if self.log:
                 self.log.close()
-            if self.lock:
+            if self.open_folder:
+                self.open_folder.close()
+            elif self.lock:
                 self.lock.close()
-            if self.descriptor is not None:
-                os.close(self.descriptor)
-                self.descriptor = None

@@ -23,7 +23,8 @@ from unite_fast.sampling.solvers import ADAPTIVE_SOLVERS
 from unite_fast.training.metrics import MetricsLog
 from unite_fast.training.side_outputs import SideOutputs
 from unite_fast.training.train_state import TrainState
-from unite_fast.utils.files import atomic_write, make_folder, read_rows, save_text
+from unite_fast.utils.files import atomic_write, make_folder, save_text
+from unite_fast.utils.rows import read_rows
 
 FOLDER, ROWS, CURVE = "evaluation", "curve.jsonl", "curve.png"
 

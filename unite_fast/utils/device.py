@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 
-from unite_fast.config import DEVICES, ModelConfig
+from unite_fast.config import DEVICES, MOST_THREADS, ModelConfig
 from unite_fast.errors import require, require_choice
 from unite_fast.kernels import float8
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-MOST_THREADS = 4096
 """cuBLAS is deterministic only with a workspace of fixed size (cuBLAS documentation, "Results reproducibility")."""
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from unite_fast.errors import UserError
+from unite_fast.errors import UserError, printable
 from unite_fast.utils.files import remove_partial, writing
 
 LOCK = ".lock"
@@ -73,7 +73,7 @@ def _lock(path: Path, target: Path, activity: str, alternative: str) -> TextIO:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         with file:
-            holder = "".join(letter if letter.isprintable() else "?" for letter in file.read(200)) or "another process"
+            holder = printable(file.read(200)) or "another process"
         raise UserError(
             f"{target} is {activity} by {holder}; stop it, or {alternative} "
             f"(if its machine is gone for good, delete {path})"

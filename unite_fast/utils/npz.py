@@ -8,6 +8,7 @@ from typing import IO
 
 import numpy as np
 
+from unite_fast.errors import reason_of
 from unite_fast.utils.files import open_regular
 
 MOST_BYTES = 2**34
@@ -44,16 +45,12 @@ def read_npz(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> d
                     with archive.open(info) as member:
                         arrays[name] = _read_array(member, info.file_size)
                 except Exception as error:  # of zip, zlib, and numpy, which evaluates the text of a header
-                    raise ValueError(f"{name!r}: {_first_line(error)}") from error
+                    raise ValueError(f"{name!r}: {reason_of(error)}") from error
             return arrays
     except (OSError, ValueError):
         raise
     except Exception as error:  # zipfile raises several for damaged files
-        raise ValueError(_first_line(error)) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(reason_of(error)) from error
 
 
 def _read_array(file: IO[bytes], size: int) -> np.ndarray:

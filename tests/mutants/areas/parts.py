@@ -209,6 +209,7 @@ CHANGES = [
             ("if _are_both(splits) or len(splits) == len(names):", "if splits:"),
             ("return (*VALIDATION, *TEST)", "return (*TEST, *VALIDATION)"),
             ("if len(set(words)) == 1 else", "if words else"),
+            ("if (path / training).samefile(path / name):", "if False:"),
             ("if list(classes) == list(training):", "if set(classes) <= set(training):"),
         ],
     ),
@@ -216,7 +217,6 @@ CHANGES = [
         "data_pipeline/image_folder.py",
         ("tests/data_pipeline/test_image_folder.py",),
         [
-            ("if training.samefile(path / name):", "if False:"),
             ("_check_distinct(\n            self.root, classes,", "_check_distinct(\n            self.root, [],"),
             ("labels = renumber(classes, self.class_names, self.root, place.training)", "pass"),
             ("elif entry.is_symlink() or entry.is_file():", "else:"),
@@ -282,8 +282,18 @@ CHANGES = [
                 "            os.replace(partial, path)\n            if durable:\n                flush(path",
                 "            if durable:\n                flush(path",
             ),
-            ('if row and row["step"] <= step:', 'if row and row["step"] < step:'),
             ("if not stat.S_ISREG(os.fstat(descriptor).st_mode):", "if False:"),
+        ],
+    ),
+    (
+        "unite_fast/utils/rows.py",
+        ("tests/utils/test_rows.py", "tests/training/test_metrics.py"),
+        [
+            ('if row and row["step"] <= step:', 'if row and row["step"] < step:'),
+            ("return [*rows[:MOST_ROWS:2], *rows[MOST_ROWS:]]", "return rows[::2]"),
+            ("file.readline(LONGEST_LINE)  # the rest of a line", "pass"),
+            ("if size <= WHOLE:", "if True:"),
+            ('type(row.get("step")) is not int', "False"),
         ],
     ),
     (

@@ -11,7 +11,7 @@ CHANGES = [
             ("if name.startswith(prefixes)}", "if True}"),
             ("pairwise(filled) if len(divided) == 1 else", "pairwise(filled) if divided else"),
             ('raise ValueError(f"parts of {name} overlap")', "pass"),
-            ("if attempt == TRIES - 1 or files.candidates(path) == before:", "if True:"),
+            ("if attempt == TRIES - 1 or folders.candidates(path) == before:", "if True:"),
         ],
     ),
     (
@@ -20,8 +20,14 @@ CHANGES = [
         [
             ('config = _with_values(config, dict.fromkeys(PLACES, ""))', "pass"),
             ("            _check_link(path / shard.name)", "            pass"),
-            ("if os.path.realpath(path) == newest]", "if path == newest]"),
             ("if twice := [name for name, count in names.items() if count > 1]:", "if False:"),
+        ],
+    ),
+    (
+        "unite_fast/checkpoint/folders.py",
+        ("tests/checkpoint/test_folders.py", "tests/checkpoint/test_manager.py"),
+        [
+            ("if os.path.realpath(path) == newest]", "if path == newest]"),
         ],
     ),
     (
@@ -46,7 +52,7 @@ CHANGES = [
     ),
     (
         "unite_fast/distributed/process_group.py",
-        ("tests/distributed/test_process_group.py", "tests/checkpoint/test_manager.py"),
+        ("tests/distributed/test_process_group.py", "tests/checkpoint/test_manager_on_ranks.py"),
         [
             ('outcome = (False, RuntimeError(f"{type(error).__name__}: {error}"))', "outcome = (False, error)"),
             ("lambda: work() if self.main else None", "work"),

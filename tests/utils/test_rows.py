@@ -1,0 +1,48 @@
+"""Rows of metrics: read, cut off, thinned out."""
+
+import pytest
+
+from unite_fast.utils.rows import LONGEST_LINE, MOST_ROWS, drop_rows_after, read_rows, thin_rows
+
+
+def test_incomplete_rows_are_skipped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_rows(path) == []
+    path.write_text('{"step": 1, "l1": 2.0}\n[1]\n{"l1": 3}\n{"step": 2, "l1": NaN}\n{"step": 3, "l')
+    assert [row["step"] for row in read_rows(path)] == [1, 2]
+
+
+def test_rows_after_a_step_are_cut_off_and_a_torn_row_is_ended(tmp_path):
+    path = tmp_path / "rows"
+    lines = [b'{"step": %d, "x": "%s"}\n' % (step, b"y" * 50_000) for step in range(10)]
+    path.write_bytes(b"".join(lines) + b'{"step": 10, "x')
+    drop_rows_after(path, 6)
+    assert path.read_bytes() == b"".join(lines[:7])
+    path.write_bytes(b"".join(lines).rstrip(b"\n"))
+    drop_rows_after(path, 9)
+    assert path.read_bytes() == b"".join(lines)
+    # Lines that are no rows, however long.
+    path.write_bytes(lines[0] + b"z" * 3 * LONGEST_LINE + b"\n" + lines[5])
+    drop_rows_after(path, 1)
+    assert path.read_bytes() == lines[0]
+    drop_rows_after(path, -1)
+    drop_rows_after(tmp_path / "new", 5)
+    assert path.read_bytes() == (tmp_path / "new").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("5", "[]", "{}", '{"step": "5"}', '{"step": true}', '{"step": -1}', '{"step": 1.5}', "[" * 100_000),
+        *('{"step": 1%s}' % ("0" * 30), '{"step": 1, "l1": 1%s}' % ("0" * 400), '{"step": 1%s}' % ("0" * 5000)),
+    ],
+)
+def test_a_line_that_is_no_row_is_skipped(tmp_path, line):
+    (tmp_path / "rows").write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    assert [row["step"] for row in read_rows(tmp_path / "rows")] == [1, 2]
+
+
+def test_the_older_half_of_many_rows_is_thinned_out():
+    rows = [{"step": step} for step in range(2 * MOST_ROWS)]
+    assert thin_rows(rows[1:]) == rows[1:]
+    assert [row["step"] for row in thin_rows(rows)] == [*range(0, MOST_ROWS, 2), *range(MOST_ROWS, 2 * MOST_ROWS)]
