@@ -6,6 +6,7 @@ a big-endian 32-bit number; the values, last dimension fastest.
 
 import gzip
 import math
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -120,7 +121,7 @@ def _find(folder: Path, name: str) -> Path:
 
 
 def _existing(folder: Path, name: str) -> Path | None:
-    return next((file for file in (folder / name, folder / f"{name}.gz") if file.exists()), None)
+    return next((file for file in (folder / name, folder / f"{name}.gz") if os.path.exists(file)), None)
 
 
 @contextmanager

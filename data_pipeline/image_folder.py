@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from unite_fast.data_pipeline.images import adm_center_crop
 from unite_fast.data_pipeline.listing import (
+    CLUTTER,
+    COMPARED,
     HIDDEN,
     LINK,
     NO_CLASS,
@@ -23,10 +25,15 @@ from unite_fast.data_pipeline.listing import (
     OTHER_EXTENSION,
     LeftOut,
     Names,
+    alike,
+    is_clutter,
+    note_on_both,
 )
 from unite_fast.data_pipeline.source import Source, UnreadableSample
 from unite_fast.data_pipeline.splits import (
     TEST,
+    WORDS,
+    check_no_split_is_a_class,
     check_no_splits_below,
     choose_split,
     find_splits,
@@ -39,8 +46,8 @@ from unite_fast.errors import UserError, printable, reason_of
 from unite_fast.utils.files import open_regular
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-_SAMPLED_CLASSES, _SAMPLED_BYTES = 1000, 4096
-"""What a fingerprint reads of the files."""
+_SAMPLED_FILES, _SAMPLED_BYTES = 1000, 4096
+"""What a fingerprint reads: so many classes, so many files, so much of each."""
 # Checked by content, not by extension: ImageNet has a PNG named .JPEG. The list is short so that no file reaches a
 # Pillow decoder that starts another program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
@@ -50,7 +57,7 @@ class FolderSource(Source):
     """Image files, decoded and centre-cropped when read. The classes are the subfolders, sorted by name.
 
     Class folders may be nested deeper. A class folder may be a symbolic link; links below it are not followed. Names
-    that start with a dot and files without an image extension are left out.
+    that start with a dot, folders of a system such as __MACOSX, and files without an image extension are left out.
     """
 
     def __init__(self, path: Path, image_size: int, split: str):
@@ -70,7 +77,13 @@ class FolderSource(Source):
         self.root, self.split, self.held_out = place.root, place.split, place.held_out
         classes = subfolders(self.root)
         if not classes:
-            raise UserError(f"no class folders in {self.root}: put the images into one subfolder per class")
+            packed = any(name.lower().endswith((".tar", ".parquet")) for name in os.listdir(self.root))
+            hint = (
+                "unite-fast shards reads its tar or Parquet files"
+                if packed
+                else "put the images into a subfolder per class"
+            )
+            raise UserError(f"no class folders in {self.root}: {hint}")
         _check_distinct(
             self.root, classes, [path / other for other in place.others if is_held_out(other) != self.held_out]
         )
@@ -82,21 +95,29 @@ class FolderSource(Source):
         for class_name in classes:
             names, folders = list_images(self.root, class_name, left_out)
             check_no_splits_below(class_name, folders, self.root)
+            if class_name.lower() in WORDS:
+                check_no_split_is_a_class(class_name, folders, _any_in(class_name, names), self.root)
             if not len(names):
                 extensions = " ".join(IMAGE_EXTENSIONS)
                 raise UserError(
                     f"no images ({extensions}) in class folder {self.root / class_name}: add some or remove it"
                 )
             listed.append(names)
-        for name in _files(self.root):
-            left_out.add(HIDDEN if name.startswith(".") else NO_CLASS, name)
+        _count_others(self.root, NO_CLASS, (), left_out)
         if self.split:
-            for name in [*subfolders(path), *_files(path)]:
-                if name not in (self.split, *place.others):
-                    left_out.add(NO_SPLIT, name)
+            _count_others(path, NO_SPLIT, (self.split, *place.others), left_out)
         self.listed_left_out, self.left_out = left_out, left_out.lines()
         self.files = Names.join(listed)
         self.labels = np.repeat(np.array(labels, np.int32), [len(names) for names in listed])
+        self.notes = alike(self.class_names) + one_class(classes, folders, self.root)
+        if place.training is not None:
+            self.notes += self._in_both(place.training)
+
+    def _in_both(self, training: Path) -> list[str]:
+        """A line if some of these images are among the training images, by the same name; a few are compared."""
+        indices = sorted({index * (len(self) - 1) // (COMPARED - 1) for index in range(COMPARED)})
+        both = [index for index in indices if _are_equal(self.root / self.files[index], training / self.files[index])]
+        return note_on_both(len(both), len(indices), training, self.name(both[0]) if both else "")
 
     @property
     def loaders(self) -> tuple[str, ...]:
@@ -114,11 +135,12 @@ class FolderSource(Source):
 
     def fingerprint(self) -> str:
         """SHA-256 of the files' paths, relative to the folder of class folders, their labels, and the size and start of
-        the first file of some classes: names such as 0.png do not tell that two classes were swapped."""
+        some files, those of a small set all: names such as 0.png do not tell that two classes were swapped."""
         digest = self.files.digest()
         digest.update(self.labels.data)
         firsts = np.unique(self.labels, return_index=True)[1].tolist()
-        for index in firsts[:_SAMPLED_CLASSES]:
+        spaced = range(0, len(self.files), max(1, len(self.files) // _SAMPLED_FILES))
+        for index in (*firsts[:_SAMPLED_FILES], *spaced):
             with suppress(OSError), open_regular(self.root / self.files[index]) as file:
                 digest.update(b"%d " % os.fstat(file.fileno()).st_size + file.read(_SAMPLED_BYTES))
         return digest.hexdigest()
@@ -180,7 +202,8 @@ class SplitFolder:
         root: the folder of class folders.
         split: the name of its folder; empty if the data have no splits.
         held_out: whether these images are apart from the training images.
-        training: the folder of the training images, if this is another split and there is one.
+        training: the folder of the training images, if this is another split and there is one: their classes give the
+            labels.
         others: names of the other splits.
     """
 
@@ -203,18 +226,27 @@ def find_split_folder(path: Path, split: str, flat: bool = False) -> SplitFolder
         UserError: no such folder; an unknown split; a held-out split that is a link to the training images.
     """
     words_of(split)
-    if path.is_file():
+    if os.path.isfile(path):
         raise UserError(
             f"{path} is a file: give a folder with a subfolder per class; unite-fast shards reads tar files"
         )
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"no folder {path}: give one with a subfolder per class (for training, data.path=FOLDER)")
     splits = find_splits(subfolders(path))
     if not splits:
-        return SplitFolder(path)
+        return SplitFolder(path, training=_training_beside(path))
     name = choose_split(splits, split, path) if flat else _with_classes(path, splits, split)
     others = tuple(other for other in splits.values() if other != name)
     return SplitFolder(path / name, name, is_held_out(name), training_folder(path, splits, name), others)
+
+
+def _training_beside(path: Path) -> Path | None:
+    """The training images beside a folder that has the name of a held-out split: imagenet/train for imagenet/val."""
+    path = path.absolute()
+    if not is_held_out(path.name):
+        return None
+    training = training_folder(path.parent, find_splits(subfolders(path.parent)), path.name)
+    return training if training is not None and subfolders(training) else None
 
 
 def _with_classes(path: Path, splits: dict[str, str], split: str) -> str:
@@ -231,18 +263,64 @@ def subfolders(path: Path) -> list[str]:
     """Names of the folders in `path`, sorted."""
     try:
         with os.scandir(path) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            folders = [entry.name for entry in entries if _is_folder(entry)]
+        return sorted(name for name in folders if not name.startswith(".") and not is_clutter(name))
     except OSError as error:
         _raise_user_error(error)
 
 
-def _files(path: Path) -> list[str]:
-    """Names in `path` that are no folders, sorted."""
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Whether it is a folder, or a link to one; a link to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _count_others(path: Path, reason: str, known: Collection[str], left_out: LeftOut) -> None:
+    """Count what lies beside the class folders, or beside splits.
+
+    Args:
+        reason: for files, and for folders that are neither hidden nor clutter; these are classes if none are `known`.
+        known: names of the splits.
+    """
     try:
         with os.scandir(path) as entries:
-            return sorted(entry.name for entry in entries if not entry.is_dir())
+            pairs = sorted((not _is_folder(entry), entry.name) for entry in entries)
     except OSError as error:
         _raise_user_error(error)
+    for is_file, name in pairs:
+        if name.startswith("."):
+            left_out.add(HIDDEN, name)
+        elif is_clutter(name) and not is_file:
+            left_out.add(CLUTTER, name)
+        elif name not in known and (known or is_file):
+            left_out.add(reason, name)
+
+
+def _any_in(folder: str, names: Names) -> bool:
+    """Whether an image lies in the folder itself and not only in folders in it."""
+    return any("/" not in name[len(folder) + 1 :] for name in names)
+
+
+def one_class(classes: Sequence[str], folders: Sequence[str], place: object) -> list[str]:
+    """A line if there is one class and it holds folders, which may have been meant as classes."""
+    if len(classes) > 1 or not folders:
+        return []
+    return [
+        f"all images are of one class, {classes[0]}: the folders in it ({', '.join(sorted(folders)[:3])}, ...) are no "
+        f"classes; if they should be, give {os.path.join(str(place), classes[0])}"
+    ]
+
+
+def _are_equal(one: Path, other: Path) -> bool:
+    """Whether two image files are of one size and begin with the same bytes."""
+    try:
+        with open_regular(one) as file, open_regular(other) as second:
+            same_size = os.fstat(file.fileno()).st_size == os.fstat(second.fileno()).st_size
+            return same_size and file.read(_SAMPLED_BYTES) == second.read(_SAMPLED_BYTES)
+    except OSError:
+        return False
 
 
 def _check_distinct(root: Path, classes: list[str], others: list[Path]) -> None:
@@ -295,11 +373,13 @@ def list_images(root: Path, start: str, left_out: LeftOut) -> tuple[Names, list[
                     name = os.path.join(folder, entry.name)
                     if entry.name.startswith("."):
                         left_out.add(HIDDEN, name)
+                    elif is_clutter(entry.name) and _is_folder(entry):
+                        left_out.add(CLUTTER, name)
                     elif entry.is_dir(follow_symlinks=False):
                         folders.append(name)
                         if folder == start:
                             first.append(entry.name)
-                    elif entry.is_symlink() and entry.is_dir():
+                    elif entry.is_symlink() and _is_folder(entry):
                         left_out.add(LINK, name)
                     elif not entry.name.lower().endswith(IMAGE_EXTENSIONS):
                         left_out.add(OTHER_EXTENSION, name)

@@ -41,6 +41,7 @@ def inspect_data(
     if is_held_out(split) and source.held_out is False:
         yield "the data have no splits: these are all images, training images too"
     yield from _describe_classes(source)
+    yield from map(printable, source.notes)
     for line in source.left_out:
         yield f"left out: {line}"
     order = source.order(seed, 0).tolist()

@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -12,8 +13,54 @@ MAX_NAMED = 3
 """Names per reason that `LeftOut` shows; the others are only counted."""
 OTHER_EXTENSION, HIDDEN, NO_CLASS = "with another extension", "with a hidden name", "in no class folder"
 LINK, NOT_REGULAR = "behind a link, which is not followed", "that are no regular files"
-NO_SPLIT = "that belong to no split"
-"""Reasons to leave a file out."""
+NO_SPLIT, CLUTTER = "that belong to no split", "of a system or a tool, such as thumbnails"
+"""Reasons to leave a file or folder out."""
+
+COMPARED = 16
+"""Held-out images that are looked for among the training images."""
+
+_CLUTTER = (
+    *("__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "recycler", "system volume information"),
+    *("lost+found", "__pycache__"),
+)
+"""Folders that archivers, file systems and storage devices make beside the user's. Those that start with a dot, such as
+.ipynb_checkpoints, are hidden."""
+
+
+def is_clutter(name: str) -> bool:
+    """Whether a folder of this name is no class: a system or a tool made it."""
+    return name.lower() in _CLUTTER
+
+
+def alike(classes: Sequence[str]) -> list[str]:
+    """A line if names of classes differ only in case, spaces or the encoding of accents; mostly one class was meant."""
+    groups: dict[str, list[str]] = {}
+    if all(name.isascii() and name.isdigit() for name in classes):  # there may be a million of them
+        return []
+    for name in classes:
+        groups.setdefault("".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(name)
+    pairs = [group for group in groups.values() if len(group) > 1]
+    if not pairs:
+        return []
+    names = " and ".join(map(ascii, pairs[0][:2]))
+    more = f", and {len(pairs) - 1} more" if len(pairs) > 1 else ""
+    return [f"WARNING: the names of the classes {names}{more} look alike: is it one class?"]
+
+
+def note_on_both(both: int, compared: int, training: object, first: str) -> list[str]:
+    """A line if held-out images are among the training images.
+
+    Args:
+        both: how many of those that were `compared`.
+        training: where these lie.
+        first: name of one of them.
+    """
+    if not both:
+        return []
+    return [
+        f"WARNING: {both} of {compared} images that were compared are in {training} too, first {first}: these are not "
+        "held out"
+    ]
 
 
 class Names:

@@ -1,8 +1,8 @@
 """Open data by their kind, the setting `data.source`. `register_source` adds a kind of your own."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from unite_fast.data_pipeline.digits import open_digits
 from unite_fast.data_pipeline.idx import open_idx
@@ -14,6 +14,7 @@ from unite_fast.data_pipeline.source import Source, UnreadableSample
 from unite_fast.data_pipeline.splits import HELD_OUT, TEST, TRAIN, check_same_classes, words_of
 from unite_fast.data_pipeline.synthetic import SyntheticSource
 from unite_fast.errors import UserError
+from unite_fast.utils.files import home_path
 
 
 def _open_shards(path: str, image_size: int, split: str) -> Source:
@@ -21,7 +22,7 @@ def _open_shards(path: str, image_size: int, split: str) -> Source:
         source = RemoteShardSource(path, image_size)
         source.held_out = False  # an address names one set, which serves as every split
         return source
-    return open_shards(Path(path).expanduser(), image_size, split)
+    return open_shards(home_path(path), image_size, split)
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,13 @@ class _Kind:
 
 
 def _open_folder(path: str, image_size: int, split: str) -> Source:
-    return FolderSource(Path(path).expanduser(), image_size, split)
+    return FolderSource(home_path(path), image_size, split)
 
 
 _KINDS = {
     "digits": _Kind(lambda path, size, split, classes: open_digits(size, split), False, 8),
     "folder": _Kind(lambda path, size, split, classes: _open_folder(path, size, split), True, 256, any_split=True),
-    "idx": _Kind(lambda path, size, split, classes: open_idx(Path(path).expanduser(), size, split), True, 32),
+    "idx": _Kind(lambda path, size, split, classes: open_idx(home_path(path), size, split), True, 32),
     # 0: the shards' own size
     "shards": _Kind(lambda path, size, split, classes: _open_shards(path, size, split), True, 0, any_split=True),
     "synthetic": _Kind(lambda path, size, split, classes: SyntheticSource(size, split, classes), False, 256),
@@ -161,7 +162,7 @@ def detect_source(data: str) -> tuple[str, str]:
     """
     if data in _KINDS and not _KINDS[data].needs_path:
         return data, ""
-    folder = Path(data).expanduser()
-    if is_remote(data) or (folder / MANIFEST).is_file() or splits_in(folder):
+    folder = home_path(data)
+    if is_remote(data) or os.path.isfile(folder / MANIFEST) or splits_in(folder):
         return "shards", data
-    return "idx" if any(folder.glob("*-ubyte*")) else "folder", data
+    return "idx" if os.path.isdir(folder) and any(folder.glob("*-ubyte*")) else "folder", data

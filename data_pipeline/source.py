@@ -41,6 +41,7 @@ class Source(ABC):
         split: name of the split in the data; empty: the data have no splits.
         held_out: whether the images are apart from the training images; None: unknown.
         left_out: what the data hold besides these images: a line for each reason, with the number and some names.
+        notes: what a user should know about the listing, a line each.
     """
 
     image_size: int
@@ -49,6 +50,7 @@ class Source(ABC):
     split: str = ""
     held_out: bool | None = None
     left_out: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     @abstractmethod
     def __len__(self) -> int:
@@ -98,7 +100,7 @@ class Source(ABC):
         """
         digest = hashlib.sha256()
         for index in range(len(self)):
-            digest.update(self.name(index).encode() + b"\n")
+            digest.update(self.name(index).encode("utf-8", "backslashreplace") + b"\n")
         return digest.hexdigest()
 
     def order(self, seed: int, epoch: int) -> Tensor:

@@ -11,7 +11,7 @@ from unite_fast.errors import UserError
 
 TRAIN = ("train", "training")
 VALIDATION = ("val", "valid", "validation", "dev", "eval")
-TEST = ("test", "testing")
+TEST = ("test", "testing", "holdout")
 WORDS = (*TRAIN, *VALIDATION, *TEST)
 HELD_OUT = "held-out"
 """The split to look at during training and evaluation: validation, or else test."""
@@ -56,8 +56,8 @@ def find_splits(names: Collection[str]) -> dict[str, str]:
     called "train", so a single such name among others is a class.
 
     Raises:
-        UserError: two names differ only in case, or all names contain words for splits, such as train2017 and val2017:
-            as classes they would mix training and held-out images.
+        UserError: two names differ only in case; or all names contain words for splits, or two differ only in such a
+            word, such as train2017 and val2017: as classes they would mix training and held-out images.
     """
     splits: dict[str, str] = {}
     for name in sorted(names):
@@ -66,11 +66,15 @@ def find_splits(names: Collection[str]) -> dict[str, str]:
             raise UserError(f"{splits[word]} and {name} are one split: rename or remove one")
     if _are_both(splits) or len(splits) == len(names):
         return splits
-    within = [split_of_name(name) for name in names]
-    if all(within) and _are_both(within):
-        raise UserError(
-            f"{', '.join(sorted(names)[:6])} look like splits and not like classes: call them train, val and test"
-        )
+    within = {name: split_of_name(name) for name in sorted(names)}
+    around: dict[str, list[str]] = {}
+    for name, word in within.items():
+        if word:
+            around.setdefault(re.sub(f"(?<![a-z]){word}(?![a-z])", "*", name.lower()), []).append(name)
+    groups = [list(within), *around.values()] if all(within.values()) else around.values()
+    found = next((group for group in groups if _are_both([within[name] for name in group])), None)
+    if found:
+        raise UserError(f"{', '.join(found[:6])} look like splits and not like classes: call them train, val and test")
     return {}
 
 
@@ -90,6 +94,25 @@ def check_no_splits_below(name: str, folders: Collection[str], place: object) ->
         raise UserError(
             f"the folder {name} in {place} would be a class, but holds {' and '.join(splits)}: give the "
             "folder that holds the splits, each with a folder per class"
+        )
+
+
+def check_no_split_is_a_class(name: str, folders: Collection[str], holds_images: bool, place: object) -> None:
+    """Check that a class is not a split beside folders of other names, such as train beside extra.
+
+    Args:
+        name: of the class.
+        folders: names of the folders in its folder.
+        holds_images: whether there are images beside these, as in the folder of a class.
+        place: where it lies, for the message.
+
+    Raises:
+        UserError: it has a word for a split as its name, and holds folders only, as a split does.
+    """
+    if name.lower() in WORDS and folders and not holds_images:
+        raise UserError(
+            f"the folder {name} in {place} looks like a split: it holds only folders, first {min(folders)}; "
+            "call the folders beside it train, val or test, or move them elsewhere; if it is a class, rename it"
         )
 
 

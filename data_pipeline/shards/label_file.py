@@ -1,6 +1,7 @@
 """Read the classes of images from a text file: `unite-fast shards --labels`."""
 
 import csv
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ _OF_A_TABLE = re.compile(r"\.(jpe?g|png|webp|bmp|gif)\b", re.IGNORECASE)
 """In a line that names an image file."""
 _NUMBERED = re.compile(r"\d+\s*[,;:\s]\s*\S")
 _IMAGENET = re.compile(r"ILSVRC20\d\d_(val|test)_\d+\.", re.IGNORECASE)
+_HEADERS = ("label", "labels", "class", "classes", "class_id", "class_name", "category", "target", "wnid", "synset")
 _BOXES = "predictionstring"
 """The header of the second column in LOC_val_solution.csv: a class, then the corners of boxes."""
 
@@ -28,7 +30,8 @@ def read_label_file(path: Path, names: list[str]) -> list[str]:
     Args:
         path: either one class per line, ordered by the names of the image files; or two columns separated by a comma,
             a tab or a space, the name of an image file (with its extension or without) and the class, with a line of
-            headers or without. Kaggle's LOC_val_solution.csv has a class and boxes in the second column.
+            headers or without. Kaggle's LOC_val_solution.csv has a class and boxes in the second column. A list is
+            refused if the order of the names is not the same everywhere: 10.jpg comes before or after 2.jpg.
         names: names of the image files, without folders.
 
     Raises:
@@ -43,9 +46,10 @@ def read_label_file(path: Path, names: list[str]) -> list[str]:
     lines = _lines(path)
     by_name = _by_name(path, lines, names)
     if by_name is None:
+        _check_list(path, lines, names)
         if len(lines) != len(names):
             raise UserError(f"{path} has {len(lines)} lines, but there are {len(names)} images: one class per line")
-        _check_list(path, lines, names)
+        _check_one_order(path, names)
         classes = [""] * len(names)
         for number, line in zip(np.argsort(np.array(names), kind="stable").tolist(), lines, strict=True):
             classes[number] = line
@@ -55,6 +59,7 @@ def read_label_file(path: Path, names: list[str]) -> list[str]:
             raise UserError(f"{path} has no class for {len(missing)} images, first {missing[0]}")
         classes = [by_name[name] for name in names]
     classes = [_class_of(path, value) for value in classes]
+    _check_numbers(path, classes)
     if all(name.isdecimal() for name in classes) and all(_IMAGENET.match(name) for name in names):
         raise ClassesDiffer(
             f"{path} labels ImageNet's images by numbers such as {classes[0]}, which do not say a class, since the "
@@ -100,7 +105,8 @@ def _by_name(path: Path, lines: list[str], names: list[str]) -> dict[str, str] |
     name_of = {name.rsplit(".", 1)[0]: name for name in names} | {name: name for name in names}
     rows = [_columns(path, line) for line in lines]
     # The first line may be a header. Images and classes may both be numbers: a list has one column.
-    if not any(row[0] in name_of and row[1] for row in rows[:2]):
+    known = [row[0] in name_of and bool(row[1]) for row in rows]
+    if not any(known[:2]) and 2 * sum(known) <= len(names):
         return None
     header = rows.pop(0) if rows[0][0] not in name_of else ["", ""]
     boxes = header[1].lower() == _BOXES
@@ -128,14 +134,53 @@ def _check_list(path: Path, lines: list[str], names: list[str]) -> None:
         UserError: the lines are no classes: they name images, or all of them are numbered.
     """
     here = set(names)
+    stems = {name.rsplit(".", 1)[0] for name in names}
     line = next((line for line in lines if _OF_A_TABLE.search(line) or line in here), None)
-    if line is None and all(map(_NUMBERED.match, lines)):
+    line = line or next((line for line in lines if _begins_with(line, stems)), None)
+    if line is None and lines and all(map(_NUMBERED.match, lines)):
         line = lines[0]
     if line is not None:
         raise UserError(
             f"the line {line[:80]} of {path} is no class, and its first column is no image of these, such "
             f"as {names[0]}: give IMAGE,CLASS in each line, or only the class"
         )
+    if lines and lines[0].lower() in _HEADERS and lines.count(lines[0]) == 1:
+        raise UserError(f"the first line of {path} is {lines[0]}, a header and no class: remove it")
+
+
+def _begins_with(line: str, stems: set[str]) -> bool:
+    """Whether a line is an image and, after a separator that is not read, something else."""
+    first, *rest = re.split("[;:|]", line, maxsplit=1)
+    return bool(rest) and first.strip().strip("\"'") in stems
+
+
+def _check_one_order(path: Path, names: list[str]) -> None:
+    """
+    Raises:
+        UserError: programs sort these names in several orders, so a list of classes would be ambiguous.
+    """
+
+    def as_people_do(name: str) -> list:
+        parts = re.split(r"(\d+)", name.casefold(), flags=re.ASCII)
+        return [int(part) if index % 2 else part for index, part in enumerate(parts)]
+
+    for one, other in itertools.pairwise(sorted(names)):
+        if as_people_do(one) > as_people_do(other):
+            raise UserError(
+                f"{path} is a list of classes, but in which order? Some programs put {one} before {other}, others "
+                "after it: give IMAGE,CLASS in each line"
+            )
+
+
+def _check_numbers(path: Path, classes: list[str]) -> None:
+    """
+    Raises:
+        UserError: two classes are one number, such as 1 and 01.
+    """
+    text_of: dict[int, str] = {}
+    for name in set(classes):
+        if name.lstrip("+").isdecimal() and text_of.setdefault(int(name), name) != name:
+            raise UserError(f"{path} has the classes {text_of[int(name)]} and {name}, which are one number: write one")
 
 
 def _class_of(path: Path, value: str) -> str:
@@ -161,7 +206,7 @@ def _columns(path: Path, line: str) -> list[str]:
     """
     if "," in line:
         try:
-            first, *rest = next(csv.reader([line]))
+            first, *rest = next(csv.reader([line], strict=True))
         except csv.Error as error:
             raise UserError(f"cannot read the line {line[:80]} of {path}: {error}") from None
     elif "\t" in line:

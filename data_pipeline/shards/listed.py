@@ -3,15 +3,17 @@
 import hashlib
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from unite_fast.data_pipeline.listing import LeftOut, Names
+from unite_fast.data_pipeline.listing import COMPARED, LeftOut, Names, note_on_both
 from unite_fast.data_pipeline.source import UnreadableSample
 from unite_fast.data_pipeline.splits import renumber
-from unite_fast.errors import UserError, printable, reason_of
+from unite_fast.errors import UserError, printable, reason_of, shown
 from unite_fast.utils.files import open_regular
 
 MOST_CLASSES = 1_000_000
@@ -22,10 +24,21 @@ NO_LABEL, UNLABELLED = "without a label", "with the label -1, which means unlabe
 """Reasons to leave a sample out."""
 
 _NUMBER = re.compile(r"[-+]?\d{1,30}(\.\d{0,30})?", re.ASCII)
-_CONTROL = re.compile("[\x00-\x1f\x7f]")
+_ODD_NUMBER = re.compile(
+    r"[-+]*(0[xob][\da-f]+|\d+(\.\d*)?e[-+]?\d+|nan|inf|\d+|\.\d+)|\{.*\}|\[.*\]", re.ASCII | re.IGNORECASE
+)
+"""What programs take for a number, a list or nothing. A pandas table writes a missing value as nan."""
+_OF_A_LIST = re.compile("[\\s,;_()\\[\\]{}\"']")
+"""With digits and without letters: several numbers, or a number in quotes."""
+_JOINERS = str.maketrans("", "", "\u200c\u200d")
+"""Letters that do not show, but belong to words of some languages."""
 
 Label = int | str
 """The number or the name of a class."""
+
+
+class NoClasses(UserError):
+    """The images of a split have no classes, as the test images of ImageNet."""
 
 
 @dataclass
@@ -41,6 +54,7 @@ class RawImages:
             a file of its own, `names[i]` in the folder `files[0]`.
         left_out: what is not listed.
         split: name of the split in the data; empty if they have none.
+        notes: what a user should know about the listing, a line each.
     """
 
     class_names: list[str]
@@ -50,6 +64,7 @@ class RawImages:
     places: np.ndarray
     left_out: LeftOut = field(default_factory=LeftOut)
     split: str = ""
+    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -98,6 +113,25 @@ class RawImages:
         numbers[used] = renumber([self.class_names[label] for label in used.tolist()], training, held_out, train)
         self.labels, self.class_names = numbers[self.labels], list(training)
 
+    def in_both(self, training: "RawImages", place: object) -> list[str]:
+        """A line if some of these held-out images are among the training images, by the same name; a few are compared.
+
+        Args:
+            place: where the training images lie.
+        """
+        numbers = (
+            sorted({number * (len(self) - 1) // (COMPARED - 1) for number in range(COMPARED)}) if len(self) else []
+        )
+        wanted = {self.names[number]: number for number in numbers}
+        both = []
+        for other, name in enumerate(training.names):
+            number = wanted.get(name)
+            if number is not None and self.places[number, 2] == training.places[other, 2]:
+                with suppress(UnreadableSample):
+                    if self.read(number) == training.read(other):
+                        both.append(number)
+        return note_on_both(len(set(both)), len(numbers), place, self.name(min(both)) if both else "")
+
 
 def parse_label(value: object) -> Label:
     """The class that a value from a file means: digits are a number, other text is a name; -1 means unlabelled.
@@ -111,12 +145,10 @@ def parse_label(value: object) -> Label:
         value = value.strip()
         if _NUMBER.fullmatch(value):
             value = float(value) if "." in value else int(value)
-        elif not value:
-            raise ValueError("the label is empty")
-        elif len(value) > 1000:
-            raise ValueError(f"a label of {len(value)} characters is no class")
-        elif _CONTROL.search(value):
-            raise ValueError(f"the label {value!r} has control characters, so it is no text or more than one line")
+        else:
+            value = parse_name(value)
+            if not _is_name(value):
+                raise ValueError(f"the label {shown(value)} is no class: give a whole number in digits 0-9, or a name")
     if isinstance(value, float):
         if not value.is_integer():
             raise ValueError(f"the label {value} is no class: give whole numbers or names")
@@ -126,6 +158,31 @@ def parse_label(value: object) -> Label:
     if isinstance(value, int) and not -1 <= value < MOST_CLASSES:
         raise ValueError(f"the label {value} is no class: the numbers are 0 to {MOST_CLASSES - 1}")
     return value
+
+
+def parse_name(value: str) -> str:
+    """A name of a class, without spaces around it.
+
+    Raises:
+        ValueError: it is empty, too long or has characters that do not show; the message is one line.
+    """
+    name = value.strip()
+    if not name:
+        raise ValueError("the label is empty")
+    if len(name) > 1000:
+        raise ValueError(f"a label of {len(name)} characters is no class")
+    if any(unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Zl", "Zp") for letter in name.translate(_JOINERS)):
+        raise ValueError(f"the label {shown(name)} has control characters, so it is no text or more than one line")
+    return name
+
+
+def _is_name(text: str) -> bool:
+    """Whether a text that is no number can be the name of a class: "1 2", "[3]", "1e3" and "nan" cannot."""
+    if _ODD_NUMBER.fullmatch(text) or (len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"):
+        return False
+    if any(letter.isalpha() for letter in text) or not any(letter.isnumeric() for letter in text):
+        return True
+    return text.isascii() and not _OF_A_LIST.search(text)
 
 
 def number_classes(labels: Iterable[Label], place: object, names: Sequence[str] = ()) -> tuple[list[str], np.ndarray]:

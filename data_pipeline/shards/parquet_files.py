@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from unite_fast.data_pipeline.listing import LeftOut, Names
+from unite_fast.data_pipeline.listing import LeftOut, Names, alike
 from unite_fast.data_pipeline.shards.listed import (
     NO_LABEL,
     UNLABELLED,
@@ -18,6 +18,7 @@ from unite_fast.data_pipeline.shards.listed import (
     RawImages,
     number_classes,
     parse_label,
+    parse_name,
 )
 from unite_fast.data_pipeline.splits import check_same_classes
 from unite_fast.errors import UserError, reason_of
@@ -97,16 +98,24 @@ def list_parquet(
         if _class_names(files, columns):
             check_same_classes(class_names, of_training, place, training[0])
         images.conform(of_training, place, training[0])
+    images.notes += alike(class_names)
     return images
 
 
 def has_labels(files: Sequence[Path], columns: Columns) -> bool:
-    """Whether a row of these files has a label.
+    """Whether a row of these files has a label; files without a column of labels have none.
 
     Raises:
         UserError: see `list_parquet`.
     """
-    return any(label is not None for path in files for label in _read(path, None, columns, LeftOut()).labels)
+    for path in files:
+        with _opened(path) as file:
+            usual = [columns.label] if columns.label else LABEL_COLUMNS
+            if not any(column in file.schema_arrow.names for column in usual):
+                continue
+        if any(label is not None for label in _read(path, None, columns, LeftOut()).labels):
+            return True
+    return False
 
 
 def _training_classes(files: Sequence[Path], columns: Columns) -> list[str]:
@@ -118,13 +127,29 @@ def _training_classes(files: Sequence[Path], columns: Columns) -> list[str]:
 def _opened(path: Path) -> Iterator[Any]:
     """A pyarrow.parquet.ParquetFile. Errors inside the `with` block become UserErrors."""
     try:
-        import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise UserError("Parquet files need pyarrow: pip install 'unite-fast[parquet]'") from None
+    with (
+        _reading(path),
+        open_regular(path) as opened,
+        parquet.ParquetFile(opened, page_checksum_verification=True) as file,
+    ):
+        yield file
+
+
+def _batches(path: Path, file, columns: list[str]) -> Iterator[Any]:
+    """Some rows at a time. Errors are those of this file, also while another one is written."""
+    with _reading(path):
+        yield from file.iter_batches(batch_size=_ROWS, columns=columns)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    import pyarrow
+
     try:
-        with open_regular(path) as opened, parquet.ParquetFile(opened) as file:
-            yield file
+        yield
     except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError, pyarrow.ArrowException) as error:
         raise UserError(f"cannot read {path}: {reason_of(error)}") from None
 
@@ -218,7 +243,7 @@ def _read(path: Path, target: Path | None, columns: Columns, left_out: LeftOut) 
         wanted = [label_column] if target is None else [image_column, label_column]
         copy = atomic_write(target) if target is not None and not target.exists() else nullcontext(os.devnull)
         with copy as partial, open(partial, "wb") as out:
-            for batch in file.iter_batches(batch_size=_ROWS, columns=wanted):
+            for batch in _batches(path, file, wanted):
                 for row in batch.to_pylist():
                     name = f"{path.name}:{len(labels)}"
                     label = _label_of(row[label_column], name, left_out)
@@ -253,9 +278,7 @@ def _label_of(value: object, name: str, left_out: LeftOut) -> Label | None:
 
 def _name(value: str) -> Label:
     """Text in Parquet is a name, even if it is digits: the column says that it is text. "-1" means unlabelled."""
-    if not value.strip():
-        raise ValueError("the label is empty")
-    return -1 if value.strip() == "-1" else value
+    return -1 if value.strip() == "-1" else parse_name(value)
 
 
 def _bytes_of(value: object) -> bytes:

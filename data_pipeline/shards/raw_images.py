@@ -3,25 +3,27 @@
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
 from unite_fast.data_pipeline.image_folder import FolderSource, find_split_folder, list_images, subfolders
-from unite_fast.data_pipeline.listing import NO_SPLIT, LeftOut
+from unite_fast.data_pipeline.listing import NO_SPLIT, LeftOut, alike, is_clutter
 from unite_fast.data_pipeline.shards.label_file import check_one_folder, read_label_file
-from unite_fast.data_pipeline.shards.listed import RawImages, number_classes
+from unite_fast.data_pipeline.shards.listed import NoClasses, RawImages, number_classes
 from unite_fast.data_pipeline.shards.parquet_files import Columns, has_labels, list_parquet
+from unite_fast.data_pipeline.shards.parts import notes_on_parts
 from unite_fast.data_pipeline.shards.tar_files import list_tars
 from unite_fast.data_pipeline.shards.tar_members import PACKED
 from unite_fast.data_pipeline.splits import (
     TEST,
+    VALIDATION,
     WORDS,
     NoSplit,
     choose_split,
     find_splits,
     is_held_out,
     split_of_name,
-    training_folder,
     training_split,
     words_of,
 )
@@ -50,7 +52,7 @@ def find_raw_images(
         UserError: no images; no such split; damaged files; images without classes; or an option that does not fit.
     """
     words_of(split)
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"there is no file or folder {path}")
     if not path.is_file() and not path.is_dir():
         raise UserError(f"{path} is neither a regular file nor a folder")
@@ -68,20 +70,42 @@ def find_raw_images(
     if is_held_out(split) and not listed.split and not is_held_out(split_of_name(path.stem)):
         raise NoSplit(f"no split {split} in {path}, which has no splits: leave out --split to read all images")
     if not len(listed):
-        raise UserError(f"no images in {path}: give a folder of class folders, tar files or Parquet files")
+        lines = "; ".join(listed.left_out.lines())
+        why = f" (left out: {lines})" if lines else ""
+        raise UserError(f"no images in {path}{why}: give a folder of class folders, tar files or Parquet files")
+    if not is_held_out(split):
+        listed.notes += _empty_classes(listed)
     return listed
+
+
+def _empty_classes(listed: RawImages) -> list[str]:
+    """A line if classes have no images: numbers of classes often have gaps, or start at 1."""
+    counts = np.bincount(listed.labels, minlength=len(listed.class_names))
+    empty = np.flatnonzero(counts == 0)
+    if not len(empty):
+        return []
+    hint = "; do the numbers start at 1?" if empty.tolist() == [0] else ""
+    names = ", ".join(listed.class_names[label] for label in empty[:3].tolist())
+    return [f"WARNING: {len(empty):,} of {len(counts):,} classes have no images, first {names}{hint}"]
 
 
 def _files(path: Path, suffix: str, at_any_depth: bool = False) -> list[Path]:
     """Files with this suffix in any case: `path` itself, or those in it, or in folders of splits in it. Hidden names,
-    such as a Mac's ._x.tar, and folders are left out."""
+    such as a Mac's ._x.tar, and folders are left out.
+
+    Raises:
+        UserError: a folder cannot be listed.
+    """
     if path.is_file():
         return [path] if path.suffix.lower() == suffix else []
 
+    def refuse(error: OSError) -> NoReturn:
+        raise UserError(f"cannot list {error.filename}: {error.strerror}; make it readable or remove it")
+
     def within(folder: Path) -> list[Path]:
         found = []
-        for place, folders, names in os.walk(folder):
-            folders[:] = [name for name in folders if at_any_depth and not name.startswith(".")]
+        for place, folders, names in os.walk(folder, onerror=refuse):
+            folders[:] = [name for name in folders if at_any_depth and name[0] != "." and not is_clutter(name)]
             found += [Path(place, name) for name in names if name.lower().endswith(suffix) and name[0] != "."]
         return sorted(found)
 
@@ -89,11 +113,17 @@ def _files(path: Path, suffix: str, at_any_depth: bool = False) -> list[Path]:
     return within(path) or sorted(file for folder in below for file in within(folder))
 
 
-def _choose_files(files: list[Path], place: Path, split: str, left_out: LeftOut) -> tuple[list[Path], str, list[Path]]:
+def _choose_files(
+    files: list[Path], place: Path, split: str, left_out: LeftOut, may_be_classes: bool = False
+) -> tuple[list[Path], str, list[Path]]:
     """The files of the split by their names, or those of folders between `place` and them; the split's name, empty if
-    the names are of no splits; and the files of the training images, if these are others."""
+    the names are of no splits; and the files of the training images, if these are others.
+
+    Args:
+        may_be_classes: whether a name may be that of a class, such as train.tar beside tram.tar.
+    """
     words = {file: _word_of(file, place) for file in files}
-    splits = find_splits({word or file.stem for file, word in words.items()})
+    splits = find_splits({word or file.stem for file, word in words.items() if word or may_be_classes})
     if not splits:
         return files, "", []
     name = choose_split(splits, split, place)
@@ -128,20 +158,49 @@ def _of_parquet(
     listed = list_parquet(chosen, chosen[0] if len(chosen) == 1 else place, staging, columns, training)
     listed.split = name
     listed.left_out.merge(left_out)
+    listed.notes += notes_on_parts(chosen, place)
+    _count_beside(files, place, listed.left_out)
     return listed
 
 
-def _of_tars(tars: list[Path], place: Path, split: str, labels: Path | None) -> RawImages:
-    left_out = LeftOut()
-    chosen, name, training = (tars, "", []) if place.is_file() else _choose_files(tars, place, split, left_out)
-    listed = list_tars(chosen, split, place, labels, training)
-    listed.split = listed.split or name
-    listed.left_out.merge(left_out)
+def _count_beside(files: list[Path], place: Path, left_out: LeftOut) -> None:
+    """Count what lies in `place` and is neither one of the files nor holds one."""
     if place.is_dir():
-        known = {*tars, *(tar.parent for tar in tars)}
+        known = {*files, *(folder for file in files for folder in file.parents)}
         for entry in sorted(place.iterdir()):
             if entry not in known:
-                listed.left_out.add(BESIDE, entry.name)
+                left_out.add(BESIDE, entry.name)
+
+
+def _of_tars(tars: list[Path], place: Path, split: str, labels: Path | None) -> RawImages:
+    """A test split without classes gives way to validation, as in a folder."""
+    try:
+        return _of_split(tars, place, split, labels)
+    except NoClasses as error:
+        if split.lower() not in TEST or labels is not None:
+            raise
+        with suppress(NoSplit):
+            listed = _of_split(tars, place, VALIDATION[0], labels)
+            listed.left_out.add(UNLABELLED_SPLIT, split)
+            return listed
+        raise error
+
+
+def _of_split(tars: list[Path], place: Path, split: str, labels: Path | None) -> RawImages:
+    left_out = LeftOut()
+    chosen, name, training = (tars, "", []) if place.is_file() else _choose_files(tars, place, split, left_out, True)
+    listed = list_tars(chosen, split, place, labels, training)
+    of_splits = [tar for tar in tars if split_of_name(tar.stem)]
+    others = [tar for tar in tars if tar not in of_splits]
+    if not name and of_splits and others and not any(tar.stem in listed.class_names for tar in of_splits):
+        raise UserError(
+            f"{of_splits[0].name} in {place} has the name of a split, and {others[0].name} has not: put train, val or "
+            "test into each name, or give one of them"
+        )
+    listed.split = listed.split or name
+    listed.left_out.merge(left_out)
+    listed.notes += notes_on_parts(chosen, place)
+    _count_beside(tars, place, listed.left_out)
     return listed
 
 
@@ -149,9 +208,8 @@ def _of_folder(path: Path, split: str) -> RawImages:
     _check_unpacked(path)
     source = FolderSource(path, 0, split)
     labels, files, places = source.labels.astype(np.int64), [str(source.root)], _whole_files(len(source))
-    listed = RawImages(source.class_names, labels, source.files, files, places, source.listed_left_out, source.split)
-    _conform_to_sibling(listed, path)
-    return listed
+    left_out, notes = source.listed_left_out, list(source.notes)
+    return RawImages(source.class_names, labels, source.files, files, places, left_out, source.split, notes)
 
 
 def _check_unpacked(path: Path) -> None:
@@ -175,21 +233,10 @@ def _of_flat_folder(path: Path, split: str, labels: Path) -> RawImages:
     listed = RawImages(class_names, numbers, files, [str(place.root)], places, left_out, place.split)
     if place.training is not None:
         listed.conform(subfolders(place.training), labels, place.training)
-    else:
-        _conform_to_sibling(listed, path)
+    listed.notes += alike(class_names)
     return listed
 
 
 def _whole_files(count: int) -> np.ndarray:
     """`RawImages.places` of images that are files of their own."""
     return np.tile(np.array([0, 0, -1], np.int64), (count, 1))
-
-
-def _conform_to_sibling(listed: RawImages, path: Path) -> None:
-    """Give held-out images the labels of the training images beside them: imagenet/val those of imagenet/train."""
-    path = path.absolute()
-    if listed.split or not is_held_out(path.name):
-        return
-    training = training_folder(path.parent, find_splits(subfolders(path.parent)), path.name)
-    if training is not None and (classes := subfolders(training)):
-        listed.conform(classes, path, training)

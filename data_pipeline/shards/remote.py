@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import shlex
 import threading
 import time
@@ -19,7 +20,7 @@ from unite_fast.data_pipeline.shards.manifest import MANIFEST, Shard, index_path
 from unite_fast.data_pipeline.shards.source import ShardSource
 from unite_fast.errors import UserError, one_line
 from unite_fast.randomness import permutation
-from unite_fast.utils.files import writing
+from unite_fast.utils.files import home_path, writing
 
 CACHE_VARIABLE = "UNITE_FAST_CACHE"
 _log = logging.getLogger("unite_fast.data")
@@ -32,11 +33,8 @@ _CURRENT = 10.0
 _MOST_MANIFEST_BYTES = 2**28
 _MOST_INDEX_BYTES = 200
 """For the header, and for each sample; a line has about 80."""
-# Give up on a connection that transfers nothing for a minute, and try again.
-_CURL = (
-    "pipe:curl --proto =http,https --fail --silent --show-error --location "
-    "--connect-timeout 30 --speed-limit 1 --speed-time 60 "
-)
+# Give up on a connection that transfers next to nothing for a minute, and try again.
+_CURL = "pipe:curl --fail --silent --show-error --location --connect-timeout 30 --speed-limit 1000 --speed-time 60 "
 
 
 def is_remote(path: str) -> bool:
@@ -62,7 +60,7 @@ class RemoteShardSource(ShardSource):
             _ANNOUNCED.add(address)
             _log.warning("the data come from a command: %r", address.removeprefix("pipe:"))
         self._fetcher: threading.Thread | None = None
-        cache = Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/unite_fast").expanduser()
+        cache = home_path(os.environ.get(CACHE_VARIABLE) or "~/.cache/unite_fast")
         folder = self._folder_now(cache / hashlib.sha256(address.encode()).hexdigest()[:16])
         shards = read_manifest(folder / MANIFEST).shards
         with ThreadPoolExecutor(_FETCHES_AT_ONCE) as pool:
@@ -89,7 +87,7 @@ class RemoteShardSource(ShardSource):
                 return newest.parent
             fetched = first / "now" / MANIFEST
             fetched.parent.mkdir(exist_ok=True)
-            reason = self._fetch(fetched, _MOST_MANIFEST_BYTES, tries=1 if newest else _TRIES)
+            reason = self._fetch_manifest(fetched, tries=1 if newest else _TRIES)
             if reason and newest is None:
                 raise UserError(f"cannot fetch {MANIFEST} from {self.address} ({_TRIES} tries): {reason}")
             if newest and reason:
@@ -106,6 +104,18 @@ class RemoteShardSource(ShardSource):
                 first.mkdir(exist_ok=True)
             os.replace(fetched, first / MANIFEST)
             return first
+
+    def _fetch_manifest(self, target: Path, tries: int) -> str | None:
+        """Fetch the manifest; returns why that failed, or None. A page that says "not found" or "log in" may arrive in
+        its place, and must not replace a cached one."""
+        if reason := self._fetch(target, _MOST_MANIFEST_BYTES, tries=tries):
+            return reason
+        try:
+            read_manifest(target)
+        except UserError as error:
+            target.unlink()
+            return f"what arrived is not the manifest of a set ({error})"
+        return None
 
     def _fetch_index(self, folder: Path, shard: Shard) -> None:
         self.fetch(index_path(folder / shard.name), _MOST_INDEX_BYTES * (1 + shard.samples))
@@ -189,7 +199,7 @@ class RemoteShardSource(ShardSource):
                 # An error of the disk has an errno, one of the command has none.
                 if getattr(error, "errno", None) is not None:
                     raise
-                return one_line(str(error))
+                return _reason_of_command(str(error))
             size = out.tell()
         if shard is not None and size != shard.bytes:
             return f"it has {size} bytes, the manifest says {shard.bytes}"
@@ -201,7 +211,16 @@ class RemoteShardSource(ShardSource):
     def _command(self, name: str) -> str:
         if self.address.startswith("pipe:"):
             return self.address.replace("{}", name)
-        return _CURL + shlex.quote(f"{self.address.rstrip('/')}/{name}")
+        # Also of what the server redirects to: an encrypted transfer stays one.
+        protocols = "=https" if self.address.startswith("https:") else "=http,https"
+        return f"{_CURL}--proto {protocols} " + shlex.quote(f"{self.address.rstrip('/')}/{name}")
+
+
+def _reason_of_command(message: str) -> str:
+    """webdataset's error, without the command and its arguments."""
+    status = re.search(r": exit (-?\d+) ", message)
+    name = "curl" if "curl " in message[:20] else "the command"
+    return f"{name} ended with status {status[1]}; see what it printed" if status else one_line(message)
 
 
 @contextmanager

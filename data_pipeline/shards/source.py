@@ -176,7 +176,7 @@ def open_shards(path: Path, image_size: int, split: str) -> ShardSource:
         UserError: no shard set there, or its classes differ from those of the training set.
     """
     words_of(split)
-    if (path / MANIFEST).is_file():
+    if os.path.isfile(path / MANIFEST):
         source = ShardSource(path, image_size)
         source.held_out = False
         return source
@@ -198,5 +198,7 @@ def open_shards(path: Path, image_size: int, split: str) -> ShardSource:
 
 def splits_in(path: Path) -> dict[str, str]:
     """The subfolders that have a split's name and hold a shard set: word -> name."""
+    if not os.path.isdir(path):
+        return {}
     folders = (folder for folder in sorted(path.glob("*")) if folder.name.lower() in WORDS)
-    return {folder.name.lower(): folder.name for folder in folders if (folder / MANIFEST).is_file()}
+    return {folder.name.lower(): folder.name for folder in folders if os.path.isfile(folder / MANIFEST)}

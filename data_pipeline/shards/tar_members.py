@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from unite_fast.data_pipeline.listing import HIDDEN, LINK, LeftOut
+from unite_fast.data_pipeline.listing import CLUTTER, HIDDEN, LINK, LeftOut, is_clutter
 from unite_fast.errors import UserError, reason_of
 from unite_fast.utils.files import open_regular
 
@@ -54,7 +54,7 @@ def open_tar(path: Path) -> Iterator[BinaryIO]:
     """
     try:
         with open_regular(path) as file:
-            _check_not_compressed(path, file)
+            _check_not_compressed(file, str(path))
             yield file
     except (OSError, tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
         raise UserError(f"cannot read the tar file {path} to its end: {reason_of(error)}; fetch it again") from None
@@ -76,14 +76,15 @@ def read_members(file: BinaryIO, title: str, left_out: LeftOut) -> Iterator[Memb
             yield Member(path, header.offset_data, header.size)
 
 
-def _check_not_compressed(path: Path, file: BinaryIO) -> None:
+def _check_not_compressed(file: BinaryIO, title: str) -> None:
+    place = file.tell()
     start = file.read(8)
-    file.seek(0)
+    file.seek(place)
     for magic, (kind, command) in _COMPRESSED.items():
         if start.startswith(magic):
             raise UserError(
-                f"{path} is compressed ({kind}), so single images in it cannot be read: unpack it ({command} "
-                f"{path.name}) and give what it held"
+                f"{title} is compressed ({kind}), so single images in it cannot be read: unpack it with {command}, and "
+                "give what it held"
             )
 
 
@@ -99,23 +100,42 @@ def _headers_of_all(file: BinaryIO, title: str, left_out: LeftOut) -> Iterator[t
             folder = member.name[: -len(".tar")]
             # Opened from the same file object, so its members' offsets count from the start of the outer file.
             file.seek(member.offset_data)
+            inner_title, inner_end = f"{member.name} in {title}", member.offset_data + member.size
+            _check_not_compressed(file, inner_title)
             with tarfile.open(fileobj=file, mode="r:") as inner:
-                for below in _headers(inner, member.offset_data + member.size, f"{member.name} in it"):
+                for below in _headers(inner, inner_end, f"{member.name} in it"):
                     if below.name.lower().endswith(".tar"):
                         left_out.add(NESTED, f"{folder}/{below.name}")
                     else:
                         yield f"{folder}/{below.name}", below
-        file.seek(outer.offset)
-        after = file.read(_AFTER_END)
-        if len(after) < tarfile.BLOCKSIZE:
-            left_out.add(NO_END, title)
-        elif any(after):
-            left_out.add(DATA_AFTER_END, title)
+                _check_end(file, inner.offset, inner_end, inner_title, left_out)
+        _check_end(file, outer.offset, end, title, left_out)
+
+
+def _check_end(file: BinaryIO, place: int, end: int, title: str, left_out: LeftOut) -> None:
+    """Look at what stands where tarfile found no more headers: it takes a damaged one for the end.
+
+    Args:
+        place: where the end mark should be, bytes.
+        end: of the tar file, bytes.
+
+    Raises:
+        tarfile.ReadError: it is a damaged header.
+    """
+    file.seek(place)
+    after = file.read(max(0, min(_AFTER_END, end - place)))
+    if len(after) < tarfile.BLOCKSIZE:
+        left_out.add(NO_END, title)
+    elif any(after[: tarfile.BLOCKSIZE]):
+        raise tarfile.ReadError(f"a header of {title} is damaged, at byte {place}")
+    elif any(after):
+        left_out.add(DATA_AFTER_END, title)
 
 
 def _headers(tar: tarfile.TarFile, end: int, title: str) -> Iterator[tarfile.TarInfo]:
     """The headers of a tar file that ends at the offset `end`, except those of folders."""
-    while (member := tar.next()) is not None:
+    # Without an end mark, the headers of the outer file would follow.
+    while (member := tar.next()) is not None and member.offset < end:
         # Otherwise it keeps the headers of all members. The type stubs do not know the attribute.
         tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
         if member.isreg() and member.offset_data + member.size > end:
@@ -131,6 +151,8 @@ def _reason(header: tarfile.TarInfo, parts: list[str]) -> str:
         return HIDDEN
     if ".." in parts:
         return DOTS
+    if any(map(is_clutter, parts[:-1])):
+        return CLUTTER
     if not header.isreg():
         return LINK
     return SPARSE if header.issparse() else ""

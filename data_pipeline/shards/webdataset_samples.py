@@ -1,5 +1,6 @@
 """WebDataset samples in tar files: members belong together whose paths are equal up to the last part's first dot."""
 
+import codecs
 from collections.abc import Sequence
 
 from unite_fast.data_pipeline.listing import LeftOut
@@ -36,9 +37,9 @@ def label_in(data: bytes, extension: str, path: str) -> Label | NoClass | None:
 
     try:
         if extension == "cls":
-            return parse_label(data.decode())
+            return parse_label(data.decode("utf-8-sig"))
         try:
-            tree = parse_json(data)
+            tree = parse_json(data.removeprefix(codecs.BOM_UTF8))
         except ValueError:
             return None
         value = next((tree[key] for key in LABEL_KEYS if key in tree), None) if isinstance(tree, dict) else None

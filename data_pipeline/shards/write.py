@@ -51,6 +51,7 @@ _STAGING = "staging"
 _BLOCK = 512
 _MOST_RECORD_BYTES = 2**28
 _LARGEST_SIDE = 16384
+_NAMED_CLASSES = 5
 _NO_EPOCH = 2**32 - 1
 """The shuffle uses the order of an epoch that no run reaches: no run then reads the shards sequentially by chance."""
 
@@ -113,7 +114,8 @@ def make_shards(
         source, split, labels, columns: see `find_raw_images`.
         out: folder of the shard set. A held-out set beside a training set gets the labels of that.
         workers: number of processes.
-        say: called with a line for what is read and for each kind of file that is left out.
+        say: called with a line for what is read, for what a user should know about it, and for each kind of file that
+            is left out.
 
     Raises:
         UserError: no readable images, no space, `out` holds another set, or a worker was killed.
@@ -128,7 +130,11 @@ def make_shards(
         _check_split_of(out, images, source)
         _conform_to_training_set(images, source, out)
         of_split = f" of split {printable(images.split)}" if images.split else ""
-        say(f"{source}: {len(images)} images{of_split} in {len(images.class_names)} classes")
+        names = ", ".join(map(printable, images.class_names[:_NAMED_CLASSES]))
+        more = ", ..." if len(images.class_names) > _NAMED_CLASSES else ""
+        say(f"{source}: {len(images)} images{of_split} in {len(images.class_names)} classes: {names}{more}")
+        for line in images.notes:
+            say(printable(line))
         for line in images.left_out.lines():
             say(f"left out: {line}")
         return _make_shards(images, out, settings, workers)

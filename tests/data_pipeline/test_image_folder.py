@@ -385,3 +385,87 @@ def test_the_fingerprint_tells_swapped_classes_of_the_same_file_names_apart(tmp_
     for old, new in (("a", "x"), ("b", "a"), ("x", "b")):
         (tmp_path / "copy" / old).rename(tmp_path / "copy" / new)
     assert open_(tmp_path / "copy").fingerprint() != before
+
+
+def test_folders_of_a_system_are_no_classes_and_hidden_ones_are_counted(tmp_path):
+    for name in ("cat/0.png", "dog/1.png", "dog/@eaDir/1.png/thumbnail.jpg", "__MACOSX/cat/1.png", "Lost+Found/2.png"):
+        save(tmp_path / name)
+    save(tmp_path / ".cow" / "3.png")
+    (tmp_path / "Thumbs.db").write_bytes(b"x")
+    source = open_(tmp_path)
+    assert source.class_names == ["cat", "dog"] and len(source) == 2
+    assert sorted(source.left_out) == [
+        "1 in no class folder: Thumbs.db",
+        "1 with a hidden name: .cow",
+        "3 of a system or a tool, such as thumbnails: dog/@eaDir, Lost+Found, __MACOSX",
+    ]
+
+
+def test_folders_of_a_system_do_not_hide_the_splits(tmp_path):
+    for name in ("train/cat/0.png", "train/dog/1.png", "train/@eaDir/2.png", "__MACOSX/train/cat/1.png"):
+        save(tmp_path / name)
+    source = open_(tmp_path)
+    assert source.split == "train" and source.class_names == ["cat", "dog"]
+    assert any("train" not in line and "@eaDir, __MACOSX" in line for line in source.left_out)
+
+
+@pytest.mark.parametrize("other", ["hold-out", "validate", "train (copy)", "unlabeled"])
+def test_a_split_beside_folders_of_other_names_is_no_class(tmp_path, mentions, other):
+    for name in ("train/cat/0.png", "train/dog/1.png", f"{other}/cat/2.png"):
+        save(tmp_path / name)
+    with pytest.raises(UserError, match=mentions("train", "cat", "split")):
+        open_(tmp_path)
+
+
+def test_a_held_out_folder_gets_the_labels_of_the_training_images_beside_it(tmp_path, mentions):
+    for name in ("train/a/0.png", "train/b/1.png", "train/c/2.png", "val/b/3.png", "val/c/4.png"):
+        save(tmp_path / name)
+    source = open_(tmp_path / "val", "test")
+    assert source.class_names == ["a", "b", "c"] and source.labels.tolist() == [1, 2]
+    save(tmp_path / "val" / "z" / "5.png")
+    with pytest.raises(UserError, match=mentions("val/z", "train")):
+        open_(tmp_path / "val")
+
+
+def test_held_out_images_that_are_among_the_training_images_are_named(tmp_path):
+    for number in range(40):
+        save(tmp_path / "train" / "a" / f"{number}.png", number)
+        save(tmp_path / "val" / "a" / f"{number}.png", number + (0 if number < 20 else 100))
+    (note,) = open_(tmp_path, "val").notes
+    assert "WARNING" in note and "8 of 16" in note and "a/0.png" in note
+    shutil.rmtree(tmp_path / "val")
+    save(tmp_path / "val" / "a" / "0.png", 7)
+    assert open_(tmp_path, "val").notes == []
+
+
+def test_one_class_that_holds_folders_is_said(tmp_path):
+    for name in ("imagenet/n01/0.png", "imagenet/n02/1.png"):
+        save(tmp_path / name)
+    (note,) = open_(tmp_path).notes
+    assert "one class, imagenet" in note and "n01, n02" in note and str(tmp_path / "imagenet") in note
+    save(tmp_path / "other" / "2.png")
+    assert open_(tmp_path).notes == []
+
+
+def test_names_of_classes_that_look_alike_are_said(tmp_path):
+    for name in ("Cat", "cat", "caf\u00e9", "cafe\u0301", "dog"):
+        save(tmp_path / name / "0.png")
+    (note,) = open_(tmp_path).notes
+    assert "'Cat' and 'cat'" in note and "1 more" in note and note.isascii()
+
+
+def test_a_folder_of_tar_files_says_which_command_reads_them(tmp_path, mentions):
+    (tmp_path / "n01.TAR").write_bytes(bytes(1024))
+    with pytest.raises(UserError, match=mentions(tmp_path, "unite-fast shards")):
+        open_(tmp_path)
+
+
+def test_a_link_to_itself_is_a_broken_image_or_a_loose_file(tmp_path):
+    save(tmp_path / "a" / "0.png")
+    (tmp_path / "a" / "1.png").symlink_to("1.png")
+    (tmp_path / "loop").symlink_to("loop")
+    source = open_(tmp_path)
+    assert source.class_names == ["a"] and len(source) == 2
+    assert source.left_out == ["1 in no class folder: loop"]
+    with pytest.raises(UnreadableSample, match=r"a/1\.png"):
+        source.read([1])

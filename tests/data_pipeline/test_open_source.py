@@ -1,12 +1,14 @@
 """Open data by kind, detect the kind, register a new kind."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 from unite_fast.data_pipeline import detect_source, open_held_out, open_source, register_source
+from unite_fast.data_pipeline.shards.raw_images import find_raw_images
 from unite_fast.data_pipeline.source import MemorySource
 from unite_fast.data_pipeline.splits import HELD_OUT, ClassesDiffer
 from unite_fast.errors import UserError
@@ -140,3 +142,13 @@ def test_a_tilde_means_the_home_folder(tmp_path, monkeypatch):
     (tmp_path / "data" / "a").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "data" / "a" / "0.png")
     assert len(open_source("folder", "~/data", 8, "train")) == 1
+
+
+@pytest.mark.parametrize("kind", ["folder", "idx", "shards"])
+@pytest.mark.parametrize("path", ["a" * 300, "a/" * 3000, "a\0b"])
+def test_a_path_that_no_system_has_is_one_line(kind, path):
+    with pytest.raises(UserError, match="no "):
+        open_source(kind, path, 8, "train")
+    assert detect_source(path) == ("folder", path)
+    with pytest.raises(UserError, match="no file or folder"):
+        find_raw_images(Path(path), "train", None, Path("staging"))

@@ -6,6 +6,7 @@ from unite_fast.data_pipeline.splits import (
     HELD_OUT,
     ClassesDiffer,
     NoSplit,
+    check_no_split_is_a_class,
     check_same_classes,
     choose_split,
     find_splits,
@@ -27,6 +28,7 @@ from unite_fast.errors import UserError
         (["train", "validation", "test", "class"], ["train", "validation", "test"]),
         (["val"], ["val"]),
         (["dev", "train"], ["dev", "train"]),
+        (["holdout", "train"], ["holdout", "train"]),
         (["train", "tram"], []),
         (["test", "tube", "train_station"], []),
         (["a", "b"], []),
@@ -116,8 +118,23 @@ def test_the_same_classes_in_another_order_are_refused(mentions):
             check_same_classes(classes, ["a", "b"], "val", "train")
 
 
-@pytest.mark.parametrize("names", ["train2017 val2017", "test_set train_set", "train-a train-b valid-a"])
-def test_names_that_only_contain_the_words_are_refused(mentions, names):
-    with pytest.raises(UserError, match=mentions(*names.split())):
-        find_splits(names.split())
-    assert find_splits([*names.split(), "cat"]) == {}
+@pytest.mark.parametrize("names", ["train2017 val2017", "test_set train_set", "train-a valid-a", "holdout1 Train1"])
+def test_names_that_differ_only_in_the_words_are_refused_whatever_else_is_there(mentions, names):
+    for more in ([], ["cat"], ["annotations", "unlabeled2017"]):
+        with pytest.raises(UserError, match=mentions(*names.split())):
+            find_splits([*names.split(), *more])
+
+
+def test_classes_whose_names_contain_the_words_are_classes(mentions):
+    assert find_splits(["train_station", "test_tube", "cat"]) == {}
+    with pytest.raises(UserError, match=mentions("train_x", "val_y")):
+        find_splits(["train_x", "val_y"])
+
+
+def test_a_class_that_looks_like_a_split_is_refused(mentions):
+    for name in ("train", "Test", "holdout"):
+        with pytest.raises(UserError, match=mentions(name, "here", "cat")):
+            check_no_split_is_a_class(name, ["dog", "cat"], False, "here")
+    check_no_split_is_a_class("train", [], True, "here")
+    check_no_split_is_a_class("train", ["night"], True, "here")
+    check_no_split_is_a_class("tram", ["night"], False, "here")

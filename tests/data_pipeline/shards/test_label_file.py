@@ -78,6 +78,37 @@ def test_a_table_that_is_not_understood_is_no_list_of_classes(tmp_path, mentions
         read(tmp_path, text)
 
 
+@pytest.mark.parametrize("row", ["b;{}", "b: {}", "'b'|{}"])
+def test_an_image_without_its_extension_before_another_separator_is_no_class(tmp_path, mentions, row):
+    text = f"x\n{row.format('A')}\ny\n"
+    with pytest.raises(UserError, match=mentions("labels.txt", "IMAGE,CLASS")):
+        read(tmp_path, text)
+
+
+@pytest.mark.parametrize("names", [["2.jpg", "10.jpg"], ["a.jpg", "B.jpg"], ["x_9_a.jpg", "x_10_a.jpg"]])
+def test_a_list_for_names_that_programs_sort_differently_is_refused(tmp_path, mentions, names):
+    with pytest.raises(UserError, match=mentions("labels.txt", *names, "IMAGE,CLASS")):
+        read(tmp_path, "x\ny\n", names)
+    assert read(tmp_path, f"{names[0]},x\n{names[1]},y\n", names) == ["x", "y"]
+
+
+def test_a_header_is_no_class(tmp_path, mentions):
+    with pytest.raises(UserError, match=mentions("labels.txt", "Label", "header")):
+        read(tmp_path, "Label\nA\nB\n")
+    assert read(tmp_path, "label\nA\nlabel\n") == ["A", "label", "label"]
+
+
+def test_two_texts_of_one_number_are_refused(tmp_path, mentions):
+    for other in ("01", "+1"):
+        with pytest.raises(UserError, match=mentions("labels.txt", "one number", 1)):
+            read(tmp_path, f"1\n{other}\n2\n")
+    assert read(tmp_path, "01\n02\n01\n") == ["02", "01", "01"]
+
+
+def test_a_table_may_begin_with_rows_of_other_images(tmp_path):
+    assert read(tmp_path, "image,label\ny,Q\nz,Q\na,A\nb,B\nc,C\n") == ["B", "A", "C"]
+
+
 def test_folders_may_be_those_of_windows(tmp_path):
     assert read(tmp_path, "val\\a,A\nval\\b,B\nval\\c,C") == ["B", "A", "C"]
 
@@ -102,6 +133,12 @@ def test_a_third_column_is_refused(tmp_path, mentions, row):
 def test_a_row_that_is_too_long_for_a_csv_is_one_line(tmp_path, mentions):
     with pytest.raises(UserError, match=mentions("labels.txt", "limit")):
         read(tmp_path, f"a,{'x' * 200_000}\nb,B\nc,C\n")
+
+
+@pytest.mark.parametrize("row", ['a,"A\nA"', 'a,"A', 'a,"A"A'])
+def test_a_quote_that_does_not_end_in_its_line_is_refused(tmp_path, mentions, row):
+    with pytest.raises(UserError, match=mentions("labels.txt", "a,")):
+        read(tmp_path, f"{row}\nb,B\nc,C\n")
 
 
 def test_two_images_of_one_name_are_refused(tmp_path, mentions):

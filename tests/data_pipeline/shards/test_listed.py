@@ -28,6 +28,25 @@ def test_nothing_else_is_a_class(value):
         parse_label(value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("1e3", "0x10", "1_0", "1 2", "1,2", "[3]", '"3"', "'cat'", "nan", "NaN", "inf", "9" * 40),
+        *(".5", "--1", '{"label": 3}', "[cat]"),
+        *("\uff11", "\u0661", "\u00b2", "\u22121", "1\u200b", "\u202ecat", "\ufeffcat", "\ud800", "a\u2028b", "a\nb"),
+    ],
+)
+def test_text_that_only_looks_like_a_number_or_a_name_is_neither(text):
+    with pytest.raises(ValueError) as caught:
+        parse_label(text)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("text", ["0-2", "10+", "n01", "tench, Tinca tinca", "\u4e00", "[", "a\u200db", "crane 2", "?"])
+def test_odd_names_are_names(text):
+    assert parse_label(f" {text} ") == text
+
+
 def test_classes_are_numbered():
     names, labels = number_classes(["b", "a", "b"], "here")
     assert names == ["a", "b"] and labels.tolist() == [1, 0, 1]

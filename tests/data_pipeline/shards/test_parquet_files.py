@@ -169,6 +169,64 @@ def test_a_pipe_is_refused(tmp_path, mentions):
 
 
 def test_a_folder_of_parts_may_be_called_parquet_and_hidden_files_are_left_out(listed, tmp_path):
-    files = {"train.parquet/part-0.snappy.parquet": rows([0]), "b.PARQUET": rows([1]), ".cache/c.parquet": rows([2])}
-    assert listed(files)[0] == ["1", "0"]
+    files = {"a.parquet/part-0.snappy.parquet": rows([0]), "b.PARQUET": rows([1]), ".cache/c.parquet": rows([2])}
+    assert listed(files)[0] == ["0", "1"]
     assert listed({"a.parquet": rows([0]), "._a.parquet": rows([5])})[0] == ["0"]
+
+
+def test_folders_of_a_system_hold_no_parts_and_what_lies_beside_the_files_is_named(listed, tmp_path):
+    files = {"train-0.parquet": rows([0]), "@eaDir/train-1.parquet": rows([1]), "__MACOSX/train-0.parquet": rows([1])}
+    labels, images = listed(files)
+    assert labels == ["0"]
+    assert images.left_out.lines() == ["2 beside the files that are read: @eaDir, __MACOSX"]
+
+
+def test_a_file_that_names_no_split_is_not_read_beside_one_that_does(listed):
+    labels, images = listed({"train-0.parquet": rows([0]), "extra-0.parquet": rows([1])})
+    assert labels == ["0"]
+    assert images.left_out.lines() == ["1 that belong to no split: extra-0.parquet"]
+
+
+def test_a_test_file_without_a_column_of_labels_gives_way_to_validation(listed):
+    files = {"train.parquet": rows([0, 1]), "test.parquet": {"image": [b"0"]}, "validation.parquet": rows([1])}
+    labels, images = listed(files, "test")
+    assert labels == ["1"] and images.split == "validation"
+
+
+@pytest.mark.parametrize("label", ["a\nb", "c\0d", "e" * 1001, "\u202ecat", "\ufeffcat"])
+def test_text_that_is_no_name_is_refused(listed, mentions, label):
+    with pytest.raises(UserError, match=mentions("train.parquet:1", "label")) as caught:
+        listed({"train.parquet": rows(["a", label])})
+    assert str(caught.value).isprintable()
+
+
+def test_spaces_around_a_name_make_no_class_and_other_likeness_is_said(listed):
+    labels, images = listed({"train.parquet": rows(["cat", "cat ", "Cat"])})
+    assert labels == ["cat", "cat", "Cat"]
+    assert "'Cat' and 'cat'" in " ".join(images.notes)
+
+
+def test_a_damaged_page_with_a_checksum_is_noticed(tmp_path, mentions):
+    path = tmp_path / "train.parquet"
+    table = pyarrow.table(rows(list(range(100))))
+    parquet.write_table(table, path, write_page_checksum=True, compression="none", use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    place = data.index((41).to_bytes(8, "little") + (42).to_bytes(8, "little"))
+    data[place] = 7
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=mentions("train.parquet", "CRC")):
+        find_raw_images(tmp_path, "train", None, tmp_path / "staging")
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(listed, tmp_path, monkeypatch, mentions):
+    listed({"a.parquet": rows([0]), "more/b.parquet": rows([1])})
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("more"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=mentions("more", "Permission denied")):
+        find_raw_images(tmp_path / "set", "train", None, tmp_path / "staging")

@@ -224,3 +224,31 @@ def test_a_transfer_without_an_end_is_ended(monkeypatch, mentions, cache):
     with pytest.raises(UserError, match=mentions("dataset.json", "2,097,152")):
         open_("pipe:cat /dev/zero; true {}")
     assert sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) < 2**23
+
+
+def test_a_page_in_place_of_the_manifest_does_not_replace_the_cached_one(
+    shards, tmp_path, monkeypatch, caplog, mentions
+):
+    monkeypatch.setattr(remote, "_CURRENT", 0.0)
+    copy = shutil.copytree(shards("raw"), tmp_path / "copy")
+    before = open_(f"pipe:cat {copy}/{{}}")
+    (copy / "dataset.json").write_text("<html>log in</html>")
+    after = open_(f"pipe:cat {copy}/{{}}")
+    assert after.folder == before.folder and len(after) == 41
+    assert "no JSON" in caplog.text or "not JSON" in caplog.text
+    with pytest.raises(UserError, match=mentions("dataset.json", "JSON", 4)):
+        open_(f"pipe:echo page; true {copy} {{}}")
+
+
+def test_an_encrypted_address_stays_one_when_the_server_redirects():
+    source = object.__new__(remote.RemoteShardSource)
+    for address, protocols in (("https://x/y/", "=https"), ("http://x/y", "=http,https")):
+        source.address = address
+        command = source._command("dataset.json")
+        assert f"--proto {protocols} " in command and command.endswith(f" {address.rstrip('/')}/dataset.json")
+
+
+def test_a_failed_transfer_is_one_short_reason(server):
+    with pytest.raises(UserError, match="curl ended with status 22") as caught:
+        open_(f"{server}/nowhere")
+    assert "shell" not in str(caught.value) and len(str(caught.value)) < 200

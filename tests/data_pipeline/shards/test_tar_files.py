@@ -309,3 +309,142 @@ def test_hidden_files_and_folders_called_tar_are_no_tars(listed):
         {"._cat.tar": b"a Mac's", "cat.TAR": [("0.jpg", "A")], "x.tar/note.txt": b"", "dog.tar": [("1.jpg", "B")]}
     )
     assert set(pairs.values()) == {"cat", "dog"}
+
+
+def test_the_folder_around_the_classes_is_said(listed):
+    pairs, images = listed({"0.tar": [("cat/day1/0.jpg", "A"), ("cat/day2/1.jpg", "B")]})
+    assert set(pairs.values()) == {"day1", "day2"}
+    (note,) = images.notes
+    assert "the folder cat," in note and "classes" in note
+    _, images = listed({"0.tar": [("cat/day1/0.jpg", "A")]})
+    assert "one class, cat" in images.notes[0] and "day1" in images.notes[0]
+    for files in ([("cat/0.jpg", "A"), ("dog/1.jpg", "B")], [(f"x/{name}", data) for name, data in BOTH], WEB):
+        assert listed({"0.tar": files})[1].notes == []
+
+
+def test_members_of_a_system_are_left_out(listed):
+    odd = ["__MACOSX/cat/0.jpg", "cat/@eaDir/0.jpg/thumbnail.jpg", "lost+found/1.jpg"]
+    pairs, images = listed({"0.tar": [("cat/0.jpg", "A"), ("dog/1.jpg", "B"), *((name, "X") for name in odd)]})
+    assert set(pairs) == {"cat/0.jpg", "dog/1.jpg"}
+    assert images.left_out.lines() == [f"3 of a system or a tool, such as thumbnails: {', '.join(odd)}"]
+
+
+@pytest.mark.parametrize("names", ["train2017 val2017 unlabeled2017", "train hold-out", "test trainval"])
+def test_folders_that_look_like_splits_are_no_classes(listed, mentions, names):
+    files = [(f"{name}/{class_name}/0.jpg", name + class_name) for name in names.split() for class_name in "ab"]
+    with pytest.raises(UserError, match=mentions(names.split()[0])):
+        listed({"0.tar": files})
+
+
+def test_a_tar_that_names_no_split_beside_one_that_does_is_refused(listed, mentions):
+    for files in (WEB, [("a/0.jpg", "A"), ("b/1.jpg", "B")]):
+        with pytest.raises(UserError, match=mentions("set-train-0.tar", "set-more-0.tar")):
+            listed({"set-train-0.tar": files, "set-more-0.tar": [(f"x{name}", data) for name, data in files]})
+
+
+def test_classes_that_belong_to_no_image_are_not_overlooked(listed, mentions):
+    with pytest.raises(UserError, match=mentions("0.tar", "x", ".cls")):
+        listed({"0.tar": [("X.jpg", "A"), ("x.cls", 1)]})
+    for folder in ("a", "b"):
+        with pytest.raises(UserError, match=mentions("0.tar", "a/0", ".cls")):
+            listed({"0.tar": [("a/0.v2.jpg", "A"), ("a/0.v2.cls", 1), (f"{folder}/1.v2.jpg", "B")]})
+    _, images = listed({"0.tar": [*WEB, ("9.cls", 3), ("8.tiff", "T"), ("8.cls", 3)]})
+    assert "2 with the class of no image: 0.tar:9.cls, 0.tar:8.cls" in images.left_out.lines()
+
+
+def test_a_few_labels_among_class_folders_are_refused(listed, mentions):
+    plain = [(f"{name}/{number}.jpg", f"{name}{number}") for name in "ab" for number in range(3)]
+    with pytest.raises(UserError, match=mentions("0.tar", "a/0", "a/1", "folders")):
+        listed({"0.tar": [*plain, ("a/0.json", '{"category": "photo"}')]})
+
+
+def test_two_classes_of_one_image_are_refused_or_said(listed, mentions):
+    with pytest.raises(UserError, match=mentions("0.jpg", "0.tar", "1.tar", 4, 5)):
+        listed({"0.tar": [("0.jpg", "A"), ("0.cls", 4)], "1.tar": [("0.jpg", "A"), ("0.cls", 5)]})
+    pair = [("0.cls", 4), ("0.json", '{"label": 7}')]
+    for files in (pair, pair[::-1]):
+        pairs, images = listed({"0.tar": [("0.jpg", "A"), *files]})
+        assert pairs == {"0.jpg": "4"} and ".json" in images.notes[0]
+        assert images.left_out.lines() == []
+    _, images = listed({"0.tar": [("0.jpg", "A"), ("0.cls", 0), ("0.json", '{"class_name": "tench"}')]})
+    assert images.notes == []
+    pairs, images = listed({"0.tar": [("0.jpg", "A"), ("0.cls", 4), ("0.cls", 5)]})
+    assert pairs == {"0.jpg": "5"} and any("twice" in line for line in images.left_out.lines())
+
+
+def test_a_mark_at_the_start_of_a_text_is_no_part_of_the_class(listed):
+    for label in (("0.cls", b"\xef\xbb\xbf1\r\n"), ("0.json", b'\xef\xbb\xbf{"label": 1}')):
+        assert listed({"0.tar": [("0.jpg", "A"), label]})[0] == {"0.jpg": "1"}
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_damaged_header_is_no_end(listed, mentions, inner):
+    whole = bytearray(tar([(f"a/{number}.jpg", bytes(600)) for number in range(3)]))
+    whole[2 * 1536 + 150] ^= 1  # in the checksum of the third header
+    data = tar([("n01.tar", bytes(whole)), ("n02.tar", tar([("b/0.jpg", "B")]))]) if inner else bytes(whole)
+    with pytest.raises(UserError, match=mentions("0.tar", "damaged", *(["n01.tar"] if inner else []))):
+        listed({"0.tar": data})
+
+
+def test_an_inner_tar_without_an_end_or_with_data_behind_it_is_named(listed):
+    one = tar([("0.jpg", "A")])
+    _, images = listed({"0.tar": [("n01.tar", one[:1024]), ("n02.tar", one + one), ("n03.tar", b"")]})
+    lines = " ".join(images.left_out.lines())
+    assert "n01.tar in 0.tar" in lines and "n02.tar in 0.tar" in lines and "n03.tar in 0.tar" in lines
+
+
+def test_a_compressed_inner_tar_is_called_by_its_name(listed, mentions):
+    with pytest.raises(UserError, match=mentions("n01.tar in 0.tar", "gunzip")):
+        listed({"0.tar": [("n01.tar", gzip.compress(bytes(9999))), ("n02.tar", tar([("0.jpg", "B")]))]})
+
+
+def test_missing_parts_are_said(listed):
+    part = [("a/0.jpg", "A"), ("b/1.jpg", "B")]
+    _, images = listed({"x-train-00000-of-00003.tar": part, "x-train-00002-of-00003.tar": [("b/2.jpg", "C")]})
+    assert any("1 of 3" in note and "x-train-*" in note for note in images.notes)
+
+
+def test_held_out_images_that_are_among_the_training_images_are_named(listed):
+    train, val = ([(f"{name}/{i}.jpg", f"{name}{i}{more}") for name in "ab" for i in range(20)] for more in "-x")
+    val[:20] = train[:20]
+    apart = {"train.tar": train, "val.tar": val}
+    whole = {
+        "all.tar": [(f"{split}/{path}", data) for split in ("train", "val") for path, data in apart[f"{split}.tar"]]
+    }
+    for tars in (apart, whole):
+        (note,) = listed(tars, "val")[1].notes
+        assert "WARNING" in note and "8 of 16" in note and "a/0.jpg" in note
+        assert listed(tars)[1].notes == []
+    assert listed(apart | {"val.tar": val[20:]}, "val")[1].notes == []
+
+
+def test_classes_without_images_are_said(listed):
+    _, images = listed({"0.tar": [("0.jpg", "A"), ("0.cls", 1), ("1.jpg", "B"), ("1.cls", 2)]})
+    assert images.notes == ["WARNING: 1 of 3 classes have no images, first 0; do the numbers start at 1?"]
+    _, images = listed({"0.tar": [("0.jpg", "A"), ("0.cls", 0), ("1.jpg", "B"), ("1.cls", 2000)]})
+    assert images.notes == ["WARNING: 1,999 of 2,001 classes have no images, first 1, 2, 3"]
+
+
+def test_a_test_split_without_classes_gives_way_to_validation_as_in_a_folder(listed, mentions):
+    whole = {"all.tar": [*BOTH, ("test/9.jpg", "T")]}
+    apart = {
+        "train.tar": [("cat/0.jpg", "A"), ("dog/1.jpg", "B")],
+        "val.tar": [("dog/2.jpg", "C")],
+        "test.tar": WEB[:1],
+    }
+    for tars in (whole, apart):
+        pairs, images = listed(tars, "test")
+        assert pairs == {"dog/2.jpg": "dog"} and images.split == "val"
+        assert any("without labels: test" in line for line in images.left_out.lines())
+    with pytest.raises(UserError, match=mentions("--labels")):
+        listed({"train.tar": apart["train.tar"], "test.tar": WEB[:1]}, "test")
+
+
+def test_one_class_of_several_tars_is_said(listed):
+    pairs, images = listed({"n01.tar": [("images/0.jpg", "A")], "n02.tar": [("images/1.jpg", "B")]})
+    assert set(pairs.values()) == {"images"} and "2 tar files" in images.notes[0] and "images" in images.notes[0]
+
+
+def test_an_error_says_what_was_left_out(listed, mentions):
+    with pytest.raises(UserError, match=mentions("no images", "../up/0.jpg")):
+        listed({"0.tar": [("../up/0.jpg", "A")]})
