@@ -10,7 +10,18 @@ import pytest
 import yaml
 
 import unite_fast.config
-from unite_fast.config import ATTENTION, KERNELS, SOLVERS, Config, DecoderConfig, EncoderConfig
+from unite_fast.config import (
+    ATTENTION,
+    KERNELS,
+    MOST_IMAGES,
+    MOST_PER_BATCH,
+    SOLVERS,
+    Config,
+    DecoderConfig,
+    EncoderConfig,
+    check_count,
+    check_seed_and_batch,
+)
 from unite_fast.errors import UserError
 from unite_fast.kernels import backend
 from unite_fast.recipes import from_tree, load_config, shipped_recipes, to_tree
@@ -334,6 +345,17 @@ def test_a_range_of_steps_is_not_a_number_in_base_60(tmp_path):
     for config in (load_config(str(recipe)), load_config("digits", ("profile.steps=10:13",))):
         assert config.profile.steps == "10:13" and config.profile.traced == range(10, 13)
         assert from_tree(Config, yaml.safe_load(yaml.safe_dump(to_tree(config)))) == config
+
+
+def test_numbers_of_images_and_seeds_are_bounded(mentions):
+    check_count("--count", MOST_IMAGES, least=2)
+    check_seed_and_batch(2**64 - 1, MOST_PER_BATCH)
+    for count in (1, MOST_IMAGES + 1, 10**12):
+        with pytest.raises(UserError, match=mentions("--count", count)):
+            check_count("--count", count, least=2)
+    for seed, batch, key in ((-1, 1, "--seed"), (2**64, 1, "--seed"), (0, 0, "--batch"), (0, 2**31, "--batch")):
+        with pytest.raises(UserError, match=mentions(key)):
+            check_seed_and_batch(seed, batch, "--")
 
 
 def test_settings_and_kernels_have_the_same_backends():

@@ -51,6 +51,9 @@ does."""
 LARGEST_NUMBER = 2**53
 """Of all other whole numbers: larger ones are not exact in JSON."""
 
+LARGEST_FLOAT = 1e30
+"""Of all other numbers: products of larger ones do not fit into float32."""
+
 
 def load_config(recipe: str | None = None, overrides: tuple[str, ...] = (), tuned: str = "") -> Config:
     """Resolve the settings of a run: `key=value` overrides win over the tuned file, which wins over the recipe.
@@ -84,7 +87,8 @@ def read_recipe(recipe: str) -> dict:
     path = Path(recipe)
     if not path.suffix and not path.is_file():
         path = Path(str(resources.files("unite_fast") / "configs" / f"{recipe}.yaml"))
-    require(path.is_file(), f"there is no recipe {recipe}; recipes here: {', '.join(shipped_recipes())}")
+    fault = f"{path} is a folder, a pipe or a device and no recipe" if path.exists() else f"there is no recipe {recipe}"
+    require(path.is_file(), f"{fault}; name a YAML file, or one of {', '.join(shipped_recipes())}")
     tree = read_yaml(path)
     require(isinstance(tree, dict), f"{path} must be a mapping of settings")
     return tree
@@ -117,7 +121,9 @@ def shipped_recipes() -> list[str]:
 def _assign(tree: dict, keys: list[str], value) -> None:
     """Set tree[keys[0]][keys[1]]... = value."""
     for depth, key in enumerate(keys[:-1]):
-        tree = tree.setdefault(key, {})
+        if tree.get(key) is None:  # missing, or a group without settings
+            tree[key] = {}
+        tree = tree[key]
         require(isinstance(tree, dict), f"{'.'.join(keys[: depth + 1])} is a value, not a group of settings")
     if keys[-1] == "preset":
         for size in ("width", "depth", "heads", "mlp_width"):
@@ -170,6 +176,7 @@ def _convert(hint, value, dotted: str):
             value = float(value)  # YAML 1.1 reads 1e-4 as text
     if hint is float and isinstance(value, float):
         require(math.isfinite(value), f"{dotted} must be finite, got {value}")
+        require(abs(value) <= LARGEST_FLOAT, f"{dotted} is {value}: it may be at most {LARGEST_FLOAT:g}")
     if hint is str and value is None:
         return ""
     if type(value) is hint:
@@ -178,7 +185,8 @@ def _convert(hint, value, dotted: str):
             require(abs(value) <= most, f"{dotted} is {shown(value)}; it must be at most {most:,}")
         return value
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    raise UserError(f"{dotted} must be {words[hint]}, got {shown(value)}")
+    quotes = "; put it in quotes" if hint is str and isinstance(value, (bool, int, float)) else ""
+    raise UserError(f"{dotted} must be {words[hint]}, got {shown(value)}{quotes}")
 
 
 def to_tree(config) -> dict:

@@ -174,3 +174,39 @@ def test_a_save_follows_no_link_in_its_folder(folder, tmp_path, write):
     (folder / "step_00000010.partial").rmdir()
     write(folder, 10)
     assert os.listdir(victim) == [] and os.readlink(folder / "latest") == "step_00000010"
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "file", "pipe"])
+def test_a_replaced_checkpoint_that_is_no_folder_is_deleted(folder, tmp_path, write, kind):
+    """In a folder that came from elsewhere."""
+    write(folder, 10)
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "file").touch()
+    for name in ("step_00000010.replaced", "step_00000020.replaced", "step_00000030.partial"):
+        match kind:
+            case "link":
+                (folder / name).symlink_to(tmp_path / "victim")
+            case "dangling link":
+                (folder / name).symlink_to("nowhere")
+            case "file":
+                (folder / name).touch()
+            case "pipe":
+                os.mkfifo(folder / name)
+    folders.repair(folder)
+    folders.prune(folder, 0, 10)
+    assert sorted(os.listdir(folder)) == ["latest", "step_00000010"] and newest_step(folder) == 10
+    assert os.listdir(tmp_path / "victim") == ["file"]
+
+
+def test_a_checkpoint_that_was_moved_away_takes_the_place_of_a_link_to_nowhere(folder, write):
+    path = write(folder, 10)
+    path.rename(folder / "step_00000010.replaced")
+    path.symlink_to("nowhere")
+    folders.repair(folder)
+    assert newest_step(folder) == 10 and not path.is_symlink()
+
+
+def test_a_file_in_place_of_the_folder_is_refused_before_the_run(tmp_path, mentions):
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(UserError, match=mentions(tmp_path / "checkpoints", "folder")):
+        folders.repair(tmp_path / "checkpoints")

@@ -159,3 +159,13 @@ def test_unknown_settings_are_an_error(folder, mentions, write):
     (path / MANIFEST).write_text(json.dumps(outer | {"crc32": files._crc32(outer["content"])}))
     with pytest.raises(UserError, match=mentions("step_00000010", "zzz")):
         read_manifest(path)
+
+
+def test_a_manifest_is_not_written_larger_than_it_is_read(folder, write, monkeypatch, mentions):
+    path = write(folder, 10)
+    manifest = read_manifest(path)
+    monkeypatch.setattr(files, "MOST_MANIFEST_BYTES", 1000)
+    with pytest.raises(OSError, match=mentions(MANIFEST, "1,000")):
+        files.write_manifest(path, manifest)
+    with pytest.raises(DamagedCheckpoint, match=mentions(path, MANIFEST, "1,000")):
+        read_manifest(path)

@@ -29,6 +29,7 @@ def exported(trained_folder, tmp_path):
 def test_an_exported_model_samples_what_its_run_samples(trained_folder, exported):
     one, other = unite_fast.load(trained_folder), unite_fast.load(exported)
     assert (one.config, one.step) == (other.config, other.step)
+    assert one.class_names == other.class_names == [str(digit) for digit in range(10)]
     for name, value in one.network.state_dict().items():
         assert torch.equal(other.network.state_dict()[name], value), name
     assert torch.equal(one.generate([1, 2]), other.generate([1, 2]))
@@ -238,3 +239,13 @@ def numbers_after(text: str, start: str) -> list[str]:
 def test_describing_a_missing_path_is_an_error(tmp_path, mentions):
     with pytest.raises(UserError, match=mentions(tmp_path / "nothing")):
         describe(tmp_path / "nothing")
+
+
+def test_names_that_would_not_fit_into_the_header_are_not_written(trained_folder, tmp_path, monkeypatch):
+    saved = load_model(trained_folder)
+    names = ["\udcff" * 100, *map(str, range(9))]
+    save_model(tmp_path / "a.safetensors", saved.config, 1, saved.averages, names)
+    assert load_model(tmp_path / "a.safetensors").class_names == names
+    monkeypatch.setattr(model_file, "MOST_NAME_BYTES", 600)
+    save_model(tmp_path / "a.safetensors", saved.config, 1, saved.averages, names)
+    assert load_model(tmp_path / "a.safetensors").class_names == []

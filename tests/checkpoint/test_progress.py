@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from unite_fast.checkpoint.progress import check_progress
+from unite_fast.checkpoint.progress import check_progress, class_names
 from unite_fast.errors import UserError
 
 GOOD = {
@@ -44,3 +44,9 @@ def test_other_values_are_refused_by_name(key, value):
     with pytest.raises(UserError, match=rf"the progress in run cannot be read: {re.escape(key)}") as refusal:
         check_progress(GOOD | {key: value}, Path("run"))
     assert "\n" not in str(refusal.value)
+
+
+def test_the_names_of_the_classes_are_read_if_they_are_there():
+    assert class_names({"data": {"classes": [["a\udcff", 3], ["b", 1]], "samples": 4}}) == ["a\udcff", "b"]
+    for other in ({}, {"data": None}, {"data": {"of": "a later version"}}, {"data": {"classes": [["a", "b"]]}}):
+        assert class_names(other) == []

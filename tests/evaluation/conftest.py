@@ -46,6 +46,7 @@ class PerfectModel:
 
     def __init__(self, trained):
         self.config, self.network, self.step = trained.config, trained.network, trained.step
+        self.class_names = trained.class_names
         images, labels = open_source("digits", "", 8, "train").read(range(1437))
         self.examples = {label: images[labels == label] for label in range(10)}
 

@@ -124,6 +124,18 @@ def test_the_number_of_processes_does_not_change_the_result(ranks, trained_folde
             assert shared["reference"] == alone["reference"]
 
 
+def test_the_batch_does_not_change_the_result(model):
+    one, other = (
+        evaluate(model, EvaluationSettings(count=100, batch=batch, sampling={"steps": 1})) for batch in (100, 16)
+    )
+    for name in NUMBERS:
+        a, b = one["generated"][0][name], other["generated"][0][name]
+        assert abs(a - b) <= 1e-9 * max(1, abs(b)), name
+    for name in ("psnr", "l1", "frechet_distance", "class_agreement"):
+        a, b = one["reconstruction"][name], other["reconstruction"][name]
+        assert abs(a - b) <= 1e-9 * max(1, abs(b)), name
+
+
 @pytest.fixture(scope="module")
 def digits_npz(tmp_path_factory):
     path = tmp_path_factory.mktemp("stats") / "digits.npz"
@@ -270,6 +282,39 @@ def test_images_are_called_held_out_only_if_they_are(model, tmp_path):
         assert result["reconstruction"]["kind"] == kind
         text = said(result, tmp_path / "out")
         assert f"40 {kind}" in text and ("held-out" in text) == (kind == "held-out images")
+
+
+def test_data_whose_labels_mean_other_classes_are_refused(model, tmp_path, mentions):
+    """Else agreement with the classes would be wrong in silence: the data alone are consistent."""
+    settings = EvaluationSettings(count=20, sampling={"steps": 1}, data=str(tmp_path))
+    write_digits(tmp_path)
+    (tmp_path / "9").rename(tmp_path / "91")
+    with pytest.raises(UserError, match=mentions("class 9", "'91'", "'9'")):
+        evaluate(model, settings)
+    model.class_names = []  # of an earlier version
+    evaluate(model, settings)
+    model.class_names = list("abcdefghij")  # numbers, as some formats have them, are not compared with names
+    evaluate(model, settings)
+    for digit, name in enumerate([*map(str, range(9)), "91"]):
+        (tmp_path / name).rename(tmp_path / "abcdefgihj"[digit])
+    evaluate(model, settings)
+    model.class_names = list("abcdefghji")
+    with pytest.raises(UserError, match=mentions("class 8", "'i'", "'j'")):
+        evaluate(model, settings)
+    model.class_names = list("abcdefghi")
+    with pytest.raises(UserError, match=mentions("class 9", "'j'", None)):
+        evaluate(model, settings)
+
+
+def test_folders_in_the_place_of_files_are_found_before_the_work(model, tmp_path, mentions):
+    for name in ("evaluation.json", "samples_guidance_7.png"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(UserError, match=mentions(tmp_path / name)):
+            evaluate(model, EvaluationSettings(count=10**8), tmp_path)
+        (tmp_path / name).rmdir()
+    (tmp_path / "samples_guidance_7.png").write_text("mine")
+    with pytest.raises(UserError, match=mentions(tmp_path / "samples_guidance_7.png")):
+        evaluate(model, EvaluationSettings(count=10**8), tmp_path)
 
 
 def test_statistics_say_which_split_they_are_of(tmp_path):

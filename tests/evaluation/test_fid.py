@@ -91,11 +91,11 @@ def distance_on_a_rank(a: np.ndarray, b: np.ndarray) -> float:
     return shared_distance(a, b)
 
 
-def shared_distance(a: np.ndarray, b: np.ndarray) -> float:
+def shared_distance(a: np.ndarray, b: np.ndarray, size: int = 16) -> float:
     ranks, pair = current_ranks(), []
     for x in (a, b):
         moments = Moments(x.shape[1])
-        for batch in ranks.batches(len(x), 16):
+        for batch in ranks.batches(len(x), size):
             moments.update(torch.from_numpy(x[batch.start : batch.stop]))
         moments.all_reduce(ranks)
         pair.append(moments.statistics())
@@ -109,6 +109,14 @@ def test_the_number_of_processes_does_not_change_the_distance(ranks, rank):
     for world in (2, 4):
         for shared in ranks(world, distance_on_a_rank, a, b):
             assert abs(shared - alone) <= 1e-9 * alone
+
+
+@pytest.mark.parametrize("rank", [None, 6], ids=["full rank", "singular"])
+def test_the_batch_does_not_change_the_distance(rank):
+    a, b = (samples(333, 24, seed, rank).astype(np.float32) for seed in (0, 1))
+    whole = shared_distance(a, b, 333)
+    for size in (1, 7, 64):
+        assert abs(shared_distance(a, b, size) - whole) <= 1e-9 * whole
 
 
 def test_every_sample_is_in_one_batch_of_one_process():

@@ -106,6 +106,14 @@ def test_missing_arrays(small, write_trace, name):
         ("step0/flow_t", lambda a: a[:2]),
         ("tokenize/t", lambda a: a.astype(str)),
         ("grad0/latent_tokens", lambda a: a[0]),
+        ("in/labels", lambda a: a + 0.5),
+        ("tokenize/registers", lambda a: a.astype(np.float16)),
+        ("denoise/t", lambda a: a.astype(np.float64)),
+        ("sample/noise", lambda a: a.astype(np.int64)),
+        ("step0/registers", lambda a: a.astype(np.float16)),
+        ("step0/flow_noise", lambda a: a * np.float32("nan")),
+        ("step0/label_drop", lambda a: a + 0.5),
+        ("step0/decoder_noise_mask", lambda a: a.astype(np.int64) + 1),
     ],
 )
 def test_wrong_arrays(small, write_trace, name, change):

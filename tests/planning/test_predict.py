@@ -175,9 +175,12 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(gpu, recipe):
     assert chosen.fits == (chosen.micro_batch <= chosen.largest_micro_batch)
 
 
-def test_a_gpu_that_is_too_small_is_reported():
-    tiny = plan("imagenet256_xl", "l4", 1, "parallel.strategy=ddp", "train.micro_batch=128")
+def test_a_gpu_that_is_too_small_is_reported_without_a_price(command):
+    settings = ("parallel.strategy=ddp", "train.micro_batch=128")
+    tiny = plan("imagenet256_xl", "l4", 1, *settings)
     assert not tiny.fits and sum(tiny.memory.values()) > 24e9
+    ended = command("plan", "imagenet256_xl", "--gpu", "l4", "--price", 2, "--", *settings)
+    assert ended.status == 0 and "does NOT fit" in ended.out and "EUR" not in ended.out and "GPU hours" not in ended.out
 
 
 def test_activations_are_the_larger_of_the_two_passes():

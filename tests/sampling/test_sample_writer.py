@@ -186,6 +186,7 @@ def test_a_resumed_generation_samples_only_missing_batches(model, generation, tm
         (("--precision", "float8"), ("precision", "'float8'", "float32", "bfloat16")),
         (("--solver", "rk4"), ("sampling.solver", "'rk4'")),
         (("--out", "a.png"), ("a.png", ".npz", "folder")),
+        *((("--out", nameless), (nameless, "name")) for nameless in (".", "..", "/")),
     ],
 )
 def test_invalid_options_are_refused_before_anything_is_written(

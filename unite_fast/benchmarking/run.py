@@ -81,8 +81,10 @@ def bench(
 
 def draw(table: Path, out: Path) -> None:
     if Ranks.from_environment().main:
-        count = plot.draw(table, out)
+        count, left_out = plot.draw(table, out)
         print(f"{count} measurements of {table} in {out}")
+        if left_out:
+            print(left_out)
 
 
 def tune(recipe: str, overrides: tuple[str, ...], budget: float, out: Path) -> None:

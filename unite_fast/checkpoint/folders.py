@@ -91,9 +91,7 @@ def make_empty(folder: Path) -> None:
         OSError: no space, no permission, or checkpoints/ is a link.
     """
     make_folder(folder.parent)
-    if folder.is_symlink() or folder.is_file():
-        folder.unlink()
-    shutil.rmtree(folder, ignore_errors=True)
+    _remove(folder)
     folder.mkdir()
 
 
@@ -148,16 +146,20 @@ def repair(folder: Path) -> None:
     """Restore a checkpoint that `commit` had moved away when it was killed, and make a copied `latest` a checkpoint.
 
     Raises:
-        UserError: the folder is a link, through which nothing is renamed or deleted, and no save would succeed.
+        UserError: the folder is a link, through which nothing is renamed or deleted, or no folder: no save would
+            succeed.
     """
     require(not folder.is_symlink(), f"{folder} is a link, and a run saves through none; put a folder in its place")
+    require(folder.is_dir() or not folder.exists(), f"{folder} is no folder, and a run saves in it; move it away")
     with suppress(OSError):  # `point_latest` says so
         set_aside(folder / LATEST)
     for replaced in folder.glob("step_*" + REPLACED):
         path = replaced.with_suffix("")
-        if path.exists():
-            shutil.rmtree(replaced)
+        if path.exists() or replaced.is_symlink() or not replaced.is_dir():
+            _remove(replaced)
         else:
+            with suppress(FileNotFoundError):
+                path.unlink()  # a link to nowhere
             os.replace(replaced, path)
 
 
@@ -170,4 +172,13 @@ def prune(folder: Path, keep_every: int, step: int) -> None:
             with suppress(OSError):
                 os.replace(path, partial_path(path))
     for leftover in (*folder.glob("step_*" + PARTIAL), *folder.glob("step_*" + REPLACED)):
-        shutil.rmtree(leftover, ignore_errors=True)
+        _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder. Of a link only the name goes; a file may be in a folder that came from elsewhere."""
+    if path.is_symlink() or not path.is_dir():
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)

@@ -43,8 +43,8 @@ PLACES = (
 before the user gives it again: `parse_config` empties them."""
 CHUNK = 2**22
 """Bytes per read."""
-MOST_MANIFEST_BYTES = 2**28
-"""A manifest may name many unreadable images."""
+MOST_MANIFEST_BYTES = 2**26
+"""A manifest may name many unreadable images. One of this size takes seconds to parse."""
 MOST_STEPS = 2**31 - 1
 """The random numbers of later steps would repeat."""
 MOST_SHARDS = 2**17
@@ -107,7 +107,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "shards": [vars(shard) for shard in manifest.shards],
     }
     path = folder / MANIFEST
-    path.write_text(json.dumps({"format": FORMAT, "crc32": _crc32(content), "content": content}, indent=1))
+    text = json.dumps({"format": FORMAT, "crc32": _crc32(content), "content": content}, indent=1)
+    if len(text) > MOST_MANIFEST_BYTES:  # it would be saved and could not be read
+        raise OSError(errno.EFBIG, f"{MANIFEST} has {len(text):,} bytes, and at most {MOST_MANIFEST_BYTES:,} are read")
+    path.write_text(text)
     flush(path)
 
 

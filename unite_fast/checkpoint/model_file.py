@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ from unite_fast.checkpoint.format import (
     parse_config,
     save_safetensors,
 )
-from unite_fast.checkpoint.progress import check_progress
+from unite_fast.checkpoint.progress import check_progress, class_names
 from unite_fast.checkpoint.reader import load_checkpoint
 from unite_fast.config import Config, ModelConfig
 from unite_fast.errors import UserError, printable, reason_of, require, shown
@@ -36,12 +37,14 @@ from unite_fast.model.unite import UNITE
 from unite_fast.recipes import to_tree
 from unite_fast.utils.file_lock import lock_output
 from unite_fast.utils.files import atomic_write, check_not_read, open_regular, private_folder
-from unite_fast.utils.parse_json import parse_as
+from unite_fast.utils.parse_json import check_kind, parse_json
 
 FORMAT = "unite_fast model 1"
 NO_DIGEST = "0" * 64
 MOST_HEADER_BYTES = 100_000_000
 """As in safetensors itself."""
+MOST_NAME_BYTES = 2**24
+"""Of all names of classes together; more are not written, so that the header stays below the limit."""
 
 
 @dataclass
@@ -54,6 +57,8 @@ class _Header:
     step: Annotated[int, Field(ge=0, le=MOST_STEPS)]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     """Earlier versions wrote none."""
+    classes: list[str] | None = None
+    """Names of the classes, in the order of the labels; None if they are not known."""
 
 
 @dataclass
@@ -71,6 +76,8 @@ class SavedModel:
     """Bytes of the files."""
     changes: list[dict[str, Any]] = field(default_factory=list)
     """What the user let change when the run was resumed; only a checkpoint has them."""
+    class_names: list[str] = field(default_factory=list)
+    """Of the training data, in the order of the labels; empty if they are not known."""
 
 
 def load_model(path: str | Path) -> SavedModel:
@@ -85,9 +92,10 @@ def load_model(path: str | Path) -> SavedModel:
     """
     path = Path(path)
     if path.is_file():
-        config, step, tensors = _read_file(path)
+        config, content, tensors = _read_file(path)
         network = empty_network(config.model, len(tensors), path)
-        model = SavedModel(path, config, step, tensors, tensors, path.stat().st_size)
+        size, names = path.stat().st_size, content.classes or []
+        model = SavedModel(path, config, content.step, tensors, tensors, size, class_names=names)
     else:
         checkpoint = load_checkpoint(path, ("model.", "ema."))
         weights, averages = (
@@ -102,19 +110,23 @@ def load_model(path: str | Path) -> SavedModel:
         size = sum(shard.size for shard in checkpoint.shards)
         check_progress(checkpoint.progress, checkpoint.path)
         changes = checkpoint.progress.get("changes", [])
-        config, step = checkpoint.config, checkpoint.step
-        model = SavedModel(checkpoint.path, config, step, weights | averages, weights, size, changes)
+        config, step, names = checkpoint.config, checkpoint.step, class_names(checkpoint.progress)
+        model = SavedModel(checkpoint.path, config, step, weights | averages, weights, size, changes, names)
     _check_tensors(model, network.state_dict())
     return model
 
 
-def save_model(path: Path, config: Config, step: int, tensors: dict[str, Tensor]) -> None:
+def save_model(path: Path, config: Config, step: int, tensors: dict[str, Tensor], classes: Sequence[str] = ()) -> None:
     """Write a model file. An old file at `path` stays intact until the new one is complete.
+
+    Args:
+        classes: their names, in the order of the labels; empty if they are not known.
 
     Raises:
         UserError: no space left, no permission, or `path` is a folder.
     """
-    header = json.dumps({"config": to_tree(config), "step": step, "sha256": NO_DIGEST})
+    names = {"classes": list(classes)} if classes and len(json.dumps(classes)) <= MOST_NAME_BYTES else {}
+    header = json.dumps({"config": to_tree(config), "step": step, "sha256": NO_DIGEST, **names})
     with lock_output(path), atomic_write(path) as partial, private_folder(partial) as folder:
         # A folder of its own, because safetensors writes another temporary file beside its target.
         file = folder / "model.safetensors"
@@ -133,7 +145,7 @@ def export_model(checkpoint: str | Path, out: Path) -> None:
     require(out.suffix == ".safetensors", f"{out} must end in .safetensors, the format of model files")
     check_model_target(out, checkpoint_files(Path(checkpoint)))
     model = load_model(checkpoint)
-    save_model(out, as_recorded(model.config), model.step, model.averages)
+    save_model(out, as_recorded(model.config), model.step, model.averages, model.class_names)
 
 
 def _write_digest(path: Path) -> None:
@@ -194,7 +206,7 @@ def check_model_target(out: Path, source: Path) -> None:
         require(ours, f"{out} is in the way: it is no model file of unite_fast; move it, or choose another output")
 
 
-def _read_file(path: Path) -> tuple[Config, int, dict[str, Tensor]]:
+def _read_file(path: Path) -> tuple[Config, _Header, dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(FORMAT)
@@ -202,11 +214,13 @@ def _read_file(path: Path) -> tuple[Config, int, dict[str, Tensor]]:
             kind = "a training checkpoint of an earlier version" if old else "not one written by unite-fast export"
             if header is None:
                 raise UserError(f"{path} is a safetensors file, but {kind}")
-            content = parse_as(_Header, header)
+            tree = parse_json(header)
+            content = check_kind(_Header, tree)
+            content.classes = tree.get("classes")  # the check shows bytes that are not text as question marks
             _check_digest(path, content.sha256)
             config = parse_config(content.config, path)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return config, content.step, tensors
+        return config, content, tensors
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is not a model file, or it is incomplete: {reason_of(error)}") from error
 

@@ -44,6 +44,22 @@ class _Progress:
     changes: list[dict[str, Any]] = field(default_factory=list)
 
 
+@dataclass
+class _Data:
+    classes: list[tuple[str, Count]]
+
+
+def class_names(progress: dict[str, Any]) -> list[str]:
+    """The names of the training data's classes, in the order of the labels; empty if another version saved, and they
+    are not there."""
+    try:
+        check_kind(_Data, progress["data"])
+    except (KeyError, ValueError):
+        return []
+    # From the tree itself: the check shows bytes that are not text as question marks.
+    return [name for name, _ in progress["data"]["classes"]]
+
+
 def check_progress(progress: dict[str, Any], path: Path) -> None:
     """
     Raises:

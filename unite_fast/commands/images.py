@@ -38,11 +38,12 @@ def sample(
 
     Example: `unite-fast sample runs/digits --classes 7 --count 20 --guidance 2 --out sevens.png`
     """
+    from unite_fast.config import check_count
     from unite_fast.errors import require
     from unite_fast.sampling.sampler import choose_labels
     from unite_fast.utils.device import host_memory
     from unite_fast.utils.files import check_npz
-    from unite_fast.utils.images import SAMPLES, save_images
+    from unite_fast.utils.images import SAMPLES, check_no_others, save_images
 
     options.check_out(out, (".png", ".npz", ""), checkpoint)
     if out.suffix == ".npz":
@@ -50,13 +51,15 @@ def sample(
     cycle = options.parse_classes(classes)
     changes = options.sampling_changes(guidance, interval, solver, steps)
     model = options.load(checkpoint, device)
-    labels = choose_labels(cycle, count, model.config.model.num_classes)
+    check_count("--count", count)
     needed = IMAGE_COPIES * count * 3 * model.config.model.image_size**2
     require(
         needed <= host_memory(),
         f"--count {count} images take {needed / 1e9:,.0f} GB, and this machine has {host_memory() / 1e9:,.0f} GB of "
         "memory: use unite-fast generate, which writes them one batch after another",
     )
+    labels = choose_labels(cycle, count, model.config.model.num_classes)  # takes memory as well
+    check_no_others(out, labels)
     images = generate_with_progress(model, labels, seed, batch, changes)
     save_images(images, labels, out, columns=10)
     typer.echo(f"{len(images)} images in {out}")

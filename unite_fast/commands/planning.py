@@ -46,8 +46,8 @@ def plan(
     result = make_plan(config, Cluster(card, nodes, gpus_per_node), data)
     if measured is None and Path(BENCH_TABLE).exists():
         measured = Path(BENCH_TABLE)
-    rows = csv_file.read(measured) if measured else []
+    rows, left_out = csv_file.measurements(measured, ("images_per_s_per_gpu",)) if measured else ([], "")
     same = {"recipe": config.name, "gpus": str(nodes * gpus_per_node)}
     rows = [row for row in rows if row.items() >= same.items() and recognise(row["card"]) == card]
-    for line in lines(result, price, rows):
+    for line in (*lines(result, price, rows), *([left_out] if left_out else [])):
         typer.echo(line)

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from unite_fast.config import Config
 from unite_fast.data_pipeline import Source, UnreadableSample, detect_source, open_held_out, open_source
 from unite_fast.data_pipeline.shards.remote import is_remote
 from unite_fast.data_pipeline.splits import is_held_out, split_of_name
-from unite_fast.errors import UserError
+from unite_fast.errors import UserError, require, shown
 
 MAX_NAMED = 5
 """Unreadable samples that a result lists by name and reason; the others are only counted."""
@@ -53,6 +54,26 @@ def _kind_without_splits(config: Config, data: str) -> str:
     if not data or data == recorded or Path(data).resolve() == Path(recorded).absolute():
         return TRAINING
     return HELD_OUT if is_held_out(split_of_name(Path(data).name)) else GIVEN
+
+
+def check_classes(source: Source, names: Sequence[str]) -> None:
+    """Check that the classes of data are those of the model, where labels are used.
+
+    Args:
+        names: of the model's classes; not compared if they are not known, or if only one of the two has names and the
+            other has numbers.
+
+    Raises:
+        UserError: a label means another class.
+    """
+    if not names or all(map(str.isdecimal, names)) != all(map(str.isdecimal, source.class_names)):
+        return
+    for label, (here, known) in enumerate(zip_longest(source.class_names, names)):
+        require(
+            here == known,
+            f"class {label} of the data is {shown(here)}, and the model was trained with {shown(known)}: give data "
+            "with the classes of its training",
+        )
 
 
 def _check_named(config: Config) -> None:

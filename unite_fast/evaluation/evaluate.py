@@ -51,7 +51,8 @@ def evaluate(
         report.check_folder(out, report.FILES)
     start, ranks = time.perf_counter(), current_ranks()
     configs = sampling_configs(model, settings)  # first: cheap, and may raise
-    evaluator = open_evaluator(model.config, settings, ranks, model.network.device, track)
+    device = model.network.device
+    evaluator = open_evaluator(model.config, settings, ranks, device, track, class_names=model.class_names)
     count = settings.count or EVALUATION_SAMPLES[evaluator.features.name]
     generations = make_generations(model, configs, settings, count)
     opened = time.perf_counter() - start

@@ -11,7 +11,7 @@ from unite_fast.config import Config
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError, require
 from unite_fast.evaluation import metrics, pixel_features
-from unite_fast.evaluation.batches import kind_of_training, open_images
+from unite_fast.evaluation.batches import check_classes, kind_of_training, open_images
 from unite_fast.evaluation.features import Features
 from unite_fast.evaluation.fid import Moments, Reference, frechet_distance, load_reference
 from unite_fast.evaluation.inception import DIMENSION, load_inception
@@ -156,6 +156,7 @@ def open_evaluator(
     device: torch.device | str,
     track: Track = no_progress,
     classifier: bool = True,
+    class_names: Sequence[str] = (),
 ) -> Evaluator:
     """Features, reference and classifier for the images of a model with this config.
 
@@ -164,6 +165,7 @@ def open_evaluator(
 
     Args:
         classifier: also fit a classifier if the features are pixels; takes seconds.
+        class_names: of the model, to compare with those that the classifier learns; see `check_classes`.
 
     Raises:
         UserError: files are missing or do not match.
@@ -172,7 +174,7 @@ def open_evaluator(
     of_inception = reference is not None and len(reference.statistics.mean) == DIMENSION
     if choose_features(settings, config.model.image_size, of_inception) == pixel_features.NAME:
         classifier = classifier and config.model.num_classes > 1
-        return _pixel_evaluator(config, settings, reference, ranks, device, track, classifier)
+        return _pixel_evaluator(config, settings, reference, ranks, device, track, classifier, class_names)
     if reference is None:
         raise UserError(
             "FID needs statistics of real images: set --reference REF.npz (in a recipe evaluation.reference); "
@@ -191,6 +193,7 @@ def _pixel_evaluator(
     device: torch.device | str,
     track: Track,
     classifier: bool,
+    class_names: Sequence[str],
 ) -> Evaluator:
     size = config.model.image_size
     pixel_features.check_size(size)
@@ -218,6 +221,8 @@ def _pixel_evaluator(
         f"the data have {len(source.class_names)} classes and the model has {classes}, so the classifier cannot be "
         "fitted: name the data that the model was trained on with --data FOLDER",
     )
+    if classifier:
+        check_classes(source, class_names)
     if reference is None or features is None:
         features = fit_pixels_on_main(source, ranks, device)
         reference = make_reference(source, features, ranks, settings.batch, config.data.workers, track)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError, require
-from unite_fast.utils.files import atomic_write, writing
+from unite_fast.utils.files import atomic_write, home_path, writing
 from unite_fast.utils.npz import read_npz
 from unite_fast.utils.parse_json import parse_as
 from unite_fast.utils.pretrained import file_sha256
@@ -163,7 +163,7 @@ def load_reference(path: str | Path) -> Reference:
     Raises:
         UserError: no such file, not an .npz, or these arrays are missing.
     """
-    path = Path(path).expanduser()
+    path = home_path(path)
     require(
         path.is_file(),
         f"there is no statistics file {path}: make one with unite-fast stats DATA {path.name or 'OUT.npz'}",

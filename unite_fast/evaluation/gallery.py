@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from unite_fast.config import SamplingConfig, check_seed_and_batch
 from unite_fast.data_pipeline.splits import NoSplit
 from unite_fast.errors import UserError, printable, require
-from unite_fast.evaluation.batches import TRAINING, open_held_out_images, open_images
+from unite_fast.evaluation.batches import TRAINING, check_classes, open_held_out_images, open_images
 from unite_fast.evaluation.gallery_page import Chart, Figure, Row, Section
 from unite_fast.evaluation.metrics import psnr
 from unite_fast.evaluation.pixel_features import read_evenly
@@ -159,6 +159,7 @@ def read_real_images(model: TrainedUNITE, path: str, count: int) -> tuple[RealIm
         len(source.class_names) == classes,
         f"the data have {len(source.class_names)} classes and the model has {classes}: give the data of its training",
     )
+    check_classes(source, model.class_names)
     return RealImages(*read_evenly(source, count), kind), [printable(name) for name in source.class_names]
 
 

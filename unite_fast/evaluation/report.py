@@ -18,8 +18,14 @@ from unite_fast.utils.images import grid, pairs, save_png
 
 JSON, TABLE, PAIRS = "evaluation.json", "evaluation.md", "reconstructions.png"
 _COLUMNS = 10
-FILES = {JSON: BEGINNINGS[".json"], TABLE: b"# Evaluation of ", PAIRS: BEGINNINGS[".png"]}
-"""The files of an evaluation and their first bytes."""
+GRIDS = "samples_guidance_*.png"
+FILES = {
+    JSON: BEGINNINGS[".json"],
+    TABLE: b"# Evaluation of ",
+    PAIRS: BEGINNINGS[".png"],
+    GRIDS: BEGINNINGS[".png"],
+}
+"""The files of an evaluation (GRIDS: any number of them) and their first bytes."""
 
 
 def default_folder(checkpoint: Path) -> Path:
@@ -33,14 +39,16 @@ def check_folder(out: Path, beginnings: dict[str, bytes]) -> None:
     """Check that `out` can be the folder of a report.
 
     Args:
-        beginnings: name of each file of the report, and its first bytes.
+        beginnings: name of each file of the report, with wildcards, and its first bytes.
 
     Raises:
-        UserError: it exists and is not a folder, or another file has the name of one of the report.
+        UserError: it exists and is not a folder, or something else has the name of a file of the report.
     """
     require(not out.exists() or out.is_dir(), f"{out} is in the way: it is not a folder; choose another --out")
     for name, beginning in beginnings.items():
-        check_replaceable(out / name, beginning)
+        for path in sorted(out.glob(name)):
+            require(not path.is_dir(), f"{path} is in the way: it is a folder; choose another --out")
+            check_replaceable(path, beginning)
 
 
 @contextmanager
@@ -85,7 +93,7 @@ def save(result: dict, samples: dict[str, Tensor], reconstructions: tuple[Tensor
         grids[PAIRS] = pairs(*reconstructions, min(_COLUMNS, len(reconstructions[0])))
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        for stale in out.glob("samples_guidance_*.png"):
+        for stale in out.glob(GRIDS):
             stale.unlink()
     for name, image in grids.items():
         save_png(image, out / name)

@@ -217,11 +217,11 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 def _forward_rows(trace: Trace, model: UNITE, config: Config) -> list[Row]:
     images, labels = trace.images(), trace.labels(config)
     batch, latents = len(images), (config.model.latent_tokens, config.model.latent_channels)
-    registers, t = trace.shaped("tokenize/registers", batch, *latents), trace.shaped("tokenize/t", batch)
+    registers, t = trace.numbers("tokenize/registers", batch, *latents), trace.numbers("tokenize/t", batch)
     no_class = torch.full_like(labels, config.model.num_classes)
     z = model.tokenize(images, registers, t)
     reconstruction = model.decode(z)
-    x_t, denoise_t = trace.shaped("denoise/xt", batch, *latents), trace.shaped("denoise/t", batch)
+    x_t, denoise_t = trace.numbers("denoise/xt", batch, *latents), trace.numbers("denoise/t", batch)
     ours = {
         "tokenize/z": model.encoder(registers, t, no_class, images),
         "tokenize/z_normed": z,
@@ -235,7 +235,7 @@ def _forward_rows(trace: Trace, model: UNITE, config: Config) -> list[Row]:
 @torch.no_grad()
 def _sample_rows(trace: Trace, model: UNITE, config: Config) -> list[Row]:
     labels = trace.labels(config)
-    noise = trace.shaped("sample/noise", len(labels), config.model.latent_tokens, config.model.latent_channels)
+    noise = trace.numbers("sample/noise", len(labels), config.model.latent_tokens, config.model.latent_channels)
 
     def sample(noise: Tensor) -> dict[str, Tensor]:
         latents = sampler.sample_latents(model, labels, noise, config.sampling)

@@ -105,6 +105,19 @@ class Trace:
         require(tuple(tensor.shape) == shape, f"{self.path}: {name} is {list(tensor.shape)}, not {list(shape)}")
         return tensor
 
+    def numbers(self, name: str, *shape: int) -> Tensor:
+        """An input of the network: float32."""
+        tensor = self.shaped(name, *shape)
+        require(tensor.dtype == torch.float32, f"{self.path}: {name} is {tensor.dtype}, not float32")
+        require(bool(tensor.isfinite().all()), f"{self.path}: {name} has values that are not finite")
+        return tensor
+
+    def mask(self, name: str, *shape: int) -> Tensor:
+        """bool, from values that are 0 or 1."""
+        tensor = self.shaped(name, *shape)
+        require(bool(((tensor == 0) | (tensor == 1)).all()), f"{self.path}: {name} has values other than 0 and 1")
+        return tensor.bool()
+
     def below(self, prefix: str) -> dict[str, Tensor]:
         """All arrays whose name starts with `prefix`, by the rest of the name; at least one."""
         tensors = {name.removeprefix(prefix): self.tensor(name) for name in self.arrays if name.startswith(prefix)}
@@ -121,7 +134,9 @@ class Trace:
 
     def labels(self, config: Config) -> Tensor:
         """int64 [B]."""
-        labels = self.shaped("in/labels", config.train.batch_size).long()
+        labels = self.shaped("in/labels", config.train.batch_size)
+        require(not labels.is_floating_point(), f"{self.path}: in/labels is {labels.dtype}, not whole numbers")
+        labels = labels.long()
         inside = bool(((labels >= 0) & (labels < config.model.num_classes)).all())
         require(inside, f"{self.path}: in/labels holds a class that is not one of 0..{config.model.num_classes - 1}")
         return labels
@@ -136,9 +151,10 @@ class Trace:
             "flow_noise": (flow_draws, batch, *latents),
             "label_drop": (flow_draws, batch),
         }
-        draws = {ours: self.shaped(f"step{step}/{name}", *shapes.get(ours, (batch,))) for ours, name in DRAWS.items()}
-        for mask in ("decoder_noise_mask", "label_drop"):
-            draws[mask] = draws[mask].bool()
+        draws = {}
+        for ours, name in DRAWS.items():
+            read = self.mask if ours in ("decoder_noise_mask", "label_drop") else self.numbers
+            draws[ours] = read(f"step{step}/{name}", *shapes.get(ours, (batch,)))
         return StepDraws(**draws)
 
     def model(self, config: Config) -> UNITE:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from unite_fast.errors import printable
 from unite_fast.planning import flops, memory
 from unite_fast.planning.predict import (
     CPU_SECONDS,
@@ -26,9 +27,10 @@ def lines(plan: Plan, price: float = 0.0, measured: Sequence[Mapping[str, str]] 
         measured: rows of `unite-fast bench` for this recipe, card and number of GPUs, shown beside the prediction.
     """
     config, cluster = plan.config, plan.cluster
+    name = printable(config.name)
     gpu, share = cluster.gpu, config.train.batch_size // cluster.gpus
     return [
-        f"PREDICTION, not a measurement: {config.name} on {cluster.nodes} x {cluster.gpus_per_node} {gpu.key}",
+        f"PREDICTION, not a measurement: {name} on {cluster.nodes} x {cluster.gpus_per_node} {gpu.key}",
         "",
         f"model      {sum(flops.parameters(config.model).values()) / 1e6:.2f} M parameters, "
         f"F = {config.objective.flow_draws}",
@@ -136,7 +138,7 @@ def _measured(plan: Plan, rows: Sequence[Mapping[str, str]]) -> list[str]:
     low, high = (speed.images_per_s / plan.cluster.gpus for speed in (plan.slow, plan.fast))
     return [
         f"measured   {row['date']}, commit {row['commit']}: {float(row['images_per_s_per_gpu']):.1f} images/s per GPU "
-        f"({row['settings'] or 'the recipe as it is'}); predicted {low:.0f} to {high:.0f}"
+        f"({row.get('settings') or 'the recipe as it is'}); predicted {low:.0f} to {high:.0f}"
         for row in rows
     ]
 

@@ -23,12 +23,14 @@ class TrainedUNITE:
         config: the settings of its training. Paths and addresses in them are empty, because the file may come from
             anywhere; `unite_fast.checkpoint.format.places_of(config)` has them.
         step: optimizer steps of its training.
+        class_names: of its training data, in the order of the labels; empty if they are not known.
     """
 
-    def __init__(self, network: UNITE, config: Config, step: int):
+    def __init__(self, network: UNITE, config: Config, step: int, class_names: Sequence[str] = ()):
         self.network = network.requires_grad_(False).eval()
         self.config = config
         self.step = step
+        self.class_names = list(class_names)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "TrainedUNITE":
@@ -36,7 +38,7 @@ class TrainedUNITE:
         saved = load_model(path)
         network = UNITE(saved.config.model)
         network.load_state_dict(saved.averages)
-        return cls(network.to(device), saved.config, saved.step)
+        return cls(network.to(device), saved.config, saved.step, saved.class_names)
 
     def generate(
         self, labels: Sequence[int] | Tensor, seed: int = 0, batch: int = 64, first: int = 0, **settings

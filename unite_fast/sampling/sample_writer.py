@@ -333,6 +333,8 @@ class PngParts(Parts):
 
 def make_parts(out: Path, manifest: dict, labels: Tensor, batch: int, size: int) -> Parts:
     """`NpzParts` if the name ends in .npz, `PngParts` if it has no suffix."""
+    # The parts lie beside it, under its name.
+    require(out.name not in ("", ".."), f"{out} has no name of its own; give a name to a new folder or .npz")
     require(out.suffix in (".npz", ""), f"{out} ends in {out.suffix}; write a .npz, or a folder (no suffix) of PNGs")
     return (NpzParts if out.suffix else PngParts)(out, manifest, labels, batch, size)
 
