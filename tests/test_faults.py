@@ -62,6 +62,8 @@ def test_an_unknown_setting_is_refused(expect_error):
         ("schedule.lr=[1]", ("schedule.lr", "[1]")),
         ("schedule.lr=.nan", ("schedule.lr", "nan")),
         ("schedule.lr=1e999", ("schedule.lr", "inf")),
+        ("schedule.lr=1e38", ("schedule.lr", "1e+38", "1e+30")),
+        ("optim.eps=-1e300", ("optim.eps", "-1e+300")),
         ("model=B", ("model", "'B'")),
         ("optim.adamw_betas=2,3", ("optim.adamw_betas", "[0, 1)")),
         ("name=", ("name", "empty")),

@@ -40,6 +40,7 @@ def latest_checkpoint(folder: Path) -> int:
     return step_of(link.resolve()) if link.exists() else 0
 
 
+@pytest.mark.timeout(1800)  # for --kills 20 on a busy machine
 def test_a_killed_run_resumes_from_the_last_checkpoint(
     tiny_run, process, wait_until, assert_same_run, tmp_path, pytestconfig
 ):
@@ -168,6 +169,7 @@ def _timeless(tree):
     return [_timeless(value) for value in tree] if isinstance(tree, list) else tree
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_a_killed_command_runs_again_to_the_same_result(
     name, pictures, trained_folder, process, tmp_path, pytestconfig

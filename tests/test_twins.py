@@ -8,6 +8,7 @@ ROOT = Path(__file__).parents[1]
 COVERED_BY = {
     "data_pipeline/readers.py": ("data_pipeline/test_loader.py", "data_pipeline/test_pinning.py"),
     "data_pipeline/shards/manifest.py": ("data_pipeline/shards/test_source.py", "data_pipeline/shards/test_write.py"),
+    "data_pipeline/shards/tar_contents.py": ("data_pipeline/shards/test_tar_files.py",),
     "data_pipeline/shards/tar_members.py": ("data_pipeline/shards/test_tar_files.py",),
     "data_pipeline/shards/webdataset_samples.py": ("data_pipeline/shards/test_tar_files.py",),
     "data_pipeline/shards/verify.py": ("data_pipeline/shards/test_write.py", "data_pipeline/shards/test_source.py"),

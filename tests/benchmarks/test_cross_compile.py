@@ -15,9 +15,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ROW_KERNELS = ("_adaln_fwd_kernel", "_adaln_bwd_kernel")
 """Kernels whose warps share a row, with 2 or 4 neighbours per thread."""
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="the package triton is not installed; it is for Linux only"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="the package triton is not installed; it is for Linux only"
+    ),
+    pytest.mark.timeout(1200),  # compilation takes about a minute alone on two cores
+]
 
 
 @pytest.fixture(scope="module")

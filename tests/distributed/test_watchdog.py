@@ -179,3 +179,21 @@ def test_a_process_stops_when_its_torchrun_is_gone(monkeypatch):
 def test_other_errors_are_raised_unchanged():
     with pytest.raises(RuntimeError, match="shape mismatch"), report_lost_contact(Watchdog(Peers(), 60.0)):
         raise RuntimeError("shape mismatch")
+
+
+def test_time_in_which_the_process_was_stopped_does_not_count():
+    """Ctrl-Z and fg, or a machine that was suspended."""
+    pid = os.fork()
+    if pid == 0:
+        with Watchdog(Peers(), 1.0) as watchdog:
+            watchdog.beat(1, "computing")
+            time.sleep(0.3)
+            freeze()
+            time.sleep(0.3)
+            watchdog.beat(2, "computing")
+            time.sleep(0.3)
+            os._exit(0)
+    os.waitpid(pid, os.WUNTRACED)
+    time.sleep(2)
+    os.kill(pid, signal.SIGCONT)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

@@ -1,9 +1,11 @@
 """A resumed run knows its training data."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from unite_fast.checkpoint.model_file import describe
@@ -70,7 +72,6 @@ def _make_images(folder: Path, make_image, names: dict[str, int]) -> None:
 
 @pytest.fixture
 def make_image():
-    from PIL import Image
 
     def make(path: Path) -> None:
         Image.new("RGB", (9, 9), (hash(path.name) % 255, 7, 7)).save(path)
@@ -143,3 +144,32 @@ def _digits_of_rank() -> str:
 def test_ranks_with_other_data_are_refused(ranks):
     messages = ranks(2, _digits_of_rank)
     assert all("rank 1" in message for message in messages)
+
+
+def test_a_class_name_that_is_no_text_is_the_same_data(tmp_path, make_image):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    _make_images(tmp_path, make_image, {folder.name: 2})
+    record = DataRecord.of(open_source("folder", str(tmp_path), 8, "train", 1), ALONE)
+    progress = {KEY: json.loads(json.dumps(record.tree()))}
+    assert check_same_data(progress, record, 3, allowed=False) == ([], "")
+
+
+def test_any_two_images_of_a_small_folder_that_change_places_are_noticed(tmp_path):
+
+    names = [tmp_path / kind / f"{number}.png" for kind in ("cat", "dog") for number in range(4)]
+    for number, name in enumerate(names):
+        name.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (9, 9), (number, 7, 7)).save(name)
+    before = DataRecord.of(open_source("folder", str(tmp_path), 8, "train", 2), ALONE)
+    os.utime(names[3])
+    assert not DataRecord.of(open_source("folder", str(tmp_path), 8, "train", 2), ALONE).difference(before)
+    content = names[3].read_bytes()
+    names[3].write_bytes(names[6].read_bytes())
+    names[6].write_bytes(content)
+    assert DataRecord.of(open_source("folder", str(tmp_path), 8, "train", 2), ALONE).difference(before)
+
+
+@pytest.mark.parametrize("changes", [5, None, "x", [5], {"a": 1}])
+def test_a_broken_list_of_changes_is_one_error(changes):
+    with pytest.raises(UserError, match="changes"):
+        check_same_data({KEY: _record().tree(), CHANGES: changes}, _record(), 3, allowed=False)

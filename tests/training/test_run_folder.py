@@ -6,13 +6,24 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from PIL import Image
 
+from unite_fast.data_pipeline import open_source
 from unite_fast.distributed.launch import join_training
 from unite_fast.distributed.peers import Peers
 from unite_fast.errors import UserError
 from unite_fast.recipes import load_config
 from unite_fast.training import run_folder
-from unite_fast.training.run_folder import OpenFolder, read_status, restarted, running_status, write_status
+from unite_fast.training.run_folder import (
+    OpenFolder,
+    check_apart,
+    check_new,
+    choose_folder,
+    read_status,
+    restarted,
+    running_status,
+    write_status,
+)
 
 
 def _restarted(folder: Path, count_on_rank_1: int, run: str) -> bool:
@@ -66,3 +77,39 @@ def test_a_name_that_another_run_has_taken_is_refused_and_closes_once(tmp_path, 
         with pytest.raises(UserError, match="taken"):
             folder.follow()
     folder.close()
+
+
+@pytest.mark.parametrize("name", ["status", "metrics.jsonl", "samples.png", "curves.png"])
+def test_a_new_run_replaces_no_file_of_others(tmp_path, name, mentions):
+    check_new(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    check_new(tmp_path)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=mentions(tmp_path / name, "train.out=FOLDER")):
+        check_new(tmp_path)
+
+
+def test_a_checkpoint_is_no_run_folder(tmp_path, mentions):
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step_00000010").mkdir(parents=True)
+    (run / "checkpoints" / "latest").symlink_to("step_00000010")
+    for part in ("checkpoints", "checkpoints/latest", "checkpoints/step_00000010"):
+        with pytest.raises(UserError, match=mentions(run / part, f"train.out={run}")):
+            choose_folder(load_config("digits", (f"train.out={run / part}",)))
+    assert choose_folder(load_config("digits", (f"train.out={run}",))) == run
+
+
+def test_a_run_is_not_among_the_images_of_its_data(tmp_path, mentions, monkeypatch):
+    """Its pictures would be another class when it resumes. Beside the folders of splits it disturbs nothing."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("flat/cats", "split/train/cats", "split/val/cats"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+    flat, split = (open_source("folder", name, 8, "train") for name in ("flat", "split"))
+    for out in ("flat", "flat/run", "flat/cats/run", "other/../flat/run"):
+        with pytest.raises(UserError, match=mentions(out, tmp_path / "flat")):
+            check_apart(Path(out), flat)
+    with pytest.raises(UserError, match=mentions("split/train/run")):
+        check_apart(Path("split/train/run"), split)
+    for out, source in (("flat2", flat), ("split/run", split)):
+        check_apart(Path(out), source)

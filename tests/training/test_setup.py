@@ -1,12 +1,21 @@
 """What a run checks before it builds its model; more in test_cuda_graph.py and test_attention_precision.py."""
 
+import re
+
 import pytest
 import torch
 
+from unite_fast.distributed.launch import join_training
 from unite_fast.distributed.strategy import UNSHARDED
 from unite_fast.errors import UserError
 from unite_fast.recipes import load_config
-from unite_fast.training.setup import check_cuda_graph, choose_attention, open_training_data, use_device_settings
+from unite_fast.training.setup import (
+    check_cuda_graph,
+    check_same_start,
+    choose_attention,
+    open_training_data,
+    use_device_settings,
+)
 
 
 def test_data_of_another_number_of_classes_are_refused(mentions):
@@ -32,3 +41,27 @@ def test_a_graph_needs_cuda(mentions):
     check_cuda_graph(load_config("digits"), torch.device("cpu"), UNSHARDED)
     with pytest.raises(UserError, match=mentions("train.cuda_graph", "cpu")):
         check_cuda_graph(load_config("digits", ("train.cuda_graph=true",)), torch.device("cpu"), UNSHARDED)
+
+
+def _start_of_rank(settings: tuple[str, ...], resume: bool) -> str:
+    with join_training("cpu", 3) as (ranks, _):
+        own = () if ranks.main else settings
+        try:
+            check_same_start(load_config("digits", own), {"--resume": resume and not ranks.main}, ranks)
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "resume", "tokens"),
+    [
+        (("schedule.lr=1",), False, ("schedule.lr", "1.0", "rank 1")),
+        (("train.steps=3",), False, ("train.steps", 3, "rank 1")),
+        ((), True, ("--resume", True, "rank 1")),
+        (("train.threads=1", "data.workers=1", "data.path=elsewhere"), False, ()),
+    ],
+)
+def test_ranks_that_were_started_in_another_way_are_refused(ranks, mentions, settings, resume, tokens):
+    for message in ranks(2, _start_of_rank, settings, resume):
+        assert re.search(mentions(*tokens), message) and bool(message) == bool(tokens)

@@ -22,8 +22,9 @@ from unite_fast.checkpoint.reader import load_checkpoint
 from unite_fast.errors import UserError
 from unite_fast.recipes import load_config, to_tree
 from unite_fast.training import console, metrics, profiling, train_step
+from unite_fast.training.data_record import DataRecord
 from unite_fast.training.metrics import training_metrics
-from unite_fast.training.run_folder import check_same_settings
+from unite_fast.training.run_folder import check_same_settings, read_status
 from unite_fast.training.step_timer import StepClock
 from unite_fast.training.trainer import Trainer, train
 from unite_fast.utils.rows import read_rows
@@ -572,3 +573,29 @@ def test_a_run_says_what_is_left_out_and_refuses_other_held_out_classes(settings
     with pytest.raises(UserError, match=mentions(tmp_path / "data" / "val" / "1", "numbers")):
         train(settings(*run, folder="other"))
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_another_process_made_meanwhile_is_not_overwritten(settings, monkeypatch, mentions, resume):
+    """Two starts at once, one of which reads its data for longer than the other one trains."""
+    original = DataRecord.of
+
+    def slowly(*arguments):
+        monkeypatch.setattr(DataRecord, "of", original)
+        train(settings("train.steps=4"))
+        return original(*arguments)
+
+    monkeypatch.setattr(DataRecord, "of", slowly)
+    with pytest.raises(UserError, match=mentions(settings().train.out, "--resume")):
+        train(settings("train.steps=2"), resume=resume)
+    assert saved_steps(Path(settings().train.out)) == [4]
+    assert read_status(Path(settings().train.out)) == "finished at step 4"
+
+
+def test_the_log_of_a_run_whose_checkpoints_are_gone_is_kept(settings, capsys):
+    folder = train(settings()).folder
+    log = (folder / "metrics.jsonl").read_text()
+    (folder / "checkpoints").rename(folder / "old_checkpoints")
+    train(settings("train.steps=1"), resume=True)
+    assert (folder / "metrics.1.jsonl").read_text() == log
+    assert "metrics.1.jsonl" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Evaluation during training: it leaves the run unchanged and gives the scores of `evaluate`."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -166,3 +167,10 @@ def test_samples_that_are_not_finite_are_counted_and_the_run_goes_on(tiny_run, t
     assert re.search(mentions("warning", "no pictures of step 3", "guidance 1e+30"), printed)
     assert not (folder / "evaluation").exists() and not (folder / "samples.png").exists()
     assert Checkpoints(folder / "checkpoints", 0).find().step == 5
+
+
+def test_a_curve_that_cannot_be_read_is_a_warning(tiny_run, tmp_path, capsys):
+    (tmp_path / "run" / "evaluation").mkdir(parents=True)
+    os.mkfifo(tmp_path / "run" / "evaluation" / "curve.jsonl")
+    train(load_config("digits", (*tiny_run, *EVALUATED, f"train.out={tmp_path / 'run'}", "train.steps=4")))
+    assert capsys.readouterr().out.count("warning: evaluation: ") == 1

@@ -10,7 +10,14 @@ from unite_fast.errors import UserError
 from unite_fast.recipes import from_tree, load_config
 from unite_fast.training.trainer import Trainer
 from unite_fast.utils import device
-from unite_fast.utils.device import CUBLAS_WORKSPACE, check_float8, choose_device, exact_float32, use_numerics
+from unite_fast.utils.device import (
+    CUBLAS_WORKSPACE,
+    check_float8,
+    choose_device,
+    exact_float32,
+    host_memory,
+    use_numerics,
+)
 
 
 def tf32() -> tuple[bool, bool]:
@@ -36,6 +43,13 @@ def test_float32_is_not_tf32(precision, rounded):
     use_numerics(precision, deterministic=False)
     assert tf32() == rounded
     assert not torch.are_deterministic_algorithms_enabled() and CUBLAS_WORKSPACE not in os.environ
+
+
+def test_a_container_has_the_memory_that_it_is_granted(monkeypatch):
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for text, memory in (("1000\n", 1000), ("max\n", whole), (f"{2**63}\n", whole)):
+        monkeypatch.setattr(device.Path, "read_text", lambda path, text=text: text)
+        assert host_memory() == memory
 
 
 def test_deterministic_is_strict_and_configures_cublas():

@@ -65,6 +65,13 @@ def test_a_folder_that_cannot_be_created_is_named(tmp_path, mentions):
         lock_folder(tmp_path / "file", "being read", "read another")
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_lock_file_that_is_no_file_is_named_with_what_to_do(tmp_path, make, mentions):
+    make(tmp_path / LOCK)
+    with pytest.raises(UserError, match=mentions(tmp_path / LOCK, "not a regular file", "delete")):
+        lock_folder(tmp_path, "being read", "read another")
+
+
 @pytest.mark.parametrize("second_name", ["link", "hard link"])
 def test_a_lock_file_is_never_another_file(tmp_path, second_name, mentions):
     """In a folder that came from elsewhere."""
@@ -117,3 +124,8 @@ def test_a_lock_file_that_its_holder_just_deleted_is_made_again(tmp_path, monkey
     monkeypatch.setattr(fcntl, "lockf", lockf)
     with lock_output(tmp_path / "a"):
         assert path.exists()
+
+
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path):
+    with lock_output(tmp_path / ("a" * 255)), lock_output(tmp_path / ("b" * 255)):
+        assert len(list(tmp_path.iterdir())) == 2

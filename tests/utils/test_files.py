@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from unite_fast.errors import UserError
+from unite_fast.utils import files
 from unite_fast.utils.files import (
     BEGINNINGS,
     atomic_write,
@@ -15,6 +16,8 @@ from unite_fast.utils.files import (
     check_npz,
     check_replaceable,
     check_target,
+    clear_partial,
+    home_path,
     make_folder,
     open_regular,
     private_folder,
@@ -23,6 +26,13 @@ from unite_fast.utils.files import (
     save_text,
     writing,
 )
+
+
+def test_the_home_of_nobody_is_named(mentions, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert home_path("~/a") == Path("/home/me/a")
+    with pytest.raises(UserError, match=mentions("~no-such-user/a")):
+        home_path("~no-such-user/a")
 
 
 def test_a_folder_for_a_file_and_the_reverse_are_refused(tmp_path, mentions):
@@ -91,6 +101,17 @@ def test_a_write_follows_no_link_and_takes_no_name_in_use(tmp_path):
     save_text("new", tmp_path / "a.txt")
     assert (tmp_path / "victim").read_text() == "mine"
     assert (tmp_path / "a.txt").read_text() == "new" and not (tmp_path / "a.txt").is_symlink()
+
+
+def test_a_write_takes_no_name_in_use_even_if_it_is_guessed(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.secrets, "token_hex", lambda count: "0" * 2 * count)
+    with atomic_write(tmp_path / "a.txt") as partial:
+        name = partial.name
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / name).symlink_to("victim")
+    with pytest.raises(UserError):
+        save_text("new", tmp_path / "a.txt")
+    assert (tmp_path / "victim").read_text() == "mine"
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
@@ -180,5 +201,25 @@ def test_a_folder_of_a_run_is_no_link(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     make_folder(tmp_path / "new" / "x")
-    with pytest.raises(OSError, match="link"):
-        make_folder(tmp_path / "link")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("link", "dangling"):
+        with pytest.raises(OSError, match="link"):
+            make_folder(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no folder"):
+        make_folder(tmp_path / "pipe")
+
+
+def test_partial_files_behind_a_link_stay(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / ".unite_fast-x.partial").touch()
+    (tmp_path / "link").symlink_to("real")
+    clear_partial(tmp_path / "link")
+    assert os.listdir(tmp_path / "real")
+    clear_partial(tmp_path / "real")
+    assert not os.listdir(tmp_path / "real")
+
+
+@pytest.mark.parametrize("source", ["a" * 300, "a\0b", ""])
+def test_a_source_that_no_system_has_is_not_in_the_way(tmp_path, source):
+    check_not_read(tmp_path / "out", tmp_path / source / "b")

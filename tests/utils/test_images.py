@@ -90,6 +90,17 @@ def test_a_folder_holds_each_image_by_number_and_class(tmp_path, images):
             assert np.array_equal(np.asarray(picture), image.permute(1, 2, 0).numpy())
 
 
+def test_images_of_two_calls_are_not_mixed_in_one_folder(tmp_path, images, mentions):
+    """Who reads the folder could not tell them apart. Other files stay."""
+    folder = tmp_path / "folder"
+    save_images(images, torch.tensor([3, 1, 4, 1]), folder, 10)
+    (folder / "notes_class1.png").touch()
+    for labels in (torch.tensor([3, 1, 4]), torch.tensor([3, 1, 4, 2])):
+        with pytest.raises(UserError, match=mentions(folder, "000003_class1.png", "--out")):
+            save_images(images[: len(labels)], labels, folder, 10)
+    assert len(os.listdir(folder)) == 5
+
+
 def test_a_png_holds_all_images(tmp_path, images):
     save_images(images, torch.zeros(4), tmp_path / "a.png", 3)
     with Image.open(tmp_path / "a.png") as picture:

@@ -1,8 +1,19 @@
 """Rows of metrics: read, cut off, thinned out."""
 
+import os
+import time
+
 import pytest
 
-from unite_fast.utils.rows import LONGEST_LINE, MOST_ROWS, drop_rows_after, read_rows, thin_rows
+from unite_fast.utils.rows import (
+    LONGEST_LINE,
+    MOST_ROWS,
+    drop_rows_after,
+    own_file,
+    read_rows,
+    set_aside,
+    thin_rows,
+)
 
 
 def test_incomplete_rows_are_skipped(tmp_path):
@@ -46,3 +57,34 @@ def test_the_older_half_of_many_rows_is_thinned_out():
     rows = [{"step": step} for step in range(2 * MOST_ROWS)]
     assert thin_rows(rows[1:]) == rows[1:]
     assert [row["step"] for row in thin_rows(rows)] == [*range(0, MOST_ROWS, 2), *range(MOST_ROWS, 2 * MOST_ROWS)]
+
+
+def test_a_log_with_a_second_name_is_copied_and_a_link_goes(tmp_path):
+    """A copy by `cp -al` shares its files with the original."""
+    original, copy, link = tmp_path / "original", tmp_path / "copy", tmp_path / "link"
+    original.write_text('{"step": 1}\n{"step": 2}\n')
+    os.link(original, copy)
+    link.symlink_to(original)
+    for path in (original, copy, link, tmp_path / "none"):
+        own_file(path)
+    drop_rows_after(copy, 1)
+    assert [len(read_rows(path)) for path in (original, copy, link)] == [2, 1, 0]
+
+
+def test_a_log_of_an_earlier_run_is_kept(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    assert set_aside(log) is None
+    log.touch()
+    assert set_aside(log) is None
+    for number in (1, 2):
+        log.write_text(f"{number}")
+        old = set_aside(log)
+        assert (old.name, old.read_text(), log.exists()) == (f"metrics.{number}.jsonl", f"{number}", False)
+
+
+def test_a_log_of_one_endless_line_is_read_at_once(tmp_path):
+    with (tmp_path / "rows").open("wb") as file:
+        file.truncate(2**31)
+    start = time.process_time()
+    assert read_rows(tmp_path / "rows") == []
+    assert time.process_time() - start < 2

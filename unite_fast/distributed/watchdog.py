@@ -68,7 +68,13 @@ class Watchdog:
                 thread.join()
 
     def _watch_progress(self) -> None:
-        while not self.closed.wait(min(1.0, self.timeout / 10)):
+        pause, awake = min(1.0, self.timeout / 10), time.monotonic()
+        while not self.closed.wait(pause):
+            now = time.monotonic()
+            if now - awake > pause + 1:
+                # The process was stopped meanwhile, by Ctrl-Z or with its machine: that time does not count.
+                self.last_beat += now - awake - pause
+            awake = now
             if time.monotonic() - self.last_beat > self.limit:
                 stack = "".join(traceback.format_stack(sys._current_frames()[self.main_thread]))
                 missing = self.peers.missing_ranks() if self.peers.world > 1 else []

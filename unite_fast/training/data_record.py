@@ -44,7 +44,9 @@ class DataRecord:
 
     @classmethod
     def _of_own(cls, source: Source) -> "DataRecord":
-        classes = list(zip(source.class_names, source.class_counts(), strict=True))
+        # Bytes of names that are not text become question marks, as when a record is read.
+        names = [name.encode("utf-8", "replace").decode() for name in source.class_names]
+        classes = list(zip(names, source.class_counts(), strict=True))
         return cls(len(source), classes, source.fingerprint())
 
     @classmethod
@@ -85,9 +87,12 @@ def check_same_data(progress: dict, now: DataRecord, step: int, allowed: bool) -
         The run's changes so far, to be stored in its next checkpoints; and a line to print, or an empty one.
 
     Raises:
-        UserError: other data, and not `allowed`.
+        UserError: other data, and not `allowed`; or the record cannot be read.
     """
-    changes = list(progress.get(CHANGES, []))
+    try:
+        changes = check_kind(list[dict], progress.get(CHANGES, []))
+    except ValueError as error:
+        raise UserError(f"the checkpoint's record of changes of its data cannot be read: {error}") from error
     if KEY not in progress:
         return changes, "the checkpoint is of an earlier version and does not record its data, so they are not compared"
     before = DataRecord.of_tree(progress[KEY])

@@ -22,7 +22,7 @@ from unite_fast.training.side_outputs import SideOutputs
 from unite_fast.training.step_timer import StepClock
 from unite_fast.training.wandb_log import WandbLog
 from unite_fast.utils.files import make_folder, open_to_append
-from unite_fast.utils.rows import drop_rows_after, read_rows, thin_rows
+from unite_fast.utils.rows import drop_rows_after, own_file, read_rows, set_aside, thin_rows
 
 AVERAGED = ("total", "l1", "lpips", "flow", "grad_norm")
 HARDWARE = ("images_per_s", "images_per_s_per_gpu", "mfu", "memory_gb", "seconds_")
@@ -182,8 +182,9 @@ class MetricsLog:
         self.purge_step = step + 1
         self.use(folder)
         with self.sides.attempt("metrics.jsonl"):
-            if self.path.is_symlink():
-                self.path.unlink()  # its target is not ours; a new file begins
+            own_file(self.path)
+            if not step and (old := set_aside(self.path)):
+                self.sides.warn(f"{self.path} of an earlier run is now {old.name}")
             drop_rows_after(self.path, step)
             self.rows = thin_rows(read_rows(self.path))
         self._open_events()

@@ -14,13 +14,15 @@ from unite_fast.checkpoint.manager import Checkpoints
 from unite_fast.checkpoint.progress import check_progress
 from unite_fast.checkpoint.reader import Checkpoint
 from unite_fast.config import Config, EvaluationConfig, ParallelConfig, SamplingConfig
+from unite_fast.data_pipeline import Source
+from unite_fast.data_pipeline.image_folder import FolderSource
 from unite_fast.distributed.environment import restart_count
 from unite_fast.distributed.launch import launch_name, under_torchrun
 from unite_fast.distributed.peers import Peers
-from unite_fast.errors import require
+from unite_fast.errors import UserError, require
 from unite_fast.recipes import to_tree
 from unite_fast.utils import file_lock
-from unite_fast.utils.files import clear_partial, read_small, save_text
+from unite_fast.utils.files import clear_partial, home_path, read_small, save_text
 
 FREE_ON_RESUME = {
     "name",
@@ -54,40 +56,71 @@ FREE_ON_RESUME = {
 """Settings that may change on resume: they do not change what a step computes."""
 
 
+REPLACED_FILES = ("status", "metrics.jsonl", "samples.png", "reconstructions.png", "curves.png")
+"""Files of a run besides config.yaml that it replaces or shortens."""
 LONGEST_STATUS = 1000
 """Bytes of the status file."""
 
 
-def find_start(checkpoints: Checkpoints, folder: Path, config: Config, resume: bool) -> Checkpoint | None:
-    """The checkpoint to resume from; None for a new run.
+def find_start(checkpoints: Checkpoints, config: Config) -> Checkpoint | None:
+    """The checkpoint to resume from; None if the run has none.
 
     Raises:
-        UserError: a run exists and `resume` is False; other settings than the run's; no intact checkpoint.
+        UserError: other settings than the run's; no intact checkpoint.
     """
-    if resume:
-        checkpoint = checkpoints.find()
-        if checkpoint:
-            check_same_settings(checkpoint.config, config)
-            check_progress(checkpoint.progress, checkpoint.path)
-        return checkpoint
+    checkpoint = checkpoints.find()
+    if checkpoint:
+        check_same_settings(checkpoint.config, config)
+        check_progress(checkpoint.progress, checkpoint.path)
+    return checkpoint
+
+
+def check_new(folder: Path) -> None:
+    """Check a folder in which a run is to start.
+
+    Raises:
+        UserError: it contains a run, or files that this run would replace.
+    """
+    run = step_folders(folder / "checkpoints") or (folder / "config.yaml").exists()
     require(
-        not (step_folders(checkpoints.folder) or (folder / "config.yaml").exists()),
+        not run,
         f"{folder} already contains a run; resume it with --resume or choose another folder with train.out=FOLDER",
     )
-    return None
+    for name in REPLACED_FILES:
+        file = folder / name
+        require(not file.exists(), f"{file} is in the way; move it, or choose another folder with train.out=FOLDER")
 
 
 def choose_folder(config: Config) -> Path:
     """The run folder: `train.out`, or runs/NAME.
 
     Raises:
-        UserError: a name that leads elsewhere.
+        UserError: a name that leads elsewhere; a folder in a run's checkpoints.
     """
     if config.train.out:
-        return Path(config.train.out).expanduser()
-    plain = config.name not in (".", "..") and config.name.isprintable() and "/" not in config.name
-    require(plain, f"name is {config.name!r}: give one without / and control characters, or set train.out=FOLDER")
-    return Path("runs") / config.name
+        folder = home_path(config.train.out)
+    else:
+        plain = config.name not in (".", "..") and config.name.isprintable() and "/" not in config.name
+        require(plain, f"name is {config.name!r}: give one without / and control characters, or set train.out=FOLDER")
+        folder = Path("runs") / config.name
+    for part in (folder, *folder.parents):
+        if part.name == "checkpoints" and step_folders(part):
+            raise UserError(f"{folder} is not a run, but in the checkpoints of one; set train.out={part.parent}")
+    return folder
+
+
+def check_apart(folder: Path, source: Source) -> None:
+    """Check that the pictures of a run do not become training images.
+
+    Raises:
+        UserError: the run folder is in the folder of the class folders.
+    """
+    if isinstance(source, FolderSource):
+        data = source.root.resolve()
+        inside = data in (folder.resolve(), *folder.resolve().parents)
+        require(
+            not inside, f"the run folder {folder} is among the images in {data}; set train.out to a folder elsewhere"
+        )
 
 
 class OpenFolder:

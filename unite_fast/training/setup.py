@@ -2,15 +2,54 @@
 
 import torch
 
+from unite_fast import __version__
 from unite_fast.checkpoint.reader import Checkpoint
 from unite_fast.config import Config
 from unite_fast.data_pipeline import Source, open_source
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.distributed.strategy import Strategy
-from unite_fast.errors import require
+from unite_fast.errors import require, shown
 from unite_fast.kernels import backend
+from unite_fast.recipes import to_tree
 from unite_fast.training import attention_precision
+from unite_fast.training.run_folder import flatten
 from unite_fast.utils.device import check_float8, use_numerics, use_threads
+
+OF_A_MACHINE = {
+    "data.path",
+    "data.workers",
+    "perceptual.vgg_path",
+    "perceptual.lpips_path",
+    "evaluation.inception",
+    "train.threads",
+}
+"""Settings that may differ between machines: what these paths lead to is compared by its content."""
+
+
+def check_same_start(config: Config, options: dict[str, object], ranks: Ranks) -> None:
+    """Compare settings, options and versions of all ranks. All ranks call this together.
+
+    Raises:
+        UserError: a rank was started in another way than rank 0: it would average the gradients of another recipe, or
+            the ranks would wait for each other for ever.
+    """
+    settings = {key: value for key, value in flatten(to_tree(config)).items() if key not in OF_A_MACHINE}
+    check_same(settings | options | {"unite_fast": __version__, "torch": torch.__version__}, ranks)
+
+
+def check_same(values: dict[str, object], ranks: Ranks) -> None:
+    """
+    Raises:
+        UserError: a rank has another value than rank 0.
+    """
+    first, *others = ranks.gather(values)
+    for rank, other in enumerate(others, 1):
+        for key in first:
+            require(
+                other.get(key) == first[key],
+                f"{key} is {shown(other.get(key))} on rank {rank} and {shown(first[key])} on rank 0; start all "
+                "processes with the same command and software",
+            )
 
 
 def use_device_settings(config: Config, device: torch.device) -> None:

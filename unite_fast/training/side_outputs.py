@@ -1,5 +1,6 @@
 """What a run writes besides its checkpoints: it can do without, so a failure is a warning."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -21,5 +22,11 @@ class SideOutputs:
         except Exception as error:  # libraries raise many kinds
             if name not in self.failed:
                 self.failed.add(name)
-                reason = printable(str(error)) or type(error).__name__
-                self.warn(f"warning: {name}: {reason}; the run goes on without it")
+                self.warn(f"warning: {name}: {_reason(error)}; the run goes on without it")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else error.filename
+        return printable(f"{name}: {error.strerror}" if name else error.strerror)
+    return printable(error) or type(error).__name__

@@ -19,7 +19,7 @@ from unite_fast.distributed.process_group import ALONE, Ranks
 from unite_fast.distributed.signals import StopVote, stop_on_signals
 from unite_fast.distributed.strategy import split_batch
 from unite_fast.distributed.watchdog import Watchdog, report_lost_contact
-from unite_fast.errors import UserError, require
+from unite_fast.errors import UserError, printable, require
 from unite_fast.kernels import backend
 from unite_fast.lpips import LPIPS, load_lpips
 from unite_fast.objective import Losses
@@ -30,6 +30,8 @@ from unite_fast.training.parallelize import build_model
 from unite_fast.training.profiling import StepProfiler
 from unite_fast.training.run_folder import (
     OpenFolder,
+    check_apart,
+    check_new,
     choose_folder,
     final_status,
     find_start,
@@ -37,7 +39,14 @@ from unite_fast.training.run_folder import (
     restarted,
     write_status,
 )
-from unite_fast.training.setup import check_cuda_graph, choose_attention, open_training_data, use_device_settings
+from unite_fast.training.setup import (
+    check_cuda_graph,
+    check_same,
+    check_same_start,
+    choose_attention,
+    open_training_data,
+    use_device_settings,
+)
 from unite_fast.training.train_state import TrainState
 from unite_fast.training.train_step import TrainStep, autocast
 from unite_fast.training.validation import Validation
@@ -106,21 +115,26 @@ class Trainer:
         self.config, self.ranks = config, ranks
         self.watchdog = watchdog or Watchdog(Peers(ranks.rank, ranks.world), config.parallel.timeout)
         self.peers = self.watchdog.peers
+        check_same_start(config, {"--resume": resume, "--allow-change": allow_change}, ranks)
         self.folder = choose_folder(config)
         self.device = device or choose_device(config.train.device)
         use_device_settings(config, self.device)
         self.source = open_training_data(config)
+        check_apart(self.folder, self.source)
         batch_slice, micro_batch = split_batch(ranks, config.train.batch_size, config.train.micro_batch)
         if config.perceptual.weight:
             lpips = (lpips or load_lpips(config.perceptual)).to(self.device)
 
         asked, resume = resume, resume or restarted(self.folder, self.peers)
+        if not resume:
+            check_new(self.folder)
         # Lock before reading, because another process that trains here writes and deletes checkpoints meanwhile.
         self.lock = lock_run(self.folder) if resume and ranks.main and (self.folder / LOCK).exists() else None
         self.open_folder: OpenFolder | None = None
         self.moves = 0
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep_every)
-        checkpoint = find_start(self.checkpoints, self.folder, config, resume)
+        checkpoint = find_start(self.checkpoints, config) if resume else None
+        self.found = step_folders(self.checkpoints.folder)
         self.data_record = DataRecord.of(self.source, ranks)
         self.changes, data_note = [], ""
         if checkpoint:
@@ -133,6 +147,7 @@ class Trainer:
         self.state = TrainState(model, config)
         self.averages = Averages(self.device)
         self.choice = choose_loader(config.data.loader, self.source, self.device)
+        check_same({"the decoder of images": self.choice.decoder}, ranks)
         self.loader = self._make_loader()
         if checkpoint:
             self.restore(checkpoint)
@@ -145,8 +160,8 @@ class Trainer:
                 "stop and check train.out and name"
             )
         self.report.print_line(f"data: {len(self.source)} images, {self.choice.name} loader ({self.choice.why})")
-        if data_note:
-            self.report.print_line(f"data: {data_note}")
+        for note in filter(None, (data_note, *self.source.notes)):
+            self.report.print_line(f"data: {printable(note)}")
         if self.source.left_out:
             self.report.print_line(f"left out: {'; '.join(self.source.left_out)}")
         self.sides = self.report.sides
@@ -209,6 +224,9 @@ class Trainer:
 
     def _start_run_folder(self, wandb: WandbLog | None) -> None:
         """Lock the folder, and write config, status and logs to it."""
+        self.lock = self.lock or lock_run(self.folder)
+        if step_folders(self.checkpoints.folder) != self.found:
+            raise UserError(f"another process trained in {self.folder} meanwhile; start again with --resume")
         self.open_folder = OpenFolder(self.folder, self.config, self.lock)
         self.log = MetricsLog(self.folder, self.state.step, wandb, self.sides)
         self.profiler = StepProfiler(self.config.profile, self.folder, self.device, self.report.print_line)

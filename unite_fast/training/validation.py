@@ -61,7 +61,10 @@ class Validation:
         self.every = config.train.evaluate_every or config.train.evaluate_epochs * images / config.train.batch_size
         self.ranks, self.sides = current_ranks(), sides or SideOutputs()
         self.use(folder)
-        before = read_rows(self.folder / ROWS) if self.ranks.main else []
+        before = []
+        if self.ranks.main:
+            with self.sides.attempt("evaluation"):
+                before = read_rows(self.folder / ROWS)
         self.rows = [row for row in before if row["step"] <= step]
         if self.ranks.main and len(self.rows) < len(before):
             self.write()

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import socket
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from unite_fast.utils.files import remove_partial, writing
 
 LOCK = ".lock"
 """The lock file; it names the process that holds the lock. It may stay: the lock itself ends with the process."""
+MOST_NAME_BYTES = 255
 
 
 def lock_folder(folder: Path, activity: str, alternative: str) -> TextIO:
@@ -43,7 +45,7 @@ def lock_output(out: Path) -> Iterator[None]:
     Raises:
         UserError: another process is writing it, or no permission.
     """
-    path = out.absolute().parent / f".{out.absolute().name}{LOCK}"
+    path = out.absolute().parent / _lock_name(out.absolute().name)
     with writing(out):
         path.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -62,11 +64,19 @@ def lock_output(out: Path) -> Iterator[None]:
         file.close()
 
 
+def _lock_name(name: str) -> str:
+    """Name of the lock file beside a file; a checksum where it would be longer than file systems allow."""
+    plain = f".{name}{LOCK}"
+    return plain if len(os.fsencode(plain)) <= MOST_NAME_BYTES else f".{zlib.crc32(os.fsencode(name)):08x}{LOCK}"
+
+
 def _lock(path: Path, target: Path, activity: str, alternative: str) -> TextIO:
     with writing(path):
         # A lock file that is a link, in a folder that came from elsewhere, would write to another file.
         if path.is_symlink():
             raise OSError(errno.ELOOP, "it is a link; delete it")
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is not a regular file; delete it")
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         file = open(os.open(path, flags, 0o666), "r+", errors="backslashreplace")  # noqa: SIM115
     try:

@@ -94,6 +94,8 @@ def remove_partial(path: Path) -> None:
 
 def clear_partial(folder: Path) -> None:
     """Delete what killed processes left in a folder. Only for the process that holds the lock on the folder."""
+    if folder.is_symlink():
+        return
     with suppress(OSError):
         for leftover in folder.glob(f".unite_fast-*{PARTIAL}"):
             leftover.unlink()
@@ -112,6 +114,20 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def home_path(path: str | Path) -> Path:
+    """The path, with the home folder in place of ~ or ~NAME.
+
+    Raises:
+        UserError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f"{path}: there is no such user; write the whole path, or ./{path} for a name with ~"
+        ) from error
+
+
 def make_folder(path: Path) -> None:
     """Make a folder of a run, unless it exists. A link in its place is refused: a run folder that came from elsewhere
     could lead the files of this run anywhere.
@@ -119,9 +135,11 @@ def make_folder(path: Path) -> None:
     Raises:
         OSError: it is a link or a file, or no permission.
     """
-    path.mkdir(parents=True, exist_ok=True)
     if path.is_symlink():
         raise OSError(errno.ELOOP, "it is a link; put a folder in its place", os.fspath(path))
+    if path.exists() and not path.is_dir():
+        raise OSError(errno.ENOTDIR, "it is no folder; move it away", os.fspath(path))
+    path.mkdir(parents=True, exist_ok=True)
 
 
 def open_to_append(path: Path) -> BinaryIO:
@@ -206,7 +224,7 @@ def check_not_read(out: Path, *sources: str | Path) -> None:
     """
     try:
         for source in map(Path, sources):
-            if not source.exists():
+            if not os.path.exists(source):  # also one that no system has
                 continue
             folder, target = source.resolve(), out.resolve()
             same = target == folder or (out.exists() and out.samefile(source))

@@ -1,5 +1,7 @@
 """Save images: grids, loss curves, files."""
 
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +9,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unite_fast.errors import require
+from unite_fast.utils.file_lock import lock_output
 from unite_fast.utils.files import atomic_write, check_npz, check_target, writing
 
 GAP = 2
 """Pixels between the images of a grid; 1 if the images are enlarged."""
 SAMPLES = "arr_0.npy"
 """The member of an .npz with the images of samples."""
+IMAGE_NAME = re.compile(r"[0-9]{6,}_class[0-9]+\.png")
 SMALLEST = 48
 """Images with a smaller side are enlarged by an integer factor, so that they can be seen."""
 
@@ -20,6 +25,23 @@ SMALLEST = 48
 def image_file_name(index: int, label: int) -> str:
     """File name of a generated image."""
     return f"{index:06d}_class{label}.png"
+
+
+def check_no_others(out: Path, labels: Tensor) -> None:
+    """Check that a folder holds no generated images that images of these labels would not replace: nobody could tell
+    them apart.
+
+    Raises:
+        UserError: it does.
+    """
+    if out.suffix or not out.is_dir():
+        return
+    names = {image_file_name(index, int(label)) for index, label in enumerate(labels.tolist())}
+    others = sorted(name for name in os.listdir(out) if IMAGE_NAME.fullmatch(name) and name not in names)
+    require(
+        not others,
+        f"{out} holds {len(others)} other images, first {others[:1]}; empty it, or choose another --out",
+    )
 
 
 def grid(images: Tensor, columns: int) -> Image.Image:
@@ -60,9 +82,11 @@ def save_images(images: Tensor, labels: Tensor, out: Path, columns: int) -> None
         with atomic_write(out) as partial, partial.open("wb") as file:
             np.savez(file, images.permute(0, 2, 3, 1).numpy(), labels.numpy())
     else:
-        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-            save_png(picture, out / image_file_name(i, int(label)), durable=False)
+        with lock_output(out):
+            check_no_others(out, labels)
+            for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+                picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+                save_png(picture, out / image_file_name(i, int(label)), durable=False)
 
 
 def save_png(image: Image.Image, out: Path, durable: bool = True) -> None:

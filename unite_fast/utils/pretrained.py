@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unite_fast.errors import UserError
-from unite_fast.utils.files import open_regular
+from unite_fast.utils.files import home_path, open_regular
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class WeightFile:
     def missing(self, path: str) -> str:
         """The setting or environment variable that names no file; empty if the file exists."""
         origin, path = self._origin(path), self._setting(path)
-        return "" if path and Path(path).expanduser().is_file() else origin
+        return "" if path and home_path(path).is_file() else origin
 
     def path(self, path: str) -> Path:
         """The file at `path`; if that is empty, at the environment variable's path.
@@ -53,7 +53,7 @@ class WeightFile:
                 f"{self.key} is not set: {self.needed_by} needs {self.source}; "
                 f"download it and set {self.key} or the environment variable {self.variable} to its path"
             )
-        resolved = Path(path).expanduser()
+        resolved = home_path(path)
         if not resolved.is_file():
             raise UserError(f"{origin}: there is no file {path}; download {self.source} and set its path there")
         return resolved

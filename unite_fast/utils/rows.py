@@ -1,13 +1,15 @@
 """Rows of metrics.jsonl and curve.jsonl, one JSON object per line. A log of any length costs little to open."""
 
+import itertools
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from unite_fast.utils.files import open_regular, open_to_append
+from unite_fast.utils.files import atomic_write, open_regular, open_to_append
 
-WHOLE, BLOCK, LONGEST_LINE = 2**22, 2**16, 2**20
+WHOLE, BLOCK, LONGEST_LINE = 2**22, 2**16, 2**16
 """Bytes: the largest metrics.jsonl that is read as a whole (some 10,000 rows), one read, and one row at most."""
 MOST_ROWS = 2000
 """Rows of a larger file, evenly spaced; a curve in a picture shows no more."""
@@ -48,6 +50,33 @@ def parse_row(line: bytes) -> dict | None:
     if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
         return None
     return None if any(isinstance(value, int) and abs(value) >= 2**63 for value in row.values()) else row
+
+
+def own_file(path: Path) -> None:
+    """Make a log that shares its file with others one of its own. A link goes, since its target is not ours. If the
+    file has a second name, as after `cp -al`, its content is copied.
+
+    Raises:
+        OSError: no permission, or no space.
+    """
+    if path.is_symlink():
+        path.unlink()
+    elif path.is_file() and path.stat().st_nlink > 1:
+        with atomic_write(path) as partial:
+            shutil.copyfile(path, partial)
+
+
+def set_aside(path: Path) -> Path | None:
+    """Rename a log with content, so that a new one begins; returns its new name, or None if there was nothing.
+
+    Raises:
+        OSError: no permission.
+    """
+    if not path.is_file() or not path.stat().st_size:
+        return None
+    names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
+    old = next(name for name in names if not os.path.lexists(name))
+    return path.rename(old)
 
 
 def drop_rows_after(path: Path, step: int) -> None:
