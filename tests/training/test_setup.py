@@ -59,7 +59,7 @@ def _start_of_rank(settings: tuple[str, ...], resume: bool) -> str:
         (("schedule.lr=1",), False, ("schedule.lr", "1.0", "rank 1")),
         (("train.steps=3",), False, ("train.steps", 3, "rank 1")),
         ((), True, ("--resume", True, "rank 1")),
-        (("train.threads=1", "data.workers=1", "data.path=elsewhere"), False, ()),
+        (("train.threads=1", "data.workers=1", "data.path=elsewhere", "train.out=elsewhere"), False, ()),
     ],
 )
 def test_ranks_that_were_started_in_another_way_are_refused(ranks, mentions, settings, resume, tokens):

@@ -22,6 +22,7 @@ OF_A_MACHINE = {
     "perceptual.lpips_path",
     "evaluation.inception",
     "train.threads",
+    "train.out",
 }
 """Settings that may differ between machines: what these paths lead to is compared by its content."""
 
