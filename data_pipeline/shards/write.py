@@ -37,7 +37,7 @@ from unite_fast.data_pipeline.shards.raw_images import find_raw_images
 from unite_fast.data_pipeline.shards.source import splits_in
 from unite_fast.data_pipeline.source import UnreadableSample
 from unite_fast.data_pipeline.splits import TRAIN, is_held_out, split_of_name, training_split
-from unite_fast.errors import UserError, printable
+from unite_fast.errors import UserError, printable, require
 from unite_fast.randomness import permutation
 from unite_fast.utils.file_lock import lock_output
 from unite_fast.utils.files import atomic_write, check_not_read, clear_partial, read_small, save_text, writing
@@ -122,6 +122,7 @@ def make_shards(
     """
     check_not_read(out, source, *([labels] if labels else []))
     check_not_read(source, out / _STAGING)  # deleted at the end
+    require(os.path.isdir(out) or not os.path.lexists(out), f"{out} is a file: give a folder for the shards")
     with lock_output(out):
         clear_partial(out)
         for leftover in out.glob("shard-?????.tar.partial"):  # as earlier versions called them
@@ -143,6 +144,7 @@ def make_shards(
 def _make_shards(images: RawImages, out: Path, settings: Settings, workers: int) -> Manifest:
     plan = asdict(settings) | {"images": len(images), "listing": images.fingerprint()}
     if _begin(out, plan):
+        _tidy(out)
         return read_manifest(out / MANIFEST)
     order = permutation(settings.seed, _NO_EPOCH, len(images)).numpy()
     shards = [order[first : first + settings.per_shard] for first in range(0, len(order), settings.per_shard)]
@@ -352,7 +354,7 @@ def _saved(image: Image.Image, kind: str, **options) -> bytes:
 
 
 def _finish(out: Path, settings: Settings, images: RawImages, shards: int) -> Manifest:
-    """Write the manifest from the records of all shards, then delete the records."""
+    """Write the manifest from the records of all shards."""
     records = [record for number in range(shards) if (record := _read_record(out, number))]
     if len(records) < shards:
         raise UserError(f"files in {out} were changed meanwhile: the same command again makes them anew")
@@ -373,7 +375,12 @@ def _finish(out: Path, settings: Settings, images: RawImages, shards: int) -> Ma
         skipped=len(skipped),
     )
     write_manifest(out, manifest)
-    for number in range(shards):
-        _record_path(out, number).unlink()
-    shutil.rmtree(out / _STAGING, ignore_errors=True)
+    _tidy(out)
     return manifest
+
+
+def _tidy(out: Path) -> None:
+    """Delete what a complete set does not need; a kill before or meanwhile may leave it."""
+    for record in out.glob("shard-*.done"):
+        record.unlink(missing_ok=True)
+    shutil.rmtree(out / _STAGING, ignore_errors=True)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from unite_fast.data_pipeline import open_source
+from unite_fast.data_pipeline.shards import write
 from unite_fast.data_pipeline.shards.manifest import read_manifest
 from unite_fast.data_pipeline.shards.source import ShardSource
 from unite_fast.data_pipeline.shards.write import Settings
@@ -128,6 +129,22 @@ def test_a_killed_process_resumes(process, image_folder, tmp_path):
     assert process(*command).wait() == 0
     assert process("shards", image_folder, "whole", *command[3:]).wait() == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_what_a_kill_left_of_a_complete_set_is_deleted(image_folder, make):
+    folder, _ = make(image_folder)
+    before = sorted(os.listdir(folder))
+    (folder / "shard-00000.done").write_text("{}")
+    (folder / "staging").mkdir()
+    make(image_folder)
+    assert sorted(os.listdir(folder)) == before
+
+
+def test_a_file_in_place_of_the_set_is_refused_before_it_is_locked(image_folder, tmp_path, mentions, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(write, "lock_output", None)
+    with pytest.raises(UserError, match=mentions(tmp_path / "file")):
+        write.make_shards(image_folder, tmp_path / "file", Settings("raw", SIZE), 1)
 
 
 def test_a_folder_of_other_shards_is_refused(image_folder, make, tmp_path, mentions):
