@@ -373,6 +373,15 @@ def test_an_export_is_never_its_source_nor_a_foreign_file(command, trained_folde
     assert not [name for name in os.listdir() if name.startswith(".")]
 
 
+@pytest.mark.parametrize("name", ["export", "export-official"])
+def test_an_export_into_a_folder_locks_nothing(command, trained_folder, tmp_path, name):
+    """A lock is a file beside the output; beside a folder, it would be in a folder that the user did not name."""
+    folder = tmp_path / "home.safetensors"
+    folder.mkdir()
+    command(name, trained_folder, folder).error(folder, "in the way", "folder")
+    assert os.listdir(tmp_path) == [folder.name] and not os.listdir(folder)
+
+
 def test_an_export_has_one_writer(command, trained_folder, tmp_path):
     with lock_output(tmp_path / "m.safetensors"):
         # POSIX locks are per process, so another one tries.
