@@ -52,8 +52,7 @@ class Torchrun:
 
     def workers(self) -> list[int]:
         """Process ids of the current workers, rank 0 first."""
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children")
-        return sorted(map(int, children.read_text().split())) if children.exists() else []
+        return children_of(self.pid)
 
     def signal(self, rank: int, number: int) -> None:
         os.kill(self.workers()[rank], number)
@@ -76,6 +75,12 @@ class Torchrun:
             for process in (self.pid, *self.workers()):
                 os.kill(process, signal.SIGKILL)
             self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def children_of(pid: int) -> list[int]:
+    """Process ids in ascending order; none if there is no such process."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    return sorted(map(int, children.read_text().split())) if children.exists() else []
 
 
 def run_command(arguments: tuple[str, ...], restarts: int) -> None:
@@ -123,7 +128,16 @@ def forks_have_no_handlers() -> None:
     )
 
 
+def wait_for_siblings() -> None:
+    """Until the agent has forked all workers. A thread of the agent looks up the host name of each worker that connects
+    to its store, and a fork during the lookup would inherit a lock of the C library that nobody opens."""
+    agent = os.getppid()
+    while os.getppid() == agent and len(children_of(agent)) < WORLD:
+        time.sleep(0.01)
+
+
 def worker(*arguments: str) -> None:
+    wait_for_siblings()
     sys.argv = ["unite-fast", "train", *arguments]
     try:
         main()

@@ -21,9 +21,6 @@ from unite_fast.errors import UserError
 def in_child(function: Callable, *arguments: object) -> int:
     """Run the function in a forked process; returns its exit status, or minus the number of the signal that ended it.
     This process serves the store, as torchrun's agent does."""
-    if os.environ.get("RANK") == "0":
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = distributed.TCPStore(*address, is_master=True, wait_for_workers=False)  # noqa: F841
     pid = os.fork()
     if pid == 0:
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
@@ -36,6 +33,10 @@ def in_child(function: Callable, *arguments: object) -> int:
         except BaseException:
             traceback.print_exc()
         os._exit(1)
+    if os.environ.get("RANK") == "0":
+        # Not before the fork: the store has a thread, and a fork could inherit a lock that it holds.
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = distributed.TCPStore(*address, is_master=True, wait_for_workers=False)  # noqa: F841
     status = os.waitpid(pid, os.WUNTRACED)[1]
     if os.WIFSTOPPED(status):
         time.sleep(2 * peers_module.ROLL_CALL + 1)
