@@ -166,6 +166,11 @@ def loss_spike(rows: Sequence[dict]) -> str | None:
     )
 
 
+def _finite(row: dict) -> dict:
+    """The row without numbers that are not finite, which JSON does not have: means of no step."""
+    return {name: value for name, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
+
+
 class MetricsLog:
     """metrics.jsonl (one JSON object per line) and TensorBoard events in a run folder, and Weights & Biases if `wandb`
     is given. Only rank 0 has one. A failure is a warning: see `SideOutputs`.
@@ -198,7 +203,7 @@ class MetricsLog:
         self.rows = thin_rows(self.rows)
         with self.sides.attempt("metrics.jsonl"), open_to_append(self.path) as file:
             # One write, so that a reader or a full disk cuts at most one row.
-            file.write((json.dumps(row) + "\n").encode())
+            file.write((json.dumps(_finite(row)) + "\n").encode())
         for name, value in row.items():
             if name != "step":
                 self.write_scalar(name, value, row["step"])

@@ -31,6 +31,7 @@ class TrainState:
         step: optimizer steps done, including skipped ones.
         skipped_steps: steps that changed nothing because gradients were not finite; int64 scalar on the device, the
             same on all ranks. Stays 0 if `optim.nonfinite` is stop.
+        skipped_in_a_row: those since the last step that changed something, or since the run was resumed.
     """
 
     def __init__(self, model: UNITE, config: Config):
@@ -38,6 +39,7 @@ class TrainState:
         self.config = config
         self.step = 0
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=model.device)
+        self.skipped_in_a_row = torch.zeros_like(self.skipped_steps)
         self.ema = EMA(model, config.optim.ema_decay)
         self.muon_parameters, self.adamw_parameters = split_parameters(model)
         self.parameters = list(model.parameters())
@@ -76,6 +78,7 @@ class TrainState:
         if self.config.optim.nonfinite == "skip":
             skipped = (~norm.isfinite()).float()
             self.skipped_steps += skipped.long()
+            self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped.long()
         for optimizer in (self.muon, self.adamw):
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate

@@ -54,6 +54,9 @@ from unite_fast.training.wandb_log import WandbLog
 from unite_fast.utils.device import choose_device
 from unite_fast.utils.file_lock import LOCK
 
+MOST_SKIPPED = 100
+"""Steps in a row, after which a run with `optim.nonfinite=skip` ends: broken weights do not mend."""
+
 
 @dataclass
 class Outcome:
@@ -386,9 +389,16 @@ class Trainer:
     def check_finite(self) -> None:
         """
         Raises:
-            UserError: a loss or gradient since the last check was not finite.
+            UserError: a loss or gradient since the last check was not finite, or `MOST_SKIPPED` steps were skipped in
+                a row.
         """
         if self.config.optim.nonfinite == "skip":
+            skipped = int(self.state.skipped_in_a_row)
+            if skipped >= MOST_SKIPPED:
+                raise UserError(
+                    f"the gradients of the last {skipped} steps are not finite, so they changed nothing "
+                    "(optim.nonfinite=skip); lower schedule.lr and start again"
+                )
             return
         bad_step = self.averages.bad_step()
         if bad_step is not None:
