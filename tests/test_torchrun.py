@@ -129,8 +129,9 @@ def forks_have_no_handlers() -> None:
 
 
 def wait_for_siblings() -> None:
-    """Until the agent has forked all workers. A thread of the agent looks up the host name of each worker that connects
-    to its store, and a fork during the lookup would inherit a lock of the C library that nobody opens."""
+    """Wait until the agent has forked all workers. A thread of the agent looks up the host name of each worker that
+    connects to its store, and a fork during the lookup inherits a held lock of the C library, which is never
+    released."""
     agent = os.getppid()
     while os.getppid() == agent and len(children_of(agent)) < WORLD:
         time.sleep(0.01)

@@ -282,7 +282,7 @@ class OptimConfig:
     """Epsilon of both optimizers."""
     nonfinite: str = "stop"
     """On gradients that are not finite: stop ends the run and names the step; skip leaves weights, optimizers and EMA
-    unchanged for that step, and ends the run after 100 such steps in a row."""
+    unchanged for that step, and 100 skipped steps in a row end the run."""
 
     def __post_init__(self):
         require(self.clip_norm > 0, "optim.clip_norm must be positive")

@@ -34,7 +34,7 @@ def in_child(function: Callable, *arguments: object) -> int:
             traceback.print_exc()
         os._exit(1)
     if os.environ.get("RANK") == "0":
-        # Not before the fork: the store has a thread, and a fork could inherit a lock that it holds.
+        # After the fork, which could otherwise inherit a lock that the store's thread holds.
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = distributed.TCPStore(*address, is_master=True, wait_for_workers=False)  # noqa: F841
     status = os.waitpid(pid, os.WUNTRACED)[1]

@@ -82,9 +82,10 @@ def inputs(trained_folder: Path, tmp_path_factory) -> Path:
     return folder
 
 
-def _is_an_attack(value: str) -> bool:
-    """Not what a user may mean: a command that the user gives is run, and an output goes where the user says."""
-    return not value.startswith(("pipe:", "../"))
+def _words(values: st.SearchStrategy) -> st.SearchStrategy[str]:
+    """The values as words of a command line, without those that a user may well mean: a `pipe:` on the command line is
+    run, and an output may be outside the working directory."""
+    return values.map(str).filter(lambda word: not word.startswith(("pipe:", "../")))
 
 
 def _run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,8 +124,8 @@ def test_options(fuzz, name, inputs, monkeypatch):
             "TRACE": "trace.npz",
         }
         words = [places.get(word, word) for word in usual]
-        absurd = st.one_of(st.sampled_from(VALUES), fuzz.absurd().map(str).filter(_is_an_attack))
-        any_value = st.one_of(absurd, fuzz.value().map(str).filter(_is_an_attack))
+        absurd = st.one_of(st.sampled_from(VALUES), _words(fuzz.absurd()))
+        any_value = st.one_of(absurd, _words(fuzz.value()))
         for _ in range(draw(st.integers(1, 2))):
             if options and draw(st.integers(0, 3)):
                 option = draw(st.sampled_from(options))
@@ -151,7 +152,7 @@ def test_settings_of_a_run(fuzz, tiny_run, monkeypatch):
     keys = [key for key in flatten(to_tree(Config())) if not any(word in key for word in large)]
 
     def one(draw, folder):
-        value = draw(st.one_of(st.sampled_from(VALUES), fuzz.value().map(str).filter(_is_an_attack)))
+        value = draw(st.one_of(st.sampled_from(VALUES), _words(fuzz.value())))
         words = [*tiny_run, *SETTLED, f"{draw(st.sampled_from(keys))}={value}"]
         _run(["train", "digits", *[word.replace("\0", "") for word in words]], monkeypatch)
 

@@ -6,7 +6,6 @@ import yaml
 
 from unite_fast.benchmarking.candidate import OK
 from unite_fast.benchmarking.tune import TuneResult, describe
-from unite_fast.errors import UserError
 from unite_fast.utils.files import check_not_read, check_replaceable, save_text, writing
 
 COMMENT = "# unite-fast tune "
@@ -19,13 +18,13 @@ def check(path: Path, recipe: str = "") -> None:
     Raises:
         UserError: the file cannot be written; it is the recipe, or another file that `unite-fast tune` did not write.
     """
+    if path.is_dir():
+        raise UserError(f"--out is {path}, a folder; name a file, for example {path / 'tuned.yaml'}")
     if Path(recipe).is_file():  # not the name of a recipe in the package
         check_not_read(path, recipe)
     check_replaceable(path, COMMENT.encode())
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        raise UserError(f"--out is {path}, a folder; name a file, for example {path / 'tuned.yaml'}")
 
 
 def write(path: Path, result: TuneResult, command: str) -> None:

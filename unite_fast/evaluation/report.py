@@ -47,7 +47,6 @@ def check_folder(out: Path, beginnings: dict[str, bytes]) -> None:
     require(not out.exists() or out.is_dir(), f"{out} is in the way: it is not a folder; choose another --out")
     for name, beginning in beginnings.items():
         for path in sorted(out.glob(name)):
-            require(not path.is_dir(), f"{path} is in the way: it is a folder; choose another --out")
             check_replaceable(path, beginning)
 
 

@@ -291,7 +291,6 @@ def export_official(checkpoint: str | Path, out: str | Path) -> None:
     Raises:
         UserError: no such checkpoint, tensors are missing, or `out` cannot be written.
     """
-    require(not Path(out).is_dir(), f"{out} is in the way: it is a folder; choose another output")
     check_not_read(Path(out), checkpoint_files(Path(checkpoint)))
     check_replaceable(Path(out), BEGINNINGS[".pt"])
     check_npz(Path(out), SAVED)

@@ -167,7 +167,7 @@ def loss_spike(rows: Sequence[dict]) -> str | None:
 
 
 def _finite(row: dict) -> dict:
-    """The row without numbers that are not finite, which JSON does not have: means of no step."""
+    """The row without NaN and infinity, which JSON cannot express. If all steps were skipped, the means are NaN."""
     return {name: value for name, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
 
 

@@ -31,7 +31,7 @@ class TrainState:
         step: optimizer steps done, including skipped ones.
         skipped_steps: steps that changed nothing because gradients were not finite; int64 scalar on the device, the
             same on all ranks. Stays 0 if `optim.nonfinite` is stop.
-        skipped_in_a_row: those since the last step that changed something, or since the run was resumed.
+        skipped_in_a_row: skipped steps since the last one that was not, or since this process began.
     """
 
     def __init__(self, model: UNITE, config: Config):
@@ -77,8 +77,9 @@ class TrainState:
         skipped = None
         if self.config.optim.nonfinite == "skip":
             skipped = (~norm.isfinite()).float()
-            self.skipped_steps += skipped.long()
-            self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped.long()
+            count = skipped.long()
+            self.skipped_steps += count
+            self.skipped_in_a_row = (self.skipped_in_a_row + 1) * count
         for optimizer in (self.muon, self.adamw):
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate

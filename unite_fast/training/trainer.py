@@ -55,7 +55,7 @@ from unite_fast.utils.device import choose_device
 from unite_fast.utils.file_lock import LOCK
 
 MOST_SKIPPED = 100
-"""Steps in a row, after which a run with `optim.nonfinite=skip` ends: broken weights do not mend."""
+"""Skipped steps in a row that end a run with `optim.nonfinite=skip`: later steps would have the same broken weights."""
 
 
 @dataclass
@@ -396,7 +396,7 @@ class Trainer:
             skipped = int(self.state.skipped_in_a_row)
             if skipped >= MOST_SKIPPED:
                 raise UserError(
-                    f"the gradients of the last {skipped} steps are not finite, so they changed nothing "
+                    f"the last {skipped} steps were skipped, because their gradients are not finite "
                     "(optim.nonfinite=skip); lower schedule.lr and start again"
                 )
             return

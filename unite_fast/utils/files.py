@@ -178,7 +178,8 @@ def check_target(out: Path, suffixes: tuple[str, ...] = (".png", ".npz", ""), so
     require(out.suffix in suffixes, f"{out} ends in {out.suffix or 'nothing'}; the output can be: {allowed}")
     require(not out.exists() or out.is_dir() == (not out.suffix), f"{out} is in the way; choose another --out")
     check_not_read(out, *sources)
-    check_replaceable(out, BEGINNINGS.get(out.suffix, b""))
+    if out.suffix:
+        check_replaceable(out, BEGINNINGS.get(out.suffix, b""))
 
 
 def check_replaceable(out: Path, *beginnings: bytes) -> None:
@@ -187,8 +188,9 @@ def check_replaceable(out: Path, *beginnings: bytes) -> None:
     Raises:
         UserError: a file of another kind, or not a regular file.
     """
-    if not out.exists() or out.is_dir():
+    if not out.exists():
         return
+    require(not out.is_dir(), f"{out} is in the way: it is a folder; choose another output")
     try:
         with open_regular(out) as file:
             start = file.read(max(map(len, beginnings)))
