@@ -6,6 +6,7 @@ import yaml
 
 from unite_fast.benchmarking.candidate import OK
 from unite_fast.benchmarking.tune import TuneResult, describe
+from unite_fast.errors import UserError
 from unite_fast.utils.files import check_not_read, check_replaceable, save_text, writing
 
 COMMENT = "# unite-fast tune "
