@@ -18,7 +18,6 @@ from unite_fast.errors import UserError
 from unite_fast.kernels import native
 from unite_fast.recipes import load_config
 from unite_fast.training import train_step
-from unite_fast.training import trainer as trainer_module
 from unite_fast.training.run_folder import read_status
 from unite_fast.training.trainer import Trainer, train
 from unite_fast.utils.rows import read_rows
@@ -64,26 +63,25 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(ranks, config, strategy):
 
 
 def test_a_run_that_only_skips_steps_ends(config, monkeypatch, mentions):
-    config = config("optim.nonfinite=skip", "train.steps=40", "train.checkpoint_every=50", "train.log_every=2")
-    monkeypatch.setattr(trainer_module, "MOST_SKIPPED", 10)
+    config = config("optim.nonfinite=skip", "train.steps=220", "train.checkpoint_every=250", "train.log_every=2")
     make = train_step.make_micro_batch
 
     def make_with_nan(images, labels, philox, config):
         batch = make(images, labels, philox, config)
         step = (philox.positions[0] >> 32) + 1
-        # Nine steps in a row are too few to end it.
-        if 3 <= step <= 11 or step >= 13:
+        # 99 steps in a row are too few to end it.
+        if 4 <= step <= 102 or step >= 105:
             batch.images[0, 0, 0, 0] = float("nan")
         return batch
 
     monkeypatch.setattr(train_step, "make_micro_batch", make_with_nan)
-    with pytest.raises(UserError, match=mentions(10, "optim.nonfinite=skip", "schedule.lr")):
+    with pytest.raises(UserError, match=mentions(100, "optim.nonfinite=skip", "schedule.lr")):
         train(config)
     folder = Path(config.train.out)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]  # called for NaN, which is no JSON
-    assert (rows[-1]["step"], rows[-1]["skipped_steps"]) == (20, 17)
-    assert ["total" in row for row in rows] == [row["step"] in (1, 2, 12) for row in rows]
+    assert (rows[-1]["step"], rows[-1]["skipped_steps"]) == (202, 197)
+    assert ["total" in row for row in rows] == [row["step"] in (1, 2, 4, 104) for row in rows]
     assert "finished" not in read_status(folder)
 
 
