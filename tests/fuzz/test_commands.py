@@ -83,9 +83,9 @@ def inputs(trained_folder: Path, tmp_path_factory) -> Path:
 
 
 def _words(values: st.SearchStrategy) -> st.SearchStrategy[str]:
-    """The values as words of a command line, without those that a user may well mean: a `pipe:` on the command line is
-    run, and an output may be outside the working directory."""
-    return values.map(str).filter(lambda word: not word.startswith(("pipe:", "../")))
+    """The values as words of a command line, without those that a user may well mean: a `pipe:` or an address there is
+    used, and an output may be outside the working directory."""
+    return values.map(str).filter(lambda word: not word.startswith(("pipe:", "../", "https:", "s3:")))
 
 
 def _run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,8 +147,20 @@ def test_settings_of_a_run(fuzz, tiny_run, monkeypatch):
     from unite_fast.recipes import to_tree
     from unite_fast.training.run_folder import flatten
 
-    # Sizes are in test_settings.py: a large model that fits into memory takes long here.
-    large = ("width", "depth", "heads", "flow_draws", "tokens", "size", "classes", "channels", "threads", "batch")
+    # Sizes are in test_settings.py: a large model that fits into memory takes long here, as do thousands of steps of a solver.
+    large = (
+        "width",
+        "depth",
+        "heads",
+        "flow_draws",
+        "tokens",
+        "size",
+        "classes",
+        "channels",
+        "threads",
+        "batch",
+        "sampling.steps",
+    )
     keys = [key for key in flatten(to_tree(Config())) if not any(word in key for word in large)]
 
     def one(draw, folder):
