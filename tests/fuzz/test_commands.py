@@ -147,7 +147,7 @@ def test_settings_of_a_run(fuzz, tiny_run, monkeypatch):
     from unite_fast.recipes import to_tree
     from unite_fast.training.run_folder import flatten
 
-    # Sizes are in test_settings.py: a large model that fits into memory takes long here, as do thousands of steps of a solver.
+    # Sizes are in test_settings.py: a large model that fits into memory takes long here, as do many steps of a solver.
     large = (
         "width",
         "depth",
