@@ -107,9 +107,11 @@ def cases(op: str) -> Iterator[tuple[dict, tuple]]:
             yield {"shape": f"decoder-{name} {BATCH}x257", "dtypes": "float32"}, inputs
     else:
         for shape, size in sizes(OPS[op]):
-            inputs = OPS[op].inputs(OPS[op].example(size, empty))
-            label = {"shape": shape, "dtypes": str(size.residual).removeprefix("torch.")}
-            yield label, inputs
+            dtypes = str(size.residual).removeprefix("torch.")
+            for variant, example in OPS[op].examples.items():
+                label = {"shape": f"{variant} {shape}".lstrip(), "dtypes": dtypes}
+                inputs = OPS[op].inputs(example(size, empty))
+                yield label, inputs
             if op == "qk_norm_rope" and size is SIZES["B"]:
                 qkv, _, _, *others = inputs
                 yield label, (qkv, None, None, *others)  # without a norm

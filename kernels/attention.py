@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unite_fast.kernels import backend, tensors
-from unite_fast.kernels.attention_backends import ATTEND
+from unite_fast.kernels.attention_backends import ATTEND, masked
 from unite_fast.kernels.fused_op import Backend, FusedOp
 from unite_fast.kernels.matmul import in_float32
 from unite_fast.kernels.qk_norm_rope import (
@@ -18,17 +18,22 @@ from unite_fast.kernels.qk_norm_rope import (
     view_of_v,
 )
 from unite_fast.kernels.registry import register
-from unite_fast.kernels.tensors import EPS
+from unite_fast.kernels.tensors import EPS, argument_error
 
 
-def attention_ref(qkv, heads, q_weight, k_weight, cos, sin, token_range=None, qkv_bias=None):
+def attention_ref(qkv, heads, q_weight, k_weight, cos, sin, token_range=None, qkv_bias=None, mask=None):
+    name = backend.attention_on(qkv.device)
+    attend = ATTEND[name] if mask is None else masked(name, mask)
+    if mask is not None:
+        # Attention multiplies the values of masked tokens by 0, which would leave a NaN in the result.
+        qkv = torch.where(mask[:, 0, 0, :, None], tensors.containing(qkv, qkv_bias), 0)
+        qkv_bias = None
     if cos is None:
         q, k, v = split_heads(qkv, heads, qkv_bias) if qkv_bias is not None else split(qkv, heads)
     else:
         q, k, v = qk_norm_rope(qkv, heads, q_weight, k_weight, cos, sin, EPS, qkv_bias)
     if token_range is not None:
         q = q[:, :, slice(*token_range)]
-    attend = ATTEND[backend.attention_on(qkv.device)]
     return attend(q, k, v).transpose(1, 2).flatten(2)
 
 
@@ -112,6 +117,7 @@ def attention(
     sin: Tensor | None = None,
     token_range: tuple[int, int] | None = None,
     qkv_bias: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Attention on packed q, k, v, with `qk_norm_rope` before it.
 
@@ -120,6 +126,9 @@ def attention(
 
     In bfloat16, the native backend saves qkv and the result for backward, and recomputes q and k there. Source:
     FlashAttention (Dao et al., arXiv 2205.14135), through attention_backends.py.
+
+    With a mask, PyTorch's scaled_dot_product_attention runs on every device. Nothing of a masked token reaches the
+    result of another token or a gradient, not even a NaN. Its own result means nothing.
 
     Args:
         qkv: [B, T, 3 H K]: all of q, then all of k, then all of v.
@@ -130,6 +139,7 @@ def attention(
         sin: float32 [T, K / 2], or None for neither norm nor rotation.
         token_range: (first, last); only the queries of these tokens attend. None for all.
         qkv_bias: [3 H K], the bias that qkv contains, or None; gets the sum of qkv's gradient (`linear.shared_bias`).
+        mask: bool [B, 1, 1, T], True for the tokens whose keys are read, at least one in each sample; None for all.
 
     Returns:
         [B, T, H K], or [B, last - first, H K], in qkv's dtype.
@@ -139,8 +149,11 @@ def attention(
     """
     if cos is not None:
         check("attention", qkv, heads, q_weight, k_weight, cos, sin)
-    if backend.choose(qkv) != "native" or qkv.dtype != torch.bfloat16:
-        return attention_ref(qkv, heads, q_weight, k_weight, cos, sin, token_range, qkv_bias)
+    if mask is not None and (mask.shape != (qkv.shape[0], 1, 1, qkv.shape[1]) or mask.dtype != torch.bool):
+        expected = f"bool {[qkv.shape[0], 1, 1, qkv.shape[1]]}"
+        raise argument_error("attention", f"mask must be {expected}, got {mask.dtype} {list(mask.shape)}")
+    if backend.choose(qkv) != "native" or qkv.dtype != torch.bfloat16 or mask is not None:
+        return attention_ref(qkv, heads, q_weight, k_weight, cos, sin, token_range, qkv_bias, mask)
     qkv = tensors.containing(qkv, qkv_bias)
     return attention_op("native", *_op_inputs(qkv, heads, q_weight, k_weight, cos, sin, token_range))
 

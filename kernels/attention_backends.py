@@ -48,6 +48,17 @@ ON_CPU = ("sdpa_bfloat16", "sdpa_float32")
 TAKES_FLOAT32 = ("sdpa", "sdpa_efficient", "sdpa_float32")
 
 
+def masked(name: str, mask: Tensor) -> Attend:
+    """An entry of `ATTEND` that reads only the keys at which the mask, bool [B, 1, 1, T], is True. On CUDA it is
+    PyTorch's own choice whatever the name is: flash attention takes no mask."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        inputs = (x.float() for x in (q, k, v)) if name == "sdpa_float32" else (q, k, v)
+        return F.scaled_dot_product_attention(*inputs, attn_mask=mask).to(q.dtype)
+
+    return attend
+
+
 def why_missing(name: str, device: torch.device, dtype: torch.dtype, head_widths: Iterable[int]) -> str:
     """Why an entry of `ATTEND` cannot run on this device, in one line; empty if it can. Runs it once, forward
     and backward."""

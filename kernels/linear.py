@@ -107,7 +107,7 @@ def shared_bias(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
 
     On a GPU the second is the bias: the reader makes the gradient of the result and sums it in the same kernel, so that
     no kernel reads it a second time. The first then needs no gradient. Elsewhere the Linear sums, and the second is
-    None.
+    None. Plain PyTorch reads the result as `tensors.containing(tensors.upcast(result), second)`.
     """
     return (bias.detach(), bias) if recomputing_backend(x) == "triton" else (bias, None)
 

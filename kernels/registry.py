@@ -2,7 +2,7 @@
 its entry with `register`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -52,12 +52,19 @@ class Op:
     blocks and latents are benchmarked."""
     roundings: int = 1
     """Roundings to bfloat16 between an input and a result when everything is bfloat16."""
+    variants: dict[str, Callable[[Size, New], dict[str, Any]]] = field(default_factory=dict)
+    """Further examples by name, with optional arguments that `example` leaves out and benchmarks do not time."""
     op_inputs: Callable[..., tuple] | None = None
     """(**example) -> inputs of `fused`; by default the arguments of the same names."""
 
     @property
     def name(self) -> str:
         return self.fused.name
+
+    @property
+    def examples(self) -> dict[str, Callable[[Size, New], dict[str, Any]]]:
+        """`example`, named "", and its variants."""
+        return {"": self.example, **self.variants}
 
     @property
     def gradients(self) -> list[str]:

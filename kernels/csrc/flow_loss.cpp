@@ -13,11 +13,15 @@ struct FlowLoss {
     const void* y;  // [draws, batch, tokens, channels]
     const float *weight, *bias;
     Type z_type;
-    const void* z;  // [batch, tokens, channels]
+    const void* z;                // [batch, tokens, channels]
+    const std::int32_t* lengths;  // [batch], or null for all tokens
     // Written by the forward pass.
     float* share;  // [draws, batch], weight of a squared error in its sample's loss
     float* mean;   // [draws, batch, tokens], over y's channels
     float* rstd;   // [draws, batch, tokens], 1 / standard deviation
+
+    // Tokens of a sample that count; the others are pads, which are never read.
+    Index length(Index sample) const { return lengths ? lengths[sample % batch] : tokens; }
 };
 
 // A sample is one draw of one image: its y is row `sample` of [draws * batch, tokens, channels], its z is the image's.
@@ -87,6 +91,16 @@ UNITE_FAST_INLINE void backward_token(const FlowLoss& op, float factor, float me
     for (Index i = 0; i < channels; ++i) store(rstd * (a[i] - mean_a - n[i] * mean_an), d_y[i]);
 }
 
+// The tokens from begin to end, of which those before `pads` count.
+struct Chunk {
+    Index sample, begin, pads, end;
+};
+
+UNITE_FAST_INLINE Chunk chunk_of(const FlowLoss& op, Index task, Index chunks) {
+    const Index sample = task / chunks, begin = task % chunks * kChunk, end = std::min(begin + kChunk, op.tokens);
+    return {sample, begin, std::max(begin, std::min(end, op.length(sample))), end};
+}
+
 // Calls f with y of a sample, z of its image, and the number of channels.
 template <class F>
 UNITE_FAST_INLINE void with_sample(const FlowLoss& op, Index sample, F&& f) {
@@ -98,46 +112,48 @@ UNITE_FAST_INLINE void with_sample(const FlowLoss& op, Index sample, F&& f) {
     });
 }
 
-// The sum over the tokens from begin to end.
-UNITE_FAST_PER_CPU float forward_chunk(const FlowLoss& op, float eps, Index sample, Index begin, Index end) {
-    float *mean = op.mean + sample * op.tokens, *rstd = op.rstd + sample * op.tokens;
+// The sum over the tokens of a chunk.
+UNITE_FAST_PER_CPU float forward_chunk(const FlowLoss& op, float eps, const Chunk& chunk) {
+    float *mean = op.mean + chunk.sample * op.tokens, *rstd = op.rstd + chunk.sample * op.tokens;
     float total = 0.0f;
-    with_sample(op, sample, [&](const auto* y, const auto* z, auto channels) UNITE_FAST_INLINE_LAMBDA {
+    with_sample(op, chunk.sample, [&](const auto* y, const auto* z, auto channels) UNITE_FAST_INLINE_LAMBDA {
         using Y = std::decay_t<decltype(*y)>;
         using Z = std::decay_t<decltype(*z)>;
-        for (Index from = begin; from < end; from += kBlock) {
+        for (Index from = chunk.begin; from < chunk.pads; from += kBlock) {
             float sum = 0.0f;
-            for (Index t = from; t < std::min(from + kBlock, end); ++t) {
+            for (Index t = from; t < std::min(from + kBlock, chunk.pads); ++t) {
                 const Index at = t * op.channels;
                 sum += forward_token<Y, Z, channels.value>(op, eps, y + at, z + at, mean + t, rstd + t);
             }
             total += sum;
         }
     });
+    std::fill(mean + chunk.pads, mean + chunk.end, 0.0f);
+    std::fill(rstd + chunk.pads, rstd + chunk.end, 0.0f);
     return total;
 }
 
-// Gradients of the tokens from begin to end, with the sums of d_weight and d_bias in `partial`. Needs 4 rows of
-// scratch.
-UNITE_FAST_PER_CPU void backward_chunk(const FlowLoss& op, float d_loss, void* d_y, Index sample, Index begin,
-                                       Index end, float* partial, float* scratch) {
-    const float factor = 2.0f * d_loss * op.share[sample];
-    const float *mean = op.mean + sample * op.tokens, *rstd = op.rstd + sample * op.tokens;
+// Gradients of the tokens of a chunk, with the sums of d_weight and d_bias in `partial`. Needs 4 rows of scratch.
+UNITE_FAST_PER_CPU void backward_chunk(const FlowLoss& op, float d_loss, void* d_y, const Chunk& chunk, float* partial,
+                                       float* scratch) {
+    const float factor = 2.0f * d_loss * op.share[chunk.sample];
+    const float *mean = op.mean + chunk.sample * op.tokens, *rstd = op.rstd + chunk.sample * op.tokens;
     float* sums = scratch + 2 * op.channels;
     std::fill_n(partial, 2 * op.channels, 0.0f);
-    with_sample(op, sample, [&](const auto* y, const auto* z, auto channels) UNITE_FAST_INLINE_LAMBDA {
+    with_sample(op, chunk.sample, [&](const auto* y, const auto* z, auto channels) UNITE_FAST_INLINE_LAMBDA {
         using Y = std::decay_t<decltype(*y)>;
         using Z = std::decay_t<decltype(*z)>;
-        Y* d_y_sample = static_cast<Y*>(d_y) + sample * op.tokens * op.channels;
-        for (Index from = begin; from < end; from += kBlock) {
+        Y* d_y_sample = static_cast<Y*>(d_y) + chunk.sample * op.tokens * op.channels;
+        for (Index from = chunk.begin; from < chunk.pads; from += kBlock) {
             std::fill_n(sums, 2 * op.channels, 0.0f);
-            for (Index t = from; t < std::min(from + kBlock, end); ++t) {
+            for (Index t = from; t < std::min(from + kBlock, chunk.pads); ++t) {
                 const Index at = t * op.channels;
                 backward_token<Y, Z, channels.value>(op, factor, mean[t], rstd[t], y + at, z + at, d_y_sample + at,
                                                      sums, scratch);
             }
             add_row(sums, 2 * op.channels, partial);
         }
+        std::fill(d_y_sample + chunk.pads * op.channels, d_y_sample + chunk.end * op.channels, Y{});
     });
 }
 
@@ -151,12 +167,11 @@ void flow_loss_forward(const FlowLoss& op, const float* t, float min_time_left, 
     const Index samples = op.draws * op.batch, chunks = chunks_of(op.tokens), tasks = samples * chunks;
     const std::unique_ptr<float[]> partial(new float[tasks]);
     parallel_for(tasks, samples * op.tokens * op.channels, threads, [&](Index task) {
-        const Index begin = task % chunks * kChunk, end = std::min(begin + kChunk, op.tokens);
-        partial[task] = forward_chunk(op, eps, task / chunks, begin, end);
+        partial[task] = forward_chunk(op, eps, chunk_of(op, task, chunks));
     });
     for (Index sample = 0; sample < samples; ++sample) {
         const float left = std::max(1.0f - t[sample], min_time_left);
-        op.share[sample] = 1.0f / (left * left * static_cast<float>(op.tokens * op.channels));
+        op.share[sample] = 1.0f / (left * left * static_cast<float>(op.length(sample) * op.channels));
         float sum;
         sum_rows(partial.get() + sample * chunks, chunks, 1, 1, &sum);
         loss[sample] = sum * op.share[sample];
@@ -172,8 +187,8 @@ void flow_loss_backward(const FlowLoss& op, const float* d_loss, void* d_y, floa
     const std::unique_ptr<float[]> scratch(new float[threads_for(elements, threads) * scratch_size]);
     const std::unique_ptr<float[]> partial(new float[tasks * partial_size]);
     parallel_for(tasks, elements, threads, [&](Index task) {
-        const Index sample = task / chunks, begin = task % chunks * kChunk, end = std::min(begin + kChunk, op.tokens);
-        backward_chunk(op, d_loss[sample], d_y, sample, begin, end, partial.get() + task * partial_size,
+        const Chunk chunk = chunk_of(op, task, chunks);
+        backward_chunk(op, d_loss[chunk.sample], d_y, chunk, partial.get() + task * partial_size,
                        scratch.get() + thread_number() * scratch_size);
     });
     sum_partials(partial.get(), tasks, op.channels, d_weight, d_bias);
@@ -193,6 +208,7 @@ static FlowLoss read_op(Arguments& in) {
     op.bias = in.floats();
     op.z_type = in.type();
     op.z = in.address();
+    op.lengths = static_cast<const std::int32_t*>(in.address());
     op.share = in.floats();
     op.mean = in.floats();
     op.rstd = in.floats();

@@ -39,6 +39,9 @@ def test_every_kernel_is_compiled_at_every_size(rows):
     for kernel in ("_swiglu_fwd_kernel", "_swiglu_bwd_kernel", "_qk_norm_rope_fwd_kernel", "_qk_norm_rope_bwd_kernel"):
         shapes = {row["shape"] for row in rows if row["kernel"] == kernel}
         assert shapes == {f"{size} 64x{tokens}" for size in ("B", "L", "XL") for tokens in (544, 288)}
+    latents = "latents 3x64x256x32"
+    for kernel in ("_flow_loss_fwd_kernel", "_flow_loss_bwd_kernel"):
+        assert {row["shape"] for row in rows if row["kernel"] == kernel} == {latents, f"lengths {latents}"}
 
 
 def test_nothing_spills(rows):

@@ -108,7 +108,8 @@ def test_gated_residual_adaln_linear(sizes, judge_and_record, draw, weights, rou
 @pytest.mark.parametrize(
     ("real", "toy"), [((4, 544, 12, 64), (2, 23, 3, 16)), ((2, 544, 16, 72), (2, 23, 2, 18)), ((2, 257, 4, 64), None)]
 )
-def test_attention(real, toy, token_range, judge_and_record, draw, size_for_device, device, on_cuda, reference):
+@pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
+def test_attention(real, toy, token_range, masked, judge_and_record, draw, size_for_device, device, on_cuda, reference):
     """The last shape is the decoder's, without norm and rotation. PyTorch's attention has its own roundings."""
     decoder = toy is None
     b, t, heads, head_dim = size_for_device(real, toy or (2, 17, 2, 16))
@@ -118,6 +119,10 @@ def test_attention(real, toy, token_range, judge_and_record, draw, size_for_devi
     inputs = {"qkv": draw(b, t, 3 * heads * head_dim, dtype=BF16)}
     if not decoder:
         inputs |= {"q_weight": draw(head_dim, around=1.0), "k_weight": draw(head_dim, around=1.0)}
+    lengths = t - 5 * torch.arange(b, device=device) if masked else torch.full((b,), t, device=device)
+    mask = (torch.arange(t, device=device) < lengths[:, None])[:, None, None]
+    # The tokens whose result means something.
+    read = mask[:, 0, 0, slice(*token_range or (0, t)), None]
 
     def formula(qkv, q_weight=None, k_weight=None):
         if decoder:
@@ -126,9 +131,12 @@ def test_attention(real, toy, token_range, judge_and_record, draw, size_for_devi
             q, k, v = reference("qk_norm_rope")(qkv, heads, q_weight, k_weight, cos.to(q_weight), sin.to(q_weight))
         q = q if token_range is None else q[:, :, slice(*token_range)]
         scores = q @ k.mT / head_dim**0.5
-        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        scores = scores.masked_fill(~mask, -torch.inf) if masked else scores
+        return torch.where(read, (scores.softmax(-1) @ v).transpose(1, 2).flatten(2), 0)
 
     def fast(qkv, q_weight=None, k_weight=None):
-        return kernels.attention(qkv, heads, q_weight, k_weight, cos, sin, token_range)
+        key_mask = mask if masked else None
+        out = kernels.attention(qkv, heads, q_weight, k_weight, cos, sin, token_range, mask=key_mask)
+        return torch.where(read, out, 0)
 
     judge_and_record(fast, formula, inputs, (BF16,), None)

@@ -95,21 +95,28 @@ def test_swiglu(real, toy, dtype, judge_and_record, draw, size_for_device, refer
         ((1, 2, 1, 7), (1, 2, 1, 7), BF16, BF16),
     ],
 )
-def test_flow_loss(real, toy, y_dtype, z_dtype, judge_and_record, draw, size_for_device):
+@pytest.mark.parametrize("padded", [False, True], ids=["", "lengths"])
+def test_flow_loss(real, toy, y_dtype, z_dtype, padded, judge_and_record, draw, size_for_device, device):
     draws, samples, tokens, channels = size_for_device(real, toy)
     t = draw(draws, samples).sigmoid()
     t[0, 0] = 0.98  # beyond the floor of 1 - t
     z = draw(samples, tokens, channels, dtype=z_dtype)
     y = 3 * draw(draws, samples, tokens, channels, around=0.5)
     inputs = {"y": y.to(y_dtype), "weight": draw(channels, around=1.0), "bias": draw(channels)}
+    counted = [tokens - b % tokens for b in range(samples)] if padded else [tokens] * samples
+    lengths = torch.tensor(counted, device=device) if padded else None
 
     def formula(y, weight, bias):
         centred = y - y.mean(-1, keepdim=True)
         prediction = centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + 1e-5) * weight + bias
         left = torch.clamp(1 - t.to(weight.dtype), min=0.05)
-        return (((z.to(weight.dtype) - prediction) / left[:, :, None, None]) ** 2).mean((2, 3))
+        errors = ((z.to(weight.dtype) - prediction) / left[:, :, None, None]) ** 2
+        return torch.stack([errors[:, b, :length].mean((1, 2)) for b, length in enumerate(counted)], dim=1)
 
-    judge_and_record(lambda y, weight, bias: kernels.flow_loss(y, weight, bias, z, t, 0.05), formula, inputs, (F32,))
+    def fast(y, weight, bias):
+        return kernels.flow_loss(y, weight, bias, z, t, 0.05, lengths=lengths)
+
+    judge_and_record(fast, formula, inputs, (F32,))
 
 
 def numbers_as(exact, *tensors):

@@ -16,16 +16,17 @@ from unite_fast.kernels.registry import OPS, Size
 FLOAT, HALF = torch.float32, torch.bfloat16
 MIXED = list(itertools.product((FLOAT, HALF), repeat=3))
 """Dtypes of the residual, of other activations and modulation, of weights."""
+EXAMPLES = [(name, variant) for name, op in OPS.items() for variant in op.examples]
 
 
 def new(*shape, dtype=FLOAT, around=0.0):
     return (around + torch.randn(shape)).to(dtype)
 
 
-def inputs(name: str, residual: torch.dtype, other: torch.dtype, weights: torch.dtype) -> tuple:
+def inputs(name: str, variant: str, residual: torch.dtype, other: torch.dtype, weights: torch.dtype) -> tuple:
     """Inputs of `unite_fast::NAME`."""
     size = Size(2, 5, 16, heads=2, head_dim=8, hidden=12, residual=residual, other=other, weights=weights)
-    return OPS[name].inputs(OPS[name].example(size, new))
+    return OPS[name].inputs(OPS[name].examples[variant](size, new))
 
 
 def metadata(results) -> list[tuple]:
@@ -38,9 +39,9 @@ def test_every_operator_is_registered():
     assert names - {"newton_schulz"} == set(OPS)
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(("name", "variant"), EXAMPLES)
 @pytest.mark.parametrize("backend_name", ["native", "triton"])
-def test_fakes_match_the_backends(name, backend_name):
+def test_fakes_match_the_backends(name, variant, backend_name):
     fused = OPS[name].fused
     if backend_name not in fused.backends:
         pytest.skip("this op has no such backend")
@@ -49,7 +50,7 @@ def test_fakes_match_the_backends(name, backend_name):
     if backend_name == "triton" and not backend.interpreted():
         pytest.skip("the tensors of this test are on the CPU")
     for dtypes in MIXED:
-        arguments = inputs(name, *dtypes)
+        arguments = inputs(name, variant, *dtypes)
         # A bias with a gradient and one without.
         for x in arguments:
             if isinstance(x, Tensor) and x.is_leaf and x.is_floating_point():
@@ -66,13 +67,13 @@ def test_fakes_match_the_backends(name, backend_name):
         assert metadata(fake_gradients) == metadata(gradients), f"backward of {dtypes}"
 
 
-@pytest.mark.parametrize("name", [name for name, op in OPS.items() if "native" in op.fused.backends])
-def test_opcheck_of_forward_and_backward(name):
+@pytest.mark.parametrize(("name", "variant"), [each for each in EXAMPLES if "native" in OPS[each[0]].fused.backends])
+def test_opcheck_of_forward_and_backward(name, variant):
     if missing := backend.why_missing("native"):
         pytest.skip(missing)
     fused, checks = OPS[name].fused, ("test_schema", "test_faketensor")
     for dtypes in ((FLOAT, HALF, HALF), (HALF, HALF, FLOAT)):
-        arguments = inputs(name, *dtypes)
+        arguments = inputs(name, variant, *dtypes)
         with backend.using("native"):
             torch.library.opcheck(fused.op, arguments, test_utils=checks)
             results = as_tuple(fused.op(*arguments))

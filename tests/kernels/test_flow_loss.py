@@ -40,24 +40,40 @@ def make_inputs(draw, shape, y_dtype=torch.float32, z_dtype=torch.float32) -> tu
     return inputs, draw(samples, tokens, channels, dtype=z_dtype), t
 
 
-def formula(z: Tensor, t: Tensor):
+def formula(z: Tensor, t: Tensor, lengths: Tensor | None = None):
     def op(y, weight, bias):
         centred = y - y.mean(-1, keepdim=True)
         prediction = centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + 1e-5) * weight + bias
         time_left = torch.clamp(1 - t.to(weight.dtype), min=FLOOR)
-        return (((z.to(weight.dtype) - prediction) / time_left[:, :, None, None]) ** 2).mean((2, 3))
+        errors = ((z.to(weight.dtype) - prediction) / time_left[:, :, None, None]) ** 2
+        if lengths is None:
+            return errors.mean((2, 3))
+        # Each sample without its pads.
+        return torch.stack([errors[:, b, :length].mean((1, 2)) for b, length in enumerate(lengths.tolist())], dim=1)
 
     return op
 
 
-def bind(z: Tensor, t: Tensor):
-    return lambda y, weight, bias: flow_loss(y, weight, bias, z, t, FLOOR)
+def bind(z: Tensor, t: Tensor, lengths: Tensor | None = None):
+    return lambda y, weight, bias: flow_loss(y, weight, bias, z, t, FLOOR, lengths=lengths)
 
 
-def run(inputs: dict[str, Tensor], z: Tensor, t: Tensor, op=None) -> tuple[Tensor, ...]:
+def make_lengths(draw, shape, dtype: torch.dtype) -> Tensor:
+    """One sample without pads, the others with random lengths."""
+    lengths = 1 + (shape[2] * torch.special.ndtr(draw(shape[1]))).long().clamp_max(shape[2] - 1)
+    lengths[0] = shape[2]
+    return lengths.to(dtype)
+
+
+def pads(lengths: Tensor, tokens: int) -> Tensor:
+    """Which tokens are pads, bool [B, N]."""
+    return torch.arange(tokens, device=lengths.device) >= lengths[:, None]
+
+
+def run(inputs: dict[str, Tensor], z: Tensor, t: Tensor, op=None, lengths: Tensor | None = None) -> tuple[Tensor, ...]:
     """Loss and gradients."""
     inputs = [x.detach().requires_grad_() for x in inputs.values()]
-    loss = (op or bind(z, t))(*inputs)
+    loss = (op or bind(z, t, lengths))(*inputs)
     incoming = torch.randn(loss.shape, generator=torch.Generator().manual_seed(3)).to(loss)
     return loss.detach(), *torch.autograd.grad(loss, inputs, incoming)
 
@@ -76,6 +92,70 @@ CASES = [(backend_name, shape) for backend_name, shapes in SHAPES.items() for sh
 def test_loss_and_gradients_against_float64(backend_name, shape, dtypes, judge, draw):
     inputs, z, t = make_inputs(draw, shape, *DTYPES[dtypes])
     judge(bind(z, t), formula(z, t), inputs, (torch.float32,))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize(("backend_name", "shape"), CASES, indirect=["backend_name"])
+def test_tokens_that_count_against_float64(backend_name, shape, dtypes, judge, draw):
+    inputs, z, t = make_inputs(draw, shape, *DTYPES[dtypes])
+    lengths = make_lengths(draw, shape, torch.int64 if dtypes == "float32" else torch.int32)
+    judge(bind(z, t, lengths), formula(z, t, lengths), inputs, (torch.float32,))
+
+
+@pytest.mark.parametrize(("dtypes", "bad"), [("float32", math.nan), ("autocast", math.inf), ("bfloat16", 1e30)])
+def test_nothing_of_a_pad_reaches_a_loss_or_a_gradient(backend_name, dtypes, bad, draw):
+    inputs, z, t = make_inputs(draw, (2, 3, 70, 33), *DTYPES[dtypes])
+    lengths = torch.tensor([70, 64, 5], device=z.device)  # 64: no more than one chunk of C++, two tiles of Triton
+    expected = run(inputs, z, t, lengths=lengths)
+    pad = pads(lengths, 70)
+    y, z = inputs["y"].clone(), z.clone()
+    y[:, pad], z[pad] = bad, bad
+    actual = run(inputs | {"y": y}, z, t, lengths=lengths)
+    assert_same(actual, expected)
+    assert all(x.isfinite().all() for x in actual)
+    d_y = actual[1]
+    assert not d_y[:, pad].any() and d_y[:, ~pad].any(dim=-1).all()
+
+
+def test_a_gradient_that_is_not_finite_stays_out_of_the_pads(backend_name, draw):
+    inputs, z, t = make_inputs(draw, (2, 3, 5, 6))
+    lengths = torch.tensor([5, 2, 3], device=z.device)
+    y = inputs["y"].requires_grad_()
+    loss = flow_loss(*inputs.values(), z, t, FLOOR, lengths=lengths)
+    (d_y,) = torch.autograd.grad(loss, y, torch.full_like(loss, float("nan")))
+    pad = pads(lengths, 5)
+    assert not d_y[:, pad].any() and d_y[:, ~pad].isnan().all()
+
+
+def close(ours, other) -> bool:
+    """Up to the rounding of sums in another order."""
+    rounding = 2.0**-8 if other.dtype == torch.bfloat16 else 2e-6
+    return (ours.float() - other.float()).norm() <= rounding * other.float().norm()
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_lengths_of_all_tokens_change_nothing(backend_name, dtypes, draw):
+    inputs, z, t = make_inputs(draw, (2, 2, 70, 33), *DTYPES[dtypes])
+    ours, others = run(inputs, z, t, lengths=torch.full((2,), 70, device=z.device)), run(inputs, z, t)
+    if backend_name == "native" or (backend_name == "triton" and backend.interpreted()):
+        assert_same(ours, others)
+    assert all(map(close, ours, others))
+
+
+def test_a_sample_with_pads_is_the_sample_without_them(backend_name, draw):
+    lengths = [70, 9, 65]
+    inputs, z, t = make_inputs(draw, (2, 3, 70, 16))
+    loss, d_y, *summed = run(inputs, z, t, lengths=torch.tensor(lengths, device=z.device))
+    incoming = torch.randn(loss.shape, generator=torch.Generator().manual_seed(3)).to(loss)
+    expected = [torch.zeros_like(x) for x in summed]
+    for b, length in enumerate(lengths):
+        y, *weights = inputs.values()
+        leaves = [x.detach().requires_grad_() for x in (y[:, b : b + 1, :length], *weights)]
+        alone = bind(z[b : b + 1, :length], t[:, b : b + 1])(*leaves)
+        of_y, *of_weights = torch.autograd.grad(alone, leaves, incoming[:, b : b + 1])
+        assert close(loss[:, b : b + 1], alone.detach()) and close(d_y[:, b : b + 1, :length], of_y)
+        expected = [total + gradient for total, gradient in zip(expected, of_weights, strict=True)]
+    assert all(map(close, summed, expected))
 
 
 def test_the_loss_of_a_sample_is_a_mean(backend_name, draw):
@@ -123,9 +203,10 @@ def test_repeated_calls_give_the_same_bits(backend_name, dtypes, draw):
 
 
 @pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
+@pytest.mark.parametrize("lengths", [None, torch.tensor([130, 1, 77])], ids=["", "lengths"])
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_any_number_of_threads_gives_the_same_bits(dtypes, draw):
-    arguments = make_inputs(draw, (3, 3, 130, 42), *DTYPES[dtypes])
+def test_any_number_of_threads_gives_the_same_bits(dtypes, lengths, draw):
+    arguments = *make_inputs(draw, (3, 3, 130, 42), *DTYPES[dtypes]), None, lengths
     before = torch.get_num_threads()
     try:
         with backend.using("native"):
@@ -175,39 +256,49 @@ def test_a_constant_token_has_a_finite_loss_and_gradient(backend_name, draw):
 # As a PyTorch operator
 
 
+padded = pytest.mark.parametrize("lengths", [None, torch.tensor([5, 2])], ids=["", "lengths"])
+
+
 @fast_backends
+@padded
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_opcheck(backend_name, dtypes, draw):
+def test_opcheck(backend_name, dtypes, lengths, device, draw):
     inputs, z, t = make_inputs(draw, (2, 2, 5, 6), *DTYPES[dtypes])
-    arguments = *(x.requires_grad_() for x in inputs.values()), z, t, FLOOR, 1e-5
+    lengths = None if lengths is None else lengths.to(device)
+    arguments = *(x.requires_grad_() for x in inputs.values()), z, t, FLOOR, 1e-5, lengths
     torch.library.opcheck(flow_loss_op.op, arguments)
     outputs = [x.detach() for x in flow_loss_op.op(*arguments)]
-    saved = [x.detach() for x in flow_loss_op.saved(arguments, outputs)]
+    saved = [x if x is None else x.detach() for x in flow_loss_op.saved(arguments, outputs)]
     torch.library.opcheck(flow_loss_op.backward_op, (torch.randn_like(outputs[0]), *saved))
 
 
 @fast_backends
+@padded
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_it_compiles_to_one_graph(backend_name, dtypes, draw):
+def test_it_compiles_to_one_graph(backend_name, dtypes, lengths, device, draw):
     inputs, z, t = make_inputs(draw, (2, 2, 5, 6), *DTYPES[dtypes])
+    op = bind(z, t, None if lengths is None else lengths.to(device))
     torch._dynamo.reset()
-    compiled = torch.compile(bind(z, t), fullgraph=True, backend="aot_eager")
-    assert_same(run(inputs, z, t, compiled), run(inputs, z, t))
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    assert_same(run(inputs, z, t, compiled), run(inputs, z, t, op))
 
 
 @fast_backends
-def test_activation_checkpointing_gives_the_same_bits(backend_name, draw):
+@padded
+def test_activation_checkpointing_gives_the_same_bits(backend_name, lengths, device, draw):
     inputs, z, t = make_inputs(draw, (2, 2, 5, 6))
+    op = bind(z, t, None if lengths is None else lengths.to(device))
 
     def checkpointed(*x):
-        return checkpoint(bind(z, t), *x, use_reentrant=False)
+        return checkpoint(op, *x, use_reentrant=False)
 
-    assert_same(run(inputs, z, t, checkpointed), run(inputs, z, t))
+    assert_same(run(inputs, z, t, checkpointed), run(inputs, z, t, op))
 
 
+@padded
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_autocast_casts_nothing(backend_name, device, dtypes, draw):
-    arguments = make_inputs(draw, (2, 2, 5, 6), *DTYPES[dtypes])
+def test_autocast_casts_nothing(backend_name, device, dtypes, lengths, draw):
+    arguments = *make_inputs(draw, (2, 2, 5, 6), *DTYPES[dtypes]), None, None if lengths is None else lengths.to(device)
     with torch.autocast(device.type, torch.bfloat16):
         under_autocast = run(*arguments)
     assert_same(under_autocast, run(*arguments))
@@ -245,6 +336,12 @@ def test_nothing_of_the_predictions_size_is_saved(backend_name, draw):
         ({"t": torch.zeros(3)}, r"t must be \[2, 3\], got \[3\]"),
         ({"z": torch.zeros(3, 4, 5, requires_grad=True)}, "z gets no gradient; detach it"),
         ({"t": torch.zeros(2, 3, requires_grad=True)}, "t gets no gradient; detach it"),
+        (
+            {"lengths": torch.ones(2, dtype=torch.int32)},
+            r"lengths must be int32 or int64 \[3\] on cpu, got torch.int32 \[2\]",
+        ),
+        ({"lengths": torch.ones(3)}, r"lengths must be int32 or int64 \[3\] on cpu, got torch.float32 \[3\]"),
+        ({"lengths": torch.ones(3, dtype=torch.int32, device="meta")}, r"lengths must be .* on cpu, got .* on meta"),
     ],
 )
 def test_inconsistent_arguments_are_refused(wrong, message):

@@ -28,7 +28,8 @@ def test_without_a_shared_bias(backend_name, dtype, judge, draw):
 
 @fast_backends
 def test_very_large_inputs(backend_name, device):
-    u = torch.tensor([-3e38, -1e4, -90.0, 0.0, 90.0, 1e4, 3e38], device=device, requires_grad=True)
+    # Not 3e38: PyTorch's own GELU doubles it on a CPU with AVX-512, which is infinite.
+    u = torch.tensor([-1e38, -1e4, -90.0, 0.0, 90.0, 1e4, 1e38], device=device, requires_grad=True)
     out = gelu(u)
     assert out.tolist() == [0.0, 0.0, 0.0, *u.tolist()[3:]]
     assert torch.autograd.grad(out.sum(), u)[0].tolist() == [0.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.0]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from unite_fast import kernels
-from unite_fast.kernels import backend, matmul
+from unite_fast.kernels import backend, matmul, tensors
 from unite_fast.kernels.adaln import gated_residual_adaln_ref
 from unite_fast.kernels.attention_backends import ON_CPU
 from unite_fast.kernels.fused_op import as_tuple
@@ -269,6 +269,23 @@ def test_a_bias_is_shared_on_the_triton_backend_in_bfloat16(autocast, backend_na
     # The reader sums before it rounds to bfloat16: each of the ten terms then has one rounding less.
     torch.testing.assert_close(*gradients, rtol=0, atol=10 * 2.0**-8 if autocast else 0)
     assert gradients[0].any()
+
+
+def test_plain_pytorch_reads_a_result_with_a_shared_bias(backend_name, draw):
+    x, residual, weight, bias = draw(2, 5, 8), draw(2, 5, 16), draw(16, 8), draw(16).requires_grad_()
+
+    def loss(result, left):
+        with torch.autocast("cpu", enabled=False):
+            total = residual + tensors.containing(tensors.upcast(result), left)
+            return F.layer_norm(total, (16,)).pow(3).sum()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        own, left = kernels.shared_bias(x, bias)
+        losses = loss(kernels.linear(x, weight, own), left), loss(kernels.linear(x, weight, bias), None)
+    assert (left is bias) == (backend_name == "triton") and torch.equal(*losses)
+    ours, expected = (torch.autograd.grad(each, bias)[0] for each in losses)
+    # Without sharing, each of the ten terms is rounded to bfloat16 before the sum.
+    assert (ours - expected).norm() <= 2.0**-8 * expected.norm() and ours.dtype == torch.float32
 
 
 def test_a_matmul_is_exact_up_to_its_last_rounding(draw, bfloat16_matmuls):
