@@ -24,9 +24,11 @@ ADAMW = ("torch", "apex")
 SOLVERS = ("euler", "heun", "multistep", "dopri5")
 MOST_SOLVER_STEPS = 2**16
 FEATURES = ("auto", "inception", "pixels")
+IMAGES, MOLECULES = MODALITIES = ("images", "molecules")
+LATENT_NORMS = ("layer", "layer_plain")
 
-TRAINING_SAMPLES = {"inception": 5_000, "pixels": 1_000}
-"""Generated images for an evaluation during training, by features."""
+TRAINING_SAMPLES = {"inception": 5_000, "pixels": 1_000, MOLECULES: 200}
+"""Generated images for an evaluation during training, by features; or generated molecules."""
 
 VGG16_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
 """SHA-256 of torchvision's vgg16-397923af.pth."""
@@ -38,7 +40,7 @@ INCEPTION_SHA256 = "6726825d"
 
 @dataclass
 class EncoderConfig:
-    """The Generative Encoder. `preset: B` (M, L, XL) fills in a published size."""
+    """The Generative Encoder. `preset: B` (M, L, XL) fills in a published size, S that of DiT-S."""
 
     width: int = 768
     """Channels of a token."""
@@ -91,6 +93,7 @@ def check_transformer(key: str, width: int, depth: int, heads: int) -> None:
 
 PRESETS = {
     EncoderConfig: {
+        "S": dict(width=384, depth=12, heads=6),
         "B": dict(width=768, depth=12, heads=12),
         "M": dict(width=1024, depth=12, heads=16),
         "L": dict(width=1024, depth=24, heads=16),
@@ -106,8 +109,10 @@ PRESETS = {
 
 @dataclass
 class ModelConfig:
-    """Sizes of the model: image, latents, encoder, decoder."""
+    """Sizes of the model: image or molecule, latents, encoder, decoder."""
 
+    modality: str = IMAGES
+    """images, or molecules (docs/molecules.md)."""
     image_size: int = 256
     """Side of the square images, pixels."""
     patch_size: int = 16
@@ -115,22 +120,56 @@ class ModelConfig:
     latent_channels: int = 32
     """Channels C of a latent token."""
     latent_tokens: int = 0
-    """Latent tokens N; 0: one per patch, the only number that the decoder supports."""
+    """Latent tokens N. Images: 0, for one per patch, the only number that the decoder supports. Molecules: one per
+    atom; this is the largest number of atoms."""
+    latent_norm: str = "layer"
+    """Norm of the latents: layer, a LayerNorm, or layer_plain, one without weight and bias."""
     num_classes: int = 1000
-    """Classes of the data."""
+    """Classes of the data. The class of a molecule is its number of atoms: latent_tokens + 1 classes."""
+    elements: str = ""
+    """Elements of the molecules, for example "H C N O F"; the order numbers them. Empty for images."""
+    coordinate_scale: float = 1.4
+    """Angstrom per unit of a molecule's coordinates in the network, so that they have about unit variance."""
+    atom_order: bool = True
+    """Learned positions by the number of an atom in its molecule. Without them the model does not see the order."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     """The Generative Encoder."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    """The pixel decoder."""
+    """The pixel decoder, or the decoder of atoms."""
 
     def __post_init__(self):
+        require_choice("model.modality", self.modality, MODALITIES)
+        require_choice("model.latent_norm", self.latent_norm, LATENT_NORMS)
+        require(self.latent_channels > 1, "model.latent_channels must be at least 2: LayerNorm runs over them")
+        require(self.num_classes > 0, "model.num_classes must be positive")
+        if self.modality == MOLECULES:
+            self._check_molecules()
+        else:
+            self._check_images()
+
+    def _check_molecules(self):
+        require(self.latent_tokens > 0, "model.latent_tokens must be set: the largest number of atoms of a molecule")
+        require(
+            self.num_classes == self.latent_tokens + 1,
+            f"model.num_classes is {self.num_classes}; it must be model.latent_tokens + 1 ({self.latent_tokens + 1}): "
+            "the class of a molecule is its number of atoms",
+        )
+        symbols = self.symbols
+        require(bool(symbols), 'model.elements must name the elements of the molecules, for example "H C N O F"')
+        require(len(set(symbols)) == len(symbols), f"model.elements names an element twice: {shown(self.elements)}")
+        require(self.coordinate_scale > 0, "model.coordinate_scale must be positive")
+        require(
+            self.encoder.in_context_tokens == 0,
+            "model.encoder.in_context_tokens must be 0 for molecules: their size enters by adaLN alone",
+        )
+
+    def _check_images(self):
         require(self.patch_size > 0 and self.image_size > 0, "model.image_size and patch_size must be positive")
         require(
             self.image_size % self.patch_size == 0,
             f"model.image_size is {self.image_size}; it must be a multiple of model.patch_size ({self.patch_size})",
         )
-        require(self.latent_channels > 1, "model.latent_channels must be at least 2: LayerNorm runs over them")
-        require(self.num_classes > 0, "model.num_classes must be positive")
+        require(not self.elements, "model.elements is for molecules; set model.modality=molecules, or leave it out")
         self.latent_tokens = self.latent_tokens or self.patches
         require(
             self.latent_tokens == self.patches,
@@ -139,7 +178,30 @@ class ModelConfig:
 
     @property
     def patches(self) -> int:
+        """Patches of an image; 0 for molecules."""
+        if self.modality == MOLECULES:
+            return 0
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def decoder_tokens(self) -> int:
+        """Tokens in the decoder: the latents, and for images a class token."""
+        return self.latent_tokens + (self.modality == IMAGES)
+
+    @property
+    def token_outputs(self) -> int:
+        """What the decoder makes of a token: the pixels of a patch, or an atom's logits and position."""
+        return len(self.symbols) + 3 if self.modality == MOLECULES else 3 * self.patch_size**2
+
+    @property
+    def symbols(self) -> list[str]:
+        """Elements of the molecules."""
+        return self.elements.split()
+
+    @property
+    def sample_name(self) -> str:
+        """A sample in a line for people: image or molecule. `modality` is its plural."""
+        return self.modality.removesuffix("s")
 
 
 @dataclass
@@ -148,9 +210,11 @@ class DataConfig:
 
     source: str = "digits"
     """digits (built into scikit-learn), folder (one folder per class), idx (MNIST's file format), shards (made by
-    unite-fast shards), synthetic (noise, for timing), or a kind of your own (docs/adding-a-dataset.md)."""
+    unite-fast shards), molecules (a file made by unite-fast molecules), synthetic (noise, for timing), or a kind of
+    your own (docs/adding-a-dataset.md)."""
     path: str = ""
-    """Folder of the data; for shards also https://HOST/FOLDER, or pipe:COMMAND with {} in place of a file's name."""
+    """Folder of the data, or file of molecules; for shards also https://HOST/FOLDER, or pipe:COMMAND with {} in place
+    of a file's name."""
     loader: str = "auto"
     """auto (the fastest that fits), memory, folder, raw, webdataset, dali or source; see docs/data.md."""
     flip: bool = True
@@ -161,6 +225,34 @@ class DataConfig:
     def __post_init__(self):
         require_choice("data.loader", self.loader, LOADERS)
         require(self.workers >= 0, "data.workers must not be negative")
+
+
+@dataclass
+class MoleculesConfig:
+    """Training on molecules (docs/molecules.md). Images ignore it."""
+
+    heavy: int = 0
+    """Train on molecules with at most this many atoms that are not hydrogen; 0: on all."""
+    rotate: str = "none"
+    """none, or random: rotate each molecule, uniformly over all rotations, never with a reflection."""
+    permute: bool = False
+    """Put the atoms of each molecule in random order."""
+    batching: str = "auto"
+    """groups (one forward pass for each size in the batch, no padding), padded (all molecules padded to
+    model.latent_tokens atoms: one pass, static shapes) or auto: padded on CUDA or with train.compile, else groups.
+    Losses and gradients are the same."""
+    group: int = 32
+    """Molecules of one size that follow each other in the order of an epoch, so that a batch has few sizes; 1: any
+    order."""
+    position_weight: float = 1.0
+    """Weight of the absolute error of the positions, in Angstrom; the cross-entropy of the elements has weight 1."""
+
+    def __post_init__(self):
+        require(self.heavy >= 0, "molecules.heavy must not be negative")
+        require_choice("molecules.rotate", self.rotate, ("none", "random"))
+        require_choice("molecules.batching", self.batching, ("auto", "groups", "padded"))
+        require(self.group > 0, "molecules.group must be positive")
+        require(self.position_weight >= 0, "molecules.position_weight must not be negative")
 
 
 @dataclass
@@ -459,9 +551,10 @@ class EvaluationConfig:
     reference: str = ""
     """An .npz with statistics of real images; empty, with pixels: the training images."""
     count: int = 0
-    """Generated images; 0: 5,000 with Inception, 1,000 with pixels. Distances at other counts are not comparable."""
+    """Generated images or molecules; 0: 5,000 images with Inception, 1,000 with pixels, 200 molecules. Distances at
+    other counts are not comparable."""
     batch: int = 64
-    """Images that a process generates at a time."""
+    """Images or molecules that a process generates at a time."""
 
     def __post_init__(self):
         require_choice("evaluation.features", self.features, FEATURES)
@@ -487,6 +580,8 @@ class Config:
     """Training images."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Sizes of the model."""
+    molecules: MoleculesConfig = field(default_factory=MoleculesConfig)
+    """Training on molecules."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """The joint loss."""
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
@@ -515,6 +610,28 @@ class Config:
             not self.train.deterministic or self.attention not in NONDETERMINISTIC_ATTENTION,
             f"train.deterministic is set, but the backward pass of attention={self.attention} is not deterministic; "
             "set attention=sdpa",
+        )
+        if self.model.modality == MOLECULES:
+            self._check_molecules()
+
+    def _check_molecules(self):
+        """Settings that only images have: a run would ignore them."""
+        require(self.perceptual.weight == 0, "perceptual.weight must be 0 for molecules: LPIPS compares images")
+        require(
+            self.objective.label_drop == 0,
+            "objective.label_drop must be 0 for molecules: their class is their number of atoms, which is always known",
+        )
+        require(self.sampling.guidance == 1, "sampling.guidance must be 1 for molecules: their class is always given")
+        require(self.sampling.order == "norm_first", "sampling.order must be norm_first for molecules: no guidance")
+        require(self.train.precision != "float8", "train.precision must be bfloat16 or float32 for molecules")
+        require(
+            (self.evaluation.features, self.evaluation.inception, self.evaluation.reference) == ("auto", "", ""),
+            "evaluation.features, evaluation.inception and evaluation.reference must be left out for molecules: they "
+            "are for the Frechet distance of images",
+        )
+        require(
+            not self.train.compile or self.molecules.batching != "groups",
+            "train.compile compiles for one shape; set molecules.batching=padded, or train.compile=false",
         )
 
 

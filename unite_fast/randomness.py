@@ -48,6 +48,9 @@ class Stream(enum.IntEnum):
     SAMPLE_NOISE = 10
     EPOCH_ORDER = 11
     SYNTHETIC = 12
+    ROTATION = 13
+    ATOM_ORDER = 14
+    MOLECULE_SIZE = 15
 
 
 def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:

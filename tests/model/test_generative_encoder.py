@@ -16,7 +16,7 @@ TABLE_ROUNDING = 1e-6
 """The model's rotary table is rounded to float32 (6e-8); everything else here is float64."""
 
 
-def spec_forward(w: dict[str, Tensor], config: ModelConfig, x, t, labels, images=None) -> Tensor:
+def spec_forward(w: dict[str, Tensor], config: ModelConfig, x, t, labels, data=None) -> Tensor:
     """docs/method.md, "The Generative Encoder", from the weights by name. Every block computes every token."""
     size, n = config.encoder, config.latent_tokens
 
@@ -46,12 +46,12 @@ def spec_forward(w: dict[str, Tensor], config: ModelConfig, x, t, labels, images
         return linear(name + ".proj", (scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
     h = linear("input_proj", x) + w["latent_tokens"]
-    if images is not None:
+    if data is not None:
         p = config.patch_size
         tokens = []
         for row in range(0, config.image_size, p):
             for column in range(0, config.image_size, p):
-                patch = images[:, :, row : row + p, column : column + p]
+                patch = data[:, :, row : row + p, column : column + p]
                 tokens.append(torch.einsum("bcij,dcij->bd", patch, w["patch_embed.weight"]) + w["patch_embed.bias"])
         h = torch.cat((h, torch.stack(tokens, 1)), 1)
     positions: list[int | None] = list(range(h.shape[1]))
@@ -84,7 +84,7 @@ def arguments(config: ModelConfig, batch: int = 2, dtype: torch.dtype = torch.fl
         "x": torch.randn(batch, config.latent_tokens, config.latent_channels, generator=generator, dtype=dtype),
         "t": torch.rand(batch, generator=generator, dtype=dtype),
         "labels": torch.randint(config.num_classes + 1, (batch,), generator=generator),
-        "images": torch.rand(batch, 3, side, side, generator=generator, dtype=dtype),
+        "data": torch.rand(batch, 3, side, side, generator=generator, dtype=dtype),
     }
 
 
@@ -111,7 +111,7 @@ def test_output_and_every_gradient_match_the_spec(changes, encode, tiny_config, 
     encoder = make_model(config).encoder.double()
     inputs = arguments(config)
     if not encode:
-        del inputs["images"]
+        del inputs["data"]
     names, parameters = zip(*encoder.named_parameters(), strict=True)
 
     ours = encoder(**inputs)

@@ -10,6 +10,7 @@ from unite_fast.interop.official import our_name
 from unite_fast.interop.parity import Trace
 from unite_fast.model.unite import UNITE
 from unite_fast.optim.param_groups import split_parameters
+from unite_fast.recipes import load_config
 
 TRACE = Path(__file__).parents[1] / "data" / "official_tiny_a.npz"
 
@@ -34,6 +35,17 @@ def test_every_parameter_is_in_one_group_and_muon_gets_matrices():
     assert not muon.keys() & adamw.keys()
     assert {id(p) for p in (muon | adamw).values()} == {id(p) for p in model.parameters()}
     assert all(p.dim() == 2 for p in muon.values())
+
+
+def test_tables_and_embeddings_of_atoms_belong_to_adamw():
+    with torch.device("meta"):
+        model = UNITE(load_config("qm9_tiny").model)
+    muon, adamw = split_parameters(model)
+    assert all(p.dim() == 2 for p in muon.values())
+    assert not [name for name in muon if "atom" in name or "latent_tokens" in name]
+    tables = {"encoder.latent_tokens", "decoder.atom_table", "encoder.atom_embed.element.weight"}
+    assert tables | {"encoder.atom_embed.fc2.weight", "encoder.atom_embed.none"} <= adamw.keys()
+    assert {"encoder.blocks.0.attn.qkv.weight", "encoder.label_embed.weight", "decoder.pred.weight"} <= muon.keys()
 
 
 @pytest.mark.parametrize("frozen", ["encoder.label_embed.weight", "latent_norm.bias"])

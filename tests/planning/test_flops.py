@@ -12,12 +12,12 @@ from unite_fast.kernels import backend
 from unite_fast.lpips import LINEAR_SHAPES, LPIPS, VGG_SHAPES
 from unite_fast.model.layers import hidden_width
 from unite_fast.model.unite import UNITE
-from unite_fast.objective import draw_step, flow_losses, reconstruct
+from unite_fast.objective import draw_step, flow_losses, reconstruct, reconstruct_molecules
 from unite_fast.optim import muon
 from unite_fast.optim.param_groups import split_parameters
 from unite_fast.planning import flops
 from unite_fast.randomness import Philox
-from unite_fast.recipes import from_tree, to_tree
+from unite_fast.recipes import from_tree, load_config, to_tree
 
 
 def published(encoder: str) -> Config:
@@ -39,7 +39,41 @@ def test_the_published_sizes_have_the_published_numbers_of_parameters(encoder, m
 
 @pytest.mark.parametrize("encoder", [{}, {"qk_norm": False}, {"in_context_tokens": 0}, PRESETS[EncoderConfig]["L"]])
 def test_shapes_and_optimizers_are_those_of_the_model(tiny_config, encoder):
-    config = changed(tiny_config, **encoder)
+    assert_counted(changed(tiny_config, **encoder))
+
+
+MOLECULES = [
+    ("qm9_tiny", ()),
+    ("qm9_s", ()),
+    ("qm9_tiny", ("model.atom_order=false",)),
+    ("qm9_tiny", ("model.latent_norm=layer",)),
+    ("qm9_tiny", ("model.elements=H C N O F S P", "model.encoder.qk_norm=false")),
+]
+
+
+@pytest.mark.parametrize(("recipe", "settings"), MOLECULES)
+def test_shapes_and_optimizers_of_molecules_are_those_of_the_model(recipe, settings):
+    assert_counted(load_config(recipe, settings))
+
+
+def test_images_with_a_plain_norm_are_counted(tiny_config):
+    tree = to_tree(tiny_config)
+    tree["model"]["latent_norm"] = "layer_plain"
+    assert_counted(from_tree(Config, tree))
+
+
+def test_unite_s_has_the_parameters_of_the_specification():
+    """33 M in the Generative Encoder, as in the paper; 21.3 M in the decoder."""
+    found = flops.parameters(load_config("qm9_s").model)
+    assert {name: round(count / 1e6, 1) for name, count in found.items()} == {
+        "encoder": 32.8,
+        "norm": 0.0,
+        "decoder": 21.6,
+    }
+
+
+def assert_counted(config: Config) -> None:
+    """The shapes, by optimizer, and the sums by part are those of the model."""
     with torch.device("meta"):
         model = UNITE(config.model)
     actual = Counter()
@@ -123,6 +157,25 @@ def test_a_step_has_the_flops_that_torch_counts(tiny_config, encoder):
     parts = flops.parts(config).values()
     assert images * sum(part.forward for part in parts) == forward.get_total_flops()
     assert images * sum(part.backward for part in parts) == backward.get_total_flops()
+
+
+@pytest.mark.parametrize(("recipe", "settings"), MOLECULES)
+def test_a_step_of_molecules_has_the_flops_that_torch_counts(recipe, settings):
+    """Of molecules padded to the same size, as on a GPU."""
+    config = load_config(recipe, settings)
+    count, model = 2, UNITE.create(config.model, seed=0)
+    latents = config.model.latent_tokens, config.model.latent_channels
+    draws = draw_step(config.objective, Philox(0, 0, torch.arange(count)), latents)
+    sizes, atoms = torch.tensor([9, 17]), torch.zeros(count, config.model.latent_tokens, 4)
+    with backend.using("reference"), sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            reconstruction = reconstruct_molecules(model, atoms, sizes, draws, config)
+            loss = reconstruction.loss + flow_losses(model, reconstruction.z, sizes, draws, sizes)
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+    parts = flops.parts(config).values()
+    assert count * sum(part.forward for part in parts) == forward.get_total_flops()
+    assert count * sum(part.backward for part in parts) == backward.get_total_flops()
 
 
 def test_lpips_has_the_flops_that_torch_counts():

@@ -2,7 +2,6 @@
 
 import io
 import re
-import shutil
 import time
 from pathlib import Path
 
@@ -14,13 +13,15 @@ from rich.console import Console
 
 import unite_fast
 from unite_fast.checkpoint.reader import load_checkpoint
+from unite_fast.config import Config
 from unite_fast.data_pipeline import open_source
-from unite_fast.data_pipeline.splits import ClassesDiffer
 from unite_fast.model.unite import UNITE
 from unite_fast.recipes import load_config
 from unite_fast.sampling import sampler
 from unite_fast.training import console as report_module
-from unite_fast.training.console import PICTURE_COLUMNS, PICTURE_ROWS, Report, real_images
+from unite_fast.training import pictures as pictures_module
+from unite_fast.training.console import Report
+from unite_fast.training.pictures import PICTURE_COLUMNS, PICTURE_ROWS
 from unite_fast.training.train_state import TrainState
 from unite_fast.training.trainer import Outcome, train
 from unite_fast.utils.images import grid, pairs
@@ -66,38 +67,13 @@ def test_pictures_are_drawn_with_the_averaged_weights(config, run):
         assert not np.array_equal(expected, other)
 
 
-def test_held_out_images_come_from_the_test_split_if_there_is_one(config, tmp_path):
-    test, _ = open_source("digits", "", 8, "test").read(range(40))
-    assert torch.equal(real_images(config)[0], test)
-    # Without a test split, they are training images.
-    for label in ("a", "b"):
-        (tmp_path / label).mkdir()
-        for i in range(2):
-            Image.fromarray(np.full((8, 8, 3), 60 * i + ord(label), np.uint8)).save(tmp_path / label / f"{i}.png")
-    config = load_config("digits", ("data.source=folder", f"data.path={tmp_path}", "model.num_classes=2"))
-    images, kind = real_images(config)
-    assert [int(image.float().mean()) for image in images] == [97, 157, 98, 158]
-    assert kind.startswith("training images") and "held-out split" in kind
-    (tmp_path / "a").rename(tmp_path / "train")
-    (tmp_path / "b").rename(tmp_path / "val")
-    for split in ("train", "val"):
-        (tmp_path / split / "a").mkdir()
-        (tmp_path / split / "0.png").rename(tmp_path / split / "a" / "0.png")
-    assert real_images(config)[1] == "held-out images"
-    # A broken held-out split is said, and other classes are refused.
-    (tmp_path / "val" / "a").rename(tmp_path / "val" / "b")
-    with pytest.raises(ClassesDiffer):
-        real_images(config)
-    shutil.rmtree(tmp_path / "val" / "b")
-    images, kind = real_images(config)
-    assert len(images) == 1 and kind.startswith("training images") and str(tmp_path / "val") in kind
-
-
 @pytest.fixture
 def make_report(config, monkeypatch):
     """Makes a report that writes to memory; returns it with its output."""
 
-    def run(terminal: bool = False, main: bool = True, **changes) -> tuple[Report, io.StringIO]:
+    def run(
+        terminal: bool = False, main: bool = True, config: Config = config, **changes
+    ) -> tuple[Report, io.StringIO]:
         printed = io.StringIO()
         monkeypatch.setattr(
             report_module,
@@ -115,7 +91,7 @@ def make_report(config, monkeypatch):
 def test_the_run_says_that_its_pictures_show_training_images(make_report, config, monkeypatch):
     assert "training images" not in make_report()[1].getvalue()
     of_training = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "training images: no val"
-    monkeypatch.setattr(report_module, "real_images", lambda config: of_training)
+    monkeypatch.setattr(pictures_module, "real_images", lambda config: of_training)
     assert "reconstructions.png shows training images: no val" in make_report()[1].getvalue()
 
 
@@ -173,3 +149,15 @@ def test_the_summary_lists_skipped_images_and_the_next_command(make_report, ment
     printed.truncate(0)
     report.summary(Outcome(Path("x"), 6, 0, 9.6, 123.4), {"one.png": "torn"})
     assert re.search(mentions("skipped", 1), printed.getvalue()) and "unite-fast sample somewhere" in printed.getvalue()
+
+
+def test_lines_of_a_run_on_molecules_name_molecules(make_report, tiny_molecules):
+    report, printed = make_report(config=load_config("qm9_tiny", tiny_molecules))
+    with report.progress_bar():
+        report.state.step = 6
+        report.show({**ROW, "cross_entropy": 0.43211})
+    report.summary(Outcome(Path("x"), 6, 0, 9.6, 123.4), {})
+    text = printed.getvalue()
+    assert "1234 mol/s" in text and "elements 0.4321" in text and "lpips" not in text
+    assert "123 molecules/s" in text and "image" not in text
+    assert re.search(r"unite-fast sample somewhere$", text, re.MULTILINE), "no guidance, which molecules do not have"

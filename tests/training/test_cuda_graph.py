@@ -223,7 +223,7 @@ def test_a_number_of_the_host_in_the_graph_is_found(tiny_config, make_model):
 def test_an_input_that_is_not_copied_is_found(tiny_config, make_model, image):
     config = with_settings(tiny_config, True)
     step = make_step(config, make_model)
-    kept = torch.zeros_like(batches(config, 1)[0].images)
+    kept = torch.zeros_like(batches(config, 1)[0].data)
 
     def passes(images, labels, positions):
         if (

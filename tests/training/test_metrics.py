@@ -15,11 +15,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from unite_fast.config import Config
+from unite_fast.config import MOLECULES, Config
 from unite_fast.errors import UserError
 from unite_fast.objective import Losses
 from unite_fast.planning.flops import image_flops
 from unite_fast.planning.gpus import find_gpu
+from unite_fast.recipes import load_config
 from unite_fast.training import metrics
 from unite_fast.training.metrics import Averages, MetricsLog, Speedometer, loss_spike, training_metrics
 from unite_fast.training.side_outputs import SideOutputs
@@ -27,7 +28,7 @@ from unite_fast.utils.rows import read_rows, thin_rows
 
 
 def losses(value: float) -> Losses:
-    return Losses(*torch.tensor([value, 2 * value, 3 * value, 4 * value]).unbind())
+    return Losses(*torch.tensor([value, 2 * value, 3 * value, 4 * value, 0 * value, 5 * value]).unbind())
 
 
 def row(step: int) -> dict:
@@ -46,11 +47,12 @@ def test_means_cover_the_steps_since_the_last_take():
     averages = Averages(torch.device("cpu"))
     for step, value in enumerate((1.0, 2.0, 6.0), start=1):
         averages.add(step, losses(value), torch.tensor(10 * value))
-    expected = Losses(*torch.tensor([3.0, 6.0, 9.0, 12.0]).unbind())
+    expected = Losses(*torch.tensor([3.0, 6.0, 9.0, 12.0, 0.0, 15.0]).unbind())
     for _ in range(2):
         means = averages.take()
         assert means.pop("grad_norm") == 30
-        assert means == {name: float(getattr(expected, name)) for name in ("total", "l1", "flow", "lpips")}
+        names = ("total", "l1", "flow", "lpips", "latent_square")
+        assert means == {name: float(getattr(expected, name)) for name in names}
         averages.add(4, losses(3.0), torch.tensor(30.0))
 
 
@@ -68,9 +70,24 @@ def test_means_survive_json_bit_for_bit():
 
 def test_sums_of_other_averages_are_refused():
     """One sum would be copied to all of them."""
-    for sums in ([1.0], [1.0] * 4, [1.0] * 6):
+    for sums in ([1.0], [1.0] * 4, [1.0] * 7):
         with pytest.raises(UserError, match="cannot resume"):
             Averages(torch.device("cpu")).load_state_dict({"sums": sums, "count": 1})
+
+
+def test_sums_of_a_version_without_latents_are_left_out():
+    averages = Averages(torch.device("cpu"))
+    averages.load_state_dict({"sums": [1e6] * 5, "count": 7})
+    averages.add(8, losses(2.0), torch.tensor(1.0))
+    assert int(averages.count) == 1
+    assert averages.take()["latent_square"] == 10.0
+
+
+def test_averages_of_molecules_have_the_elements():
+    averages = Averages(torch.device("cpu"), MOLECULES)
+    averages.add(1, Losses(*torch.arange(6.0).unbind()), torch.tensor(9.0))
+    expected = {"total": 0.0, "l1": 1.0, "cross_entropy": 4.0, "flow": 2.0, "grad_norm": 9.0, "latent_square": 5.0}
+    assert averages.take() == expected
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -127,7 +144,7 @@ def test_means_and_bad_steps_are_the_same_on_all_ranks(ranks):
     assert one["rates"] == (4 * Config().train.batch_size / 2, 4 * Config().train.batch_size / 2 / 2)
     # Rank 0 added 1, 2, 3 and rank 1 added 11, 12, 13; then both added 1.
     assert one["means"]["total"] == (6 + 36 + 2) / 8 and one["means"]["grad_norm"] == 7 / 4
-    assert one["state"] == {"sums": [21.0, 42.0, 84.0, 63.0, 6.0], "count": 3}
+    assert one["state"] == {"sums": [21.0, 42.0, 84.0, 63.0, 6.0, 105.0], "count": 3}
     assert one["resumed"] == one["means"]
 
 
@@ -140,6 +157,8 @@ class FakeClock:
 
 def test_a_row_has_rates_seconds_by_part_and_memory(tiny_config):
     speed = Speedometer(tiny_config, torch.device("cpu"))
+    assert f"{speed.image_flops / 1e9:.4g} GFLOP per image, " in speed.mfu_note
+    assert "GFLOP per molecule, " in Speedometer(load_config("qm9_tiny"), torch.device("cpu")).mfu_note
     assert speed.mfu_note.endswith("no peak of a CPU is known (unite_fast/planning/gpus.py)")
     speed.clock = FakeClock()
     values = speed.row(4)

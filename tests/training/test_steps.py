@@ -39,7 +39,7 @@ def _train_with_a_nan(config: Config) -> str:
     def make_with_nan(images, labels, philox, config):
         batch = make(images, labels, philox, config)
         if philox.positions[0] >> 32 == 4 and current_ranks().rank == 1:
-            batch.images[0, 0, 0, 0] = float("nan")
+            batch.data[0, 0, 0, 0] = float("nan")
         return batch
 
     train_step.make_micro_batch = make_with_nan
@@ -71,7 +71,7 @@ def test_a_run_that_only_skips_steps_ends(config, monkeypatch, mentions):
         step = (philox.positions[0] >> 32) + 1
         # 99 steps in a row are too few to end it.
         if 4 <= step <= 102 or step >= 105:
-            batch.images[0, 0, 0, 0] = float("nan")
+            batch.data[0, 0, 0, 0] = float("nan")
         return batch
 
     monkeypatch.setattr(train_step, "make_micro_batch", make_with_nan)

@@ -132,6 +132,7 @@ def test_a_finished_run_leaves_all_documented_files(trained_folder):
     assert [row["step"] for row in rows] == [5, 10, 15, 20]
     for row in rows:
         losses = {"step", "epoch", "total", "l1", "lpips", "flow", "grad_norm", "lr", "skipped_steps"}
+        losses |= {"latent_rms", "latent_gain"}
         parts = {f"seconds_{part}" for part in ("data", "forward", "backward", "optimizer", "other")}
         # No MFU: no peak of a CPU is known.
         assert row.keys() == losses | parts | {"images_per_s", "images_per_s_per_gpu", "memory_gb"}

@@ -27,7 +27,11 @@ class DecoderLayer(nn.Module):
         self.fc2 = nn.Linear(mlp_width, width)
 
     def forward(
-        self, x: Tensor, branch: Tensor | None = None, branch_bias: Tensor | None = None
+        self,
+        x: Tensor,
+        branch: Tensor | None = None,
+        branch_bias: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """x = x + attn(norm1(x)); x = x + mlp(norm2(x)), with each addition left to the norm after it, as one kernel.
 
@@ -35,12 +39,13 @@ class DecoderLayer(nn.Module):
             x: residual, [B, T, D].
             branch: MLP output of the previous layer, still to be added to x, [B, T, D]; None in the first layer.
             branch_bias: the bias in branch that still needs its gradient, [D], or None (`kernels.shared_bias`).
+            mask: keys to attend to, bool [B, 1, 1, T]; None: all.
 
         Returns:
             x, branch and branch_bias for the next layer.
         """
         x, qkv, qkv_bias = norm_linear(x, branch, branch_bias, self.norm1, self.qkv)
-        attended = kernels.attention(qkv, self.heads, qkv_bias=qkv_bias)
+        attended = kernels.attention(qkv, self.heads, qkv_bias=qkv_bias, mask=mask)
         bias, proj_bias = kernels.shared_bias(attended, self.proj.bias)
         attended = kernels.linear(attended, self.proj.weight, bias, wide=True)
         x, hidden, hidden_bias = norm_linear(x, attended, proj_bias, self.norm2, self.fc1)
@@ -99,17 +104,22 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """Initialise Linears as PyTorch does by default, and fill the table; see `GenerativeEncoder.initialize`."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                bound = module.in_features**-0.5
-                fill(module.weight, nn.init.uniform_, -bound, bound, generator=generator)
-                fill(module.bias, nn.init.uniform_, -bound, bound, generator=generator)
-            elif isinstance(module, nn.LayerNorm):
-                fill(module.weight, nn.init.ones_)
-                fill(module.bias, nn.init.zeros_)
+        """Initialise as PyTorch does by default, and fill the table; see `GenerativeEncoder.initialize`."""
+        initialize_by_default(self, generator)
         fill(self.cls_token, nn.init.zeros_)
         self.positions.copy_(sincos_2d(self.side, self.positions.shape[1]))
+
+
+def initialize_by_default(decoder: nn.Module, generator: torch.Generator) -> None:
+    """Initialise Linears and LayerNorms as PyTorch does by default."""
+    for module in decoder.modules():
+        if isinstance(module, nn.Linear):
+            bound = module.in_features**-0.5
+            fill(module.weight, nn.init.uniform_, -bound, bound, generator=generator)
+            fill(module.bias, nn.init.uniform_, -bound, bound, generator=generator)
+        elif isinstance(module, nn.LayerNorm):
+            fill(module.weight, nn.init.ones_)
+            fill(module.bias, nn.init.zeros_)
 
 
 def unpatchify(patches: Tensor, side: int, size: int) -> Tensor:

@@ -1,4 +1,5 @@
-"""The Generative Encoder: one transformer that encodes images and denoises latents.
+"""The Generative Encoder: one transformer that encodes images and denoises latents. model/molecules.py has that of
+molecules, which differs in `embed` alone.
 
 Shapes: B batch, N latent tokens, P patches, L in-context tokens, T tokens of a sequence, C latent channels, D width.
 A sequence is [in-context tokens, latent tokens, patch tokens]; the first and last parts may be absent.
@@ -14,7 +15,17 @@ from torch.nn import functional as F
 from unite_fast import kernels
 from unite_fast.config import ModelConfig
 from unite_fast.kernels.tensors import matmul_dtype
-from unite_fast.model.layers import Attention, Linear, RMSNorm, SwiGLU, TimeEmbedding, fill, rope_table, sincos_1d
+from unite_fast.model.layers import (
+    Attention,
+    Linear,
+    RMSNorm,
+    SwiGLU,
+    TimeEmbedding,
+    fill,
+    key_mask,
+    rope_table,
+    sincos_1d,
+)
 
 
 class Block(nn.Module):
@@ -48,6 +59,7 @@ class Block(nn.Module):
         cos: Tensor,
         sin: Tensor,
         token_range: tuple[int, int] | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
@@ -57,12 +69,13 @@ class Block(nn.Module):
             next_norm: norm weight [D], shift and scale [B, D] of the next block's norm1, or of the final layer.
             cos, sin: rotary table, float32 [T, K / 2].
             token_range: (start, end): compute these tokens alone. All tokens still serve as keys and values.
+            mask: keys that are tokens and not pads, bool [B, 1, 1, T]; None: all.
 
         Returns:
             x and h for the next block.
         """
         gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        attention, attention_bias = self.attn(h, cos, sin, token_range)
+        attention, attention_bias = self.attn(h, cos, sin, token_range, mask)
         if token_range is not None:
             x = x[:, slice(*token_range)]
         # x = x + gate_msa * attention;  mlp = mlp(modulate(norm2(x), shift_mlp, scale_mlp))
@@ -102,8 +115,7 @@ class GenerativeEncoder(nn.Module):
         self.in_context_start = size.in_context_start
         self.no_class = config.num_classes
         self.input_proj = Linear(config.latent_channels, size.width)
-        self.latent_tokens = nn.Parameter(torch.empty(1, config.latent_tokens, size.width))
-        self.patch_embed = nn.Conv2d(3, size.width, config.patch_size, config.patch_size)
+        self.add_embedding(config)
         self.time_embed = TimeEmbedding(size.width)
         # The row after the last class is "no class". The released table has one more row, which nothing uses.
         classes = config.num_classes + 2
@@ -118,26 +130,44 @@ class GenerativeEncoder(nn.Module):
         self.final_layer = FinalLayer(size.width, config.latent_channels)
         self.positions, self.head_dim = config.latent_tokens + config.patches, size.width // size.heads
         with torch.device("cpu"):  # arithmetic on the meta device would import torch._dynamo: a second
-            cos, sin = rope_table(self.positions, self.head_dim, self.in_context)
+            cos, sin = self.rope()
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor, images: Tensor | None = None) -> Tensor:
-        """Encode images (with `images`) or denoise latents (without).
+    def add_embedding(self, config: ModelConfig) -> None:
+        """Make the parameters of `embed`."""
+        self.latent_tokens = nn.Parameter(torch.empty(1, config.latent_tokens, config.encoder.width))
+        self.patch_embed = nn.Conv2d(3, config.encoder.width, config.patch_size, config.patch_size)
+
+    def embed(self, x: Tensor, images: Tensor | None) -> Tensor:
+        """Latents [B, N, C], and images [B, 3, S, S] as patch tokens after them -> [B, N, D] or [B, N + P, D]."""
+        x = self.input_proj(x) + self.latent_tokens
+        if images is None:
+            return x
+        return torch.cat((x, self.patch_embed(images).flatten(2).transpose(1, 2).to(x.dtype)), dim=1)
+
+    def rope(self) -> tuple[Tensor, Tensor]:
+        """Rotary tables, float32 [L + N + P, K / 2]."""
+        return rope_table(self.positions, self.head_dim, self.in_context)
+
+    def forward(
+        self, x: Tensor, t: Tensor, labels: Tensor, data: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
+        """Encode data (with `data`) or denoise latents (without).
 
         Args:
             x: registers ~ N(0, 1) when encoding, noisy latents when denoising, [B, N, C].
             t: times, float32 [B].
             labels: int64 [B]; `no_class` for none.
-            images: [B, 3, S, S] in [0, 1], or None.
+            data: images [B, 3, S, S] in [0, 1], or None.
+            lengths: latent tokens of each sample, int64 [B]; the others are pads, whose results mean nothing. None: no
+                pads.
 
         Returns:
             Latents before LayerNorm, [B, N, C], float32 or the autocast dtype.
         """
         n = x.shape[1]
-        x = self.input_proj(x) + self.latent_tokens
-        if images is not None:
-            x = torch.cat((x, self.patch_embed(images).flatten(2).transpose(1, 2).to(x.dtype)), dim=1)
+        x, mask = self.embed(x, data), key_mask(lengths, n)
         label = self.label_embed(labels)
         modulations, norms = self.modulations(F.silu(self.time_embed(t) + label))
 
@@ -153,7 +183,7 @@ class GenerativeEncoder(nn.Module):
                 rope = self.rope_cos[: x.shape[1]], self.rope_sin[: x.shape[1]]
                 latents = first, first + n
             last = i == len(self.blocks) - 1
-            x, h = block(x, h, modulations[i], norms[i + 1], *rope, latents if last else None)
+            x, h = block(x, h, modulations[i], norms[i + 1], *rope, latents if last else None, mask)
         return self.final_layer.linear(h)
 
     def modulations(self, condition: Tensor) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, Tensor, Tensor]]]:
@@ -190,20 +220,24 @@ class GenerativeEncoder(nn.Module):
         for module in self.modules():
             if isinstance(module, RMSNorm):
                 fill(module.weight, nn.init.ones_)
+        self.initialize_embedding(generator)
+        fill(self.time_embed.frequencies, normal, generator=generator)
+        for weight in (self.time_embed.fc1.weight, self.time_embed.fc2.weight, self.label_embed.weight):
+            fill(weight, normal, std=0.02, generator=generator)
+        if self.in_context:
+            fill(self.in_context_posemb, normal, std=0.02, generator=generator)
+        cos, sin = self.rope()
+        self.rope_cos.copy_(cos)
+        self.rope_sin.copy_(sin)
+
+    def initialize_embedding(self, generator: torch.Generator) -> None:
+        """Initialise the parameters of `embed`, except for the Linear of the latents."""
         fill(self.latent_tokens, lambda table: table.copy_(sincos_1d(torch.arange(table.shape[1]), table.shape[2])))
         # The released code keeps PyTorch's default here: uniform within 1 / sqrt(inputs).
         bound = self.patch_embed.weight[0].numel() ** -0.5
         fill(self.patch_embed.weight, nn.init.uniform_, -bound, bound, generator=generator)
         assert self.patch_embed.bias is not None
         fill(self.patch_embed.bias, nn.init.uniform_, -bound, bound, generator=generator)
-        fill(self.time_embed.frequencies, normal, generator=generator)
-        for weight in (self.time_embed.fc1.weight, self.time_embed.fc2.weight, self.label_embed.weight):
-            fill(weight, normal, std=0.02, generator=generator)
-        if self.in_context:
-            fill(self.in_context_posemb, normal, std=0.02, generator=generator)
-        cos, sin = rope_table(self.positions, self.head_dim, self.in_context)
-        self.rope_cos.copy_(cos)
-        self.rope_sin.copy_(sin)
 
     def _linears(self) -> Iterator[nn.Linear]:
         """In the order of initialisation: a block's adaLN Linear after its other Linears."""

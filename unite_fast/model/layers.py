@@ -60,13 +60,19 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, token_range: tuple[int, int] | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        token_range: tuple[int, int] | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """
         Args:
             x: [B, T, D].
             cos, sin: rotary table, float32 [T, K / 2].
             token_range: (start, end); compute these tokens alone.
+            mask: keys to attend to, bool [B, 1, 1, T]; None: all.
 
         Returns:
             The attended values [B, T, D], and the bias in them that still needs its gradient, [D], or None
@@ -76,9 +82,21 @@ class Attention(nn.Module):
         k_weight = None if self.k_norm is None else self.k_norm.weight
         bias, qkv_bias = kernels.shared_bias(x, self.qkv.bias)
         qkv = kernels.linear(x, self.qkv.weight, bias, wide=True)
-        attended = kernels.attention(qkv, self.heads, q_weight, k_weight, cos, sin, token_range, qkv_bias)
+        attended = kernels.attention(qkv, self.heads, q_weight, k_weight, cos, sin, token_range, qkv_bias, mask)
         bias, proj_bias = kernels.shared_bias(attended, self.proj.bias)
         return kernels.linear(attended, self.proj.weight, bias, wide=True), proj_bias
+
+
+def key_mask(lengths: Tensor | None, tokens: int) -> Tensor | None:
+    """The tokens that are no pads, for attention: lengths [B] -> bool [B, 1, 1, tokens]; None for None."""
+    if lengths is None:
+        return None
+    return real_tokens(lengths, tokens)[:, None, None]
+
+
+def real_tokens(lengths: Tensor, tokens: int) -> Tensor:
+    """Tokens that are no pads: lengths [B] -> bool [B, tokens]."""
+    return torch.arange(tokens, device=lengths.device) < lengths[:, None]
 
 
 def hidden_width(width: int) -> int:

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-ADAMW_NAMES = ("patch_embed", "final_layer", "in_context_posemb", "latent_tokens")
+ADAMW_NAMES = ("patch_embed", "final_layer", "in_context_posemb", "latent_tokens", "atom_embed", "atom_table")
 
 
 def split_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:

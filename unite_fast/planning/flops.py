@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
-from unite_fast.config import Config, DecoderConfig, EncoderConfig, ModelConfig
+from unite_fast.config import IMAGES, MOLECULES, Config, DecoderConfig, EncoderConfig, ModelConfig
 from unite_fast.lpips import VGG_BLOCKS, VGG_SHAPES
 from unite_fast.model.layers import hidden_width
 from unite_fast.optim.muon import newton_schulz_flops
@@ -103,8 +103,10 @@ def encoder_flops(model: ModelConfig, with_image: bool, skip_unread: bool = True
     """One pass of the Generative Encoder over one sample: the tokenizer (with the image) or one flow draw (without)."""
     width, n, block = model.encoder.width, model.latent_tokens, encoder_block(model.encoder)
     total = matmul(n, model.latent_channels, width, input_needs_grad=False)
-    if with_image:
-        total += matmul(model.patches, 3 * model.patch_size**2, width, input_needs_grad=False)
+    if with_image and model.modality == MOLECULES:
+        total += matmul(n, 3, width, input_needs_grad=False) + matmul(n, width, width)
+    elif with_image:
+        total += matmul(model.patches, model.token_outputs, width, input_needs_grad=False)
     total += matmul(1, TIME_FEATURES, width, input_needs_grad=False) + matmul(1, width, width)
     for keys, queries in tokens_per_block(model, with_image, skip_unread):
         total += matmul(1, width, 6 * width) + matmul(keys, *block.qkv) + attention(queries, keys, width)
@@ -115,12 +117,12 @@ def encoder_flops(model: ModelConfig, with_image: bool, skip_unread: bool = True
 def decoder_flops(model: ModelConfig) -> Flops:
     size, n = model.decoder, model.latent_tokens
     total = matmul(n, model.latent_channels, size.embed_width) + matmul(n, size.embed_width, size.width)
-    tokens = n + 1
+    tokens = model.decoder_tokens
     for _ in range(size.depth):
         total += attention(tokens, tokens, size.width)
         for linear in decoder_layer(size):
             total += matmul(tokens, *linear)
-    return total + matmul(n, size.width, 3 * model.patch_size**2)
+    return total + matmul(n, size.width, model.token_outputs)
 
 
 def all_attention(config: Config) -> Flops:
@@ -130,7 +132,7 @@ def all_attention(config: Config) -> Flops:
         for keys, queries in tokens_per_block(model, with_image):
             each = attention(queries, keys, model.encoder.width)
             total += Flops(passes * each.forward, passes * each.backward)
-    tokens, size = model.latent_tokens + 1, model.decoder
+    tokens, size = model.decoder_tokens, model.decoder
     each = attention(tokens, tokens, size.width)
     return total + Flops(size.depth * each.forward, size.depth * each.backward)
 
@@ -142,7 +144,7 @@ def wide_linears(config: Config) -> list[tuple[int, Linear]]:
     for with_image, passes in ((True, 1), (False, config.objective.flow_draws)):
         for keys, queries in tokens_per_block(model, with_image):
             result += [(passes * (keys if one is block.qkv else queries), one) for one in block]
-    return result + [(size.depth * (model.latent_tokens + 1), one) for one in decoder_layer(size)]
+    return result + [(size.depth * model.decoder_tokens, one) for one in decoder_layer(size)]
 
 
 def float8_flops(config: Config) -> float:
@@ -198,8 +200,8 @@ class ParameterShape(NamedTuple):
 
 def parameter_shapes(model: ModelConfig) -> list[ParameterShape]:
     """Shapes of all trainable parameters, by part ("encoder", "norm", "decoder")."""
-    norm = ParameterShape("norm", 2, (model.latent_channels,), False)
-    return [*_encoder_shapes(model), norm, *_decoder_shapes(model)]
+    norm = [] if model.latent_norm == "layer_plain" else [ParameterShape("norm", 2, (model.latent_channels,), False)]
+    return [*_encoder_shapes(model), *norm, *_decoder_shapes(model)]
 
 
 def _encoder_shapes(model: ModelConfig) -> list[ParameterShape]:
@@ -221,11 +223,14 @@ def _encoder_shapes(model: ModelConfig) -> list[ParameterShape]:
         *linear(width, 2 * width, muon=False),
         *linear(width, channels, muon=False),
         tensor((model.num_classes + 2, width), muon=True),
-        tensor((1, model.latent_tokens, width)),
-        tensor((width, 3, model.patch_size, model.patch_size)),
-        tensor((width,)),
         tensor((width,), 3 * depth + 1),
     ]
+    if model.modality == MOLECULES:
+        shapes += [*linear(3, width, muon=False), *linear(width, width, muon=False), tensor((width,))]
+        shapes += [tensor((len(model.symbols), width)), *[tensor((1, model.latent_tokens, width))] * model.atom_order]
+    else:
+        shapes += [tensor((1, model.latent_tokens, width)), tensor((width,))]
+        shapes.append(tensor((width, 3, model.patch_size, model.patch_size)))
     if size.in_context_tokens:
         shapes.append(tensor((1, size.in_context_tokens, width)))
     if size.qk_norm:
@@ -240,9 +245,13 @@ def _decoder_shapes(model: ModelConfig) -> list[ParameterShape]:
         (Linear(model.latent_channels, size.embed_width), 1),
         (Linear(size.embed_width, width), 1),
         *((linear, depth) for linear in decoder_layer(size)),
-        (Linear(width, 3 * model.patch_size**2), 1),
+        (Linear(width, model.token_outputs), 1),
     ]
-    shapes = [ParameterShape("decoder", 1, (width,), False), ParameterShape("decoder", 4 * depth + 2, (width,), False)]
+    shapes = [ParameterShape("decoder", 4 * depth + 2, (width,), False)]
+    if model.modality == IMAGES:
+        shapes.append(ParameterShape("decoder", 1, (width,), False))
+    elif model.atom_order:
+        shapes.append(ParameterShape("decoder", 1, (1, model.latent_tokens, width), False))
     for (inputs, outputs), count in linears:
         shapes.append(ParameterShape("decoder", count, (outputs, inputs), True))
         shapes.append(ParameterShape("decoder", count, (outputs,), False))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from operator import mul
 
-from unite_fast.config import Config, ModelConfig
+from unite_fast.config import MOLECULES, Config, ModelConfig
 from unite_fast.lpips import VGG_SHAPES, tap_shapes
 from unite_fast.model.layers import hidden_padding, hidden_width
 from unite_fast.planning.flops import (
@@ -46,8 +46,10 @@ def encoder_activations(model: ModelConfig, with_image: bool, backend: str = "tr
     d, hidden, heads, context = size.width, padded_hidden(size.width, backend), size.heads, size.in_context_tokens
     saved = HALF * n * c  # input_proj
     tokens = n
-    if with_image:
-        saved += HALF * 3 * model.image_size**2
+    if with_image and model.modality == MOLECULES:
+        saved += FLOAT * (data_numbers(model) + 2 * n * d)  # the MLP of the positions
+    elif with_image:
+        saved += HALF * data_numbers(model)
         tokens += model.patches
     saved += (FLOAT * d + FLOAT) * (tokens + context)  # the first adaln_modulate, and that of the in-context tokens
     saved += FLOAT * (TIME_FEATURES + 3 * d) + HALF * 2 * d  # time embedding and SiLU of the condition
@@ -66,11 +68,17 @@ def encoder_activations(model: ModelConfig, with_image: bool, backend: str = "tr
 def decoder_activations(model: ModelConfig) -> float:
     """Bytes saved for one image, from the latents to the pixel difference."""
     size, n, c = model.decoder, model.latent_tokens, model.latent_channels
-    d, tokens = size.width, model.latent_tokens + 1
+    d, tokens = size.width, model.decoder_tokens
     layer = 2 * (FLOAT * d + 2 * FLOAT) + HALF * (3 * d + d) + FLOAT * size.heads + HALF * size.mlp_width
     saved = HALF * n * (c + size.embed_width) + size.depth * tokens * layer
-    saved += tokens * (FLOAT * d + 2 * FLOAT) + HALF * n * d  # the last norm and Linear
-    return saved + FLOAT * 3 * model.image_size**2
+    # The last norm and Linear; that of molecules is in float32.
+    saved += tokens * (FLOAT * d + 2 * FLOAT) + (FLOAT if model.modality == MOLECULES else HALF) * n * d
+    return saved + FLOAT * data_numbers(model)
+
+
+def data_numbers(model: ModelConfig) -> int:
+    """Numbers in an image, or in the padded atoms of a molecule."""
+    return 4 * model.latent_tokens if model.modality == MOLECULES else 3 * model.image_size**2
 
 
 def lpips_activations(image_size: int, dropout: bool = True, backend: str = "triton") -> float:
@@ -130,7 +138,7 @@ def activations(config: Config, backend: str = "triton") -> Activations:
         lpips=lpips_activations(model.image_size, perceptual.dropout, backend) if perceptual.weight else 0.0,
         flow=draws * (encoder_activations(model, False, backend) + per_draw) + FLOAT * n * c,
         padding=padding,
-        patch_weight=HALF * d * 3 * model.patch_size**2,
+        patch_weight=HALF * d * 3 * model.patch_size**2 if model.patches else 0.0,
     )
 
 

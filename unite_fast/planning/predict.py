@@ -7,7 +7,7 @@ peaks, in two sets of assumptions: the fast and the slow end of the range.
 
 from dataclasses import dataclass
 
-from unite_fast.config import Config, ModelConfig
+from unite_fast.config import IMAGES, Config, ModelConfig
 from unite_fast.distributed import strategy as sharing
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError, require
@@ -98,7 +98,7 @@ def image_work(config: Config) -> Work:
         decoder_bytes=moved["decoder layers: elementwise and norms"],
         float8_bytes=moved.get("rounding to float8", 0.0),
         lpips_bytes=moved.get("LPIPS, elementwise", 0.0),
-        pixel_bytes=moved["pixels"],
+        pixel_bytes=moved.get("pixels", 0.0),
     )
 
 
@@ -334,6 +334,10 @@ def make_plan(config: Config, cluster: Cluster, data: str = "") -> Plan:
     require(
         config.train.precision != "float8" or cluster.gpu.float8,
         f"train.precision is float8, which {cluster.gpu.key} does not have; set train.precision=bfloat16",
+    )
+    require(
+        not data or config.model.modality == IMAGES,
+        "--data is a format of images, and this recipe is for molecules, which lie in memory; leave it out",
     )
     data = data or {"folder": "folder", "shards": "raw"}.get(config.data.source, "")
     if data and data not in CPU_SECONDS:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from unite_fast.config import IMAGES
 from unite_fast.errors import printable
 from unite_fast.planning import flops, memory
 from unite_fast.planning.predict import (
@@ -39,7 +40,8 @@ def lines(plan: Plan, price: float = 0.0, measured: Sequence[Mapping[str, str]] 
         f"{plan.micro_batch}",
         "",
         *_memory(plan),
-        f"largest micro-batch that fits: {plan.largest_micro_batch or 'none'} (of {share} images per GPU and step)",
+        f"largest micro-batch that fits: {plan.largest_micro_batch or 'none'} (of {share} {config.model.modality} per "
+        "GPU and step)",
         "",
         *_work(plan),
         "",
@@ -63,29 +65,36 @@ def _memory(plan: Plan) -> list[str]:
 
 
 def _work(plan: Plan) -> list[str]:
-    work, images = image_work(plan.config), plan.config.train.batch_size // plan.cluster.gpus
-    each = ", ".join(f"{name} {part.total / 1e9:.1f}" for name, part in flops.parts(plan.config).items() if part.total)
+    config, one = plan.config, plan.config.model.sample_name
+    work, count, each = image_work(config), config.train.batch_size // plan.cluster.gpus, flops.image_flops(config)
+    parts = ", ".join(f"{name} {part.total / 1e9:.1f}" for name, part in flops.parts(config).items() if part.total)
+    released = ""
+    if config.model.modality == IMAGES:
+        all_tokens = flops.image_flops(config, skip_unread=False)
+        released = f"; the released code, which also computes unread tokens, {all_tokens / 1e9:.0f}"
+    traffic = {"encoder": work.encoder_bytes, "decoder": work.decoder_bytes, "LPIPS": work.lpips_bytes}
+    moved = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in traffic.items() if size)
     rows = [
-        f"work per image: {flops.image_flops(plan.config) / 1e9:.0f} GFLOP ({each}); the released code, "
-        f"which also computes unread tokens, {flops.image_flops(plan.config, skip_unread=False) / 1e9:.0f}",
-        f"elementwise traffic per image, GB: encoder {work.encoder_bytes / 1e9:.2f}, "
-        f"decoder {work.decoder_bytes / 1e9:.2f}, LPIPS {work.lpips_bytes / 1e9:.2f}; all traffic of a step "
-        f"{sum(step_bytes(plan.config).values()) / 1e9:.2f}",
-        f"work per GPU and step: {images * flops.image_flops(plan.config) / 1e12:.1f} TFLOP, "
-        f"plus Newton-Schulz {flops.newton_schulz(plan.config.model) / 1e12:.2f} TFLOP over all GPUs",
+        f"work per {one}: {each / 1e9:.0f} GFLOP ({parts}){released}",
+        f"elementwise traffic per {one}, GB: {moved}; all traffic of a step "
+        f"{sum(step_bytes(config).values()) / 1e9:.2f}",
+        f"work per GPU and step: {count * each / 1e12:.1f} TFLOP, "
+        f"plus Newton-Schulz {flops.newton_schulz(config.model) / 1e12:.2f} TFLOP over all GPUs",
     ]
     if work.float8:
         share = work.float8 / (work.float8 + work.matmul)
         rows.append(
             f"float8: {share:.0%} of the matmul FLOPs outside attention and LPIPS; rounding moves "
-            f"{work.float8_bytes / 1e9:.2f} GB per image; MFU is relative to the bfloat16 peak"
+            f"{work.float8_bytes / 1e9:.2f} GB per {one}; MFU is relative to the bfloat16 peak"
         )
     if plan.collectives:
         rows.append(f"{'communication per step':44}{'GB':>6}{'times':>7}{'ms':>14}")
-    for one in plan.collectives:
-        fast, slow = (collective_seconds(one, plan.cluster, assumed) * 1e3 for assumed in (FAST, SLOW))
-        overlap = "overlaps with backward" if one.overlaps else "no overlap"
-        rows.append(f"  {one.name:42} {one.size / 1e9:5.2f} {one.times:6} {f'{fast:.1f} to {slow:.1f}':>13}, {overlap}")
+    for each in plan.collectives:
+        fast, slow = (collective_seconds(each, plan.cluster, assumed) * 1e3 for assumed in (FAST, SLOW))
+        overlap = "overlaps with backward" if each.overlaps else "no overlap"
+        rows.append(
+            f"  {each.name:42} {each.size / 1e9:5.2f} {each.times:6} {f'{fast:.1f} to {slow:.1f}':>13}, {overlap}"
+        )
     return rows
 
 
@@ -94,11 +103,12 @@ def _speed(plan: Plan) -> list[str]:
     rows += [
         f"  {name:<25} {plan.fast.seconds[name] * 1e3:7.1f} {plan.slow.seconds[name] * 1e3:7.1f}"
         for name in plan.fast.seconds
+        if plan.fast.seconds[name] or plan.slow.seconds[name]
     ]
     low, high = plan.slow.images_per_s, plan.fast.images_per_s
-    gpus = plan.cluster.gpus
+    gpus, rate = plan.cluster.gpus, f"{plan.config.model.modality}/s"
     rows.append(
-        f"images/s   {low:.0f} to {high:.0f}, per GPU {low / gpus:.0f} to {high / gpus:.0f}; "
+        f"{rate:<10} {low:.0f} to {high:.0f}, per GPU {low / gpus:.0f} to {high / gpus:.0f}; "
         f"MFU {plan.slow.mfu:.0%} to {plan.fast.mfu:.0%}"
     )
     bounds = list(dict.fromkeys((plan.fast.bound_by, plan.slow.bound_by)))
@@ -114,8 +124,8 @@ def _run(plan: Plan, price: float) -> list[str]:
         return [
             "run        no time and no cost: it does not fit; use more or larger GPUs, or a smaller train.micro_batch"
         ]
-    images = plan.config.train.steps * plan.config.train.batch_size
-    hours = [images / speed.images_per_s / 3600 for speed in (plan.fast, plan.slow)]
+    samples = plan.config.train.steps * plan.config.train.batch_size
+    hours = [samples / speed.images_per_s / 3600 for speed in (plan.fast, plan.slow)]
     gpu_hours = [each * plan.cluster.gpus for each in hours]
     row = f"run        {plan.config.train.steps} steps: {hours[0]:.1f} to {hours[1]:.1f} hours"
     row += f", {gpu_hours[0]:.0f} to {gpu_hours[1]:.0f} GPU hours"
@@ -136,8 +146,9 @@ def _released_speed(plan: Plan) -> list[str]:
 
 def _measured(plan: Plan, rows: Sequence[Mapping[str, str]]) -> list[str]:
     low, high = (speed.images_per_s / plan.cluster.gpus for speed in (plan.slow, plan.fast))
+    rate = f"{plan.config.model.modality}/s"
     return [
-        f"measured   {row['date']}, commit {row['commit']}: {float(row['images_per_s_per_gpu']):.1f} images/s per GPU "
+        f"measured   {row['date']}, commit {row['commit']}: {float(row['images_per_s_per_gpu']):.1f} {rate} per GPU "
         f"({row.get('settings') or 'the recipe as it is'}); predicted {low:.0f} to {high:.0f}"
         for row in rows
     ]
@@ -162,7 +173,7 @@ def _assumptions(plan: Plan) -> list[str]:
         rates(FAST),
         rates(SLOW),
         "  bfloat16 autocast, float32 residual, fused kernels, compiled blocks; launches, logging, checkpoints, "
-        "sample images and restarts take no time",
+        "pictures and restarts take no time",
         f"  memory: {memory.RUNTIME_BYTES / 1e9:g} GB for CUDA, NCCL and cuBLAS, {memory.SLACK:.0%} lost to the "
         f"allocator, {RESERVED:.0%} left free; the reconstruction's activations are freed before the flow draws",
         "  communication: float32 gradients, bfloat16 parameters, bfloat16 updates of Muon",

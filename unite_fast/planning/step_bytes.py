@@ -77,8 +77,8 @@ def step_bytes(config: Config) -> dict[str, float]:
             encoder["matmuls"] += passes * (keys * linear_bytes(block.qkv) + queries * rest)
             encoder["attention"] += passes * ATTENTION_BYTES * (keys + queries) / 2 * width
             encoder["elementwise and norms"] += passes * BLOCK_BYTES * (keys + queries) / 2 * width
-    d, tokens = model.decoder.width, n + 1
-    patch = 3 * model.patch_size**2
+    d, tokens = model.decoder.width, model.decoder_tokens
+    patch = model.token_outputs
     ends = n * (1 + draws) * 2 * linear_bytes(Linear(model.latent_channels, width))
     ends += model.patches * linear_bytes(Linear(patch, width))
     embed = model.decoder.embed_width
@@ -92,7 +92,7 @@ def step_bytes(config: Config) -> dict[str, float]:
         "decoder layers: elementwise and norms": model.decoder.depth * tokens * d * DECODER_BYTES,
         "rounding to float8": float8_bytes(config),
         "first and last Linears": ends,
-        "pixels": model.image_size**2 * PIXEL_BYTES,
+        "pixels": model.image_size**2 * PIXEL_BYTES if model.patches else 0.0,
         "LPIPS, elementwise": lpips_bytes(model.image_size) if config.perceptual.weight else 0.0,
         "weights and their gradients": weight_bytes(config) / micro_batch,
         "optimizers": (MUON_BYTES * muon + ADAMW_BYTES * (flops.numel(shapes) - muon)) / batch,

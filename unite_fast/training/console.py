@@ -4,25 +4,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from unite_fast.config import Config
-from unite_fast.data_pipeline import Source, open_held_out, open_source, read_readable
-from unite_fast.data_pipeline.splits import ClassesDiffer
-from unite_fast.errors import UserError
-from unite_fast.evaluation.batches import HELD_OUT, TRAINING
+from unite_fast.config import IMAGES, MOLECULES, Config
+from unite_fast.evaluation.batches import HELD_OUT
 from unite_fast.kernels import backend
 from unite_fast.sampling import sampler
+from unite_fast.training.pictures import open_pictures
 from unite_fast.training.side_outputs import SideOutputs
 from unite_fast.training.train_state import TrainState
 from unite_fast.utils.files import make_folder
-from unite_fast.utils.images import grid, pairs, save_curves, save_png
+from unite_fast.utils.images import save_curves, save_png
 from unite_fast.utils.progress import progress_bar
 
-PICTURE_ROWS = 8
-PICTURE_COLUMNS = 10
 MAX_SKIPPED_SHOWN = 10
 """Unreadable files that the summary lists."""
 
@@ -44,7 +41,8 @@ class Report:
             f"attention, {mode}, batch {train.batch_size}, "
             f"steps {state.step}..{train.steps}, in {folder}"
         )
-        self.real, self.of_real = real_images(config)
+        self.pictures = open_pictures(config)
+        self.of_real = self.pictures.of_real
         if self.of_real != HELD_OUT:
             self.print_line(f"reconstructions.png shows {self.of_real}")
         self.bar = progress_bar(self.console, main)
@@ -68,9 +66,12 @@ class Report:
 
     def show(self, row: dict) -> None:
         """Show a row of metrics."""
-        lpips = f" lpips {row['lpips']:.4f}" if self.config.perceptual.weight else ""
+        molecules = self.config.model.modality == MOLECULES
+        other = f" lpips {row['lpips']:.4f}" if self.config.perceptual.weight else ""
+        other = f" elements {row['cross_entropy']:.4f}" if molecules else other
         mfu = f" mfu {row['mfu']:.1%}" if "mfu" in row else ""
-        line = f"{row['images_per_s']:.0f} img/s{mfu}  l1 {row['l1']:.4f}{lpips} flow {row['flow']:.3f}"
+        speed = f"{row['images_per_s']:.0f} {'mol/s' if molecules else 'img/s'}{mfu}"
+        line = f"{speed}  l1 {row['l1']:.4f}{other} flow {row['flow']:.3f}"
         self.bar.update(self.task, description=line)
         if not self.console.is_terminal:
             per_step = (time.perf_counter() - self.started_at) / (self.state.step - self.first_step)
@@ -83,26 +84,19 @@ class Report:
     def save_pictures(self, rows: list[dict]) -> None:
         """Save samples, reconstructions of real images, and curves, using the averaged weights. All ranks call this
         together."""
-        model, config = self.state.model, self.config
-        labels = torch.arange(PICTURE_ROWS * PICTURE_COLUMNS) % min(config.model.num_classes, PICTURE_COLUMNS)
         # Eager, because sampling has other shapes, and compiling for them would take longer than sampling.
         try:
             with self.state.ema.applied(), torch.compiler.set_stance("force_eager"):
-                samples = sampler.sample_images(
-                    model, labels, config.sampling, config.seed, precision=config.train.network_precision
-                )
-                reconstructions = sampler.reconstruct(model, self.real, config.seed)
+                made: tuple[Any, Any] = self.pictures.make(self.state.model)
         except sampler.NonFinite as error:  # on all ranks: they sample the same images
             self.print_line(f"warning: no pictures of step {self.state.step}: {error}")
             return
         if not self.main:
             return
         name = f"step_{self.state.step:08d}.png"
-        for kind, picture in (
-            ("samples", grid(samples, PICTURE_COLUMNS)),
-            ("reconstructions", pairs(self.real, reconstructions, PICTURE_COLUMNS)),
-        ):
+        for kind, draw in self.pictures.drawings(*made).items():
             with self.sides.attempt(kind):
+                picture = draw()
                 save_png(picture, self.folder / f"{kind}.png")
                 make_folder(self.folder / kind)
                 save_png(picture, self.folder / kind / name)
@@ -117,7 +111,8 @@ class Report:
             skipped: name and reason of each unreadable file.
         """
         self._line("run folder", self.folder)
-        trained = f"{outcome.steps} steps, {outcome.seconds:.0f} s, {outcome.images_per_s:.0f} images/s"
+        modality = self.config.model.modality
+        trained = f"{outcome.steps} steps, {outcome.seconds:.0f} s, {outcome.images_per_s:.0f} {modality}/s"
         self._line("trained", trained)
         self._line("checkpoint", self.folder / "checkpoints" / "latest")
         for picture in ("samples", "reconstructions", "curves"):
@@ -136,32 +131,9 @@ class Report:
         if outcome.stopped_by:
             self._line("stopped", f"at step {outcome.steps} of {self.config.train.steps}; --resume continues")
         else:
-            self._line("next", f"unite-fast sample {self.folder} --guidance 2")
+            # The class of a molecule is always given, so there is nothing to guide.
+            guided = " --guidance 2" if modality == IMAGES else ""
+            self._line("next", f"unite-fast sample {self.folder}{guided}")
 
     def _line(self, label: str, text: object) -> None:
         self.print_line(f" {label:<16} {text}")
-
-
-def real_images(config: Config) -> tuple[torch.Tensor, str]:
-    """The first readable held-out images, or training images if none are held out.
-
-    Returns:
-        Images uint8 [n, 3, S, S], and what they are: `HELD_OUT`, or training images and why.
-
-    Raises:
-        ClassesDiffer: the held-out images have other classes than the training images.
-    """
-    data = (config.data.source, config.data.path, config.model.image_size)
-    try:
-        source, held_out = open_held_out(*data, config.model.num_classes)
-        kind = HELD_OUT if held_out else f"{TRAINING}: the data have no held-out split"
-        return _first_images(source), kind
-    except ClassesDiffer:
-        raise
-    except UserError as error:
-        source = open_source(*data, "train", config.model.num_classes)
-        return _first_images(source), f"{TRAINING}: {error}"
-
-
-def _first_images(source: Source) -> torch.Tensor:
-    return read_readable(source, range(len(source)), most=PICTURE_ROWS * PICTURE_COLUMNS // 2)[0]

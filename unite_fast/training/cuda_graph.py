@@ -85,7 +85,7 @@ class GraphedPasses:
         self.gradients: list[Tensor | None] = []
 
     def __call__(self, *inputs: Tensor) -> Losses:
-        """Images uint8 [b, 3, S, S], labels int64 [b], positions int64 [b] -> losses; sets the parameters' gradients.
+        """The inputs of `passes` -> losses; sets the parameters' gradients.
 
         Raises:
             UserError: a replay differs from a usual step.
@@ -144,7 +144,7 @@ class GraphedPasses:
 
 
 def values(losses: Losses) -> tuple[Tensor, ...]:
-    return losses.total, losses.l1, losses.flow, losses.lpips
+    return losses.total, losses.l1, losses.flow, losses.lpips, losses.cross_entropy, losses.latent_square
 
 
 def relative_difference(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.tensorboard import SummaryWriter
 
-from unite_fast.config import Config
+from unite_fast.config import IMAGES, MOLECULES, Config
 from unite_fast.distributed.process_group import current_ranks
 from unite_fast.errors import require
 from unite_fast.objective import Losses
@@ -24,7 +24,11 @@ from unite_fast.training.wandb_log import WandbLog
 from unite_fast.utils.files import make_folder, open_to_append
 from unite_fast.utils.rows import drop_rows_after, own_file, read_rows, set_aside, thin_rows
 
-AVERAGED = ("total", "l1", "lpips", "flow", "grad_norm")
+AVERAGED = {
+    IMAGES: ("total", "l1", "lpips", "flow", "grad_norm", "latent_square"),
+    MOLECULES: ("total", "l1", "cross_entropy", "flow", "grad_norm", "latent_square"),
+}
+"""Fields of `Losses`, and the norm of the gradient, by modality."""
 HARDWARE = ("images_per_s", "images_per_s_per_gpu", "mfu", "memory_gb", "seconds_")
 """Prefixes of metrics that describe the hardware, not the training."""
 NEVER = 2**62
@@ -44,13 +48,15 @@ class Averages:
     together.
     """
 
-    def __init__(self, device: torch.device):
-        self.sums = torch.zeros(len(AVERAGED), dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, modality: str = IMAGES):
+        self.names = AVERAGED[modality]
+        self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
         self.count = torch.zeros((), dtype=torch.int64, device=device)
         self.first_bad_step = torch.full((), NEVER, dtype=torch.int64, device=device)
 
     def add(self, step: int, losses: Losses, grad_norm: Tensor) -> None:
-        values = torch.stack([losses.total.detach(), losses.l1, losses.lpips, losses.flow, grad_norm]).double()
+        values = [grad_norm if name == "grad_norm" else getattr(losses, name).detach() for name in self.names]
+        values = torch.stack(values).double()
         finite = values.isfinite().all()
         self.sums += torch.where(finite, values, 0.0)
         self.count += finite
@@ -70,7 +76,7 @@ class Averages:
         means = (self.sums / self.count).tolist()
         self.sums.zero_()
         self.count.zero_()
-        return dict(zip(AVERAGED, means, strict=True))
+        return dict(zip(self.names, means, strict=True))
 
     def state_dict(self) -> dict:
         """The same on all ranks, so that a run can resume with another world size."""
@@ -82,7 +88,9 @@ class Averages:
         Raises:
             UserError: `state` has other averages.
         """
-        found, expected = len(state["sums"]), len(AVERAGED)
+        found, expected = len(state["sums"]), len(self.names)
+        if found == expected - 1:
+            return  # of a version without latent_square: the next row is of the steps from here on
         require(found == expected, f"cannot resume: the checkpoint has sums of {found} averages, not of {expected}")
         self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
         self.count.fill_(state["count"])
@@ -111,7 +119,7 @@ class Speedometer:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
         gpu = recognise(name)
         self.peak = gpu.tflops * 1e12 if gpu else None
-        self.mfu_note = f"MFU: {self.image_flops / 1e9:.4g} GFLOP per image, "
+        self.mfu_note = f"MFU: {self.image_flops / 1e9:.4g} GFLOP per {config.model.sample_name}, "
         if gpu:
             self.mfu_note += f"relative to {gpu.tflops:g} dense bfloat16 TFLOP/s of {name} ({gpu.source})"
         else:

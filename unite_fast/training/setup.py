@@ -4,8 +4,9 @@ import torch
 
 from unite_fast import __version__
 from unite_fast.checkpoint.reader import Checkpoint
-from unite_fast.config import Config
+from unite_fast.config import MOLECULES, Config
 from unite_fast.data_pipeline import Source, open_source
+from unite_fast.data_pipeline.molecules.of_config import molecules_of
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.distributed.strategy import Strategy
 from unite_fast.errors import require, shown
@@ -90,6 +91,13 @@ def open_training_data(config: Config) -> Source:
         UserError: faulty data, or another number of classes than the model's.
     """
     data, model = config.data, config.model
+    if model.modality == MOLECULES:
+        return molecules_of(config, "train")
+    require(
+        data.source != "molecules",
+        "data.source is molecules, but model.modality is images; set model.modality=molecules, or take the recipe "
+        "qm9_tiny",
+    )
     source = open_source(data.source, data.path, model.image_size, "train", model.num_classes)
     classes = len(source.class_names)
     require(

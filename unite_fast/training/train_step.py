@@ -1,24 +1,23 @@
-"""One optimizer step, from uint8 images to updated weights (docs/method.md, "One training step").
+"""One optimizer step, from a batch of data to updated weights (docs/method.md, "One training step").
 
     for each micro-batch        draws = all random numbers of these samples
-                                z, L_rec = tokenize, decode, L1 + LPIPS     backward of L_rec
-                                L_flow of z, F draws per image              backward of flow_weight * L_flow
+                                z, L_rec = tokenize, decode, compare        backward of L_rec
+                                L_flow of z, F draws per sample             backward of flow_weight * L_flow
     in the last micro-batch     gradients are reduced over the ranks
     then                        clip, Muon and AdamW, EMA                   (TrainState.apply_gradients)
 
-The terms of the loss are in objective.py. The trainer, `unite-fast bench`, parity with the released code and the tests
-all use this step.
+The terms of the loss are in objective.py, the passes over molecules in molecule_batches.py. The trainer, `unite-fast
+bench`, parity with the released code and the tests all use this step.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from unite_fast.config import Config
+from unite_fast.config import MOLECULES, Config
 from unite_fast.data_pipeline import Batch
 from unite_fast.distributed.strategy import UNSHARDED, Strategy
 from unite_fast.kernels.casts import cast_once
@@ -26,26 +25,22 @@ from unite_fast.kernels.float8 import float8_matmuls
 from unite_fast.lpips import LPIPS
 from unite_fast.model.layers import matmul_weights
 from unite_fast.model.unite import UNITE
-from unite_fast.objective import Losses, StepDraws, draw_step, flow_losses, reconstruct
+from unite_fast.objective import (
+    Losses,
+    MicroBatch,
+    Reconstruction,
+    draw_step,
+    flow_losses,
+    reconstruct,
+    reconstruct_molecules,
+)
 from unite_fast.randomness import Philox, Stream, at_step
 from unite_fast.training.cuda_graph import GraphedPasses
 from unite_fast.training.gradients import foreach_accumulation
+from unite_fast.training.molecule_batches import MoleculeBatches
 from unite_fast.training.parallelize import reduce_gradients
 from unite_fast.training.step_timer import StepClock
 from unite_fast.training.train_state import TrainState
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Input of one forward pass, on the training device."""
-
-    images: Tensor
-    """float32 [b, 3, S, S] in [0, 1], after random flips."""
-    labels: Tensor
-    """int64 [b]."""
-    draws: StepDraws
-    lpips_dropout: Philox | None = None
-    """Random numbers of LPIPS's dropout; None: no dropout."""
 
 
 def accumulate_gradients(
@@ -57,7 +52,7 @@ def accumulate_gradients(
     strategy: Strategy = UNSHARDED,
     clock: StepClock | None = None,
 ) -> Losses:
-    """Add the gradients of the mean loss over `count` micro-batches of equal size to the model's.
+    """Add the gradients of the mean loss over `count` micro-batches to the model's (see `MicroBatch.divisor`).
 
     The reconstruction loss has its own backward pass, which frees the activations of tokenizer and decoder before the
     flow pass. Ranks reduce their gradients in the last micro-batch, the decoder's as soon as they are complete.
@@ -66,7 +61,7 @@ def accumulate_gradients(
         lpips: required if `perceptual.weight` is above 0.
 
     Returns:
-        Mean losses over this rank's images, detached.
+        Mean losses over this rank's samples, detached.
 
     Raises:
         ValueError: `perceptual.weight` is above 0 without an LPIPS network.
@@ -82,24 +77,32 @@ def accumulate_gradients(
             last = number == count
             # One autocast context per pass: it caches casts of weights, and with them the graph of its pass.
             with clock.measure("forward"), autocast(model.device, precision):
-                reconstruction = reconstruct(model, batch.images, batch.draws, config, lpips, batch.lpips_dropout)
+                reconstruction = reconstruct_batch(model, batch, config, lpips)
+            divisor = count if batch.divisor is None else batch.divisor
             reduce_gradients(model, strategy, decoder=last, others=False)
             with clock.measure("backward"):
-                backward(reconstruction.loss / count, to_accumulate)
+                backward(reconstruction.loss / divisor, to_accumulate)
 
             with clock.measure("forward"), autocast(model.device, precision):
-                flow = flow_losses(model, reconstruction.z, batch.labels, batch.draws)
+                flow = flow_losses(model, reconstruction.z, batch.labels, batch.draws, batch.lengths)
             weighted_flow = config.objective.flow_weight * flow
             reduce_gradients(model, strategy, decoder=last, others=last)
             with clock.measure("backward"):
-                backward(weighted_flow / count, to_accumulate)
+                backward(weighted_flow / divisor, to_accumulate)
 
             total = reconstruction.loss.detach() + weighted_flow.detach()
-            losses = torch.stack([total, reconstruction.l1, flow.detach(), reconstruction.lpips]) / count
+            terms = [reconstruction.l1, flow.detach(), reconstruction.lpips, reconstruction.cross_entropy]
+            losses = torch.stack([total, *terms, reconstruction.latent_square]) / divisor
             sums = losses if sums is None else sums + losses
     assert sums is not None, "no micro-batches"
-    total, l1, flow, lpips_loss = sums.unbind()
-    return Losses(total=total, l1=l1, flow=flow, lpips=lpips_loss)
+    return Losses(*sums.unbind())
+
+
+def reconstruct_batch(model: UNITE, batch: MicroBatch, config: Config, lpips: LPIPS | None) -> Reconstruction:
+    """The reconstruction loss of images or molecules."""
+    if config.model.modality == MOLECULES:
+        return reconstruct_molecules(model, batch.data, batch.lengths, batch.draws, config)
+    return reconstruct(model, batch.data, batch.draws, config, lpips, batch.lpips_dropout)
 
 
 class TrainStep:
@@ -109,7 +112,8 @@ class TrainStep:
         state: weights, optimizers, averages and step number, all of which the step updates.
         config: settings of the run.
         batch_slice: this rank's slice of the global batch; None: all of it.
-        micro_batch: images per forward pass, a divisor of the slice's length; 0: all at once.
+        micro_batch: samples per forward pass, a divisor of the slice's length; 0: all at once. Passes over molecules of
+            one size may have fewer.
         lpips: required if `perceptual.weight` is above 0.
         strategy: how the model is sharded.
         clock: measures forward, backward and optimizer.
@@ -133,7 +137,8 @@ class TrainStep:
         self.device = state.model.device
         self.clock = clock or StepClock(self.device)
         self.before_micro_batch = before_micro_batch
-        self.passes: Callable[[Tensor, Tensor, Tensor], Losses] = self.run_passes
+        self.molecules = MoleculeBatches(config, self.device) if config.model.modality == MOLECULES else None
+        self.passes: Callable[..., Losses] = self.run_passes
         if config.train.cuda_graph:
             self.passes = GraphedPasses(self.run_passes, state.parameters, self.device, self.clock)
 
@@ -152,20 +157,32 @@ class TrainStep:
         self.before_micro_batch()  # replays of a CUDA graph do not call it
         # Draws depend on the position in the global batch, so they are the same for every number of ranks.
         positions = torch.arange(self.batch_slice.start, self.batch_slice.stop, device=self.device)
-        return self.passes(batch.images, batch.labels, at_step(positions, self.state.step))
+        inputs = batch.data, batch.labels, at_step(positions, self.state.step)
+        if self.molecules is not None:
+            inputs = *inputs, self.molecules.mean_atoms(batch.labels)
+        return self.passes(*inputs)
 
-    def run_passes(self, images: Tensor, labels: Tensor, positions: Tensor) -> Losses:
-        """`accumulate` for images uint8 [b, 3, S, S], labels int64 [b] and the samples' positions in this step, int64
-        [b]."""
-        micro_batches, count = self.micro_batches(images, labels, positions), len(labels) // self.micro_batch
+    def run_passes(self, data: Tensor, labels: Tensor, positions: Tensor, *mean_atoms: Tensor) -> Losses:
+        """`accumulate` for images uint8 [b, 3, S, S] or atoms float32 [b, T, 4], labels int64 [b], the samples'
+        positions in this step, int64 [b], and of molecules `MoleculeBatches.mean_atoms`."""
+        batch = data, labels, positions
+        if self.molecules is not None:
+            passes = self.molecules.passes(labels, self.micro_batch)
+            micro_batches, count = (self.molecules.make(one, *batch, *mean_atoms) for one in passes), len(passes)
+        else:
+            micro_batches, count = self.micro_batches(*batch), len(labels) // self.micro_batch
         return accumulate_gradients(
-            self.state.model, micro_batches, count, self.config, self.lpips, self.strategy, self.clock
+            self.state.model, self.announced(micro_batches), count, self.config, self.lpips, self.strategy, self.clock
         )
 
     def micro_batches(self, *batch: Tensor) -> Iterator[MicroBatch]:
         for images, labels, positions in zip(*(part.split(self.micro_batch) for part in batch), strict=True):
-            self.before_micro_batch()
             yield make_micro_batch(images, labels, Philox(self.config.seed, 0, positions), self.config)
+
+    def announced(self, micro_batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+        for batch in micro_batches:
+            self.before_micro_batch()
+            yield batch
 
 
 def make_micro_batch(images: Tensor, labels: Tensor, philox: Philox, config: Config) -> MicroBatch:

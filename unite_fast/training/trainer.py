@@ -1,5 +1,6 @@
 """The training loop: start or resume, steps, logging, checkpoints, pictures, stop."""
 
+import math
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from torch import Tensor
 from unite_fast.checkpoint.folders import step_folders, step_of
 from unite_fast.checkpoint.manager import Checkpoints
 from unite_fast.checkpoint.reader import Checkpoint
-from unite_fast.config import Config
+from unite_fast.config import MOLECULES, Config
 from unite_fast.data_pipeline import Batch, Loader, choose_loader
+from unite_fast.distributed.dtensor import full_tensor
 from unite_fast.distributed.launch import join_training
 from unite_fast.distributed.peers import Peers
 from unite_fast.distributed.process_group import ALONE, Ranks
@@ -26,6 +28,7 @@ from unite_fast.objective import Losses
 from unite_fast.training.console import Report
 from unite_fast.training.data_record import CHANGES, KEY, DataRecord, check_same_data
 from unite_fast.training.metrics import Averages, MetricsLog, Speedometer, loss_spike
+from unite_fast.training.molecule_validation import MoleculeValidation
 from unite_fast.training.parallelize import build_model
 from unite_fast.training.profiling import StepProfiler
 from unite_fast.training.run_folder import (
@@ -147,8 +150,10 @@ class Trainer:
         attention_note = choose_attention(config, self.device, ranks, checkpoint)
         model, self.strategy = build_model(config, ranks, self.device)
         check_cuda_graph(config, self.device, self.strategy)
+        if config.model.modality == MOLECULES:
+            model.size_counts.copy_(torch.tensor(self.source.class_counts()))
         self.state = TrainState(model, config)
-        self.averages = Averages(self.device)
+        self.averages = Averages(self.device, config.model.modality)
         self.choice = choose_loader(config.data.loader, self.source, self.device)
         check_same({"the decoder of images": self.choice.decoder}, ranks)
         self.loader = self._make_loader()
@@ -162,13 +167,16 @@ class Trainer:
                 f"WARNING: nothing to resume in {self.folder}: starts a NEW run at step 0. If you meant another run, "
                 "stop and check train.out and name"
             )
-        self.report.print_line(f"data: {len(self.source)} images, {self.choice.name} loader ({self.choice.why})")
+        self.report.print_line(
+            f"data: {len(self.source)} {config.model.modality}, {self.choice.name} loader ({self.choice.why})"
+        )
         for note in filter(None, (data_note, *self.source.notes)):
             self.report.print_line(f"data: {printable(note)}")
         if self.source.left_out:
             self.report.print_line(f"left out: {'; '.join(self.source.left_out)}")
         self.sides = self.report.sides
-        self.validation = Validation(config, self.folder, self.device, self.state.step, len(self.source), self.sides)
+        validation = MoleculeValidation if config.model.modality == MOLECULES else Validation
+        self.validation = validation(config, self.folder, self.device, self.state.step, len(self.source), self.sides)
         self._print_setup(attention_note)
         self.speed = Speedometer(config, self.device)
         self.train_step = TrainStep(
@@ -220,9 +228,9 @@ class Trainer:
         if self.validation.warning:
             self.report.print_line(f"evaluation: {self.validation.warning}")
         if self.ranks.world > 1:
-            images = self.config.train.batch_size // self.ranks.world
+            share = f"{self.config.train.batch_size // self.ranks.world} {self.config.model.modality}"
             self.report.print_line(
-                f"{self.ranks.world} processes of {images} images: {self.strategy.name}; {self.strategy.why}"
+                f"{self.ranks.world} processes of {share}: {self.strategy.name}; {self.strategy.why}"
             )
 
     def _start_run_folder(self, wandb: WandbLog | None) -> None:
@@ -286,7 +294,7 @@ class Trainer:
         return stop_vote.next_result()
 
     def read(self) -> Batch:
-        self.watchdog.beat(self.state.step + 1, "reading images")
+        self.watchdog.beat(self.state.step + 1, f"reading {self.config.model.modality}")
         return next(self.loader)
 
     def step(self, batch: Batch) -> tuple[Losses, Tensor]:
@@ -307,7 +315,9 @@ class Trainer:
     def write_metrics(self) -> None:
         self.watchdog.beat(self.state.step, "writing metrics")
         self.check_finite()
-        means, speed = self.averages.take(), self.speed.row(self.state.step - self.logged_step)
+        means, gain = self.averages.take(), self.latent_gain()
+        latent_rms = math.sqrt(means.pop("latent_square"))
+        speed = self.speed.row(self.state.step - self.logged_step)
         self.logged_step = self.state.step
         if self.log is None:
             return
@@ -315,6 +325,8 @@ class Trainer:
             "step": self.state.step,
             "epoch": self.state.step * self.config.train.batch_size / len(self.source),
             **means,
+            "latent_rms": latent_rms,
+            "latent_gain": gain,
             "lr": self.state.last_learning_rate,
             "skipped_steps": int(self.state.skipped_steps),
             **speed,
@@ -328,6 +340,10 @@ class Trainer:
         self.report.show(row)
         if spike := loss_spike(self.log.rows):
             self.report.print_line(spike)
+
+    def latent_gain(self) -> float:
+        """Root mean square of the weight of the latents' LayerNorm; 1 if it has none. All ranks call this together."""
+        return float(full_tensor(self.state.model.latent_norm.weight.detach()).square().mean().sqrt())
 
     def save(self) -> None:
         self.watchdog.beat(self.state.step, "saving a checkpoint", patient=True)
