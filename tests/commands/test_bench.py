@@ -58,7 +58,7 @@ def test_a_row_has_every_figure(bench, monkeypatch):
     take = Trainer.step
 
     def counted(trainer, batch):
-        steps.append((batch.images.shape, trainer.config.data.source, trainer.config.train.out))
+        steps.append((batch.data.shape, trainer.config.data.source, trainer.config.train.out))
         return take(trainer, batch)
 
     monkeypatch.setattr(Trainer, "step", counted)

@@ -125,15 +125,16 @@ def test_the_number_of_processes_does_not_change_the_result(ranks, trained_folde
 
 
 def test_the_batch_does_not_change_the_result(model):
+    """Beyond rounding: with AVX-512, matmuls of another batch round otherwise (1.5e-9 seen)."""
     one, other = (
         evaluate(model, EvaluationSettings(count=100, batch=batch, sampling={"steps": 1})) for batch in (100, 16)
     )
     for name in NUMBERS:
         a, b = one["generated"][0][name], other["generated"][0][name]
-        assert abs(a - b) <= 1e-9 * max(1, abs(b)), name
+        assert abs(a - b) <= 1e-8 * max(1, abs(b)), name
     for name in ("psnr", "l1", "frechet_distance", "class_agreement"):
         a, b = one["reconstruction"][name], other["reconstruction"][name]
-        assert abs(a - b) <= 1e-9 * max(1, abs(b)), name
+        assert abs(a - b) <= 1e-8 * max(1, abs(b)), name
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ import unite_fast
 from unite_fast.config import SamplingConfig
 from unite_fast.distributed.launch import ranks_of_torchrun
 from unite_fast.errors import UserError
-from unite_fast.sampling import distributed_sampler, sample_writer
+from unite_fast.sampling import distributed_sampler, sample_parts
 from unite_fast.sampling.distributed_sampler import Generation
 from unite_fast.sampling.pipeline import weights_sha256
 from unite_fast.sampling.sample_writer import write_npz, write_samples
@@ -251,7 +251,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(model, generation, stopped, m
 
     parts = stopped.with_name("a.npz.parts")
     # While a batch is written, and while the batches are merged.
-    for module in (files, sample_writer):
+    for module in (files, sample_parts):
         with monkeypatch.context() as patch:
             patch.setattr(module, "flush", full)
             with pytest.raises(UserError, match=mentions("a.npz", os.strerror(errno.ENOSPC))):

@@ -34,7 +34,7 @@ class Recorder:
     """Stands in for UNITE: predicts label + 1 everywhere, ten times that after the norm, and records each call."""
 
     def __init__(self):
-        self.config = SimpleNamespace(num_classes=NO_CLASS)
+        self.config = SimpleNamespace(num_classes=NO_CLASS, modality="images")
         self.calls: list[tuple[str, float, list[int]]] = []
         self.decode = None
 
@@ -225,7 +225,7 @@ def test_bfloat16_is_for_the_network_only(tiny_model):
         calls.append((x.dtype, t.dtype, torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")))
         return tiny_model.denoise(x, t, labels)
 
-    labels, network = torch.tensor([0, 1]), Network(denoise, tiny_model.decode)
+    labels, network = torch.tensor([0, 1]), Network(denoise, lambda latents, labels: tiny_model.decode(latents))
     full, _ = sample_batch(tiny_model, network, labels, torch.arange(2), FAST, seed=0)
     half, _ = sample_batch(tiny_model, network, labels, torch.arange(2), FAST, 0, "bfloat16")
     assert calls[0] == (torch.float32, torch.float32, torch.bfloat16, False)

@@ -24,7 +24,7 @@ def evaluate(
         int | None,
         typer.Option(
             help=f"generated images per guidance scale [default: {EVALUATION_SAMPLES['inception']:,}; "
-            f"with pixels {EVALUATION_SAMPLES['pixels']:,}]"
+            f"with pixels {EVALUATION_SAMPLES['pixels']:,}], or molecules [default: 1,000]"
         ),
     ] = None,
     guidance: Annotated[
@@ -45,7 +45,7 @@ def evaluate(
         Path | None, typer.Option(metavar="FOLDER", help="folder for JSON, table and grids [default: RUN/evaluation]")
     ] = None,
 ) -> None:
-    """Evaluate a model: generated images against real ones, and reconstructions of held-out images.
+    """Evaluate a model: generated images or molecules against real ones, and reconstructions of held-out ones.
 
     torchrun divides the work among processes; the result is the same.
 
@@ -56,8 +56,11 @@ def evaluate(
     `torchrun --nproc-per-node 8 -m unite_fast evaluate runs/imagenet256_b --reference in256.npz --guidance 3`
     """
     from unite_fast.distributed.launch import ranks_of_torchrun
-    from unite_fast.evaluation.evaluate import evaluate as run
-    from unite_fast.evaluation.report import FILES, default_folder, lines, report_folder
+    from unite_fast.evaluation import report
+    from unite_fast.evaluation.evaluate import evaluate as evaluate_images
+    from unite_fast.evaluation.molecules import report as molecule_report
+    from unite_fast.evaluation.molecules.evaluate import evaluate_molecules
+    from unite_fast.sampling.molecules import TrainedMolecules
     from unite_fast.utils.device import choose_device
     from unite_fast.utils.progress import track
 
@@ -76,14 +79,16 @@ def evaluate(
         compile=compile,
         reconstructions=reconstructions,
     )
-    default = default_folder(checkpoint)
+    default = report.default_folder(checkpoint)
     folder = out or default
     with ranks_of_torchrun(choose_device(device)) as ranks:
         model = options.load(checkpoint, device)
-        with report_folder(folder, default, FILES, checkpoint, ranks):
+        of_molecules = isinstance(model, TrainedMolecules)
+        run, kind = (evaluate_molecules, molecule_report) if of_molecules else (evaluate_images, report)
+        with report.report_folder(folder, default, kind.FILES, checkpoint, ranks):
             result = run(model, settings, folder, str(checkpoint), track)
     if ranks.main:
-        for line in lines(result):
+        for line in kind.lines(result):
             typer.echo(line)
         typer.echo(f"everything is in {folder}")
 

@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 from unite_fast.commands import options
+from unite_fast.config import IMAGES
+from unite_fast.errors import require
 from unite_fast.evaluation.settings import SEARCH_SAMPLES, EvaluationSettings
 
 app = typer.Typer()
@@ -83,6 +85,11 @@ def search_guidance(
     folder = out or default
     with ranks_of_torchrun(choose_device(device)) as ranks:
         model = options.load(checkpoint, device)
+        require(
+            model.config.model.modality == IMAGES,
+            f"{checkpoint} is a model of molecules: their class is their number of atoms, which is always given, so "
+            "there is no guidance to search; unite-fast evaluate scores it",
+        )
         with report_folder(folder, default, guidance_report.FILES, checkpoint, ranks):
             evaluator = open_evaluator(model.config, settings, ranks, model.network.device, track, classifier=False)
             few, many = SEARCH_SAMPLES[evaluator.features.name]

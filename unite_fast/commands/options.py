@@ -4,15 +4,12 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from unite_fast.config import SOLVERS
 from unite_fast.errors import UserError, require, shown
-
-if TYPE_CHECKING:
-    from unite_fast.sampling.pipeline import TrainedUNITE
 
 Number = TypeVar("Number", int, float)
 
@@ -80,8 +77,8 @@ def check_out(out: Path, suffixes: tuple[str, ...], checkpoint: Path, *others: P
         raise UserError(f"{out} is what this command reads; choose another --out")
 
 
-def load(checkpoint: Path, device: str) -> "TrainedUNITE":
-    """Load a model, and set PyTorch's threads as in its training."""
+def load(checkpoint: Path, device: str) -> Any:
+    """Load a model of images or molecules (`unite_fast.load`), and set PyTorch's threads as in its training."""
     from unite_fast import load
     from unite_fast.utils.device import choose_device, use_threads
 

@@ -39,7 +39,7 @@ def open_held_out_images(config: Config, data: str) -> tuple[Source, str]:
     if data:
         source, held_out = open_held_out(*detect_source(data), size, classes)
     else:
-        _check_named(config)
+        check_named(config)
         source, held_out = open_held_out(config.data.source, config.data.path, size, classes)
     return source, HELD_OUT if held_out else _kind_without_splits(config, data)
 
@@ -76,7 +76,7 @@ def check_classes(source: Source, names: Sequence[str]) -> None:
         )
 
 
-def _check_named(config: Config) -> None:
+def check_named(config: Config) -> None:
     """
     Raises:
         UserError: the settings of the model name a path, which is not used unless the user gives it.
@@ -95,7 +95,7 @@ def open_images(config: Config, data: str, split: str) -> Source:
     size = config.model.image_size
     if data:
         return open_source(*detect_source(data), size, split)
-    _check_named(config)
+    check_named(config)
     return open_source(config.data.source, config.data.path, size, split, config.model.num_classes)
 
 

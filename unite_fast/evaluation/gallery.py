@@ -1,26 +1,28 @@
 """Content of the gallery page: samples, guidance, reconstructions, interpolations and curves. `gallery_page.py`
-renders it.
+renders it. `molecules/gallery.py` makes that of molecules.
 
 B samples, N latent tokens, C latent channels, S image size.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from unite_fast.config import SamplingConfig, check_seed_and_batch
+from unite_fast.config import MOLECULES, SamplingConfig, check_seed_and_batch
 from unite_fast.data_pipeline.splits import NoSplit
 from unite_fast.errors import UserError, printable, require
 from unite_fast.evaluation.batches import TRAINING, check_classes, open_held_out_images, open_images
 from unite_fast.evaluation.gallery_page import Chart, Figure, Row, Section
 from unite_fast.evaluation.metrics import psnr
 from unite_fast.evaluation.pixel_features import read_evenly
+from unite_fast.evaluation.trajectory import denoising_trajectory
 from unite_fast.randomness import Philox, Stream
 from unite_fast.sampling import sampler
-from unite_fast.sampling.pipeline import TrainedUNITE
+from unite_fast.sampling.pipeline import TrainedModel, TrainedUNITE
 from unite_fast.utils.progress import track
 from unite_fast.utils.rows import read_rows
 
@@ -122,20 +124,26 @@ def make_gallery(
     return model_facts(model, sampling, settings.seed, checkpoint), sections + curves(checkpoint)
 
 
-def model_facts(model: TrainedUNITE, sampling: SamplingConfig, seed: int, checkpoint: Path) -> dict[str, str]:
+def model_facts(model: TrainedModel, sampling: SamplingConfig, seed: int, checkpoint: Path) -> dict[str, str]:
     config, network = model.config, model.network
     encoder, decoder, whole = (
         sum(p.numel() for p in part.parameters()) for part in (network.encoder, network.decoder, network)
     )
     sizes = config.model
+    if sizes.modality == MOLECULES:
+        samples = f"up to {sizes.latent_tokens} atoms of {', '.join(sizes.symbols)}"
+        latents = f"one an atom, of {sizes.latent_channels} channels"
+    else:
+        samples = f"{sizes.image_size} x {sizes.image_size}, {sizes.num_classes} classes"
+        latents = f"{sizes.latent_tokens} tokens of {sizes.latent_channels} channels"
     return {
         "recipe": config.name,
         "checkpoint": str(checkpoint),
-        "trained for": f"{model.step:,} optimizer steps of {config.train.batch_size} images",
+        "trained for": f"{model.step:,} optimizer steps of {config.train.batch_size} {sizes.modality}",
         "weights": "averaged (EMA), float32",
         "parameters": f"{whole:,} (encoder {encoder:,}, decoder {decoder:,})",
-        "images": f"{sizes.image_size} x {sizes.image_size}, {sizes.num_classes} classes",
-        "latents": f"{sizes.latent_tokens} tokens of {sizes.latent_channels} channels",
+        sizes.modality: samples,
+        "latents": latents,
         "sampling": sampler.describe_sampling(sampling),
         "seed": str(seed),
     }
@@ -163,14 +171,18 @@ def read_real_images(model: TrainedUNITE, path: str, count: int) -> tuple[RealIm
     return RealImages(*read_evenly(source, count), kind), [printable(name) for name in source.class_names]
 
 
-def curves(checkpoint: Path) -> list[Section]:
-    """Losses, and Frechet distances measured during training, if the checkpoint is in a run folder."""
+def curves(checkpoint: Path, columns: Sequence[tuple[str, str]] = CURVES) -> list[Section]:
+    """Losses, and Frechet distances measured during training, if the checkpoint is in a run folder.
+
+    Args:
+        columns: of metrics.jsonl, with titles.
+    """
     path = checkpoint.absolute()
     runs = [folder for folder in (path, *path.parents[:2]) if (folder / "metrics.jsonl").is_file()]
     if not runs:
         return []
     rows = read_rows(runs[0] / "metrics.jsonl")
-    charts = [_chart(title, key, rows) for key, title in CURVES]
+    charts = [_chart(title, key, rows) for key, title in columns]
     distances = read_rows(runs[0] / "evaluation" / "curve.jsonl")
     charts.append(_chart(str(distances[-1].get("title")) if distances else "", "distance", distances))
     charts = [chart for chart in charts if len(chart.steps) > 1]
@@ -293,7 +305,7 @@ class SectionBuilder:
 
     def denoising(self) -> Section:
         labels = torch.tensor(self.classes[: self.counts.paths])
-        trajectory = self._denoising_trajectory(labels, self._noise(len(labels)))
+        trajectory = denoising_trajectory(self.model.network, labels, self._noise(len(labels)), self.sampling)
         times = sorted(trajectory)
         steps = [
             (t, self._decode(trajectory[t])) for t in (times[i] for i in evenly_spaced(len(times), self.counts.points))
@@ -307,16 +319,6 @@ class SectionBuilder:
             "decoded. Early predictions are a mean over all possible results."
         )
         return Section("denoising", "Denoising, step by step", text, rows)
-
-    def _denoising_trajectory(self, labels: Tensor, noise: Tensor) -> dict[float, Tensor]:
-        """x_hat [B, N, C] at each time the solver evaluated, and the result at t = 1."""
-        network = self.model.network
-        denoise = sampler.Network.of(network, self.sampling.order).denoise
-        predict = RecordedPrediction(denoise, labels.to(network.device), network.config.num_classes, self.sampling)
-        with torch.no_grad():
-            result = sampler.solve(predict, noise)
-        # Heun's last evaluation is at t = 1, and dopri5's last step goes past it: leave both out.
-        return {**{t: prediction for t, prediction in predict.predictions.items() if t < 1}, 1.0: result}
 
     def _generate(self, labels: Tensor, **changes) -> Tensor:
         return sampler.sample_images(
@@ -359,19 +361,6 @@ class SectionBuilder:
 
     def _class_names(self, labels: Tensor) -> list[str]:
         return [self.names[label] for label in labels.tolist()]
-
-
-@dataclass
-class RecordedPrediction(sampler.GuidedPrediction):
-    """Guided prediction that records its results."""
-
-    predictions: dict[float, Tensor] = field(default_factory=dict)
-    """The first prediction at each time."""
-
-    def __call__(self, t: float, x: Tensor, guided: bool | None = None) -> Tensor:
-        prediction = super().__call__(t, x, guided)
-        self.predictions.setdefault(t, prediction)
-        return prediction
 
 
 def between_latents(a: Tensor, b: Tensor, s: float, norm: nn.LayerNorm) -> Tensor:

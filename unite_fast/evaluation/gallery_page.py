@@ -1,13 +1,29 @@
-"""Render a gallery as one self-contained HTML file, readable from a width of 320 pixels."""
+"""Render a gallery as one self-contained HTML file, readable from a width of 320 pixels.
+
+`molecules/gallery_page.py` renders molecules with `document`.
+"""
 
 import base64
 import html
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from PIL import Image
 from torch import Tensor
+
+
+class Drawn(Protocol):
+    """A figure of a page."""
+
+    @property
+    def count(self) -> int:
+        """Number of images or molecules."""
+        ...
+
+    def html(self) -> str: ...
 
 
 @dataclass
@@ -19,11 +35,24 @@ class Figure:
     alts: list[str]
     caption: str = ""
 
+    @property
+    def count(self) -> int:
+        return len(self.images)
+
+    def html(self) -> str:
+        images = "".join(
+            f'<button type="button"><img src="{data_uri(image)}" alt="{html.escape(alt)}" width="{image.shape[-1]}" '
+            f'height="{image.shape[-2]}"></button>'
+            for image, alt in zip(self.images, self.alts, strict=True)
+        )
+        caption = f"<figcaption>{html.escape(self.caption)}</figcaption>" if self.caption else ""
+        return f'<figure><div class="images">{images}</div>{caption}</figure>'
+
 
 @dataclass
 class Row:
     title: str
-    figures: list[Figure]
+    figures: Sequence[Drawn]
 
 
 @dataclass
@@ -117,14 +146,49 @@ dialog.addEventListener("keydown", event => {
 """
 
 
+DIALOG = """<dialog aria-label="enlarged image"><img alt=""><p></p>
+<form method="dialog"><button type="button" class="before">previous</button><button>close</button>\
+<button type="button" class="after">next</button></form></dialog>
+"""
+
+
 def render(head: dict[str, str], sections: list[Section], date: str) -> str:
-    """The page as an HTML document.
+    """A page of images as an HTML document; see `document`."""
+    figures = [figure for section in sections for row in section.rows for figure in row.figures]
+    images = [image for figure in figures if isinstance(figure, Figure) for image in figure.images]
+    size = max((image.shape[-1] for image in images), default=0)
+    return document(
+        head,
+        sections,
+        date,
+        hint="Press an image to enlarge it.",
+        style=f":root {{ {_sides(size)} }}{STYLE}",
+        script=SCRIPT,
+        body_class="pixels" if size <= SMALL else "",
+        below=DIALOG,
+    )
+
+
+def document(
+    head: dict[str, str],
+    sections: list[Section],
+    date: str,
+    hint: str,
+    style: str,
+    script: str,
+    body_class: str = "",
+    above: str = "",
+    below: str = "",
+) -> str:
+    """A page as an HTML document.
 
     Args:
         head: facts for the top of the page, by name; must contain "recipe".
         date: date of the page.
+        hint: how to use the page.
+        style, script: CSS and JavaScript.
+        above, below: HTML before and after the sections.
     """
-    size = max((image.shape[-1] for s in sections for r in s.rows for f in r.figures for image in f.images), default=0)
     title = html.escape(f"{head['recipe']}: gallery")
     facts = "\n".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in head.items())
     links = "\n".join(f'<a href="#{section.key}">{html.escape(section.title)}</a>' for section in sections)
@@ -137,12 +201,12 @@ def render(head: dict[str, str], sections: list[Section], date: str) -> str:
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; \
 script-src 'unsafe-inline'">
 <title>{title}</title>
-<style>:root {{ {_sides(size)} }}{STYLE}</style>
+<style>{style}</style>
 </head>
-<body{' class="pixels"' if size <= SMALL else ""}>
+<body{f' class="{body_class}"' if body_class else ""}>
 <header>
 <h1>{title}</h1>
-<p class="date">Made on {html.escape(date)} with unite-fast. Press an image to enlarge it.</p>
+<p class="date">Made on {html.escape(date)} with unite-fast. {html.escape(hint)}</p>
 <nav aria-label="sections">
 {links}
 </nav>
@@ -151,12 +215,9 @@ script-src 'unsafe-inline'">
 </dl>
 </header>
 <main>
-{body}
+{above}{body}
 </main>
-<dialog aria-label="enlarged image"><img alt=""><p></p>
-<form method="dialog"><button type="button" class="before">previous</button><button>close</button>\
-<button type="button" class="after">next</button></form></dialog>
-<script>{SCRIPT}</script>
+{below}<script>{script}</script>
 </body>
 </html>
 """
@@ -183,17 +244,7 @@ def _section(section: Section) -> str:
 
 def _row(row: Row) -> str:
     title = f"<h3>{html.escape(row.title)}</h3>\n" if row.title else ""
-    return f'{title}<div class="row">\n' + "\n".join(_figure(figure) for figure in row.figures) + "\n</div>"
-
-
-def _figure(figure: Figure) -> str:
-    images = "".join(
-        f'<button type="button"><img src="{data_uri(image)}" alt="{html.escape(alt)}" width="{image.shape[-1]}" '
-        f'height="{image.shape[-2]}"></button>'
-        for image, alt in zip(figure.images, figure.alts, strict=True)
-    )
-    caption = f"<figcaption>{html.escape(figure.caption)}</figcaption>" if figure.caption else ""
-    return f'<figure><div class="images">{images}</div>{caption}</figure>'
+    return f'{title}<div class="row">\n' + "\n".join(figure.html() for figure in row.figures) + "\n</div>"
 
 
 def data_uri(image: Tensor) -> str:

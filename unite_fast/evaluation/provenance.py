@@ -9,11 +9,11 @@ import torch
 import unite_fast
 from unite_fast.config import SamplingConfig
 from unite_fast.distributed.process_group import Ranks
-from unite_fast.sampling.pipeline import TrainedUNITE, weights_sha256
+from unite_fast.sampling.pipeline import TrainedModel, weights_sha256
 from unite_fast.sampling.solvers import ADAPTIVE_SOLVERS, TIME_GRID_SOLVERS
 
 
-def checkpoint_info(model: TrainedUNITE, path: str) -> dict:
+def checkpoint_info(model: TrainedModel, path: str) -> dict:
     """The checkpoint and its weights."""
     return {
         "path": path,

@@ -161,7 +161,7 @@ def table(result: dict) -> str:
         "seconds": lambda one: f"{one['seconds']:.1f}",
     }
     rows = [{name: cell(one) for name, cell in columns.items()} for one in result["generated"]]
-    text += _markdown([name for name in columns if any(row[name] for row in rows)], rows)
+    text += markdown(rows, [name for name in columns if any(row[name] for row in rows)])
     rebuilt = result["reconstruction"]
     if rebuilt:
         cells = {
@@ -173,7 +173,7 @@ def table(result: dict) -> str:
             "SSIM": "" if rebuilt["ssim"] is None else f"{rebuilt['ssim']:.4f}",
             "LPIPS": "" if rebuilt["lpips"] is None else f"{rebuilt['lpips']:.4f}",
         }
-        text += ["", *_markdown([name for name in cells if cells[name]], [cells])]
+        text += ["", *markdown([cells], [name for name in cells if cells[name]])]
     text += ["", *(f"- {note}" for note in result["notes"])] if result["notes"] else []
     return "\n".join(text) + "\n"
 
@@ -188,7 +188,9 @@ def reference_name(reference: dict) -> str:
     return reference["path"] or f"the {reference.get('kind', 'training images')}"
 
 
-def _markdown(columns: list[str], rows: list[dict[str, str]]) -> list[str]:
+def markdown(rows: list[dict[str, str]], columns: list[str] | None = None) -> list[str]:
+    """A table; its columns are all keys of the rows by default."""
+    columns = list(rows[0]) if columns is None else columns
     return [
         f"| {' | '.join(columns)} |",
         "|" + "---|" * len(columns),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unite_fast.config import PRECISIONS, SamplingConfig, check_seed_and_batch
+from unite_fast.config import MOLECULES, PRECISIONS, SamplingConfig, check_seed_and_batch
 from unite_fast.distributed.process_group import ALONE, Ranks
 from unite_fast.errors import require, require_choice
 from unite_fast.model.unite import UNITE
@@ -52,7 +52,7 @@ class Samples(NamedTuple):
     indices: Tensor
     """int64 [n], ascending positions in the series."""
     images: Tensor
-    """uint8 [n, 3, S, S], on the CPU."""
+    """uint8 [n, 3, S, S], or molecules float32 [n, T, 4] (`sampler.decode_molecules`), on the CPU."""
     labels: Tensor
     """int64 [n]."""
     evaluations: int
@@ -107,4 +107,7 @@ def _sample(model: UNITE, network: Network, generation: Generation, number: int)
 
 def _no_samples(model: UNITE) -> Samples:
     empty, size = torch.empty(0, dtype=torch.int64), model.config.image_size
-    return Samples(empty, torch.empty(0, 3, size, size, dtype=torch.uint8), empty, 0)
+    images = torch.empty(0, 3, size, size, dtype=torch.uint8)
+    if model.config.modality == MOLECULES:
+        images = torch.empty(0, model.config.latent_tokens, 4)
+    return Samples(empty, images, empty, 0)

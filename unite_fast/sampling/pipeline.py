@@ -1,22 +1,28 @@
-"""A trained model ready to generate, encode and decode images."""
+"""A trained model ready to generate, encode and decode images; sampling/molecules.py has that of molecules."""
 
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from unite_fast.checkpoint.model_file import load_model
-from unite_fast.config import Config, check_seed_and_batch
+from unite_fast.config import MOLECULES, Config, SamplingConfig, check_seed_and_batch
 from unite_fast.errors import UserError, require
 from unite_fast.model.unite import UNITE
 from unite_fast.sampling import sampler
 
+if TYPE_CHECKING:
+    from unite_fast.sampling.molecules import TrainedMolecules
 
-class TrainedUNITE:
-    """A trained model with the settings it was trained with.
+M = TypeVar("M", bound="TrainedModel")
+
+
+class TrainedModel:
+    """A trained model with the settings it was trained with; see `TrainedUNITE` and `molecules.TrainedMolecules`.
 
     Attributes:
         network: the model with its EMA weights, float32, without gradients.
@@ -33,12 +39,33 @@ class TrainedUNITE:
         self.class_names = list(class_names)
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "TrainedUNITE":
-        """See `unite_fast.load`."""
-        saved = load_model(path)
-        network = UNITE(saved.config.model)
-        network.load_state_dict(saved.averages)
-        return cls(network.to(device), saved.config, saved.step, saved.class_names)
+    def load(cls: type[M], path: str | Path, device: str | torch.device = "cpu") -> M:
+        """See `unite_fast.load`.
+
+        Raises:
+            UserError: see there; or a model of another modality than this class's.
+        """
+        model = load_trained(path, device)
+        if not isinstance(model, cls):
+            raise UserError(f"{path} is a model of {model.config.model.modality}; unite_fast.load loads models of both")
+        return model
+
+    def sampling_config(self, **settings) -> SamplingConfig:
+        """The recipe's `SamplingConfig` with some of its fields changed.
+
+        Raises:
+            UserError: unknown setting, or value out of range.
+        """
+        return self.config.sampling.changed(**settings)
+
+    def precision_and_compile(self, precision: str | None, compile: bool | None) -> tuple[str, bool]:
+        """Fill in defaults: the training precision, bfloat16 for float8; compile on CUDA only."""
+        on_cuda = self.network.device.type == "cuda"
+        return precision or self.config.train.network_precision, on_cuda if compile is None else compile
+
+
+class TrainedUNITE(TrainedModel):
+    """A model trained on images."""
 
     def generate(
         self, labels: Sequence[int] | Tensor, seed: int = 0, batch: int = 64, first: int = 0, **settings
@@ -59,7 +86,7 @@ class TrainedUNITE:
         Raises:
             UserError: class or setting out of range.
         """
-        config = self.config.sampling.changed(**settings)
+        config = self.sampling_config(**settings)
         labels = torch.as_tensor(labels, dtype=torch.int64)
         require(labels.dim() == 1 and len(labels) > 0, f"labels must be a list of classes, got {labels.tolist()}")
         check_seed_and_batch(seed, batch)
@@ -106,13 +133,19 @@ class TrainedUNITE:
         check_seed_and_batch(0, batch)
         return sampler.decode(self.network, latents, batch)
 
-    def precision_and_compile(self, precision: str | None, compile: bool | None) -> tuple[str, bool]:
-        """Fill in defaults: the training precision, bfloat16 for float8; compile on CUDA only."""
-        on_cuda = self.network.device.type == "cuda"
-        return precision or self.config.train.network_precision, on_cuda if compile is None else compile
+
+def load_trained(path: str | Path, device: str | torch.device = "cpu") -> "TrainedUNITE | TrainedMolecules":
+    """A model of images or molecules; see `unite_fast.load`."""
+    from unite_fast.sampling.molecules import TrainedMolecules  # which imports this module
+
+    saved = load_model(path)
+    network = UNITE(saved.config.model)
+    network.load_state_dict(saved.averages)
+    kind = TrainedMolecules if saved.config.model.modality == MOLECULES else TrainedUNITE
+    return kind(network.to(device), saved.config, saved.step, saved.class_names)
 
 
-def weights_sha256(model: TrainedUNITE) -> str:
+def weights_sha256(model: TrainedModel) -> str:
     """SHA-256 of the EMA weights (names, shapes, float32 values, sorted by name), whatever file they came from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.network.state_dict().items()):

@@ -1,6 +1,6 @@
-"""Guidance, sampling from noise to images, and reconstruction.
+"""Guidance, sampling from noise to images or molecules, and reconstruction of images.
 
-B samples, N latent tokens, C latent channels, S image size.
+B samples, N latent tokens, C latent channels, S image size. A molecule's class is its number of atoms.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -10,13 +10,14 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from unite_fast import flow
-from unite_fast.config import SamplingConfig, check_count
+from unite_fast.config import MOLECULES, SamplingConfig, check_count
 from unite_fast.errors import UserError, require
 from unite_fast.kernels.casts import cast_once
 from unite_fast.kernels.tensors import upcast
-from unite_fast.model.layers import matmul_weights
+from unite_fast.model.layers import matmul_weights, real_tokens
 from unite_fast.model.unite import UNITE
 from unite_fast.randomness import Philox, Stream
 from unite_fast.sampling.solvers import ADAPTIVE_SOLVERS, RELEASED_SOLVERS, multistep, multistep_times
@@ -24,16 +25,20 @@ from unite_fast.sampling.solvers import ADAPTIVE_SOLVERS, RELEASED_SOLVERS, mult
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_t [B, N, C], t float32 [B], labels int64 [B]) -> clean latents [B, N, C]."""
 
+BUCKET = 8
+"""Molecules of a batch are padded to a multiple of this many atoms, so that there are few shapes to compile for."""
+
 
 class NonFinite(UserError):
-    """Sampled or decoded images have values that are NaN or infinite; as pixels they would be black or white.
+    """Sampled or decoded images or molecules have values that are NaN or infinite; as pixels they would be black or
+    white.
 
     Attributes:
-        count: of such images, in the batch.
+        count: of such samples, in the batch.
     """
 
     def __init__(self, count: int, batch: int, cause: str):
-        super().__init__(f"{count} of {batch} images of a batch are not finite (NaN or infinite): {cause}")
+        super().__init__(f"{count} of {batch} samples of a batch are not finite (NaN or infinite): {cause}")
         self.count = count
 
 
@@ -42,13 +47,17 @@ class Network:
     """The two functions of a model that sampling calls, eager or compiled."""
 
     denoise: Denoiser
-    decode: Callable[[Tensor], Tensor]
-    """Latents [B, N, C] -> images [B, 3, S, S]."""
+    decode: Callable[[Tensor, Tensor], Tensor]
+    """Latents [B, N, C], labels int64 [B] -> images [B, 3, S, S], or molecules float32 [B, T, 4] (`pack`)."""
 
     @classmethod
     def of(cls, model: UNITE, order: str, compiled: bool = False) -> "Network":
         """`order` as in `SamplingConfig`: cfg_first guides predictions before the final LayerNorm."""
-        network = cls(model.encoder if order == "cfg_first" else model.denoise, model.decode)
+        if model.config.modality == MOLECULES:
+            network = cls(partial(_denoise_molecules, model), partial(decode_molecules, model))
+        else:
+            denoise = model.encoder if order == "cfg_first" else model.denoise
+            network = cls(denoise, lambda latents, labels: model.decode(latents))
         return network.compiled() if compiled else network
 
     def compiled(self, **options) -> "Network":
@@ -56,6 +65,29 @@ class Network:
         return Network(
             torch.compile(self.denoise, dynamic=False, **options), torch.compile(self.decode, dynamic=False, **options)
         )
+
+
+def _denoise_molecules(model: UNITE, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    return model.denoise(x_t, t, labels, labels)
+
+
+def decode_molecules(model: UNITE, latents: Tensor, sizes: Tensor) -> Tensor:
+    """Latents [B, N, C] and numbers of atoms int64 [B] -> molecules float32 [B, T, 4], T = model.config.latent_tokens:
+    the number of each atom's element and its position in Angstrom; 0 in pads."""
+    logits, positions = model.decode(latents, sizes)
+    atoms = torch.cat((logits.argmax(-1, keepdim=True).float(), positions), dim=-1)
+    real = real_tokens(sizes, atoms.shape[1])
+    # NaN logits would give an element all the same.
+    atoms = torch.where(real[..., None], atoms + 0 * logits.sum(-1, keepdim=True), 0.0)
+    return F.pad(atoms, (0, 0, 0, model.config.latent_tokens - atoms.shape[1]))
+
+
+def latent_shape(model: UNITE, labels: Tensor) -> tuple[int, int]:
+    """(N, C) of a batch with these labels. The labels are on the CPU."""
+    tokens = model.config.latent_tokens
+    if model.config.modality == MOLECULES:
+        tokens = min(tokens, -(-int(labels.max()) // BUCKET) * BUCKET)
+    return tokens, model.config.latent_channels
 
 
 @dataclass
@@ -143,7 +175,7 @@ def sample_images(
         precision: see `sample_batch`.
 
     Returns:
-        uint8 [n, 3, S, S] on the CPU.
+        uint8 [n, 3, S, S], or molecules float32 [n, T, 4] (`decode_molecules`), on the CPU.
 
     Raises:
         UserError: label out of range.
@@ -178,20 +210,24 @@ def sample_batch(
         predictor: class that computes guidance; benchmarks/sampling.py compares several.
 
     Returns:
-        uint8 [B, 3, S, S] on the CPU, or [wanted, 3, S, S], and the network evaluations per image.
+        uint8 [B, 3, S, S] or molecules float32 [B, T, 4] (`decode_molecules`) on the CPU, the first `wanted` of them;
+        and the network evaluations per sample.
 
     Raises:
         NonFinite: latents or images are not finite.
     """
-    device, shape = model.device, (model.config.latent_tokens, model.config.latent_channels)
+    device, shape = model.device, latent_shape(model, labels)
     noise = Philox(seed, 0, positions.to(device)).normal(Stream.SAMPLE_NOISE, shape)
-    predict = predictor(network.denoise, labels.to(device), model.config.num_classes, config)
+    labels = labels.to(device)
+    predict = predictor(network.denoise, labels, model.config.num_classes, config)
     half = precision == "bfloat16"
     with torch.autocast(device.type, torch.bfloat16, enabled=half), cast_once(matmul_weights(model) if half else ()):
         latents = solve(predict, noise)
-        decoded = network.decode(latents)
-        images = finished(decoded[:wanted], latents[:wanted], f"{describe_sampling(config)}; try other settings")
-    return images, predict.evaluations
+        decoded = network.decode(latents, labels)
+        settings = f"{describe_sampling(config)}; try other settings"
+        if model.config.modality == MOLECULES:
+            return finished_molecules(decoded[:wanted], settings), predict.evaluations
+        return finished(decoded[:wanted], latents[:wanted], settings), predict.evaluations
 
 
 def describe_sampling(config: SamplingConfig) -> str:
@@ -254,6 +290,14 @@ def finished(images: Tensor, latents: Tensor, cause: str) -> Tensor:
     if bad := int((~finite).sum()):
         raise NonFinite(bad, len(images), cause)
     return pixels
+
+
+def finished_molecules(molecules: Tensor, cause: str) -> Tensor:
+    """Molecules [B, T, 4] on the CPU, once they are known to be finite; see `finished`."""
+    molecules = molecules.cpu()
+    if bad := int((~molecules.isfinite().flatten(1).all(1)).sum()):
+        raise NonFinite(bad, len(molecules), cause)
+    return molecules
 
 
 def to_uint8(images: Tensor) -> Tensor:
