@@ -29,6 +29,7 @@ from unite_fast.data_pipeline.listing import (
     is_clutter,
     note_on_both,
 )
+from unite_fast.data_pipeline.molecules.set_file import check_no_molecules
 from unite_fast.data_pipeline.source import Source, UnreadableSample
 from unite_fast.data_pipeline.splits import (
     TEST,
@@ -227,6 +228,7 @@ def find_split_folder(path: Path, split: str, flat: bool = False) -> SplitFolder
     """
     words_of(split)
     if os.path.isfile(path):
+        check_no_molecules(path)
         raise UserError(
             f"{path} is a file: give a folder with a subfolder per class; unite-fast shards reads tar files"
         )

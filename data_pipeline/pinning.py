@@ -18,7 +18,7 @@ def pinned(open_inner: OpenReader, device: torch.device) -> OpenReader:
     def pin(batch: Batch) -> Batch:
         # Pinning creates a context on the thread's current device, so set the right one.
         with torch.cuda.device(device):
-            return replace(batch, images=batch.images.pin_memory(), labels=batch.labels.pin_memory())
+            return replace(batch, data=batch.data.pin_memory(), labels=batch.labels.pin_memory())
 
     def open_pinned(source: Source, b: int, workers: int) -> Reader:
         return PinnedReader(open_inner(source, b, workers), pin)

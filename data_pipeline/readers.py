@@ -34,12 +34,13 @@ class Batch:
     """One rank's slice of a global batch.
 
     Attributes:
-        images: uint8 [b, 3, image_size, image_size]; on the GPU if it decoded them.
+        data: images uint8 [b, 3, image_size, image_size], on the GPU if it decoded them; or atoms of molecules, float32
+            [b, T, 4].
         labels: int64 [b].
         ids: int64 [b], the samples' indices in the source.
     """
 
-    images: Tensor
+    data: Tensor
     labels: Tensor
     ids: Tensor
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import unite_fast
 from unite_fast.evaluation.batches import open_images
 from unite_fast.sampling.pipeline import TrainedUNITE
 from unite_fast.utils.images import grid
@@ -44,7 +43,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("morph.png"))
     arguments = parser.parse_args()
 
-    model = unite_fast.load(arguments.checkpoint)
+    model = TrainedUNITE.load(arguments.checkpoint)
     source = open_images(model.config, arguments.data, "test")
     images, _ = source.read(range(2 * arguments.rows))
     frames = morph(model, *images.chunk(2), arguments.columns)

@@ -41,7 +41,7 @@ def train(steps: int, seed: int = 0) -> TrainedUNITE:
     with Loader(source, batch_size, seed) as loader:
         for step in range(steps):
             batch = next(loader)
-            images = batch.images / 255
+            images = batch.data / 255
             # All random numbers of the step are a function of (seed, step, position in the batch).
             draws = draw_step(config.objective, Philox(seed, step, torch.arange(batch_size)), latents)
 

@@ -87,6 +87,33 @@ TINY_RUN = (
 )
 
 
+# The same for molecules: those of tests/data.
+TINY_MOLECULES = (
+    f"data.path={Path(__file__).parent / 'data' / 'qm9_200.npz'}",
+    "molecules.heavy=0",
+    "molecules.group=8",
+    "model.encoder.width=16",
+    "model.encoder.depth=2",
+    "model.encoder.heads=2",
+    "model.decoder.width=16",
+    "model.decoder.depth=1",
+    "model.decoder.heads=2",
+    "model.decoder.mlp_width=16",
+    "model.decoder.embed_width=16",
+    "objective.flow_weight=0.01",
+    "schedule.warmup_steps=3",
+    "train.batch_size=16",
+    "train.steps=12",
+    "train.log_every=1",
+    "train.checkpoint_every=4",
+    "train.picture_every=0",
+    "train.device=cpu",
+    "train.threads=1",
+    "sampling.solver=euler",
+    "sampling.steps=2",
+)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tests/gpu")
     group.addoption("--gpu-device", default="cuda", choices=("cuda", "cpu"), help="cpu: run tests/gpu on the CPU")
@@ -240,20 +267,20 @@ def with_numbers() -> Callable[[StepDraws, tuple[int, int]], StepDraws]:
     return draw
 
 
+def disturbed_model(config: ModelConfig) -> UNITE:
+    model = UNITE.create(config, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
 @pytest.fixture
 def make_model() -> Callable[[ModelConfig], UNITE]:
     """Makes a model and adds N(0, 0.1) to its parameters: modulation, gates and output start at zero, which would hide
     mistakes."""
-
-    def make(config: ModelConfig) -> UNITE:
-        model = UNITE.create(config, seed=0)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-        return model
-
-    return make
+    return disturbed_model
 
 
 @pytest.fixture
@@ -274,6 +301,27 @@ def forget_registered_sources() -> Iterator[None]:
 def tiny_run() -> tuple[str, ...]:
     """Arguments of `unite-fast train` for a tiny run; later settings override them."""
     return TINY_RUN
+
+
+@pytest.fixture(scope="session")
+def tiny_molecules() -> tuple[str, ...]:
+    """Arguments of `unite-fast train` after `qm9_tiny` for a tiny run; later settings override them."""
+    return TINY_MOLECULES
+
+
+@pytest.fixture(scope="session")
+def molecule_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model file of molecules, not trained. Tests do not change it."""
+    from unite_fast.checkpoint.model_file import save_model
+    from unite_fast.data_pipeline.molecules.of_config import molecules_of
+    from unite_fast.recipes import load_config
+
+    config = load_config("qm9_tiny", TINY_MOLECULES)
+    model = disturbed_model(config.model)
+    model.size_counts.copy_(torch.tensor(molecules_of(config, "train").class_counts()))
+    path = tmp_path_factory.mktemp("molecules") / "model.safetensors"
+    save_model(path, config, 7, model.state_dict())
+    return path
 
 
 def pattern_of(*tokens: object) -> str:

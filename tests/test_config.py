@@ -182,6 +182,14 @@ def tree_of(key: str, value) -> dict:
         ("optim.muon_momentum", 1.0),
         ("optim.adamw_betas", [0.9, 1.0]),
         ("optim.eps", 0.0),
+        ("model.modality", "sounds"),
+        ("model.latent_norm", "batch"),
+        ("model.elements", "H C"),  # of images
+        ("molecules.heavy", -1),
+        ("molecules.rotate", "twice"),
+        ("molecules.batching", "sorted"),
+        ("molecules.group", 0),
+        ("molecules.position_weight", -0.1),
     ],
 )
 def test_an_impossible_value_is_refused_with_its_key(key, value):
@@ -192,6 +200,47 @@ def test_an_impossible_value_is_refused_with_its_key(key, value):
     # A rule about several settings of a group may name the group once.
     assert group in message and name in message, message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("setting", "keys"),
+    [
+        ("model.latent_tokens=0", ("model.latent_tokens",)),
+        ("model.num_classes=32", ("model.num_classes", "model.latent_tokens", 33)),
+        ("model.elements=", ("model.elements",)),
+        ("model.elements=H C H", ("model.elements", "H C H")),
+        ("model.coordinate_scale=0", ("model.coordinate_scale",)),
+        ("model.encoder.in_context_tokens=4", ("model.encoder.in_context_tokens",)),
+        ("perceptual.weight=0.5", ("perceptual.weight", "LPIPS")),
+        ("objective.label_drop=0.1", ("objective.label_drop",)),
+        ("sampling.guidance=1.5", ("sampling.guidance",)),
+        ("train.precision=float8", ("train.precision",)),
+        ("evaluation.features=pixels", ("evaluation.features",)),
+        ("evaluation.reference=ref.npz", ("evaluation.reference",)),
+        ("evaluation.inception=weights.pth", ("evaluation.inception",)),
+    ],
+)
+def test_what_a_recipe_for_molecules_cannot_have_is_refused(setting, keys, mentions):
+    with pytest.raises(UserError, match=mentions(*keys)):
+        load_config("qm9_s", (setting,))
+
+
+def test_compiled_steps_need_one_shape(mentions):
+    with pytest.raises(UserError, match=mentions("train.compile", "molecules.batching=padded")):
+        load_config("qm9_tiny", ("train.compile=true", "molecules.batching=groups"))
+    for batching in ("auto", "padded"):
+        assert load_config("qm9_tiny", ("train.compile=true", f"molecules.batching={batching}")).train.compile
+    # Images have no batching of that kind.
+    assert load_config("digits", ("train.compile=true", "molecules.batching=groups")).train.compile
+
+
+def test_sizes_of_a_model_of_molecules():
+    model = load_config("qm9_s").model
+    assert (model.patches, model.decoder_tokens, model.token_outputs) == (0, 32, 8)
+    assert model.symbols == ["H", "C", "N", "O", "F"] and model.sample_name == "molecule"
+    images = load_config("imagenet256_b").model
+    assert (images.patches, images.decoder_tokens, images.token_outputs) == (256, 257, 768)
+    assert images.symbols == [] and images.sample_name == "image"
 
 
 def test_a_decoder_width_without_2d_positions_is_refused(mentions):
@@ -207,6 +256,7 @@ def test_stages_of_the_schedule_must_be_in_order():
 @pytest.mark.parametrize(
     ("kind", "preset", "size"),
     [
+        (EncoderConfig, "S", {"width": 384, "depth": 12, "heads": 6}),
         (EncoderConfig, "B", {"width": 768, "depth": 12, "heads": 12}),
         (EncoderConfig, "M", {"width": 1024, "depth": 12, "heads": 16}),
         (EncoderConfig, "L", {"width": 1024, "depth": 24, "heads": 16}),

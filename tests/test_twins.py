@@ -47,6 +47,7 @@ COVERED_BY = {
     "unite_fast/evaluation/reference.py": ("evaluation/test_evaluate.py", "evaluation/test_evaluator.py"),
     "unite_fast/evaluation/report.py": ("evaluation/test_commands.py", "evaluation/test_evaluate.py"),
     "unite_fast/evaluation/settings.py": ("evaluation/test_evaluate.py", "evaluation/test_commands.py"),
+    "unite_fast/evaluation/trajectory.py": ("evaluation/test_gallery.py",),
     "unite_fast/interop/names.py": ("interop/test_official.py",),
     "unite_fast/planning/report.py": ("planning/test_predict.py", "commands/test_forwarding.py"),
     "unite_fast/recipes.py": ("test_config.py",),

@@ -13,13 +13,14 @@ if TYPE_CHECKING:
 
     import torch
 
+    from unite_fast.sampling.molecules import TrainedMolecules
     from unite_fast.sampling.pipeline import TrainedUNITE
 
 __version__ = version("unite-fast")
 
 
-def load(path: "str | Path", device: "str | torch.device" = "cpu") -> "TrainedUNITE":
-    """Load a trained model with its averaged (EMA) weights.
+def load(path: "str | Path", device: "str | torch.device" = "cpu") -> "TrainedUNITE | TrainedMolecules":
+    """Load a trained model of images or molecules with its averaged (EMA) weights.
 
     Args:
         path: a run folder, which means its newest undamaged checkpoint; a checkpoint; or a file written by
@@ -30,6 +31,6 @@ def load(path: "str | Path", device: "str | torch.device" = "cpu") -> "TrainedUN
         UserError: no such checkpoint, or one that cannot be read.
     """
     # Imported here because it imports torch, which takes seconds.
-    from unite_fast.sampling.pipeline import TrainedUNITE
+    from unite_fast.sampling.pipeline import load_trained
 
-    return TrainedUNITE.load(path, device)
+    return load_trained(path, device)

@@ -21,6 +21,7 @@ from unite_fast.commands import (
     gallery,
     guidance,
     images,
+    molecules,
     planning,
     training,
     tune,
@@ -69,7 +70,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Train and use UNITE, one network that is image tokenizer and latent denoiser.",
 )
-for module in (training, bench, tune, planning, images, evaluation, guidance, gallery, data, checkpoints):
+for module in (training, bench, tune, planning, images, evaluation, guidance, gallery, data, molecules, checkpoints):
     app.add_typer(module.app)
 
 

@@ -47,6 +47,7 @@ PARTS = (
     Part("bench_float8", "steps:bench_float8", 75, cuda_only=True),
     Part("bench_triton_128", "steps:bench_triton_128", 60, cuda_only=True),
     Part("sdpa", "sdpa:measure", 30),
+    Part("bench_molecules", "steps:bench_molecules", 75),
     Part("bench_compiled_128", "steps:bench_compiled_128", 100, cuda_only=True),
 )
 

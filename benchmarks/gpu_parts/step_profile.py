@@ -71,7 +71,7 @@ def host_time(c: Context, trainer: Trainer) -> None:
     few = 2 if c.tiny else FEW
     step = TrainStep(trainer.state, trainer.config, slice(0, few), few, trainer.train_step.lpips)
     batch = trainer.read()
-    batch = replace(batch, images=batch.images[:few], labels=batch.labels[:few], ids=batch.ids[:few])
+    batch = replace(batch, data=batch.data[:few], labels=batch.labels[:few], ids=batch.ids[:few])
     launched, done = [], []
     for number in range(4 if c.tiny else 9):
         synchronize(c.device)

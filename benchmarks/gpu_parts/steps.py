@@ -1,4 +1,5 @@
-"""Time a training step of UNITE-B with `unite-fast bench`, after filling the compiler caches."""
+"""Time training steps of UNITE-B, and of UNITE-S on molecules, with `unite-fast bench`, after filling the compiler
+caches."""
 
 import gc
 import subprocess
@@ -16,27 +17,30 @@ from unite_fast.benchmarking.run import read_recipe
 from unite_fast.config import Config
 from unite_fast.planning.memory import RUNTIME_BYTES, SLACK
 
-RECIPE = "imagenet256_b"
-TINY = (
-    "model.image_size=32",
-    "model.patch_size=8",
-    "model.num_classes=10",
+RECIPE, MOLECULES = "imagenet256_b", "qm9_s"
+TINY_SIZES = (
     *(f"model.{part}.{key}={value}" for part in ("encoder", "decoder") for key, value in (("width", 64), ("heads", 2))),
     "model.encoder.depth=2",
-    "model.encoder.in_context_start=1",
     "model.decoder.depth=1",
     "model.decoder.mlp_width=64",
     "data.workers=0",
     "train.threads=1",
 )
+TINY = {
+    RECIPE: (
+        *("model.image_size=32", "model.patch_size=8", "model.num_classes=10", "model.encoder.in_context_start=1"),
+        *TINY_SIZES,
+    ),
+    MOLECULES: TINY_SIZES,
+}
 MEMORY_MARGIN = 0.1
 """Measured memory may exceed the prediction of `unite-fast plan` by this share."""
 
 
-def settings(c: Context, backend_name: str, compiled: bool, images: int) -> tuple[str, ...]:
+def settings(c: Context, backend_name: str, compiled: bool, images: int, recipe: str = RECIPE) -> tuple[str, ...]:
     images = 2 if c.tiny else images
     own = f"kernels={backend_name}", f"train.compile={str(compiled).lower()}", f"train.device={c.device.type}"
-    return *own, f"train.batch_size={images}", f"train.micro_batch={images}", *(TINY if c.tiny else ())
+    return *own, f"train.batch_size={images}", f"train.micro_batch={images}", *(TINY[recipe] if c.tiny else ())
 
 
 def config(c: Context, backend_name: str, compiled: bool, images: int) -> Config:
@@ -58,18 +62,25 @@ bench_triton_128, bench_compiled_128 = ours(False, 128), ours(True, 128)
 bench_float8 = ours(True, 64, "train.precision=float8")
 
 
+def bench_molecules(c: Context) -> bool:
+    # Eager on a CPU, where compiling takes longer than this part may.
+    return bench(c, c.backend_name, not c.tiny, 512, recipe=MOLECULES)
+
+
 def bench_reference(c: Context) -> None:
     if not bench(c, "reference", True, 64):
         bench(c, "reference", True, 32)
 
 
-def bench(c: Context, backend_name: str, compiled: bool, images: int, *more: str) -> bool:
+def bench(c: Context, backend_name: str, compiled: bool, images: int, *more: str, recipe: str = RECIPE) -> bool:
     """Run `unite-fast bench` with `more` settings; return whether memory sufficed."""
     window = ["--warmup", "1", "--steps", "3"] if c.tiny else ["--warmup", "4", "--steps", "20", "--seconds", "8"]
-    words = [RECIPE, *settings(c, backend_name, compiled, images), *more, *window]
+    words = [recipe, *settings(c, backend_name, compiled, images, recipe), *more, *window]
     process = subprocess.run(bench_command(*words), capture_output=True, text=True)
     print(process.stderr[-3000:])
-    name = ", ".join([f"{backend_name} {'compiled' if compiled else 'eager'}", f"micro-batch {images}", *more])
+    named = [recipe] if recipe != RECIPE else []
+    named += [f"{backend_name} {'compiled' if compiled else 'eager'}", f"micro-batch {images}", *more]
+    name = ", ".join(named)
     row = printed_row(process.stdout)
     if process.returncode or row is None:
         out_of_memory = "out of memory" in process.stderr

@@ -21,6 +21,7 @@ from PIL import Image
 
 from unite_fast.data_pipeline.image_folder import open_image
 from unite_fast.data_pipeline.images import adm_center_crop, to_rgb
+from unite_fast.data_pipeline.molecules.set_file import check_no_molecules
 from unite_fast.data_pipeline.shards.listed import RawImages
 from unite_fast.data_pipeline.shards.manifest import (
     FORMATS,
@@ -120,6 +121,7 @@ def make_shards(
     Raises:
         UserError: no readable images, no space, `out` holds another set, or a worker was killed.
     """
+    check_no_molecules(source)
     check_not_read(out, source, *([labels] if labels else []))
     check_not_read(source, out / _STAGING)  # deleted at the end
     require(os.path.isdir(out) or not os.path.lexists(out), f"{out} is a file: give a folder for the shards")

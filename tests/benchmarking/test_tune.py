@@ -128,6 +128,26 @@ def test_failures_are_reported_and_do_not_end_the_search(monkeypatch, mentions):
         search(Machine(monkeypatch, lambda settings: OUT_OF_TIME), AXES, budget=9.0)
 
 
+def test_what_is_counted_may_be_molecules(monkeypatch, tmp_path):
+    machine, messages = Machine(monkeypatch, lambda settings: 100.0), []
+    result = tune.search(AXES[1:2], machine, 1000.0, ALONE, messages.append, "molecules/s")
+    text = "\n".join([*messages, *tune.lines(result, "molecules/s")])
+    assert "100.0 molecules/s" in text and "images" not in text
+    row = {
+        "date": "d",
+        "gpus": 1,
+        "card": "c",
+        "torch": "2",
+        "cuda": "",
+        "triton": "3",
+        "commit": "c",
+        **result.best.row,
+    }
+    best = replace(result.best, row=row)
+    tuned_file.write(tmp_path / "tuned.yaml", tune.TuneResult([best], best), "unite-fast tune x", "molecules/s")
+    assert "100.0 molecules/s" in (tmp_path / "tuned.yaml").read_text()
+
+
 def test_settings_tried_on_each_kind_of_machine(monkeypatch):
     monkeypatch.setattr(tune, "usable_cores", lambda: 8)
     config = load_config("imagenet256_b")

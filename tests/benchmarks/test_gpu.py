@@ -55,7 +55,8 @@ def test_every_part(gpu, tmp_path):
     assert [line["graphs"] for line in parts["graphs"] if "graphs" in line] == [1] * 3
     assert named(parts["parity"], "official_tiny_a, native")["quantities"] > 300
     assert named(parts["digits"], "first steps agree")["apart"]["total"] < 1e-4
-    assert any(line.get("images_per_s", 0) > 0 for line in parts["bench_triton"])
+    for bench in ("bench_triton", "bench_molecules"):
+        assert any(line.get("images_per_s", 0) > 0 for line in parts[bench])
     assert {line["name"] for line in parts["profile"]} >= {
         "step",
         "host",

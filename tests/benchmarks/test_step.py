@@ -48,7 +48,7 @@ def test_the_trainers_step_is_counted(step, monkeypatch):
     for name in ("native", "reference"):
         with backend.using(name):
             counts[name] = step.count(*step.make_step("tiny", 2, False, CPU))
-    assert len(batches) == 4 and batches[0].images.dtype == torch.uint8
+    assert len(batches) == 4 and batches[0].data.dtype == torch.uint8
     fast, reference = counts["native"], counts["reference"]
     for name in ("saved_reconstruction_mb_per_image", "saved_flow_mb_per_image", "moved_mb_per_image", "ops_per_step"):
         assert 0 < fast[name] < 0.7 * reference[name], name

@@ -85,4 +85,4 @@ def test_an_unknown_source_has_the_loader_source_or_memory(workers, name, mentio
             choose_loader(other, source, CPU)
     with Loader(source, 3, 0, workers=2, reader=choice.reader) as loader:
         batch = next(loader)
-    assert batch.images[:, 0, 0, 0].tolist() == batch.ids.tolist()
+    assert batch.data[:, 0, 0, 0].tolist() == batch.ids.tolist()

@@ -51,7 +51,7 @@ def test_pixels_are_close_to_pillow_s(photographs, make):
         batch = next(loading)
     images, labels = pillow.read(batch.ids)
     assert torch.equal(labels, batch.labels)
-    difference = (batch.images.int() - images.int()).abs()
+    difference = (batch.data.int() - images.int()).abs()
     usual = difference[labels == pillow.class_names.index("usual")]
     large = difference[labels == pillow.class_names.index("large")]
     # Measured: mean 0.16 and maximum 12; for images that ADM first halves with a box filter, 1.0 and 40.
@@ -64,8 +64,8 @@ def test_cropped_jpegs_are_pillow_s_bit_for_bit(shards):
     with loader(shards("cropped-jpeg")) as loading:
         for _ in range(5):
             batch = next(loading)
-            assert batch.images.dtype == torch.uint8 and batch.images.is_contiguous()
-            assert torch.equal(batch.images, pillow.read(batch.ids)[0])
+            assert batch.data.dtype == torch.uint8 and batch.data.is_contiguous()
+            assert torch.equal(batch.data, pillow.read(batch.ids)[0])
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -92,7 +92,7 @@ def test_odd_images_and_orientation(odd_images, make):
     pillow = open_source("shards", str(folder), SIZE, "train")
     with loader(folder, batch=len(pillow)) as loading:
         batch = next(loading)
-    difference = (batch.images.int() - pillow.read(batch.ids)[0].int()).abs()
+    difference = (batch.data.int() - pillow.read(batch.ids)[0].int()).abs()
     # These are noisy images, resized to 32 pixels. A rotated image or palette indices would differ by 40 and more.
     assert difference.float().mean((1, 2, 3)).max() < 2
 
@@ -133,8 +133,8 @@ def test_a_gpu_decodes_what_a_cpu_does(photographs, make):
     device = torch.device("cuda", 0)
     with Loader(source, 24, 3, 2, reader=dali.dali_reader(device)) as loading, loader(folder, 256, 24) as on_cpu:
         gpu, cpu = next(loading), next(on_cpu)
-    assert gpu.images.device == device
-    assert (gpu.images.cpu().int() - cpu.images.int()).abs().float().mean() < 1
+    assert gpu.data.device == device
+    assert (gpu.data.cpu().int() - cpu.data.int()).abs().float().mean() < 1
 
 
 def test_the_error_names_the_missing_library(monkeypatch, mentions):

@@ -98,11 +98,11 @@ def test_every_sample_appears_once_per_epoch(reading, n, batch_size):
 def test_images_and_labels_belong_to_the_ids(reading):
     with reading(10, 4) as loader:
         for k, batch in enumerate(take(loader, 5)):
-            assert batch.images.dtype == torch.uint8 and batch.images.shape == (4, 3, 2, 2)
+            assert batch.data.dtype == torch.uint8 and batch.data.shape == (4, 3, 2, 2)
             assert batch.labels.dtype == batch.ids.dtype == torch.int64
             assert torch.equal(batch.ids, loader.batch_indices(k))
             assert torch.equal(batch.labels, batch.ids)
-            assert torch.equal(batch.images[:, 0, 0, 0].long(), batch.ids)
+            assert torch.equal(batch.data[:, 0, 0, 0].long(), batch.ids)
     assert loader.skipped == {}
 
 
@@ -156,7 +156,7 @@ def test_broken_samples_are_replaced_and_named_once(kind, workers, caplog):
             expected_ids = [{3: 5, 4: 5, 19: 0}.get(index, index) for index in loader.batch_indices(k).tolist()]
             assert batch.ids.tolist() == expected_ids
             assert batch.labels.tolist() == expected_ids
-            assert batch.images[:, 2, 1, 1].tolist() == expected_ids
+            assert batch.data[:, 2, 1, 1].tolist() == expected_ids
         stream = [index for k in range(10) for index in loader.batch_indices(k).tolist()]
     order = list(dict.fromkeys(name for index in stream for name in {3: (3, 4), 4: (4,), 19: (19,)}.get(index, ())))
     assert list(loader.skipped.items()) == [(f"number {index}", "broken") for index in order]
@@ -347,7 +347,7 @@ def test_workers_do_not_change_the_batches_of_a_folder(tmp_path):
     source = open_source("folder", str(tmp_path), 16, "train")
     with Loader(source, 7, seed=4) as plain, Loader(source, 7, seed=4, workers=3) as parallel:
         for one, other in zip(take(plain, 8), take(parallel, 8), strict=True):
-            assert torch.equal(one.images, other.images)
+            assert torch.equal(one.data, other.data)
             assert torch.equal(one.labels, other.labels)
             assert torch.equal(one.ids, other.ids)
     assert list(plain.skipped.items()) == list(parallel.skipped.items())

@@ -27,7 +27,7 @@ def rank_main(rank, world, kind, path, workers, start, batches, store, results):
             batch = next(loader)
             parts = [torch.empty(BATCH // world, 2, dtype=torch.int64) for _ in range(world)]
             # The sum of the pixels identifies an image.
-            sums = batch.images.flatten(1).sum(1, dtype=torch.int64)
+            sums = batch.data.flatten(1).sum(1, dtype=torch.int64)
             dist.all_gather(parts, torch.stack([batch.ids, sums], 1))
             batches_read.append(torch.cat(parts).tolist())
         states = [None] * world

@@ -57,7 +57,7 @@ class Pin:
         self.threads.add(threading.get_ident())
         self.count += 1
         time.sleep(self.seconds)
-        return replace(batch, images=batch.images + 100)
+        return replace(batch, data=batch.data + 100)
 
 
 def loader(source, workers, pin, batch=4, **options):
@@ -78,7 +78,7 @@ def test_batches_and_their_order_are_unchanged(kind, workers, slow):
             one, other = next(plain), next(pinned)
             assert torch.equal(one.ids, other.ids)
             assert torch.equal(one.labels, other.labels)
-            assert torch.equal(one.images + 100, other.images)
+            assert torch.equal(one.data + 100, other.data)
             assert plain.state_dict() == pinned.state_dict()
     assert len(pin.threads) == 1 and threading.get_ident() not in pin.threads
 

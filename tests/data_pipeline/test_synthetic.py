@@ -43,7 +43,7 @@ def test_a_loader_reads_synthetic_images():
     with Loader(open_source("synthetic", "", 8, "train", 3), 4, seed=1) as loader:
         batch = next(loader)
         assert torch.equal(batch.labels, batch.ids % 3)
-        assert torch.equal(batch.images, loader.source.read(batch.ids)[0])
+        assert torch.equal(batch.data, loader.source.read(batch.ids)[0])
 
 
 def test_python_and_cpp_make_the_same_images(tmp_path):

@@ -153,7 +153,7 @@ def test_a_cuda_graph_computes_what_usual_steps_compute(
         losses = []
         for _ in range(SETTLED + 3):
             losses.append(step(batch)[0].total)
-            batch = replace(batch, images=batch.images.roll(1, -1).pin_memory())
+            batch = replace(batch, data=batch.data.roll(1, -1).pin_memory())
         runs.append(torch.stack(losses))
     record_property("bit for bit", torch.equal(*runs))
     assert (runs[0].diff() != 0).all()
@@ -226,10 +226,10 @@ def test_batches_are_pinned_and_copied_intact(tiny_run, tmp_path, device, on_cud
         arrived = []
         for _ in range(20):
             batch = trainer.read()
-            assert not on_cuda or (batch.images.is_pinned() and batch.labels.is_pinned())
+            assert not on_cuda or (batch.data.is_pinned() and batch.labels.is_pinned())
             for _ in range(5):
                 busy = busy @ busy / 1e3
-            images, labels = (x.to(device, non_blocking=True) for x in (batch.images, batch.labels))
+            images, labels = (x.to(device, non_blocking=True) for x in (batch.data, batch.labels))
             arrived.append((batch.ids, images, labels))
             del batch
         for ids, images, labels in arrived:

@@ -49,15 +49,14 @@ def test_each_original_stands_above_its_reconstruction():
     assert [row.tolist() for row in places] == [[1, 2], [101, 102], [3, 103]]
 
 
-@pytest.mark.parametrize("lpips", [0.0, 0.3])
-def test_curves_are_drawn(tmp_path, lpips):
+@pytest.mark.parametrize("more", [{"lpips": 0.0}, {"lpips": 0.3}, {"cross_entropy": 0.3}])
+def test_curves_are_drawn(tmp_path, more):
     rows = [
-        {"step": step, "l1": 1 / step, "flow": 2 / step, "grad_norm": 1.0, "lr": 1e-4, "lpips": lpips}
-        for step in range(1, 20)
+        {"step": step, "l1": 1 / step, "flow": 2 / step, "grad_norm": 1.0, "lr": 1e-4, **more} for step in range(1, 20)
     ]
     save_curves(rows, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.width == pytest.approx(320 * (5 if lpips else 4), abs=2)
+        assert picture.width == pytest.approx(320 * (5 if any(more.values()) else 4), abs=2)
         assert len(np.unique(np.asarray(picture.convert("L")))) > 20
 
 

@@ -6,7 +6,7 @@ from unite_fast import __version__
 from unite_fast.benchmarking.machine import describe
 from unite_fast.benchmarking.measure import Measurement, Window
 from unite_fast.benchmarking.progress import number
-from unite_fast.config import Config
+from unite_fast.config import IMAGES, Config
 from unite_fast.distributed.strategy import split_batch
 from unite_fast.errors import UserError
 from unite_fast.kernels import backend
@@ -21,7 +21,7 @@ def row(config: Config, measurement: Measurement, window: Window, data: str, ove
     """All figures by name; names end in their unit (ms, s, gb). None: not available.
 
     Args:
-        data: "synthetic", or the path of the images.
+        data: "synthetic", or the path of the data.
     """
     batch, world = config.train.batch_size, measurement.ranks.world
     fast, median, slow = quantiles(measurement.step_seconds)
@@ -97,8 +97,14 @@ def prediction(config: Config, measurement: Measurement, gpu: GPU | None) -> dic
     return dict(zip(names, numbers, strict=True)) | {"why_no_prediction": None}
 
 
-def lines(figures: dict, top: list[dict] | None = None) -> list[str]:
-    """The row as lines of text."""
+def lines(figures: dict, top: list[dict] | None = None, modality: str = IMAGES) -> list[str]:
+    """The row as lines of text.
+
+    Args:
+        top: kernels by time, to list as well.
+        modality: of the model, `config.model.modality`.
+    """
+    rate = f"{modality}/s"
     cpu = not figures["cuda"]
     each = "process" if cpu else "GPU"
     how = "compiled" if figures["compile"] else "eager"
@@ -106,12 +112,12 @@ def lines(figures: dict, top: list[dict] | None = None) -> list[str]:
         f"{figures['recipe']}: {figures['parameters'] / 1e6:.2f} M parameters, F = {figures['flow_draws']}, batch "
         f"{figures['batch_size']}, micro-batch {figures['micro_batch']}, {figures['precision']}, "
         f"{figures['kernels']} kernels, {figures['attention']} attention, {how}, LPIPS {figures['lpips']}, "
-        f"{figures['data']} images",
+        f"{figures['data']} {modality}",
         f"{figures['gpus']} x {figures['card']}, {figures['strategy']}; torch {figures['torch']}, "
         f"{'CUDA ' + figures['cuda'] + ', ' if figures['cuda'] else ''}triton {figures['triton'] or 'none'}, commit "
         f"{figures['commit']}, {figures['date']}",
         "",
-        f"images/s       {number(figures['images_per_s'])}   per {each} {number(figures['images_per_s_per_gpu'])}   "
+        f"{rate:<14} {number(figures['images_per_s'])}   per {each} {number(figures['images_per_s_per_gpu'])}   "
         f"(median of {figures['steps']} steps; 80 % lie in {number(figures['images_per_s_slow'])} to "
         f"{number(figures['images_per_s_fast'])}; mean {number(figures['images_per_s_mean'])})",
         f"step           {number(figures['step_ms'])} ms: "
@@ -119,16 +125,16 @@ def lines(figures: dict, top: list[dict] | None = None) -> list[str]:
         f"data wait      {figures['data_wait_share']:.1%} of the time",
         f"first step     {figures['first_step_s']:.1f} s, with compilation; warm-up steps: {figures['warmup']}",
         f"MFU            {figures['mfu_of_product']:.1%} of {number(figures['product_tflops'])} TFLOP/s, the measured "
-        f"rate of bfloat16 matmuls; {number(figures['gflop_per_image'])} GFLOP per image",
+        f"rate of bfloat16 matmuls; {number(figures['gflop_per_image'])} GFLOP per {modality.removesuffix('s')}",
     ]
     if figures["datasheet_tflops"]:
-        share, rate = figures["mfu_of_datasheet"], figures["datasheet_tflops"]
-        text.append(f"               {share:.1%} of {rate:g} TFLOP/s, the rate of the datasheet")
+        share, peak = figures["mfu_of_datasheet"], figures["datasheet_tflops"]
+        text.append(f"               {share:.1%} of {peak:g} TFLOP/s, the rate of the datasheet")
     else:
         text.append("               no datasheet rate is known for this card")
     reserved = f", {figures['memory_reserved_gb']:.2f} GB reserved" if figures["memory_reserved_gb"] else ""
     text.append(f"peak memory    {figures['memory_gb']:.2f} GB per {each}{reserved}")
-    text += _comparisons(figures)
+    text += _comparisons(figures, rate)
     if figures["bad_step"] is not None:
         text.append(
             f"NOT FINITE     loss or gradient of step {figures['bad_step']}: speed may differ with finite values"
@@ -139,12 +145,12 @@ def lines(figures: dict, top: list[dict] | None = None) -> list[str]:
     return text
 
 
-def _comparisons(figures: dict) -> list[str]:
+def _comparisons(figures: dict, rate: str) -> list[str]:
     """The predicted speed and that of the released code, if known."""
     low, high = figures["predicted_images_per_s_slow"], figures["predicted_images_per_s_fast"]
     if low:
         text = [
-            f"predicted      {number(low)} to {number(high)} images/s, {figures['predicted_memory_gb']:.1f} GB per GPU "
+            f"predicted      {number(low)} to {number(high)} {rate}, {figures['predicted_memory_gb']:.1f} GB per GPU "
             "(unite-fast plan)"
         ]
     else:
@@ -152,7 +158,7 @@ def _comparisons(figures: dict) -> list[str]:
     if released := figures["released_images_per_s_per_gpu"]:
         times = figures["images_per_s_per_gpu"] / released
         text.append(
-            f"released code  {released} images/s per GPU on 8 H200 (26 minutes per epoch, its authors report): here "
+            f"released code  {released} {rate} per GPU on 8 H200 (26 minutes per epoch, its authors report): here "
             f"{times:.2f} x"
         )
     return text

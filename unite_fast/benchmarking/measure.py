@@ -88,7 +88,7 @@ def measure(config: Config, window: Window) -> Measurement:
         UserError: settings or data do not fit; `LostContact`: another process died.
     """
     with open_trainer(config) as trainer:
-        line = ProgressLine(trainer.ranks.main, config.train.batch_size)
+        line = ProgressLine(trainer.ranks.main, config.train.batch_size, f"{config.model.modality}/s")
         first_step, seconds = 0.0, 0.0
         for step in range(window.warmup):
             line.show(f"warm-up {step + 1}/{window.warmup}" if step else "first step, which compiles", step)

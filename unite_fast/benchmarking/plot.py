@@ -1,4 +1,4 @@
-"""Plot of images/s over time, from the table of measurements."""
+"""Plot of images/s or molecules/s over time, from the table of measurements."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def draw(table: Path, out: Path) -> tuple[int, str]:
         axes.errorbar(range(len(group)), rates, yerr=(below, above), marker="o", capsize=3)
         marks = [f"{row['date'][:10]}\n{row['commit']}" for row in group]
         axes.set_xticks(range(len(group)), marks, rotation=90, fontsize=7, parse_math=False)
-        axes.set_ylabel("images/s")
+        axes.set_ylabel("samples/s")  # the table does not say of what
         axes.set_ylim(0, 1.1 * max(rates + fast))
         axes.set_title(title, fontsize=9, parse_math=False)
     with atomic_write(out) as partial:

@@ -10,11 +10,11 @@ TERMINAL_SECONDS, PIPE_SECONDS = 0.5, 5.0
 
 
 class ProgressLine:
-    def __init__(self, enabled: bool, batch_size: int):
-        """`enabled`: whether this process prints."""
+    def __init__(self, enabled: bool, batch_size: int, rate: str):
+        """`enabled`: whether this process prints. `rate`: what it counts, images/s or molecules/s."""
         self.terminal = sys.stderr.isatty()
         self.every = TERMINAL_SECONDS if self.terminal else PIPE_SECONDS
-        self.enabled, self.batch_size = enabled, batch_size
+        self.enabled, self.batch_size, self.rate = enabled, batch_size, rate
         self.printed = -self.every
         self.start()
 
@@ -35,7 +35,7 @@ class ProgressLine:
         self.printed = now
         if done and left is not None:
             seconds = (now - self.started) / done
-            text += f"  {number(self.batch_size / seconds)} images/s  {seconds * left:.0f} s left"
+            text += f"  {number(self.batch_size / seconds)} {self.rate}  {seconds * left:.0f} s left"
         sys.stderr.write(f"\r{text:<70}" if self.terminal else text + "\n")
         sys.stderr.flush()
 

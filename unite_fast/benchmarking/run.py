@@ -11,7 +11,7 @@ import torch
 from unite_fast.benchmarking import candidate, csv_file, figures, plot, tuned_file
 from unite_fast.benchmarking.measure import Window, measure, sigterm_unwinds
 from unite_fast.benchmarking.tune import axes, lines, search, timed_batch
-from unite_fast.config import Config
+from unite_fast.config import MOLECULES, Config
 from unite_fast.data_pipeline import detect_source
 from unite_fast.distributed.launch import ranks_of_torchrun
 from unite_fast.distributed.process_group import Ranks
@@ -29,7 +29,7 @@ def read_recipe(words: list[str], tuned: str, data: str) -> tuple[Config, tuple[
     Args:
         words: recipe, then key=value.
         tuned: a file of `unite-fast tune`, or empty.
-        data: path of the images; empty: synthetic images.
+        data: path of the images or molecules; empty: synthetic ones.
 
     Raises:
         UserError: no such recipe, setting or data.
@@ -39,9 +39,11 @@ def read_recipe(words: list[str], tuned: str, data: str) -> tuple[Config, tuple[
         raise UserError(f"say which recipe to time before the settings: unite-fast bench RECIPE {recipe}")
     for override in overrides:
         if override.startswith(DATA_KEYS):
-            raise UserError(f"{override}: bench uses synthetic images, or those of --data PATH; leave this setting out")
+            raise UserError(f"{override}: bench uses synthetic data, or those of --data PATH; leave this setting out")
     config = load_config(recipe, overrides, tuned)
-    kind, path = detect_source(data) if data else ("synthetic", "")
+    kind, path = "synthetic", ""
+    if data:
+        kind, path = (MOLECULES, data) if config.model.modality == MOLECULES else detect_source(data)
     # The recipe's loader may not fit another source.
     loader = config.data.loader if data else "auto"
     return replace(config, data=replace(config.data, source=kind, path=path, loader=loader)), overrides
@@ -71,7 +73,7 @@ def bench(
         top = {"top_kernels": measured.top} if profile else {}
         print(json.dumps(row | top, indent=1))
     else:
-        print(*figures.lines(row, measured.top), sep="\n")
+        print(*figures.lines(row, measured.top, config.model.modality), sep="\n")
     # After printing, so that a full disk does not lose the figures.
     if table is not None:
         csv_file.append(table, row)
@@ -93,7 +95,7 @@ def tune(recipe: str, overrides: tuple[str, ...], budget: float, out: Path) -> N
     config, _ = read_recipe(list(words), "", "")
     tuned_file.check(out, recipe)
     cuda = choose_device(config.train.device).type == "cuda"
-    fixed = {override.partition("=")[0] for override in overrides}
+    fixed, rate = {override.partition("=")[0] for override in overrides}, f"{config.model.modality}/s"
     # The ranks of the search communicate on the CPU: the GPUs belong to the candidates.
     with sigterm_unwinds(), ranks_of_torchrun(torch.device("cpu")) as ranks:
 
@@ -104,15 +106,16 @@ def tune(recipe: str, overrides: tuple[str, ...], budget: float, out: Path) -> N
         batch, timed = timed_batch(config, ranks.world), words
         if batch != config.train.batch_size:
             timed = (*words, f"train.batch_size={batch}")
-            say(f"timing steps of {batch} images instead of {config.train.batch_size}")
+            say(f"timing steps of {batch} {config.model.modality} instead of {config.train.batch_size}")
         result = search(
             axes(replace(config, train=replace(config.train, batch_size=batch)), cuda, ranks.world, fixed),
             lambda settings, limit: candidate.run(timed, settings, limit, ranks),
             budget,
             ranks,
             say,
+            rate,
         )
     if ranks.main:
-        print(*lines(result), sep="\n")
-        tuned_file.write(out, result, shlex.join(("unite-fast", "tune", *words)))
+        print(*lines(result, rate), sep="\n")
+        tuned_file.write(out, result, shlex.join(("unite-fast", "tune", *words)), rate)
         print(f"{out}: try unite-fast train {shlex.join(words)} --tuned {out}")

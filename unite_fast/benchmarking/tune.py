@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from unite_fast.benchmarking.candidate import OK, OUT_OF_MEMORY, OUT_OF_TIME, Trial
 from unite_fast.benchmarking.machine import usable_cores
-from unite_fast.config import NONDETERMINISTIC_ATTENTION, Config
+from unite_fast.config import IMAGES, NONDETERMINISTIC_ATTENTION, Config
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.distributed.strategy import split_batch
 from unite_fast.errors import UserError
@@ -25,7 +25,8 @@ PATIENCE = 4.0
 """Time limit of a candidate, as a multiple of the time of the recipe, start included."""
 
 TIMED_IMAGES = 256
-"""Maximum images per rank in a timed step: more micro-batches take longer and add no information."""
+"""Maximum images or molecules per rank in a timed step: more micro-batches take longer and add no information."""
+RATE = f"{IMAGES}/s"
 
 Run = Callable[[dict[str, object], float], Trial]
 """(settings that differ from the recipe, time limit in seconds) -> the timed candidate."""
@@ -121,10 +122,16 @@ def attention_candidates(deterministic: bool) -> list[str]:
     ]
 
 
-def search(every: list[Axis], run: Run, budget: float, ranks: Ranks, say: Callable[[str], None]) -> TuneResult:
+def search(
+    every: list[Axis], run: Run, budget: float, ranks: Ranks, say: Callable[[str], None], rate: str = RATE
+) -> TuneResult:
     """Time the recipe as it is, then variations of one setting after another, for at most `budget` seconds.
 
     If the recipe itself runs out of memory, the first candidate that fits becomes the best.
+
+    Args:
+        say: prints a line about a candidate.
+        rate: what is counted, for these lines.
 
     Raises:
         UserError: nothing ran, or the budget is too small for the recipe.
@@ -137,7 +144,7 @@ def search(every: list[Axis], run: Run, budget: float, ranks: Ranks, say: Callab
 
     def run_trial(settings: dict[str, object], limit: float) -> Trial:
         trial = run(settings, max(limit, 1.0))
-        say(f"{describe(settings)}: {outcome(trial)}; {max(0, budget - (time.monotonic() - start)):.0f} s left")
+        say(f"{describe(settings)}: {outcome(trial, rate)}; {max(0, budget - (time.monotonic() - start)):.0f} s left")
         return trial
 
     recipe = run_trial({}, time_left())
@@ -184,16 +191,16 @@ def describe(settings: dict[str, object]) -> str:
     return " ".join(f"{key}={value}" for key, value in settings.items()) or "the recipe as it is"
 
 
-def outcome(trial: Trial) -> str:
+def outcome(trial: Trial, rate: str = RATE) -> str:
     if trial.status == OK:
-        return f"{trial.images_per_s:.1f} images/s"
+        return f"{trial.images_per_s:.1f} {rate}"
     return f"{trial.status}{': ' + trial.why if trial.why else ''}"
 
 
-def lines(result: TuneResult) -> list[str]:
-    """Table of all candidates, and the fastest."""
-    width = max(len(describe(trial.settings)) for trial in result.trials)
-    text = [f"{'':{width}}  {'images/s':>9} {'step ms':>9} {'memory GB':>9} {'of best':>8}"]
+def lines(result: TuneResult, rate: str = RATE) -> list[str]:
+    """Table of all candidates, and the fastest; `rate` is what is counted."""
+    width, column = max(len(describe(trial.settings)) for trial in result.trials), max(9, len(rate))
+    text = [f"{'':{width}}  {rate:>{column}} {'step ms':>9} {'memory GB':>9} {'of best':>8}"]
     for trial in result.trials:
         name = f"{describe(trial.settings):{width}}  "
         if trial.status != OK:
@@ -203,7 +210,7 @@ def lines(result: TuneResult) -> list[str]:
         assert row is not None  # the trial is OK
         mark = "  <- fastest" if trial is result.best else ""
         text.append(
-            f"{name}{row['images_per_s']:9.1f} {row['step_ms']:9.1f} {row['memory_gb']:9.2f} {share:8.1%}{mark}"
+            f"{name}{row['images_per_s']:{column}.1f} {row['step_ms']:9.1f} {row['memory_gb']:9.2f} {share:8.1%}{mark}"
         )
     text.append("")
     if count := sum(trial.status == OUT_OF_MEMORY for trial in result.trials):
@@ -211,10 +218,10 @@ def lines(result: TuneResult) -> list[str]:
     for settings in result.untried:
         text.append(f"not tried, no time left: {describe(settings)}; give a larger --budget")
     if result.best is result.recipe:
-        text.append(f"the recipe as it is was the fastest: {result.best.images_per_s:.1f} images/s")
+        text.append(f"the recipe as it is was the fastest: {result.best.images_per_s:.1f} {rate}")
     elif result.recipe.status == OK:
         gain = result.best.images_per_s / result.recipe.images_per_s - 1
-        text.append(f"fastest: {describe(result.best.settings)}, {gain:.1%} more images/s than the recipe as it is")
+        text.append(f"fastest: {describe(result.best.settings)}, {gain:.1%} more {rate} than the recipe as it is")
     else:
         text.append(f"fastest: {describe(result.best.settings)}; the recipe as it is: {outcome(result.recipe)}")
     return text

@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 
 from unite_fast.benchmarking.candidate import OK
-from unite_fast.benchmarking.tune import TuneResult, describe
+from unite_fast.benchmarking.tune import RATE, TuneResult, describe, outcome
 from unite_fast.errors import UserError
 from unite_fast.utils.files import check_not_read, check_replaceable, save_text, writing
 
@@ -28,7 +28,7 @@ def check(path: Path, recipe: str = "") -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
 
 
-def write(path: Path, result: TuneResult, command: str) -> None:
+def write(path: Path, result: TuneResult, command: str, rate: str = RATE) -> None:
     """Write the fastest settings, with the machine and the other candidates as comments."""
     row = result.best.row
     assert row is not None  # the best trial is OK
@@ -36,11 +36,7 @@ def write(path: Path, result: TuneResult, command: str) -> None:
         command,
         f"{row['date']}, {row['gpus']} x {row['card']}, torch {row['torch']}, CUDA {row['cuda'] or 'none'}, "
         f"triton {row['triton'] or 'none'}, commit {row['commit']}",
-        *(
-            f"{trial.images_per_s:.1f} images/s: {describe(trial.settings)}"
-            for trial in result.trials
-            if trial.status == OK
-        ),
+        *(f"{outcome(trial, rate)}: {describe(trial.settings)}" for trial in result.trials if trial.status == OK),
     ]
     tree: dict = {}
     for key, value in result.best.settings.items():

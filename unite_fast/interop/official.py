@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unite_fast.checkpoint.folders import checkpoint_files
 from unite_fast.checkpoint.model_file import check_model_target, empty_network, load_model, save_model
-from unite_fast.config import Config, DataConfig, DecoderConfig, EncoderConfig, ModelConfig
+from unite_fast.config import IMAGES, Config, DataConfig, DecoderConfig, EncoderConfig, ModelConfig
 from unite_fast.errors import UserError, reason_of, require
 from unite_fast.interop.names import FIXED_DRAWS, UNREAD, our_name, plain_name, their_name
 from unite_fast.model.layers import sincos_2d
@@ -61,7 +61,9 @@ def their_state(model: UNITE) -> dict[str, Tensor]:
 
     `encoder.t_embedder.special_time_emb` is zero: nothing reads it, and our model has no such parameter.
     """
-    weights = {their_name(name): value.detach() for name, value in model.state_dict().items()}
+    # A plain LayerNorm stores no weight and bias; the released code always has them.
+    norm = {f"latent_norm.{name}": getattr(model.latent_norm, name) for name in ("weight", "bias")}
+    weights = {their_name(name): value.detach() for name, value in (model.state_dict() | norm).items()}
     return weights | fixed_tensors(model.config)
 
 
@@ -295,6 +297,11 @@ def export_official(checkpoint: str | Path, out: str | Path) -> None:
     check_replaceable(Path(out), BEGINNINGS[".pt"])
     check_npz(Path(out), SAVED)
     loaded = load_model(checkpoint)
+    require(
+        loaded.config.model.modality == IMAGES,
+        f"{checkpoint} is a model of molecules, which the authors' code does not have; unite-fast export writes a file "
+        "that unite-fast reads",
+    )
     model = UNITE(loaded.config.model)
     states = {}
     for kind, weights in (("model", loaded.weights), ("ema", loaded.averages)):

@@ -117,8 +117,9 @@ def save_curves(rows: list[dict], path: Path) -> None:
         return np.array([value if isinstance(value, (int, float)) else np.nan for value in values], dtype=float)
 
     panels = [("l1", "L1"), ("flow", "flow loss (sum of F)"), ("grad_norm", "gradient norm"), ("lr", "learning rate")]
-    if np.nan_to_num(column("lpips")).any():
-        panels.insert(1, ("lpips", "LPIPS"))
+    for key, title in (("lpips", "LPIPS"), ("cross_entropy", "cross-entropy of elements")):
+        if np.nan_to_num(column(key)).any():
+            panels.insert(1, (key, title))
     figure = Figure(figsize=(3.2 * len(panels), 2.8), layout="constrained")
     steps = column("step")
     for axes, (key, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):

@@ -13,7 +13,7 @@ CHANGES = [
                 "= generate_with_progress(model, labels, seed, batch, changes)",
                 "= generate_with_progress(model, labels, seed, 64, changes)",
             ),
-            ("model.config.sampling.changed(**changes),", "model.config.sampling,"),
+            ("model.sampling_config(**changes),", "model.config.sampling,"),
             ("save_pairs(originals, reconstructions, out)", "save_pairs(reconstructions, originals, out)"),
         ],
     ),

@@ -6,22 +6,6 @@ CHANGES = [
         ("tests/training/test_console.py", "tests/training/test_trainer.py"),
         [
             ("with self.state.ema.applied(), torch.compiler", "with torch.compiler"),
-            (
-                "model, labels, config.sampling, config.seed, precision=config.train.network_precision",
-                "model, labels, config.sampling, 0, precision=config.train.network_precision",
-            ),
-            ("sampler.reconstruct(model, self.real, config.seed)", "sampler.reconstruct(model, self.real)"),
-            ('("samples", grid(samples, PICTURE_COLUMNS)),', '("samples", grid(samples.flip(0), PICTURE_COLUMNS)),'),
-            (
-                "pairs(self.real, reconstructions, PICTURE_COLUMNS)",
-                "pairs(reconstructions, self.real, PICTURE_COLUMNS)",
-            ),
-            (
-                "source, held_out = open_held_out(*data, config.model.num_classes)",
-                'source, held_out = open_source(*data, "train", config.model.num_classes), True',
-            ),
-            ("kind = HELD_OUT if held_out else", "kind = HELD_OUT if True else"),
-            ("    except ClassesDiffer:\n        raise\n", ""),
             ("l1 {row['l1']:.4f}", "l1 {row['flow']:.4f}"),
             ("(self.config.train.steps - self.state.step)", "self.config.train.steps"),
             ("(self.state.step - self.first_step)\n", "self.state.step\n"),
@@ -30,12 +14,34 @@ CHANGES = [
         ],
     ),
     (
+        "unite_fast/training/pictures.py",
+        ("tests/training/test_pictures.py", "tests/training/test_console.py", "tests/training/test_trainer.py"),
+        [
+            (
+                "model, labels, config.sampling, config.seed, precision=config.train.network_precision",
+                "model, labels, config.sampling, 0, precision=config.train.network_precision",
+            ),
+            ("sampler.reconstruct(model, self.real, config.seed)", "sampler.reconstruct(model, self.real)"),
+            ("partial(grid, samples, PICTURE_COLUMNS)", "partial(grid, samples.flip(0), PICTURE_COLUMNS)"),
+            (
+                "partial(pairs, self.real, reconstructions, PICTURE_COLUMNS)",
+                "partial(pairs, reconstructions, self.real, PICTURE_COLUMNS)",
+            ),
+            (
+                "source, held_out = open_held_out(*data, config.model.num_classes)",
+                'source, held_out = open_source(*data, "train", config.model.num_classes), True',
+            ),
+            ("kind = HELD_OUT if held_out else", "kind = HELD_OUT if True else"),
+            ("    except ClassesDiffer:\n        raise\n", ""),
+        ],
+    ),
+    (
         "unite_fast/training/metrics.py",
         ("tests/training/test_metrics.py", "tests/training/test_restated.py"),
         [
             (
-                "[losses.total.detach(), losses.l1, losses.lpips, losses.flow, grad_norm]",
-                "[losses.total.detach(), losses.flow, losses.lpips, losses.l1, grad_norm]",
+                'IMAGES: ("total", "l1", "lpips", "flow", "grad_norm", "latent_square"),',
+                'IMAGES: ("total", "flow", "lpips", "l1", "grad_norm", "latent_square"),',
             ),
             ("self.sums += torch.where(finite, values, 0.0)", "self.sums += values"),
             ("self.count += finite\n", "self.count += 1\n"),
