@@ -1,4 +1,4 @@
-"""Break the code in some 200 small ways, one at a time, and list the changes that no test notices.
+"""Break the code in some 400 small ways, one at a time, and list the changes that no test notices.
 
     python tests/mutants/run.py                       # all, two at a time: about half an hour on two cores
     python tests/mutants/run.py --only train_step     # files with this in their path

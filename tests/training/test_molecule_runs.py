@@ -21,36 +21,18 @@ from unite_fast.sampling.molecules import reconstruct
 from unite_fast.training.trainer import Trainer
 
 DATA = Path(__file__).parents[1] / "data" / "qm9_200.npz"
-SETTINGS = (
-    f"data.path={DATA}",
-    "molecules.heavy=0",
-    "model.encoder.width=16",
-    "model.encoder.depth=2",
-    "model.encoder.heads=2",
-    "model.decoder.width=16",
-    "model.decoder.depth=1",
-    "model.decoder.heads=2",
-    "model.decoder.mlp_width=16",
-    "model.decoder.embed_width=16",
-    "objective.flow_weight=0.01",
-    "schedule.warmup_steps=3",
-    "molecules.group=8",
-    "train.batch_size=16",
-    "train.steps=12",
-    "train.log_every=1",
-    "train.checkpoint_every=4",
-    "train.picture_every=0",
-    "train.device=cpu",
-    "train.threads=1",
-    "sampling.solver=euler",
-    "sampling.steps=2",
-)
 TOLERANCE = 1e-5
 """Relative error of float32 losses, summed over the batch in another order."""
 
 
-def configured(folder: Path, *overrides: str):
-    return load_config("qm9_tiny", (*SETTINGS, f"train.out={folder}", *overrides))
+@pytest.fixture(scope="module")
+def configured(tiny_molecules):
+    """Makes configs of tiny runs."""
+
+    def make(folder: Path, *overrides: str):
+        return load_config("qm9_tiny", (*tiny_molecules, f"train.out={folder}", *overrides))
+
+    return make
 
 
 def run_steps(config, count: int) -> list[list[float]]:
@@ -66,7 +48,7 @@ def run_steps(config, count: int) -> list[list[float]]:
 
 
 @pytest.fixture(scope="module")
-def single_process(tmp_path_factory) -> torch.Tensor:
+def single_process(configured, tmp_path_factory) -> torch.Tensor:
     return torch.tensor(run_steps(configured(tmp_path_factory.mktemp("one")), 10), dtype=torch.float64)
 
 
@@ -74,7 +56,7 @@ def single_process(tmp_path_factory) -> torch.Tensor:
     ("world", "nodes", "strategy", "batching"),
     [(2, 1, "ddp", "groups"), (4, 1, "fsdp", "padded"), (4, 2, "hsdp", "groups")],
 )
-def test_losses_match_a_single_process(world, nodes, strategy, batching, ranks, single_process, tmp_path):
+def test_losses_match_a_single_process(world, nodes, strategy, batching, configured, ranks, single_process, tmp_path):
     config = configured(tmp_path, f"parallel.strategy={strategy}", f"molecules.batching={batching}")
     rows = torch.tensor(ranks(world, run_steps, config, 10, nodes=nodes), dtype=torch.float64)
     assert (rows == rows[0]).all()
@@ -83,18 +65,18 @@ def test_losses_match_a_single_process(world, nodes, strategy, batching, ranks, 
     assert single_process[0, 0] > 1.1 * single_process[-1, 0]  # the model learns
 
 
-def test_a_resumed_run_has_the_same_bits(command, assert_same_run, tmp_path):
+def test_a_resumed_run_has_the_same_bits(tiny_molecules, command, assert_same_run, tmp_path):
     for folder, steps in (("whole", 12), ("parts", 5), ("parts", 12)):
         options = ("--resume",) if folder == "parts" else ()
-        words = (*SETTINGS, f"train.steps={steps}", f"train.out={tmp_path / folder}", "molecules.rotate=random")
+        words = (*tiny_molecules, f"train.steps={steps}", f"train.out={tmp_path / folder}", "molecules.rotate=random")
         assert command("train", "qm9_tiny", *words, *options).status == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_killed_run_resumes_with_the_same_bits(process, wait_until, assert_same_run, tmp_path):
+def test_a_killed_run_resumes_with_the_same_bits(tiny_molecules, process, wait_until, assert_same_run, tmp_path):
     run = tmp_path / "run"
     for kill in range(2):
-        running = process("train", "qm9_tiny", *SETTINGS, "train.steps=1000000", "train.out=run", "--resume")
+        running = process("train", "qm9_tiny", *tiny_molecules, "train.steps=1000000", "train.out=run", "--resume")
         wait_until(lambda kill=kill: len(list((run / "checkpoints").glob("step_*"))) > min(kill, 1))
         time.sleep(0.05 * kill)
         running.signal(signal.SIGKILL)
@@ -103,13 +85,13 @@ def test_a_killed_run_resumes_with_the_same_bits(process, wait_until, assert_sam
     reached = int((run / "checkpoints" / "latest").resolve().name.removeprefix("step_"))
     assert reached >= 4
     steps = f"train.steps={reached + 3}"
-    assert process("train", "qm9_tiny", *SETTINGS, steps, "train.out=run", "--resume").wait() == 0
-    assert process("train", "qm9_tiny", *SETTINGS, steps, "train.out=undisturbed").wait() == 0
+    assert process("train", "qm9_tiny", *tiny_molecules, steps, "train.out=run", "--resume").wait() == 0
+    assert process("train", "qm9_tiny", *tiny_molecules, steps, "train.out=undisturbed").wait() == 0
     assert_same_run(run, tmp_path / "undisturbed")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, request) -> Path:
+def trained(configured, tmp_path_factory) -> Path:
     """A run of 12 steps."""
     folder = tmp_path_factory.mktemp("molecules") / "run"
     with join_training("cpu", 60) as (ranks, device):
@@ -119,7 +101,7 @@ def trained(tmp_path_factory, request) -> Path:
     return folder
 
 
-def test_a_run_has_metrics_pictures_and_sizes(trained):
+def test_a_run_has_metrics_pictures_and_sizes(configured, trained):
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert all(row["cross_entropy"] > 0 and row["l1"] > 0 and "lpips" not in row for row in rows)
@@ -228,8 +210,8 @@ def test_evaluation_stands_beside_the_true_molecules(trained, command, tmp_path)
         ("molecules.heavy=1", "heavy"),
     ],
 )
-def test_settings_that_do_not_fit_are_one_line(change, key, command, tmp_path, mentions):
-    ended = command("train", "qm9_tiny", *SETTINGS, f"train.out={tmp_path / 'run'}", change)
+def test_settings_that_do_not_fit_are_one_line(change, key, tiny_molecules, command, tmp_path):
+    ended = command("train", "qm9_tiny", *tiny_molecules, f"train.out={tmp_path / 'run'}", change)
     assert ended.status == 2
     assert key in ended.error()
     assert not (tmp_path / "run").exists()

@@ -48,7 +48,7 @@ class Network:
 
     denoise: Denoiser
     decode: Callable[[Tensor, Tensor], Tensor]
-    """Latents [B, N, C], labels int64 [B] -> images [B, 3, S, S], or molecules float32 [B, T, 4] (`pack`)."""
+    """Latents [B, N, C], labels int64 [B] -> images [B, 3, S, S], or what `decode_molecules` returns."""
 
     @classmethod
     def of(cls, model: UNITE, order: str, compiled: bool = False) -> "Network":

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from unite_fast.config import Config
-from unite_fast.data_pipeline.molecules.molecule_set import SPLITS, TRAIN, MoleculeSet
+from unite_fast.data_pipeline.molecules.molecule_set import TRAIN, MoleculeSet
 from unite_fast.data_pipeline.molecules.of_config import molecules_of
 from unite_fast.data_pipeline.molecules.set_file import read_set
 from unite_fast.data_pipeline.molecules.source import MoleculeSource
@@ -121,7 +121,7 @@ def training_inchi(config: Config, data: str) -> list[str] | None:
     molecules = read_set(data or config.data.path)
     if not molecules.inchi:
         return None
-    return [molecules.inchi[row] for row in np.flatnonzero(molecules.split == SPLITS.index(SPLITS[TRAIN]))]
+    return [molecules.inchi[row] for row in np.flatnonzero(molecules.split == TRAIN)]
 
 
 def generate(model: TrainedMolecules, generation: Generation, ranks: Ranks, track: Track) -> MoleculeSet:
