@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from unite_fast.data_pipeline.source import Source, UnreadableSample
-from unite_fast.errors import UserError
+from unite_fast.errors import TemporaryError, UserError
 
 Result = TypeVar("Result")
 Broken = tuple[str, str]
@@ -280,7 +280,7 @@ class ProcessReader:
         return slot.copy().batch(), broken
 
     def raise_killed(self) -> NoReturn:
-        raise UserError(
+        raise TemporaryError(
             "a data worker process was killed, perhaps out of memory: lower data.workers, "
             "then resume from the last checkpoint with --resume"
         )

@@ -26,7 +26,9 @@ from unite_fast.commands import (
     training,
     tune,
 )
+from unite_fast.distributed.agent import end_agent
 from unite_fast.distributed.environment import Environment, read_environment
+from unite_fast.distributed.hosts import name_ranks
 from unite_fast.errors import UserError, printable
 from unite_fast.utils.standard_streams import guard_streams, report_lost_output
 
@@ -100,7 +102,7 @@ def main() -> None:
         cause = error.__cause__ if isinstance(error, _Ended) and error.__cause__ else error
         if show_traceback:
             sys.stderr.write(_traceback(cause))
-        _exit(*_explain(cause, show_traceback))
+        _exit(*_explain(cause, show_traceback), cause)
 
 
 def _read_words(words: Sequence[str]) -> tuple[list[str], bool]:
@@ -154,21 +156,37 @@ def _report_thread(arguments: threading.ExceptHookArgs) -> None:
         sys.stderr.write(f"warning: a thread ended with {arguments.exc_type.__name__}: {reason}\n")
 
 
-def _exit(message: str, status: int) -> NoReturn:
-    """Print an error in one line and exit with `status`."""
+def _exit(message: str, status: int, error: BaseException | None = None) -> NoReturn:
+    """Print an error in one line and exit with `status`. Under torchrun, a mistake of the user ends that too.
+
+    Args:
+        error: its attribute `raised_by` is the rank from which this one got it; None: the message says so.
+    """
     try:
         ranks = read_environment()
     except UserError:
         ranks = Environment()
-    rank = f"rank {ranks.rank}: " if ranks.world > 1 else ""
+    source = getattr(error, "raised_by", ranks.rank)
+    rank = f"{name_ranks([source])}: " if ranks.world > 1 and source is not None else ""
+    mistake = isinstance(error, UserError) and status == UserError.status
+    if mistake and ranks.several_machines and source == ranks.rank and not _in_process_group():
+        from unite_fast.distributed.store import announce_early_mistake  # imports torch
+
+        announce_early_mistake(message)
     if not _in_process_group() and ranks.local_rank:
         # Before the process group exists, the ranks of a machine mostly fail alike. The first one prints, and torchrun
         # then ends the others. If this rank exited before, torchrun would end the first one. A rank that is still here
         # after the wait failed alone.
         time.sleep(FIRST_RANK_SECONDS)
-    # One write, so that lines of several processes do not mix.
-    sys.stderr.write(f"error: {rank}{printable(message)[:LONGEST_MESSAGE]}\n")
-    sys.stderr.flush()
+    if source == ranks.rank or ranks.local_rank == 0:
+        # One write, so that lines of several processes do not mix.
+        sys.stderr.write(f"error: {rank}{printable(message)[:LONGEST_MESSAGE]}\n")
+        sys.stderr.flush()
+    else:
+        # The first rank of this machine prints the error of another rank, and has time for it.
+        time.sleep(1)
+    if mistake:
+        end_agent()
     report_lost_output()
     if _in_process_group():
         # Exit at once: the clean-up of Python and PyTorch may wait for dead processes.

@@ -1,4 +1,4 @@
-"""The exception for user errors, two checks that raise it, and what its messages quote."""
+"""The exceptions for user errors, two checks that raise them, and what their messages quote."""
 
 
 class UserError(Exception):
@@ -12,6 +12,12 @@ class UserError(Exception):
 
     def __init__(self, message: str):
         super().__init__(printable(message))  # it may quote names from files
+
+
+class TemporaryError(UserError):
+    """Not a mistake of the user: the same command may succeed later, so torchrun may restart it."""
+
+    status = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def require(condition: bool, message: str) -> None:

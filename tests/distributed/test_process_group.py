@@ -16,7 +16,7 @@ def _collectives() -> list:
     return [
         own.gather(f"rank {ranks.rank}"),
         own.broadcast(ranks.rank + 5),
-        own.start_max(10 - ranks.rank).result(),
+        *own.start_max(10 - ranks.rank).result(),
         int(total),
         own.run_on_all(lambda: ranks.rank**2),
         own.run_on_first(lambda: ranks.rank + 7),
@@ -53,7 +53,7 @@ def test_collectives_of_one_process_need_no_group():
     assert single == Ranks() and single.main
     single.wait()
     assert single.gather("x") == ["x"] and single.broadcast("x") == "x"
-    assert single.start_max(3).result() == 3 and single.run_on_first(lambda: 4) == 4
+    assert single.start_max(3, 5).result() == [3, 5] and single.run_on_first(lambda: 4) == 4
     assert single.with_own_group() is single
 
 

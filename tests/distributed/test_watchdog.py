@@ -12,10 +12,12 @@ import pytest
 from torch import distributed
 
 from unite_fast.distributed import peers as peers_module
-from unite_fast.distributed.peers import TEMPORARY, Peers
+from unite_fast.distributed.peers import Peers
 from unite_fast.distributed.signals import stop_on_signals
 from unite_fast.distributed.watchdog import HUNG, Watchdog, report_lost_contact
-from unite_fast.errors import UserError
+from unite_fast.errors import TemporaryError, UserError
+
+TEMPORARY = TemporaryError.status
 
 
 def in_child(function: Callable, *arguments: object) -> int:
@@ -51,6 +53,7 @@ def train_until_failure(join: Callable[[], Peers], failure: Callable, timeout: f
     """The steps of a run; in the fifth, rank 1 calls `failure`."""
     peers = join()
     with Watchdog(peers, timeout) as watchdog, report_lost_contact(watchdog), stop_on_signals(peers) as vote:
+        watchdog.watch_next_rank()
         for step in range(1, 1000):
             watchdog.beat(step, "waiting for the other processes")
             vote.next_result()
@@ -105,6 +108,7 @@ def _wait_for_the_device(join: Callable[[], Peers]) -> None:
     """A rank whose main thread waits for its device, because another rank died during an NCCL collective."""
     peers = join()
     with Watchdog(peers, 60.0) as watchdog:
+        watchdog.watch_next_rank()
         watchdog.beat(5, "writing metrics")
         if peers.rank == 3:
             time.sleep(0.5)

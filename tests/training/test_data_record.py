@@ -133,7 +133,7 @@ def test_pixels_and_labels_of_digits_are_in_the_fingerprint():
 
 
 def _digits_of_rank() -> str:
-    with join_training("cpu", 3) as (ranks, _):
+    with join_training("cpu", 3) as (ranks, _, _):
         try:
             DataRecord.of(open_source("digits", "", 8, "train" if ranks.main else "test"), ranks)
         except UserError as error:

@@ -37,7 +37,7 @@ def configured(tiny_molecules):
 
 def run_steps(config, count: int) -> list[list[float]]:
     """Logged losses and gradient norm of each step."""
-    with join_training("cpu", 60) as (ranks, device):
+    with join_training("cpu", 60) as (ranks, device, _):
         trainer = Trainer(config, False, ranks, device)
         rows = []
         for step in range(count):
@@ -94,7 +94,7 @@ def test_a_killed_run_resumes_with_the_same_bits(tiny_molecules, process, wait_u
 def trained(configured, tmp_path_factory) -> Path:
     """A run of 12 steps."""
     folder = tmp_path_factory.mktemp("molecules") / "run"
-    with join_training("cpu", 60) as (ranks, device):
+    with join_training("cpu", 60) as (ranks, device, _):
         trainer = Trainer(configured(folder), False, ranks, device)
         trainer.run()
         trainer.close()

@@ -106,7 +106,7 @@ def test_losses_match_a_single_process(
 
 
 def initial_weights(config) -> dict[str, torch.Tensor]:
-    with join_training("cpu", 60) as (ranks, device):
+    with join_training("cpu", 60) as (ranks, device, _):
         model, _ = build_model(config, ranks, device)
         return {
             name: full_tensor(x.detach()).numpy() for name, x in (*model.named_parameters(), *model.named_buffers())

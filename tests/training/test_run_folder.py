@@ -10,7 +10,7 @@ from PIL import Image
 
 from unite_fast.data_pipeline import open_source
 from unite_fast.distributed.launch import join_training
-from unite_fast.distributed.peers import Peers
+from unite_fast.distributed.process_group import ALONE
 from unite_fast.errors import UserError
 from unite_fast.recipes import load_config
 from unite_fast.training import run_folder
@@ -27,11 +27,11 @@ from unite_fast.training.run_folder import (
 
 
 def _restarted(folder: Path, count_on_rank_1: int, run: str) -> bool:
-    with join_training("cpu", 3) as (ranks, _):
+    with join_training("cpu", 3) as (ranks, _, _):
         os.environ["TORCHELASTIC_RUN_ID"] = run
         if ranks.rank == 1:
             os.environ["TORCHELASTIC_RESTART_COUNT"] = str(count_on_rank_1)
-        return restarted(folder, Peers(ranks.rank, ranks.world))
+        return restarted(folder, ranks)
 
 
 def test_all_ranks_recognise_a_restart_by_torchrun(ranks, tmp_path, monkeypatch):
@@ -50,7 +50,7 @@ def test_all_ranks_recognise_a_restart_by_torchrun(ranks, tmp_path, monkeypatch)
 def test_a_count_of_restarts_that_is_no_number_is_named(tmp_path, monkeypatch, mentions, text):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", text)
     with pytest.raises(UserError, match=mentions("TORCHELASTIC_RESTART_COUNT", repr(text))):
-        restarted(tmp_path, Peers(0, 1))
+        restarted(tmp_path, ALONE)
 
 
 def test_an_open_folder_is_followed_and_made_again(tmp_path):

@@ -120,7 +120,7 @@ class NoWaitingMethods(TorchFunctionMode):
 def _guarded_steps(config: Config) -> int:
     """Take steps and add to the means under these guards. Reading images is left out: those are in host memory."""
     native.available = lambda: False  # C++ kernels read the memory of CPU tensors
-    with join_training("cpu", 60) as (ranks, device):
+    with join_training("cpu", 60) as (ranks, device, _):
         trainer = Trainer(config, False, ranks, device)
         try:
             for step in range(config.train.steps):

@@ -22,11 +22,10 @@ from unite_fast.benchmarking.progress import ProgressLine
 from unite_fast.benchmarking.top_kernels import top_kernels
 from unite_fast.config import Config, ProfileConfig
 from unite_fast.distributed.launch import join_training
-from unite_fast.distributed.peers import Peers
 from unite_fast.distributed.process_group import Ranks
-from unite_fast.distributed.watchdog import Watchdog, report_lost_contact
 from unite_fast.errors import UserError
 from unite_fast.lpips import has_weights, random_lpips
+from unite_fast.training.setup import start_values
 from unite_fast.training.trainer import Trainer
 from unite_fast.utils.device import choose_device
 
@@ -183,12 +182,10 @@ class Marks:
 @contextmanager
 def open_trainer(config: Config) -> Iterator[Trainer]:
     """A trainer with these settings in a temporary folder, which is deleted in any case."""
-    timeout = config.parallel.timeout
+    device, timeout = choose_device(config.train.device), config.parallel.timeout
     with (
         sigterm_unwinds(),
-        join_training(choose_device(config.train.device).type, timeout) as (ranks, device),
-        Watchdog(Peers(ranks.rank, ranks.world), timeout) as watchdog,
-        report_lost_contact(watchdog),
+        join_training(device.type, timeout, start_values(config, {})) as (ranks, device, watchdog),
         temporary_folder() as folder,
     ):
         perceptual, lpips = config.perceptual, None

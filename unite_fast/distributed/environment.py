@@ -16,6 +16,10 @@ class Environment(NamedTuple):
     local_rank: int = 0
     per_node: int = 1
 
+    @property
+    def several_machines(self) -> bool:
+        return self.world > self.per_node
+
 
 def read_environment() -> Environment:
     """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.
@@ -44,6 +48,15 @@ def restart_count() -> int:
         UserError: TORCHELASTIC_RESTART_COUNT is no number.
     """
     return _number("TORCHELASTIC_RESTART_COUNT", 0)
+
+
+def restarts_left() -> bool:
+    """Whether torchrun would restart the processes after a failure; False without torchrun.
+
+    Raises:
+        UserError: see `restart_count`.
+    """
+    return _number("TORCHELASTIC_MAX_RESTARTS", 0) > restart_count()
 
 
 def check_address() -> None:

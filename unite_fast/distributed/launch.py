@@ -1,26 +1,27 @@
-"""Joining the processes that torchrun starts: devices, rendezvous, process group."""
+"""Joining the processes that torchrun starts: devices, store, heartbeats, process group."""
 
 import os
-import secrets
+import resource
 import socket
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
 from torch import distributed
-from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.distributed_c10d import Store
 
-from unite_fast.distributed.environment import check_address
-from unite_fast.distributed.peers import PATIENCE, LostContact
+from unite_fast.distributed.hosts import use_hosts
+from unite_fast.distributed.interface import GLOO_INTERFACE, choose_interface, own_address_towards
+from unite_fast.distributed.peers import PATIENCE, Peers
 from unite_fast.distributed.process_group import Ranks, current_ranks
+from unite_fast.distributed.start_check import check_same_start
+from unite_fast.distributed.store import fresh_store, gather
+from unite_fast.distributed.watchdog import Watchdog, report_lost_contact
 from unite_fast.errors import UserError
 
-
-def under_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
+JOINING = 600.0
+"""Seconds to wait for the next process at the start of sampling or evaluation; training has `parallel.timeout`."""
 
 
 def local_device(kind: str, ranks: Ranks) -> tuple[torch.device, str]:
@@ -46,31 +47,50 @@ def local_device(kind: str, ranks: Ranks) -> tuple[torch.device, str]:
 
 
 @contextmanager
-def join_training(device: str, timeout: float) -> Iterator[tuple[Ranks, torch.device]]:
+def join_training(
+    device: str, timeout: float, start: dict[str, object] | None = None
+) -> Iterator[tuple[Ranks, torch.device, Watchdog]]:
     """Join the process group of a training run, as torchrun's environment variables describe it, and leave it at the
     end. Without these variables the world size is 1 and there is no group.
 
     Args:
         device: cpu or cuda; with several CUDA devices, each rank takes the one with its local rank.
         timeout: seconds; see `ParallelConfig`.
+        start: what must be the same on all ranks: settings, versions.
 
     Raises:
-        UserError: more processes on a machine than CUDA devices; `LostContact` if other ranks did not start.
+        UserError: more processes on a machine than CUDA devices; a rank was started in another way; `LostContact` if
+            other ranks did not start or died; `MistakeElsewhere` if one ended by a mistake of the user.
     """
     ranks = Ranks.from_environment()
     if ranks.world == 1:
-        yield ranks, torch.device(device)
+        with Watchdog(Peers(), timeout) as watchdog:
+            yield ranks, torch.device(device), watchdog
         return
     own_device, backend = local_device(device, ranks)
-    check_address()
-    # The watchdog has a shorter timeout and a better message; this one is for the case that it hangs as well.
-    longest = 1.1 * PATIENCE * timeout
-    store, rank, world = fresh_store(longest)
-    distributed.init_process_group(
-        backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=longest)
-    )
-    yield ranks, own_device
-    # Not after an error: it could wait for ranks that are gone.
+    allow_many_files()
+    # Gloo then connects two ranks when they first exchange something, and not all with all in each group.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    store = fresh_store(timeout)
+    meet(store, ranks, timeout)
+    check_same_start(start or {}, store, ranks, timeout)
+    with Watchdog(Peers(ranks.rank, ranks.world, store), timeout) as watchdog:
+        try:
+            with report_lost_contact(watchdog):
+                # The watchdog has a shorter timeout and a better message; this one is for the case that it hangs too.
+                longest = timedelta(seconds=min(1.1 * PATIENCE * timeout, 1e8))
+                distributed.init_process_group(
+                    backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=longest
+                )
+                watchdog.peers.open_groups()
+                watchdog.watch_next_rank()
+                yield ranks, own_device, watchdog
+        except UserError as error:
+            if error.status == UserError.status:
+                watchdog.end_all(error)
+            raise
+    # Not after an error: they could wait for ranks that are gone. Rank 0 may hold the store, so it ends last.
+    ranks.wait()
     distributed.destroy_process_group()
 
 
@@ -81,70 +101,38 @@ def ranks_of_torchrun(device: torch.device) -> Iterator[Ranks]:
     Args:
         device: of type "cpu" or "cuda"; on CUDA this rank's own device becomes the current one.
     """
-    ranks = Ranks.from_environment()
-    if ranks.world == 1 or distributed.is_initialized():
+    if distributed.is_initialized() or Ranks.from_environment().world == 1:
         yield current_ranks()
         return
-    _, backend = local_device(device.type, ranks)
-    check_address()
-    # Hours of work may lie between two collectives; torchrun notices a rank that dies.
-    distributed.init_process_group(backend, timeout=timedelta(hours=12))
-    yield current_ranks()
-    # Not after an error: it could wait for ranks that are gone.
-    distributed.destroy_process_group()
+    with join_training(device.type, JOINING) as (_, _, watchdog):
+        # Hours of work may lie between two collectives. A rank that dies is noticed all the same.
+        watchdog.timeout = float("inf")
+        watchdog.beat(0, "sampling or evaluating")
+        yield current_ranks()
 
 
-def fresh_store(timeout: float) -> tuple[Store, int, int]:
-    """Store, rank and world size of this start, from torchrun's environment variables.
-
-    torchrun 2.13 keeps one store over its restarts, with the addresses of dead processes still in it
-    (https://github.com/pytorch/pytorch/issues/135712): a restarted group would wait for them for ever. So each start
-    gets its own key prefix.
-
-    Args:
-        timeout: seconds to wait for the other ranks.
+def meet(store: Store, ranks: Ranks, timeout: float) -> None:
+    """Learn the other machines' names and addresses, and choose the network interface that leads to them.
 
     Raises:
-        LostContact: the other ranks did not join in time.
+        LostContact: a rank ended meanwhile.
     """
-    world = int(os.environ["WORLD_SIZE"])
-    try:
-        store, rank, world = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
-        return PrefixStore(_agree_on_prefix(store, rank, world, timeout), store), rank, world
-    except (distributed.DistError, TimeoutError) as error:
-        raise LostContact(f"not all {world} processes joined within {timeout:g} s") from error
+    hosts = gather(store, "host", socket.gethostname(), ranks.rank, ranks.world, timeout)
+    use_hosts(hosts)
+    if ranks.nodes == 1:
+        return
+    # The machine to which MASTER_ADDR belongs may know it as a loopback address; then another machine's address leads
+    # to the right interface.
+    port = int(os.environ["MASTER_PORT"])
+    own = own_address_towards(os.environ["MASTER_ADDR"], port)
+    addresses = gather(store, "address", own, ranks.rank, ranks.world, timeout)
+    if interface := choose_interface([os.environ["MASTER_ADDR"], *addresses], port):
+        os.environ[GLOO_INTERFACE] = interface
 
 
-def _agree_on_prefix(store: Store, rank: int, world: int, timeout: float) -> str:
-    """A key prefix on which all ranks of this start agree, although the store may hold keys of an earlier start.
-    torchrun's restart count cannot be the prefix, since each machine has its own.
-
-    Each rank writes a new token. Rank 0 proposes the tokens that it reads; each rank confirms a proposal that contains
-    its token; a proposal that all have confirmed is accepted. A proposal with a dead rank's token never is.
-    """
-    token = secrets.token_hex(8)
-    store.set(f"start/{rank}", token)
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if rank == 0:
-            store.set("start/proposal", ",".join(store.get(f"start/{other}").decode() for other in range(world)))
-        proposal = store.get("start/proposal").decode()
-        if token in proposal:
-            store.set(f"start/confirmed/{rank}", proposal)
-            if rank == 0 and all(_equals(store, f"start/confirmed/{other}", proposal) for other in range(world)):
-                store.set("start/accepted", proposal)
-            if _equals(store, "start/accepted", proposal):
-                return f"start {proposal.partition(',')[0]}"
-        time.sleep(0.05)
-    raise TimeoutError
-
-
-def _equals(store: Store, key: str, value: str) -> bool:
-    return store.check([key]) and store.get(key).decode() == value
-
-
-def launch_name() -> str:
-    """Identifies this launch of torchrun, restarts included; empty without torchrun."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    # "none" is torchrun's default name.
-    return f"{socket.gethostname()}-{os.getppid()}" if name == "none" else name
+def allow_many_files() -> None:
+    """Allow this process as many open files as the system lets it: each connection to another rank takes one."""
+    with suppress(ValueError, OSError):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,49 +1,145 @@
 """The other ranks of a run: which of them are gone."""
 
+import json
 import threading
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 from torch import distributed
-from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import Store
 
 from unite_fast.distributed.process_group import Ranks
-from unite_fast.errors import UserError
+from unite_fast.distributed.store import STORE_ERRORS
 
-TEMPORARY = 75
-"""Exit status of a rank that lost contact with another: EX_TEMPFAIL of sysexits.h, "try again later"."""
 PATIENCE = 10
 """Factor on the timeout for slow work: start, compilation, checkpoint, pictures, evaluation."""
+HEARTBEAT = 1.0
+"""Seconds between two heartbeats of a rank."""
+SILENCE = 24.0
+"""Seconds without a heartbeat after which a rank is gone: its machine lost power or network, which nothing else tells.
+Longer than anything that keeps a healthy process from running its threads."""
 ROLL_CALL = 3.0
 """Seconds that ranks have to answer a roll call. torchrun kills survivors after 30."""
 
 
-class LostContact(UserError):
-    """Another rank is gone or does not answer. Not a mistake of the user: restart and resume."""
+@dataclass
+class Trouble:
+    """Why a run ends early, as all ranks learn it."""
 
-    status = TEMPORARY
+    lost: list[int] | None = None
+    """Ranks that are gone; None: a roll call will tell."""
+    mistake: str = ""
+    """A mistake of the user, and who found it."""
 
 
 class Peers:
     """Three channels to the other ranks, besides training's own collectives:
 
-    - votes: a CPU group for `start_max`;
-    - the neighbour group: each rank waits for a message from the next one, which fails if that rank dies;
-    - torchrun's store: for a roll call, when collectives no longer work.
+    - the store: heartbeats, and trouble that one rank announces to all;
+    - the neighbour group: each rank waits for a message from the next one, which fails at once if that rank dies;
+    - votes: a CPU group for `start_max`.
     """
 
-    def __init__(self, rank: int = 0, world: int = 1):
-        """All ranks call this together, after `init_process_group`."""
+    def __init__(self, rank: int = 0, world: int = 1, store: Store | None = None):
+        """All ranks call this together.
+
+        Args:
+            store: of this start; none for a process alone.
+        """
         self.rank, self.world = rank, world
+        self.votes = self.neighbours = Ranks(rank, world)
+        self.beats = 0
+        self.last_beats: list[bytes] = []
+        self.heard_at = [time.monotonic()] * world
+        if store is not None:
+            # A connection of its own, because the main thread may hang in a request on the other one.
+            self.store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]  # missing in torch's stub
+            self.beat()
+
+    def open_groups(self) -> None:
+        """All ranks call this together, after `init_process_group`."""
         # No timeout: the watchdog decides who waits too long.
         endless = timedelta(days=1000)
-        self.votes, self.neighbours = (Ranks(rank, world).with_own_group(endless) for _ in range(2))
-        if world > 1:
-            # A connection of its own, because the main thread may hang in a request on the other one.
-            store = distributed_c10d._get_default_store()
-            self.store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]  # missing in torch's stub
+        self.votes, self.neighbours = (Ranks(self.rank, self.world).with_own_group(endless) for _ in range(2))
+
+    def beat(self) -> None:
+        """Tell the others that this process runs.
+
+        Raises:
+            RuntimeError: the store is gone. A request to a store whose machine is gone does not return.
+        """
+        self.beats += 1
+        self.store.set(f"beat/{self.rank}", str(self.beats))
+
+    def silent_ranks(self) -> list[int]:
+        """Ranks without a heartbeat for `SILENCE` seconds. Only rank 0 calls this, every second or so.
+
+        Raises:
+            RuntimeError: the store is gone.
+        """
+        keys = [f"beat/{rank}" for rank in range(self.world)]
+        if not self.store.check(keys):  # not all have joined
+            return []
+        now, beats = time.monotonic(), self.store.multi_get(keys)
+        for rank, beat in enumerate(beats):
+            if not self.last_beats or beat != self.last_beats[rank]:
+                self.heard_at[rank] = now
+        self.last_beats = beats
+        return [rank for rank, heard in enumerate(self.heard_at) if now - heard > SILENCE]
+
+    def was_paused(self) -> None:
+        """Forget how long the others were silent: this process itself did not run."""
+        self.heard_at = [time.monotonic()] * self.world
+
+    def announce(self, trouble: Trouble) -> None:
+        """Tell all ranks why the run ends. The first announcement counts."""
+        with suppress(*STORE_ERRORS):  # the store is gone as well
+            self.store.compare_set("trouble", "", json.dumps(vars(trouble)))
+
+    def trouble(self) -> Trouble | None:
+        """What a rank announced; None: nothing.
+
+        Raises:
+            RuntimeError: the store is gone.
+        """
+        return Trouble(**json.loads(self.store.get("trouble"))) if self.store.check(["trouble"]) else None
+
+    def answer_roll_call(self) -> None:
+        """Tell that this rank is there, after it saw that there is trouble.
+
+        Raises:
+            RuntimeError: the store is gone.
+        """
+        self.store.set(f"alive/{self.rank}", "")
+
+    def missing_ranks(self) -> list[int]:
+        """The ranks that are gone or frozen: those that rank 0 announced, else those that do not answer a roll call
+        within a few seconds. Empty if the store itself does not answer."""
+        missing: list[int] = []
+        # In a thread, because a request to a store whose machine is gone never returns.
+        thread = threading.Thread(target=self._find_missing, args=(missing,), daemon=True)
+        thread.start()
+        thread.join(3 * ROLL_CALL)
+        return missing
+
+    def _find_missing(self, missing: list[int]) -> None:
+        with suppress(*STORE_ERRORS):
+            self.announce(Trouble())
+            trouble = self.trouble()
+            if trouble is None or trouble.lost is None:
+                self._call_roll(missing)
+            else:
+                missing += trouble.lost
+
+    def _call_roll(self, missing: list[int]) -> None:
+        keys = {f"alive/{rank}": rank for rank in range(self.world)}
+        deadline = time.monotonic() + ROLL_CALL
+        while time.monotonic() < deadline and not self.store.check(list(keys)):
+            time.sleep(0.05 + 5e-4 * self.world)
+        missing += [rank for key, rank in keys.items() if not self.store.check([key])]
 
     def wait_for_next(self) -> None:
         """Block until the next rank calls `release_previous`.
@@ -56,42 +152,3 @@ class Peers:
     def release_previous(self) -> None:
         """End the previous rank's `wait_for_next`."""
         distributed.send(torch.zeros(1), (self.rank - 1) % self.world, self.neighbours.group)
-
-    def call_roll(self) -> None:
-        """Ask all ranks to answer, because contact with one of them broke."""
-        with suppress(RuntimeError):  # the store is gone as well
-            self.store.set("roll call", "")
-
-    def answer_roll_call(self) -> bool:
-        """Answer the roll call if there is one. Returns whether there is."""
-        with suppress(RuntimeError):
-            if self.store.check(["roll call"]):
-                self.store.set(f"alive/{self.rank}", "")
-                return True
-        return False
-
-    def missing_ranks(self) -> list[int]:
-        """Call the roll; returns the ranks that do not answer within a few seconds, because they are gone or frozen.
-        Empty if the store itself does not answer."""
-        missing: list[int] = []
-        # In a thread, because a request to a store whose machine is gone never returns.
-        thread = threading.Thread(target=self._find_missing, args=(missing,), daemon=True)
-        thread.start()
-        thread.join(2 * ROLL_CALL)
-        return missing
-
-    def _find_missing(self, missing: list[int]) -> None:
-        keys = {f"alive/{rank}": rank for rank in range(self.world)}
-        self.call_roll()
-        deadline = time.monotonic() + ROLL_CALL
-        with suppress(RuntimeError):
-            while time.monotonic() < deadline and not self.store.check(list(keys)):
-                time.sleep(0.05)
-            missing += [rank for key, rank in keys.items() if not self.store.check([key])]
-
-
-def name_ranks(ranks: list[int]) -> str:
-    """The ranks in words, for a message."""
-    if not ranks:
-        return "another process"
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

@@ -64,9 +64,9 @@ class Ranks:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def start_max(self, number: int) -> "PendingMax":
-        """Start an all-reduce (max) of one number per rank; does not wait."""
-        tensor = torch.tensor([number])
+    def start_max(self, *numbers: int) -> "PendingMax":
+        """Start an all-reduce (max) of each of these numbers; does not wait."""
+        tensor = torch.tensor(numbers)
         work = None
         if self.world > 1:
             work = dist.all_reduce(tensor, dist.ReduceOp.MAX, self.group, async_op=True)
@@ -92,7 +92,7 @@ class Ranks:
         """Run `work` on every rank and gather the results. If it fails on any rank, all ranks raise that error.
 
         Raises:
-            Exception: the error of the lowest rank on which `work` failed.
+            Exception: the error of the lowest rank on which `work` failed; its `raised_by` is that rank.
         """
         if self.world == 1:
             return [work()]
@@ -104,8 +104,9 @@ class Ranks:
             # An error that cannot be pickled would leave the other ranks waiting.
             outcome = (False, RuntimeError(f"{type(error).__name__}: {error}"))
         outcomes = self.gather(outcome)
-        for succeeded, result in outcomes:
+        for rank, (succeeded, result) in enumerate(outcomes):
             if not succeeded:
+                result.raised_by = rank
                 raise result
         return [result for _, result in outcomes]
 
@@ -127,13 +128,13 @@ ALONE = Ranks()
 class PendingMax:
     """The pending result of `Ranks.start_max`, on the CPU, so no device waits for it."""
 
-    number: Tensor
+    numbers: Tensor
     work: dist.Work | None
 
-    def result(self) -> int:
+    def result(self) -> list[int]:
         if self.work is not None:
             self.work.wait()
-        return int(self.number)
+        return self.numbers.tolist()
 
 
 def current_ranks() -> Ranks:

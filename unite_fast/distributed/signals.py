@@ -1,42 +1,78 @@
 """Signals that ask a run to save and stop: all ranks stop after the same step."""
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from unite_fast.distributed.launch import under_torchrun
+from unite_fast.distributed.agent import under_torchrun
 from unite_fast.distributed.peers import Peers
 from unite_fast.distributed.process_group import PendingMax
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """Slurm can send SIGUSR1 some time before a job's limit, and a terminal that closes sends SIGHUP."""
+VOTE_SECONDS = 1.0
+"""Between two votes."""
+MOST_STEPS = 100
+"""Between two votes."""
 
 
 class StopVote:
-    """Once per step the ranks agree whether to stop: they stop if any of them received a signal."""
+    """About once a second the ranks agree whether to stop: they stop if any of them received a signal. With the same
+    vote rank 0 asks all for a checkpoint."""
 
     def __init__(self, peers: Peers):
         self.peers = peers
         self.received: list[int] = []
         """Signals that this rank received."""
+        self.save_wanted = False
+        """Set on rank 0: all shall save a checkpoint."""
+        self.save_now = False
+        """The result of the last `next_result`: whether all save a checkpoint after this step."""
         self.pending: PendingMax | None = None
+        self.interval = self.steps_left = 1
+        """Steps from the next vote to its result; those that are left of the pending one."""
+        self.waited = 1
+        """Steps from the last vote to its result."""
+        self.started_at = time.monotonic()
 
     def next_result(self) -> int:
         """The signal to stop for, or 0. All ranks call this once per step and get the same result.
 
-        It returns the vote started one step earlier, so no rank waits, and starts the next one.
+        It returns the result of a vote that began some steps earlier, so no rank waits, and starts the next one. An
+        all-reduce over many ranks takes as many messages, so there is one about every `VOTE_SECONDS`; rank 0 measures
+        how many steps that is, and the vote tells it to all.
         """
+        self.steps_left -= 1
+        if self.pending and self.steps_left > 0:
+            self.save_now = False
+            return 0
         result = self.finish()
         if not result:
-            self.pending = self.peers.votes.start_max(self.received[0] if self.received else 0)
+            self._start()
             if self.peers.world == 1:
                 result = self.finish()
         return result
 
+    def _start(self) -> None:
+        now = time.monotonic()
+        seconds, self.started_at = (now - self.started_at) / self.waited, now
+        steps = min(max(1, int(VOTE_SECONDS / max(seconds, 1e-6))), MOST_STEPS)
+        # Only rank 0's measurement counts: others' clocks may differ.
+        proposed = steps if self.peers.rank == 0 else 0
+        signal_now = self.received[0] if self.received else 0
+        self.pending = self.peers.votes.start_max(signal_now, proposed, int(self.save_wanted))
+        self.save_wanted = False
+        self.steps_left = self.waited = self.interval
+
     def finish(self) -> int:
         """Wait for the pending vote. A rank that left without this would leave the others waiting."""
-        pending, self.pending = self.pending, None
-        return pending.result() if pending else 0
+        pending, self.pending, self.save_now = self.pending, None, False
+        if not pending:
+            return 0
+        result, self.interval, save = pending.result()
+        self.save_now = bool(save)
+        return result
 
 
 @contextmanager

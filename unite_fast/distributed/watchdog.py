@@ -6,13 +6,17 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from torch import distributed
 
-from unite_fast.distributed.launch import under_torchrun
-from unite_fast.distributed.peers import PATIENCE, ROLL_CALL, TEMPORARY, LostContact, Peers, name_ranks
+from unite_fast.distributed.agent import agent_process, end_agent
+from unite_fast.distributed.environment import read_environment
+from unite_fast.distributed.hosts import name_ranks
+from unite_fast.distributed.peers import HEARTBEAT, PATIENCE, ROLL_CALL, SILENCE, Peers, Trouble
+from unite_fast.distributed.store import STORE_ERRORS, LostContact, MistakeElsewhere
+from unite_fast.errors import UserError
 
 HUNG = 124
 """Exit status of a process that made no progress, as of timeout(1)."""
@@ -23,7 +27,8 @@ class Watchdog:
     loader that does not answer, or on a device that waits for a dead rank. Works with every backend, whatever
     its own timeouts are.
 
-    If torchrun itself was killed, the watchdog asks this process to stop with SIGTERM, since nothing else would.
+    Each rank sends heartbeats, so a machine that lost power or network is noticed in any phase. If torchrun itself was
+    killed, the watchdog asks this process to stop with SIGTERM, since nothing else would.
 
     Use it as a context manager; outside, `beat` is only recorded.
     """
@@ -36,7 +41,12 @@ class Watchdog:
         self.peers, self.timeout = peers, timeout
         self.beat(step, "starting", patient=True)
         self.closed = threading.Event()
-        self.parent = os.getppid() if under_torchrun() else None
+        self.agent = agent_process()
+        self.last_contact = time.monotonic()
+        self.record_mistake: Callable[[str], None] = lambda message: None
+        """Called on this rank before it ends because of a mistake, its own or another rank's."""
+        self.before_exit: Callable[[], None] = lambda: None
+        """Called before this process ends because it hangs or lost contact."""
 
     def beat(self, step: int, activity: str, patient: bool = False) -> None:
         """Report progress.
@@ -51,21 +61,45 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         self.main_thread = threading.get_ident()
-        jobs = [self._watch_progress]
+        self.threads: list[threading.Thread] = []
+        self._start(self._watch_progress)
         if self.peers.world > 1:
-            jobs += [self._watch_next_rank, self._watch_roll_call]
-        self.threads = [threading.Thread(target=job, daemon=True) for job in jobs]
-        for thread in self.threads:
-            thread.start()
+            self._start(self._keep_contact)
         return self
+
+    def watch_next_rank(self) -> None:
+        """From now on, notice at once if the next rank dies. After `Peers.open_groups`."""
+        self._start(self._wait_for_next_rank)
+
+    def _start(self, job: Callable[[], None]) -> None:
+        thread = threading.Thread(target=job, daemon=True)
+        self.threads.append(thread)
+        thread.start()
 
     def __exit__(self, kind, *_):
         self.closed.set()
         if kind is None:
-            if self.peers.world > 1:
+            if self.peers.neighbours.group is not None:
                 self.peers.release_previous()
             for thread in self.threads:
                 thread.join()
+
+    def end_all(self, error: UserError) -> None:
+        """Tell all ranks that the run ends because of a mistake of the user, which a restart would repeat. They end
+        their torchrun too."""
+        if self.peers.world > 1 and not isinstance(error, MistakeElsewhere):
+            self.peers.announce(Trouble(mistake=f"{name_ranks([self.peers.rank])}: {error}"))
+        self.record_mistake(str(error))
+        end_agent()
+
+    def loss(self) -> UserError:
+        """The error for a collective that failed: a rank is gone, perhaps because of a mistake that it announced."""
+        with suppress(*STORE_ERRORS):
+            trouble = self.peers.trouble()
+            if trouble and trouble.mistake:
+                return MistakeElsewhere(trouble.mistake)
+        missing = name_ranks(self.peers.missing_ranks())
+        return LostContact(f"step {self.step}: lost contact with {missing} while {self.activity}")
 
     def _watch_progress(self) -> None:
         pause, awake = min(1.0, self.timeout / 10), time.monotonic()
@@ -74,38 +108,79 @@ class Watchdog:
             if now - awake > pause + 1:
                 # The process was stopped meanwhile, by Ctrl-Z or with its machine: that time does not count.
                 self.last_beat += now - awake - pause
+                self.last_contact = now
+                self.peers.was_paused()
             awake = now
             if time.monotonic() - self.last_beat > self.limit:
                 stack = "".join(traceback.format_stack(sys._current_frames()[self.main_thread]))
                 missing = self.peers.missing_ranks() if self.peers.world > 1 else []
                 answer = f"; no answer from {name_ranks(missing)}" if missing else ""
                 self._exit(f"no progress for {self.limit:g} s while {self.activity}{answer}\n{stack}", HUNG)
-            if self.parent and os.getppid() != self.parent:
-                self.parent = None
+            if self.peers.world > 1 and time.monotonic() - self.last_contact > SILENCE:
+                self._exit_lost([0], f" for {SILENCE:g} s")
+            if self.agent and agent_process() != self.agent:
+                self.agent = 0
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    def _watch_next_rank(self) -> None:
+    def _keep_contact(self) -> None:
+        """Send heartbeats, and look for trouble. Rank 0 looks for silent ranks too."""
+        try:
+            while not self.closed.wait(HEARTBEAT):
+                self.peers.beat()
+                if self.peers.rank == 0 and (silent := self.peers.silent_ranks()):
+                    self.peers.announce(Trouble(silent))
+                if trouble := self.peers.trouble():
+                    self.peers.answer_roll_call()
+                    self._end_by(trouble)
+                    return
+                self.last_contact = time.monotonic()
+        except STORE_ERRORS:
+            self._store_gone()
+
+    def _end_by(self, trouble: Trouble) -> None:
+        if trouble.mistake:
+            # Time for the main thread of a rank that found the mistake too.
+            if not self.closed.wait(HEARTBEAT):
+                self.end_all(MistakeElsewhere(trouble.mistake))
+                self._exit(trouble.mistake, UserError.status, quiet=read_environment().local_rank > 0)
+            return
+        missing = self.peers.missing_ranks()
+        # Time for the main thread to report the error itself (see `report_lost_contact`), or for `_watch_progress`.
+        if not self.closed.wait(ROLL_CALL):
+            self._exit_lost(missing)
+
+    def _store_gone(self) -> None:
+        """The store ended with rank 0, or with torchrun. In that case `_watch_progress` asks for a stop, and the run
+        goes on without heartbeats until then."""
+        deadline = time.monotonic() + ROLL_CALL
+        while time.monotonic() < deadline:
+            if self.closed.wait(0.1):
+                return
+            if agent_process() != self.agent or not self.agent:
+                self.last_contact = float("inf")
+                return
+        self._exit_lost([0])
+
+    def _wait_for_next_rank(self) -> None:
         try:
             self.peers.wait_for_next()
         except RuntimeError:
             if not self.closed.is_set():
-                self.peers.call_roll()
+                self.peers.announce(Trouble())
 
-    def _watch_roll_call(self) -> None:
-        while not self.peers.answer_roll_call():
-            if self.closed.wait(ROLL_CALL / 6):
-                return
-        missing = self.peers.missing_ranks()
-        # Time for the main thread to report the error itself (see `report_lost_contact`), or for `_watch_progress`.
-        if not self.closed.wait(ROLL_CALL):
-            self._exit(f"lost contact with {name_ranks(missing)} while {self.activity}", TEMPORARY)
+    def _exit_lost(self, missing: list[int], how_long: str = "") -> None:
+        self._exit(f"lost contact with {name_ranks(missing)}{how_long} while {self.activity}", LostContact.status)
 
-    def _exit(self, message: str, status: int) -> None:
+    def _exit(self, message: str, status: int, quiet: bool = False) -> None:
         if not self.closed.is_set():
-            rank = f"rank {self.peers.rank}: " if self.peers.world > 1 else ""
-            # One write, so that the lines of several processes do not mix.
-            sys.stderr.write(f"error: {rank}step {self.step}: {message.rstrip()}\n")
-            sys.stderr.flush()
+            rank = f"{name_ranks([self.peers.rank])}: " if self.peers.world > 1 else ""
+            if quiet:
+                time.sleep(1)  # the first rank of this machine prints it, and has time for it
+            else:
+                # One write, so that the lines of several processes do not mix.
+                sys.stderr.write(f"error: {rank}step {self.step}: {message.rstrip()}\n")
+                sys.stderr.flush()
+            self.before_exit()
             os._exit(status)
 
 
@@ -114,15 +189,14 @@ def report_lost_contact(watchdog: Watchdog) -> Iterator[None]:
     """Turn PyTorch's error for a lost rank into one line that names the step and the rank.
 
     Raises:
-        LostContact
+        LostContact: a rank is gone; `MistakeElsewhere` if it said why.
     """
     try:
         yield
     except RuntimeError as error:
         if watchdog.peers.world == 1 or not is_communication_error(error):
             raise
-        missing = name_ranks(watchdog.peers.missing_ranks())
-        raise LostContact(f"step {watchdog.step}: lost contact with {missing} while {watchdog.activity}") from error
+        raise watchdog.loss() from error
 
 
 def is_communication_error(error: RuntimeError) -> bool:

@@ -1,7 +1,9 @@
 """Run folder: checks for start and resume, the saved config, the status file, where it is."""
 
 import os
+import secrets
 import signal
+import time
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -16,13 +18,14 @@ from unite_fast.checkpoint.reader import Checkpoint
 from unite_fast.config import Config, EvaluationConfig, ParallelConfig, SamplingConfig
 from unite_fast.data_pipeline import Source
 from unite_fast.data_pipeline.image_folder import FolderSource
+from unite_fast.distributed.agent import launch_name, under_torchrun
 from unite_fast.distributed.environment import restart_count
-from unite_fast.distributed.launch import launch_name, under_torchrun
-from unite_fast.distributed.peers import Peers
+from unite_fast.distributed.hosts import name_ranks
+from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError, require
 from unite_fast.recipes import to_tree
 from unite_fast.utils import file_lock
-from unite_fast.utils.files import clear_partial, home_path, read_small, save_text
+from unite_fast.utils.files import PARTIAL, clear_partial, home_path, read_small, save_text, writing
 
 FREE_ON_RESUME = {
     "name",
@@ -58,6 +61,8 @@ FREE_ON_RESUME = {
 
 REPLACED_FILES = ("status", "metrics.jsonl", "samples.png", "reconstructions.png", "curves.png")
 """Files of a run besides config.yaml that it replaces or shortens."""
+SHARED_SECONDS = 10.0
+"""Seconds until all machines must see a new file of rank 0."""
 LONGEST_STATUS = 1000
 """Bytes of the status file."""
 
@@ -107,6 +112,51 @@ def choose_folder(config: Config) -> Path:
         if part.name == "checkpoints" and step_folders(part):
             raise UserError(f"{folder} is not a run, but in the checkpoints of one; set train.out={part.parent}")
     return folder
+
+
+def check_shared(folder: Path, ranks: Ranks) -> None:
+    """Check that all machines see the same run folder: rank 0 makes a file, and the others look for it.
+
+    Raises:
+        UserError: a machine does not see it.
+    """
+    if ranks.nodes == 1:
+        return
+    name, made = ranks.run_on_first(lambda: _make_token(folder))
+    try:
+        seen = ranks.gather(_appears(folder / name))
+    finally:
+        if ranks.main:
+            with suppress(OSError):
+                (folder / name).unlink()
+                if made:
+                    folder.rmdir()
+    missing = [rank for rank, there in enumerate(seen) if not there]
+    require(
+        not missing,
+        f"the run folder {folder.absolute()} is not the same on all machines: a file that {name_ranks([0])} makes does "
+        f"not appear for {name_ranks(missing)}; set train.out to a folder on a file system that all share",
+    )
+
+
+def _make_token(folder: Path) -> tuple[str, bool]:
+    """Name of a new file in the folder, and whether the folder is new."""
+    with writing(folder):
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f".unite_fast-start-{secrets.token_hex(8)}{PARTIAL}"
+        (folder / name).touch()
+    return name, made
+
+
+def _appears(file: Path) -> bool:
+    """Whether a file is there within `SHARED_SECONDS`: a network file system may show it late."""
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not file.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def check_apart(folder: Path, source: Source) -> None:
@@ -223,14 +273,14 @@ def flatten(tree: dict, path: str = "") -> dict:
     return flat
 
 
-def restarted(folder: Path, peers: Peers) -> bool:
+def restarted(folder: Path, ranks: Ranks) -> bool:
     """Whether torchrun restarted this run, which then resumes. False if this launch never started the run, for example
     because the folder contains another one."""
     restart = restart_count() > 0
     # One rank's yes is enough: each machine's torchrun has its own count, and some may see an older state of
     # the folder.
-    votes = peers.votes
-    return bool(votes.start_max(restart).result() and votes.start_max(read_status(folder) == running_status()).result())
+    answers = ranks.gather((restart, read_status(folder) == running_status()))
+    return all(any(answer) for answer in zip(*answers, strict=True))
 
 
 def running_status() -> str:
@@ -240,6 +290,11 @@ def running_status() -> str:
 def final_status(step: int, stopped_by: int) -> str:
     """Status after the run: stopped by a signal, or finished (`stopped_by` is 0)."""
     return f"stopped at step {step} by {signal.Signals(stopped_by).name}" if stopped_by else f"finished at step {step}"
+
+
+def failed_status(step: int, mistake: str) -> str:
+    """Status after a mistake of the user, which a restart would repeat."""
+    return f"failed at step {step}: {mistake}"[:LONGEST_STATUS]
 
 
 def read_status(folder: Path) -> str:

@@ -8,12 +8,14 @@ from unite_fast.config import MOLECULES, Config
 from unite_fast.data_pipeline import Source, open_source
 from unite_fast.data_pipeline.molecules.of_config import molecules_of
 from unite_fast.distributed.process_group import Ranks
+from unite_fast.distributed.start_check import check_same
 from unite_fast.distributed.strategy import Strategy
-from unite_fast.errors import require, shown
-from unite_fast.kernels import backend
+from unite_fast.errors import require
+from unite_fast.kernels import backend, native
 from unite_fast.recipes import to_tree
 from unite_fast.training import attention_precision
 from unite_fast.training.run_folder import flatten
+from unite_fast.utils.code_digest import code_digest, version_of
 from unite_fast.utils.device import check_float8, use_numerics, use_threads
 
 OF_A_MACHINE = {
@@ -28,30 +30,35 @@ OF_A_MACHINE = {
 """Settings that may differ between machines: what these paths lead to is compared by its content."""
 
 
-def check_same_start(config: Config, options: dict[str, object], ranks: Ranks) -> None:
-    """Compare settings, options and versions of all ranks. All ranks call this together.
-
-    Raises:
-        UserError: a rank was started in another way than rank 0: it would average the gradients of another recipe, or
-            the ranks would wait for each other for ever.
-    """
+def start_values(config: Config, options: dict[str, object]) -> dict[str, object]:
+    """What must be the same on all ranks, by key: settings without those `OF_A_MACHINE`, options, software. A rank that
+    was started in another way would average the gradients of another recipe, or the ranks would wait for each other
+    for ever."""
     settings = {key: value for key, value in flatten(to_tree(config)).items() if key not in OF_A_MACHINE}
-    check_same(settings | options | {"unite_fast": __version__, "torch": torch.__version__}, ranks)
+    software = {
+        "unite_fast": __version__,
+        "the code of unite_fast": code_digest(),
+        "torch": torch.__version__,
+        **{name: version_of(name) for name in ("numpy", "pillow", "triton")},
+    }
+    return settings | options | software
 
 
-def check_same(values: dict[str, object], ranks: Ranks) -> None:
-    """
+def check_same_backends(device: torch.device, decoder: str, ranks: Ranks) -> None:
+    """Compare what runs here, once it is chosen. All ranks call this together.
+
     Raises:
-        UserError: a rank has another value than rank 0.
+        UserError: another decoder of images, or another kind of kernels, than on rank 0; the bits would differ.
     """
-    first, *others = ranks.gather(values)
-    for rank, other in enumerate(others, 1):
-        for key in first:
-            require(
-                other.get(key) == first[key],
-                f"{key} is {shown(other.get(key))} on rank {rank} and {shown(first[key])} on rank 0; start all "
-                "processes with the same command and software",
-            )
+    check_same(
+        {
+            "the decoder of images": decoder,
+            "the kernels": backend.backend_on(device),
+            "the C++ kernels": "missing" if native.reason() else "built",
+            "the attention": backend.attention_on(device),
+        },
+        ranks,
+    )
 
 
 def use_device_settings(config: Config, device: torch.device) -> None:

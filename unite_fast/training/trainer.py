@@ -35,7 +35,9 @@ from unite_fast.training.run_folder import (
     OpenFolder,
     check_apart,
     check_new,
+    check_shared,
     choose_folder,
+    failed_status,
     final_status,
     find_start,
     lock_run,
@@ -44,10 +46,10 @@ from unite_fast.training.run_folder import (
 )
 from unite_fast.training.setup import (
     check_cuda_graph,
-    check_same,
-    check_same_start,
+    check_same_backends,
     choose_attention,
     open_training_data,
+    start_values,
     use_device_settings,
 )
 from unite_fast.training.train_state import TrainState
@@ -85,12 +87,9 @@ def train(config: Config, resume: bool = False, allow_change: tuple[str, ...] = 
         UserError: the folder contains a run already, settings do not fit data or checkpoint, the loss is not finite, or
             the disk is full; `LostContact` if another rank died.
     """
-    timeout = config.parallel.timeout
-    with (
-        join_training(choose_device(config.train.device).type, timeout) as (ranks, device),
-        Watchdog(Peers(ranks.rank, ranks.world), timeout) as watchdog,
-        report_lost_contact(watchdog),
-    ):
+    device, timeout = choose_device(config.train.device), config.parallel.timeout
+    start = start_values(config, {"--resume": resume, "--allow-change": allow_change, "the device": device.type})
+    with join_training(device.type, timeout, start) as (ranks, device, watchdog):
         trainer = Trainer(config, resume, ranks, device, watchdog, allow_change=allow_change)
         try:
             outcome = trainer.run()
@@ -121,8 +120,8 @@ class Trainer:
         self.config, self.ranks = config, ranks
         self.watchdog = watchdog or Watchdog(Peers(ranks.rank, ranks.world), config.parallel.timeout)
         self.peers = self.watchdog.peers
-        check_same_start(config, {"--resume": resume, "--allow-change": allow_change}, ranks)
         self.folder = choose_folder(config)
+        check_shared(self.folder, ranks)
         self.device = device or choose_device(config.train.device)
         use_device_settings(config, self.device)
         self.source = open_training_data(config)
@@ -131,7 +130,7 @@ class Trainer:
         if config.perceptual.weight:
             lpips = (lpips or load_lpips(config.perceptual)).to(self.device)
 
-        asked, resume = resume, resume or restarted(self.folder, self.peers)
+        asked, resume = resume, resume or restarted(self.folder, ranks)
         if not resume:
             check_new(self.folder)
         # Lock before reading, because another process that trains here writes and deletes checkpoints meanwhile.
@@ -155,7 +154,7 @@ class Trainer:
         self.state = TrainState(model, config)
         self.averages = Averages(self.device, config.model.modality)
         self.choice = choose_loader(config.data.loader, self.source, self.device)
-        check_same({"the decoder of images": self.choice.decoder}, ranks)
+        check_same_backends(self.device, self.choice.decoder, ranks)
         self.loader = self._make_loader()
         if checkpoint:
             self.restore(checkpoint)
@@ -239,8 +238,14 @@ class Trainer:
         if step_folders(self.checkpoints.folder) != self.found:
             raise UserError(f"another process trained in {self.folder} meanwhile; start again with --resume")
         self.open_folder = OpenFolder(self.folder, self.config, self.lock)
+        self.watchdog.record_mistake = self._record_mistake
         self.log = MetricsLog(self.folder, self.state.step, wandb, self.sides)
         self.profiler = StepProfiler(self.config.profile, self.folder, self.device, self.report.print_line)
+
+    def _record_mistake(self, mistake: str) -> None:
+        """Note in the folder's status that a restart would fail again. Called in any thread."""
+        with suppress(UserError):
+            write_status(self.folder, failed_status(self.state.step, mistake))
 
     def run(self) -> Outcome:
         """Train until `train.steps` or a signal."""

@@ -1,0 +1,185 @@
+"""The key-value store through which the ranks of a start meet, before there is a process group."""
+
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+from torch import distributed
+from torch.distributed import TCPStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from unite_fast.distributed.environment import check_address, read_environment
+from unite_fast.distributed.hosts import name_ranks
+from unite_fast.errors import TemporaryError, UserError
+
+STORE_ERRORS = (distributed.DistError, RuntimeError, TimeoutError)
+"""What requests to a store raise when it is gone."""
+MISTAKE = "start/mistake"
+"""Key of a mistake for which a rank ended before it joined."""
+
+
+class LostContact(TemporaryError):
+    """Another rank is gone or does not answer: restart and resume."""
+
+
+class MistakeElsewhere(UserError):
+    """Another rank ended by a mistake of the user. The message names it."""
+
+    raised_by = None
+
+
+def kept_by_torchrun() -> bool:
+    """Whether torchrun keeps the store over its restarts; otherwise rank 0 of each start has a new one."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def open_store(timeout: float) -> Store:
+    """Connect to the store at MASTER_ADDR and MASTER_PORT; rank 0 makes it, unless torchrun has.
+
+    Args:
+        timeout: seconds to wait for the store, and in each request for a key.
+
+    Raises:
+        UserError: the address is missing or wrong.
+        LostContact: there is no store.
+    """
+    check_address()
+    ranks, address = read_environment(), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    try:
+        return TCPStore(
+            *address,
+            world_size=ranks.world,
+            is_master=ranks.rank == 0 and not kept_by_torchrun(),
+            timeout=timedelta(seconds=timeout),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except STORE_ERRORS as error:
+        raise LostContact(
+            f"rank {ranks.rank} cannot reach rank 0 at {address[0]}, port {address[1]}, within {timeout:g} s; is that "
+            "machine up, does its name resolve here, does a firewall block the port?"
+        ) from error
+
+
+def fresh_store(timeout: float) -> Store:
+    """The store, with keys of this start alone.
+
+    torchrun 2.13 keeps one store over its restarts, with the addresses of dead processes still in it
+    (https://github.com/pytorch/pytorch/issues/135712): a restarted group would wait for them for ever. So each start
+    gets its own key prefix.
+
+    Args:
+        timeout: seconds to wait for the store, and then until the next rank joins.
+
+    Raises:
+        LostContact: the other ranks did not join in time.
+        MistakeElsewhere: another rank ended before it joined.
+    """
+    ranks, store = read_environment(), open_store(timeout)
+    try:
+        return PrefixStore(_agree_on_prefix(store, ranks.rank, ranks.world, timeout), store)
+    except STORE_ERRORS as error:
+        raise LostContact("rank 0 ended while the processes joined") from error
+
+
+def _agree_on_prefix(store: Store, rank: int, world: int, timeout: float) -> str:
+    """A key prefix on which all ranks of this start agree, although the store may hold keys of an earlier start.
+    torchrun's restart count cannot be the prefix, since each machine has its own.
+
+    Each rank writes a new token. Rank 0 proposes the tokens that it reads; each rank confirms a proposal that contains
+    its token; a proposal that all have confirmed is accepted. A proposal with a dead rank's token never is.
+    """
+    token = secrets.token_hex(8)
+    store.set(f"start/{rank}", token)
+    tokens, confirmed = ([f"start/{kind}{other}" for other in range(world)] for kind in ("", "confirmed/"))
+    joined, deadline = 0, time.monotonic() + timeout
+    # Many ranks ask less often, so that the store has time for all of them.
+    pause = 0.05 + 5e-4 * world
+    while time.monotonic() < deadline:
+        _look_for_mistake(store)
+        there = [number for number, key in enumerate(tokens) if store.check([key])] if rank == 0 else []
+        if len(there) > joined:
+            joined, deadline = len(there), time.monotonic() + timeout
+        if len(there) == world:
+            store.set("start/proposal", ",".join(text.decode() for text in store.multi_get(tokens)))
+        proposal = store.get("start/proposal").decode() if store.check(["start/proposal"]) else ""
+        if token in proposal:
+            store.set(f"start/confirmed/{rank}", proposal)
+            if rank == 0 and store.check(confirmed):
+                answers = [text.decode() for text in store.multi_get(confirmed)]
+                if all(answer == proposal for answer in answers):
+                    store.set("start/accepted", proposal)
+            if _equals(store, "start/accepted", proposal):
+                return f"start {proposal.partition(',')[0]}"
+        time.sleep(pause)
+    missing = [number for number, key in enumerate(tokens) if not store.check([key])]
+    raise LostContact(_not_joined(missing, world, timeout))
+
+
+def _equals(store: Store, key: str, value: str) -> bool:
+    return store.check([key]) and store.get(key).decode() == value
+
+
+def _not_joined(missing: list[int], world: int, timeout: float) -> str:
+    per_node = read_environment().per_node
+    machines = sorted({rank // per_node + 1 for rank in missing})
+    which = f": {name_ranks(missing)} did not" if missing else ""
+    if world > per_node and missing:
+        which += f" (machine {', '.join(map(str, machines))} of {world // per_node}, in torchrun's order)"
+    return f"not all {world} processes joined within {timeout:g} s{which}"
+
+
+def gather(store: Store, name: str, value: str, rank: int, world: int, timeout: float) -> list[str]:
+    """All-gather of a text per rank: rank 0 collects, and the others read once.
+
+    Raises:
+        LostContact: a rank did not write its text in time.
+    """
+    store.set(f"{name}/{rank}", value)
+    keys = [f"{name}/{other}" for other in range(world)]
+    if rank == 0:
+        wait_for(store, keys, timeout)
+        store.set(name, json.dumps([text.decode() for text in store.multi_get(keys)]))
+    wait_for(store, [name], timeout)
+    return json.loads(store.get(name))
+
+
+def wait_for(store: Store, keys: list[str], timeout: float, stop: Callable[[], None] = lambda: None) -> None:
+    """Wait until the store has all of these keys, without blocking it.
+
+    Raises:
+        LostContact: it has not within `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    while not store.check(keys):
+        stop()
+        if time.monotonic() > deadline:
+            raise LostContact(f"no answer from another process within {timeout:g} s")
+        time.sleep(0.02)
+
+
+def announce_early_mistake(message: str, timeout: float = 30.0) -> None:
+    """Tell the ranks that wait for this one to join that it ended by a mistake. Rank 0 keeps the store open until all
+    know it, at most `timeout` seconds."""
+    ranks = read_environment()
+    try:
+        store = open_store(timeout)
+        if not store.check([MISTAKE]):
+            where = f" on {socket.gethostname()}" if ranks.several_machines else ""
+            store.set(MISTAKE, f"rank {ranks.rank}{where}: {message}")
+        store.set(f"{MISTAKE}/seen/{ranks.rank}", "")
+        if ranks.rank == 0:
+            wait_for(store, [f"{MISTAKE}/seen/{rank}" for rank in range(ranks.world)], timeout)
+    except (UserError, *STORE_ERRORS):
+        pass  # they wait until their own limit
+
+
+def _look_for_mistake(store: Store) -> None:
+    if store.check([MISTAKE]):
+        text = store.get(MISTAKE).decode()
+        store.set(f"{MISTAKE}/seen/{read_environment().rank}", "")
+        raise MistakeElsewhere(text)
