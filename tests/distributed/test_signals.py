@@ -1,5 +1,6 @@
 """Signals: all ranks stop after the same step, and a second signal has its usual effect."""
 
+import itertools
 import os
 import signal
 import time
@@ -8,8 +9,9 @@ from collections.abc import Callable
 import pytest
 from torch import distributed
 
+from unite_fast.distributed import signals
 from unite_fast.distributed.peers import Peers
-from unite_fast.distributed.signals import SIGNALS, exit_status, stop_on_signals
+from unite_fast.distributed.signals import SIGNALS, StopVote, exit_status, stop_on_signals
 
 
 @pytest.fixture
@@ -71,6 +73,50 @@ def _steps_until_signal(join: Callable[[], Peers], number: int) -> tuple[int, in
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(ranks, join, number):
     assert ranks(3, _steps_until_signal, join, number) == [(number, 8)] * 3
+
+
+def _intervals(join: Callable[[], Peers]) -> list[int]:
+    """Steps at which a result arrives; rank 0 takes 20 ms a step."""
+    peers, arrived = join(), []
+    with stop_on_signals(peers) as vote:
+        for step in range(1, 60):
+            before = vote.pending
+            assert vote.next_result() == 0
+            if vote.pending is not before:
+                arrived.append(step)
+            if peers.rank == 0:
+                time.sleep(0.02)
+    return arrived
+
+
+def test_votes_become_rare_when_steps_are_fast(ranks, join, monkeypatch):
+    """At most one in a fifth of a second, here ten steps; all ranks vote at the same steps."""
+    monkeypatch.setattr(signals, "VOTE_SECONDS", 0.2)
+    first, *others = ranks(3, _intervals, join)
+    assert others == [first, first]
+    waits = [later - earlier for earlier, later in itertools.pairwise(first)]
+    assert waits[0] == 1 and max(waits) in range(4, 11)
+    assert all(after <= 2 * before for before, after in itertools.pairwise(waits))
+
+
+def _save_together(join: Callable[[], Peers]) -> list[int]:
+    """Rank 0 asks for a checkpoint before step 5."""
+    peers, saved = join(), []
+    with stop_on_signals(peers) as vote:
+        for step in range(1, 12):
+            if step == 5 and peers.rank == 0:
+                vote.save_wanted = True
+            assert vote.next_result() == 0
+            if vote.save_now:
+                saved.append(step)
+    return saved
+
+
+def test_a_checkpoint_that_rank_0_wants_is_saved_by_all_after_the_same_step(ranks, join):
+    assert ranks(3, _save_together, join) == [[6]] * 3
+    alone = StopVote(Peers())
+    alone.save_wanted = True
+    assert [alone.next_result() or alone.save_now for _ in range(3)] == [True, False, False]
 
 
 def _steps_without_signal(join: Callable[[], Peers]) -> tuple[int, bool]:

@@ -57,7 +57,8 @@ class StopVote:
     def _start(self) -> None:
         now = time.monotonic()
         seconds, self.started_at = (now - self.started_at) / self.waited, now
-        steps = min(max(1, int(VOTE_SECONDS / max(seconds, 1e-6))), MOST_STEPS)
+        # Growing slowly: the first steps take less time than a checkpoint, or more than all others.
+        steps = min(max(1, int(VOTE_SECONDS / max(seconds, 1e-6))), 2 * self.waited, MOST_STEPS)
         # Only rank 0's measurement counts: others' clocks may differ.
         proposed = steps if self.peers.rank == 0 else 0
         signal_now = self.received[0] if self.received else 0

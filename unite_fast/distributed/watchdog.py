@@ -85,12 +85,10 @@ class Watchdog:
                 thread.join()
 
     def end_all(self, error: UserError) -> None:
-        """Tell all ranks that the run ends because of a mistake of the user, which a restart would repeat. They end
-        their torchrun too."""
+        """Tell all ranks that the run ends because of a mistake of the user, which a restart would repeat."""
         if self.peers.world > 1 and not isinstance(error, MistakeElsewhere):
             self.peers.announce(Trouble(mistake=f"{name_ranks([self.peers.rank])}: {error}"))
         self.record_mistake(str(error))
-        end_agent()
 
     def loss(self) -> UserError:
         """The error for a collective that failed: a rank is gone, perhaps because of a mistake that it announced."""
@@ -180,6 +178,8 @@ class Watchdog:
                 # One write, so that the lines of several processes do not mix.
                 sys.stderr.write(f"error: {rank}step {self.step}: {message.rstrip()}\n")
                 sys.stderr.flush()
+            if status == UserError.status:
+                end_agent()
             self.before_exit()
             os._exit(status)
 

@@ -132,7 +132,7 @@ class Trainer:
 
         asked, resume = resume, resume or restarted(self.folder, ranks)
         if not resume:
-            check_new(self.folder)
+            ranks.run_on_first(lambda: check_new(self.folder))
         # Lock before reading, because another process that trains here writes and deletes checkpoints meanwhile.
         self.lock = lock_run(self.folder) if resume and ranks.main and (self.folder / LOCK).exists() else None
         self.open_folder: OpenFolder | None = None
