@@ -117,22 +117,24 @@ class Peers:
 
     def missing_ranks(self) -> list[int]:
         """The ranks that are gone or frozen: those that rank 0 announced, else those that do not answer a roll call
-        within a few seconds. Empty if the store itself does not answer."""
+        within a few seconds. Rank 0 if the store does not answer, which is on its machine."""
         missing: list[int] = []
         # In a thread, because a request to a store whose machine is gone never returns.
         thread = threading.Thread(target=self._find_missing, args=(missing,), daemon=True)
         thread.start()
         thread.join(3 * ROLL_CALL)
-        return missing
+        return [0] if thread.is_alive() and self.rank else missing
 
     def _find_missing(self, missing: list[int]) -> None:
-        with suppress(*STORE_ERRORS):
+        try:
             self.announce(Trouble())
             trouble = self.trouble()
             if trouble is None or trouble.lost is None:
                 self._call_roll(missing)
             else:
                 missing += trouble.lost
+        except STORE_ERRORS:
+            missing[:] = [0] if self.rank else []
 
     def _call_roll(self, missing: list[int]) -> None:
         keys = {f"alive/{rank}": rank for rank in range(self.world)}
