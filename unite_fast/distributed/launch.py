@@ -16,10 +16,12 @@ from unite_fast.distributed.interface import GLOO_INTERFACE, choose_interface, o
 from unite_fast.distributed.peers import PATIENCE, Peers
 from unite_fast.distributed.process_group import Ranks, current_ranks
 from unite_fast.distributed.start_check import check_same_start
-from unite_fast.distributed.store import fresh_store, gather
+from unite_fast.distributed.store import LostContact, fresh_store, gather
 from unite_fast.distributed.watchdog import Watchdog, report_lost_contact
 from unite_fast.errors import UserError
 
+RECORDED_COLLECTIVES = "2000"
+"""The last ones that PyTorch's flight recorder keeps, each about a kilobyte; see `training/flight_recorder.py`."""
 JOINING = 600.0
 """Seconds to wait for the next process at the start of sampling or evaluation; training has `parallel.timeout`."""
 
@@ -71,6 +73,7 @@ def join_training(
     allow_many_files()
     # Gloo then connects two ranks when they first exchange something, and not all with all in each group.
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", RECORDED_COLLECTIVES)
     store = fresh_store(timeout)
     meet(store, ranks, timeout)
     check_same_start(start or {}, store, ranks, timeout)
@@ -85,6 +88,9 @@ def join_training(
                 watchdog.peers.open_groups()
                 watchdog.watch_next_rank()
                 yield ranks, own_device, watchdog
+        except LostContact:
+            watchdog.before_exit()
+            raise
         except UserError as error:
             if error.status == UserError.status:
                 watchdog.end_all(error)

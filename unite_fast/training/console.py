@@ -13,6 +13,7 @@ from unite_fast.config import IMAGES, MOLECULES, Config
 from unite_fast.evaluation.batches import HELD_OUT
 from unite_fast.kernels import backend
 from unite_fast.sampling import sampler
+from unite_fast.training.metrics import straggler
 from unite_fast.training.pictures import open_pictures
 from unite_fast.training.side_outputs import SideOutputs
 from unite_fast.training.train_state import TrainState
@@ -78,6 +79,7 @@ class Report:
             left = per_step * (self.config.train.steps - self.state.step)
             self.print_line(
                 f"step {row['step']}/{self.config.train.steps}  {line}  lr {row['lr']:.2e}  {left:.0f} s left"
+                f"{straggler(row)}"
             )
 
     @torch.no_grad()

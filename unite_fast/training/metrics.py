@@ -13,6 +13,7 @@ from torch import Tensor, distributed
 from torch.utils.tensorboard import SummaryWriter
 
 from unite_fast.config import IMAGES, MOLECULES, Config
+from unite_fast.distributed.hosts import known_hosts, name_ranks
 from unite_fast.distributed.process_group import current_ranks
 from unite_fast.errors import require
 from unite_fast.objective import Losses
@@ -29,10 +30,12 @@ AVERAGED = {
     MOLECULES: ("total", "l1", "cross_entropy", "flow", "grad_norm", "latent_square"),
 }
 """Fields of `Losses`, and the norm of the gradient, by modality."""
-HARDWARE = ("images_per_s", "images_per_s_per_gpu", "mfu", "memory_gb", "seconds_")
+HARDWARE = ("images_per_s", "images_per_s_per_gpu", "mfu", "memory_gb", "seconds_", "slowest_")
 """Prefixes of metrics that describe the hardware, not the training."""
 NEVER = 2**62
 """A step number that no run reaches."""
+STRAGGLER_RATIO = 1.3
+"""Seconds of the slowest rank over the median, from which the console names it."""
 SPIKE_DEVIATIONS = 6.0
 SPIKE_ROWS = 20
 SPIKE_MIN_ROWS = 10
@@ -125,7 +128,7 @@ class Speedometer:
         else:
             self.mfu_note += f"not shown: no peak of {name} is known (unite_fast/planning/gpus.py)"
 
-    def row(self, steps: int) -> dict[str, float]:
+    def row(self, steps: int) -> dict[str, float | str]:
         """Metrics of the `steps` steps since the last row: images per second, mean seconds per step by part, memory in
         GB. Waits for the device; all ranks call this together."""
         seconds, parts = self.clock.take()
@@ -134,7 +137,28 @@ class Speedometer:
         if self.peak:
             row["mfu"] = row["images_per_s_per_gpu"] * self.image_flops / self.peak
         row |= {f"seconds_{part}": total / steps for part, total in parts.items()}
+        row |= self.slowest((parts["data"] + parts["forward"]) / steps)
         return row | {"memory_gb": self.memory() / 1e9}
+
+    def slowest(self, own: float) -> dict[str, int | float | str]:
+        """The slowest rank, its machine, and its time over the median. Empty for a process alone. All ranks call this
+        together.
+
+        Args:
+            own: mean seconds of reading and forward pass here. In the rest of a step each rank waits for the others.
+        """
+        ranks = current_ranks()
+        if ranks.world == 1:
+            return {}
+        seconds = torch.zeros(ranks.world, dtype=torch.float64, device=self.device)
+        seconds[ranks.rank] = own
+        distributed.all_reduce(seconds)
+        rank, median = int(seconds.argmax()), statistics.median(seconds.tolist())
+        found: dict[str, int | float | str] = {
+            "slowest_rank": rank,
+            "slowest_ratio": float(seconds[rank]) / max(median, 1e-9),
+        }
+        return found | ({"slowest_host": hosts[rank]} if (hosts := known_hosts()) else {})
 
     def memory(self) -> float:
         """Peak memory of any rank, bytes: tensors on its GPU, or the whole process on a CPU."""
@@ -154,6 +178,13 @@ class Speedometer:
 def training_metrics(row: dict) -> dict:
     """The metrics of a row without the hardware's: two runs of one recipe have the same, bit by bit."""
     return {name: value for name, value in row.items() if not name.startswith(HARDWARE)}
+
+
+def straggler(row: dict) -> str:
+    """For a row's line on the console: the slowest rank, if it is much slower than the median; else empty."""
+    if row.get("slowest_ratio", 0) < STRAGGLER_RATIO:
+        return ""
+    return f"  slowest: {name_ranks([row['slowest_rank']])}, {row['slowest_ratio']:.1f} x the median"
 
 
 def loss_spike(rows: Sequence[dict]) -> str | None:
@@ -213,7 +244,7 @@ class MetricsLog:
             # One write, so that a reader or a full disk cuts at most one row.
             file.write((json.dumps(_finite(row)) + "\n").encode())
         for name, value in row.items():
-            if name != "step":
+            if name != "step" and not isinstance(value, str):
                 self.write_scalar(name, value, row["step"])
         if self.wandb:
             with self.sides.attempt("Weights & Biases"):

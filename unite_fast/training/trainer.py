@@ -15,20 +15,24 @@ from unite_fast.checkpoint.reader import Checkpoint
 from unite_fast.config import MOLECULES, Config
 from unite_fast.data_pipeline import Batch, Loader, choose_loader
 from unite_fast.distributed.dtensor import full_tensor
+from unite_fast.distributed.hosts import known_hosts
 from unite_fast.distributed.launch import join_training
 from unite_fast.distributed.peers import Peers
 from unite_fast.distributed.process_group import ALONE, Ranks
 from unite_fast.distributed.signals import StopVote, stop_on_signals
+from unite_fast.distributed.store import kept_by_torchrun
 from unite_fast.distributed.strategy import split_batch
 from unite_fast.distributed.watchdog import Watchdog, report_lost_contact
 from unite_fast.errors import UserError, printable, require
 from unite_fast.kernels import backend
 from unite_fast.lpips import LPIPS, load_lpips
 from unite_fast.objective import Losses
+from unite_fast.training import flight_recorder
 from unite_fast.training.console import Report
 from unite_fast.training.data_record import CHANGES, KEY, DataRecord, check_same_data
 from unite_fast.training.metrics import Averages, MetricsLog, Speedometer, loss_spike
 from unite_fast.training.molecule_validation import MoleculeValidation
+from unite_fast.training.network_share import measure_network
 from unite_fast.training.parallelize import build_model
 from unite_fast.training.profiling import StepProfiler
 from unite_fast.training.run_folder import (
@@ -181,9 +185,11 @@ class Trainer:
         self.train_step = TrainStep(
             self.state, config, batch_slice, micro_batch, lpips, self.strategy, self.speed.clock, self.beat_computing
         )
+        self.network = measure_network(sum(p.numel() for p in model.parameters()), self.device, ranks)
         self.log: MetricsLog | None = None
         self.profiler: StepProfiler | None = None
         wandb = WandbLog(config, self.folder, self.sides) if config.train.wandb and ranks.main else None
+        self.watchdog.before_exit = lambda: flight_recorder.dump(self.folder / "flight_recorder", ranks.rank)
         # Write only now, after all ranks came this far: a mistake found above leaves no folder that counts as a run.
         ranks.wait()
         if ranks.main:
@@ -231,6 +237,13 @@ class Trainer:
             self.report.print_line(
                 f"{self.ranks.world} processes of {share}: {self.strategy.name}; {self.strategy.why}"
             )
+        if self.ranks.nodes > 1:
+            self.report.print_line(f"machines: {', '.join(dict.fromkeys(known_hosts()))}")
+            if kept_by_torchrun():
+                self.report.print_line(
+                    "warning: a machine that fails cannot be replaced by another while this torchrun runs; start it "
+                    "with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+                )
 
     def _start_run_folder(self, wandb: WandbLog | None) -> None:
         """Lock the folder, and write config, status and logs to it."""
@@ -322,8 +335,8 @@ class Trainer:
         self.check_finite()
         means, gain = self.averages.take(), self.latent_gain()
         latent_rms = math.sqrt(means.pop("latent_square"))
-        speed = self.speed.row(self.state.step - self.logged_step)
-        self.logged_step = self.state.step
+        steps, self.logged_step = self.state.step - self.logged_step, self.state.step
+        speed = self.speed.row(steps)
         if self.log is None:
             return
         row = {
@@ -343,6 +356,8 @@ class Trainer:
             self._look_for_folder()
         self.log.write(row)
         self.report.show(row)
+        if self.network and (note := self.network.note(self.config.train.batch_size / row["images_per_s"])):
+            self.report.print_line(note)
         if spike := loss_spike(self.log.rows):
             self.report.print_line(spike)
 
