@@ -421,7 +421,10 @@ class TrainConfig:
     log_every: int = 50
     """Steps between rows of metrics."""
     checkpoint_every: int = 1000
-    """Steps between checkpoints; the last step always gets one."""
+    """Steps between checkpoints; 0: only by minutes. The last step always gets one."""
+    checkpoint_minutes: float = 0.0
+    """Minutes from one checkpoint to the next, if checkpoint_every does not come first; 0: only by steps. On many GPUs,
+    where 1,000 steps take half a minute, set checkpoint_every=0."""
     keep_every: int = 0
     """Keep checkpoints at multiples of this many steps for good; 0: keep only the newest two."""
     picture_every: int = 0
@@ -436,10 +439,22 @@ class TrainConfig:
     """Weights & Biases project to log to; empty: none."""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
+        for name in ("steps", "batch_size", "log_every"):
             require(getattr(self, name) > 0, f"train.{name} must be positive")
-        for name in ("micro_batch", "keep_every", "picture_every", "evaluate_every", "evaluate_epochs", "threads"):
+        for name in (
+            *("micro_batch", "threads", "checkpoint_every", "checkpoint_minutes"),
+            *("keep_every", "picture_every", "evaluate_every", "evaluate_epochs"),
+        ):
             require(getattr(self, name) >= 0, f"train.{name} must not be negative")
+        require(
+            self.checkpoint_every > 0 or self.checkpoint_minutes > 0,
+            "train.checkpoint_every is 0; it must be positive, or set train.checkpoint_minutes",
+        )
+        require(
+            self.checkpoint_every > 0 or self.keep_every == 0,
+            "train.keep_every keeps checkpoints at multiples of this many steps, which checkpoints by minutes alone do "
+            "not hit; set train.checkpoint_every as well",
+        )
         require(
             not (self.evaluate_every and self.evaluate_epochs),
             "train.evaluate_every and train.evaluate_epochs are both set; set only one of them",

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
 from unite_fast.checkpoint import format as files
+from unite_fast.checkpoint import manager, save_plan
 from unite_fast.checkpoint.folders import step_folders, step_of, step_path
 from unite_fast.checkpoint.manager import Checkpoints
 from unite_fast.checkpoint.reader import load_checkpoint
@@ -70,7 +71,8 @@ def shard(whole: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return chunks[index] if index < len(chunks) else whole.narrow(dim, 0, 0)
 
 
-def save_sharded(mesh_shape, folder) -> None:
+def save_sharded(mesh_shape, folder) -> int:
+    """Returns the bytes that this rank copied."""
     named = zeros(mesh_shape)
     for name, whole in values().items():
         local(named[name].detach()).copy_(shard(whole, named[name]))
@@ -78,7 +80,9 @@ def save_sharded(mesh_shape, folder) -> None:
     checkpoints.save(10, Config(), PROGRESS, named)
     for value in named.values():
         local(value.detach()).zero_()
+    staged = sum(copy.nbytes for copy in checkpoints.copies.values())
     checkpoints.close()
+    return staged
 
 
 def assert_loads(mesh_shape, folder) -> None:
@@ -92,15 +96,17 @@ def assert_loads(mesh_shape, folder) -> None:
 
 
 MESHES_OF_FOUR = [(1, 4), (4, 1), (2, 2)]
+FILES_OF_EIGHT = {(1, 8): (1, 3), (2, 4): (3,)}
+"""Numbers of files that ranks then share; 3 does not divide 8."""
 
 
-def save_and_load_on_four(folder) -> None:
+def save_and_load_on_four(folder) -> list[int]:
     torch.distributed.init_process_group("gloo")
-    for saved in MESHES_OF_FOUR:
-        save_sharded(saved, folder / f"{saved}")
+    staged = [save_sharded(saved, folder / f"{saved}") for saved in MESHES_OF_FOUR]
     for saved in MESHES_OF_FOUR:
         for loaded in MESHES_OF_FOUR:
             assert_loads(loaded, folder / f"{saved}")
+    return staged
 
 
 def load_on_meshes(meshes, folder) -> None:
@@ -111,8 +117,12 @@ def load_on_meshes(meshes, folder) -> None:
 
 
 def test_a_checkpoint_of_four_ranks_loads_on_any_world_size(ranks, tmp_path):
-    ranks(4, save_and_load_on_four, tmp_path)
+    staged = ranks(4, save_and_load_on_four, tmp_path)
     whole = values()
+    state = sum(value.nbytes for value in whole.values())
+    for by_rank in zip(*staged, strict=True):
+        assert sum(by_rank) == state, "a replica copies only what it writes"
+        assert max(by_rank) < state / 2
     for saved in MESHES_OF_FOUR:
         folder = tmp_path / f"{saved}"
         # Every element is written once, replicated or not.
@@ -123,6 +133,72 @@ def test_a_checkpoint_of_four_ranks_loads_on_any_world_size(ranks, tmp_path):
         assert_loads(None, folder)
     ranks(2, load_on_meshes, [(1, 2), (2, 1)], tmp_path)
     ranks(8, load_on_meshes, [(1, 8), (2, 4)], tmp_path)
+
+
+def share_files_of_eight(folder) -> None:
+    torch.distributed.init_process_group("gloo")
+    for mesh, numbers in FILES_OF_EIGHT.items():
+        for number in numbers:
+            save_plan.MOST_FILES = number
+            save_sharded(mesh, folder / f"{mesh} {number}")
+            assert_loads(mesh, folder / f"{mesh} {number}")
+
+
+def test_ranks_share_a_file_if_there_are_many(ranks, tmp_path):
+    """What they write is read as if each had its own."""
+    ranks(8, share_files_of_eight, tmp_path)
+    whole = values()
+    for mesh, numbers in FILES_OF_EIGHT.items():
+        for number in numbers:
+            folder = tmp_path / f"{mesh} {number}"
+            stored = sorted((folder / "latest").glob("*.safetensors"))
+            assert len(stored) <= number
+            assert sum(path.stat().st_size for path in stored) < sum(value.nbytes for value in whole.values()) + 20_000
+            loaded = load_checkpoint(folder).tensors
+            assert loaded.keys() == whole.keys()
+            assert all(torch.equal(loaded[name], value) for name, value in whole.items())
+            assert_loads(None, folder)
+
+
+class NoMemory:
+    """The module torch, without memory."""
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def empty(self, *_, **__):
+        raise RuntimeError("can't allocate memory")
+
+
+def fail_on_the_writer(folder) -> list[str]:
+    torch.distributed.init_process_group("gloo")
+    save_plan.MOST_FILES, errors = 1, []
+    rank, checkpoints, named = torch.distributed.get_rank(), Checkpoints(folder, 0), zeros((1, 4))
+    checkpoints.save(10, Config(), PROGRESS, named)
+    checkpoints.wait()
+    real_save = files.save_file
+    for step, module, name, failure in ((20, files, "save_file", full_disk), (30, manager, "torch", NoMemory())):
+        real = getattr(module, name)
+        setattr(module, name, failure if rank == 0 else real)
+        checkpoints.save(step, Config(), PROGRESS, named)
+        try:
+            checkpoints.wait()
+        except (UserError, RuntimeError) as error:
+            errors.append(str(error))
+        setattr(module, name, real)
+    assert files.save_file is real_save
+    checkpoints.save(40, Config(), PROGRESS, named)
+    checkpoints.close()
+    return errors
+
+
+def test_a_writer_that_fails_leaves_no_rank_waiting(ranks, folder, mentions):
+    for errors in ranks(4, fail_on_the_writer, folder):
+        full, memory = errors
+        assert re.search(mentions(step_path(folder, 20), os.strerror(errno.ENOSPC)), full)
+        assert re.search(mentions("memory"), memory)
+    assert sorted(os.listdir(folder)) == ["latest", "step_00000010", "step_00000040"]
+    assert [path.name for path in (folder / "latest").glob("*.safetensors")] == ["shard_00001.safetensors"]
 
 
 def full_disk(*_) -> None:

@@ -1,10 +1,12 @@
-"""Saving and loading checkpoints with torch.distributed.checkpoint (DCP), for any number of ranks.
+"""Saving and loading checkpoints, for any number of ranks.
 
-Each rank writes the shards that it holds as safetensors, every shard once over all ranks. A checkpoint saved on N ranks
-loads on any M, under any sharding. DCP's default storage pickles its metadata, which could execute code on loading; its
-safetensors storage derives the metadata from the headers. format.py describes the files.
+Every shard is written once over all ranks, as safetensors; save_plan.py says by which. torch.distributed.checkpoint
+(DCP) loads: a checkpoint saved on N ranks loads on any M, under any sharding. DCP's default storage pickles its
+metadata, which could execute code on loading; its safetensors storage derives the metadata from the headers. format.py
+describes the files.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -13,33 +15,30 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed.checkpoint import (
     DefaultLoadPlanner,
-    DefaultSavePlanner,
     HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
     Metadata,
-    SavePlan,
-    SavePlanner,
     TensorStorageMetadata,
     load,
-    save,
 )
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from unite_fast.checkpoint import folders
 from unite_fast.checkpoint import format as files
-from unite_fast.checkpoint.format import DamagedCheckpoint, Manifest
+from unite_fast.checkpoint.format import DamagedCheckpoint, Manifest, Shard
 from unite_fast.checkpoint.reader import OFFSETS, SHARDING_INFO, Checkpoint, find_intact, list_parts
+from unite_fast.checkpoint.replicas import check_replicas
+from unite_fast.checkpoint.save_plan import SavePlan, layout_of, mesh_of, plan_save
 from unite_fast.config import Config
 from unite_fast.distributed.dtensor import local
 from unite_fast.distributed.process_group import Ranks, current_ranks
 from unite_fast.errors import UserError, reason_of
 
-# DCP warns on every save and load in a single process. The filter is set once, not around each call: all threads share
-# the filters, and saves run in a background thread.
+# DCP warns on every load in a single process. The filter is set once, not around each call: all threads share the
+# filters.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 
@@ -67,12 +66,15 @@ class Checkpoints:
             tensors: plain tensors, equal on all ranks, or DTensors.
 
         Raises:
-            UserError: the previous save failed: no space left, or no permission.
+            UserError: the previous save failed: no space left, or no permission. `ReplicasDiffer`: the state of some
+                ranks is damaged.
         """
         self.wait()
-        self._copy(tensors)
-        # The thread reads only sizes and placements of `tensors`; values, strides and devices come from the copies.
-        self.writing = self.writer.submit(self._write, Manifest(config, step, progress, []), tensors)
+        check_replicas(tensors, self.ranks, step)
+        layouts = {name: layout_of(tensor) for name, tensor in tensors.items()}
+        plan = plan_save(layouts, mesh_of(tensors, self.ranks.world), self.ranks.rank)
+        self._copy({name: tensors[name] for name in plan.staged(self.ranks.rank)})
+        self.writing = self.writer.submit(self._write, Manifest(config, step, progress, []), plan)
 
     def wait(self) -> None:
         """Wait until the last save is on disk.
@@ -121,8 +123,8 @@ class Checkpoints:
         return all(self.ranks.run_on_all(lambda: bool(finite)))
 
     def _copy(self, tensors: dict[str, Tensor]) -> None:
-        """Copy this rank's shards to CPU buffers, which later saves reuse. Pinned for tensors on a GPU, so that all
-        copies run asynchronously."""
+        """Copy this rank's shards to CPU buffers, which later saves of the same tensors reuse. Pinned for tensors on a
+        GPU, so that all copies run asynchronously."""
         for name, tensor in tensors.items():
             shard = local(tensor).detach()
             if name not in self.copies:
@@ -131,16 +133,13 @@ class Checkpoints:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
 
-    def _write(self, manifest: Manifest, tensors: dict[str, Tensor]) -> None:
+    def _write(self, manifest: Manifest, plan: SavePlan) -> None:
         """Runs in the thread, on all ranks. It succeeds on all or fails on all."""
         path, ranks = folders.step_path(self.folder, manifest.step), self.ranks
         partial = folders.partial_path(path)
         try:
             ranks.run_on_first(lambda: folders.make_empty(partial))
-            writer = _ShardWriter(partial)
-            _save(tensors, self.copies, writer, ranks)
-            by_rank = ranks.run_on_all(lambda: [files.read_shard(path) for path in writer.written])
-            manifest.shards = [shard for shards in by_rank for shard in shards]
+            manifest.shards = self._write_shards(partial, plan)
             ranks.run_on_first(lambda: self._finish(partial, path, manifest))
         except (OSError, DamagedCheckpoint) as error:
             raise UserError(f"could not save {path}: {reason_of(error)}; earlier checkpoints are untouched") from error
@@ -149,49 +148,40 @@ class Checkpoints:
             if ranks.main:
                 shutil.rmtree(partial, ignore_errors=True)
 
+    def _write_shards(self, folder: Path, plan: SavePlan) -> list[Shard]:
+        """Returns the files of all ranks."""
+        tensors = self._collect(plan)
+        by_rank = self.ranks.run_on_all(lambda: _write_file(folder, plan, tensors, self.ranks.rank))
+        return [shard for shards in by_rank for shard in shards]
+
+    def _collect(self, plan: SavePlan) -> dict[str, Tensor]:
+        """The tensors of the file that this rank writes, if it writes one. Its memory beside the copies, only if ranks
+        share the file: the file, and one rank's shard of a tensor."""
+        ranks, writer = self.ranks, plan.ranks[0]
+        tensors: dict[str, Tensor] = {}
+
+        def allocate() -> None:
+            for entry in plan.entries if ranks.rank == writer else ():
+                copy = self.copies[entry.name]
+                tensors[entry.name] = torch.empty(entry.shape, dtype=copy.dtype) if entry.divided else copy
+
+        # Before any rank sends: a writer that fails here must not leave the others waiting for it.
+        ranks.run_on_all(allocate)
+        for entry in (entry for entry in plan.entries if entry.divided):
+            starts = itertools.accumulate(entry.sizes, initial=0)
+            for member, start, size in zip(plan.ranks, starts, entry.sizes, strict=False):
+                if ranks.rank == writer:
+                    part = tensors[entry.name].narrow(entry.dim, start, size)
+                    part.copy_(self.copies[entry.name] if member == writer else _receive(part, member, ranks))
+                elif ranks.rank == member and size:
+                    distributed.send(_bytes(self.copies[entry.name]), writer, ranks.group)
+        return tensors
+
     def _finish(self, partial: Path, path: Path, manifest: Manifest) -> None:
         files.write_manifest(partial, manifest)
         files.check_sizes(partial, manifest.shards)
         folders.commit(partial, path)
         folders.prune(self.folder, self.keep_every, manifest.step)
-
-
-class _HostCopies(DefaultSavePlanner):
-    """Plans the save from the tensors, and writes their copies on the CPU."""
-
-    def __init__(self, copies: dict[str, Tensor]):
-        super().__init__(flatten_state_dict=False)
-        self.copies = copies
-
-    def lookup_object(self, index) -> Tensor:
-        return self.copies[index.fqn]
-
-
-class _ShardWriter(HuggingFaceStorageWriter):
-    """Writes one file per rank, directly from the tensors' memory.
-
-    The base class builds the whole file in memory, twice, and holds the GIL meanwhile: for 1 GiB the training loop
-    stood still for 2 to 3 s, with this class for at most 0.06 s (CPU, busy machine).
-    """
-
-    def __init__(self, folder: Path):
-        super().__init__(str(folder), save_distributed=True)
-        self.folder = folder
-        self.written: list[Path] = []
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list]:
-        if plan.items:  # a replica has nothing to write: other ranks write the same shards
-            path = self.folder / f"shard_{plan.storage_data['shard_index']:05d}.safetensors"
-            shards, offsets = {}, {}
-            for item in plan.items:
-                name, shard = item.index.fqn, planner.resolve_data(item)
-                assert isinstance(shard, Tensor) and item.tensor_data is not None  # `save` passes tensors only
-                shards[name], offsets[name] = shard.contiguous(), {OFFSETS: item.tensor_data.chunk.offsets}
-            files.save_safetensors(shards, path, {SHARDING_INFO: json.dumps(offsets)})
-            self.written = [path]
-        done = torch.futures.Future()
-        done.set_result([])
-        return done
 
 
 class _Listing(FileSystem):
@@ -246,12 +236,26 @@ class _StrictPlanner(DefaultLoadPlanner):
         return super().create_local_plan()
 
 
-def _save(tensors: dict[str, Tensor], copies: dict[str, Tensor], writer: _ShardWriter, ranks: Ranks) -> None:
-    planner = _HostCopies(copies)
-    try:
-        save(tensors, storage_writer=writer, planner=planner, process_group=ranks.group, no_dist=ranks.world == 1)
-    except CheckpointException as error:
-        raise _first_failure(error) from None
+def _receive(part: Tensor, sender: int, ranks: Ranks) -> Tensor:
+    received = torch.empty(part.shape, dtype=part.dtype)
+    if received.numel():
+        distributed.recv(_bytes(received), sender, ranks.group)
+    return received
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """A contiguous tensor's memory, because gloo does not know all dtypes."""
+    return tensor.flatten().view(torch.uint8)
+
+
+def _write_file(folder: Path, plan: SavePlan, tensors: dict[str, Tensor], rank: int) -> list[Shard]:
+    """Write this rank's file, and read it back for its checksum."""
+    if not tensors:
+        return []
+    path = folder / f"shard_{rank + 1:05d}.safetensors"
+    offsets = {entry.name: {OFFSETS: entry.offsets} for entry in plan.entries}
+    files.save_safetensors(tensors, path, {SHARDING_INFO: json.dumps(offsets)})
+    return [files.read_shard(path)]
 
 
 def _load(checkpoint: Checkpoint, tensors: dict[str, Tensor], planner: DefaultLoadPlanner, ranks: Ranks) -> None:

@@ -43,6 +43,7 @@ FREE_ON_RESUME = {
             "device",
             "log_every",
             "checkpoint_every",
+            "checkpoint_minutes",
             "keep_every",
             "picture_every",
             "out",
