@@ -35,7 +35,7 @@ from unite_fast.checkpoint.save_plan import SavePlan, layout_of, mesh_of, plan_s
 from unite_fast.config import Config
 from unite_fast.distributed.dtensor import local
 from unite_fast.distributed.process_group import Ranks, current_ranks
-from unite_fast.errors import UserError, reason_of
+from unite_fast.errors import TemporaryError, UserError, reason_of
 
 # DCP warns on every load in a single process. The filter is set once, not around each call: all threads share the
 # filters.
@@ -142,7 +142,10 @@ class Checkpoints:
             manifest.shards = self._write_shards(partial, plan)
             ranks.run_on_first(lambda: self._finish(partial, path, manifest))
         except (OSError, DamagedCheckpoint) as error:
-            raise UserError(f"could not save {path}: {reason_of(error)}; earlier checkpoints are untouched") from error
+            # A full disk may be emptied, and a file server may come back.
+            raise TemporaryError(
+                f"could not save {path}: {reason_of(error)}; earlier checkpoints are untouched"
+            ) from error
         finally:
             # After a success `partial` is already renamed; after a failure it takes space that the next save needs.
             if ranks.main:

@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from unite_fast.checkpoint.save_plan import mesh_of
 from unite_fast.distributed.dtensor import local
-from unite_fast.distributed.peers import TEMPORARY, name_ranks
+from unite_fast.distributed.hosts import name_ranks
 from unite_fast.distributed.process_group import Ranks
-from unite_fast.errors import UserError, shown
+from unite_fast.errors import TemporaryError, shown
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By bytes per element."""
@@ -25,10 +25,8 @@ CHUNK = 2**20
 Fingerprints = dict[str, tuple[int, int]]
 
 
-class ReplicasDiffer(UserError):
-    """The training state of some ranks is damaged. Not a mistake of the user: restart from the last checkpoint."""
-
-    status = TEMPORARY
+class ReplicasDiffer(TemporaryError):
+    """The training state of some ranks is damaged: restart from the last checkpoint."""
 
 
 def check_replicas(tensors: dict[str, Tensor], ranks: Ranks, step: int) -> None:

@@ -28,6 +28,7 @@ from unite_fast.kernels import backend
 from unite_fast.lpips import LPIPS, load_lpips
 from unite_fast.objective import Losses
 from unite_fast.training import flight_recorder
+from unite_fast.training.checkpoint_schedule import CheckpointSchedule
 from unite_fast.training.console import Report
 from unite_fast.training.data_record import CHANGES, KEY, DataRecord, check_same_data
 from unite_fast.training.metrics import Averages, MetricsLog, Speedometer, loss_spike
@@ -265,6 +266,7 @@ class Trainer:
         config, state = self.config.train, self.state
         started_at = time.perf_counter()
         self.logged_step, stopped_by = self.first_step, 0
+        self.checkpoint_schedule = CheckpointSchedule(config, time.monotonic())
         self.speed.clock.start()
         # `report_lost_contact` inside `stop_on_signals`: torchrun sends the surviving ranks SIGTERM while they find out
         # who is missing.
@@ -285,12 +287,12 @@ class Trainer:
                 if self.validation.due(state.step):
                     self.watchdog.beat(state.step, "evaluating", patient=True)
                     self.report.print_line(self.validation.run(state, self.log))
-                if state.step % config.checkpoint_every == 0:
+                if self.checkpoint_schedule.due(state.step) or stop_vote.save_now:
                     self.save()
                 if config.picture_every and state.step % config.picture_every == 0:
                     self.save_pictures()
                 self.report.advance()
-            if state.step % config.checkpoint_every or state.step == self.first_step:
+            if self.checkpoint_schedule.saved_step != state.step:
                 self.save()
             if self.follow_folder():  # the last save may have missed it
                 self.save()
@@ -309,6 +311,8 @@ class Trainer:
     def vote_to_stop(self, stop_vote: StopVote) -> int:
         """The signal for which all ranks stop now; 0: continue."""
         self.watchdog.beat(self.state.step + 1, "waiting for the other processes")
+        if self.ranks.main and self.checkpoint_schedule.minutes_due(time.monotonic()):
+            stop_vote.save_wanted = True
         return stop_vote.next_result()
 
     def read(self) -> Batch:
@@ -385,6 +389,7 @@ class Trainer:
         if self.log:
             self.log.flush()
         self.checkpoints.save(self.state.step, self.config, progress, tensors)
+        self.checkpoint_schedule.saved(self.state.step, time.monotonic())
 
     def follow_folder(self) -> bool:
         """Wait for the last save. If the run folder was moved since that began, go on where it is now; if it was
