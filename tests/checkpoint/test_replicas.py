@@ -113,7 +113,7 @@ def test_one_of_three_is_named(ranks, mentions):
         (ddp, {0: ("uneven", 0, 31)}, ("rank 0", "uneven")),  # 0.0 and -0.0
         (ddp, {1: ("step", 0, 3)}, ("rank 1", "step")),
         (ddp, {1: ("table", 5, 40)}, ("rank 1", "table")),
-        (ddp, {0: ("even", 1, 1), 1: ("even", 1, 2)}, ("even", "ranks 0, 1, 2")),  # all three differ
+        (ddp, {0: ("even", 1, 1), 1: ("even", 1, 2)}, ("even", "ranks 0 to 2")),  # all three differ
         (ddp, {0: ("even", 1, 1), 1: ("even", 1, 1)}, ("rank 2", "even")),  # two alike outvote the third
     ]
     check(ranks, 3, cases, mentions)
