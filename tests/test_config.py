@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ from unite_fast.config import (
 )
 from unite_fast.errors import UserError
 from unite_fast.kernels import backend
-from unite_fast.recipes import from_tree, load_config, shipped_recipes, to_tree
+from unite_fast.recipes import from_tree, length_note, load_config, shipped_recipes, to_tree
 from unite_fast.sampling.solvers import RELEASED_SOLVERS
 
 
@@ -158,7 +159,10 @@ def tree_of(key: str, value) -> dict:
         ("optim.clip_norm", 0.0),
         ("optim.ema_decay", 1.0),
         ("optim.muon_dtype", "float16"),
-        ("train.steps", 0),
+        ("train.steps", -1),
+        ("schedule.steps", 0),
+        ("schedule.unit", -1),
+        ("schedule.batch_rule", "cubic"),
         ("train.batch_size", 0),
         ("train.micro_batch", 5),
         ("train.micro_batch", -1),
@@ -246,6 +250,77 @@ def test_sizes_of_a_model_of_molecules():
 def test_a_decoder_width_without_2d_positions_is_refused(mentions):
     with pytest.raises(UserError, match=mentions("model.decoder.width", 4)):
         from_tree(DecoderConfig, {"width": 6, "heads": 3})
+
+
+POINTS = "steps", "warmup_steps", "hold_until", "decay_until", "final_from", "final_until"
+
+
+@pytest.mark.parametrize(("recipe", "steps"), [("b", 300240), ("l", 150120), ("xl", 150120)])
+def test_the_published_recipes_have_the_published_steps(recipe, steps):
+    config = load_config(f"imagenet256_{recipe}")
+    assert (config.train.steps, config.train.batch_size) == (steps, 1024)
+    assert tuple(getattr(config.schedule, name) for name in POINTS) == (steps, 50040, 75060, 125100, 0, 0)
+
+
+def test_a_larger_batch_takes_fewer_steps_of_a_schedule_with_a_unit():
+    config = load_config("imagenet256_b", ("train.batch_size=8192",))
+    schedule = config.schedule
+    assert (schedule.unit, config.train.steps) == (8192, 300240 // 8)
+    # 75060 / 8 = 9382.5 is rounded up.
+    assert tuple(getattr(schedule, name) for name in POINTS) == (37530, 6255, 9383, 15638, 0, 0)
+    assert from_tree(Config, to_tree(config)) == config, "settings that a run saves are read as they are"
+    # Steps that the user sets are optimizer steps.
+    assert load_config("imagenet256_b", ("train.batch_size=8192", "train.steps=10")).train.steps == 10
+    halved = load_config("imagenet256_b", ("train.batch_size=512",))
+    assert (halved.train.steps, halved.schedule.decay_until) == (600480, 250200)
+
+
+def test_the_unit_can_be_an_image_or_an_epoch():
+    epochs = ("schedule.unit=1000", "schedule.steps=240", "schedule.warmup_steps=40", "schedule.hold_until=60")
+    small = ("train.batch_size=100", "train.steps=0", "schedule.decay_until=100")
+    config = load_config("digits", (*epochs, *small))
+    assert tuple(getattr(config.schedule, name) for name in POINTS[:4]) == (2400, 400, 600, 1000)
+    early = "schedule.hold_until=1", "schedule.decay_until=100"
+    images = load_config(
+        "digits", (*small, "schedule.unit=1", "schedule.steps=1000", "schedule.warmup_steps=1", *early)
+    )
+    # Not 0, which would mean no warmup.
+    assert (images.train.steps, images.schedule.warmup_steps) == (10, 1)
+
+
+def test_without_a_unit_steps_are_steps_of_any_batch():
+    for batch in (64, 128):
+        config = load_config("digits", (f"train.batch_size={batch}",))
+        assert (config.train.steps, config.schedule.warmup_steps, config.schedule.decay_until) == (1500, 50, 1500)
+    assert from_tree(Config, {}).train.steps == 1000
+
+
+def test_too_many_steps_are_refused(mentions):
+    most = f"schedule.steps={2**53}"
+    with pytest.raises(UserError, match=mentions("schedule.steps", "schedule.unit")):
+        load_config("digits", ("schedule.unit=128", "train.batch_size=1", most))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "tokens"),
+    [
+        ("digits", ("train.batch_size=64", "train.steps=10"), None),
+        ("digits", ("train.batch_size=128",), (128, 64, "192,000", "2 times", "96,000", "schedule.unit=64", 1500)),
+        ("imagenet256_b", ("train.batch_size=8192",), (8192, 1024, 37530, "307,445,760", "as many")),
+        ("imagenet256_b", ("train.batch_size=8192", "train.steps=300240"), (8192, "8 times", "train.steps=0 keeps")),
+    ],
+)
+def test_another_batch_says_how_many_images_it_sees(recipe, changes, tokens, mentions):
+    note = length_note(recipe, load_config(recipe, changes))
+    assert note == "" if tokens is None else re.search(mentions(*tokens), note), note
+
+
+def test_what_the_note_names_keeps_the_images():
+    batch = "train.batch_size=128"
+    settings = re.search(r"train\.steps=0.*(?= keeps)", length_note("digits", load_config("digits", (batch,))))[0]
+    kept = load_config("digits", (batch, *settings.split()))
+    assert (kept.train.steps, kept.schedule.decay_until) == (750, 750)
+    assert "as many" in length_note("digits", kept)
 
 
 def test_stages_of_the_schedule_must_be_in_order():

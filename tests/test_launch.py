@@ -12,6 +12,7 @@ from torch.distributed.run import get_args_parser
 
 from unite_fast.planning.gpus import find_gpu
 from unite_fast.planning.predict import Cluster, make_plan
+from unite_fast.planning.scaling import by_nodes
 from unite_fast.recipes import load_config
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -85,6 +86,20 @@ def test_the_page_s_predictions_are_those_of_plan():
         fast, slow = (images / speed.images_per_s / 3600 for speed in (plan.fast, plan.slow))
         assert hours == f"{fast:.0f} to {slow:.0f}"
         assert bound == ", ".join(dict.fromkeys((plan.fast.bound_by, plan.slow.bound_by)))
+
+
+def test_the_page_s_hours_by_number_of_gpus_are_those_of_plan():
+    config, gpu = load_config("imagenet256_b"), find_gpu("h100")
+    both = zip(*(by_nodes(config, gpu, 8, grow).plans for grow in (False, True)), strict=True)
+    plans = {fixed.cluster.gpus: (fixed, grown) for fixed, grown in both}
+    rows = re.findall(r"^\| (\d+) \| (\d+), (.*) \| (\d+), (.*) \|$", PAGE, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == [8, 32, 64, 128, 512]
+    for gpus, images, at_fixed, batch, at_grown in rows:
+        fixed, grown = plans[int(gpus)]
+        assert (int(images), int(batch)) == (1024 // int(gpus), grown.config.train.batch_size)
+        for said, plan in ((at_fixed, fixed), (at_grown, grown)):
+            bounds = ", ".join(dict.fromkeys((plan.fast.bound_by, plan.slow.bound_by)))
+            assert said == f"{plan.hours[0]:.1f} to {plan.hours[1]:.1f}, {bounds}"
 
 
 @pytest.mark.parametrize("recipe", ["imagenet256_b", "imagenet256_l", "imagenet256_xl"])

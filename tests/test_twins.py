@@ -49,7 +49,8 @@ COVERED_BY = {
     "unite_fast/evaluation/settings.py": ("evaluation/test_evaluate.py", "evaluation/test_commands.py"),
     "unite_fast/evaluation/trajectory.py": ("evaluation/test_gallery.py",),
     "unite_fast/interop/names.py": ("interop/test_official.py",),
-    "unite_fast/planning/report.py": ("planning/test_predict.py", "commands/test_forwarding.py"),
+    "unite_fast/planning/assumptions.py": ("planning/test_predict.py", "planning/test_communication.py"),
+    "unite_fast/planning/report.py": ("planning/test_predict.py", "planning/test_scaling.py"),
     "unite_fast/recipes.py": ("test_config.py",),
 }
 

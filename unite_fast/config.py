@@ -26,6 +26,10 @@ MOST_SOLVER_STEPS = 2**16
 FEATURES = ("auto", "inception", "pixels")
 IMAGES, MOLECULES = MODALITIES = ("images", "molecules")
 LATENT_NORMS = ("layer", "layer_plain")
+LINEAR, SQUARE_ROOT, NONE = BATCH_RULES = ("linear", "square_root", "none")
+"""How the learning rates follow the batch size."""
+MOST_STEPS = 2**53
+"""Larger numbers are not exact in JSON."""
 
 TRAINING_SAMPLES = {"inception": 5_000, "pixels": 1_000, MOLECULES: 200}
 """Generated images for an evaluation during training, by features; or generated molecules."""
@@ -315,7 +319,12 @@ class PerceptualConfig:
 
 @dataclass
 class ScheduleConfig:
-    """Learning rate by optimizer step: 0 -> lr, constant, cosine to lr_2, constant, cosine to lr_final, constant."""
+    """Learning rate by optimizer step: 0 -> lr, constant, cosine to lr_2, constant, cosine to lr_final, constant.
+
+    `unit` says in what the numbers of this group are counted. They are converted to optimizer steps of
+    train.batch_size when the settings are read, so that everything else, config.yaml too, has optimizer steps. In a
+    recipe with `unit: 1024`, train.batch_size=8192 takes an eighth of the steps: the same number of images, and epochs.
+    """
 
     lr: float = 1.0e-4
     """Peak learning rate, reached after warmup."""
@@ -324,7 +333,14 @@ class ScheduleConfig:
     lr_final: float = 1.0e-5
     """Learning rate after the second cosine."""
     reference_batch: int = 384
-    """The three rates hold at this batch size and scale linearly with the real one; 0: no scaling."""
+    """The three rates hold at this batch size; at another one they follow batch_rule. 0: the same at every size."""
+    batch_rule: str = LINEAR
+    """How the rates scale with train.batch_size / reference_batch: linear, square_root (of it) or none."""
+    unit: int = 0
+    """Images in a step as counted in this group: 1024 counts steps of batch 1024, 1 counts images, and the number of
+    training images counts epochs. 0: train.batch_size, so that a larger batch sees more images."""
+    steps: int = 1000
+    """Length of the run; train.steps, if it is set, replaces it."""
     warmup_steps: int = 0
     """Steps of linear warmup from 0."""
     hold_until: int = 0
@@ -350,8 +366,27 @@ class ScheduleConfig:
             not self.final_until or bool(self.decay_until),
             "schedule.final_until is set without schedule.decay_until: the first cosine comes before the second",
         )
-        for name in ("lr", "lr_2", "lr_final", "reference_batch"):
+        for name in ("lr", "lr_2", "lr_final", "reference_batch", "unit"):
             require(getattr(self, name) >= 0, f"schedule.{name} must not be negative")
+        require(self.steps > 0, "schedule.steps must be positive")
+        require_choice("schedule.batch_rule", self.batch_rule, BATCH_RULES)
+
+    def at_batch(self, batch_size: int) -> "ScheduleConfig":
+        """The same schedule, counted in steps of `batch_size` images: each number is rounded to the nearest, and to at
+        least 1 unless it is 0.
+
+        Raises:
+            UserError: a number of steps that is too large.
+        """
+        if self.unit in (0, batch_size):
+            return replace(self, unit=self.unit and batch_size)
+        counted = {}
+        for name in ("steps", "warmup_steps", "hold_until", "decay_until", "final_from", "final_until"):
+            number = getattr(self, name)
+            steps = (2 * number * self.unit + batch_size) // (2 * batch_size)
+            require(steps <= MOST_STEPS, f"schedule.{name} x schedule.unit is more than {MOST_STEPS:,} steps")
+            counted[name] = max(steps, min(number, 1))
+        return replace(self, unit=batch_size, **counted)
 
 
 @dataclass
@@ -395,8 +430,8 @@ class OptimConfig:
 class TrainConfig:
     """Length, batch, precision, logging and checkpoints of a run."""
 
-    steps: int = 1000
-    """Optimizer steps."""
+    steps: int = 0
+    """Optimizer steps, of batch_size images each; 0: schedule.steps."""
     batch_size: int = 1024
     """Images per optimizer step, over all processes and micro-batches."""
     micro_batch: int = 0
@@ -439,12 +474,10 @@ class TrainConfig:
     """Weights & Biases project to log to; empty: none."""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every"):
+        for name in ("batch_size", "log_every"):
             require(getattr(self, name) > 0, f"train.{name} must be positive")
-        for name in (
-            *("micro_batch", "threads", "checkpoint_every", "checkpoint_minutes"),
-            *("keep_every", "picture_every", "evaluate_every", "evaluate_epochs"),
-        ):
+        intervals = ("checkpoint_every", "keep_every", "picture_every", "evaluate_every", "evaluate_epochs")
+        for name in ("steps", "micro_batch", "threads", "checkpoint_minutes", *intervals):
             require(getattr(self, name) >= 0, f"train.{name} must not be negative")
         require(
             self.checkpoint_every > 0 or self.checkpoint_minutes > 0,
@@ -626,6 +659,8 @@ class Config:
             f"train.deterministic is set, but the backward pass of attention={self.attention} is not deterministic; "
             "set attention=sdpa",
         )
+        self.schedule = self.schedule.at_batch(self.train.batch_size)
+        self.train = replace(self.train, steps=self.train.steps or self.schedule.steps)
         if self.model.modality == MOLECULES:
             self._check_molecules()
 

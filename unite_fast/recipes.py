@@ -12,7 +12,15 @@ import typing
 from importlib import resources
 from pathlib import Path
 
-from unite_fast.config import MOST_IMAGES, MOST_PER_BATCH, MOST_THREADS, MOST_WORKERS, PRESETS, Config
+from unite_fast.config import (
+    MOST_IMAGES,
+    MOST_PER_BATCH,
+    MOST_STEPS,
+    MOST_THREADS,
+    MOST_WORKERS,
+    PRESETS,
+    Config,
+)
 from unite_fast.errors import UserError, require, shown
 from unite_fast.read_yaml import parse_yaml, read_yaml
 
@@ -48,8 +56,8 @@ LARGEST = {
 """The largest values of some settings, far above every use. Beyond them, memory or time would end long before the work
 does."""
 
-LARGEST_NUMBER = 2**53
-"""Of all other whole numbers: larger ones are not exact in JSON."""
+LARGEST_NUMBER = MOST_STEPS
+"""Of all other whole numbers."""
 
 LARGEST_FLOAT = 1e30
 """Of all other numbers: products of larger ones do not fit into float32."""
@@ -92,6 +100,26 @@ def read_recipe(recipe: str) -> dict:
     tree = read_yaml(path)
     require(isinstance(tree, dict), f"{path} must be a mapping of settings")
     return tree
+
+
+def length_note(recipe: str | None, config: Config) -> str:
+    """A line for people if the batch is not the recipe's: how many images the run then has, and how to keep them; else
+    empty."""
+    try:
+        own = from_tree(Config, read_recipe(recipe or "digits"))
+    except UserError:  # complete only with the overrides
+        return ""
+    before, now = (each.train.steps * each.train.batch_size for each in (own, config))
+    batch = config.train.batch_size
+    if batch == own.train.batch_size:
+        return ""
+    samples = config.model.modality
+    said = f"batch {batch}, the recipe's is {own.train.batch_size}: {config.train.steps} steps are {now:,} {samples}"
+    if abs(now - before) < batch:
+        return f"{said}, as many as the recipe's"
+    kept = own.schedule.unit and own.schedule.steps == own.train.steps
+    keep = "" if kept else f" schedule.unit={own.train.batch_size} schedule.steps={own.train.steps}"
+    return f"{said}, {now / before:.3g} times the recipe's {before:,}; train.steps=0{keep} keeps them"
 
 
 def read_tuned(path: str) -> dict:

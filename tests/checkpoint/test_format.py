@@ -123,7 +123,7 @@ def test_a_checkpoint_names_no_file_command_or_address_that_is_used(folder, writ
     choices = {"kernels", "attention", "data.loader", "perceptual.input_range", "optim.muon_dtype", "optim.adamw"}
     choices |= {"optim.nonfinite", "train.precision", "train.device", "parallel.strategy", "sampling.solver"}
     choices |= {"sampling.order", "evaluation.features", "model.modality", "model.latent_norm", "molecules.rotate"}
-    choices |= {"molecules.batching", "model.elements"}
+    choices |= {"molecules.batching", "model.elements", "schedule.batch_rule"}
     digests = {"perceptual.vgg_sha256", "perceptual.lpips_sha256"}
     assert texts == {*files.PLACES, *choices, *digests, "name", "data.source", "profile.steps"}
 

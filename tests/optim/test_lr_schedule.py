@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from unite_fast.config import ScheduleConfig
-from unite_fast.optim.lr_schedule import learning_rate
+from unite_fast.optim.lr_schedule import describe_rate, learning_rate
+from unite_fast.recipes import load_config
 
 TRACE = Path(__file__).parents[1] / "data" / "official_tiny_a.npz"
 
@@ -67,6 +68,38 @@ def test_the_rate_scales_with_the_batch():
     assert learning_rate(config, 1024, 7) == pytest.approx(1e-4 * 1024 / 384)
     assert learning_rate(config, 384, 7) == 1e-4
     assert learning_rate(ScheduleConfig(reference_batch=0), 1024, 7) == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("rule", "reference", "rate", "said"),
+    [
+        ("linear", 384, 1e-4 * 1024 / 384, "learning rate 0.000267: 0.0001 x 1024 / 384 (linear)"),
+        ("square_root", 256, 2e-4, "learning rate 0.0002: 0.0001 x sqrt(1024 / 256) (square_root)"),
+        ("none", 384, 1e-4, "learning rate 0.0001, the same at every batch size"),
+        ("linear", 0, 1e-4, "learning rate 0.0001, the same at every batch size"),
+    ],
+)
+def test_the_rule_of_the_batch_is_applied_and_said(rule, reference, rate, said):
+    config = ScheduleConfig(batch_rule=rule, reference_batch=reference)
+    assert learning_rate(config, 1024, 7) == pytest.approx(rate, rel=1e-12)
+    assert describe_rate(config, 1024) == said
+
+
+# Of the recipes as they were when they stated steps alone (commit a9660dd).
+PUBLISHED = ScheduleConfig(
+    lr=1.0e-4, lr_2=0.5e-4, reference_batch=384, warmup_steps=50040, hold_until=75060, decay_until=125100
+)
+
+
+@pytest.mark.parametrize("recipe", ["imagenet256_b", "imagenet256_l", "imagenet256_xl"])
+def test_the_published_recipes_keep_their_rates(recipe):
+    config = load_config(recipe)
+    larger = load_config(recipe, ("train.batch_size=8192",))
+    for step in (0, 1, 777, 50039, 50040, 75059, 75060, 75061, 99999, 125099, 125100, 300239):
+        assert learning_rate(config.schedule, 1024, step) == learning_rate(PUBLISHED, 1024, step)
+        # After as many images, eight times the rate; points are rounded to whole steps.
+        after = learning_rate(larger.schedule, 8192, step // 8)
+        assert after == pytest.approx(8 * learning_rate(PUBLISHED, 1024, step // 8 * 8), rel=1e-4)
 
 
 def test_all_three_rates_scale_with_the_batch():

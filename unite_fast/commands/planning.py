@@ -21,6 +21,9 @@ def plan(
     gpus_per_node: Annotated[int, typer.Option(help="GPUs per machine")] = 8,
     price: Annotated[float, typer.Option(min=0, callback=check_finite, help="EUR per GPU and hour; 0: no costs")] = 0.0,
     data: Annotated[str, typer.Option(help="format of the training data: folder, original, cropped-jpeg or raw")] = "",
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="only hours by number of machines, at this batch and with one that grows")
+    ] = False,
     measured: Annotated[
         Path | None,
         typer.Option(
@@ -35,19 +38,26 @@ def plan(
     `unite-fast plan imagenet256_b --gpu h200`
 
     `unite-fast plan imagenet256_l --gpu h100 --nodes 8 --price 2.5 train.micro_batch=16`
+
+    `unite-fast plan imagenet256_b --gpu h100 --scaling`
     """
     from unite_fast.benchmarking import csv_file
     from unite_fast.planning.gpus import find_gpu, recognise
     from unite_fast.planning.predict import Cluster, make_plan
-    from unite_fast.planning.report import lines
-    from unite_fast.recipes import load_config
+    from unite_fast.planning.report import lines, scaling_lines
+    from unite_fast.recipes import length_note, load_config
 
     config, card = load_config(recipe, tuple(overrides or ())), find_gpu(gpu)
+    note = length_note(recipe, config)
+    if scaling:
+        for line in (*scaling_lines(config, card, gpus_per_node), *filter(None, [note])):
+            typer.echo(line)
+        return
     result = make_plan(config, Cluster(card, nodes, gpus_per_node), data)
     if measured is None and Path(BENCH_TABLE).exists():
         measured = Path(BENCH_TABLE)
     rows, left_out = csv_file.measurements(measured, ("images_per_s_per_gpu",)) if measured else ([], "")
     same = {"recipe": config.name, "gpus": str(nodes * gpus_per_node)}
     rows = [row for row in rows if row.items() >= same.items() and recognise(row["card"]) == card]
-    for line in (*lines(result, price, rows), *([left_out] if left_out else [])):
+    for line in (*lines(result, price, rows), *filter(None, (note, left_out))):
         typer.echo(line)

@@ -29,9 +29,10 @@ def train(
 
     `unite-fast train my.yaml train.steps=20000 model.encoder.preset=L --resume`
     """
+    from unite_fast.distributed.process_group import Ranks
     from unite_fast.distributed.signals import exit_status
     from unite_fast.errors import require, require_choice
-    from unite_fast.recipes import load_config
+    from unite_fast.recipes import length_note, load_config
     from unite_fast.training.data_record import KEY
     from unite_fast.training.trainer import train as run
 
@@ -41,5 +42,9 @@ def train(
     require(resume or not allowed, "--allow-change is for resuming a run: add --resume")
     words = arguments or []
     recipe = words[0] if words and ("=" not in words[0] or Path(words[0]).is_file()) else None
-    outcome = run(load_config(recipe, tuple(words[1:] if recipe else words), tuned), resume, allowed)
+    config = load_config(recipe, tuple(words[1:] if recipe else words), tuned)
+    note = length_note(recipe, config)
+    if note and Ranks.from_environment().main:
+        typer.echo(note)
+    outcome = run(config, resume, allowed)
     raise typer.Exit(exit_status(outcome.stopped_by))

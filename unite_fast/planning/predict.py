@@ -1,8 +1,9 @@
 """Predict what a run needs on given GPUs: memory, time, communication and cost. No GPU is needed.
 
 Time per image = matmul FLOPs / rate + convolution FLOPs / rate + elementwise bytes / memory bandwidth. Each optimizer
-step adds the optimizers and the communication that does not overlap with compute. Rates are shares of the published
-peaks, in two sets of assumptions: the fast and the slow end of the range.
+step adds the optimizers and the communication (bytes and latency) that does not overlap with compute. A step takes at
+least the host's time to launch its kernels. Rates are shares of the published peaks, in two sets of assumptions: the
+fast and the slow end of the range (assumptions.py).
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,10 @@ from unite_fast.distributed import strategy as sharing
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError, require
 from unite_fast.planning import flops, memory, step_bytes
+from unite_fast.planning.assumptions import FAST, SLOW, Assumptions, Cluster
+from unite_fast.planning.communication import Collective, collective_seconds, collectives, mesh
 from unite_fast.planning.gpus import GPU
+from unite_fast.planning.launches import step_launches
 from unite_fast.recipes import from_tree
 
 RESERVED = 0.05
@@ -21,31 +25,6 @@ RELEASED_IMAGES_PER_S = 102.7
 """images/s per GPU of the released code, UNITE-B, F = 3, on 8 H200: its authors report 26 minutes per epoch."""
 CPU_SECONDS = {"folder": 4.21e-3, "original": 4.04e-3, "cropped-jpeg": 1.83e-3, "raw": 0.12e-3}
 """CPU seconds to read an image, by format; docs/data.md says how they were measured."""
-
-
-@dataclass(frozen=True)
-class Assumptions:
-    """Achieved shares of the published rates."""
-
-    name: str
-    matmul: float
-    attention: float
-    convolutions: float
-    memory: float
-    links: float
-    """For links within a node and for the network."""
-    overlap: bool
-    """Whether communication overlaps with backward where it can."""
-    imbalance: float
-    """Newton-Schulz FLOPs of the busiest GPU over an even share."""
-
-
-FAST = Assumptions(
-    "fast", matmul=0.65, attention=0.40, convolutions=0.50, memory=0.85, links=0.8, overlap=True, imbalance=1.0
-)
-SLOW = Assumptions(
-    "slow", matmul=0.45, attention=0.25, convolutions=0.35, memory=0.65, links=0.5, overlap=False, imbalance=2.0
-)
 
 
 @dataclass(frozen=True)
@@ -69,21 +48,6 @@ class Work:
     lpips_bytes: float
     """Elementwise bytes of LPIPS."""
     pixel_bytes: float
-
-
-@dataclass(frozen=True)
-class Cluster:
-    gpu: GPU
-    nodes: int
-    gpus_per_node: int
-
-    def __post_init__(self):
-        require(self.nodes > 0 and self.gpus_per_node > 0, "--nodes and --gpus-per-node must be positive")
-        require(self.gpus <= 10**6, "--nodes times --gpus-per-node must be at most 1,000,000")
-
-    @property
-    def gpus(self) -> int:
-        return self.nodes * self.gpus_per_node
 
 
 def image_work(config: Config) -> Work:
@@ -122,76 +86,19 @@ def image_seconds(work: Work, gpu: GPU, assumed: Assumptions) -> dict[str, float
 
 
 @dataclass(frozen=True)
-class Collective:
-    """One kind of collective in an optimizer step."""
-
-    name: str
-    size: float
-    """Bytes of the whole tensors."""
-    times: int
-    """Per optimizer step; an all-reduce counts as two."""
-    group: int
-    """GPUs in the process group."""
-    overlaps: bool
-    """Whether it can overlap with compute."""
-    across_nodes: bool = False
-    """Whether the group has one GPU of each node."""
-
-
-def collectives(config: Config, cluster: Cluster, strategy: str, micro_steps: int) -> list[Collective]:
-    """Collectives of an optimizer step: float32 gradients, bfloat16 parameters, bfloat16 updates of Muon."""
-    shapes = flops.parameter_shapes(config.model)
-    total, muon = flops.numel(shapes), flops.numel([shape for shape in shapes if shape.muon])
-    encoder = flops.parameters(config.model)["encoder"]
-    if cluster.gpus == 1:
-        return []
-    if strategy == "ddp":
-        return [
-            Collective("all-reduce of gradients", memory.FLOAT * total, 2, cluster.gpus, True),
-            Collective("all-gather of Muon's updates", memory.HALF * muon, 1, cluster.gpus, False),
-        ]
-    group = cluster.gpus if strategy == "fsdp" else min(cluster.gpus, cluster.gpus_per_node)
-    size, times = memory.HALF * (total + encoder), 2 * micro_steps
-    if not config.parallel.reshard_after_forward:
-        size, times = memory.HALF * total, 1  # gathered until the step ends
-    result = [
-        Collective("all-gather of parameters", size, times, group, True),
-        Collective("reduce-scatter of gradients", memory.FLOAT * total, 1, group, True),
-        Collective("all-to-all of Muon's matrices", 2 * memory.HALF * muon / group, 1, group, False),
-    ]
-    if strategy == "hsdp" and cluster.nodes > 1:
-        gradients, updates = (size / cluster.gpus_per_node for size in (memory.FLOAT * total, memory.HALF * muon))
-        result += [
-            Collective("all-reduce of gradients across nodes", gradients, 2, cluster.nodes, True, True),
-            Collective("all-gather of Muon's updates across nodes", updates, 1, cluster.nodes, False, True),
-        ]
-    return result
-
-
-def collective_seconds(collective: Collective, cluster: Cluster, assumed: Assumptions) -> float:
-    """Seconds of all collectives of one kind in a step: within a node each GPU receives the other GPUs' parts over its
-    link; across nodes it receives its part over its share of the network. Only bytes count; the latency of each
-    operation, which matters on many GPUs, is neglected."""
-    within, nodes = min(collective.group, cluster.gpus_per_node), -(-collective.group // cluster.gpus_per_node)
-    if collective.across_nodes:
-        within, nodes = 1, cluster.nodes
-    once = collective.size * (within - 1) / within / (cluster.gpu.link * 1e9)
-    once += collective.size * (nodes - 1) / nodes / within / (cluster.gpu.network * 1e9)
-    return collective.times * once / assumed.links
-
-
-@dataclass(frozen=True)
 class Speed:
     """Seconds of an optimizer step on one GPU by part, and the resulting rates."""
 
     seconds: dict[str, float]
+    """"launches" is the time that the GPU waits for the host."""
     images_per_s: float
     """Images/s of all GPUs together."""
     mfu: float
 
     @property
     def bound_by(self) -> str:
-        return max(self.seconds, key=self.seconds.__getitem__)
+        """The largest part; launches, if the host takes longer than the GPU."""
+        return "launches" if self.seconds["launches"] else max(self.seconds, key=self.seconds.__getitem__)
 
 
 def predict_speed(config: Config, cluster: Cluster, strategy: str, micro_steps: int, assumed: Assumptions) -> Speed:
@@ -204,21 +111,19 @@ def predict_speed(config: Config, cluster: Cluster, strategy: str, micro_steps: 
     owned = min(1.0, assumed.imbalance / cluster.gpus)
     newton_schulz = flops.newton_schulz(config.model) / peak + step_bytes.NEWTON_SCHULZ_BYTES * muon / bandwidth
     moved = step_bytes.MUON_BYTES * muon + step_bytes.ADAMW_BYTES * (flops.numel(shapes) - muon)
-    seconds["optimizer"] = owned * newton_schulz + moved / shards(strategy, cluster) / bandwidth
+    seconds["optimizer"] = owned * newton_schulz + moved / mesh(strategy, cluster)[1] / bandwidth
     step_collectives = collectives(config, cluster, strategy, micro_steps)
     overlapping = sum(collective_seconds(one, cluster, assumed) for one in step_collectives if one.overlaps)
     exposed = sum(collective_seconds(one, cluster, assumed) for one in step_collectives if not one.overlaps)
     if assumed.overlap:
         overlapping = max(0.0, overlapping - compute * 2 / 3)  # two thirds of a step are backward passes
     seconds["communication"] = exposed + overlapping
+    # The host runs ahead of the GPU, so that a step takes the longer of the two.
+    host = assumed.launch * step_launches(config, mesh(strategy, cluster), micro_steps, step_collectives)
+    seconds["launches"] = max(0.0, host - sum(seconds.values()))
     step = sum(seconds.values())
     rate = config.train.batch_size / step
     return Speed(seconds, rate, rate / cluster.gpus * flops.image_flops(config) / (gpu.tflops * 1e12))
-
-
-def shards(strategy: str, cluster: Cluster) -> int:
-    """Ranks over which the training state is sharded."""
-    return {"ddp": 1, "fsdp": cluster.gpus, "hsdp": min(cluster.gpus, cluster.gpus_per_node)}[strategy]
 
 
 def choose_strategy(config: Config, cluster: Cluster) -> tuple[str, str]:
@@ -231,7 +136,7 @@ def choose_strategy(config: Config, cluster: Cluster) -> tuple[str, str]:
 
 def memory_parts(config: Config, cluster: Cluster, strategy: str, images: int) -> dict[str, float]:
     """Peak bytes of a step on one GPU by part, for a micro-batch of `images`."""
-    state = memory.training_state(config.model, shards(strategy, cluster))
+    state = memory.training_state(config.model, mesh(strategy, cluster)[1])
     saved = memory.activations(config)
     reconstruction_is_larger = saved.reconstruction > saved.flow
     parts = {
@@ -307,6 +212,16 @@ class Plan:
     @property
     def micro_steps(self) -> int:
         return self.config.train.batch_size // self.cluster.gpus // self.micro_batch
+
+    @property
+    def images(self) -> int:
+        """Images of the whole run."""
+        return self.config.train.steps * self.config.train.batch_size
+
+    @property
+    def hours(self) -> tuple[float, float]:
+        """Of the whole run, at the fast and the slow end."""
+        return self.images / self.fast.images_per_s / 3600, self.images / self.slow.images_per_s / 3600
 
     @property
     def fits(self) -> bool:

@@ -2,18 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 
-from unite_fast.config import IMAGES
+from unite_fast.config import IMAGES, Config
 from unite_fast.errors import printable
-from unite_fast.planning import flops, memory
+from unite_fast.optim.lr_schedule import describe_rate
+from unite_fast.planning import flops, launches, memory, scaling
+from unite_fast.planning.assumptions import FAST, SLOW, Assumptions
+from unite_fast.planning.communication import call_seconds, collective_seconds, mesh
+from unite_fast.planning.gpus import GPU
 from unite_fast.planning.predict import (
     CPU_SECONDS,
-    FAST,
     RELEASED_IMAGES_PER_S,
     RESERVED,
-    SLOW,
-    Assumptions,
     Plan,
-    collective_seconds,
     has_released_speed,
     image_work,
 )
@@ -37,7 +37,8 @@ def lines(plan: Plan, price: float = 0.0, measured: Sequence[Mapping[str, str]] 
         f"F = {config.objective.flow_draws}",
         f"strategy   {plan.strategy}: {plan.why}",
         f"batch      {config.train.batch_size} = {cluster.gpus} GPUs x {plan.micro_steps} micro-batches of "
-        f"{plan.micro_batch}",
+        f"{plan.micro_batch}; {describe_rate(config.schedule, config.train.batch_size)}",
+        *_too_few(plan),
         "",
         *_memory(plan),
         f"largest micro-batch that fits: {plan.largest_micro_batch or 'none'} (of {share} {config.model.modality} per "
@@ -51,8 +52,54 @@ def lines(plan: Plan, price: float = 0.0, measured: Sequence[Mapping[str, str]] 
         *_released_speed(plan),
         *_measured(plan, measured),
         "",
+        *([*_table(scaling.by_nodes(config, gpu, cluster.gpus_per_node)), ""] if plan.fits else []),
         *_assumptions(plan),
     ]
+
+
+def scaling_lines(config: Config, gpu: GPU, gpus_per_node: int) -> list[str]:
+    """Hours by number of nodes, at the recipe's batch and with one that grows."""
+    head = f"PREDICTION, not a measurement: {printable(config.name)} on {gpu.key}, {gpus_per_node} GPUs a node"
+    fixed, grown = (scaling.by_nodes(config, gpu, gpus_per_node, grow) for grow in (False, True))
+    return [head, "", *_table(fixed), "", *_table(grown)]
+
+
+def _table(scale: scaling.Scale) -> list[str]:
+    last = scale.plans[-1].config.train
+    grows = last.batch_size != scale.plans[0].config.train.batch_size
+    batch = f"at least {scaling.LEAST_IMAGES} images per GPU" if grows else f"batch {last.batch_size}"
+    rows = [f"{batch}, {scale.plans[0].images / 1e6:.1f} M {scale.plans[0].config.model.modality} in all"]
+    rows.append(f"{'GPUs':>6}{'batch':>7}{'each':>6}{'steps':>9}{'hours':>16}{'GPU hours':>16}{'MFU':>12}  bound by")
+    for plan in scale.plans:
+        gpus, train = plan.cluster.gpus, plan.config.train
+        hours, gpu_hours = (" to ".join(f"{n * h:.{d}f}" for h in plan.hours) for n, d in ((1, 1), (gpus, 0)))
+        if not plan.fits:
+            hours = gpu_hours = "does not fit"
+        rows.append(
+            f"{gpus:6}{train.batch_size:7}{train.batch_size // gpus:6}{train.steps:9}{hours:>16}{gpu_hours:>16}"
+            f"{f'{plan.slow.mfu:.0%} to {plan.fast.mfu:.0%}':>12}  {_bounds(plan)}"
+        )
+    return rows if grows else [*rows, _best(scale)]
+
+
+def _best(scale: scaling.Scale) -> str:
+    fast, slow = (f"{gpus} GPUs" if gpus else "the table" for gpus in scale.best)
+    beyond = fast if fast == slow else f"{fast} (fast end) and {slow} (slow end)"
+    return f"hours stop falling beyond {beyond}: twice as many save less than {scaling.LEAST_SAVING:.0%}"
+
+
+def _too_few(plan: Plan) -> list[str]:
+    share = plan.config.train.batch_size // plan.cluster.gpus
+    if share >= scaling.LEAST_IMAGES:
+        return []
+    return [
+        f"WARNING: {share} {plan.config.model.modality} per GPU and step; below {scaling.LEAST_IMAGES}, optimizer, "
+        "communication and launches take most of a step: use fewer GPUs or a larger train.batch_size"
+    ]
+
+
+def _bounds(plan: Plan) -> str:
+    return ", ".join(dict.fromkeys((plan.fast.bound_by, plan.slow.bound_by)))
 
 
 def _memory(plan: Plan) -> list[str]:
@@ -74,12 +121,16 @@ def _work(plan: Plan) -> list[str]:
         released = f"; the released code, which also computes unread tokens, {all_tokens / 1e9:.0f}"
     traffic = {"encoder": work.encoder_bytes, "decoder": work.decoder_bytes, "LPIPS": work.lpips_bytes}
     moved = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in traffic.items() if size)
+    launched = launches.step_launches(config, mesh(plan.strategy, plan.cluster), plan.micro_steps, plan.collectives)
+    passes = f"{launches.micro_batch_launches(config):,} per micro-batch"
+    passes = "a CUDA graph and the optimizers" if config.train.cuda_graph else passes
     rows = [
         f"work per {one}: {each / 1e9:.0f} GFLOP ({parts}){released}",
         f"elementwise traffic per {one}, GB: {moved}; all traffic of a step "
         f"{sum(step_bytes(config).values()) / 1e9:.2f}",
         f"work per GPU and step: {count * each / 1e12:.1f} TFLOP, "
         f"plus Newton-Schulz {flops.newton_schulz(config.model) / 1e12:.2f} TFLOP over all GPUs",
+        f"launches: {launched:,} per step, {passes}",
     ]
     if work.float8:
         share = work.float8 / (work.float8 + work.matmul)
@@ -88,12 +139,14 @@ def _work(plan: Plan) -> list[str]:
             f"{work.float8_bytes / 1e9:.2f} GB per {one}; MFU is relative to the bfloat16 peak"
         )
     if plan.collectives:
-        rows.append(f"{'communication per step':44}{'GB':>6}{'times':>7}{'ms':>14}")
+        rows.append(f"{'communication per step':44}{'GB':>6}{'times':>7}{'calls':>7}{'ms':>16}{'of it latency':>16}")
     for each in plan.collectives:
-        fast, slow = (collective_seconds(each, plan.cluster, assumed) * 1e3 for assumed in (FAST, SLOW))
+        both = [collective_seconds(each, plan.cluster, assumed) * 1e3 for assumed in (FAST, SLOW)]
+        latency = [each.calls * call_seconds(each, plan.cluster, assumed) * 1e3 for assumed in (FAST, SLOW)]
+        both, latency = (f"{fast:.1f} to {slow:.1f}" for fast, slow in (both, latency))
         overlap = "overlaps with backward" if each.overlaps else "no overlap"
         rows.append(
-            f"  {each.name:42} {each.size / 1e9:5.2f} {each.times:6} {f'{fast:.1f} to {slow:.1f}':>13}, {overlap}"
+            f"  {each.name:42} {each.size / 1e9:5.2f} {each.times:6} {each.calls:6}{both:>16}{latency:>16}, {overlap}"
         )
     return rows
 
@@ -111,7 +164,7 @@ def _speed(plan: Plan) -> list[str]:
         f"{rate:<10} {low:.0f} to {high:.0f}, per GPU {low / gpus:.0f} to {high / gpus:.0f}; "
         f"MFU {plan.slow.mfu:.0%} to {plan.fast.mfu:.0%}"
     )
-    bounds = list(dict.fromkeys((plan.fast.bound_by, plan.slow.bound_by)))
+    bounds = _bounds(plan).split(", ")
     rows.append(f"bound by   {' (fast end), '.join(bounds)}{' (slow end)' if len(bounds) > 1 else ''}")
     if plan.data:
         cores = high / plan.cluster.nodes * CPU_SECONDS[plan.data]
@@ -124,10 +177,9 @@ def _run(plan: Plan, price: float) -> list[str]:
         return [
             "run        no time and no cost: it does not fit; use more or larger GPUs, or a smaller train.micro_batch"
         ]
-    samples = plan.config.train.steps * plan.config.train.batch_size
-    hours = [samples / speed.images_per_s / 3600 for speed in (plan.fast, plan.slow)]
+    hours, images = plan.hours, f"{plan.images / 1e6:.1f} M {plan.config.model.modality}"
     gpu_hours = [each * plan.cluster.gpus for each in hours]
-    row = f"run        {plan.config.train.steps} steps: {hours[0]:.1f} to {hours[1]:.1f} hours"
+    row = f"run        {plan.config.train.steps} steps, {images}: {hours[0]:.1f} to {hours[1]:.1f} hours"
     row += f", {gpu_hours[0]:.0f} to {gpu_hours[1]:.0f} GPU hours"
     if price:
         row += f", {gpu_hours[0] * price:.0f} to {gpu_hours[1] * price:.0f} EUR at {price:g} EUR per GPU hour"
@@ -159,11 +211,16 @@ def _assumptions(plan: Plan) -> list[str]:
     float8 = f", {gpu.float8_tflops:g} float8" if plan.config.train.precision == "float8" else ""
 
     def rates(assumed: Assumptions) -> str:
+        latency = assumed.latency
         overlap = "communication overlaps with backward" if assumed.overlap else "no communication overlaps"
         return (
             f"  {assumed.name}: matmuls at {assumed.matmul:.0%} of peak, attention at {assumed.attention:.0%}, "
             f"convolutions at {assumed.convolutions:.0%}, memory at {assumed.memory:.0%}, links at {assumed.links:.0%}"
-            f"; {overlap}; the busiest GPU has {assumed.imbalance:g} x an even share of Newton-Schulz"
+            f"; {overlap}; the busiest GPU has {assumed.imbalance:g} x an even share of Newton-Schulz; "
+            f"a collective takes {latency.call * 1e6:g} us, a hop of a ring {latency.ring * 1e6:g} us "
+            f"({latency.ring_across * 1e6:g} between nodes), of a tree {latency.tree * 1e6:g} "
+            f"({latency.tree_across * 1e6:g}); the host takes "
+            f"{assumed.launch * 1e6:g} us a launch"
         )
 
     return [
@@ -172,8 +229,8 @@ def _assumptions(plan: Plan) -> list[str]:
         f"{gpu.link:g} GB/s within the node ({gpu.source}); {gpu.network:g} GB/s to other nodes (assumed)",
         rates(FAST),
         rates(SLOW),
-        "  bfloat16 autocast, float32 residual, fused kernels, compiled blocks; launches, logging, checkpoints, "
-        "pictures and restarts take no time",
+        "  bfloat16 autocast, float32 residual, fused kernels, compiled blocks, with the launches of eager ones; "
+        "logging, checkpoints, pictures and restarts take no time",
         f"  memory: {memory.RUNTIME_BYTES / 1e9:g} GB for CUDA, NCCL and cuBLAS, {memory.SLACK:.0%} lost to the "
         f"allocator, {RESERVED:.0%} left free; the reconstruction's activations are freed before the flow draws",
         "  communication: float32 gradients, bfloat16 parameters, bfloat16 updates of Muon",

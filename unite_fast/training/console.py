@@ -12,6 +12,7 @@ from rich.console import Console
 from unite_fast.config import IMAGES, MOLECULES, Config
 from unite_fast.evaluation.batches import HELD_OUT
 from unite_fast.kernels import backend
+from unite_fast.optim.lr_schedule import describe_rate
 from unite_fast.sampling import sampler
 from unite_fast.training.metrics import straggler
 from unite_fast.training.pictures import open_pictures
@@ -42,6 +43,7 @@ class Report:
             f"attention, {mode}, batch {train.batch_size}, "
             f"steps {state.step}..{train.steps}, in {folder}"
         )
+        self.print_line(describe_rate(config.schedule, train.batch_size))
         self.pictures = open_pictures(config)
         self.of_real = self.pictures.of_real
         if self.of_real != HELD_OUT:

@@ -36,6 +36,8 @@ FREE_ON_RESUME = {
     "perceptual.vgg_path",
     "perceptual.lpips_path",
     "optim.nonfinite",
+    # What the schedule was counted in, and a length that train.steps replaces. Its points and rates must be the same.
+    *("schedule.unit", "schedule.steps"),
     *(
         f"train.{key}"
         for key in (

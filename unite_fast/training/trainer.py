@@ -171,8 +171,10 @@ class Trainer:
                 f"WARNING: nothing to resume in {self.folder}: starts a NEW run at step 0. If you meant another run, "
                 "stop and check train.out and name"
             )
+        epochs = config.train.steps * config.train.batch_size / len(self.source)
         self.report.print_line(
-            f"data: {len(self.source)} {config.model.modality}, {self.choice.name} loader ({self.choice.why})"
+            f"data: {len(self.source)} {config.model.modality}, {epochs:.3g} epochs, {self.choice.name} loader "
+            f"({self.choice.why})"
         )
         for note in filter(None, (data_note, *self.source.notes)):
             self.report.print_line(f"data: {printable(note)}")
