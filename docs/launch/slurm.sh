@@ -3,8 +3,9 @@
 #
 #   sbatch --nodes 4 --time 12:00:00 docs/launch/slurm.sh imagenet256_b data.source=shards data.path=/data/shards/train
 #
-# Arguments after the script go to `unite-fast train`. All machines need the same virtual environment (VENV) and the same
-# run folder (RUN, on a shared file system). Each start first checks the machines for about a minute, unless CHECK=0.
+# Arguments after the script go to `unite-fast train`. All machines need the same virtual environment (VENV) and the
+# same run folder (RUN, on a shared file system). Each start first checks the machines for about a minute, unless
+# CHECK=0.
 #SBATCH --job-name=unite-fast
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -26,15 +27,15 @@ VENV=${VENV:-$HOME/unite-fast}
 RUN=${RUN:-$PWD/runs/$(basename "${1:?which recipe?}" .yaml)}
 GPUS_PER_NODE=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-gpu}}
 
-# The words before each machine's command. Hundreds of GPUs should not import from a shared file system: that is 2,700 file
-# opens a GPU (docs/multi-node.md). Set VENV_TAR to unpack the environment on each machine, or use a container and set VENV
-# to the environment in it:
+# The words before each machine's command. Hundreds of GPUs should not import from a shared file system: that is 2,700
+# file opens a GPU (docs/multi-node.md). Set VENV_TAR to unpack the environment on each machine, or use a container and
+# set VENV to the environment in it:
 #   pyxis:     INSIDE=(--container-image=/shared/unite-fast.sqsh "--container-mounts=/shared:/shared,/data:/data")
 #   Apptainer: INSIDE=(apptainer exec --nv --bind /shared,/data /shared/unite-fast.sif)
 INSIDE=()
 
-# NCCL and gloo choose their network interfaces themselves, gloo the one that leads to the first process. If NCCL chooses
-# badly, name it; `ip address` lists them.
+# NCCL and gloo choose their network interfaces themselves, gloo the one that leads to the first process. If NCCL
+# chooses badly, name it; `ip address` lists them.
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 # export NCCL_IB_HCA=mlx5_0,mlx5_1,mlx5_2,mlx5_3
 
@@ -64,22 +65,22 @@ with socket.socket(family, kind) as probe:
 launch() {
     local port=$1 restarts=$2 is_host=$((SLURM_NODEID == 0)) address=$SLURMD_NODENAME
     shift 2
-    # The limits are the login shell's. Every process holds a few sockets to every other, and RDMA needs locked memory. No
-    # core dumps: each would be as large as a process with its GPU's memory.
+    # The limits are the login shell's. Every process holds a few sockets to every other, and RDMA needs locked memory.
+    # No core dumps: each would be as large as a process with its GPU's memory.
     ulimit -n "$(ulimit -Hn)" || true
     ulimit -l "$(ulimit -Hl)" || true
     ulimit -c 0
-    # To itself, a machine's name may be 127.0.1.1 (Debian). So say who is the head, which torchrun would guess from names
-    # (https://github.com/pytorch/pytorch/issues/73656), and give the others an address, not a name.
+    # To itself, a machine's name may be 127.0.1.1 (Debian). So say who is the head, which torchrun would guess from
+    # names (https://github.com/pytorch/pytorch/issues/73656), and give the others an address, not a name.
     if [[ $is_host == 0 ]]; then
         address=$(address_towards "$HEAD") || address=$SLURMD_NODENAME
     elif [[ -n $SECOND ]]; then
         address=$(address_towards "$SECOND") || address=$SLURMD_NODENAME
     fi
-    # A fixed number of machines is the default and what is tested. A job that may go on with fewer (--nnodes 3:4) changes
-    # how many images each GPU takes, and waits for more machines before each start.
-    # read_timeout: how long the others wait for the head, whose imports may be slow. join_timeout: longer than Slurm takes
-    # to notice that a machine vanished (SlurmdTimeout, by default 300), so that Slurm requeues the job.
+    # A fixed number of machines is the default and what is tested. A job that may go on with fewer (--nnodes 3:4)
+    # changes how many images each GPU takes, and waits for more machines before each start. read_timeout: how long the
+    # others wait for the head, whose imports may be slow. join_timeout: longer than Slurm takes to notice that a
+    # machine vanished (SlurmdTimeout, by default 300), so that Slurm requeues the job.
     exec "$PYTHON" -m torch.distributed.run \
         --nnodes "$SLURM_NNODES" --nproc-per-node "$GPUS_PER_NODE" --local-addr "$address" \
         --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" --rdzv-endpoint "$HEAD:$port" \
@@ -89,7 +90,8 @@ launch() {
 }
 
 # Runs a function of this script on every machine. Since 22.05, srun does not take --cpus-per-task from sbatch
-# (https://slurm.schedmd.com/sbatch.html#OPT_cpus-per-task). When one torchrun ends, the others have five minutes to save.
+# (https://slurm.schedmd.com/sbatch.html#OPT_cpus-per-task). When one torchrun ends, the others have five minutes to
+# save.
 on_every_machine() {
     srun --export=ALL --ntasks-per-node=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} \
         --kill-on-bad-exit=0 --wait=300 \
@@ -100,7 +102,8 @@ unpack() {
     mkdir -p "$VENV" && tar -xf "$1" -C "$VENV"
 }
 
-# What this job left in RUN/status; empty if the file is an earlier job's. Network file systems may show an old one first.
+# What this job left in RUN/status; empty if the file is an earlier job's. Network file systems may show an old one
+# first.
 outcome() {
     local line="" end=$((SECONDS + ${STATUS_SECONDS:-60}))
     while true; do
@@ -120,14 +123,15 @@ written() {
 }
 
 if [[ -n ${VENV_TAR:-} ]]; then
-    # Made by `tar -cf unite-fast.tar -C VENV .`. Every machine needs the same Python; many clusters empty TMPDIR later.
+    # Made by `tar -cf unite-fast.tar -C VENV .`. Every machine needs the same Python; many clusters empty TMPDIR
+    # later.
     VENV=${TMPDIR:-/tmp}/unite-fast-$SLURM_JOB_ID
 fi
 PYTHON=$VENV/bin/python
 export VENV RUN GPUS_PER_NODE HEAD SECOND PYTHON
 
-# scancel and preemption send SIGTERM to this script too. It must live until the processes have saved, and then leave the
-# job to Slurm, which requeues a preempted one itself.
+# scancel and preemption send SIGTERM to this script too. It must live until the processes have saved, and then leave
+# the job to Slurm, which requeues a preempted one itself.
 ended_by_slurm=0
 trap 'ended_by_slurm=1' TERM
 
