@@ -32,7 +32,7 @@ def flip(tensor: Tensor, index: int, bit: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.uint8])
 def test_any_bit_changes_the_fingerprint(dtype, monkeypatch):
-    monkeypatch.setattr(replicas, "CHUNK", 8)
+    monkeypatch.setitem(replicas.CHUNK, "cpu", 8)
     whole = torch.arange(27).to(dtype).view(3, 9)
     before = fingerprints({"a": whole})["a"]
     bits = 8 * whole.element_size() if dtype != torch.bool else 1
@@ -53,7 +53,7 @@ def test_the_order_of_values_counts(monkeypatch):
     values = torch.randn(100)
     swapped = values.clone()
     swapped[[3, 90]] = values[[90, 3]]
-    monkeypatch.setattr(replicas, "CHUNK", 16)
+    monkeypatch.setitem(replicas.CHUNK, "cpu", 16)
     in_chunks = fingerprints({"a": values, "b": swapped})
     assert in_chunks["a"][0] == in_chunks["b"][0] and in_chunks["a"][1] != in_chunks["b"][1]
     monkeypatch.undo()

@@ -139,3 +139,9 @@ def test_division_depends_on_sizes_and_names_alone():
     shuffled = list(layouts)
     random.Random(0).shuffle(shuffled)
     assert divide({name: layouts[name] for name in shuffled}, 8) == divide(layouts, 8)
+
+
+def test_the_largest_tensor_is_placed_first():
+    layouts = {name: Layout((length,), 4, 0) for name, length in {"a": 1, "b": 1, "c": 1, "d": 3}.items()}
+    owners = divide(layouts, 2)
+    assert owners["a"] == owners["b"] == owners["c"] != owners["d"]

@@ -19,8 +19,8 @@ from unite_fast.errors import TemporaryError, shown
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By bytes per element."""
-CHUNK = 2**20
-"""Elements that are converted to int64 at a time."""
+CHUNK = {"cpu": 2**16, "cuda": 2**20}
+"""Elements that are converted to int64 at a time: few enough for a CPU's cache, enough for a GPU's launches."""
 
 Fingerprints = dict[str, tuple[int, int]]
 
@@ -61,7 +61,7 @@ def fingerprints(tensors: dict[str, Tensor]) -> Fingerprints:
     if not tensors:
         return {}
     device = next(iter(tensors.values())).device
-    positions = torch.arange(1, CHUNK + 1, device=device)
+    positions = torch.arange(1, CHUNK[device.type] + 1, device=device)
     sums = torch.stack([_sums(tensor.detach(), positions) for tensor in tensors.values()]).tolist()
     return {name: (first, second) for name, (first, second) in zip(tensors, sums, strict=True)}
 
@@ -70,8 +70,8 @@ def _sums(tensor: Tensor, positions: Tensor) -> Tensor:
     """int64 [2]"""
     bits = tensor.view(INTEGERS[tensor.element_size()]).flatten()
     sums = torch.zeros(2, dtype=torch.int64, device=bits.device)
-    for start in range(0, len(bits), CHUNK):
-        chunk = bits[start : start + CHUNK].long()
+    for start in range(0, len(bits), len(positions)):
+        chunk = bits[start : start + len(positions)].long()
         total = chunk.sum()
         sums += torch.stack([total, (chunk * positions[: len(chunk)]).sum() + start * total])
     return sums

@@ -261,4 +261,56 @@ CHANGES = [
             ("files.check_sizes(partial, manifest.shards)", "pass"),
         ],
     ),
+    (
+        "unite_fast/checkpoint/manager.py",
+        ("tests/checkpoint/test_manager_on_ranks.py", "tests/checkpoint/test_replicas.py"),
+        [
+            ("check_replicas(tensors, self.ranks, step)", "pass"),
+            ("for name in plan.staged(self.ranks.rank)}", "for name in tensors}"),
+            ("ranks.run_on_all(allocate)", "allocate()"),
+            (
+                "copy_(self.copies[entry.name] if member == writer else _receive(part, member, ranks))",
+                "copy_(_receive(part, member, ranks) if member != writer else part)",
+            ),
+        ],
+    ),
+    (
+        "unite_fast/checkpoint/save_plan.py",
+        ("tests/checkpoint/test_save_plan.py", "tests/checkpoint/test_manager.py"),
+        [
+            ("writing = min(replicas, max(1, MOST_FILES // shards))", "writing = replicas"),
+            ("[i * replicas // writing for i in range(writing)]", "list(range(writing))"),
+            ("per_file = -(-shards // MOST_FILES)", "per_file = 1"),
+            ("entry.sizes[index] or not index]", "entry.sizes[index]]"),
+            ("if first and not sum(sizes):", "if not sum(sizes):"),
+            ("            if first:\n                continue\n", ""),
+            ("(-layouts[name].bytes, name)", "name"),
+            ("min(range(parts), key=filled.__getitem__)", "0"),
+        ],
+    ),
+    (
+        "unite_fast/checkpoint/replicas.py",
+        ("tests/checkpoint/test_replicas.py",),
+        [
+            ("+ start * total])", "])"),
+            ("(chunk * positions[: len(chunk)]).sum()", "chunk.sum()"),
+            ("tensor.view(INTEGERS[tensor.element_size()]).flatten()", "tensor.flatten()"),
+            ("if replicas > 1 else {}", "if replicas > 2 else {}"),
+            ("of_sharded[shard::shards]", "of_sharded[::shards]"),
+            ("[everyone[shard::shards] for shard in range(shards)]", "[everyone]"),
+            ("majority = 2 * count > len(group)", "majority = True"),
+            ("if len(set(of_plain)) == 1 and all", "if all"),
+            ("status = TEMPORARY", "status = 2"),
+        ],
+    ),
+    (
+        "unite_fast/training/checkpoint_schedule.py",
+        ("tests/training/test_checkpoint_schedule.py",),
+        [
+            ("return self.every > 0 and step % self.every == 0", "return step % self.every == 0"),
+            ("60 * config.checkpoint_minutes", "config.checkpoint_minutes"),
+            ("self.saved_step, self.saved_at = step, now", "self.saved_step = step"),
+            ("self.seconds > 0 and now", "now"),
+        ],
+    ),
 ]
