@@ -93,8 +93,8 @@ def open_store(ranks: Ranks, seconds: float) -> Store | None:
         first.set(f"check-cluster/{ranks.rank}", host)
     except (*STORE_ERRORS, OSError) as error:
         raise LostContact(
-            f"host {host} cannot reach {address}, where the processes meet (MASTER_ADDR): "
-            f"{printable(reason_of(error))[:LONGEST_ERROR]}; check the name in /etc/hosts and the firewall"
+            f"host {host} did not meet all {ranks.world} processes at {address} (MASTER_ADDR): "
+            f"{printable(reason_of(error))[:LONGEST_ERROR]}; check the name, the firewall, and what the other hosts say"
         ) from error
     try:
         return fresh_store(seconds)[0]

@@ -22,7 +22,7 @@ PAYLOAD_SECONDS = 0.5
 TURNS = 2
 
 
-def all_reduce_by_size(ranks: Ranks, device: torch.device, sizes: Sequence[int] = SIZES) -> list[dict]:
+def all_reduce_by_size(ranks: Ranks, device: torch.device, sizes: Sequence[int]) -> list[dict]:
     """Time all-reduces of float32 sums over all ranks, which call this together.
 
     Returns:

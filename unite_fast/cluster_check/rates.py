@@ -53,7 +53,7 @@ def disk_rates(folder: Path) -> dict[str, float]:
         os.close(descriptor)
 
 
-def loader_rate(config: Config, ranks: Ranks, device: torch.device, seconds: float = LOADER_SECONDS) -> dict:
+def loader_rate(config: Config, ranks: Ranks, device: torch.device, seconds: float) -> dict:
     """Read training data as a run would, from its first batch on.
 
     Returns:

@@ -16,7 +16,7 @@ from unite_fast.cluster_check.addresses import addresses_in_use
 from unite_fast.cluster_check.coordinator import Coordinator, Outcome, open_store
 from unite_fast.cluster_check.findings import all_findings, part_findings
 from unite_fast.cluster_check.host import host_facts, rank_facts
-from unite_fast.cluster_check.rates import disk_rates, loader_rate
+from unite_fast.cluster_check.rates import LOADER_SECONDS, disk_rates, loader_rate
 from unite_fast.cluster_check.records import Cluster, Finding, Host
 from unite_fast.config import Config
 from unite_fast.distributed.environment import restart_count
@@ -149,7 +149,7 @@ class _Check:
             return None
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # it holds for one thread
-        all_reduce = network.all_reduce_by_size(self.ranks, self.device)
+        all_reduce = network.all_reduce_by_size(self.ranks, self.device, network.SIZES)
         links = network.link_speeds(self.ranks, self.leaders, self.device, LIMITS["network"] / 3)
         used = addresses_in_use(int(os.environ["MASTER_PORT"])) if self.leads else []
         return {"all_reduce": all_reduce, "links": {str(rank): link for rank, link in links.items()}, "used": used}
@@ -159,7 +159,7 @@ class _Check:
         return disk_rates(self.folder) if self.leads and self.folder.is_dir() else None
 
     def _loader(self) -> dict:
-        return loader_rate(self.config, self.ranks, self.device)
+        return loader_rate(self.config, self.ranks, self.device, LOADER_SECONDS)
 
     def _hosts(self, facts: dict[int, dict]) -> list[Host]:
         """The hosts of the ranks whose facts are known, rank 0's first."""
