@@ -4,6 +4,7 @@ import os
 import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -28,7 +29,7 @@ def test_run_limited():
     assert run_limited(lambda: 7, 5).value == 7
     assert run_limited(lambda: fail(UserError("what to do")), 5) == Outcome(error="what to do")
     assert "KeyError" in run_limited(lambda: fail(KeyError("x")), 5).error
-    assert run_limited(lambda: open("/nowhere/file"), 5).error == "/nowhere/file: No such file or directory"
+    assert run_limited(Path("/nowhere/file").read_text, 5).error == "/nowhere/file: No such file or directory"
     late = run_limited(threading.Event().wait, 0.2)
     assert late.late and not late.ok
 

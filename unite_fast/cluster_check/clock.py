@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from torch.distributed.distributed_c10d import Store
 
-from unite_fast.cluster_check.coordinator import get
+from unite_fast.cluster_check.coordinator import wait
 
 ROUNDS = 4
 """Questions to rank 0; the one with the shortest round trip counts."""
@@ -19,7 +19,7 @@ def serve_time(store: Store, guests: Sequence[int], seconds: float, now: Callabl
     """
     for guest in guests:
         for k in range(ROUNDS):
-            get(store, f"clock/{guest}/{k}", seconds, f"rank {guest} does not ask for the time")
+            wait(store, f"clock/{guest}/{k}", seconds, f"rank {guest} does not ask for the time")
             store.set(f"clock/{guest}/{k}/now", repr(now()))
 
 
@@ -33,8 +33,10 @@ def measure_offset(store: Store, rank: int, seconds: float, now: Callable[[], fl
     for k in range(ROUNDS):
         begun, asked = time.monotonic(), now()
         store.set(f"clock/{rank}/{k}", "")
-        there = float(get(store, f"clock/{rank}/{k}/now", seconds, "rank 0 does not tell the time"))
+        answer = f"clock/{rank}/{k}/now"
+        wait(store, answer, seconds, "rank 0 does not tell the time")
+        # The answer is there; reading it is another round trip.
         half = (time.monotonic() - begun) / 2
-        readings.append((half, asked + half - there))
+        readings.append((half, asked + half - float(store.get(answer))))
     half, offset = min(readings)
     return {"offset": offset, "error": half}

@@ -229,8 +229,17 @@ def get(store: Store, key: str, seconds: float, message: str) -> str:
     Raises:
         LostContact: with `message`; the key was not written within `seconds`.
     """
+    wait(store, key, seconds, message)
+    return store.get(key).decode()
+
+
+def wait(store: Store, key: str, seconds: float, message: str) -> None:
+    """Wait for a key of the store.
+
+    Raises:
+        LostContact: with `message`; the key was not written within `seconds`.
+    """
     try:
         store.wait([key], timedelta(seconds=seconds))
-        return store.get(key).decode()
     except STORE_ERRORS as error:
         raise LostContact(message) from error

@@ -256,7 +256,7 @@ def network(cluster: Cluster) -> list[Finding]:
         if latency > SLOWEST_LATENCY:
             faults.append(f"a latency of {latency * 1e3:.1f} ms (above {SLOWEST_LATENCY * 1e3:g})")
         if bandwidth < SLOWEST_LINK:
-            faults.append(f"{bandwidth / 1e9:.3f} GB/s (below {SLOWEST_LINK / 1e9:g}, 1 Gbit/s)")
+            faults.append(f"{bandwidth / 1e9:.2g} GB/s (below {SLOWEST_LINK / 1e9:g}, 1 Gbit/s)")
         elif bandwidth < usual / 3:
             faults.append(f"{bandwidth / 1e9:.2f} GB/s, while the usual link has {usual / 1e9:.2f}")
         if faults:
