@@ -223,10 +223,10 @@ def main() -> None:
             hosts.write_hosts(2)
         if "limits" in chosen:
             expect(
-                "limits", *check(hosts, "limits", run, before="ulimit -n 250;"), 1, "error: ", "node2", "250", "ulimit"
+                "limits", *check(hosts, "limits", run, before="ulimit -Sn 250;"), 1, "error: ", "node2", "250", "ulimit"
             )
         if "frozen" in chosen:
-            expect("frozen", *check(hosts, "frozen", run, during=freeze_second_host), 1, "error: ", "rank 1")
+            expect("frozen", *check(hosts, "frozen", run, during=freeze_second_host), 1, "error: ", "node2", "answer")
         if "data" in chosen:
             output, statuses = check(hosts, "data", run, "data.source=folder", "data.path=/nowhere")
             expect("data", output, statuses, 1, "error: ", "loader", "/nowhere")

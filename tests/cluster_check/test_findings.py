@@ -168,6 +168,13 @@ def test_a_link_much_slower_than_the_others_is_named(cluster, found):
     assert found(findings.network(cluster), "node3", "0.30 GB/s", "1.20") == ["warning"]
 
 
+def test_links_that_were_not_measured(cluster, found):
+    cluster.hosts[2].link = {}
+    assert found(findings.network(cluster), "node3") == ["warning"]
+    cluster.all_reduce = []  # then the whole part failed, and that is told
+    assert findings.network(cluster) == []
+
+
 def test_time_of_the_gradients(cluster):
     cluster.gradient_bytes = (8 + 2**20) / 2
     assert cluster.gradient_seconds == pytest.approx((1e-4 + 1e-2) / 2)

@@ -213,10 +213,12 @@ class Coordinator:
     def _outcomes_of_others(self, part: str, seconds: float) -> dict[int, Outcome]:
         assert self.store is not None
         keys = {rank: f"{part}/{rank}" for rank in range(1, self.ranks.world) if rank not in self.absent}
-        with suppress(*STORE_ERRORS):
+        try:
             self.store.wait(list(keys.values()), timedelta(seconds=seconds))
-        there = [rank for rank, key in keys.items() if _has(self.store, key)]
-        return {rank: Outcome(**json.loads(self.store.get(keys[rank]))) for rank in there}
+        except STORE_ERRORS:
+            keys = {rank: key for rank, key in keys.items() if _has(self.store, key)}
+        values = self.store.multi_get(list(keys.values())) if keys else []
+        return {rank: Outcome(**json.loads(value)) for rank, value in zip(keys, values, strict=True)}
 
     def _from_first(self, key: str, seconds: float, part: str) -> str:
         assert self.store is not None
@@ -230,7 +232,10 @@ def get(store: Store, key: str, seconds: float, message: str) -> str:
         LostContact: with `message`; the key was not written within `seconds`.
     """
     wait(store, key, seconds, message)
-    return store.get(key).decode()
+    try:
+        return store.get(key).decode()
+    except STORE_ERRORS as error:  # its process ended in between
+        raise LostContact(message) from error
 
 
 def wait(store: Store, key: str, seconds: float, message: str) -> None:

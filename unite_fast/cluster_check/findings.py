@@ -250,6 +250,9 @@ def network(cluster: Cluster) -> list[Finding]:
     head, linked = cluster.hosts[0].label, [host for host in cluster.hosts if host.link]
     usual = statistics.median(host.link["bandwidth"] for host in linked) if len(linked) > 2 else 0.0
     cost = f"one all-reduce of the gradients would take {duration(cluster.gradient_seconds)}"
+    left = [host.label for host in cluster.hosts[1:] if not host.link]
+    if left and cluster.all_reduce:
+        found.append(Finding("warning", f"the time did not suffice for the links from {head} to {_listed(left)}"))
     for host in linked:
         latency, bandwidth = host.link["latency"], host.link["bandwidth"]
         faults = []

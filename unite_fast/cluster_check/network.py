@@ -1,7 +1,8 @@
 """The network as training uses it: all-reduce over all ranks, and the links between rank 0's host and the others."""
 
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, distributed
@@ -17,8 +18,7 @@ TIMED = 0.5
 """Seconds of all-reduces to time per size, at least two of them and at most 20."""
 PINGS = 8
 PAYLOADS = (2**16, 2**22, 2**26)
-"""Bytes sent over a link and back; the next one only if it would take less than `PAYLOAD_SECONDS`."""
-PAYLOAD_SECONDS = 0.5
+"""Bytes sent over a link and back; the next one only if the link's share of the time suffices."""
 TURNS = 2
 
 
@@ -84,64 +84,85 @@ def link_speeds(
 
     Args:
         leaders: the first rank of each host, rank 0 among them.
-        seconds: begin no further link after that time.
+        seconds: for all links; after that time no further one is measured.
 
     Returns:
         On rank 0, by rank: `latency` (s, half of a round trip of 8 bytes, the median) and `bandwidth` (bytes/s one way,
         of the largest payload, the mean of both ways). Elsewhere nothing.
     """
     end, links = time.monotonic() + seconds, {}
-    for guest in leaders:
-        if ranks.main and guest:
-            link = _measure_link(guest, device) if time.monotonic() < end else None
-            _tell(guest, 0, device)
-            if link:
-                links[guest] = link
-        elif guest == ranks.rank and guest:
-            while size := _told(device):
-                _return(torch.empty(size, dtype=torch.uint8, device=device))
+    guests = [leader for leader in leaders if leader]
+    for guest in guests:
+        if ranks.main:
+            if time.monotonic() < end:
+                links[guest] = _measure_link(guest, device, seconds / len(guests))
+            _announce(guest, 0, 0, device)
+        elif guest == ranks.rank:
+            while (plan := _announced(device))[0]:
+                _return(*plan, device)
     ranks.wait()
     return links
 
 
-def _measure_link(guest: int, device: torch.device) -> dict[str, float]:
-    def round_trip(tensor: Tensor) -> float:
-        _tell(guest, tensor.numel(), device)
-        begun = time.perf_counter()
-        distributed.send(tensor, guest)
-        distributed.recv(tensor, guest)
-        _wait_for(device)
-        return time.perf_counter() - begun
-
-    def shortest(size: int, choose: Callable[[list[float]], float], times: int) -> float:
-        tensor = torch.zeros(size, dtype=torch.uint8, device=device)
-        round_trip(tensor)  # connects, and fills new memory
-        return choose([round_trip(tensor) for _ in range(times)])
-
-    latency = shortest(8, lambda trips: sorted(trips)[len(trips) // 2], PINGS) / 2
-    bandwidth, trip = 0.0, 0.0
-    for before, size in zip((0, *PAYLOADS), PAYLOADS, strict=False):
-        if before and trip * size / before > 2 * PAYLOAD_SECONDS:
+def _measure_link(guest: int, device: torch.device, seconds: float) -> dict[str, float]:
+    latency = statistics.median(_round_trips(guest, 8, PINGS, device)) / 2
+    trip, bandwidth = 0.0, 0.0
+    for size, before in zip(PAYLOADS, (0, *PAYLOADS), strict=False):
+        # The next payload takes longer in proportion, and so do its turns.
+        if before and trip * size / before * (TURNS + 1) > seconds:
             break
-        trip = shortest(size, min, TURNS)
+        trip = min(_round_trips(guest, size, TURNS, device))
         bandwidth = 2 * size / trip
     return {"latency": latency, "bandwidth": bandwidth}
 
 
-def _return(buffer: Tensor) -> None:
-    distributed.recv(buffer, 0)
-    distributed.send(buffer, 0)
+def _round_trips(guest: int, size: int, turns: int, device: torch.device) -> list[float]:
+    """Seconds of each of `turns` round trips, after one that connects and fills new memory."""
+    _announce(guest, size, turns + 1, device)
+    there, back = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    trips = []
+    for _ in range(turns + 1):
+        _wait_for(device)
+        begun = time.perf_counter()
+        _exchange(there, back, guest)
+        _wait_for(device)
+        trips.append(time.perf_counter() - begun)
+    return trips[1:]
 
 
-def _tell(guest: int, size: int, device: torch.device) -> None:
-    """Announce a payload, bytes; 0: no more."""
-    distributed.send(torch.tensor([size], device=device), guest)
+def _return(size: int, turns: int, device: torch.device) -> None:
+    """The guest's side of `_round_trips`."""
+    one, other = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+    distributed.recv(one, 0)
+    for _ in range(turns - 1):
+        _exchange(one, other, 0)
+    distributed.send(one, 0)
+    _wait_for(device)
 
 
-def _told(device: torch.device) -> int:
-    size = torch.zeros(1, dtype=torch.int64, device=device)
-    distributed.recv(size, 0)
-    return int(size)
+def _exchange(there: Tensor, back: Tensor, rank: int) -> None:
+    """Send a tensor and receive the next. Gloo sends only after the receiver said that it waits, so it says so early;
+    NCCL's operations on a stream follow each other, so there the send comes first."""
+    if there.device.type == "cuda":
+        distributed.send(there, rank)
+        distributed.recv(back, rank)
+        return
+    receiving = distributed.irecv(back, rank)
+    distributed.send(there, rank)
+    assert receiving is not None  # this rank is in the group
+    receiving.wait()
+
+
+def _announce(guest: int, size: int, turns: int, device: torch.device) -> None:
+    """Tell what comes: payloads of `size` bytes; 0: nothing more."""
+    distributed.send(torch.tensor([size, turns], device=device), guest)
+
+
+def _announced(device: torch.device) -> tuple[int, int]:
+    plan = torch.zeros(2, dtype=torch.int64, device=device)
+    distributed.recv(plan, 0)
+    size, turns = plan.tolist()
+    return size, turns
 
 
 def _wait_for(device: torch.device) -> None:
