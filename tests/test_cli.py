@@ -25,7 +25,7 @@ from unite_fast.recipes import load_config, to_tree
 
 COMMANDS = (
     *("train", "sample", "generate", "reconstruct", "evaluate", "stats", "info", "shards", "inspect"),
-    *("gallery", "search-guidance", "export", "plan", "molecules"),
+    *("gallery", "search-guidance", "export", "plan", "molecules", "check-cluster"),
     *("import-official", "export-official", "parity"),
 )
 

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from unite_fast.commands import (
     bench,
     checkpoints,
+    cluster,
     data,
     evaluation,
     gallery,
@@ -35,7 +36,7 @@ from unite_fast.utils.standard_streams import guard_streams, report_lost_output
 FIRST_RANK_SECONDS = 10.0
 """Seconds that the other ranks of a machine give the first one to print an error that all have."""
 
-SHARED = ("train", "bench", "tune", "evaluate", "stats", "generate", "search-guidance")
+SHARED = ("train", "bench", "tune", "evaluate", "stats", "generate", "search-guidance", "check-cluster")
 """Commands whose processes share the work under torchrun. The others run on rank 0 alone."""
 LONGEST_MESSAGE = 2000
 """Characters of an error; a message from a library may hold a whole file."""
@@ -72,7 +73,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Train and use UNITE, one network that is image tokenizer and latent denoiser.",
 )
-for module in (training, bench, tune, planning, images, evaluation, guidance, gallery, data, molecules, checkpoints):
+for module in (
+    *(training, cluster, bench, tune, planning, images, evaluation, guidance, gallery, data, molecules, checkpoints),
+):
     app.add_typer(module.app)
 
 

@@ -356,6 +356,19 @@ def test_loading_a_model_sets_the_threads_of_its_run(monkeypatch):
     assert calls == [(Path("run"), "cpu"), 3]
 
 
+def test_check_cluster(command, record, tmp_path):
+    ran = record("unite_fast.cluster_check.run.check_cluster", result=2)
+    ended = command("check-cluster", "fashion_mnist", "seed=4", "--folder", "runs/x", "--json", "found.json")
+    assert (ended.status, ended.err) == (2, "")
+    assert (ran.arguments["config"].name, ran.arguments["config"].seed) == ("fashion_mnist", 4)
+    assert (ran.arguments["folder"], ran.arguments["out"]) == ("runs/x", Path("found.json"))
+    (tmp_path / "tuned.yaml").write_text("kernels: reference\n")
+    assert command("check-cluster", "train.steps=8", "--tuned", tmp_path / "tuned.yaml").status == 2
+    config = ran.arguments["config"]
+    assert (config.name, config.train.steps, config.kernels) == ("digits", 8, "reference")
+    assert (ran.arguments["folder"], ran.arguments["out"]) == ("", None)
+
+
 def test_bench(command, record, tmp_path):
     read = record("unite_fast.benchmarking.run.read_recipe", result=("config", ("a=1",)))
     ran, plotted = record("unite_fast.benchmarking.run.bench"), record("unite_fast.benchmarking.run.draw")

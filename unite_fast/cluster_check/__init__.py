@@ -1,0 +1,1 @@
+"""`unite-fast check-cluster`: whether the hosts of a training can work together, and how fast."""
