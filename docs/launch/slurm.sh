@@ -47,8 +47,8 @@ PORT=$((20000 + SLURM_JOB_ID % 6000 * 2))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 # Seconds until torchrun kills processes that are still saving (torch 2.12 and later; before, always 30).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=270
-# A store shared by torchrun and its processes keeps the first round's address, also if that machine was replaced;
-# https://github.com/pytorch/pytorch/issues/135712 has the same cause.
+# Otherwise torchrun keeps the address of the first round's store, also when that machine was replaced
+# (next_rendezvous in torch 2.13; https://github.com/pytorch/pytorch/pull/182375 mends another case of it).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 # The address at which this machine reaches the machine $1; nothing is sent.
