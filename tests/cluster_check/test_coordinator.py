@@ -10,8 +10,8 @@ import pytest
 
 from unite_fast.cluster_check import coordinator
 from unite_fast.cluster_check.coordinator import Coordinator, Outcome, open_store, run_limited
-from unite_fast.distributed.peers import LostContact
 from unite_fast.distributed.process_group import Ranks
+from unite_fast.distributed.store import LostContact
 from unite_fast.errors import UserError
 
 
@@ -127,7 +127,13 @@ def test_rank_0_is_missed(ranks, mentions):
 
 
 def test_an_address_that_nobody_has(monkeypatch, mentions):
-    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WORLD_SIZE": "2", "RANK": "1"}.items():
+    for name, value in {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+        "WORLD_SIZE": "2",
+        "RANK": "1",
+        "LOCAL_RANK": "0",
+    }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(LostContact, match=mentions("127.0.0.1", "1", "MASTER_ADDR", os.uname().nodename)):
         open_store(Ranks(1, 2), 1.0)

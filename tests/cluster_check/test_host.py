@@ -1,13 +1,12 @@
 """Facts of this machine."""
 
 import json
-import re
 import resource
 import socket
 
 import torch
 
-from unite_fast.cluster_check.host import host_facts, package_digest, rank_facts
+from unite_fast.cluster_check.host import host_facts, rank_facts
 
 
 def test_facts(monkeypatch):
@@ -29,15 +28,3 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     missing = rank_facts("cuda")
     assert missing["device"] == "" and "cuda" in missing["device_error"]
-
-
-def test_the_digest_is_that_of_the_files(tmp_path, monkeypatch):
-    import unite_fast
-
-    before = package_digest()
-    assert re.fullmatch("[0-9a-f]{12}", before) and package_digest() == before
-    (tmp_path / "more.py").write_text("")
-    monkeypatch.setattr(unite_fast, "__path__", [*unite_fast.__path__, str(tmp_path)])
-    added = package_digest()
-    (tmp_path / "more.py").write_text("changed = True")
-    assert len({before, added, package_digest()}) == 3

@@ -94,7 +94,7 @@ class Calls(TorchDispatchMode):
 def called(config, changes: list[dict]) -> list[tuple[Counter, Counter]]:
     """What a step after the first calls, for each change of `parallel`: collectives, and operators of the passes."""
     counts = []
-    with join_training("cpu", 60) as (ranks, device):
+    with join_training("cpu", 60) as (ranks, device, _):
         share, micro_batch = split_batch(ranks, config.train.batch_size, config.train.micro_batch)
         size = share.stop - share.start
         batch = Batch(torch.zeros(size, 3, 8, 8, dtype=torch.uint8), torch.zeros(size, dtype=torch.int64), [])

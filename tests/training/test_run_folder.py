@@ -1,7 +1,10 @@
 """The run folder: its status, and restarts by torchrun."""
 
 import os
+import re
 import shutil
+import signal
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -18,7 +21,9 @@ from unite_fast.training.run_folder import (
     OpenFolder,
     check_apart,
     check_new,
+    check_shared,
     choose_folder,
+    note_failed_start,
     read_status,
     restarted,
     running_status,
@@ -113,3 +118,47 @@ def test_a_run_is_not_among_the_images_of_its_data(tmp_path, mentions, monkeypat
         check_apart(Path("split/train/run"), split)
     for out, source in (("flat2", flat), ("split/run", split)):
         check_apart(Path(out), source)
+
+
+def test_a_failed_start_is_noted_unless_another_process_trains_there(tmp_path, mentions):
+    config = load_config("digits", (f"train.out={tmp_path / 'run'}",))
+    note_failed_start(config, "data.path is wrong")
+    assert re.fullmatch(r"failed at step 0: data.path is wrong", read_status(tmp_path / "run"))
+    check_new(tmp_path / "run")  # it holds no run
+    write_status(tmp_path / "run", running_status())
+    with pytest.raises(UserError, match=mentions("status")):
+        check_new(tmp_path / "run")
+    pid = os.fork()
+    if pid == 0:
+        lock = run_folder.lock_run(tmp_path / "run")
+        (tmp_path / "locked").touch()
+        time.sleep(30)
+        os._exit(bool(lock.closed))
+    while not (tmp_path / "locked").exists():
+        time.sleep(0.01)
+    note_failed_start(config, "data.path is wrong")
+    assert read_status(tmp_path / "run") == running_status()
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def _shared(folder: Path, own: Path) -> str:
+    """Rank 1 has another folder in place of the shared one."""
+    with join_training("cpu", 30) as (ranks, _, _):
+        try:
+            check_shared(folder if ranks.main else own, ranks)
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+def test_a_run_folder_that_is_not_shared_is_named(ranks, tmp_path, monkeypatch, mentions):
+    monkeypatch.setattr(run_folder, "SHARED_SECONDS", 0.5)
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    assert ranks(2, _shared, run, run, nodes=2) == [""] * 2
+    assert not run.exists(), "nothing is left"
+    (tmp_path / "old").mkdir()
+    for message in ranks(2, _shared, tmp_path / "old", elsewhere, nodes=2):
+        assert re.search(mentions(str(tmp_path), "rank 0", "rank 1", "train.out"), message)
+    assert list((tmp_path / "old").iterdir()) == [] and not elsewhere.exists()
+    assert ranks(2, _shared, run, elsewhere, nodes=1) == [""] * 2, "one machine has one file system"

@@ -16,14 +16,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
-from torch.distributed.rendezvous import rendezvous
 
-from unite_fast.distributed.environment import check_address
-from unite_fast.distributed.launch import fresh_store
-from unite_fast.distributed.peers import LostContact
 from unite_fast.distributed.process_group import Ranks
+from unite_fast.distributed.store import STORE_ERRORS, LostContact, fresh_store
 from unite_fast.errors import UserError, printable, reason_of
 
 SLACK = 4.0
@@ -32,8 +28,6 @@ SHORTEST = 2.0
 """Seconds: a part that would have less is skipped."""
 LONGEST_ERROR = 300
 """Characters of an error from a library, which may hold addresses of its source files."""
-STORE_ERRORS = (DistError, RuntimeError, TimeoutError)
-"""What the store raises if a key or the store itself does not come."""
 
 
 @dataclass(frozen=True)
@@ -86,24 +80,12 @@ def open_store(ranks: Ranks, seconds: float) -> Store | None:
     """
     if ranks.world == 1:
         return None
-    check_address()
-    host, address = socket.gethostname(), f"{os.environ['MASTER_ADDR']} port {os.environ['MASTER_PORT']}"
+    address = f"{os.environ['MASTER_ADDR']} port {os.environ['MASTER_PORT']}"
     try:
-        first, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
-        first.set(f"check-cluster/{ranks.rank}", host)
-    except (*STORE_ERRORS, OSError) as error:
+        return fresh_store(seconds)
+    except LostContact as error:
         raise LostContact(
-            f"host {host} did not meet all {ranks.world} processes at {address} (MASTER_ADDR): "
-            f"{printable(reason_of(error))[:LONGEST_ERROR]}; check the name, the firewall, and what the other hosts say"
-        ) from error
-    try:
-        return fresh_store(seconds)[0]
-    except (LostContact, *STORE_ERRORS) as error:
-        missing = [rank for rank in range(ranks.world) if not _has(first, f"check-cluster/{rank}")]
-        raise LostContact(
-            f"host {host} waited {seconds:.0f} s at {address} for rank{'s' * (len(missing) != 1)} "
-            f"{', '.join(map(str, missing)) or 'unknown'} of {ranks.world}; look at the output of the hosts that "
-            "start them"
+            f"host {socket.gethostname()}, with MASTER_ADDR {address}: {error}; look at the output of the other hosts"
         ) from error
 
 

@@ -15,8 +15,9 @@ SLOWEST_LINK = 0.125e9
 """Bytes/s between hosts: 1 Gbit/s."""
 CLOCK_DIFFERENCE = 1.0
 """Seconds. Only the order of log lines and the age of files depend on clocks."""
-SOCKETS_PER_PEER = 4
-"""Connections that a process opens to each other one: four process groups (see `Peers`)."""
+SOCKETS_PER_PEER = 2
+"""Connections of each process to the store, which rank 0 may hold. Process groups connect only ranks that exchange
+something."""
 OTHER_DESCRIPTORS = 256
 """Files, pipes of data workers, libraries."""
 LEAST_SHARED_MEMORY = 2**30
@@ -121,12 +122,11 @@ def limits(cluster: Cluster) -> list[Finding]:
     found = []
     for host in (one for one in cluster.hosts if one.facts):
         facts, processes = host.facts, len(host.ranks)
-        soft, hard = facts["descriptors"]["soft"], facts["descriptors"]["hard"]
-        needed = descriptors_needed(cluster.world)
-        if 0 <= soft < needed:
-            can = f"ulimit -n {needed}" if hard < 0 or hard >= needed else f"raise its hard limit, which is {hard}"
-            text = f"{host.label}: a process may open {soft} files, but {cluster.world} processes need {needed}: {can}"
-            found.append(Finding("error", text))
+        # Each process raises its soft limit to the hard one.
+        hard, needed = facts["descriptors"]["hard"], descriptors_needed(cluster.world)
+        if 0 <= hard < needed:
+            text = f"{host.label}: a process may open {hard} files, but {cluster.world} processes need {needed}"
+            found.append(Finding("error", f"{text}; raise the hard limit (ulimit -Hn)"))
         threads = facts["environment"].get("OMP_NUM_THREADS", "")
         if processes > 1 and not threads:
             text = f"{host.label}: OMP_NUM_THREADS is not set, so each process uses all {facts['cores']} cores"

@@ -1,6 +1,5 @@
 """Facts of one host: name, addresses, limits, versions, devices."""
 
-import hashlib
 import os
 import platform
 import resource
@@ -13,9 +12,9 @@ import torch
 from torch.cuda import nccl
 
 import unite_fast
-from unite_fast import data_pipeline, kernels
 from unite_fast.cluster_check import addresses
 from unite_fast.errors import UserError
+from unite_fast.utils.code_digest import code_digest
 from unite_fast.utils.device import choose_device, host_memory
 
 PACKAGES = ("torch", "triton", "numpy", "pillow", "safetensors", "nvidia-dali-cuda130", "flash-attn")
@@ -63,21 +62,9 @@ def host_facts() -> dict:
     }
 
 
-def package_digest() -> str:
-    """First digits of a SHA-256 of this package's source files and compiled modules."""
-    digest = hashlib.sha256()
-    for package in (unite_fast, kernels, data_pipeline):
-        folders = [Path(folder) for folder in package.__path__]
-        files = {(file.relative_to(folder).as_posix(), file) for folder in folders for file in folder.rglob("*.py")}
-        for name, file in sorted(files):
-            digest.update(f"{package.__name__} {name}\n".encode())
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
-
-
 def _software() -> dict[str, str]:
     found = {"python": platform.python_version(), "kernel": platform.release(), "unite_fast": unite_fast.__version__}
-    found["unite_fast source"] = package_digest()
+    found["unite_fast source"] = code_digest()
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)

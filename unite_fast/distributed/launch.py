@@ -3,7 +3,7 @@
 import os
 import resource
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
@@ -50,7 +50,10 @@ def local_device(kind: str, ranks: Ranks) -> tuple[torch.device, str]:
 
 @contextmanager
 def join_training(
-    device: str, timeout: float, start: dict[str, object] | None = None
+    device: str,
+    timeout: float,
+    start: dict[str, object] | None = None,
+    record_mistake: Callable[[str], None] = lambda mistake: None,
 ) -> Iterator[tuple[Ranks, torch.device, Watchdog]]:
     """Join the process group of a training run, as torchrun's environment variables describe it, and leave it at the
     end. Without these variables the world size is 1 and there is no group.
@@ -59,6 +62,7 @@ def join_training(
         device: cpu or cuda; with several CUDA devices, each rank takes the one with its local rank.
         timeout: seconds; see `ParallelConfig`.
         start: what must be the same on all ranks: settings, versions.
+        record_mistake: called on each rank before the run ends because of a mistake of the user; see `Watchdog`.
 
     Raises:
         UserError: more processes on a machine than CUDA devices; a rank was started in another way; `LostContact` if
@@ -66,9 +70,33 @@ def join_training(
     """
     ranks = Ranks.from_environment()
     if ranks.world == 1:
-        with Watchdog(Peers(), timeout) as watchdog:
+        with Watchdog(Peers(), timeout, record_mistake) as watchdog, _announced_mistakes(watchdog):
             yield ranks, torch.device(device), watchdog
         return
+    try:
+        store, own_device, backend = _meet_all(device, ranks, start or {}, timeout)
+    except UserError as error:
+        if error.status == UserError.status:
+            record_mistake(str(error))
+        raise
+    with (
+        Watchdog(Peers(ranks.rank, ranks.world, store), timeout, record_mistake) as watchdog,
+        _announced_mistakes(watchdog),
+        report_lost_contact(watchdog),
+    ):
+        # The watchdog has a shorter timeout and a better message; this one is for the case that it hangs as well.
+        longest = timedelta(seconds=min(1.1 * PATIENCE * timeout, 1e8))
+        distributed.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=longest)
+        watchdog.peers.open_groups()
+        watchdog.watch_next_rank()
+        yield ranks, own_device, watchdog
+    # Not after an error: they could wait for ranks that are gone. Rank 0 may hold the store, so it ends last.
+    ranks.wait()
+    distributed.destroy_process_group()
+
+
+def _meet_all(device: str, ranks: Ranks, start: dict[str, object], timeout: float) -> tuple[Store, torch.device, str]:
+    """Meet the other ranks in the store and compare the start; returns the store, this rank's device and backend."""
     own_device, backend = local_device(device, ranks)
     allow_many_files()
     # Gloo then connects two ranks when they first exchange something, and not all with all in each group.
@@ -76,28 +104,22 @@ def join_training(
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", RECORDED_COLLECTIVES)
     store = fresh_store(timeout)
     meet(store, ranks, timeout)
-    check_same_start(start or {}, store, ranks, timeout)
-    with Watchdog(Peers(ranks.rank, ranks.world, store), timeout) as watchdog:
-        try:
-            with report_lost_contact(watchdog):
-                # The watchdog has a shorter timeout and a better message; this one is for the case that it hangs too.
-                longest = timedelta(seconds=min(1.1 * PATIENCE * timeout, 1e8))
-                distributed.init_process_group(
-                    backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=longest
-                )
-                watchdog.peers.open_groups()
-                watchdog.watch_next_rank()
-                yield ranks, own_device, watchdog
-        except LostContact:
-            watchdog.before_exit()
-            raise
-        except UserError as error:
-            if error.status == UserError.status:
-                watchdog.end_all(error)
-            raise
-    # Not after an error: they could wait for ranks that are gone. Rank 0 may hold the store, so it ends last.
-    ranks.wait()
-    distributed.destroy_process_group()
+    check_same_start(start, store, ranks, timeout)
+    return store, own_device, backend
+
+
+@contextmanager
+def _announced_mistakes(watchdog: Watchdog) -> Iterator[None]:
+    """Tell all ranks of a mistake of the user by which this one ends."""
+    try:
+        yield
+    except LostContact:
+        watchdog.before_exit()
+        raise
+    except UserError as error:
+        if error.status == UserError.status:
+            watchdog.end_all(error)
+        raise
 
 
 @contextmanager

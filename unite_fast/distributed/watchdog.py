@@ -33,18 +33,17 @@ class Watchdog:
     Use it as a context manager; outside, `beat` is only recorded.
     """
 
-    def __init__(self, peers: Peers, timeout: float, step: int = 0):
+    def __init__(self, peers: Peers, timeout: float, record_mistake: Callable[[str], None] = lambda mistake: None):
         """
         Args:
             timeout: seconds without a beat after which the process ends.
+            record_mistake: called before it ends because of a mistake of the user, its own or another rank's.
         """
-        self.peers, self.timeout = peers, timeout
-        self.beat(step, "starting", patient=True)
+        self.peers, self.timeout, self.record_mistake = peers, timeout, record_mistake
+        self.beat(0, "starting", patient=True)
         self.closed = threading.Event()
         self.agent = agent_process()
         self.last_contact = time.monotonic()
-        self.record_mistake: Callable[[str], None] = lambda message: None
-        """Called on this rank before it ends because of a mistake, its own or another rank's."""
         self.before_exit: Callable[[], None] = lambda: None
         """Called before this process ends because it hangs or lost contact."""
 

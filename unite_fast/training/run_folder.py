@@ -66,6 +66,8 @@ REPLACED_FILES = ("status", "metrics.jsonl", "samples.png", "reconstructions.png
 """Files of a run besides config.yaml that it replaces or shortens."""
 SHARED_SECONDS = 10.0
 """Seconds until all machines must see a new file of rank 0."""
+FAILED = "failed"
+"""First word of the status after a mistake of the user."""
 LONGEST_STATUS = 1000
 """Bytes of the status file."""
 
@@ -96,6 +98,8 @@ def check_new(folder: Path) -> None:
     )
     for name in REPLACED_FILES:
         file = folder / name
+        if name == "status" and read_status(folder).startswith(FAILED):
+            continue  # of a start that failed before there was a run
         require(not file.exists(), f"{file} is in the way; move it, or choose another folder with train.out=FOLDER")
 
 
@@ -297,7 +301,14 @@ def final_status(step: int, stopped_by: int) -> str:
 
 def failed_status(step: int, mistake: str) -> str:
     """Status after a mistake of the user, which a restart would repeat."""
-    return f"failed at step {step}: {mistake}"[:LONGEST_STATUS]
+    return f"{FAILED} at step {step}: {mistake}"[:LONGEST_STATUS]
+
+
+def note_failed_start(config: Config, mistake: str) -> None:
+    """Note a mistake in the status of the run to resume, before it runs again; a job script then does not repeat it.
+    Not if another process trains there, and never an error."""
+    with suppress(UserError, OSError), lock_run(folder := choose_folder(config)):
+        write_status(folder, failed_status(0, mistake))
 
 
 def read_status(folder: Path) -> str:

@@ -46,6 +46,7 @@ from unite_fast.training.run_folder import (
     final_status,
     find_start,
     lock_run,
+    note_failed_start,
     restarted,
     write_status,
 )
@@ -94,7 +95,12 @@ def train(config: Config, resume: bool = False, allow_change: tuple[str, ...] = 
     """
     device, timeout = choose_device(config.train.device), config.parallel.timeout
     start = start_values(config, {"--resume": resume, "--allow-change": allow_change, "the device": device.type})
-    with join_training(device.type, timeout, start) as (ranks, device, watchdog):
+
+    def record_mistake(mistake: str) -> None:
+        if resume and Ranks.from_environment().main:  # without --resume the folder may be another run's
+            note_failed_start(config, mistake)
+
+    with join_training(device.type, timeout, start, record_mistake) as (ranks, device, watchdog):
         trainer = Trainer(config, resume, ranks, device, watchdog, allow_change=allow_change)
         try:
             outcome = trainer.run()
