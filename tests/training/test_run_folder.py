@@ -18,6 +18,7 @@ from unite_fast.training.run_folder import (
     OpenFolder,
     check_apart,
     check_new,
+    check_same_settings,
     choose_folder,
     read_status,
     restarted,
@@ -113,3 +114,14 @@ def test_a_run_is_not_among_the_images_of_its_data(tmp_path, mentions, monkeypat
         check_apart(Path("split/train/run"), split)
     for out, source in (("flat2", flat), ("split/run", split)):
         check_apart(Path(out), source)
+
+
+def test_a_run_goes_on_under_the_recipe_with_a_unit():
+    """Runs of before the setting have the same steps, counted in none."""
+    recipe = "imagenet256_b"
+    before = load_config(recipe, ("schedule.unit=0", "train.steps=300240", "schedule.steps=1000"))
+    check_same_settings(before, load_config(recipe))
+    check_same_settings(load_config(recipe), load_config(recipe, ("schedule.unit=0", "schedule.steps=9")))
+    for change in ("schedule.warmup_steps=50041", "schedule.batch_rule=square_root"):
+        with pytest.raises(UserError, match="cannot resume"):
+            check_same_settings(before, load_config(recipe, (change,)))
