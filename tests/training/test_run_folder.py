@@ -21,6 +21,7 @@ from unite_fast.training.run_folder import (
     OpenFolder,
     check_apart,
     check_new,
+    check_same_settings,
     check_shared,
     choose_folder,
     note_failed_start,
@@ -162,3 +163,14 @@ def test_a_run_folder_that_is_not_shared_is_named(ranks, tmp_path, monkeypatch, 
         assert re.search(mentions(str(tmp_path), "rank 0", "rank 1", "train.out"), message)
     assert list((tmp_path / "old").iterdir()) == [] and not elsewhere.exists()
     assert ranks(2, _shared, run, elsewhere, nodes=1) == [""] * 2, "one machine has one file system"
+
+
+def test_a_run_goes_on_under_the_recipe_with_a_unit():
+    """Runs of before the setting have the same steps, counted in none."""
+    recipe = "imagenet256_b"
+    before = load_config(recipe, ("schedule.unit=0", "train.steps=300240", "schedule.steps=1000"))
+    check_same_settings(before, load_config(recipe))
+    check_same_settings(load_config(recipe), load_config(recipe, ("schedule.unit=0", "schedule.steps=9")))
+    for change in ("schedule.warmup_steps=50041", "schedule.batch_rule=square_root"):
+        with pytest.raises(UserError, match="cannot resume"):
+            check_same_settings(before, load_config(recipe, (change,)))

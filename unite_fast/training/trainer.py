@@ -179,8 +179,8 @@ class Trainer:
             )
         epochs = config.train.steps * config.train.batch_size / len(self.source)
         self.report.print_line(
-            f"data: {len(self.source)} {config.model.modality}, {epochs:.3g} epochs, {self.choice.name} loader "
-            f"({self.choice.why})"
+            f"data: {len(self.source)} {config.model.modality}, {self.choice.name} loader ({self.choice.why}); "
+            f"{config.train.steps} steps are {epochs:.4g} epochs"
         )
         for note in filter(None, (data_note, *self.source.notes)):
             self.report.print_line(f"data: {printable(note)}")
