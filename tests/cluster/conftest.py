@@ -100,12 +100,6 @@ def make_job(settings, tmp_path: Path) -> Callable:
 
 
 @pytest.fixture(scope="session")
-def jobs():
-    """The module jobs.py."""
-    return load("jobs")
-
-
-@pytest.fixture(scope="session")
 def table(pytestconfig) -> Iterator[list[dict]]:
     """Rows of measured seconds, printed at the end and, with --cluster-table=FILE, written as JSON."""
     rows: list[dict] = []

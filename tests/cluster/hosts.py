@@ -140,7 +140,9 @@ class Hosts:
             self._in_network(number, f"ip addr add {address}/24 dev eth0 && ip link set eth0 up")
         return number
 
-    def run(self, number: int, command: list[str], env: dict[str, str] | None = None, folder: Path | None = None) -> Command:
+    def run(
+        self, number: int, command: list[str], env: dict[str, str] | None = None, folder: Path | None = None
+    ) -> Command:
         """Start a command on a host.
 
         Args:
@@ -272,7 +274,10 @@ def children_of(pid: int) -> list[int]:
 
 
 def _text_of(file: Path) -> str:
-    return file.read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    """A text of /proc with its parts separated by spaces; empty if the process ended."""
+    with contextlib.suppress(OSError):
+        return file.read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    return ""
 
 
 # A switch that delays and drops packets: this kernel may lack netem. Each host's eth0 is a TAP device of this process.
@@ -297,7 +302,7 @@ def relay_packets(delay: float, loss: float, pids: list[int]) -> None:
     taps, rng = list(_open_taps(pids)), random.Random(5)
     print("ready", flush=True)
     waiting: list[tuple[float, int, int, bytes]] = []
-    for number in iter(int, 1):
+    while True:
         ready, _, _ = select.select(taps, [], [], max(0.0, waiting[0][0] - time.monotonic()) if waiting else None)
         for tap in ready:
             with contextlib.suppress(OSError):  # the host is off

@@ -2,9 +2,11 @@
 
 import os
 import re
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from unite_fast.training.run_folder import read_status
@@ -13,22 +15,6 @@ from unite_fast.utils.rows import read_rows
 LIMIT = 300.0
 """Seconds to wait for anything. On two busy cores a start takes half a minute."""
 PORT = 29400
-
-
-def wait_for(
-    condition: Callable[[], object], what: str, job: "Job | None" = None, limit: float = LIMIT, pause: float = 0.05
-) -> float:
-    """Returns the seconds it took.
-
-    Args:
-        job: whose output a failure shows.
-    """
-    begun = time.monotonic()
-    while not condition():
-        seconds = time.monotonic() - begun
-        assert seconds < limit, f"not within {limit:g} s: {what}\n{job.printed() if job else ''}"
-        time.sleep(pause)
-    return time.monotonic() - begun
 
 
 class Job:
@@ -40,7 +26,9 @@ class Job:
         head: the host at which the torchruns meet.
     """
 
-    def __init__(self, hosts, folder: Path, arguments: list[str], per_host: int = 1, nodes: str = "2", head: str = "node1"):
+    def __init__(
+        self, hosts, folder: Path, arguments: list[str], per_host: int = 1, nodes: str = "2", head: str = "node1"
+    ):
         self.hosts, self.folder, self.arguments = hosts, folder, arguments
         self.per_host, self.nodes, self.head = per_host, nodes, head
         self.commands: list = []
@@ -92,22 +80,36 @@ class Job:
         return read_status(self.folder)
 
     def wait_until_ended(self, *numbers: int, limit: float = LIMIT) -> None:
-        wait_for(lambda: self.ended(*numbers), "the end", self, limit)
+        self.wait(lambda: self.ended(*numbers), "the end", limit)
 
+    def wait(self, condition: Callable[[], object], what: str, limit: float = LIMIT, pause: float = 0.05) -> float:
+        """Wait until the condition holds; returns the seconds it took."""
+        begun = time.monotonic()
+        while not condition():
+            seconds = time.monotonic() - begun
+            assert seconds < limit, f"not within {limit:g} s: {what}\n{self.printed()}"
+            time.sleep(pause)
+        return time.monotonic() - begun
 
-def alive(pids: list[int]) -> list[int]:
-    """Those of these processes that still run."""
-    running = []
-    for pid in pids:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue
-        if state != "Z":
-            running.append(pid)
-    return running
+    def saving(self) -> bool:
+        """Whether a checkpoint is being saved."""
+        return any(self.folder.glob("checkpoints/step_*.partial"))
 
+    def starts(self) -> list[int]:
+        """First steps of all starts that trained."""
+        return [int(first) for first in re.findall(r"steps (\d+)\.\.", self.printed())]
 
-def send(pids: list[int], number: int) -> None:
-    for pid in pids:
-        os.kill(pid, number)
+    @staticmethod
+    def alive(pids: Iterable[int]) -> list[int]:
+        """Those of these processes that still run."""
+        running = []
+        for pid in pids:
+            with suppress(OSError):
+                if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                    running.append(pid)
+        return running
+
+    def kill(self, pids: Iterable[int], number: int = signal.SIGKILL) -> None:
+        """Send a signal to those that still run."""
+        for pid in self.alive(pids):
+            os.kill(pid, number)

@@ -4,6 +4,14 @@ import signal
 import sys
 import time
 
+SERVER = """
+import socket
+server = socket.create_server(("", 7000))
+print("on", socket.gethostname(), flush=True)
+while True:
+    server.accept()
+"""
+
 
 def connects(hosts, number: int, to: str, seconds: float = 3.0) -> bool:
     script = f"import socket; socket.create_connection(('{to}', 7000), {seconds})"
@@ -11,8 +19,7 @@ def connects(hosts, number: int, to: str, seconds: float = 3.0) -> bool:
 
 
 def listens(hosts, number: int, wait_until) -> None:
-    script = "import socket; s = socket.create_server(('', 7000)); print('on', socket.gethostname(), flush=True)\nwhile True: s.accept()"
-    server = hosts.run(number, [sys.executable, "-c", script])
+    server = hosts.run(number, [sys.executable, "-c", SERVER])
     wait_until(lambda: "on" in server.printed())
     assert server.printed() == f"on node{number}\n"
 

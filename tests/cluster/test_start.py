@@ -5,7 +5,6 @@ hosts, with host, key and values.
 """
 
 import re
-import sys
 import time
 from pathlib import Path
 
@@ -28,11 +27,11 @@ DIFFERENCES = {
 }
 
 
-def assert_refused(job, table: list[dict], jobs, what: str, *tokens: object) -> None:
+def assert_refused(job, table: list[dict], what: str, *tokens: object) -> None:
     """All torchruns end without a restart, and each host prints one line with all tokens."""
-    jobs.wait_for(lambda: len(job.ranks()) == 2 or job.ended(), "the ranks", job)
+    job.wait(lambda: len(job.ranks()) == 2 or job.ended(), "the ranks")
     begun = time.monotonic()
-    jobs.wait_for(job.errors, f"an error about {what}", job)
+    job.wait(job.errors, f"an error about {what}")
     named = time.monotonic() - begun
     job.wait_until_ended()
     seconds = time.monotonic() - begun
@@ -40,7 +39,10 @@ def assert_refused(job, table: list[dict], jobs, what: str, *tokens: object) -> 
     for number in (1, 2):
         lines = job.errors(number)
         assert lines, job.printed()
-        assert all(re.search(rf"(?<![\w-]){re.escape(str(token))}(?!\w)", lines[0]) for token in tokens), (tokens, lines)
+        assert all(re.search(rf"(?<![\w-]){re.escape(str(token))}(?!\w)", lines[0]) for token in tokens), (
+            tokens,
+            lines,
+        )
         assert len(lines) == 1, f"restarted: {lines}"
     assert all(job.statuses()), "torchrun's status"
     assert job.step() == 0 and not list(job.folder.glob("checkpoints/*")), "it trained"
@@ -48,18 +50,20 @@ def assert_refused(job, table: list[dict], jobs, what: str, *tokens: object) -> 
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("what", [pytest.param(what, marks=[pytest.mark.long] * (what != "rate")) for what in DIFFERENCES])
-def test_another_setting_is_refused(make_hosts, make_job, jobs, table, what):
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=[pytest.mark.long] * (what != "rate")) for what in DIFFERENCES]
+)
+def test_another_setting_is_refused(make_hosts, make_job, table, what):
     setting, key, here, there = DIFFERENCES[what]
     job = make_job(make_hosts(2), "parallel.strategy=ddp")
     job.start(1)
     job.start(2, more=(setting,))
-    assert_refused(job, table, jobs, what, key, here, there, "node1", "node2")
+    assert_refused(job, table, what, key, here, there, "node1", "node2")
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_one_image_fewer_is_refused(make_hosts, make_job, jobs, table, tmp_path):
+def test_one_image_fewer_is_refused(make_hosts, make_job, table, tmp_path):
     from PIL import Image
 
     for host in (1, 2):
@@ -70,12 +74,12 @@ def test_one_image_fewer_is_refused(make_hosts, make_job, jobs, table, tmp_path)
     job = make_job(make_hosts(2), "data.source=folder")
     for host in (1, 2):
         job.start(host, more=(f"data.path={tmp_path / f'images{host}'}",))
-    assert_refused(job, table, jobs, "one image fewer", "node2")
+    assert_refused(job, table, "one image fewer", "node2")
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_another_code_is_refused(make_hosts, make_job, jobs, table, tmp_path):
+def test_another_code_is_refused(make_hosts, make_job, table, tmp_path):
     import unite_fast
 
     package = Path(unite_fast.__file__).parent
@@ -86,12 +90,12 @@ def test_another_code_is_refused(make_hosts, make_job, jobs, table, tmp_path):
     hosts.mount_file(2, changed, original)
     job = make_job(hosts)
     job.start(1, 2)
-    assert_refused(job, table, jobs, "code", "node1", "node2")
+    assert_refused(job, table, "code", "node1", "node2")
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_another_torch_is_refused(make_hosts, make_job, jobs, table, tmp_path):
+def test_another_torch_is_refused(make_hosts, make_job, table, tmp_path):
     import torch.version
 
     changed = tmp_path / "version.py"
@@ -101,45 +105,45 @@ def test_another_torch_is_refused(make_hosts, make_job, jobs, table, tmp_path):
     hosts.mount_file(2, changed, original)
     job = make_job(hosts)
     job.start(1, 2)
-    assert_refused(job, table, jobs, "torch", "torch", "2.99.0", "node1", "node2")
+    assert_refused(job, table, "torch", "torch", "2.99.0", "node1", "node2")
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_resume_on_one_host_only_is_refused(make_hosts, make_job, jobs, table):
+def test_resume_on_one_host_only_is_refused(make_hosts, make_job, table):
     job = make_job(make_hosts(2))
     job.start(1)
     job.arguments.remove("--resume")
     job.start(2)
-    assert_refused(job, table, jobs, "--resume", "--resume", "node1", "node2")
+    assert_refused(job, table, "--resume", "--resume", "node1", "node2")
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_a_wrong_setting_on_one_host_ends_all(make_hosts, make_job, jobs, table):
+def test_a_wrong_setting_on_one_host_ends_all(make_hosts, make_job, table):
     """The host that cannot read its command never joins; the other one does not wait for it."""
     job = make_job(make_hosts(2))
     job.start(1)
     job.start(2, more=("train.bacth_size=8",))
-    assert_refused(job, table, jobs, "a misspelt setting", "train.bacth_size")
+    assert_refused(job, table, "a misspelt setting", "train.bacth_size")
     assert re.search("node2", job.errors(1)[0])
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("without", [1, 2])
-def test_a_run_folder_that_is_not_shared_is_refused(make_hosts, make_job, jobs, table, without):
+def test_a_run_folder_that_is_not_shared_is_refused(make_hosts, make_job, table, without):
     hosts = make_hosts(2)
     job = make_job(hosts)
     hosts.hide(without, job.folder.parent)
     job.start(1, 2)
-    assert_refused(job, table, jobs, f"no shared folder on node{without}", "node1", "node2", "train.out")
+    assert_refused(job, table, f"no shared folder on node{without}", "node1", "node2", "train.out")
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("debian", [False, True], ids=["names", "debians-names"])
-def test_three_hosts_train(make_hosts, make_job, jobs, undisturbed, assert_same_run, debian):
+def test_three_hosts_train(make_hosts, make_job, undisturbed, assert_same_run, debian):
     hosts = make_hosts(3, debian_names=debian)
     job = make_job(hosts, "train.batch_size=12", nodes="3")
     job.start(1, 2, 3)
