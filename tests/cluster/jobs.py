@@ -76,6 +76,10 @@ class Job:
         """The last step in the metrics."""
         return max((row["step"] for row in read_rows(self.folder / "metrics.jsonl")), default=0)
 
+    def rows_written(self) -> int:
+        """Rows of the metrics on the terminals, those that a restart writes again included."""
+        return len(re.findall(r"(?m)^(?:\[[^]]*\]:)?step \d+/", self.printed()))
+
     def status(self) -> str:
         return read_status(self.folder)
 

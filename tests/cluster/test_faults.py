@@ -15,7 +15,9 @@ and until the next new row of the metrics, with the commands of a user who react
 
 import re
 import signal
+import sys
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -34,8 +36,8 @@ class Fault:
 
     host, others = 2, (1,)
 
-    def __init__(self, job):
-        self.job = job
+    def __init__(self, job, row: dict):
+        self.job, self.row = job, row
 
     def happen(self) -> None:
         raise NotImplementedError
@@ -86,7 +88,14 @@ class HeadLosesPower(Fault):
         self.job.hosts.power_off(1)
 
     def repair(self) -> None:
-        self.job.wait(lambda: self.job.ended(2), "the end of torchrun on host 2")
+        (agent,) = self.job.hosts.agents(2) or [0]
+        deadline = time.monotonic() + 90
+        while agent and self.job.alive([agent]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if agent and self.job.alive([agent]):
+            self.row["note"] = "torchrun on node2 hung, killed by hand"
+            self.job.kill([agent])
+            self.job.wait(lambda: not self.job.hosts.processes(2), "the end of all processes on host 2")
         self.job.start(self.job.hosts.add("node1"), 2)
 
 
@@ -113,8 +122,12 @@ def reach_phase(job, phase: str) -> list[int]:
     return []
 
 
-def disturb(job, fault: Fault, stopped: list[int], row: dict) -> None:
-    """Let the fault happen, wait for what follows, and repair it. Fills in the row's seconds."""
+def disturb(job, fault: Fault, stopped: list[int], row: dict, progress: Callable[[], int]) -> None:
+    """Let the fault happen, wait for what follows, and repair it. Fills in the row's seconds.
+
+    Args:
+        progress: a number that grows once the job works again.
+    """
     hosts, old, name = job.hosts, job.ranks(), job.hosts[fault.host].name
     survivors = [pid for number in fault.others for pid in hosts.ranks(number).values()]
     victims = [pid for pid in old.values() if pid not in survivors]
@@ -140,10 +153,25 @@ def disturb(job, fault: Fault, stopped: list[int], row: dict) -> None:
     fault.repair()
     row["repaired"] = since()
     job.wait(lambda: set(job.ranks().values()) - set(old.values()), "new ranks")
-    # They resume from a checkpoint and write the rows after it again.
-    job.wait(lambda: len(job.starts()) > 1 or job.status() == f"finished at step {STEPS}", "the second start")
+    before = progress()
+    job.wait(lambda: progress() > before, "progress")
     row["trains again"] = since()
     row["line"] = named()
+
+
+def test_a_host_without_power_is_named(make_hosts, make_job, table):
+    """On hosts with Debian's names. The other host's torchrun then waits for a replacement."""
+    job = make_job(make_hosts(2, debian_names=True))
+    job.start(1, 2)
+    job.wait(lambda: job.step() >= 3, "step 3")
+    row, survivor, begun = {"fault": "power", "phase": "step"}, job.ranks()[0], time.monotonic()
+    table.append(row)
+    job.hosts.power_off(2)
+    job.wait(lambda: not job.alive([survivor]), "the end of the other host's rank")
+    row["ended"], row["line"] = round(time.monotonic() - begun, 1), job.errors(1)[0]
+    assert re.match(r"error: rank 0 on node1: step \d+: .*\brank 1 on node2\b", row["line"])
+    assert len(job.errors(1)) == 1 and not job.ended(1)
+    assert row["ended"] < PATIENCE * NAMED_WITHIN
 
 
 @pytest.mark.long
@@ -151,19 +179,56 @@ def disturb(job, fault: Fault, stopped: list[int], row: dict) -> None:
 def test_a_fault_is_named_and_the_run_ends_as_if_undisturbed(
     make_hosts, make_job, undisturbed, assert_same_run, table, kind, phase
 ):
-    job = make_job(make_hosts(2))
+    job = make_job(make_hosts(2, debian_names=kind == "power"))
     job.start(1, 2)
     stopped = reach_phase(job, phase)
-    fault, row = FAULTS[kind](job), {"fault": kind, "phase": phase, "at step": job.step()}
+    row = {"fault": kind, "phase": phase, "at step": job.step()}
     table.append(row)
-    disturb(job, fault, stopped, row)
+    fault = FAULTS[kind](job, row)
+    disturb(job, fault, stopped, row, job.rows_written)
     job.wait(lambda: job.status() == f"finished at step {STEPS}", "the end of the training")
     assert_same_run(job.folder, undisturbed(2))
     row["same run"] = "yes"
-    # The command on a host that is cut off or off is not waited for.
-    job.wait_until_ended(
-        *(command.host for command in job.commands if command.host != fault.host or kind in "worker agent")
-    )
+    finish(job, kind, phase, row)
+
+
+def finish(job, kind: str, phase: str, row: dict) -> None:
+    """Wait for the torchruns that were started last, and check the seconds."""
+    last = job.commands[-2:] if kind == "head" else [job.commands[0], job.commands[-1]]
+    job.wait(lambda: all(command.ended() for command in last), "the end of torchrun")
+    assert [command.status for command in last] == [0, 0], job.printed()
     if phase != "joining":
         assert row["named"] != "-", job.printed()
         assert row["named"] < PATIENCE * NAMED_WITHIN
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["worker", "agent", "link", "head"])
+def test_a_fault_while_generating_loses_no_sample(make_hosts, make_job, undisturbed, ranks, table, tmp_path, kind):
+    run, out, alone = undisturbed(2), tmp_path / "shared" / "out.npz", tmp_path / "alone.npz"
+    arguments = ["generate", str(run), "--num", "6400", "--batch", "32", "--steps", "20", "--device", "cpu", "--out"]
+    job = make_job(make_hosts(2))
+    job.arguments = [*arguments, str(out)]
+    parts = out.with_name("out.npz.parts")
+
+    def written() -> int:
+        return 10**6 if out.exists() else len(list(parts.glob("batch_*")))
+
+    job.start(1, 2)
+    job.wait(lambda: written() > 10, "ten batches")
+    row = {"fault": kind, "phase": "generation", "at step": written()}
+    table.append(row)
+    fault = FAULTS[kind](job, row)
+    disturb(job, fault, [], row, written)
+    job.wait(out.exists, "the output")
+    finish(job, kind, "generation", row)
+    ranks(1, _generate_here, [*arguments, str(alone)])
+    assert out.read_bytes() == alone.read_bytes()
+    row["same run"] = "yes"
+
+
+def _generate_here(arguments: list[str]) -> None:
+    from unite_fast.cli import main
+
+    sys.argv = ["unite-fast", *arguments]
+    main()
