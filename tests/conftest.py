@@ -120,6 +120,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tests/test_torchrun.py and tests/test_kill.py")
     group.addoption("--kills", type=int, default=2, help="how often a process is killed (default 2)")
     group.addoption("--torchrun", action="store_true", help="start runs with the command torchrun, not only its agent")
+    group = parser.getgroup("tests/cluster")
+    group.addoption("--cluster", action="store_true", help="all faults, phases and differences of hosts (an hour)")
+    group.addoption("--cluster-table", metavar="FILE", help="write the measured seconds to this file, as JSON")
     group = parser.getgroup("tests/training/test_parallelize.py")
     group.addoption("--every-strategy", action="store_true", help="compare the losses of all strategies")
 
