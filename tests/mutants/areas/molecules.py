@@ -135,7 +135,7 @@ CHANGES = [
         "unite_fast/evaluation/molecules/evaluate.py",
         ("tests/evaluation/molecules/test_evaluate.py",),
         [
-            ("np.flatnonzero(molecules.split == SPLITS", "np.flatnonzero(molecules.split != SPLITS"),
+            ("np.flatnonzero(molecules.split == TRAIN", "np.flatnonzero(molecules.split != TRAIN"),
             ("truth.take(order[:count])", "truth.take(np.arange(len(truth))[:count])"),
             ("unpack(atoms[order],", "unpack(atoms,"),
             ('molecules_of(config, "test", data), HELD_OUT', 'molecules_of(config, "train", data), HELD_OUT'),

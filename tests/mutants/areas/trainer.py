@@ -81,12 +81,19 @@ CHANGES = [
                 "self.averages.add(state.step, losses, grad_norm)",
                 "self.averages.add(state.step - 1, losses, grad_norm)",
             ),
-            ("self.speed.row(self.state.step - self.logged_step)", "self.speed.row(self.config.train.log_every + 1)"),
-            ("self.logged_step = self.state.step\n", "pass\n"),
-            ("if state.step % config.log_every == 0:", "if state.step % config.log_every == 1:"),
-            ("if state.step % config.checkpoint_every == 0:", "if False:"),
+            ("speed = self.speed.row(steps)", "speed = self.speed.row(self.config.train.log_every + 1)"),
             (
-                "if state.step % config.checkpoint_every or state.step == self.first_step:",
+                "steps, self.logged_step = self.state.step - self.logged_step, self.state.step",
+                "steps = self.state.step - self.logged_step",
+            ),
+            ("if state.step % config.log_every == 0:", "if state.step % config.log_every == 1:"),
+            ("if self.checkpoint_schedule.due(state.step) or stop_vote.save_now:", "if stop_vote.save_now:"),
+            (
+                "if self.checkpoint_schedule.due(state.step) or stop_vote.save_now:",
+                "if self.checkpoint_schedule.due(state.step):",
+            ),
+            (
+                "if self.checkpoint_schedule.saved_step != state.step:",
                 "if state.step == self.first_step:",
             ),
             ("if config.picture_every and state.step % config.picture_every == 0:", "if False:"),
@@ -300,7 +307,10 @@ CHANGES = [
             ("[everyone[shard::shards] for shard in range(shards)]", "[everyone]"),
             ("majority = 2 * count > len(group)", "majority = True"),
             ("if len(set(of_plain)) == 1 and all", "if all"),
-            ("status = TEMPORARY", "status = 2"),
+            (
+                "class ReplicasDiffer(TemporaryError):",
+                'class ReplicasDiffer(__import__("unite_fast.errors").errors.UserError):',
+            ),
         ],
     ),
     (

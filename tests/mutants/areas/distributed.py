@@ -1,0 +1,76 @@
+"""Mutants of how ranks meet, watch each other and end together. See ../run.py."""
+
+FOLDER = "tests/distributed"
+CHANGES = [
+    (
+        "unite_fast/distributed/agent.py",
+        (f"{FOLDER}/test_agent.py",),
+        [
+            ("while process > 1 and _has_run_id(process):", "while False:"),
+            ("if process and restarts_left() and", "if process and"),
+            ("os.kill(process, signal.SIGTERM)", "pass"),
+        ],
+    ),
+    (
+        "unite_fast/distributed/hosts.py",
+        (f"{FOLDER}/test_hosts.py",),
+        [
+            ("if len(set(_hosts)) < 2:", "if True:"),
+            ("ranks[-1] - ranks[0] == len(ranks) - 1", "True"),
+        ],
+    ),
+    (
+        "unite_fast/distributed/interface.py",
+        (f"{FOLDER}/test_interface.py",),
+        [
+            ("if address and not is_loopback(address):", "if address:"),
+            ("if os.environ.get(GLOO_INTERFACE):", "if False:"),
+        ],
+    ),
+    (
+        "unite_fast/distributed/start_check.py",
+        (f"{FOLDER}/test_start_check.py", "tests/training/test_setup.py"),
+        [
+            ("if digest != digests[0]]", "if False]"),
+            ("for key in {**first, **values}:", "for key in values:"),
+            ("parts[:MOST_NAMED]", "parts"),
+        ],
+    ),
+    (
+        "unite_fast/distributed/store.py",
+        (f"{FOLDER}/test_store.py",),
+        [
+            ("if all(answer == proposal for answer in answers):", "if True:"),
+            ("        _look_for_mistake(store)\n", ""),
+            ('store.set(f"{name}/{rank}", value)', 'store.set(f"{name}/{rank}", "")'),
+        ],
+    ),
+    (
+        "unite_fast/distributed/peers.py",
+        (f"{FOLDER}/test_peers.py", f"{FOLDER}/test_watchdog.py"),
+        [
+            ("if now - heard > SILENCE]", "if False]"),
+            ("if not self.last_beats or beat != self.last_beats[rank]:", "if True:"),
+            ("if trouble is None or trouble.lost is None:", "if True:"),
+            ("self.heard_at = [time.monotonic()] * self.world\n\n    def announce", "pass\n\n    def announce"),
+        ],
+    ),
+    (
+        "unite_fast/distributed/signals.py",
+        (f"{FOLDER}/test_signals.py",),
+        [
+            ("2 * self.waited, MOST_STEPS)", "MOST_STEPS)"),
+            ("proposed = steps if self.peers.rank == 0 else 0", "proposed = steps"),
+            ("self.save_now = bool(save)", "pass"),
+        ],
+    ),
+    (
+        "unite_fast/training/run_folder.py",
+        ("tests/training/test_run_folder.py",),
+        [
+            ("if ranks.nodes == 1:\n        return", "return"),
+            ('if name == "status" and read_status(folder).startswith(FAILED):', "if False:"),
+            ("lock_run(folder := choose_folder(config))", "suppress(folder := choose_folder(config))"),
+        ],
+    ),
+]
