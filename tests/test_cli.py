@@ -20,6 +20,7 @@ from PIL import Image
 import unite_fast
 from unite_fast import cli
 from unite_fast.checkpoint import model_file
+from unite_fast.distributed import store
 from unite_fast.errors import UserError
 from unite_fast.recipes import load_config, to_tree
 
@@ -87,6 +88,31 @@ def test_the_first_rank_of_a_machine_prints_first(command, monkeypatch, mentions
     ended = command("train", "train.bacth_size=8")
     assert ended.status == 2 and re.search(mentions(f"rank {rank}", "train.bacth_size"), ended.err)
     assert slept == waits
+
+
+@pytest.mark.parametrize(
+    ("raised_by", "rank", "printed"),
+    [
+        (3, 3, "error: rank 3: x"),  # the rank itself
+        (3, 0, "error: rank 3: x"),  # the first one of each machine
+        (3, 4, "error: rank 3: x"),
+        (3, 1, ""),
+        (None, 4, "error: x"),  # the message says which
+        (None, 5, ""),
+    ],
+)
+def test_the_error_of_one_rank_is_printed_once_per_machine(monkeypatch, capsys, raised_by, rank, printed):
+    """Eight ranks on two machines."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(store, "announce_early_mistake", lambda message: None)
+    for name, value in {"RANK": rank, "WORLD_SIZE": 8, "LOCAL_RANK": rank % 4, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    error = UserError("x")
+    error.raised_by = raised_by
+    with pytest.raises(SystemExit) as ended:
+        cli._exit("x", 2, error)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.strip() == printed
 
 
 def test_importing_the_command_line_imports_no_torch():

@@ -14,6 +14,13 @@ class UserError(Exception):
         super().__init__(printable(message))  # it may quote names from files
 
 
+class CommonError(UserError):
+    """A mistake that all ranks find together. The message names those that it concerns, so each machine prints it
+    once."""
+
+    raised_by = None
+
+
 class TemporaryError(UserError):
     """Not a mistake of the user: the same command may succeed later, so torchrun may restart it."""
 

@@ -13,7 +13,7 @@ from torch.distributed.distributed_c10d import Store
 
 from unite_fast.distributed.hosts import use_hosts
 from unite_fast.distributed.interface import GLOO_INTERFACE, choose_interface, own_address_towards
-from unite_fast.distributed.peers import PATIENCE, Peers
+from unite_fast.distributed.peers import Peers
 from unite_fast.distributed.process_group import Ranks, current_ranks
 from unite_fast.distributed.start_check import check_same_start
 from unite_fast.distributed.store import LostContact, fresh_store, gather
@@ -22,6 +22,8 @@ from unite_fast.errors import UserError
 
 RECORDED_COLLECTIVES = "2000"
 """The last ones that PyTorch's flight recorder keeps, each about a kilobyte; see `training/flight_recorder.py`."""
+BETWEEN_COLLECTIVES = timedelta(hours=12)
+"""Hours of sampling may lie between two. The watchdog notices a rank that hangs or dies before."""
 JOINING = 600.0
 """Seconds to wait for the next process at the start of sampling or evaluation; training has `parallel.timeout`."""
 
@@ -84,9 +86,9 @@ def join_training(
         _announced_mistakes(watchdog),
         report_lost_contact(watchdog),
     ):
-        # The watchdog has a shorter timeout and a better message; this one is for the case that it hangs as well.
-        longest = timedelta(seconds=min(1.1 * PATIENCE * timeout, 1e8))
-        distributed.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=longest)
+        distributed.init_process_group(
+            backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=BETWEEN_COLLECTIVES
+        )
         watchdog.peers.open_groups()
         watchdog.watch_next_rank()
         yield ranks, own_device, watchdog

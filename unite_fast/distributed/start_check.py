@@ -9,7 +9,7 @@ from torch.distributed.distributed_c10d import Store
 from unite_fast.distributed.hosts import name_ranks
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.distributed.store import gather, wait_for
-from unite_fast.errors import UserError, require, shown
+from unite_fast.errors import CommonError, shown
 
 MOST_NAMED = 3
 """Differences that a message names."""
@@ -23,7 +23,7 @@ def check_same_start(values: Mapping[str, object], store: Store, ranks: Ranks, t
         values: by key; what JSON can hold.
 
     Raises:
-        UserError: a rank has other values.
+        CommonError: a rank has other values.
         LostContact: a rank ended meanwhile.
     """
     own = json.dumps(values, sort_keys=True, default=str)
@@ -38,18 +38,19 @@ def check_same_start(values: Mapping[str, object], store: Store, ranks: Ranks, t
         store.set(f"start read/{ranks.rank}", "")
         if ranks.main:
             wait_for(store, [f"start read/{rank}" for rank in range(ranks.world)], timeout)
-        raise UserError(message)
+        raise CommonError(message)
 
 
 def check_same(values: Mapping[str, object], ranks: Ranks) -> None:
     """The same in a process group, for what is known only later.
 
     Raises:
-        UserError: a rank has other values than rank 0.
+        CommonError: a rank has other values than rank 0.
     """
     first, *others = ranks.gather(dict(values))
     different = {rank: other for rank, other in enumerate(others, 1) if other != first}
-    require(not different, differences(first, different) if different else "")
+    if different:
+        raise CommonError(differences(first, different))
 
 
 def differences(first: Mapping[str, object], others: Mapping[int, Mapping[str, object]]) -> str:

@@ -14,7 +14,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from unite_fast.distributed.environment import check_address, read_environment
 from unite_fast.distributed.hosts import name_ranks
-from unite_fast.errors import TemporaryError, UserError
+from unite_fast.errors import CommonError, TemporaryError, UserError, reason_of
 
 STORE_ERRORS = (distributed.DistError, RuntimeError, TimeoutError)
 """What requests to a store raise when it is gone."""
@@ -26,10 +26,8 @@ class LostContact(TemporaryError):
     """Another rank is gone or does not answer: restart and resume."""
 
 
-class MistakeElsewhere(UserError):
+class MistakeElsewhere(CommonError):
     """Another rank ended by a mistake of the user. The message names it."""
-
-    raised_by = None
 
 
 def kept_by_torchrun() -> bool:
@@ -49,16 +47,19 @@ def open_store(timeout: float) -> Store:
     """
     check_address()
     ranks, address = read_environment(), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    makes_it = ranks.rank == 0 and not kept_by_torchrun()
     try:
         return TCPStore(
             *address,
             world_size=ranks.world,
-            is_master=ranks.rank == 0 and not kept_by_torchrun(),
+            is_master=makes_it,
             timeout=timedelta(seconds=timeout),
             wait_for_workers=False,
             multi_tenant=True,
         )
     except STORE_ERRORS as error:
+        if makes_it:
+            raise LostContact(f"rank 0 cannot listen at port {address[1]}: {reason_of(error)}") from error
         raise LostContact(
             f"rank {ranks.rank} cannot reach rank 0 at {address[0]}, port {address[1]}, within {timeout:g} s; is that "
             "machine up, does its name resolve here, does a firewall block the port?"

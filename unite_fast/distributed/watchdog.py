@@ -16,7 +16,7 @@ from unite_fast.distributed.environment import read_environment
 from unite_fast.distributed.hosts import name_ranks
 from unite_fast.distributed.peers import HEARTBEAT, PATIENCE, ROLL_CALL, SILENCE, Peers, Trouble
 from unite_fast.distributed.store import STORE_ERRORS, LostContact, MistakeElsewhere
-from unite_fast.errors import UserError
+from unite_fast.errors import CommonError, UserError
 
 HUNG = 124
 """Exit status of a process that made no progress, as of timeout(1)."""
@@ -86,7 +86,8 @@ class Watchdog:
     def end_all(self, error: UserError) -> None:
         """Tell all ranks that the run ends because of a mistake of the user, which a restart would repeat."""
         if self.peers.world > 1 and not isinstance(error, MistakeElsewhere):
-            self.peers.announce(Trouble(mistake=f"{name_ranks([self.peers.rank])}: {error}"))
+            finder = "" if isinstance(error, CommonError) else f"{name_ranks([self.peers.rank])}: "
+            self.peers.announce(Trouble(mistake=f"{finder}{error}"))
         self.record_mistake(str(error))
 
     def loss(self) -> UserError:

@@ -3,8 +3,9 @@
 from dataclasses import asdict, dataclass
 
 from unite_fast.data_pipeline import Source
+from unite_fast.distributed.hosts import name_ranks
 from unite_fast.distributed.process_group import Ranks
-from unite_fast.errors import UserError, shown
+from unite_fast.errors import CommonError, UserError, shown
 from unite_fast.utils.parse_json import check_kind
 
 KEY = "data"
@@ -34,12 +35,13 @@ class DataRecord:
     def of(cls, source: Source, ranks: Ranks) -> "DataRecord":
         """
         Raises:
-            UserError: a rank has other data than rank 0.
+            CommonError: a rank has other data than rank 0.
         """
         records = ranks.run_on_all(lambda: cls._of_own(source))
         for rank, record in enumerate(records):
             if difference := record.difference(records[0]):
-                raise UserError(f"rank {rank} has other training data than rank 0: {difference}; copy them again")
+                where = f"{name_ranks([rank])} has other training data than {name_ranks([0])}"
+                raise CommonError(f"{where}: {difference}; copy them again")
         return records[0]
 
     @classmethod

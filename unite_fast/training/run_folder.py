@@ -22,7 +22,7 @@ from unite_fast.distributed.agent import launch_name, under_torchrun
 from unite_fast.distributed.environment import restart_count
 from unite_fast.distributed.hosts import name_ranks
 from unite_fast.distributed.process_group import Ranks
-from unite_fast.errors import UserError, require
+from unite_fast.errors import CommonError, UserError, require
 from unite_fast.recipes import to_tree
 from unite_fast.utils import file_lock
 from unite_fast.utils.files import PARTIAL, clear_partial, home_path, read_small, save_text, writing
@@ -125,7 +125,7 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
     """Check that all machines see the same run folder: rank 0 makes a file, and the others look for it.
 
     Raises:
-        UserError: a machine does not see it.
+        CommonError: a machine does not see it.
     """
     if ranks.nodes == 1:
         return
@@ -139,11 +139,11 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
                 if made:
                     folder.rmdir()
     missing = [rank for rank, there in enumerate(seen) if not there]
-    require(
-        not missing,
-        f"the run folder {folder.absolute()} is not the same on all machines: a file that {name_ranks([0])} makes does "
-        f"not appear for {name_ranks(missing)}; set train.out to a folder on a file system that all share",
-    )
+    if missing:
+        raise CommonError(
+            f"the run folder {folder.absolute()} is not the same on all machines: a file that {name_ranks([0])} makes "
+            f"does not appear for {name_ranks(missing)}; set train.out to a folder on a file system that all share"
+        )
 
 
 def _make_token(folder: Path) -> tuple[str, bool]:
