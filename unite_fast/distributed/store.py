@@ -5,7 +5,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 
 from torch import distributed
@@ -149,7 +149,7 @@ def gather(store: Store, name: str, value: str, rank: int, world: int, timeout: 
     return json.loads(store.get(name))
 
 
-def wait_for(store: Store, keys: list[str], timeout: float, stop: Callable[[], None] = lambda: None) -> None:
+def wait_for(store: Store, keys: list[str], timeout: float) -> None:
     """Wait until the store has all of these keys, without blocking it.
 
     Raises:
@@ -157,30 +157,38 @@ def wait_for(store: Store, keys: list[str], timeout: float, stop: Callable[[], N
     """
     deadline = time.monotonic() + timeout
     while not store.check(keys):
-        stop()
         if time.monotonic() > deadline:
             raise LostContact(f"no answer from another process within {timeout:g} s")
         time.sleep(0.02)
 
 
 def announce_early_mistake(message: str, timeout: float = 30.0) -> None:
-    """Tell the ranks that wait for this one to join that it ended by a mistake. Rank 0 keeps the store open until all
-    know it, at most `timeout` seconds."""
+    """Tell the ranks that wait for this one to join that it ended by a mistake.
+
+    Args:
+        timeout: seconds to reach the store, and for rank 0 until all know it.
+    """
     ranks = read_environment()
-    try:
+    with suppress(UserError, *STORE_ERRORS):  # then they wait until their own limit
         store = open_store(timeout)
         if not store.check([MISTAKE]):
             where = f" on {socket.gethostname()}" if ranks.several_machines else ""
             store.set(MISTAKE, f"rank {ranks.rank}{where}: {message}")
-        store.set(f"{MISTAKE}/seen/{ranks.rank}", "")
-        if ranks.rank == 0:
-            wait_for(store, [f"{MISTAKE}/seen/{rank}" for rank in range(ranks.world)], timeout)
-    except (UserError, *STORE_ERRORS):
-        pass  # they wait until their own limit
+        _note_seen(store, timeout)
 
 
-def _look_for_mistake(store: Store) -> None:
+def _look_for_mistake(store: Store, timeout: float = 30.0) -> None:
     if store.check([MISTAKE]):
         text = store.get(MISTAKE).decode()
-        store.set(f"{MISTAKE}/seen/{read_environment().rank}", "")
+        with suppress(*STORE_ERRORS):
+            _note_seen(store, timeout)
         raise MistakeElsewhere(text)
+
+
+def _note_seen(store: Store, timeout: float) -> None:
+    """Rank 0, which may hold the store, waits until all ranks know of the mistake, or for `timeout` seconds."""
+    ranks = read_environment()
+    store.set(f"{MISTAKE}/seen/{ranks.rank}", "")
+    if ranks.rank == 0:
+        with suppress(LostContact):
+            wait_for(store, [f"{MISTAKE}/seen/{rank}" for rank in range(ranks.world)], timeout)
