@@ -346,9 +346,9 @@ class Ended:
     out: str
     err: str
 
-    def error(self, *tokens: object) -> str:
+    def error(self, *tokens: object, status: int = 2) -> str:
         """Check for a user's mistake: status 2, and one line on stderr with every token. Returns the line."""
-        assert self.status == 2, self
+        assert self.status == status, self
         lines = self.err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: "), self.err
         assert re.search(pattern_of(*tokens), lines[0]), (tokens, lines[0])

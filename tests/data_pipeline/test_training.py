@@ -94,6 +94,6 @@ def test_a_killed_worker_is_one_error_line_and_the_run_can_resume(
     arguments = (*tiny_run, *settings, "data.workers=2", "train.checkpoint_every=1", f"train.out={tmp_path / 'run'}")
     monkeypatch.setattr(ShardSource, "read_into", deadly)
     ended = command("train", *arguments)
-    ended.error("killed", "data.workers", "--resume")
+    ended.error("killed", "data.workers", "--resume", status=75)
     monkeypatch.setattr(ShardSource, "read_into", real)
     assert command("train", *arguments, "--resume").status == 0

@@ -24,6 +24,7 @@ from unite_fast.training.run_folder import (
     check_same_settings,
     check_shared,
     choose_folder,
+    final_status,
     note_failed_start,
     read_status,
     restarted,
@@ -126,6 +127,9 @@ def test_a_failed_start_is_noted_unless_another_process_trains_there(tmp_path, m
     note_failed_start(config, "data.path is wrong")
     assert re.fullmatch(r"failed at step 0: data.path is wrong", read_status(tmp_path / "run"))
     check_new(tmp_path / "run")  # it holds no run
+    write_status(tmp_path / "run", final_status(7, 0))
+    note_failed_start(config, "data.path is wrong")
+    assert read_status(tmp_path / "run") == "finished at step 7"
     write_status(tmp_path / "run", running_status())
     with pytest.raises(UserError, match=mentions("status")):
         check_new(tmp_path / "run")

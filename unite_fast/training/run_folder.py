@@ -66,8 +66,8 @@ REPLACED_FILES = ("status", "metrics.jsonl", "samples.png", "reconstructions.png
 """Files of a run besides config.yaml that it replaces or shortens."""
 SHARED_SECONDS = 10.0
 """Seconds until all machines must see a new file of rank 0."""
-FAILED = "failed"
-"""First word of the status after a mistake of the user."""
+FINISHED, FAILED = "finished", "failed"
+"""First word of the status of a finished run, and after a mistake of the user."""
 LONGEST_STATUS = 1000
 """Bytes of the status file."""
 
@@ -296,7 +296,9 @@ def running_status() -> str:
 
 def final_status(step: int, stopped_by: int) -> str:
     """Status after the run: stopped by a signal, or finished (`stopped_by` is 0)."""
-    return f"stopped at step {step} by {signal.Signals(stopped_by).name}" if stopped_by else f"finished at step {step}"
+    return (
+        f"stopped at step {step} by {signal.Signals(stopped_by).name}" if stopped_by else f"{FINISHED} at step {step}"
+    )
 
 
 def failed_status(step: int, mistake: str) -> str:
@@ -306,9 +308,10 @@ def failed_status(step: int, mistake: str) -> str:
 
 def note_failed_start(config: Config, mistake: str) -> None:
     """Note a mistake in the status of the run to resume, before it runs again; a job script then does not repeat it.
-    Not if another process trains there, and never an error."""
+    Not if another process trains there or the run has finished, and never an error."""
     with suppress(UserError, OSError), lock_run(folder := choose_folder(config)):
-        write_status(folder, failed_status(0, mistake))
+        if not read_status(folder).startswith(FINISHED):
+            write_status(folder, failed_status(0, mistake))
 
 
 def read_status(folder: Path) -> str:

@@ -23,7 +23,7 @@ from unite_fast.distributed.signals import StopVote, stop_on_signals
 from unite_fast.distributed.store import kept_by_torchrun
 from unite_fast.distributed.strategy import split_batch
 from unite_fast.distributed.watchdog import Watchdog, report_lost_contact
-from unite_fast.errors import UserError, printable, require
+from unite_fast.errors import TemporaryError, UserError, printable, require
 from unite_fast.kernels import backend
 from unite_fast.lpips import LPIPS, load_lpips
 from unite_fast.objective import Losses
@@ -149,6 +149,7 @@ class Trainer:
         self.open_folder: OpenFolder | None = None
         self.moves = 0
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep_every)
+        self.checkpoint_schedule = CheckpointSchedule(config.train, time.monotonic())
         checkpoint = find_start(self.checkpoints, config) if resume else None
         self.found = step_folders(self.checkpoints.folder)
         self.data_record = DataRecord.of(self.source, ranks)
@@ -258,7 +259,7 @@ class Trainer:
         """Lock the folder, and write config, status and logs to it."""
         self.lock = self.lock or lock_run(self.folder)
         if step_folders(self.checkpoints.folder) != self.found:
-            raise UserError(f"another process trained in {self.folder} meanwhile; start again with --resume")
+            raise TemporaryError(f"another process trained in {self.folder} meanwhile; start again with --resume")
         self.open_folder = OpenFolder(self.folder, self.config, self.lock)
         self.watchdog.record_mistake = self._record_mistake
         self.log = MetricsLog(self.folder, self.state.step, wandb, self.sides)
@@ -274,7 +275,6 @@ class Trainer:
         config, state = self.config.train, self.state
         started_at = time.perf_counter()
         self.logged_step, stopped_by = self.first_step, 0
-        self.checkpoint_schedule = CheckpointSchedule(config, time.monotonic())
         self.speed.clock.start()
         # `report_lost_contact` inside `stop_on_signals`: torchrun sends the surviving ranks SIGTERM while they find out
         # who is missing.
