@@ -54,14 +54,17 @@ class WorkerDies(Fault):
 
 
 class AgentDies(Fault):
-    """torchrun is killed, for example for memory. Started again, it joins the others."""
+    """torchrun is killed, for example for memory. Its ranks save and stop, and with them all others. A rank that had
+    not yet noticed its torchrun goes on without it."""
 
     def happen(self) -> None:
         self.job.kill(self.job.hosts.agents(self.host))
 
     def repair(self) -> None:
-        self.job.wait(lambda: not self.job.hosts.processes(self.host), "the end of the orphans")
-        self.job.start(self.host)
+        self.job.wait(lambda: self.job.ended(1, 2), "the end of both torchruns")
+        self.row["note"] = self.job.status()
+        if not self.job.finished():
+            self.job.start(1, 2)
 
 
 class LinkIsCut(Fault):
@@ -152,10 +155,11 @@ def disturb(job, fault: Fault, stopped: list[int], row: dict, progress: Callable
         row["ended there"] = since()
     fault.repair()
     row["repaired"] = since()
-    job.wait(lambda: set(job.ranks().values()) - set(old.values()), "new ranks")
-    before = progress()
-    job.wait(lambda: progress() > before, "progress")
-    row["trains again"] = since()
+    if not job.finished():
+        job.wait(lambda: set(job.ranks().values()) - set(old.values()), "new ranks")
+        before = progress()
+        job.wait(lambda: progress() > before, "progress")
+        row["trains again"] = since()
     row["line"] = named()
 
 
@@ -186,7 +190,7 @@ def test_a_fault_is_named_and_the_run_ends_as_if_undisturbed(
     table.append(row)
     fault = FAULTS[kind](job, row)
     disturb(job, fault, stopped, row, job.rows_written)
-    job.wait(lambda: job.status() == f"finished at step {STEPS}", "the end of the training")
+    job.wait(job.finished, "the end of the training")
     assert_same_run(job.folder, undisturbed(2))
     row["same run"] = "yes"
     finish(job, kind, phase, row)
@@ -194,10 +198,12 @@ def test_a_fault_is_named_and_the_run_ends_as_if_undisturbed(
 
 def finish(job, kind: str, phase: str, row: dict) -> None:
     """Wait for the torchruns that were started last, and check the seconds."""
-    last = job.commands[-2:] if kind == "head" else [job.commands[0], job.commands[-1]]
+    last = job.commands[-2:] if kind in ("head", "agent") else [job.commands[0], job.commands[-1]]
     job.wait(lambda: all(command.ended() for command in last), "the end of torchrun")
-    assert [command.status for command in last] == [0, 0], job.printed()
-    if phase != "joining":
+    row["statuses"] = [command.status for command in last]
+    if (kind, phase) != ("agent", "joining"):
+        assert row["statuses"] == [0, 0], job.printed()
+    if phase != "joining" and kind != "agent":
         assert row["named"] != "-", job.printed()
         assert row["named"] < PATIENCE * NAMED_WITHIN
 
