@@ -27,6 +27,8 @@ STEPS = 60
 PHASES = ("joining", "step", "checkpoint", "evaluation")
 NAMED_WITHIN = 30.0
 """Seconds in which a dead host must be named, on an idle machine."""
+HUNG = 60.0
+"""Seconds that torchrun has to end when its job is over or cannot go on."""
 PATIENCE = 3
 """Factor on it for a busy one."""
 
@@ -45,6 +47,18 @@ class Fault:
     def repair(self) -> None:
         """Bring the job back as the documents say, once the old ranks have ended."""
 
+    def end_torchrun(self, host: int) -> None:
+        """Wait until torchrun ended on a host, and end it if it does not."""
+        job, begun = self.job, time.monotonic()
+        while job.hosts.processes(host) and time.monotonic() - begun < HUNG:
+            time.sleep(0.1)
+        if job.hosts.processes(host):
+            self.row["torchrun"] = f"on node{host} still there after {HUNG:g} s"
+            job.kill(job.hosts.agents(host))
+            job.wait(lambda: not job.hosts.processes(host), f"the end of all processes on host {host}")
+        else:
+            self.row["torchrun"] = f"on node{host} ended after {time.monotonic() - begun:.0f} s"
+
 
 class WorkerDies(Fault):
     """torchrun starts all ranks again."""
@@ -61,8 +75,8 @@ class AgentDies(Fault):
         self.job.kill(self.job.hosts.agents(self.host))
 
     def repair(self) -> None:
-        self.job.wait(lambda: self.job.ended(1, 2), "the end of both torchruns")
         self.row["note"] = self.job.status()
+        self.end_torchrun(1)
         if not self.job.finished():
             self.job.start(1, 2)
 
@@ -91,14 +105,7 @@ class HeadLosesPower(Fault):
         self.job.hosts.power_off(1)
 
     def repair(self) -> None:
-        (agent,) = self.job.hosts.agents(2) or [0]
-        deadline = time.monotonic() + 90
-        while agent and self.job.alive([agent]) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        if agent and self.job.alive([agent]):
-            self.row["note"] = "torchrun on node2 hung, killed by hand"
-            self.job.kill([agent])
-            self.job.wait(lambda: not self.job.hosts.processes(2), "the end of all processes on host 2")
+        self.end_torchrun(2)
         self.job.start(self.job.hosts.add("node1"), 2)
 
 
