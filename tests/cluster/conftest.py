@@ -99,15 +99,16 @@ def make_job(settings, tmp_path: Path) -> Callable:
     return make
 
 
-@pytest.fixture(scope="session")
-def table(pytestconfig) -> Iterator[list[dict]]:
-    """Rows of measured seconds, printed at the end and, with --cluster-table=FILE, written as JSON."""
-    rows: list[dict] = []
-    yield rows
-    pytestconfig.stash[ROWS] = rows
-
-
 ROWS = pytest.StashKey[list]()
+
+
+@pytest.fixture
+def table(pytestconfig) -> Iterator[list[dict]]:
+    """Rows of measured seconds, printed at the end and, with --cluster-table=FILE, written as JSON after each test."""
+    rows = pytestconfig.stash.setdefault(ROWS, [])
+    yield rows
+    if file := pytestconfig.getoption("cluster_table"):
+        Path(file).write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
@@ -119,5 +120,3 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         terminalreporter.line(f"|{'---|' * len(columns)}")
         for row in rows:
             terminalreporter.line(f"| {' | '.join(str(row.get(column, '')) for column in columns)} |")
-    if rows and (file := config.getoption("cluster_table")):
-        Path(file).write_text(json.dumps(rows, indent=1) + "\n")

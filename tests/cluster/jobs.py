@@ -83,6 +83,9 @@ class Job:
     def status(self) -> str:
         return read_status(self.folder)
 
+    def finished(self) -> bool:
+        return self.status().startswith("finished")
+
     def wait_until_ended(self, *numbers: int, limit: float = LIMIT) -> None:
         self.wait(lambda: self.ended(*numbers), "the end", limit)
 

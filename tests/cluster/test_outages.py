@@ -24,13 +24,13 @@ def test_an_outage_of_the_network_ends_as_if_undisturbed(
     job.hosts.link(host, up=False)
     time.sleep(seconds)
     job.hosts.link(host, up=True)
-    job.wait(lambda: job.step() > row["at step"] + 1 or "finished" in job.status(), "a new row")
+    job.wait(lambda: job.step() > row["at step"] + 1 or job.finished(), "a new row")
     row["trains again"] = round(time.monotonic() - begun, 1)
     row["restarts"] = sum(command.printed().count("steps ") for command in job.commands) - 1
     row["line"] = " / ".join(job.errors())
     job.wait_until_ended()
     row["statuses"] = job.statuses()
-    assert job.status().startswith("finished"), job.printed()
+    assert job.finished(), job.printed()
     assert_same_run(job.folder, undisturbed(2))
     row["same run"] = "yes"
     assert job.statuses() == [0, 0], job.printed()
@@ -75,4 +75,4 @@ def test_a_job_of_one_or_two_hosts(make_hosts, make_job, table):
     )
     job.wait_until_ended(1)
     table[-1]["line"] = " / ".join(job.errors())
-    assert job.status().startswith("finished"), job.printed()
+    assert job.finished(), job.printed()
