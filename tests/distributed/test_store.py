@@ -28,13 +28,14 @@ def _join_in_stale_store(join: Callable[[], Peers], after_rendezvous: bool) -> l
     server = open_store(30.0)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     if after_rendezvous:
-        # In the earlier start rank 1 confirmed and published its address; rank 2 was killed before it joined.
+        # In the earlier start all confirmed, and published their addresses.
         server.set(f"start/{rank}", f"dead{rank}")
-        server.set("start/proposal", "dead0,dead1")
-        server.set("start/confirmed/1", "dead0,dead1")
-        server.set("start/accepted", "dead0,dead1")
+        server.set("start/proposal", "dead0,dead1,dead2")
+        server.set(f"start/confirmed/{rank}", "dead0,dead1,dead2")
+        server.set("start/accepted", "dead0,dead1,dead2")
         server.set("start dead0/addresses", "gone")
-    time.sleep(0.3 * (world - rank))  # the last rank first
+    # Rank 0 first, while the others' old tokens are there; or last.
+    time.sleep(0.4 * (rank + 1 if after_rendezvous else world - rank))
     peers = join()
     sums = torch.tensor([rank])
     distributed.all_reduce(sums)
