@@ -61,8 +61,8 @@ def open_store(timeout: float) -> Store:
         if makes_it:
             raise LostContact(f"rank 0 cannot listen at port {address[1]}: {reason_of(error)}") from error
         raise LostContact(
-            f"cannot reach rank 0 at {address[0]}, port {address[1]}, from {socket.gethostname()} within {timeout:g} s; is "
-            "that machine up, does its name resolve here, does a firewall block the port?"
+            f"cannot reach rank 0 at {address[0]}, port {address[1]}, from {socket.gethostname()} in {timeout:g} s: "
+            "is it up, does its name resolve here, does a firewall block the port?"
         ) from error
 
 
