@@ -49,6 +49,7 @@ def test_a_slow_network_is_slow_and_no_failure(make_hosts, make_job, undisturbed
         {"fault": "100 ms, 5 % loss", "ended": round(time.monotonic() - begun, 1), "line": job.printed()[-3000:]}
     )
     assert job.statuses() == [0, 0], job.printed()
+    assert "network: " in job.printed(), "most of a step is spent there"
     assert_same_run(job.folder, undisturbed(2, steps))
 
 

@@ -195,7 +195,7 @@ class Trainer:
         self.train_step = TrainStep(
             self.state, config, batch_slice, micro_batch, lpips, self.strategy, self.speed.clock, self.beat_computing
         )
-        self.network = measure_network(sum(p.numel() for p in model.parameters()), self.device, ranks)
+        self.network = measure_network(config, self.strategy.name, self.device, ranks)
         self.log: MetricsLog | None = None
         self.profiler: StepProfiler | None = None
         wandb = WandbLog(config, self.folder, self.sides) if config.train.wandb and ranks.main else None
