@@ -14,7 +14,7 @@ def test_a_network_that_takes_more_than_a_third_of_a_step_is_told_once(monkeypat
     """4 MB take 0.9 s beside a latency of 0.1 s; so 40 MB take 8 s, and 20 calls 2 s."""
     monkeypatch.setattr(network_share, "_seconds", lambda numbers, device: {1: 0.1, 2**20: 0.9}[numbers])
     found = NetworkShare(10 * 2**20, 20, torch.device("cpu"))
-    assert (found.latency, round(found.seconds, 6), found.note(40.0)) == (0.1, 10.0, "")
+    assert (found.latency, round(found.seconds, 6), found.note(50.0)) == (0.1, 10.0, "")
     assert re.search(mentions("network", "10 s", "50%", 20, "100 ms", "check-cluster"), found.note(20.0))
     assert found.note(20.0) == ""
 
