@@ -187,7 +187,7 @@ class Hosts:
         subprocess.run([*self._enter(number, "-m"), "mount", "--bind", str(file), str(over)], check=True)
 
     def processes(self, number: int) -> dict[int, str]:
-        """Process ids, as seen from outside, and command lines of a host's processes, without the first."""
+        """Process ids, as seen from outside, and command lines of a host's running processes, without the first."""
         host, found = self.hosts[number], {}
         if host.up:
             namespace = os.readlink(f"/proc/{host.first_process}/ns/pid")
@@ -196,7 +196,7 @@ class Hosts:
                     if entry.name.isdecimal() and os.readlink(entry / "ns/pid") == namespace:
                         found[int(entry.name)] = _text_of(entry / "cmdline")
             found.pop(host.first_process, None)
-        return found
+        return {pid: line for pid, line in found.items() if line}  # an ended process has no command line
 
     def agents(self, number: int) -> list[int]:
         """Process ids of torchrun on a host."""
@@ -263,7 +263,7 @@ class Hosts:
 
 _BRIDGE = "ip link add switch type bridge && ip link set switch up"
 # The kernel then forgets ended processes whose parents are gone, as a host's init would.
-_STAY = "trap '' CHLD; echo ready; exec sleep infinity"
+_STAY = "echo ready; exec env --ignore-signal=CHLD sleep infinity"
 
 
 def children_of(pid: int) -> list[int]:

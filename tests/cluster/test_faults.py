@@ -141,6 +141,7 @@ def disturb(job, fault: Fault, stopped: list[int], row: dict, progress: Callable
     hosts, old, name = job.hosts, job.ranks(), job.hosts[fault.host].name
     survivors = [pid for number in fault.others for pid in hosts.ranks(number).values()]
     victims = [pid for pid in old.values() if pid not in survivors]
+    lost = next(rank for rank, pid in old.items() if pid in victims)
     before, begun = len(job.printed(*fault.others)), time.monotonic()
 
     def since() -> float:
@@ -148,7 +149,9 @@ def disturb(job, fault: Fault, stopped: list[int], row: dict, progress: Callable
 
     def named() -> str:
         lines = job.printed(*fault.others)[before:].splitlines()
-        return next((line for line in lines if re.search(rf"error: .*\b{name}\b", line)), "")
+        # Before they have joined, ranks do not know each other's hosts.
+        who = rf"\b({name}|rank {lost})\b"
+        return next((line for line in lines if re.search(rf"error: (rank \d+.*?: )?.*{who}", line)), "")
 
     fault.happen()
     job.kill(stopped, signal.SIGCONT)
