@@ -82,7 +82,8 @@ def rank_main(rank: int, world: int, port: int, pipe) -> None:
     peers.trouble()
     lap("heartbeat")
     ranks.wait()
-    time.sleep(5 if rank else 2)  # the others leave rank 0 a core
+    pause = min(2.0, world / 100)
+    time.sleep(2.5 * pause if rank else pause)  # the others leave rank 0 a core
     clock = time.perf_counter()
     if rank == 0:
         peers.silent_ranks()

@@ -5,7 +5,7 @@ documented commands, and that the final weights equal an undisturbed run's.
 The hosts are namespaces of this machine (hosts.py); each runs the real torchrun. They need root, iproute2 and
 util-linux; without them all is skipped.
 
-    pytest tests/cluster                                      one fault and one difference, a minute and a half
+    pytest tests/cluster                                      hosts and one difference, half a minute
     pytest tests/cluster --cluster --cluster-table=FILE       all, an hour on two cores; prints a table of seconds
     pytest tests/cluster --cluster -k "link and checkpoint"   one of them
 
@@ -174,6 +174,7 @@ def disturb(job, fault: Fault, stopped: list[int], row: dict, progress: Callable
     row["line"] = named()
 
 
+@pytest.mark.long
 def test_a_host_without_power_is_named(make_hosts, make_job, table):
     """On hosts with Debian's names. The other host's torchrun then waits for a replacement."""
     job = make_job(make_hosts(2, debian_names=True))
