@@ -215,7 +215,8 @@ def finish(job, kind: str, phase: str, row: dict) -> None:
     row["statuses"] = [command.status for command in last]
     if (kind, phase) != ("agent", "joining"):
         assert row["statuses"] == [0, 0], job.printed()
-    if phase != "joining" and kind != "agent":
+    # torchrun ends a process that generates within a second of another one's death, before that is named.
+    if phase != "joining" and kind != "agent" and (kind, phase) != ("worker", "generation"):
         assert row["named"] != "-", job.printed()
         assert row["named"] < PATIENCE * NAMED_WITHIN
 
