@@ -6,7 +6,8 @@ import threading
 import pytest
 
 from unite_fast.cluster_check import addresses
-from unite_fast.cluster_check.addresses import addresses_in_use, interface_of, interfaces, is_loopback, resolve
+from unite_fast.cluster_check.addresses import addresses_in_use, interfaces, resolve
+from unite_fast.distributed.interface import interface_of, is_loopback
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def connection():
 def test_interfaces():
     found = interfaces()
     assert "127.0.0.1" in found["lo"]["addresses"]
-    assert interface_of("127.0.0.1", found) == "lo" and interface_of("192.0.2.99", found) == ""
+    assert interface_of("127.0.0.1") == "lo" and interface_of("192.0.2.99") == ""
     assert all(set(one) == {"addresses", "state", "speed"} for one in found.values())
 
 

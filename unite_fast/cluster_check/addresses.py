@@ -1,19 +1,14 @@
 """Network interfaces and addresses of this host, and those that the processes use. Linux; elsewhere mostly empty."""
 
-import fcntl
 import ipaddress
 import os
 import socket
 import struct
-from array import array
 from contextlib import suppress
 from pathlib import Path
 
-SIOCGIFCONF = 0x8912
-"""Asks for all IPv4 addresses with the names of their interfaces: netdevice(7)."""
-REQUEST_BYTES = 40
-"""sizeof(struct ifreq) on 64-bit Linux: 16 bytes for the name, then family, port and address."""
-MOST_ADDRESSES = 1024
+from unite_fast.distributed.interface import interface_addresses
+
 ESTABLISHED = "01"
 """State of a connection in /proc/net/tcp: proc_net_tcp.rst of Linux's documentation."""
 
@@ -30,11 +25,8 @@ def interfaces() -> dict[str, dict]:
                 "state": _read(folder / "operstate"),
                 "speed": int(speed) if speed.isdigit() else 0,
             }
-    for name, address in (*_ipv4(), *_ipv6()):
-        # An alias such as eth0:1 is an address of eth0.
-        found.setdefault(name.partition(":")[0], {"addresses": [], "state": "", "speed": 0})["addresses"].append(
-            address
-        )
+    for name, address in interface_addresses():
+        found.setdefault(name, {"addresses": [], "state": "", "speed": 0})["addresses"].append(address)
     return found
 
 
@@ -54,17 +46,6 @@ def resolve(name: str) -> list[str]:
         return sorted({str(info[4][0]) for info in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)})
     except (OSError, UnicodeError):
         return []
-
-
-def is_loopback(address: str) -> bool:
-    with suppress(ValueError):
-        return ipaddress.ip_address(address.partition("%")[0]).is_loopback
-    return False
-
-
-def interface_of(address: str, found: dict[str, dict]) -> str:
-    """The interface with an address, of those that `interfaces` found; empty if none has it."""
-    return next((name for name, one in found.items() if address in one["addresses"]), "")
 
 
 def addresses_in_use(port: int) -> list[str]:
@@ -93,24 +74,6 @@ def _from_hexadecimal(text: str) -> str:
     raw = b"".join(struct.pack("=I", int(text[i : i + 8], 16)) for i in range(0, len(text), 8))
     address = ipaddress.ip_address(raw)
     return str(getattr(address, "ipv4_mapped", None) or address)
-
-
-def _ipv4() -> list[tuple[str, str]]:
-    buffer = array("B", bytes(REQUEST_BYTES * MOST_ADDRESSES))
-    address, length = buffer.buffer_info()
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as channel:
-            answer = fcntl.ioctl(channel, SIOCGIFCONF, struct.pack("iP", length, address))
-    except OSError:
-        return []
-    filled = buffer.tobytes()[: struct.unpack("iP", answer)[0]]
-    requests = [filled[i : i + REQUEST_BYTES] for i in range(0, len(filled), REQUEST_BYTES)]
-    return [(one[:16].partition(b"\0")[0].decode(errors="replace"), socket.inet_ntoa(one[20:24])) for one in requests]
-
-
-def _ipv6() -> list[tuple[str, str]]:
-    lines = [line.split() for line in _read(Path("/proc/net/if_inet6")).splitlines()]
-    return [(line[5], str(ipaddress.IPv6Address(bytes.fromhex(line[0])))) for line in lines]
 
 
 def _read(path: Path) -> str:

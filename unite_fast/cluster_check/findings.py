@@ -4,9 +4,9 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from unite_fast.cluster_check.addresses import is_loopback
 from unite_fast.cluster_check.coordinator import Outcome
 from unite_fast.cluster_check.records import Cluster, Finding, Host, duration
+from unite_fast.distributed.interface import is_loopback
 from unite_fast.errors import printable
 
 SLOWEST_LATENCY = 5e-3

@@ -5,7 +5,6 @@ import platform
 import resource
 import shutil
 import socket
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from torch.cuda import nccl
 import unite_fast
 from unite_fast.cluster_check import addresses
 from unite_fast.errors import UserError
-from unite_fast.utils.code_digest import code_digest
+from unite_fast.utils.code_digest import code_digest, version_of
 from unite_fast.utils.device import choose_device, host_memory
 
 PACKAGES = ("torch", "triton", "numpy", "pillow", "safetensors", "nvidia-dali-cuda130", "flash-attn")
@@ -66,10 +65,7 @@ def _software() -> dict[str, str]:
     found = {"python": platform.python_version(), "kernel": platform.release(), "unite_fast": unite_fast.__version__}
     found["unite_fast source"] = code_digest()
     for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = ""
+        found[package] = version_of(package)
     # With its build: 2.13.0+cpu and 2.13.0+cu130 have the same version for pip on some indices.
     found["torch"] = torch.__version__
     found["cuda"] = torch.version.cuda or ""

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from unite_fast import __version__
-from unite_fast.cluster_check.addresses import interface_of, is_loopback
 from unite_fast.cluster_check.findings import OWN_SOFTWARE
 from unite_fast.cluster_check.records import Cluster, Finding, Host, duration
+from unite_fast.distributed.interface import is_loopback
 from unite_fast.errors import printable
 
 MISSING = "-"
@@ -66,7 +66,7 @@ def _row(host: Host, head: Host) -> dict[str, str]:
     return {
         "host": printable(host.label),
         "address": _address(host),
-        "interface": interface_of(_address(host), facts.get("interfaces", {})) or MISSING,
+        "interface": _interface(host) or MISSING,
         "device": _device(host),
         "processes": str(len(host.ranks)),
         "cores": str(facts.get("cores", MISSING)),
@@ -80,6 +80,12 @@ def _row(host: Host, head: Host) -> dict[str, str]:
         "link ms": f"{host.link['latency'] * 1e3:.2f}" if host.link else MISSING,
         "link GB/s": f"{host.link['bandwidth'] / 1e9:.3g}" if host.link else MISSING,
     }
+
+
+def _interface(host: Host) -> str:
+    """Of `_address`, as this host's own interfaces have it."""
+    address, interfaces = _address(host), host.facts.get("interfaces", {})
+    return next((name for name, one in interfaces.items() if address in one["addresses"]), "")
 
 
 def _address(host: Host) -> str:

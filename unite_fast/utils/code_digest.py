@@ -23,8 +23,8 @@ def code_digest() -> str:
 
 
 def version_of(library: str) -> str:
-    """The version of an installed library, or "none"."""
+    """The version of an installed library; empty if it is not there."""
     try:
         return version(library)
     except PackageNotFoundError:
-        return "none"
+        return ""
