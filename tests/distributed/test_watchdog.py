@@ -7,11 +7,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from torch import distributed
 
 from unite_fast.distributed import peers as peers_module
+from unite_fast.distributed import watchdog as watchdog_module
 from unite_fast.distributed.peers import Peers
 from unite_fast.distributed.signals import stop_on_signals
 from unite_fast.distributed.watchdog import HUNG, Watchdog, report_lost_contact
@@ -202,3 +204,45 @@ def test_time_in_which_the_process_was_stopped_does_not_count():
     time.sleep(2)
     os.kill(pid, signal.SIGCONT)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def _lose_the_network(join: Callable[[], Peers]) -> None:
+    """Requests of rank 1 to the store hang, as after a power cut or with a cut cable: no connection breaks."""
+    peers = join()
+    if peers.rank == 1:
+        peers.beat = lambda: time.sleep(1000)
+    with Watchdog(peers, 60.0) as watchdog:
+        watchdog.beat(5, "saving a checkpoint", patient=True)
+        time.sleep(100)
+
+
+def test_a_machine_without_network_is_named_on_both_sides(ranks, join, capfd, monkeypatch):
+    for module in (peers_module, watchdog_module):
+        monkeypatch.setattr(module, "SILENCE", 4.0)
+    assert ranks(3, in_child, _lose_the_network, join) == [TEMPORARY] * 3
+    lines, _ = errors(capfd)
+    for rank, lost in ((0, 1), (1, 0), (2, 1)):
+        assert re.fullmatch(
+            rf"error: rank {rank}: step 5: lost contact with rank {lost}\b.* saving a checkpoint", lines[rank]
+        )
+
+
+def _mistake_on_rank_1(join: Callable[[], Peers], noted: Path) -> None:
+    peers = join()
+    with Watchdog(peers, 60.0, lambda mistake: (noted / str(peers.rank)).write_text(mistake)) as watchdog:
+        if peers.rank == 1:
+            watchdog.end_all(UserError("a wrong key"))
+            raise UserError("a wrong key")
+        time.sleep(100)
+
+
+def test_a_mistake_of_one_rank_ends_all_with_status_2(ranks, join, capfd, tmp_path):
+    """The first rank of a machine prints it, and the rank itself."""
+    assert ranks(3, in_child, _mistake_on_rank_1, join, tmp_path) == [2] * 3
+    lines, _ = errors(capfd)
+    assert len(lines) == 2 and all("rank 1: a wrong key" in line for line in lines)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "0": "rank 1: a wrong key",
+        "1": "a wrong key",
+        "2": "rank 1: a wrong key",
+    }
