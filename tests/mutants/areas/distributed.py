@@ -56,6 +56,36 @@ CHANGES = [
         ],
     ),
     (
+        "unite_fast/distributed/watchdog.py",
+        (f"{FOLDER}/test_watchdog.py",),
+        [
+            ("time.monotonic() - self.last_contact > SILENCE:", "False:"),
+            ("self.peers.announce(Trouble(silent))", "pass"),
+            ("self.end_all(MistakeElsewhere(trouble.mistake))", "pass"),
+            ("quiet=read_environment().local_rank > 0", "quiet=False"),
+            ("self.peers.announce(Trouble(mistake=f", "print((f"),
+        ],
+    ),
+    (
+        "unite_fast/training/network_share.py",
+        ("tests/training/test_network_share.py",),
+        [
+            ("calls * self.latency + max", "self.latency + max"),
+            ("large - self.latency) * parameters / numbers", "large - self.latency)"),
+            ("if self.told or share", "if share"),
+            ("collective.across_nodes or collective.group > ranks.per_node", "True"),
+        ],
+    ),
+    (
+        "unite_fast/training/metrics.py",
+        ("tests/training/test_network_share.py",),
+        [
+            ("seconds[ranks.rank] = own", "seconds[0] = own"),
+            ("int(seconds.argmax())", "int(seconds.argmin())"),
+            ("< STRAGGLER_RATIO:", "> STRAGGLER_RATIO:"),
+        ],
+    ),
+    (
         "unite_fast/distributed/signals.py",
         (f"{FOLDER}/test_signals.py",),
         [
