@@ -177,10 +177,16 @@ def drawn_arithmetic() -> Callable[[int], contextlib.AbstractContextManager]:
 
 
 @pytest.fixture(autouse=True)
-def attention_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A run's bits do not depend on the noise of a measurement, and its choice of attention ends with its test."""
+def attention_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's bits do not depend on the noise of a measurement."""
     monkeypatch.setattr(attention_precision, "seconds", lambda shape, name: 1.0)
+
+
+@pytest.fixture(autouse=True)
+def choices_of_backends_end_with_the_test() -> Iterator[None]:
+    """A run chooses them for the whole process."""
     yield
+    backend.use("auto")
     backend.use_attention("sdpa", torch.device("cpu"))
 
 

@@ -27,10 +27,10 @@ from unite_fast.commands import (
     training,
     tune,
 )
-from unite_fast.distributed.agent import end_agent
+from unite_fast.distributed.agent import end_agent, end_agent_if_cut_off
 from unite_fast.distributed.environment import Environment, read_environment
 from unite_fast.distributed.hosts import name_ranks
-from unite_fast.errors import UserError, printable
+from unite_fast.errors import TemporaryError, UserError, printable
 from unite_fast.utils.standard_streams import guard_streams, report_lost_output
 
 FIRST_RANK_SECONDS = 10.0
@@ -38,6 +38,8 @@ FIRST_RANK_SECONDS = 10.0
 
 SHARED = ("train", "bench", "tune", "evaluate", "stats", "generate", "search-guidance", "check-cluster")
 """Commands whose processes share the work under torchrun. The others run on rank 0 alone."""
+JOINING = ("train", "evaluate", "stats", "generate", "search-guidance")
+"""Commands that may list data for minutes before their processes meet."""
 LONGEST_MESSAGE = 2000
 """Characters of an error; a message from a library may hold a whole file."""
 
@@ -56,6 +58,10 @@ class _Commands(TyperGroup):
             sys.stderr.write(f"note: {found[0]} runs in one process; rank 0 of {ranks.world} does it alone\n")
             for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK"):
                 os.environ.pop(name, None)
+        if ranks.several_machines and found[0] in JOINING:
+            from unite_fast.distributed import joining  # imports torch, as these commands do
+
+            joining.begin()
         return found
 
     def invoke(self, ctx):
@@ -169,6 +175,8 @@ def _exit(message: str, status: int, error: BaseException | None = None) -> NoRe
         ranks = read_environment()
     except UserError:
         ranks = Environment()
+    if joining := sys.modules.get("unite_fast.distributed.joining"):
+        joining.end()
     source = getattr(error, "raised_by", ranks.rank)
     rank = f"{name_ranks([source])}: " if ranks.world > 1 and source is not None else ""
     mistake = isinstance(error, UserError) and status == UserError.status
@@ -190,6 +198,8 @@ def _exit(message: str, status: int, error: BaseException | None = None) -> NoRe
         time.sleep(1)
     if mistake:
         end_agent()
+    elif isinstance(error, TemporaryError):
+        end_agent_if_cut_off()
     report_lost_output()
     if _in_process_group():
         # Exit at once: the clean-up of Python and PyTorch may wait for dead processes.

@@ -186,6 +186,10 @@ class Hosts:
         """From now on the host sees `file` in the place of `over`."""
         subprocess.run([*self._enter(number, "-m"), "mount", "--bind", str(file), str(over)], check=True)
 
+    def unmount(self, number: int, over: Path) -> None:
+        """The host sees the original file again."""
+        subprocess.run([*self._enter(number, "-m", "-p"), "umount", str(over)], check=True)
+
     def processes(self, number: int) -> dict[int, str]:
         """Process ids, as seen from outside, and command lines of a host's running processes, without the first."""
         host, found = self.hosts[number], {}

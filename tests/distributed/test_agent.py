@@ -56,3 +56,53 @@ def test_the_agent_is_ended_while_it_would_restart(torchrun_run, monkeypatch, co
         os._exit(9)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert status == (-signal.SIGTERM if ends else 9)
+
+
+@pytest.mark.parametrize(
+    ("words", "variable", "place"),
+    [
+        (["torchrun", "--rdzv-endpoint", "node1:29500", "-m", "unite_fast"], "", ("node1", 29500)),
+        (["torchrun", "--rdzv_endpoint=[fd00::1]:29500"], "", ("fd00::1", 29500)),
+        (["torchrun", "--rdzv-endpoint=node1"], "other:1", ("node1", 29400)),
+        (["torchrun"], "node1:29500", ("node1", 29500)),
+        (["torchrun"], "[fd00::1]", ("fd00::1", 29400)),
+        (["torchrun", "--rdzv-endpoint", "localhost:0"], "", None),
+        (["torchrun", "--rdzv-endpoint", "node1:99999"], "", None),
+        (["torchrun", "--rdzv-endpoint", "a:b:c"], "", None),
+        (["torchrun", "--rdzv-endpoint"], "", None),
+        (["torchrun"], "", None),
+    ],
+)
+def test_the_place_where_torchruns_meet(monkeypatch, words, variable, place):
+    files = {"cmdline": words, "environ": ["HOME=/root", *[f"PET_RDZV_ENDPOINT={variable}"] * bool(variable)]}
+    monkeypatch.setattr(agent, "_read", lambda process, name: "\0".join([*files[name], ""]).encode())
+    assert agent._meeting_place(7) == place
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_torchrun_that_lost_the_meeting_place_is_killed(torchrun_run, monkeypatch, capfd, silent):
+    """In a fork whose parent is the agent. It is killed although it ignores SIGTERM."""
+    for name, value in {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(agent, "CUT_OFF", 0.5)
+    monkeypatch.setattr(agent, "_meeting_place", lambda process: ("nobody.invalid" if silent else "127.0.0.1", 9))
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if os.fork() == 0:
+            agent.end_agent_if_cut_off()
+            os._exit(0)
+        time.sleep(5 if silent else 1)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (-signal.SIGKILL if silent else 9)
+    assert ("nobody.invalid" in capfd.readouterr().err) == silent
+
+
+def test_a_process_whose_torchrun_has_ended_is_an_orphan(torchrun_run, monkeypatch):
+    assert not agent.is_orphan()
+    monkeypatch.setattr(agent, "agent_process", lambda: 1)
+    monkeypatch.setattr(agent, "_read", lambda process, name: b"/sbin/init\0")
+    assert agent.is_orphan()
+    # In a container torchrun may be the first process.
+    monkeypatch.setattr(agent, "_read", lambda process, name: b"python\0-m\0torch.distributed.run\0")
+    assert not agent.is_orphan()

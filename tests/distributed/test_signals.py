@@ -75,6 +75,21 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(ranks, join, number)
     assert ranks(3, _steps_until_signal, join, number) == [(number, 8)] * 3
 
 
+def _steps_of_an_orphan(join: Callable[[], Peers]) -> tuple[int, int, int | None]:
+    peers, step = join(), 0
+    with stop_on_signals(peers) as vote:
+        while step < 40 and not (by := vote.next_result()):
+            step += 1
+            if step == 7 and peers.rank == 1:
+                peers.orphaned = True
+                os.kill(os.getpid(), signal.SIGTERM)
+    return by, step, vote.orphan
+
+
+def test_all_learn_whose_torchrun_has_ended(ranks, join):
+    assert ranks(3, _steps_of_an_orphan, join) == [(signal.SIGTERM, 8, 1)] * 3
+
+
 def _intervals(join: Callable[[], Peers]) -> list[int]:
     """Steps at which a result arrives; rank 0 takes 20 ms a step."""
     peers, arrived = join(), []

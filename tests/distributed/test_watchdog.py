@@ -165,11 +165,12 @@ def test_a_process_stops_when_its_torchrun_is_gone(monkeypatch):
     read, write = os.pipe()
 
     def worker() -> None:
-        with Watchdog(Peers(), 60.0), stop_on_signals(Peers()) as vote:
+        peers = Peers()
+        with Watchdog(peers, 60.0), stop_on_signals(peers) as vote:
             os.write(write, b"ready ")
             for _ in range(100):
                 if by := vote.next_result():
-                    os.write(write, str(by).encode())
+                    os.write(write, f"{by} {vote.orphan}".encode())
                     os._exit(0)
                 time.sleep(0.1)
 
@@ -180,7 +181,18 @@ def test_a_process_stops_when_its_torchrun_is_gone(monkeypatch):
         os._exit(0)
 
     assert in_child(agent) == 0
-    assert os.read(read, 6) == b"15"
+    assert os.read(read, 6) == b"15 0"
+
+
+def test_a_process_whose_torchrun_ended_before_it_watched_stops(monkeypatch):
+    monkeypatch.setattr(watchdog_module, "agent_process", lambda: 1)
+    monkeypatch.setattr(watchdog_module, "is_orphan", lambda: True)
+    peers = Peers()
+    with stop_on_signals(peers) as vote, Watchdog(peers, 60.0):
+        deadline = time.monotonic() + 20
+        while not (by := vote.next_result()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert (by, vote.orphan) == (signal.SIGTERM, 0)
 
 
 def test_other_errors_are_raised_unchanged():

@@ -26,6 +26,7 @@ from unite_fast.training.run_folder import (
     choose_folder,
     final_status,
     note_failed_start,
+    orphaned_status,
     read_status,
     restarted,
     running_status,
@@ -48,6 +49,11 @@ def test_all_ranks_recognise_a_restart_by_torchrun(ranks, tmp_path, monkeypatch)
     assert read_status(tmp_path) == "running under torchrun job 7"
     assert ranks(2, _restarted, tmp_path, 1, "job 7") == [True, True]
     assert ranks(2, _restarted, tmp_path, 0, "job 7") == [False, False]
+    write_status(tmp_path, orphaned_status(7, 1))
+    assert (
+        read_status(tmp_path) == "stopped at step 7 by the end of torchrun of rank 1; was running under torchrun job 7"
+    )
+    assert ranks(2, _restarted, tmp_path, 1, "job 7") == [True, True]
     # This launch never started the run: the folder belongs to another, so --resume is still needed.
     assert ranks(2, _restarted, tmp_path, 1, "job 8") == [False, False]
     assert ranks(2, _restarted, tmp_path / "none", 1, "job 7") == [False, False]

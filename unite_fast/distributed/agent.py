@@ -1,13 +1,20 @@
 """torchrun's agent: the process on each machine that starts the ranks, watches and restarts them. Imports no torch."""
 
 import os
+import re
 import signal
 import socket
+import sys
 from contextlib import suppress
 from pathlib import Path
 
-from unite_fast.distributed.environment import restarts_left
+from unite_fast.distributed.environment import read_environment, restarts_left
+from unite_fast.distributed.reach import answers_within
 
+CUT_OFF = 60.0
+"""Seconds without an answer of the machine at which the torchruns meet after which torchrun here is ended."""
+MEETING_PORT = 29400
+"""Where torchruns meet if --rdzv-endpoint names no port."""
 _RUN_ID = "TORCHELASTIC_RUN_ID"
 
 
@@ -36,14 +43,64 @@ def agent_process() -> int:
     return process
 
 
+def is_orphan() -> bool:
+    """Whether torchrun started this process and has ended: the system's first process has taken its place."""
+    return agent_process() == 1 and not _agent_is_first_process()
+
+
 def end_agent() -> None:
     """End this machine's agent and with it all ranks here, because a restart would fail in the same way. Does nothing
     if the agent would not restart them anyway: then it reports the failed rank itself."""
     process = agent_process()
-    # In a container the agent may be process 1; elsewhere that is the system's.
-    if process and restarts_left() and (process > 1 or b"torch" in _read(1, "cmdline")):
+    if process and restarts_left() and not is_orphan():
         with suppress(OSError):
             os.kill(process, signal.SIGTERM)
+
+
+def end_agent_if_cut_off() -> None:
+    """End torchrun here if the machine at which the torchruns meet has gone silent: call this after other machines were
+    lost. torchrun would wait for it for ever, in a call that only SIGKILL ends.
+
+    It waits `CUT_OFF` seconds for an answer, since after a short outage torchrun restarts the ranks. Has no effect on
+    the first process of a container, which SIGKILL from inside does not reach.
+    """
+    process = agent_process()
+    place = _meeting_place(process)
+    if process <= 1 or place is None or not read_environment().several_machines or answers_within(*place, 0):
+        return
+    if read_environment().local_rank == 0:
+        sys.stderr.write(
+            f"note: {place[0]}, where the torchruns meet, does not answer; torchrun on {socket.gethostname()} is ended "
+            f"in {CUT_OFF:g} s if it still does not\n"
+        )
+        sys.stderr.flush()
+    if not answers_within(*place, CUT_OFF) and agent_process() == process:
+        with suppress(OSError):
+            os.kill(process, signal.SIGKILL)
+
+
+def _meeting_place(process: int) -> tuple[str, int] | None:
+    """Host and port at which torchruns of several machines meet: --rdzv-endpoint of the torchrun with this process id,
+    or PET_RDZV_ENDPOINT. None if there is none, or no fixed port."""
+    words = _strings(process, "cmdline")
+    variable = "PET_RDZV_ENDPOINT="
+    set_there = [word for word in _strings(process, "environ") if word.startswith(variable)]
+    endpoint = set_there[0].removeprefix(variable) if set_there else ""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        if option.replace("_", "-") == "--rdzv-endpoint":
+            endpoint = value if equals else following
+            break
+    match = re.fullmatch(r"(\[(?P<ipv6>[^]]+)\]|(?P<host>[^:]+))(:(?P<port>\d+))?", endpoint.strip())
+    if not match:
+        return None
+    port = int(match["port"] or MEETING_PORT)
+    return (match["ipv6"] or match["host"], port) if 0 < port < 2**16 else None
+
+
+def _agent_is_first_process() -> bool:
+    """In a container torchrun may be process 1; elsewhere that is the system's."""
+    return b"torch" in _read(1, "cmdline")
 
 
 def _has_run_id(process: int) -> bool:
@@ -55,6 +112,11 @@ def _parent(process: int) -> int:
         # After the name in parentheses, which may hold anything: state, parent.
         return int(_read(process, "stat").rpartition(b")")[2].split()[1])
     return 0
+
+
+def _strings(process: int, name: str) -> list[str]:
+    """The words of a file in /proc that ends each with a zero byte."""
+    return [os.fsdecode(word) for word in _read(process, name).split(b"\0")]
 
 
 def _read(process: int, name: str) -> bytes:

@@ -3,11 +3,17 @@
 from collections.abc import Iterable
 
 _hosts: list[str] = []
+_guesses: list[str] = []
 
 
 def use_hosts(hosts: Iterable[str]) -> None:
     """Remember the machine of each rank, in rank order."""
     _hosts[:] = hosts
+
+
+def guess_hosts(hosts: Iterable[str]) -> None:
+    """What is known of them before all have met; `use_hosts` takes precedence."""
+    _guesses[:] = hosts
 
 
 def known_hosts() -> list[str]:
@@ -21,11 +27,12 @@ def name_ranks(ranks: Iterable[int]) -> str:
     ranks = sorted(ranks)
     if not ranks:
         return "another process"
-    if len(set(_hosts)) < 2:
+    hosts = _hosts or _guesses
+    if len(set(hosts)) < 2:
         return _numbers(ranks)
     by_host: dict[str, list[int]] = {}
     for rank in ranks:
-        by_host.setdefault(_hosts[rank] if rank < len(_hosts) else "an unknown machine", []).append(rank)
+        by_host.setdefault(hosts[rank] if rank < len(hosts) else "an unknown machine", []).append(rank)
     return " and ".join(f"{_numbers(numbers)} on {host}" for host, numbers in by_host.items())
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import distributed
 from torch.distributed.distributed_c10d import Store
 
+from unite_fast.distributed import joining
 from unite_fast.distributed.hosts import use_hosts
 from unite_fast.distributed.interface import GLOO_INTERFACE, choose_interface, own_address_towards
 from unite_fast.distributed.peers import Peers
@@ -91,6 +92,7 @@ def join_training(
         )
         watchdog.peers.open_groups()
         watchdog.watch_next_rank()
+        joining.end()
         yield ranks, own_device, watchdog
     # Not after an error: they could wait for ranks that are gone. Rank 0 may hold the store, so it ends last.
     ranks.wait()

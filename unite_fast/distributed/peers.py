@@ -12,15 +12,12 @@ from torch import distributed
 from torch.distributed.distributed_c10d import Store
 
 from unite_fast.distributed.process_group import Ranks
-from unite_fast.distributed.store import STORE_ERRORS
+from unite_fast.distributed.store import SILENCE, STORE_ERRORS
 
 PATIENCE = 10
 """Factor on the timeout for slow work: start, compilation, checkpoint, pictures, evaluation."""
 HEARTBEAT = 1.0
 """Seconds between two heartbeats of a rank."""
-SILENCE = 24.0
-"""Seconds without a heartbeat after which a rank is gone: its machine lost power or network, which nothing else tells.
-Longer than anything that keeps a healthy process from running its threads."""
 ROLL_CALL = 3.0
 """Seconds that ranks have to answer a roll call. torchrun kills survivors after 30."""
 
@@ -51,6 +48,8 @@ class Peers:
         """
         self.rank, self.world = rank, world
         self.votes = self.neighbours = Ranks(rank, world)
+        self.orphaned = False
+        """Whether the torchrun that started this rank has ended."""
         self.beats = 0
         self.last_beats: list[bytes] = []
         self.heard_at = [time.monotonic()] * world

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from unite_fast.distributed.agent import under_torchrun
+from unite_fast.distributed.hosts import name_ranks
 from unite_fast.distributed.peers import Peers
 from unite_fast.distributed.process_group import PendingMax
+from unite_fast.errors import TemporaryError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """Slurm can send SIGUSR1 some time before a job's limit, and a terminal that closes sends SIGHUP."""
@@ -15,6 +17,20 @@ VOTE_SECONDS = 1.0
 """Between two votes."""
 MOST_STEPS = 100
 """Between two votes."""
+
+
+class TorchrunEnded(TemporaryError):
+    """All ranks saved and stopped, because a torchrun was killed. With this status the other torchruns start all again
+    as soon as it is back; with 0 they would take the run for finished."""
+
+    raised_by = None
+
+    def __init__(self, step: int, orphan: int):
+        """
+        Args:
+            orphan: a rank that it had started.
+        """
+        super().__init__(f"step {step}: torchrun of {name_ranks([orphan])} ended; all saved and stopped")
 
 
 class StopVote:
@@ -29,6 +45,8 @@ class StopVote:
         """Set on rank 0: all shall save a checkpoint."""
         self.save_now = False
         """The result of the last `next_result`: whether all save a checkpoint after this step."""
+        self.orphan: int | None = None
+        """Once all stop because a torchrun has ended: a rank that it had started."""
         self.pending: PendingMax | None = None
         self.interval = self.steps_left = 1
         """Steps from the next vote to its result; those that are left of the pending one."""
@@ -62,7 +80,8 @@ class StopVote:
         # Only rank 0's measurement counts: others' clocks may differ.
         proposed = steps if self.peers.rank == 0 else 0
         signal_now = self.received[0] if self.received else 0
-        self.pending = self.peers.votes.start_max(signal_now, proposed, int(self.save_wanted))
+        orphan = self.peers.rank + 1 if self.peers.orphaned else 0
+        self.pending = self.peers.votes.start_max(signal_now, proposed, int(self.save_wanted), orphan)
         self.save_wanted = False
         self.steps_left = self.waited = self.interval
 
@@ -71,8 +90,8 @@ class StopVote:
         pending, self.pending, self.save_now = self.pending, None, False
         if not pending:
             return 0
-        result, self.interval, save = pending.result()
-        self.save_now = bool(save)
+        result, self.interval, save, orphan = pending.result()
+        self.save_now, self.orphan = bool(save), orphan - 1 if orphan else None
         return result
 
 

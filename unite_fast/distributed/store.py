@@ -12,10 +12,15 @@ from torch import distributed
 from torch.distributed import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from unite_fast.distributed.agent import under_torchrun
 from unite_fast.distributed.environment import check_address, read_environment
 from unite_fast.distributed.hosts import name_ranks
+from unite_fast.distributed.reach import wait_for_listener
 from unite_fast.errors import CommonError, TemporaryError, UserError, reason_of
 
+SILENCE = 24.0
+"""Seconds without a sign of life after which a rank or its machine is gone: it lost power or network, which nothing
+else tells. Longer than anything that keeps a healthy process from running its threads."""
 STORE_ERRORS = (distributed.DistError, RuntimeError, TimeoutError)
 """What requests to a store raise when it is gone."""
 MISTAKE = "start/mistake"
@@ -48,6 +53,16 @@ def open_store(timeout: float) -> Store:
     check_address()
     ranks, address = read_environment(), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     makes_it = ranks.rank == 0 and not kept_by_torchrun()
+    # Where torchrun runs, the machine of rank 0 was there a moment ago; other launchers may not have started it yet.
+    silence = SILENCE if under_torchrun() else timeout
+    start = time.monotonic()
+    # torch would print each attempt to connect, with a stack of its C++ functions.
+    if not makes_it and not wait_for_listener(*address, timeout, silence):
+        raise LostContact(
+            f"cannot reach rank 0 at {address[0]}, port {address[1]}, from {socket.gethostname()} in "
+            f"{min(timeout, round(time.monotonic() - start)):g} s: is it up, does its name resolve here, does a "
+            "firewall block the port?"
+        )
     try:
         return TCPStore(
             *address,
@@ -58,12 +73,8 @@ def open_store(timeout: float) -> Store:
             multi_tenant=True,
         )
     except STORE_ERRORS as error:
-        if makes_it:
-            raise LostContact(f"rank 0 cannot listen at port {address[1]}: {reason_of(error)}") from error
-        raise LostContact(
-            f"cannot reach rank 0 at {address[0]}, port {address[1]}, from {socket.gethostname()} in {timeout:g} s: "
-            "is it up, does its name resolve here, does a firewall block the port?"
-        ) from error
+        what = f"rank 0 cannot listen at port {address[1]}" if makes_it else f"lost rank 0 at {address[0]}"
+        raise LostContact(f"{what}: {reason_of(error)}") from error
 
 
 def fresh_store(timeout: float) -> Store:
@@ -101,7 +112,9 @@ def _agree_on_prefix(store: Store, rank: int, world: int, timeout: float) -> str
     # Many ranks ask less often, so that the store has time for all of them.
     pause = 0.05 + 5e-4 * world
     while time.monotonic() < deadline:
-        _look_for_mistake(store)
+        if mistake := announced_mistake(store):
+            note_mistake_seen(store)
+            raise MistakeElsewhere(mistake)
         there = [number for number, key in enumerate(tokens) if store.check([key])] if rank == 0 else []
         if len(there) > joined:
             joined, deadline = len(there), time.monotonic() + timeout
@@ -174,21 +187,23 @@ def announce_early_mistake(message: str, timeout: float = 30.0) -> None:
         if not store.check([MISTAKE]):
             where = f" on {socket.gethostname()}" if ranks.several_machines else ""
             store.set(MISTAKE, f"rank {ranks.rank}{where}: {message}")
-        _note_seen(store, timeout)
+        note_mistake_seen(store, timeout)
 
 
-def _look_for_mistake(store: Store, timeout: float = 30.0) -> None:
-    if store.check([MISTAKE]):
-        text = store.get(MISTAKE).decode()
-        with suppress(*STORE_ERRORS):
-            _note_seen(store, timeout)
-        raise MistakeElsewhere(text)
+def announced_mistake(store: Store) -> str:
+    """The mistake for which a rank ended before it joined, and who; empty if none did.
+
+    Args:
+        store: from `open_store`.
+    """
+    return store.get(MISTAKE).decode() if store.check([MISTAKE]) else ""
 
 
-def _note_seen(store: Store, timeout: float) -> None:
-    """Rank 0, which may hold the store, waits until all ranks know of the mistake, or for `timeout` seconds."""
+def note_mistake_seen(store: Store, timeout: float = 30.0) -> None:
+    """Tell that this rank knows of a mistake. Rank 0, which may hold the store, waits until all do, or for `timeout`
+    seconds."""
     ranks = read_environment()
-    store.set(f"{MISTAKE}/seen/{ranks.rank}", "")
-    if ranks.rank == 0:
-        with suppress(LostContact):
+    with suppress(LostContact, *STORE_ERRORS):
+        store.set(f"{MISTAKE}/seen/{ranks.rank}", "")
+        if ranks.rank == 0:
             wait_for(store, [f"{MISTAKE}/seen/{rank}" for rank in range(ranks.world)], timeout)

@@ -11,11 +11,11 @@ from contextlib import contextmanager, suppress
 
 from torch import distributed
 
-from unite_fast.distributed.agent import agent_process, end_agent
+from unite_fast.distributed.agent import agent_process, end_agent, end_agent_if_cut_off, is_orphan
 from unite_fast.distributed.environment import read_environment
 from unite_fast.distributed.hosts import name_ranks
-from unite_fast.distributed.peers import HEARTBEAT, PATIENCE, ROLL_CALL, SILENCE, Peers, Trouble
-from unite_fast.distributed.store import STORE_ERRORS, LostContact, MistakeElsewhere
+from unite_fast.distributed.peers import HEARTBEAT, PATIENCE, ROLL_CALL, Peers, Trouble
+from unite_fast.distributed.store import SILENCE, STORE_ERRORS, LostContact, MistakeElsewhere
 from unite_fast.errors import CommonError, UserError
 
 HUNG = 124
@@ -116,9 +116,14 @@ class Watchdog:
                 self._exit(f"no progress for {self.limit:g} s while {self.activity}{answer}\n{stack}", HUNG)
             if self.peers.world > 1 and time.monotonic() - self.last_contact > SILENCE:
                 self._exit_lost([0], f" for {SILENCE:g} s")
-            if self.agent and agent_process() != self.agent:
+            if self.agent and (agent_process() != self.agent or is_orphan()):
                 self.agent = 0
-                os.kill(os.getpid(), signal.SIGTERM)
+                self._torchrun_ended()
+
+    def _torchrun_ended(self) -> None:
+        """Ask for a stop: nothing else would end this process. The stop vote tells the other ranks why."""
+        self.peers.orphaned = True
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _keep_contact(self) -> None:
         """Send heartbeats, and look for trouble. Rank 0 looks for silent ranks too."""
@@ -178,9 +183,8 @@ class Watchdog:
                 # One write, so that the lines of several processes do not mix.
                 sys.stderr.write(f"error: {rank}step {self.step}: {message.rstrip()}\n")
                 sys.stderr.flush()
-            if status == UserError.status:
-                end_agent()
             self.before_exit()
+            end_agent() if status == UserError.status else end_agent_if_cut_off()
             os._exit(status)
 
 

@@ -64,10 +64,10 @@ FREE_ON_RESUME = {
 
 REPLACED_FILES = ("status", "metrics.jsonl", "samples.png", "reconstructions.png", "curves.png")
 """Files of a run besides config.yaml that it replaces or shortens."""
-SHARED_SECONDS = 10.0
+SHARED_SECONDS = 5.0
 """Seconds until all machines must see a new file of rank 0."""
-FINISHED, FAILED = "finished", "failed"
-"""First word of the status of a finished run, and after a mistake of the user."""
+FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
+"""First word of the status: the run has all its steps; all ranks saved and stopped early; a mistake of the user."""
 LONGEST_STATUS = 1000
 """Bytes of the status file."""
 
@@ -163,6 +163,10 @@ def _appears(file: Path) -> bool:
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)
+        for folder in (file.parent.parent, file.parent):
+            # NFS asks the server again when a folder is opened; until then it may remember that there was no such name.
+            with suppress(OSError):
+                os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
     return True
 
 
@@ -282,11 +286,13 @@ def flatten(tree: dict, path: str = "") -> dict:
 
 def restarted(folder: Path, ranks: Ranks) -> bool:
     """Whether torchrun restarted this run, which then resumes. False if this launch never started the run, for example
-    because the folder contains another one."""
+    because the folder contains another one, or if a signal stopped it."""
     restart = restart_count() > 0
     # One rank's yes is enough: each machine's torchrun has its own count, and some may see an older state of
     # the folder.
-    answers = ranks.gather((restart, read_status(folder) == running_status()))
+    status = read_status(folder)
+    ours = status == running_status() or status.endswith(f"; was {running_status()}")  # `orphaned_status`
+    answers = ranks.gather((restart, ours))
     return all(any(answer) for answer in zip(*answers, strict=True))
 
 
@@ -297,8 +303,13 @@ def running_status() -> str:
 def final_status(step: int, stopped_by: int) -> str:
     """Status after the run: stopped by a signal, or finished (`stopped_by` is 0)."""
     return (
-        f"stopped at step {step} by {signal.Signals(stopped_by).name}" if stopped_by else f"{FINISHED} at step {step}"
+        f"{STOPPED} at step {step} by {signal.Signals(stopped_by).name}" if stopped_by else f"{FINISHED} at step {step}"
     )
+
+
+def orphaned_status(step: int, orphan: int) -> str:
+    """Status after all saved and stopped because the torchrun of the rank `orphan` has ended."""
+    return f"{STOPPED} at step {step} by the end of torchrun of {name_ranks([orphan])}; was {running_status()}"
 
 
 def failed_status(step: int, mistake: str) -> str:

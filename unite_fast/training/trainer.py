@@ -19,7 +19,7 @@ from unite_fast.distributed.hosts import known_hosts
 from unite_fast.distributed.launch import join_training
 from unite_fast.distributed.peers import Peers
 from unite_fast.distributed.process_group import ALONE, Ranks
-from unite_fast.distributed.signals import StopVote, stop_on_signals
+from unite_fast.distributed.signals import StopVote, TorchrunEnded, stop_on_signals
 from unite_fast.distributed.store import kept_by_torchrun
 from unite_fast.distributed.strategy import split_batch
 from unite_fast.distributed.watchdog import Watchdog, report_lost_contact
@@ -47,6 +47,7 @@ from unite_fast.training.run_folder import (
     find_start,
     lock_run,
     note_failed_start,
+    orphaned_status,
     restarted,
     write_status,
 )
@@ -91,7 +92,7 @@ def train(config: Config, resume: bool = False, allow_change: tuple[str, ...] = 
 
     Raises:
         UserError: the folder contains a run already, settings do not fit data or checkpoint, the loss is not finite, or
-            the disk is full; `LostContact` if another rank died.
+            the disk is full; `LostContact` if another rank died; `TorchrunEnded` if a torchrun was killed.
     """
     device, timeout = choose_device(config.train.device), config.parallel.timeout
     start = start_values(config, {"--resume": resume, "--allow-change": allow_change, "the device": device.type})
@@ -311,9 +312,14 @@ class Trainer:
         speed = (state.step - self.first_step) * config.batch_size / seconds
         outcome = Outcome(self.folder, state.step, stopped_by, seconds, speed)
         if self.ranks.main:
+            orphan = stop_vote.orphan
+            status = final_status(state.step, stopped_by) if orphan is None else orphaned_status(state.step, orphan)
             with self.sides.attempt("status"):
-                write_status(self.folder, final_status(outcome.steps, outcome.stopped_by))
+                write_status(self.folder, status)
         self.report.summary(outcome, dict(self.unreadable_samples()))
+        if stop_vote.orphan is not None:
+            self.ranks.wait()
+            raise TorchrunEnded(state.step, stop_vote.orphan)
         return outcome
 
     def vote_to_stop(self, stop_vote: StopVote) -> int:

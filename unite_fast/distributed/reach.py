@@ -1,0 +1,55 @@
+"""Whether another machine answers. Imports no torch."""
+
+import socket
+import time
+from typing import Literal
+
+PROBE = 3.0
+"""Seconds to wait for an answer. A machine that is up answers at once, also if nothing listens at the port."""
+PAUSE = 0.25
+"""Seconds between two probes."""
+
+Answer = Literal["accepted", "refused", "silent"]
+
+
+def probe(host: str, port: int) -> Answer:
+    """What a machine answers to a connection: "refused" if it is up and nothing listens at this port, "silent" if it
+    is down, cut off or unknown."""
+    try:
+        socket.create_connection((host, port), PROBE).close()
+    except ConnectionRefusedError:
+        return "refused"
+    except OSError:  # no answer in time, no route, unknown name
+        return "silent"
+    return "accepted"
+
+
+def wait_for_listener(host: str, port: int, timeout: float, silence: float) -> bool:
+    """Wait until something listens at this port.
+
+    Args:
+        timeout: seconds to wait.
+        silence: seconds without any answer of the machine after which waiting ends early.
+
+    Returns:
+        Whether something does.
+    """
+    start = answered = time.monotonic()
+    while (answer := probe(host, port)) != "accepted":
+        now = time.monotonic()
+        if answer == "refused":
+            answered = now
+        if now - start > timeout or now - answered > silence:
+            return False
+        time.sleep(PAUSE)
+    return True
+
+
+def answers_within(host: str, port: int, seconds: float) -> bool:
+    """Wait until the machine answers, even by refusing; False if it does not within `seconds`."""
+    start = time.monotonic()
+    while probe(host, port) == "silent":
+        if time.monotonic() - start > seconds:
+            return False
+        time.sleep(PAUSE)
+    return True
