@@ -266,6 +266,26 @@ def test_a_frozen_rank_is_named_and_sigterm_to_torchrun_saves_a_checkpoint(
     assert_same_run(folder, undisturbed(step + 3))
 
 
+def test_if_torchrun_is_killed_its_ranks_save_and_end(torchrun, undisturbed, wait_until, assert_same_run, tmp_path):
+    folder = tmp_path / "run"
+    running = torchrun("train.out=run")
+    wait_until(lambda: last_logged_step(folder) > CHECKPOINT_EVERY)
+    workers = running.workers()
+    os.kill(running.pid, signal.SIGKILL)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    step = load_checkpoint(folder).step
+    assert re.match(
+        rf"stopped at step {step} by .*torchrun of rank \d; was running under torchrun ", read_status(folder)
+    )
+    (line,) = running.errors()
+    assert re.match(rf"error: step {step}: torchrun of rank \d\b", line)
+
+    running = torchrun("train.out=run", f"train.steps={step + 3}", "--resume")
+    wait_until(running.ended)
+    assert running.status == 0, running.printed()
+    assert_same_run(folder, undisturbed(step + 3))
+
+
 def test_a_user_error_is_printed_once_per_machine_and_ends_torchrun(torchrun, wait_until, mentions):
     running = torchrun("train.bacth_size=8", restarts=1)
     wait_until(running.ended)
