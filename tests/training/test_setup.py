@@ -2,11 +2,15 @@
 
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
+from unite_fast.data_pipeline import choose_loader
+from unite_fast.distributed import hosts
 from unite_fast.distributed.launch import join_training
+from unite_fast.distributed.process_group import ALONE, Ranks
 from unite_fast.distributed.strategy import UNSHARDED
 from unite_fast.errors import UserError
 from unite_fast.recipes import load_config
@@ -14,6 +18,7 @@ from unite_fast.training.setup import (
     check_cuda_graph,
     choose_attention,
     open_training_data,
+    setup_lines,
     start_values,
     use_device_settings,
 )
@@ -42,6 +47,38 @@ def test_a_graph_needs_cuda(mentions):
     check_cuda_graph(load_config("digits"), torch.device("cpu"), UNSHARDED)
     with pytest.raises(UserError, match=mentions("train.cuda_graph", "cpu")):
         check_cuda_graph(load_config("digits", ("train.cuda_graph=true",)), torch.device("cpu"), UNSHARDED)
+
+
+@pytest.fixture
+def lines_at_start(monkeypatch):
+    """What a run of digits says with these ranks."""
+
+    def lines(ranks: Ranks, **changes) -> list[str]:
+        config = load_config("digits")
+        source = open_training_data(config)
+        choice = choose_loader(config.data.loader, source, torch.device("cpu"))
+        given = {"new_run": None, "data_note": "", "attention_note": "", "evaluation_warning": ""} | changes
+        return list(setup_lines(config, source, choice, UNSHARDED, ranks, torch.device("cpu"), **given))
+
+    return lines
+
+
+def test_a_run_says_what_it_trains_on(lines_at_start, mentions):
+    (line,) = lines_at_start(ALONE)
+    assert re.search(mentions(1437, "images", 1500, 66.81), line)
+    lines = lines_at_start(ALONE, data_note="grew", attention_note="flash", evaluation_warning="few images")
+    assert [line.partition(":")[0] for line in lines] == ["data", "data", "attention", "evaluation"]
+    assert "runs/x" in lines_at_start(ALONE, new_run=Path("runs/x"))[0]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_run_on_several_machines_says_which_and_whether_one_can_be_replaced(lines_at_start, monkeypatch, kept):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(kept))
+    monkeypatch.setattr(hosts, "_hosts", ["a", "a", "b", "b"])
+    _, processes, machines, *warning = lines_at_start(Ranks(0, 4, 0, 2))
+    assert re.match(r"4 processes of 16 images\b", processes)
+    assert machines == "machines: a, b"
+    assert bool(warning) == kept
 
 
 def _start_of_rank(settings: tuple[str, ...], resume: bool) -> str:

@@ -1,4 +1,7 @@
-"""What a run sets and checks before it builds its model: the device, attention, the data."""
+"""What a run sets, checks and says before its first step: the device, attention, the data."""
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -6,11 +9,14 @@ from unite_fast import __version__
 from unite_fast.checkpoint.reader import Checkpoint
 from unite_fast.config import MOLECULES, Config
 from unite_fast.data_pipeline import Source, open_source
+from unite_fast.data_pipeline.choose_loader import LoaderChoice
 from unite_fast.data_pipeline.molecules.of_config import molecules_of
+from unite_fast.distributed.hosts import known_hosts
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.distributed.start_check import check_same
+from unite_fast.distributed.store import kept_by_torchrun
 from unite_fast.distributed.strategy import Strategy
-from unite_fast.errors import require
+from unite_fast.errors import printable, require
 from unite_fast.kernels import backend, native
 from unite_fast.recipes import to_tree
 from unite_fast.training import attention_precision
@@ -127,3 +133,54 @@ def check_cuda_graph(config: Config, device: torch.device, strategy: Strategy) -
         f"train.cuda_graph is true, but {strategy.name} frees gathered weights after each pass, which nobody has tried "
         "in a CUDA graph; set parallel.reshard_after_forward=false or parallel.strategy=ddp",
     )
+
+
+def setup_lines(
+    config: Config,
+    source: Source,
+    choice: LoaderChoice,
+    strategy: Strategy,
+    ranks: Ranks,
+    device: torch.device,
+    new_run: Path | None,
+    data_note: str,
+    attention_note: str,
+    evaluation_warning: str,
+) -> Iterator[str]:
+    """What a run says before its first step: about its data, attention, kernels, processes and machines.
+
+    Args:
+        new_run: the folder if a resume was asked for and there is nothing to resume.
+        data_note: what changed in the data since the run was last saved; or empty, as the other notes.
+    """
+    if new_run:
+        yield (
+            f"WARNING: nothing to resume in {new_run}: starts a NEW run at step 0. If you meant another run, "
+            "stop and check train.out and name"
+        )
+    train, samples = config.train, config.model.modality
+    epochs = train.steps * train.batch_size / len(source)
+    yield (
+        f"data: {len(source)} {samples}, {choice.name} loader ({choice.why}); "
+        f"{train.steps} steps are {epochs:.4g} epochs"
+    )
+    for note in filter(None, (data_note, *source.notes)):
+        yield f"data: {printable(note)}"
+    if source.left_out:
+        yield f"left out: {'; '.join(source.left_out)}"
+    if attention_note:
+        yield f"attention: {attention_note}"
+    if note := backend.unmeasured(device):
+        yield f"kernels: {note}"
+    if evaluation_warning:
+        yield f"evaluation: {evaluation_warning}"
+    if ranks.world > 1:
+        share = f"{train.batch_size // ranks.world} {samples}"
+        yield f"{ranks.world} processes of {share}: {strategy.name}; {strategy.why}"
+    if ranks.nodes > 1:
+        yield f"machines: {', '.join(dict.fromkeys(known_hosts()))}"
+        if kept_by_torchrun():
+            yield (
+                "warning: a machine that fails cannot be replaced by another while this torchrun runs; start it "
+                "with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+            )

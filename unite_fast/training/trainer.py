@@ -15,15 +15,13 @@ from unite_fast.checkpoint.reader import Checkpoint
 from unite_fast.config import MOLECULES, Config
 from unite_fast.data_pipeline import Batch, Loader, choose_loader
 from unite_fast.distributed.dtensor import full_tensor
-from unite_fast.distributed.hosts import known_hosts
 from unite_fast.distributed.launch import join_training
 from unite_fast.distributed.peers import Peers
 from unite_fast.distributed.process_group import ALONE, Ranks
 from unite_fast.distributed.signals import StopVote, TorchrunEnded, stop_on_signals
-from unite_fast.distributed.store import kept_by_torchrun
 from unite_fast.distributed.strategy import split_batch
 from unite_fast.distributed.watchdog import Watchdog, report_lost_contact
-from unite_fast.errors import TemporaryError, UserError, printable, require
+from unite_fast.errors import TemporaryError, UserError, require
 from unite_fast.kernels import backend
 from unite_fast.lpips import LPIPS, load_lpips
 from unite_fast.objective import Losses
@@ -56,6 +54,7 @@ from unite_fast.training.setup import (
     check_same_backends,
     choose_attention,
     open_training_data,
+    setup_lines,
     start_values,
     use_device_settings,
 )
@@ -174,24 +173,13 @@ class Trainer:
         self.first_step = self.state.step
 
         self.report = Report(self.folder, config, self.device, self.state, checkpoint is not None, ranks.main)
-        if asked and checkpoint is None:
-            self.report.print_line(
-                f"WARNING: nothing to resume in {self.folder}: starts a NEW run at step 0. If you meant another run, "
-                "stop and check train.out and name"
-            )
-        epochs = config.train.steps * config.train.batch_size / len(self.source)
-        self.report.print_line(
-            f"data: {len(self.source)} {config.model.modality}, {self.choice.name} loader ({self.choice.why}); "
-            f"{config.train.steps} steps are {epochs:.4g} epochs"
-        )
-        for note in filter(None, (data_note, *self.source.notes)):
-            self.report.print_line(f"data: {printable(note)}")
-        if self.source.left_out:
-            self.report.print_line(f"left out: {'; '.join(self.source.left_out)}")
         self.sides = self.report.sides
         validation = MoleculeValidation if config.model.modality == MOLECULES else Validation
         self.validation = validation(config, self.folder, self.device, self.state.step, len(self.source), self.sides)
-        self._print_setup(attention_note)
+        new_run = self.folder if asked and checkpoint is None else None
+        notes = data_note, attention_note, self.validation.warning
+        for line in setup_lines(config, self.source, self.choice, self.strategy, ranks, self.device, new_run, *notes):
+            self.report.print_line(line)
         self.speed = Speedometer(config, self.device)
         self.train_step = TrainStep(
             self.state, config, batch_slice, micro_batch, lpips, self.strategy, self.speed.clock, self.beat_computing
@@ -234,27 +222,6 @@ class Trainer:
             self.state.skipped_steps.fill_(checkpoint.progress["skipped_steps"])
         except KeyError as error:
             raise UserError(f"cannot resume from {checkpoint.path}: it has no {error}") from error
-
-    def _print_setup(self, attention_note: str) -> None:
-        """The choice of attention, caveats of kernels and validation, and the strategy."""
-        if attention_note:
-            self.report.print_line(f"attention: {attention_note}")
-        if note := backend.unmeasured(self.device):
-            self.report.print_line(f"kernels: {note}")
-        if self.validation.warning:
-            self.report.print_line(f"evaluation: {self.validation.warning}")
-        if self.ranks.world > 1:
-            share = f"{self.config.train.batch_size // self.ranks.world} {self.config.model.modality}"
-            self.report.print_line(
-                f"{self.ranks.world} processes of {share}: {self.strategy.name}; {self.strategy.why}"
-            )
-        if self.ranks.nodes > 1:
-            self.report.print_line(f"machines: {', '.join(dict.fromkeys(known_hosts()))}")
-            if kept_by_torchrun():
-                self.report.print_line(
-                    "warning: a machine that fails cannot be replaced by another while this torchrun runs; start it "
-                    "with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
-                )
 
     def _start_run_folder(self, wandb: WandbLog | None) -> None:
         """Lock the folder, and write config, status and logs to it."""
