@@ -106,7 +106,7 @@ class Watchdog:
             if now - awake > pause + 1:
                 # The process was stopped meanwhile, by Ctrl-Z or with its machine: that time does not count.
                 self.last_beat += now - awake - pause
-                self.last_contact = now
+                self.last_contact = max(self.last_contact, now)
                 self.peers.was_paused()
             awake = now
             if time.monotonic() - self.last_beat > self.limit:

@@ -9,13 +9,37 @@ CHANGES = [
             ("while process > 1 and _has_run_id(process):", "while False:"),
             ("if process and restarts_left() and", "if process and"),
             ("os.kill(process, signal.SIGTERM)", "pass"),
+            ("os.kill(process, signal.SIGKILL)", "os.kill(process, signal.SIGTERM)"),
+            ("if not answers_within(*place, CUT_OFF) and", "if"),
+            ('option.replace("_", "-")', "option"),
+            ("return agent_process() == 1 and not", "return agent_process() == 1 or not"),
+        ],
+    ),
+    (
+        "unite_fast/distributed/reach.py",
+        (f"{FOLDER}/test_reach.py",),
+        [
+            ('        if answer == "refused":\n            answered = now\n', ""),
+            ("now - start > timeout or", ""),
+            ('while probe(host, port) == "silent":', 'while probe(host, port) != "accepted":'),
+        ],
+    ),
+    (
+        "unite_fast/distributed/joining.py",
+        (f"{FOLDER}/test_joining.py",),
+        [
+            ("if rank in self.known and text != self.known[rank]:", "if True:"),
+            ("if now - heard > SILENCE]", "if False]"),
+            ("self.heard = dict.fromkeys(self.heard, time.monotonic())", "pass"),
+            ("note_mistake_seen(self.store, SILENCE / 2)", "pass"),
+            ("_joining.closed.set()", "pass"),
         ],
     ),
     (
         "unite_fast/distributed/hosts.py",
         (f"{FOLDER}/test_hosts.py",),
         [
-            ("if len(set(_hosts)) < 2:", "if True:"),
+            ("if len(set(hosts)) < 2:", "if True:"),
             ("ranks[-1] - ranks[0] == len(ranks) - 1", "True"),
         ],
     ),
@@ -41,7 +65,7 @@ CHANGES = [
         (f"{FOLDER}/test_store.py",),
         [
             ("if all(answer == proposal for answer in answers):", "if True:"),
-            ("        _look_for_mistake(store)\n", ""),
+            ("if mistake := announced_mistake(store):", "if mistake := '':"),
             ('store.set(f"{name}/{rank}", value)', 'store.set(f"{name}/{rank}", "")'),
         ],
     ),
@@ -64,6 +88,8 @@ CHANGES = [
             ("self.end_all(MistakeElsewhere(trouble.mistake))", "pass"),
             ("quiet=read_environment().local_rank > 0", "quiet=False"),
             ("self.peers.announce(Trouble(mistake=f", "print((f"),
+            ("(agent_process() != self.agent or is_orphan())", "agent_process() != self.agent"),
+            ("self.peers.orphaned = True", "pass"),
         ],
     ),
     (
@@ -91,7 +117,9 @@ CHANGES = [
         [
             ("2 * self.waited, MOST_STEPS)", "MOST_STEPS)"),
             ("proposed = steps if self.peers.rank == 0 else 0", "proposed = steps"),
-            ("self.save_now = bool(save)", "pass"),
+            ("bool(save), orphan - 1 if orphan else None", "False, orphan - 1 if orphan else None"),
+            ("bool(save), orphan - 1 if orphan else None", "bool(save), None"),
+            ("orphan = self.peers.rank + 1 if self.peers.orphaned else 0", "orphan = 0"),
         ],
     ),
     (
@@ -101,6 +129,7 @@ CHANGES = [
             ("if ranks.nodes == 1:\n        return", "return"),
             ('if name == "status" and read_status(folder).startswith(FAILED):', "if False:"),
             ("lock_run(folder := choose_folder(config))", "suppress(folder := choose_folder(config))"),
+            ('or status.endswith(f"; was {running_status()}")', ""),
         ],
     ),
 ]
