@@ -14,6 +14,8 @@ Python, which do not depend on the machine.
 With `--set train.cuda_graph=true`, a replay of the graph is left out like a launch: what remains are the copies of its
 inputs and the optimizers.
 
+With `--ranks N`, FSDP runs as on the first of N GPUs, in a process group whose collectives do nothing.
+
 `--profile N` lists the N functions that take the longest.
 """
 
@@ -34,10 +36,13 @@ from unittest import mock
 
 import cross_compile  # first: Triton's kernels are made for the compiler
 import torch
+from torch import distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from unite_fast import lpips as lpips_module
 from unite_fast.config import Config
 from unite_fast.data_pipeline import Batch
+from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError
 from unite_fast.kernels import backend, matmul
 from unite_fast.lpips import LPIPS
@@ -45,12 +50,14 @@ from unite_fast.model.unite import UNITE
 from unite_fast.objective import Losses
 from unite_fast.recipes import load_config
 from unite_fast.training import cuda_graph
+from unite_fast.training.parallelize import build_model
 from unite_fast.training.train_state import TrainState
 from unite_fast.training.train_step import TrainStep
 
 EXAMPLES = """examples:
   python benchmarks/host_time.py
   python benchmarks/host_time.py --set train.cuda_graph=true
+  python benchmarks/host_time.py --ranks 8 --set parallel.strategy=fsdp
   python benchmarks/host_time.py --recipe imagenet256_xl --steps 100 --json
   python benchmarks/host_time.py --profile 40
 """
@@ -59,8 +66,8 @@ PARTS = "forward", "backward", "passes", "optimizer"
 PROFILED = 5
 
 
-def small(recipe: str, changes: tuple[str, ...] = ()) -> Config:
-    """A recipe with its depth and draws, and the least of everything else."""
+def small(recipe: str, changes: tuple[str, ...] = (), ranks: int = 1) -> Config:
+    """A recipe with its depth and draws, and the least of everything else: an image on each rank."""
     model = load_config(recipe, changes).model
     return load_config(
         recipe,
@@ -76,7 +83,7 @@ def small(recipe: str, changes: tuple[str, ...] = ()) -> Config:
             f"model.decoder.embed_width={WIDTH}",
             f"model.latent_channels={WIDTH}",
             "optim.muon_dtype=float32",  # a CPU may take longer for bfloat16 matmuls than a host to launch them
-            "train.batch_size=1",
+            f"train.batch_size={ranks}",
             "train.micro_batch=1",
             *changes,
         ),
@@ -186,12 +193,22 @@ class Measured(NamedTuple):
         return pstats.Stats(self.profiles[part]).total_calls // PROFILED
 
 
-def measure(config: Config, steps: int, arch: int) -> Measured:
+def make_step(config: Config, ranks: int, lpips: LPIPS | None, clock: HostClock) -> TrainStep:
+    """The step of a process alone, or of the first of several ranks, whose collectives do nothing."""
+    if ranks == 1:
+        return TrainStep(TrainState(UNITE.create(config.model, seed=0), config), config, lpips=lpips, clock=clock)
+    distributed.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    model, strategy = build_model(config, Ranks(0, ranks, 0, ranks), torch.device("cpu"))
+    return TrainStep(TrainState(model, config), config, slice(0, 1), 1, lpips, strategy, clock)
+
+
+def measure(config: Config, steps: int, arch: int, ranks: int = 1) -> Measured:
     times = {part: [] for part in PARTS}
     profiles = {part: cProfile.Profile(time.process_time) for part in ("passes", "optimizer")}
     with as_on_a_gpu(arch), thin_lpips(config) as lpips, empty_graphs():
-        state, clock = TrainState(UNITE.create(config.model, seed=0), config), HostClock()
-        step = TrainStep(state, config, lpips=lpips, clock=clock)
+        clock = HostClock()
+        step = make_step(config, ranks, lpips, clock)
+        state = step.state
         side = config.model.image_size
         batch = Batch(torch.zeros(1, 3, side, side, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), [])
 
@@ -226,19 +243,20 @@ def main() -> int:
     )
     parser.add_argument("--recipe", default="imagenet256_b", help="[imagenet256_b]")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a recipe setting")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="GPUs of the machine [1]")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps to time [50]")
     parser.add_argument("--arch", type=int, default=90, choices=cross_compile.ARCHS, help="of the Triton kernels [90]")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="also list the N slowest functions")
     parser.add_argument("--json", action="store_true", help="print all times instead of the table")
     options = parser.parse_args()
     try:
-        config = small(options.recipe, tuple(options.set))
+        config = small(options.recipe, tuple(options.set), options.ranks)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION")
-    measured = measure(config, options.steps, options.arch)
+    measured = measure(config, options.steps, options.arch, options.ranks)
     if options.json:
         calls = {part: measured.calls(part) for part in measured.profiles}
         print(json.dumps({"calls": calls, "add_us": add_us(), "ms": measured.times}, indent=1))

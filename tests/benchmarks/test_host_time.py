@@ -34,6 +34,17 @@ def test_a_micro_batch_with_lpips():
     assert result["calls"]["optimizer"] > 100
 
 
+def test_ranks_take_more_of_the_host():
+    """FSDP's hooks, in a process group of two whose collectives do nothing."""
+    calls = []
+    for words in ((), ("--ranks", "2", "--set", "parallel.strategy=ddp")):
+        ended = run("--recipe", "digits", "--set", "train.precision=bfloat16", "--json", *words)
+        assert ended.returncode == 0, ended.stderr
+        calls.append(json.loads(ended.stdout)["calls"]["passes"])
+    alone, ranks = calls
+    assert 1.3 * alone < ranks < 4 * alone
+
+
 def test_a_cuda_graph_leaves_little_to_the_host():
     settings = "train.precision=bfloat16", "train.cuda_graph=true"
     ended = run("--recipe", "digits", *(word for key in settings for word in ("--set", key)), "--json")

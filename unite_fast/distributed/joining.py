@@ -11,7 +11,7 @@ from torch.distributed.distributed_c10d import Store
 
 from unite_fast.distributed.environment import read_environment
 from unite_fast.distributed.hosts import guess_hosts
-from unite_fast.distributed.peers import Peers, Trouble
+from unite_fast.distributed.peers import HEARTBEAT, Peers, Trouble
 from unite_fast.distributed.store import (
     SILENCE,
     STORE_ERRORS,
@@ -108,6 +108,11 @@ class Joining(Watchdog):
             super()._keep_contact()
 
     def _torchrun_ended(self) -> None:
+        # A few heartbeats first: rank 0 notices when they stop.
+        deadline = time.monotonic() + SILENCE
+        while not (isinstance(self.peers, EarlyPeers) and 0 in self.peers.known) and time.monotonic() < deadline:
+            self.closed.wait(0.1)
+        self.closed.wait(3 * HEARTBEAT)
         self._exit("torchrun on this machine ended", LostContact.status)
 
 
