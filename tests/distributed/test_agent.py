@@ -79,23 +79,24 @@ def test_the_place_where_torchruns_meet(monkeypatch, words, variable, place):
     assert agent._meeting_place(7) == place
 
 
-@pytest.mark.parametrize("silent", [True, False])
-def test_a_torchrun_that_lost_the_meeting_place_is_killed(torchrun_run, monkeypatch, capfd, silent):
+@pytest.mark.parametrize("answers", ["at once", "later", "never"])
+def test_a_torchrun_whose_meeting_place_stays_silent_is_killed(torchrun_run, monkeypatch, capfd, answers):
     """In a fork whose parent is the agent. It is killed although it ignores SIGTERM."""
     for name, value in {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(agent, "CUT_OFF", 0.5)
-    monkeypatch.setattr(agent, "_meeting_place", lambda process: ("nobody.invalid" if silent else "127.0.0.1", 9))
+    monkeypatch.setattr(agent, "_meeting_place", lambda process: ("node1", 29400))
+    limits = {"at once": 0, "later": agent.CUT_OFF, "never": float("inf")}
+    monkeypatch.setattr(agent, "answers_within", lambda host, port, seconds: seconds >= limits[answers])
     pid = os.fork()
     if pid == 0:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if os.fork() == 0:
             agent.end_agent_if_cut_off()
             os._exit(0)
-        time.sleep(5 if silent else 1)
+        time.sleep(5 if answers == "never" else 1)
         os._exit(9)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (-signal.SIGKILL if silent else 9)
-    assert ("nobody.invalid" in capfd.readouterr().err) == silent
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (-signal.SIGKILL if answers == "never" else 9)
+    assert ("node1" in capfd.readouterr().err) == (answers != "at once")
 
 
 def test_a_process_whose_torchrun_has_ended_is_an_orphan(torchrun_run, monkeypatch):

@@ -67,7 +67,7 @@ class EarlyPeers(Peers):
         return f"early/{rank}"
 
     def was_paused(self) -> None:
-        self.heard = dict.fromkeys(self.heard, time.monotonic())
+        self.heard = dict.fromkeys(list(self.heard), time.monotonic())
 
     def announce(self, trouble: Trouble) -> None:
         """Only for this rank: the others notice when it ends."""

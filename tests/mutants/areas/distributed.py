@@ -30,7 +30,7 @@ CHANGES = [
         [
             ("if rank in self.known and text != self.known[rank]:", "if True:"),
             ("if now - heard > SILENCE]", "if False]"),
-            ("self.heard = dict.fromkeys(self.heard, time.monotonic())", "pass"),
+            ("self.heard = dict.fromkeys(list(self.heard), time.monotonic())", "pass"),
             ("note_mistake_seen(self.store, SILENCE / 2)", "pass"),
             ("_joining.closed.set()", "pass"),
         ],
