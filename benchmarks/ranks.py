@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from unite_fast.distributed.launch import allow_many_files, meet
+from unite_fast.distributed.launch import meet
 from unite_fast.distributed.peers import Peers
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.distributed.signals import StopVote
 from unite_fast.distributed.start_check import check_same_start
-from unite_fast.distributed.store import fresh_store
+from unite_fast.distributed.store import allow_many_files, fresh_store
 
 LIMIT = 600.0
 """Seconds for each part."""

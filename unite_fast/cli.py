@@ -105,6 +105,7 @@ def main() -> None:
         read_environment()
         app(words)
     except SystemExit:
+        _end_joining()
         report_lost_output()
         raise
     except BaseException as error:
@@ -175,8 +176,7 @@ def _exit(message: str, status: int, error: BaseException | None = None) -> NoRe
         ranks = read_environment()
     except UserError:
         ranks = Environment()
-    if joining := sys.modules.get("unite_fast.distributed.joining"):
-        joining.end()
+    _end_joining()
     source = getattr(error, "raised_by", ranks.rank)
     rank = f"{name_ranks([source])}: " if ranks.world > 1 and source is not None else ""
     mistake = isinstance(error, UserError) and status == UserError.status
@@ -205,6 +205,11 @@ def _exit(message: str, status: int, error: BaseException | None = None) -> NoRe
         # Exit at once: the clean-up of Python and PyTorch may wait for dead processes.
         os._exit(status)
     sys.exit(status)
+
+
+def _end_joining() -> None:
+    if joining := sys.modules.get("unite_fast.distributed.joining"):
+        joining.end()
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -76,6 +76,17 @@ class AgentDies(Fault):
         self.job.start(self.host)
 
 
+class HeadAgentDies(AgentDies):
+    """Without the torchrun that holds the meeting place the others end too, and all start again."""
+
+    host, others = 1, (2,)
+
+    def repair(self) -> None:
+        self.row["status"] = self.job.status()
+        self.row["torchrun ended"] = round(self.job.wait(lambda: self.job.ended(2), "the end of the other torchrun"), 1)
+        self.job.start(1, 2)
+
+
 class LinkIsCut(Fault):
     """For good. Another host takes the place."""
 
@@ -107,8 +118,17 @@ class HeadLosesPower(Fault):
         job.start(job.hosts.add("node1"), 2)
 
 
-FAULTS = {"worker": WorkerDies, "agent": AgentDies, "link": LinkIsCut, "power": PowerFails, "head": HeadLosesPower}
-CASES = [(fault, phase) for fault in FAULTS for phase in PHASES if fault != "power" or phase == "step"]
+FAULTS = {
+    "worker": WorkerDies,
+    "agent": AgentDies,
+    "head-agent": HeadAgentDies,
+    "link": LinkIsCut,
+    "power": PowerFails,
+    "head": HeadLosesPower,
+}
+CASES = [
+    (fault, phase) for fault in FAULTS for phase in PHASES if fault not in ("power", "head-agent") or phase == "step"
+]
 
 
 def reach_phase(job, phase: str, held: Path) -> list[int]:
@@ -219,7 +239,7 @@ def test_a_fault_is_named_and_the_run_ends_as_if_undisturbed(
 
 def finish(job, kind: str, phase: str, row: dict) -> None:
     """Wait for the torchruns that were started last, and check the seconds."""
-    last = job.commands[-2:] if kind == "head" else [job.commands[0], job.commands[-1]]
+    last = job.commands[-2:] if kind.startswith("head") else [job.commands[0], job.commands[-1]]
     job.wait(lambda: all(command.ended() for command in last), "the end of torchrun")
     row["statuses"] = [command.status for command in last]
     assert row["statuses"] == [0, 0], job.printed()

@@ -102,8 +102,9 @@ def test_a_torchrun_whose_meeting_place_stays_silent_is_killed(torchrun_run, mon
 def test_a_process_whose_torchrun_has_ended_is_an_orphan(torchrun_run, monkeypatch):
     assert not agent.is_orphan()
     monkeypatch.setattr(agent, "agent_process", lambda: 1)
-    monkeypatch.setattr(agent, "_read", lambda process, name: b"/sbin/init\0")
-    assert agent.is_orphan()
-    # In a container torchrun may be the first process.
-    monkeypatch.setattr(agent, "_read", lambda process, name: b"python\0-m\0torch.distributed.run\0")
+    # In a container torchrun, or another launcher with PyTorch, may be the first process.
+    for maps, orphan in ((b"/sbin/init", True), (b"/lib/libtorch_cpu.so", False), (b"", True)):
+        monkeypatch.setattr(agent, "_read", lambda process, name, maps=maps: maps)
+        assert agent.is_orphan() == orphan
+    monkeypatch.setattr(agent, "agent_process", lambda: 7)
     assert not agent.is_orphan()

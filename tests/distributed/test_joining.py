@@ -32,7 +32,7 @@ def forget_hosts():
 
 
 def test_only_a_rank_that_has_sent_heartbeats_can_fall_silent(store, monkeypatch):
-    monkeypatch.setattr(joining, "SILENCE", 0.5)
+    monkeypatch.setattr(joining, "EARLY_SILENCE", 0.5)
     store.set("early/2", "7 7 node2")  # of an earlier start
     first, second = EarlyPeers(0, 3, store), EarlyPeers(1, 3, store)
     assert first.silent_ranks() == []
@@ -71,11 +71,25 @@ def test_a_mistake_that_was_announced_is_trouble_and_seen(store, monkeypatch):
     assert store.check([f"{MISTAKE}/seen/1"])
 
 
+def test_a_mistake_leaves_the_main_thread_time_to_come_to_know_of_it(store, monkeypatch):
+    for name, value in {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(joining, "MISTAKE_SECONDS", 2.5)
+    watchdog = joining.Joining()
+    watchdog.peers = peers = EarlyPeers(1, 2, store)
+    ended = []
+    monkeypatch.setattr(watchdog, "_exit", lambda message, status, **_: ended.append((message, status)))
+    before, begun = peers.beats, time.monotonic()
+    watchdog._end_by(Trouble(mistake="no such key"))
+    assert ended == [("no such key", 2)]
+    assert time.monotonic() - begun > 2.5 and peers.beats >= before + 2
+
+
 PROGRAM = """
 import sys, time
 from unite_fast.distributed import joining, peers, store, watchdog
 for module in (joining, store, watchdog):
-    module.SILENCE = 5.0
+    module.SILENCE = joining.EARLY_SILENCE = 5.0
 joining.begin()
 print("there", flush=True)
 if sys.argv[1] == "end":

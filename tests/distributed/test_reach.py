@@ -26,6 +26,16 @@ def test_a_probe_tells_a_closed_port_from_a_missing_machine(free_port):
     assert probe(NOBODY, free_port) == "silent"
 
 
+def test_a_machine_answers_if_one_of_its_addresses_does(free_port, monkeypatch):
+    """The last address is one to which nothing leads: an IPv6 address on a machine without IPv6."""
+    nowhere = (socket.AF_UNIX, socket.SOCK_STREAM, 0, "", "/nowhere")
+    here = (socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", free_port))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [here, nowhere])
+    assert probe("node1", free_port) == "refused"
+    with socket.create_server(("127.0.0.1", free_port)):
+        assert probe("node1", free_port) == "accepted"
+
+
 def test_a_probe_without_answer_ends(monkeypatch):
     """A listener whose queue is full answers no further connection, as a machine without power."""
     monkeypatch.setattr(reach, "PROBE", 0.3)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 from pathlib import Path
 from unittest import mock
 
@@ -19,7 +20,8 @@ from unite_fast.checkpoint.folders import step_folders, step_of
 from unite_fast.checkpoint.format import as_recorded
 from unite_fast.checkpoint.manager import Checkpoints
 from unite_fast.checkpoint.reader import load_checkpoint
-from unite_fast.errors import UserError
+from unite_fast.distributed.signals import StopVote, TorchrunEnded
+from unite_fast.errors import TemporaryError, UserError
 from unite_fast.recipes import load_config, to_tree
 from unite_fast.training import console, metrics, profiling, train_step
 from unite_fast.training.data_record import DataRecord
@@ -600,3 +602,23 @@ def test_the_log_of_a_run_whose_checkpoints_are_gone_is_kept(settings, capsys):
     train(settings("train.steps=1"), resume=True)
     assert (folder / "metrics.1.jsonl").read_text() == log
     assert "metrics.1.jsonl" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stopped_by", [0, signal.SIGTERM])
+def test_a_run_stops_for_a_killed_torchrun_only_before_its_last_step(settings, monkeypatch, stopped_by):
+    """The vote may end with the last step: then nothing is left to resume."""
+
+    def next_result(vote: StopVote) -> int:
+        vote.orphan = 1
+        return stopped_by
+
+    monkeypatch.setattr(StopVote, "next_result", next_result)
+    if not stopped_by:
+        assert train(settings("train.steps=2")).orphan is None
+        assert read_status(Path(settings().train.out)) == "finished at step 2"
+        return
+    with pytest.raises(TorchrunEnded) as ended:
+        train(settings("train.steps=2"))
+    assert ended.value.status == TemporaryError.status
+    assert read_status(Path(settings().train.out)).startswith("stopped at step 0 by the end of torchrun of rank 1;")
+    assert load_checkpoint(Path(settings().train.out)).step == 0

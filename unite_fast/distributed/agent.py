@@ -12,7 +12,7 @@ from unite_fast.distributed.environment import read_environment, restarts_left
 from unite_fast.distributed.reach import answers_within
 
 CUT_OFF = 60.0
-"""Seconds without an answer of the machine at which the torchruns meet after which torchrun here is ended."""
+"""Seconds. If the machine at which the torchruns meet does not answer for so long, torchrun here is ended."""
 MEETING_PORT = 29400
 """Where torchruns meet if --rdzv-endpoint names no port."""
 _RUN_ID = "TORCHELASTIC_RUN_ID"
@@ -44,8 +44,12 @@ def agent_process() -> int:
 
 
 def is_orphan() -> bool:
-    """Whether torchrun started this process and has ended: the system's first process has taken its place."""
-    return agent_process() == 1 and not _agent_is_first_process()
+    """Whether torchrun started this process and has ended: a process without PyTorch, such as the system's first one,
+    has taken its place."""
+    process = agent_process()
+    maps = _read(process, "maps")
+    # In a container torchrun may be process 1, which this process can then read.
+    return b"libtorch" not in maps if maps else process == 1
 
 
 def end_agent() -> None:
@@ -96,11 +100,6 @@ def _meeting_place(process: int) -> tuple[str, int] | None:
         return None
     port = int(match["port"] or MEETING_PORT)
     return (match["ipv6"] or match["host"], port) if 0 < port < 2**16 else None
-
-
-def _agent_is_first_process() -> bool:
-    """In a container torchrun may be process 1; elsewhere that is the system's."""
-    return b"torch" in _read(1, "cmdline")
 
 
 def _has_run_id(process: int) -> bool:

@@ -12,7 +12,7 @@ def use_hosts(hosts: Iterable[str]) -> None:
 
 
 def guess_hosts(hosts: Iterable[str]) -> None:
-    """What is known of them before all have met; `use_hosts` takes precedence."""
+    """What is known of the ranks' machines before all have met. `use_hosts` replaces it."""
     _guesses[:] = hosts
 
 
@@ -22,8 +22,8 @@ def known_hosts() -> list[str]:
 
 
 def name_ranks(ranks: Iterable[int]) -> str:
-    """The ranks in words, for a message: "rank 3 on node1 and ranks 8 to 15 on node2". With one machine, or before the
-    machines are known, without their names."""
+    """The ranks in words, for a message: "rank 3 on node1 and ranks 8 to 15 on node2". With one machine, or before any
+    other is known, without their names."""
     ranks = sorted(ranks)
     if not ranks:
         return "another process"

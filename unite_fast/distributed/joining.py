@@ -5,8 +5,10 @@ the others notice if its machine vanishes meanwhile.
 """
 
 import socket
+import threading
 import time
 
+import torch
 from torch.distributed.distributed_c10d import Store
 
 from unite_fast.distributed.environment import read_environment
@@ -21,9 +23,14 @@ from unite_fast.distributed.store import (
     open_store,
 )
 from unite_fast.distributed.watchdog import Watchdog
+from unite_fast.errors import UserError
 
 ENDLESS = 1e6
 """Seconds. `parallel.timeout` limits how long the main thread waits for the others."""
+EARLY_SILENCE = SILENCE if torch.version.cuda is None else 60.0
+"""`SILENCE` of a rank that joins: while CUDA starts, which takes long with many GPUs, no other thread may run."""
+MISTAKE_SECONDS = 30.0
+"""Until a rank ends whose main thread has not come to know of another rank's mistake."""
 
 
 class EarlyPeers(Peers):
@@ -46,11 +53,11 @@ class EarlyPeers(Peers):
             self._listen([0])
 
     def silent_ranks(self) -> list[int]:
-        """Ranks that have begun to send heartbeats and sent none for `SILENCE` seconds."""
+        """Ranks that have begun to send heartbeats and sent none for `EARLY_SILENCE` seconds."""
         there = [rank for rank in range(self.world) if rank in self.known or self.store.check([self._key(rank)])]
         self._listen(there)
         now = time.monotonic()
-        return [rank for rank, heard in self.heard.items() if now - heard > SILENCE]
+        return [rank for rank, heard in self.heard.items() if now - heard > EARLY_SILENCE]
 
     def _listen(self, ranks: list[int]) -> None:
         """Read the heartbeats of these ranks, which the store has."""
@@ -101,11 +108,22 @@ class Joining(Watchdog):
             self.peers = EarlyPeers(self.peers.rank, self.peers.world, self.store)
         except LostContact as error:
             self._exit(str(error), error.status)
+        except UserError:  # of the address, which the main thread reports
+            return
         except STORE_ERRORS:
             self._store_gone()
         else:
             self.last_contact = time.monotonic()
             super()._keep_contact()
+        del self.store, self.peers.store  # closes two connections
+
+    def _end_by(self, trouble: Trouble) -> None:
+        # The main thread of rank 0 also notes a mistake in the run folder, once it gets there.
+        deadline = time.monotonic() + (MISTAKE_SECONDS if trouble.mistake else 0)
+        while time.monotonic() < deadline and not self.closed.wait(HEARTBEAT):
+            self.peers.beat()
+            self.last_contact = time.monotonic()
+        super()._end_by(trouble)
 
     def _torchrun_ended(self) -> None:
         # A few heartbeats first: rank 0 notices when they stop.
@@ -130,3 +148,7 @@ def end() -> None:
     """The processes have joined, and their `Watchdog` takes over, or this one ends. Does nothing before `begin`."""
     if _joining is not None:
         _joining.closed.set()
+        # Python must not end while a thread is in a request to the store: that aborts the process.
+        for thread in _joining.threads:
+            if thread is not threading.current_thread():
+                thread.join(1.0)

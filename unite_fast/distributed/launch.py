@@ -1,10 +1,9 @@
 """Joining the processes that torchrun starts: devices, store, heartbeats, process group."""
 
 import os
-import resource
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -102,7 +101,6 @@ def join_training(
 def _meet_all(device: str, ranks: Ranks, start: dict[str, object], timeout: float) -> tuple[Store, torch.device, str]:
     """Meet the other ranks in the store and compare the start; returns the store, this rank's device and backend."""
     own_device, backend = local_device(device, ranks)
-    allow_many_files()
     # Gloo then connects two ranks when they first exchange something, and not all with all in each group.
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", RECORDED_COLLECTIVES)
@@ -160,11 +158,3 @@ def meet(store: Store, ranks: Ranks, timeout: float) -> None:
     addresses = gather(store, "address", own, ranks.rank, ranks.world, timeout)
     if interface := choose_interface([os.environ["MASTER_ADDR"], *addresses], port):
         os.environ[GLOO_INTERFACE] = interface
-
-
-def allow_many_files() -> None:
-    """Allow this process as many open files as the system lets it: each connection to another rank takes one."""
-    with suppress(ValueError, OSError):
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft != hard:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

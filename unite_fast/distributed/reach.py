@@ -2,6 +2,7 @@
 
 import socket
 import time
+from contextlib import suppress
 from typing import Literal
 
 PROBE = 3.0
@@ -15,13 +16,19 @@ Answer = Literal["accepted", "refused", "silent"]
 def probe(host: str, port: int) -> Answer:
     """What a machine answers to a connection: "refused" if it is up and nothing listens at this port, "silent" if it
     is down, cut off or unknown."""
-    try:
-        socket.create_connection((host, port), PROBE).close()
-    except ConnectionRefusedError:
-        return "refused"
-    except OSError:  # no answer in time, no route, unknown name
-        return "silent"
-    return "accepted"
+    answer: Answer = "silent"
+    with suppress(OSError):  # unknown name
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            try:
+                with socket.socket(family, kind, protocol) as connection:
+                    connection.settimeout(PROBE)
+                    connection.connect(address)
+                    return "accepted"
+            except ConnectionRefusedError:
+                answer = "refused"
+            except OSError:  # no answer in time, no route
+                pass
+    return answer
 
 
 def wait_for_listener(host: str, port: int, timeout: float, silence: float) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import secrets
 import socket
 import time
@@ -40,6 +41,14 @@ def kept_by_torchrun() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
+def allow_many_files() -> None:
+    """Allow this process as many open files as the system lets it: each connection to another rank takes one."""
+    with suppress(ValueError, OSError):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def open_store(timeout: float) -> Store:
     """Connect to the store at MASTER_ADDR and MASTER_PORT; rank 0 makes it, unless torchrun has.
 
@@ -51,6 +60,7 @@ def open_store(timeout: float) -> Store:
         LostContact: there is no store.
     """
     check_address()
+    allow_many_files()
     ranks, address = read_environment(), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     makes_it = ranks.rank == 0 and not kept_by_torchrun()
     # Where torchrun runs, the machine of rank 0 was there a moment ago; other launchers may not have started it yet.

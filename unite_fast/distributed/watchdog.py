@@ -127,8 +127,11 @@ class Watchdog:
 
     def _keep_contact(self) -> None:
         """Send heartbeats, and look for trouble. Rank 0 looks for silent ranks too."""
+        awake = time.monotonic()
         try:
             while not self.closed.wait(HEARTBEAT):
+                if time.monotonic() - awake > HEARTBEAT + 1:
+                    self.peers.was_paused()
                 self.peers.beat()
                 if self.peers.rank == 0 and (silent := self.peers.silent_ranks()):
                     self.peers.announce(Trouble(silent))
@@ -136,7 +139,7 @@ class Watchdog:
                     self.peers.answer_roll_call()
                     self._end_by(trouble)
                     return
-                self.last_contact = time.monotonic()
+                self.last_contact = awake = time.monotonic()
         except STORE_ERRORS:
             self._store_gone()
 
@@ -183,6 +186,7 @@ class Watchdog:
                 # One write, so that the lines of several processes do not mix.
                 sys.stderr.write(f"error: {rank}step {self.step}: {message.rstrip()}\n")
                 sys.stderr.flush()
+            self.closed.set()  # this message is enough
             self.before_exit()
             end_agent() if status == UserError.status else end_agent_if_cut_off()
             os._exit(status)

@@ -80,6 +80,8 @@ class Outcome:
     """The signal that stopped the run early, or 0."""
     seconds: float
     images_per_s: float
+    orphan: int | None = None
+    """If the run stopped because a torchrun was killed: a rank that it had started."""
 
 
 def train(config: Config, resume: bool = False, allow_change: tuple[str, ...] = ()) -> Outcome:
@@ -110,6 +112,9 @@ def train(config: Config, resume: bool = False, allow_change: tuple[str, ...] = 
                 trainer.close()
             raise
         trainer.close()
+        if outcome.orphan is not None:
+            ranks.wait()
+            raise TorchrunEnded(outcome.steps, outcome.orphan)
     return outcome
 
 
@@ -277,16 +282,13 @@ class Trainer:
         if not stopped_by and not (config.picture_every and state.step % config.picture_every == 0):
             self.save_pictures()
         speed = (state.step - self.first_step) * config.batch_size / seconds
-        outcome = Outcome(self.folder, state.step, stopped_by, seconds, speed)
+        orphan = stop_vote.orphan if stopped_by else None
+        outcome = Outcome(self.folder, state.step, stopped_by, seconds, speed, orphan)
         if self.ranks.main:
-            orphan = stop_vote.orphan
             status = final_status(state.step, stopped_by) if orphan is None else orphaned_status(state.step, orphan)
             with self.sides.attempt("status"):
                 write_status(self.folder, status)
         self.report.summary(outcome, dict(self.unreadable_samples()))
-        if stop_vote.orphan is not None:
-            self.ranks.wait()
-            raise TorchrunEnded(state.step, stop_vote.orphan)
         return outcome
 
     def vote_to_stop(self, stop_vote: StopVote) -> int:

@@ -145,7 +145,7 @@ CHANGES = [
                 "final_status(state.step, stopped_by) if",
                 "final_status(state.step, 0) if",
             ),
-            ("if stop_vote.orphan is not None:", "if False:"),
+            ("if outcome.orphan is not None:", "if False:"),
         ],
     ),
     (
