@@ -19,6 +19,7 @@ from PIL import Image
 import unite_fast
 from unite_fast.config import SamplingConfig
 from unite_fast.distributed.launch import ranks_of_torchrun
+from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError
 from unite_fast.sampling import distributed_sampler, sample_parts
 from unite_fast.sampling.distributed_sampler import Generation
@@ -94,6 +95,17 @@ def test_every_process_reports_a_mistake_and_none_waits(trained_folder, generati
     out.touch()
     with pytest.raises(AssertionError, match=rf"(?s)rank 0.*{out} .*--out.*rank 1.*{out} .*--out"):
         ranks(2, write_on_a_rank, trained_folder, out, generation, timeout=60)
+
+
+class LostRanks(Ranks):
+    def wait(self) -> None:
+        raise RuntimeError("gloo: connection closed by peer")
+
+
+def test_a_process_that_is_lost_at_the_end_is_no_mistake(model, generation, tmp_path):
+    """`join_training` names it, with a status after which torchrun restarts; a `UserError` would end torchrun."""
+    with pytest.raises(RuntimeError, match="gloo"):
+        write_samples(model, generation, tmp_path / "a.npz", LostRanks())
 
 
 def test_torchrun_does_not_take_our_options(command):

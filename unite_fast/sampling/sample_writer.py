@@ -22,7 +22,7 @@ from torch import Tensor
 from unite_fast.config import MOLECULES, ModelConfig
 from unite_fast.data_pipeline.molecules.write import MOLECULE_FILES, BondsOf, write_molecules
 from unite_fast.distributed.process_group import ALONE, Ranks
-from unite_fast.errors import UserError, require
+from unite_fast.errors import require
 from unite_fast.sampling.distributed_sampler import Generation, sample_distributed
 from unite_fast.sampling.molecules import unpack
 from unite_fast.sampling.pipeline import TrainedModel, weights_sha256
@@ -70,17 +70,10 @@ def write_samples(
                     parts.write(int(samples.indices[0]) // generation.batch, samples.images)
                 done = min(done + ranks.world * generation.batch, total)
                 show(done)
-        _wait_for_all(ranks)
+        ranks.wait()
         if ranks.main:
             parts.merge()
     return parts.manifest_path
-
-
-def _wait_for_all(ranks: Ranks) -> None:
-    try:
-        ranks.gather(None)
-    except RuntimeError as error:
-        raise UserError("another process of this generation ended early; see its error message") from error
 
 
 def manifest(model: TrainedModel, generation: Generation) -> dict:
