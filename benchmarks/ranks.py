@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
+from unite_fast.distributed import joining
 from unite_fast.distributed.launch import meet
 from unite_fast.distributed.peers import Peers
 from unite_fast.distributed.process_group import Ranks
@@ -54,6 +55,7 @@ def rank_main(rank: int, world: int, port: int, pipe) -> None:
         nonlocal clock
         seconds[part], clock = time.perf_counter() - clock, time.perf_counter()
 
+    joining.begin()
     store = fresh_store(LIMIT)
     meet(store, ranks, LIMIT)
     lap("join")
@@ -64,6 +66,7 @@ def rank_main(rank: int, world: int, port: int, pipe) -> None:
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
     peers.open_groups()
     ranks.wait()
+    joining.end()
     lap("groups")
     vote = StopVote(peers)
     vote.next_result()
