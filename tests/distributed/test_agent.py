@@ -100,11 +100,21 @@ def test_a_torchrun_whose_meeting_place_stays_silent_is_killed(torchrun_run, mon
 
 
 def test_a_process_whose_torchrun_has_ended_is_an_orphan(torchrun_run, monkeypatch):
-    assert not agent.is_orphan()
     monkeypatch.setattr(agent, "agent_process", lambda: 1)
     # In a container torchrun, or another launcher with PyTorch, may be the first process.
     for maps, orphan in ((b"/sbin/init", True), (b"/lib/libtorch_cpu.so", False), (b"", True)):
         monkeypatch.setattr(agent, "_read", lambda process, name, maps=maps: maps)
         assert agent.is_orphan() == orphan
+    # Any other process may be a launcher of another kind.
     monkeypatch.setattr(agent, "agent_process", lambda: 7)
     assert not agent.is_orphan()
+
+
+def test_only_a_process_that_has_loaded_pytorch_is_ended_as_the_agent(torchrun_run, monkeypatch):
+    """A subreaper, such as a user's systemd, takes the place of a torchrun that has ended."""
+    killed = []
+    monkeypatch.setattr(os, "kill", lambda process, number: killed.append(process))
+    for maps in (b"/usr/lib/systemd/systemd", b"/lib/libtorch_cpu.so"):
+        monkeypatch.setattr(agent, "_read", lambda process, name, maps=maps: maps if name == "maps" else b"")
+        end_agent()
+    assert killed == [os.getppid()]

@@ -44,19 +44,15 @@ def agent_process() -> int:
 
 
 def is_orphan() -> bool:
-    """Whether torchrun started this process and has ended: a process without PyTorch, such as the system's first one,
-    has taken its place."""
-    process = agent_process()
-    maps = _read(process, "maps")
-    # In a container torchrun may be process 1, which this process can then read.
-    return b"libtorch" not in maps if maps else process == 1
+    """Whether torchrun started this process and has ended: the system's first process has taken its place."""
+    return agent_process() == 1 and not _may_be_torchrun(1)
 
 
 def end_agent() -> None:
     """End this machine's agent and with it all ranks here, because a restart would fail in the same way. Does nothing
     if the agent would not restart them anyway: then it reports the failed rank itself."""
     process = agent_process()
-    if process and restarts_left() and not is_orphan():
+    if process and restarts_left() and _may_be_torchrun(process):
         with suppress(OSError):
             os.kill(process, signal.SIGTERM)
 
@@ -100,6 +96,13 @@ def _meeting_place(process: int) -> tuple[str, int] | None:
         return None
     port = int(match["port"] or MEETING_PORT)
     return (match["ipv6"] or match["host"], port) if 0 < port < 2**16 else None
+
+
+def _may_be_torchrun(process: int) -> bool:
+    """Whether a process has loaded PyTorch, as torchrun and similar launchers do, also as the first process of a
+    container. Where that cannot be read, any but the first may be."""
+    maps = _read(process, "maps")
+    return b"libtorch" in maps if maps else process > 1
 
 
 def _has_run_id(process: int) -> bool:

@@ -12,7 +12,8 @@ CHANGES = [
             ("os.kill(process, signal.SIGKILL)", "os.kill(process, signal.SIGTERM)"),
             ("if not answers_within(*place, CUT_OFF) and", "if"),
             ('option.replace("_", "-")', "option"),
-            ('b"libtorch" not in maps if maps else', "False if maps else"),
+            ("return agent_process() == 1 and not _may_be_torchrun(1)", "return not _may_be_torchrun(1)"),
+            ('return b"libtorch" in maps if maps else', "return True if maps else"),
         ],
     ),
     (
