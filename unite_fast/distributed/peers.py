@@ -11,6 +11,7 @@ import torch
 from torch import distributed
 from torch.distributed.distributed_c10d import Store
 
+from unite_fast.distributed.agent import agent_process
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.distributed.store import SILENCE, STORE_ERRORS
 
@@ -48,6 +49,7 @@ class Peers:
         """
         self.rank, self.world = rank, world
         self.votes = self.neighbours = Ranks(rank, world)
+        self.agent = agent_process()
         self.orphaned = False
         """Whether the torchrun that started this rank has ended."""
         self.beats = 0

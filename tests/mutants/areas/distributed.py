@@ -122,7 +122,7 @@ CHANGES = [
             ("proposed = steps if self.peers.rank == 0 else 0", "proposed = steps"),
             ("bool(save), orphan - 1 if orphan else None", "False, orphan - 1 if orphan else None"),
             ("bool(save), orphan - 1 if orphan else None", "bool(save), None"),
-            ("orphan = self.peers.rank + 1 if self.peers.orphaned else 0", "orphan = 0"),
+            ("orphan = self.peers.rank + 1 if orphaned else 0", "orphan = 0"),
         ],
     ),
     (
