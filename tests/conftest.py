@@ -7,6 +7,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import random
 import re
 import signal
 import socket
@@ -456,15 +457,22 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "flush", flush)
 
 
+def free_port() -> int:
+    """A port below those that Linux gives to outgoing connections, one of which could take it before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("localhost", port))
+            return port
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Callable[..., list]:
     """Runs function(*arguments) in `world` processes with torchrun's environment variables, as if on `nodes` machines.
     Returns the results, rank 0 first."""
 
     def run(world: int, function: Callable, *arguments: object, nodes: int = 1, timeout: float = 120) -> list:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         fork = multiprocessing.get_context("fork")
         started = []
         for rank in range(world):

@@ -23,7 +23,10 @@ def probe(host: str, port: int) -> Answer:
                 with socket.socket(family, kind, protocol) as connection:
                     connection.settimeout(PROBE)
                     connection.connect(address)
-                    return "accepted"
+                    # To a free port of this machine, the system may connect a socket to itself.
+                    if connection.getsockname() != connection.getpeername():
+                        return "accepted"
+                    answer = "refused"
             except ConnectionRefusedError:
                 answer = "refused"
             except OSError:  # no answer in time, no route
