@@ -46,7 +46,6 @@ from unite_fast.distributed.process_group import Ranks
 from unite_fast.errors import UserError
 from unite_fast.kernels import backend, matmul
 from unite_fast.lpips import LPIPS
-from unite_fast.model.unite import UNITE
 from unite_fast.objective import Losses
 from unite_fast.recipes import load_config
 from unite_fast.training import cuda_graph
@@ -85,6 +84,7 @@ def small(recipe: str, changes: tuple[str, ...] = (), ranks: int = 1) -> Config:
             "optim.muon_dtype=float32",  # a CPU may take longer for bfloat16 matmuls than a host to launch them
             f"train.batch_size={ranks}",
             "train.micro_batch=1",
+            "train.compile=false",
             *changes,
         ),
     )
@@ -195,9 +195,8 @@ class Measured(NamedTuple):
 
 def make_step(config: Config, ranks: int, lpips: LPIPS | None, clock: HostClock) -> TrainStep:
     """The step of a process alone, or of the first of several ranks, whose collectives do nothing."""
-    if ranks == 1:
-        return TrainStep(TrainState(UNITE.create(config.model, seed=0), config), config, lpips=lpips, clock=clock)
-    distributed.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    if ranks > 1:
+        distributed.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     model, strategy = build_model(config, Ranks(0, ranks, 0, ranks), torch.device("cpu"))
     return TrainStep(TrainState(model, config), config, slice(0, 1), 1, lpips, strategy, clock)
 

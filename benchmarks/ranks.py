@@ -47,7 +47,6 @@ def rank_main(rank: int, world: int, port: int, pipe) -> None:
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    allow_many_files()
     ranks, seconds = Ranks.from_environment(), {}
     clock = time.perf_counter()
 

@@ -457,7 +457,12 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "flush", flush)
 
 
+@pytest.fixture
 def free_port() -> int:
+    return find_free_port()
+
+
+def find_free_port() -> int:
     """A port below those that Linux gives to outgoing connections, one of which could take it before it is used."""
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)
@@ -472,7 +477,7 @@ def ranks() -> Callable[..., list]:
     Returns the results, rank 0 first."""
 
     def run(world: int, function: Callable, *arguments: object, nodes: int = 1, timeout: float = 120) -> list:
-        port = free_port()
+        port = find_free_port()
         fork = multiprocessing.get_context("fork")
         started = []
         for rank in range(world):

@@ -38,8 +38,8 @@ FIRST_RANK_SECONDS = 10.0
 
 SHARED = ("train", "bench", "tune", "evaluate", "stats", "generate", "search-guidance", "check-cluster")
 """Commands whose processes share the work under torchrun. The others run on rank 0 alone."""
-JOINING = ("train", "evaluate", "stats", "generate", "search-guidance")
-"""Commands that may list data for minutes before their processes meet."""
+WATCHED_EARLY = ("train", "evaluate", "stats", "generate", "search-guidance")
+"""Commands whose processes watch each other before they meet, since they may list data for minutes."""
 LONGEST_MESSAGE = 2000
 """Characters of an error; a message from a library may hold a whole file."""
 
@@ -58,7 +58,7 @@ class _Commands(TyperGroup):
             sys.stderr.write(f"note: {found[0]} runs in one process; rank 0 of {ranks.world} does it alone\n")
             for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK"):
                 os.environ.pop(name, None)
-        if ranks.several_machines and found[0] in JOINING:
+        if ranks.several_machines and found[0] in WATCHED_EARLY:
             from unite_fast.distributed import joining  # imports torch, as these commands do
 
             joining.begin()

@@ -23,6 +23,13 @@ def vote_in_each_step(monkeypatch):
     monkeypatch.setattr(signals, "VOTE_SECONDS", 0.0)
 
 
+@pytest.fixture
+def second_machine(monkeypatch) -> None:
+    """The environment of rank 1 of two, each on its own machine."""
+    for name, value in {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items():
+        monkeypatch.setenv(name, str(value))
+
+
 @pytest.fixture(scope="session")
 def join() -> Callable[[], Peers]:
     """Joins the process group of this rank; for functions that `ranks` runs."""

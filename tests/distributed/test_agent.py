@@ -80,10 +80,10 @@ def test_the_place_where_torchruns_meet(monkeypatch, words, variable, place):
 
 
 @pytest.mark.parametrize("answers", ["at once", "later", "never"])
-def test_a_torchrun_whose_meeting_place_stays_silent_is_killed(torchrun_run, monkeypatch, capfd, answers):
+def test_a_torchrun_whose_meeting_place_stays_silent_is_killed(
+    torchrun_run, second_machine, monkeypatch, capfd, answers
+):
     """In a fork whose parent is the agent. It is killed although it ignores SIGTERM."""
-    for name, value in {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items():
-        monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(agent, "_meeting_place", lambda process: ("node1", 29400))
     limits = {"at once": 0, "later": agent.CUT_OFF, "never": float("inf")}
     monkeypatch.setattr(agent, "answers_within", lambda host, port, seconds: seconds >= limits[answers])

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from torch.distributed import TCPStore
 from unite_fast.distributed import hosts, joining
 from unite_fast.distributed.hosts import name_ranks
 from unite_fast.distributed.joining import EarlyPeers
-from unite_fast.distributed.peers import Trouble
+from unite_fast.distributed.peers import Peers, Trouble
 from unite_fast.distributed.store import MISTAKE
 from unite_fast.errors import TemporaryError
 
@@ -33,8 +32,8 @@ def forget_hosts():
 
 def test_only_a_rank_that_has_sent_heartbeats_can_fall_silent(store, monkeypatch):
     monkeypatch.setattr(joining, "EARLY_SILENCE", 0.5)
-    store.set("early/2", "7 7 node2")  # of an earlier start
-    first, second = EarlyPeers(0, 3, store), EarlyPeers(1, 3, store)
+    store.set("early/2", "7 node2")  # of an earlier start
+    first, second = EarlyPeers(Peers(0, 3), store), EarlyPeers(Peers(1, 3), store)
     assert first.silent_ranks() == []
     second.beat()
     assert first.silent_ranks() == []
@@ -47,8 +46,8 @@ def test_only_a_rank_that_has_sent_heartbeats_can_fall_silent(store, monkeypatch
     assert first.silent_ranks() == []
 
 
-def test_ranks_are_named_by_what_their_heartbeats_say(store, monkeypatch):
-    first, second = EarlyPeers(0, 3, store), EarlyPeers(1, 3, store)
+def test_ranks_are_named_by_what_their_heartbeats_say(store):
+    first, second = EarlyPeers(Peers(0, 3), store), EarlyPeers(Peers(1, 3), store)
     second.host = "node b"
     second.beat()
     first.silent_ranks()
@@ -60,10 +59,8 @@ def test_ranks_are_named_by_what_their_heartbeats_say(store, monkeypatch):
     assert name_ranks([0, 1]) == "rank 0 on node a and rank 1 on node b"
 
 
-def test_a_mistake_that_was_announced_is_trouble_and_seen(store, monkeypatch):
-    for name, value in {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items():
-        monkeypatch.setenv(name, str(value))
-    peers = EarlyPeers(1, 2, store)
+def test_a_mistake_that_was_announced_is_trouble_and_seen(store, second_machine):
+    peers = EarlyPeers(Peers(1, 2), store)
     assert peers.trouble() is None
     store.set(MISTAKE, "rank 0 on node1: no such key")
     assert peers.trouble() == Trouble(mistake="rank 0 on node1: no such key")
@@ -71,12 +68,10 @@ def test_a_mistake_that_was_announced_is_trouble_and_seen(store, monkeypatch):
     assert store.check([f"{MISTAKE}/seen/1"])
 
 
-def test_a_mistake_leaves_the_main_thread_time_to_come_to_know_of_it(store, monkeypatch):
-    for name, value in {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items():
-        monkeypatch.setenv(name, str(value))
+def test_a_mistake_leaves_the_main_thread_time_to_come_to_know_of_it(store, second_machine, monkeypatch):
     monkeypatch.setattr(joining, "MISTAKE_SECONDS", 2.5)
     watchdog = joining.Joining()
-    watchdog.peers = peers = EarlyPeers(1, 2, store)
+    watchdog.peers = peers = EarlyPeers(Peers(1, 2), store)
     ended = []
     monkeypatch.setattr(watchdog, "_exit", lambda message, status, **_: ended.append((message, status)))
     before, begun = peers.beats, time.monotonic()
@@ -102,17 +97,14 @@ else:
 
 
 @pytest.fixture
-def start(tmp_path):
-    """Starts two processes on two machines, so to speak, that are joining."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+def start(tmp_path, free_port):
+    """Starts two processes that are joining, as if on two machines."""
     started = []
 
     def start(*words: str) -> list[subprocess.Popen]:
         for rank in range(2):
             variables = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-            variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port}
             started.append(
                 subprocess.Popen(
                     [sys.executable, "-c", PROGRAM, *words],

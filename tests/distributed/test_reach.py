@@ -12,13 +12,6 @@ from unite_fast.distributed.reach import answers_within, probe, wait_for_listene
 NOBODY = "nobody.invalid"
 
 
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def test_a_probe_tells_a_closed_port_from_a_missing_machine(free_port):
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert probe("127.0.0.1", server.getsockname()[1]) == "accepted"

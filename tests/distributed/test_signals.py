@@ -81,7 +81,7 @@ def _steps_of_an_orphan(join: Callable[[], Peers]) -> tuple[int, int, int | None
         while step < 40 and not (by := vote.next_result()):
             step += 1
             if step == 7 and peers.rank == 1:
-                peers.orphaned = True
+                peers.agent = 2**30  # has ended
                 os.kill(os.getpid(), signal.SIGTERM)
     return by, step, vote.orphan
 

@@ -185,8 +185,8 @@ def test_a_process_stops_when_its_torchrun_is_gone(monkeypatch):
 
 
 def test_a_process_whose_torchrun_ended_before_it_watched_stops(monkeypatch):
-    monkeypatch.setattr(watchdog_module, "agent_process", lambda: 1)
-    monkeypatch.setattr(watchdog_module, "is_orphan", lambda: True)
+    monkeypatch.setattr(peers_module, "agent_process", lambda: 1)
+    monkeypatch.setattr(peers_module, "is_orphan", lambda: True)
     peers = Peers()
     with stop_on_signals(peers) as vote, Watchdog(peers, 60.0):
         deadline = time.monotonic() + 20

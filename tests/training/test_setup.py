@@ -2,7 +2,6 @@
 
 import os
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +16,9 @@ from unite_fast.recipes import load_config
 from unite_fast.training.setup import (
     check_cuda_graph,
     choose_attention,
+    data_lines,
     open_training_data,
-    setup_lines,
+    process_lines,
     start_values,
     use_device_settings,
 )
@@ -49,33 +49,22 @@ def test_a_graph_needs_cuda(mentions):
         check_cuda_graph(load_config("digits", ("train.cuda_graph=true",)), torch.device("cpu"), UNSHARDED)
 
 
-@pytest.fixture
-def lines_at_start(monkeypatch):
-    """What a run of digits says with these ranks."""
-
-    def lines(ranks: Ranks, **changes) -> list[str]:
-        config = load_config("digits")
-        source = open_training_data(config)
-        choice = choose_loader(config.data.loader, source, torch.device("cpu"))
-        given = {"new_run": None, "data_note": "", "attention_note": "", "evaluation_warning": ""} | changes
-        return list(setup_lines(config, source, choice, UNSHARDED, ranks, torch.device("cpu"), **given))
-
-    return lines
-
-
-def test_a_run_says_what_it_trains_on(lines_at_start, mentions):
-    (line,) = lines_at_start(ALONE)
+def test_a_run_says_what_it_trains_on(mentions):
+    config = load_config("digits")
+    source = open_training_data(config)
+    choice = choose_loader(config.data.loader, source, torch.device("cpu"))
+    (line,) = data_lines(config, source, choice, "")
     assert re.search(mentions(1437, "images", 1500, 66.81), line)
-    lines = lines_at_start(ALONE, data_note="grew", attention_note="flash", evaluation_warning="few images")
-    assert [line.partition(":")[0] for line in lines] == ["data", "data", "attention", "evaluation"]
-    assert "runs/x" in lines_at_start(ALONE, new_run=Path("runs/x"))[0]
+    assert list(data_lines(config, source, choice, "grew")) == [line, "data: grew"]
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_a_run_on_several_machines_says_which_and_whether_one_can_be_replaced(lines_at_start, monkeypatch, kept):
+def test_a_run_on_several_machines_says_which_and_whether_one_can_be_replaced(monkeypatch, kept):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(kept))
     monkeypatch.setattr(hosts, "_hosts", ["a", "a", "b", "b"])
-    _, processes, machines, *warning = lines_at_start(Ranks(0, 4, 0, 2))
+    config = load_config("digits")
+    assert list(process_lines(config, UNSHARDED, ALONE)) == []
+    processes, machines, *warning = process_lines(config, UNSHARDED, Ranks(0, 4, 0, 2))
     assert re.match(r"4 processes of 16 images\b", processes)
     assert machines == "machines: a, b"
     assert bool(warning) == kept

@@ -1,7 +1,6 @@
 """torchrun's agent: the process on each machine that starts the ranks, watches and restarts them. Imports no torch."""
 
 import os
-import re
 import signal
 import socket
 import sys
@@ -91,11 +90,14 @@ def _meeting_place(process: int) -> tuple[str, int] | None:
         if option.replace("_", "-") == "--rdzv-endpoint":
             endpoint = value if equals else following
             break
-    match = re.fullmatch(r"(\[(?P<ipv6>[^]]+)\]|(?P<host>[^:]+))(:(?P<port>\d+))?", endpoint.strip())
-    if not match:
+    if not endpoint:
         return None
-    port = int(match["port"] or MEETING_PORT)
-    return (match["ipv6"] or match["host"], port) if 0 < port < 2**16 else None
+    from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint  # imports torch
+
+    with suppress(ValueError):
+        host, port = parse_rendezvous_endpoint(endpoint, MEETING_PORT)
+        return (host, port) if port else None
+    return None
 
 
 def _may_be_torchrun(process: int) -> bool:

@@ -37,18 +37,24 @@ class EarlyPeers(Peers):
     """`Peers` of ranks that have not met. The store may hold heartbeats of an earlier start, so a rank counts only
     after a heartbeat that is new."""
 
-    def __init__(self, rank: int, world: int, store: Store):
+    def __init__(self, peers: Peers, store: Store):
+        """
+        Args:
+            peers: this rank's, without a store.
+            store: from `open_store`.
+        """
         self.host = socket.gethostname()
         self.known: dict[int, str] = {}
         """Last heartbeat of each rank."""
         self.heard: dict[int, float] = {}
         """When the last new heartbeat of a rank came."""
         self.lost: list[int] = []
-        super().__init__(rank, world, store)
+        super().__init__(peers.rank, peers.world, store)
+        self.agent = peers.agent
 
     def beat(self) -> None:
         self.beats += 1
-        self.store.set(self._key(self.rank), f"{self.beats} {time.monotonic_ns()} {self.host}")
+        self.store.set(self._key(self.rank), f"{self.beats} {self.host}")
         if self.rank and 0 not in self.known and self.store.check([self._key(0)]):
             self._listen([0])
 
@@ -66,7 +72,7 @@ class EarlyPeers(Peers):
             if rank in self.known and text != self.known[rank]:
                 self.heard[rank] = time.monotonic()
             self.known[rank] = text
-        hosts = {rank: text.split(" ", 2)[2] for rank, text in self.known.items()} | {self.rank: self.host}
+        hosts = {rank: text.split(" ", 1)[1] for rank, text in self.known.items()} | {self.rank: self.host}
         guess_hosts([hosts.get(rank, "an unknown machine") for rank in range(self.world)])
 
     @staticmethod
@@ -105,7 +111,7 @@ class Joining(Watchdog):
         try:
             # Rank 0 may still import torch. Its store ends with the last reference to it.
             self.store = open_store(ENDLESS)
-            self.peers = EarlyPeers(self.peers.rank, self.peers.world, self.store)
+            self.peers = EarlyPeers(self.peers, self.store)
         except LostContact as error:
             self._exit(str(error), error.status)
         except UserError:  # of the address, which the main thread reports

@@ -11,7 +11,7 @@ import torch
 from torch import distributed
 from torch.distributed.distributed_c10d import Store
 
-from unite_fast.distributed.agent import agent_process
+from unite_fast.distributed.agent import agent_process, is_orphan
 from unite_fast.distributed.process_group import Ranks
 from unite_fast.distributed.store import SILENCE, STORE_ERRORS
 
@@ -50,8 +50,6 @@ class Peers:
         self.rank, self.world = rank, world
         self.votes = self.neighbours = Ranks(rank, world)
         self.agent = agent_process()
-        self.orphaned = False
-        """Whether the torchrun that started this rank has ended."""
         self.beats = 0
         self.last_beats: list[bytes] = []
         self.heard_at = [time.monotonic()] * world
@@ -59,6 +57,11 @@ class Peers:
             # A connection of its own, because the main thread may hang in a request on the other one.
             self.store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]  # missing in torch's stub
             self.beat()
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether the torchrun that started this rank has ended."""
+        return self.agent > 0 and (agent_process() != self.agent or is_orphan())
 
     def open_groups(self) -> None:
         """All ranks call this together, after `init_process_group`."""

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from unite_fast.distributed.agent import agent_process, under_torchrun
+from unite_fast.distributed.agent import under_torchrun
 from unite_fast.distributed.hosts import name_ranks
 from unite_fast.distributed.peers import Peers
 from unite_fast.distributed.process_group import PendingMax
@@ -80,9 +80,7 @@ class StopVote:
         # Only rank 0's measurement counts: others' clocks may differ.
         proposed = steps if self.peers.rank == 0 else 0
         signal_now = self.received[0] if self.received else 0
-        # The signal may come from the kernel, because torchrun has ended, before the watchdog notices that.
-        orphaned = self.peers.orphaned or (signal_now and agent_process() != self.peers.agent)
-        orphan = self.peers.rank + 1 if orphaned else 0
+        orphan = self.peers.rank + 1 if self.peers.orphaned else 0
         self.pending = self.peers.votes.start_max(signal_now, proposed, int(self.save_wanted), orphan)
         self.save_wanted = False
         self.steps_left = self.waited = self.interval

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 
 from torch import distributed
 
-from unite_fast.distributed.agent import agent_process, end_agent, end_agent_if_cut_off, is_orphan
+from unite_fast.distributed.agent import end_agent, end_agent_if_cut_off
 from unite_fast.distributed.environment import read_environment
 from unite_fast.distributed.hosts import name_ranks
 from unite_fast.distributed.peers import HEARTBEAT, PATIENCE, ROLL_CALL, Peers, Trouble
@@ -42,7 +42,8 @@ class Watchdog:
         self.peers, self.timeout, self.record_mistake = peers, timeout, record_mistake
         self.beat(0, "starting", patient=True)
         self.closed = threading.Event()
-        self.agent = agent_process()
+        self.stop_asked = False
+        """Whether this process was asked to stop because its torchrun has ended."""
         self.last_contact = time.monotonic()
         self.before_exit: Callable[[], None] = lambda: None
         """Called before this process ends because it hangs or lost contact."""
@@ -116,13 +117,12 @@ class Watchdog:
                 self._exit(f"no progress for {self.limit:g} s while {self.activity}{answer}\n{stack}", HUNG)
             if self.peers.world > 1 and time.monotonic() - self.last_contact > SILENCE:
                 self._exit_lost([0], f" for {SILENCE:g} s")
-            if self.agent and (agent_process() != self.agent or is_orphan()):
-                self.agent = 0
+            if self.peers.orphaned and not self.stop_asked:
+                self.stop_asked = True
                 self._torchrun_ended()
 
     def _torchrun_ended(self) -> None:
         """Ask for a stop: nothing else would end this process. The stop vote tells the other ranks why."""
-        self.peers.orphaned = True
         os.kill(os.getpid(), signal.SIGTERM)
 
     def _keep_contact(self) -> None:
@@ -162,7 +162,7 @@ class Watchdog:
         while time.monotonic() < deadline:
             if self.closed.wait(0.1):
                 return
-            if agent_process() != self.agent or not self.agent:
+            if self.peers.orphaned or not self.peers.agent:
                 self.last_contact = float("inf")
                 return
         self._exit_lost([0])
@@ -188,7 +188,10 @@ class Watchdog:
                 sys.stderr.flush()
             self.closed.set()  # this message is enough
             self.before_exit()
-            end_agent() if status == UserError.status else end_agent_if_cut_off()
+            if status == UserError.status:
+                end_agent()
+            else:
+                end_agent_if_cut_off()
             os._exit(status)
 
 

@@ -1,7 +1,6 @@
 """What a run sets, checks and says before its first step: the device, attention, the data."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
@@ -135,47 +134,28 @@ def check_cuda_graph(config: Config, device: torch.device, strategy: Strategy) -
     )
 
 
-def setup_lines(
-    config: Config,
-    source: Source,
-    choice: LoaderChoice,
-    strategy: Strategy,
-    ranks: Ranks,
-    device: torch.device,
-    new_run: Path | None,
-    data_note: str,
-    attention_note: str,
-    evaluation_warning: str,
-) -> Iterator[str]:
-    """What a run says before its first step: about its data, attention, kernels, processes and machines.
+def data_lines(config: Config, source: Source, choice: LoaderChoice, note: str) -> Iterator[str]:
+    """What a run says about its data before its first step.
 
     Args:
-        new_run: the folder if a resume was asked for and there is nothing to resume.
-        data_note: what changed in the data since the run was last saved; or empty, as the other notes.
+        note: what changed in the data since the run was last saved; may be empty.
     """
-    if new_run:
-        yield (
-            f"WARNING: nothing to resume in {new_run}: starts a NEW run at step 0. If you meant another run, "
-            "stop and check train.out and name"
-        )
     train, samples = config.train, config.model.modality
     epochs = train.steps * train.batch_size / len(source)
     yield (
         f"data: {len(source)} {samples}, {choice.name} loader ({choice.why}); "
         f"{train.steps} steps are {epochs:.4g} epochs"
     )
-    for note in filter(None, (data_note, *source.notes)):
-        yield f"data: {printable(note)}"
+    for each in filter(None, (note, *source.notes)):
+        yield f"data: {printable(each)}"
     if source.left_out:
         yield f"left out: {'; '.join(source.left_out)}"
-    if attention_note:
-        yield f"attention: {attention_note}"
-    if note := backend.unmeasured(device):
-        yield f"kernels: {note}"
-    if evaluation_warning:
-        yield f"evaluation: {evaluation_warning}"
+
+
+def process_lines(config: Config, strategy: Strategy, ranks: Ranks) -> Iterator[str]:
+    """What a run says about its processes and machines before its first step; nothing of a process alone."""
     if ranks.world > 1:
-        share = f"{train.batch_size // ranks.world} {samples}"
+        share = f"{config.train.batch_size // ranks.world} {config.model.modality}"
         yield f"{ranks.world} processes of {share}: {strategy.name}; {strategy.why}"
     if ranks.nodes > 1:
         yield f"machines: {', '.join(dict.fromkeys(known_hosts()))}"

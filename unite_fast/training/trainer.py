@@ -53,8 +53,9 @@ from unite_fast.training.setup import (
     check_cuda_graph,
     check_same_backends,
     choose_attention,
+    data_lines,
     open_training_data,
-    setup_lines,
+    process_lines,
     start_values,
     use_device_settings,
 )
@@ -178,12 +179,24 @@ class Trainer:
         self.first_step = self.state.step
 
         self.report = Report(self.folder, config, self.device, self.state, checkpoint is not None, ranks.main)
+        if asked and checkpoint is None:
+            self.report.print_line(
+                f"WARNING: nothing to resume in {self.folder}: starts a NEW run at step 0. If you meant another run, "
+                "stop and check train.out and name"
+            )
         self.sides = self.report.sides
         validation = MoleculeValidation if config.model.modality == MOLECULES else Validation
         self.validation = validation(config, self.folder, self.device, self.state.step, len(self.source), self.sides)
-        new_run = self.folder if asked and checkpoint is None else None
-        notes = data_note, attention_note, self.validation.warning
-        for line in setup_lines(config, self.source, self.choice, self.strategy, ranks, self.device, new_run, *notes):
+        notes = {
+            "attention": attention_note,
+            "kernels": backend.unmeasured(self.device),
+            "evaluation": self.validation.warning,
+        }
+        for line in (
+            *data_lines(config, self.source, self.choice, data_note),
+            *(f"{part}: {note}" for part, note in notes.items() if note),
+            *process_lines(config, self.strategy, ranks),
+        ):
             self.report.print_line(line)
         self.speed = Speedometer(config, self.device)
         self.train_step = TrainStep(

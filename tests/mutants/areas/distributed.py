@@ -21,7 +21,7 @@ CHANGES = [
         (f"{FOLDER}/test_reach.py",),
         [
             ('        if answer == "refused":\n            answered = now\n', ""),
-            ('answer = "refused"', "pass"),
+            ('Error:\n                answer = "refused"', "Error:\n                pass"),
             ("now - start > timeout or", ""),
             ('while probe(host, port) == "silent":', 'while probe(host, port) != "accepted":'),
         ],
@@ -79,6 +79,8 @@ CHANGES = [
             ("if now - heard > SILENCE]", "if False]"),
             ("if not self.last_beats or beat != self.last_beats[rank]:", "if True:"),
             ("if trouble is None or trouble.lost is None:", "if True:"),
+            ("(agent_process() != self.agent or is_orphan())", "agent_process() != self.agent"),
+            ("(agent_process() != self.agent or is_orphan())", "is_orphan()"),
             ("self.heard_at = [time.monotonic()] * self.world\n\n    def announce", "pass\n\n    def announce"),
         ],
     ),
@@ -91,8 +93,7 @@ CHANGES = [
             ("self.end_all(MistakeElsewhere(trouble.mistake))", "pass"),
             ("quiet=read_environment().local_rank > 0", "quiet=False"),
             ("self.peers.announce(Trouble(mistake=f", "print((f"),
-            ("(agent_process() != self.agent or is_orphan())", "agent_process() != self.agent"),
-            ("self.peers.orphaned = True", "pass"),
+            ("if self.peers.orphaned and not self.stop_asked:", "if False:"),
         ],
     ),
     (
@@ -122,7 +123,7 @@ CHANGES = [
             ("proposed = steps if self.peers.rank == 0 else 0", "proposed = steps"),
             ("bool(save), orphan - 1 if orphan else None", "False, orphan - 1 if orphan else None"),
             ("bool(save), orphan - 1 if orphan else None", "bool(save), None"),
-            ("orphan = self.peers.rank + 1 if orphaned else 0", "orphan = 0"),
+            ("orphan = self.peers.rank + 1 if self.peers.orphaned else 0", "orphan = 0"),
         ],
     ),
     (
