@@ -4,8 +4,8 @@ host is ahead of the GPU; with few images per GPU the GPU waits for the host.
 The numbers are those of `benchmarks/launches.py`, in eager mode; tests compare them. Compiled blocks launch fewer.
 
 FSDP's own launches are cheap, but its hooks in Python are not: at B's depth and tiny sizes it added 47 to 78 ms of CPU
-time to a step under ddp on an AVX2 core, and 58 to 70 ms on an Intel Xeon with AMX (`benchmarks/host_time.py --ranks 8`); its
-700 launches at the slow end come to 52 ms.
+time to a step under ddp on an AVX2 core, and 58 to 70 ms on an Intel Xeon with AMX (`benchmarks/host_time.py --ranks
+8`). Its 700 launches at the slow end come to 52 ms.
 """
 
 from unite_fast.config import MOLECULES, Config, ModelConfig
